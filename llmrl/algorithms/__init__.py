@@ -1,0 +1,1 @@
+"""One file an algorithm: what to learn from a rollout, and the losses that learn it."""

@@ -1,0 +1,1 @@
+"""Prompts and supervised examples, from files to token ids."""

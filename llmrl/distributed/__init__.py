@@ -1,0 +1,1 @@
+"""Processes and devices: what accelerate does for us."""

@@ -1,0 +1,39 @@
+"""What a loss reports beside its value: statistics that can be pooled over microbatches, minibatches and ranks.
+
+A mean of means is wrong as soon as two parts differ in size, so no part ever reports a mean: it reports the sums from
+which the mean of the whole follows.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Mean(NamedTuple):
+    """``total / count`` of everything pooled. A rate is one too: tokens over seconds."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+
+class Total(NamedTuple):
+    """A sum over everything pooled: counts, seconds, the loss of one optimizer step over its microbatches."""
+
+    value: Tensor | float
+
+
+class Maximum(NamedTuple):
+    """The largest of everything pooled."""
+
+    value: Tensor | float
+
+
+class Moments(NamedTuple):
+    """Mean and population standard deviation of everything pooled."""
+
+    count: Tensor | float
+    total: Tensor | float
+    square: Tensor | float
+
+
+Statistic = Mean | Total | Maximum | Moments

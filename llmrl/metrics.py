@@ -1,0 +1,86 @@
+"""The numbers of an iteration: pooled as sums and counts on the device, turned into floats once, at the end."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Statistics by name. Merging pools sums, counts, maxima and moments, so that no mean of means is ever logged."""
+
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+
+    def merge(self, other: "Metrics") -> "Metrics":
+        """Pools both; a name that only one of them has is kept as it is."""
+        merged = dict(self.statistics)
+        for name, statistic in other.statistics.items():
+            merged[name] = pool(merged[name], statistic) if name in merged else statistic
+        return Metrics(merged)
+
+    def without(self, *names: str) -> "Metrics":
+        """The same without the statistics of these names."""
+        return Metrics({name: statistic for name, statistic in self.statistics.items() if name not in names})
+
+    def per_step(self) -> "Metrics":
+        """Every `Total` of one optimizer step as the first observation of a mean over optimizer steps."""
+        return Metrics(
+            {
+                name: Mean(statistic.value, 1.0) if isinstance(statistic, Total) else statistic
+                for name, statistic in self.statistics.items()
+            }
+        )
+
+    def values(self) -> dict[str, float]:
+        """Floats, in one transfer from the device. `Moments` named ``x`` become ``x/mean`` and ``x/std``.
+
+        A mean over nothing is left out: there is no number to print.
+        """
+        flat = _flatten(self.statistics)
+        floats: dict[str, float] = {}
+        for name, statistic in self.statistics.items():
+            numbers = [flat.pop(0) for _ in statistic]
+            floats.update(_read(name, statistic, numbers))
+        return floats
+
+
+def pool(left: Statistic, right: Statistic) -> Statistic:
+    """Two statistics of the same kind as one of everything that either saw."""
+    match left, right:
+        case Maximum(), Maximum():
+            return Maximum(_maximum(left.value, right.value))
+        case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()):
+            return type(left)(*(a + b for a, b in zip(left, right, strict=True)))
+    raise TypeError(f"cannot pool a {type(left).__name__} with a {type(right).__name__}: one name, two meanings")
+
+
+def _maximum(left: Tensor | float, right: Tensor | float) -> Tensor | float:
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return torch.maximum(torch.as_tensor(left), torch.as_tensor(right))
+    return max(left, right)
+
+
+def _flatten(statistics: dict[str, Statistic]) -> list[float]:
+    numbers = [number for statistic in statistics.values() for number in statistic]
+    tensors = [number.detach().double() for number in numbers if isinstance(number, Tensor)]
+    fetched = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(fetched) if isinstance(number, Tensor) else float(number) for number in numbers]
+
+
+def _read(name: str, statistic: Statistic, numbers: list[float]) -> dict[str, float]:
+    match statistic:
+        case Mean():
+            total, count = numbers
+            return {name: total / count} if count else {}
+        case Moments():
+            count, total, square = numbers
+            if not count:
+                return {}
+            mean = total / count
+            return {f"{name}/mean": mean, f"{name}/std": math.sqrt(max(square / count - mean * mean, 0.0))}
+        case _:
+            return {name: numbers[0]}

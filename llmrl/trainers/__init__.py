@@ -1,0 +1,1 @@
+"""The loop, the optimizer step, checkpoints and the run."""
