@@ -9,29 +9,30 @@ responses right. Two prompts "ab" and "c", one response each, "xy" (which ended 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Row = Mapping[str, Any]
+B = TypeVar("B", bound="Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Rows side by side: the first axis of every tensor and every tuple is the row."""
 
-    def select(self, index: Tensor) -> Self:
+    def select(self: B, index: Tensor) -> B:
         """The rows that an index tensor names, in its order."""
         return replace(self, **{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: B, device: torch.device | str) -> B:
         """The same with every tensor on another device."""
         return replace(self, **{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
+    def cat(cls: type[B], parts: Sequence[B]) -> B:
         """The rows of several batches as one, padded to the widest: prompts on the left, everything else on the right."""
         return cls(**{f.name: _cat([getattr(part, f.name) for part in parts], f.name) for f in fields(cls)})
 
@@ -52,19 +53,6 @@ class Sequences(Batch):
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Prompt and response tokens of each row, padding left out."""
         return self.prompt_mask.sum(dim=1) + self.response_lengths
-
-    def trim(self) -> Self:
-        """The same rows without the columns that hold padding in every one of them."""
-        prompt_width = int(self.prompt_mask.sum(dim=1).max())
-        response_width = max(int(self.response_lengths.max()), 1)
-        first = self.prompt_ids.shape[1] - prompt_width
-        return replace(
-            self,
-            prompt_ids=self.prompt_ids[:, first:],
-            prompt_mask=self.prompt_mask[:, first:],
-            response_ids=self.response_ids[:, :response_width],
-            response_mask=self.response_mask[:, :response_width],
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,3 +158,18 @@ def pad_columns(x: Tensor, width: int, *, left: bool) -> Tensor:
     """``(B, C)`` widened to ``(B, width)`` with zeros."""
     padding = x.new_zeros(x.shape[0], width - x.shape[1])
     return torch.cat([padding, x] if left else [x, padding], dim=1)
+
+
+def by_token_budget(num_tokens: Int[Tensor, " B"], max_tokens: int) -> list[Int[Tensor, " part"]]:
+    """Rows sorted by length and cut into parts that hold at most `max_tokens` tokens when padded to their longest.
+
+    A row longer than the budget is a part of its own. The parts change memory, never a result.
+    """
+    lengths, order = num_tokens.sort(stable=True)
+    parts, first = [], 0
+    for last, length in enumerate(lengths.tolist()):
+        if last > first and (last + 1 - first) * length > max_tokens:
+            parts.append(order[first:last])
+            first = last
+    parts.append(order[first:])
+    return parts

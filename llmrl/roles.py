@@ -3,14 +3,16 @@
 An adapter that has the methods plays the part: a new engine or a new distributed backend touches no algorithm.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmrl.experience import Prompts, Rollout, Scores, Sequences
+from llmrl.experience import Experience, Prompts, Rollout, Scores, Sequences
 from llmrl.functional.streams import Purpose
+from llmrl.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Trainable(Protocol):
     """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
 
     module: nn.Module
+    learning_rate: float
+    """Of the next optimizer step."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of the loss to what earlier microbatches left."""
@@ -95,6 +99,14 @@ class Collectives(Protocol):
 class Progress(Protocol):
     """Who is told how far the run is."""
 
+    def iteration(self, number: int, values: Mapping[str, float]) -> None:
+        """Iteration `number`, counted from 1, is done; these are its metrics."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Something to be read."""
+        ...
+
     def phase(self, name: str, total: int) -> None:
         """A new phase of the iteration begins: rollout, reward, logprobs, update, evaluation; `total` units of work."""
         ...
@@ -102,3 +114,67 @@ class Progress(Protocol):
     def advance(self, amount: int = 1) -> None:
         """So many more units of the current phase are done."""
         ...
+
+
+class Algorithm(Protocol):
+    """What to learn from a rollout, and the losses that learn it."""
+
+    max_redraws: int
+    """How often an iteration may replace groups that teach nothing; 0 keeps them."""
+    aggregation: str
+    """How token losses become one number: see `token_weights`."""
+    max_response_tokens: int
+    """What aggregation by a constant divides by."""
+
+    def experience(self, rollout: Rollout, scores: Scores) -> tuple[Experience, Metrics]:
+        """What the update learns from, and the numbers that describe it. Called without gradient."""
+        ...
+
+    def losses(self, batch: Any, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
+        """Yields ``(trained module, loss, metrics)`` one at a time: each is run backward before the next forward."""
+        ...
+
+    def should_stop(self, update: Metrics) -> bool:
+        """Whether the updates of this iteration end here."""
+        ...
+
+
+class PromptSource(Protocol):
+    """An endless stream of prompts that knows where it is."""
+
+    def next(self, num_prompts: int) -> Prompts: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ExampleSource(Protocol):
+    """An endless stream of prompts with the responses to learn, that knows where it is."""
+
+    def next(self, num_examples: int) -> Sequences: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer(Protocol):
+    """What a run drives: iterations that can be stopped between, saved and continued."""
+
+    iteration: int
+    """Iterations done so far."""
+
+    def iterate(self) -> Metrics:
+        """The next iteration."""
+        ...
+
+    def rewind(self) -> bool:
+        """After a failure: back to the start of the iteration. False if weights have moved since, so that there is no way back."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on: tensors, numbers and strings, nested by name."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,20 @@
+# The GPU image:
+#     docker build -t llmrl .
+#     docker run --gpus all -v "$PWD/runs:/llmrl/runs" llmrl grpo recipes/...
+# torch is the image's own, built for its CUDA; everything else has the version of constraints.txt, as in the Makefile.
+FROM pytorch/pytorch:2.10.0-cuda13.0-cudnn9-runtime
+
+# The image is the environment: there is no other Python in it to protect.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1
+
+RUN useradd --create-home llmrl
+WORKDIR /llmrl
+COPY . .
+RUN grep -v '^torch==' constraints.txt > no-torch.txt \
+    && python -m pip install -e ".[math,tensorboard,wandb]" -c no-torch.txt \
+    && mkdir -p runs \
+    && chown -R llmrl:llmrl /llmrl
+
+USER llmrl
+ENTRYPOINT ["llmrl"]
+CMD ["--help"]

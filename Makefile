@@ -1,0 +1,42 @@
+# Each target sets up what it needs. PYTHON makes the virtual environment, VENV is where it lies.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SFT_MODEL := runs/quickstart/sft/final
+
+.PHONY: quickstart test test-fast check bench
+
+# Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
+quickstart: $(SFT_MODEL)
+	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml
+	$(BIN)/llmrl grpo recipes/quickstart_grpo.yaml run.resume=true
+	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml model.path=runs/quickstart/grpo/final
+	# COMPARISON: the line that prints both scores side by side goes here.
+
+$(SFT_MODEL): | $(INSTALLED)
+	$(BIN)/python data/arithmetic/generate.py
+	$(BIN)/llmrl sft recipes/quickstart_sft.yaml run.resume=true
+
+# Two workers with one thread each, so that they do not fight for the cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED) $(SFT_MODEL)
+	$(BIN)/python benchmarks/rollout.py $(SFT_MODEL)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("llmrl needs Python 3.11 or newer, and this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch -c constraints.txt
+	$(BIN)/python -m pip install -e ".[dev]" -c constraints.txt
+	touch $@

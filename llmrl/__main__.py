@@ -1,0 +1,5 @@
+"""`python -m llmrl` is `llmrl`."""
+
+from llmrl.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""Group relative policy optimization and its critic-free kin.
+
+One rollout, G responses to each prompt. A response is as good as it is better than its siblings, and each of its tokens
+shares that advantage. No critic. Everything that tells GRPO, Dr. GRPO, RLOO, DAPO and GSPO apart is a setting:
+
+    algorithm       baseline       scale  aggregation  clip                 else
+    GRPO            mean           std    sequence     0.2 / 0.2            kl_form: k3_paper
+    Dr. GRPO        mean           none   constant     0.2 / 0.2
+    RLOO            leave_one_out  none   sequence     (one step)
+    DAPO            mean           std    token        0.2 / 0.28           overlong_buffer_tokens, max_redraws
+    GSPO            mean           std    sequence     3e-4 / 4e-4          ratio: sequence
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llmrl.experience import GRPOExperience, Rollout, Scores
+from llmrl.functional.advantages import group_relative, leave_one_out
+from llmrl.functional.kl import estimate_kl
+from llmrl.functional.losses import clipped_policy_loss, importance_ratio, sequence_log_ratio
+from llmrl.functional.masking import masked_sum
+from llmrl.functional.penalties import overlong_penalty
+from llmrl.functional.statistics import Mean, Statistic, Total
+from llmrl.metrics import Metrics
+from llmrl.roles import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its kin: see the table at the top of this file."""
+
+    group_size: int = 8
+    """Responses per prompt, G."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO)."""
+    scale: Literal["std", "none"] = "std"
+    """Divides advantages by the standard deviation of the group's scores, or leaves them as they are (Dr. GRPO)."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """How token losses become one number: every token counts the same, every response does, or a constant divides (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or the geometric mean over the response at every token (GSPO)."""
+    clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference in the loss; 0 keeps no reference model."""
+    kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
+    """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3 alone,
+    as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
+    overlong_buffer_tokens: int = 0
+    """DAPO: responses in the last so many tokens before the length limit lose up to 1 point; 0 for no penalty."""
+    max_redraws: int = 0
+    """DAPO: groups of equal scores teach nothing and are replaced by groups of new prompts, at most so many times in an
+    iteration; 0 keeps them."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"algorithm.group_size ({self.group_size}) must be at least 2: a response is compared with its siblings"
+            )
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(f"algorithm.clip_low ({self.clip_low}) must be greater than 0 and at most 1")
+        if self.clip_high <= 0:
+            raise ValueError(f"algorithm.clip_high ({self.clip_high}) must be greater than 0")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be greater than 1, or null for no bound")
+        if self.kl_coef < 0:
+            raise ValueError(f"algorithm.kl_coef ({self.kl_coef}) must be 0 or greater")
+        if self.overlong_buffer_tokens < 0:
+            raise ValueError(f"algorithm.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must be 0 or greater")
+        if self.max_redraws < 0:
+            raise ValueError(f"algorithm.max_redraws ({self.max_redraws}) must be 0 or greater")
+        if self.baseline == "leave_one_out" and self.scale == "std":
+            raise ValueError(
+                "algorithm.baseline leave_one_out goes with algorithm.scale none: RLOO does not divide by the spread"
+            )
+        if self.ratio == "sequence" and self.aggregation != "sequence":
+            raise ValueError(
+                "algorithm.ratio sequence goes with algorithm.aggregation sequence: GSPO averages over responses"
+            )
+
+    def warnings(self) -> list[str]:
+        """What is allowed, but seldom meant."""
+        if self.kl_coef > 0 and self.scale == "std":
+            return [
+                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, so kl_coef "
+                "has no fixed meaning; algorithm.scale none gives it one"
+            ]
+        return []
+
+
+class GRPO:
+    """What to learn from a rollout, and the loss that learns it."""
+
+    def __init__(
+        self, config: GRPOConfig, *, actor: Policy, reference: Policy | None, max_response_tokens: int
+    ) -> None:
+        self.config = config
+        self.actor = actor
+        self.reference = reference
+        self.aggregation = config.aggregation
+        self.max_redraws = config.max_redraws
+        self.max_response_tokens = max_response_tokens
+
+    def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
+        """Advantages from the scores of each group, log-probabilities of the actor as it is now and of the reference."""
+        old_logprobs, entropy = self.actor.logprobs(rollout.sequences)
+        ref_logprobs = torch.zeros_like(old_logprobs)
+        if self.reference is not None:
+            ref_logprobs, _ = self.reference.logprobs(rollout.sequences)
+        shaped = scores.total
+        if self.config.overlong_buffer_tokens:
+            shaped = shaped + overlong_penalty(
+                rollout.sequences.response_lengths,
+                limit=self.max_response_tokens,
+                buffer=self.config.overlong_buffer_tokens,
+            )
+        experience = GRPOExperience(
+            rollout=rollout,
+            scores=scores,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            advantages=self._advantages(shaped, rollout)[:, None].expand_as(old_logprobs),
+        )
+        return experience, self._describe(experience, entropy)
+
+    def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
+        """The clipped policy loss, and the KL to the reference."""
+        counted = batch.response_mask
+        logprobs, _ = self.actor.logprobs(batch.sequences)
+        current, old = logprobs, batch.old_logprobs
+        if self.config.ratio == "sequence":
+            current, old = sequence_log_ratio(logprobs, batch.old_logprobs, counted), torch.zeros_like(logprobs)
+        loss, statistics = clipped_policy_loss(
+            current,
+            old,
+            batch.advantages,
+            weights,
+            clip_low=self.config.clip_low,
+            clip_high=self.config.clip_high,
+            dual_clip=self.config.dual_clip,
+        )
+        if self.reference is not None:
+            loss = loss + self.config.kl_coef * masked_sum(weights * self._kl(batch, logprobs), counted)
+        yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
+
+    def should_stop(self, update: Metrics) -> bool:
+        """GRPO makes every update that it planned."""
+        return False
+
+    def _advantages(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
+        if self.config.baseline == "leave_one_out":
+            return leave_one_out(scores, rollout.group_ids)
+        return group_relative(scores, rollout.group_ids, scale=self.config.scale)
+
+    def _kl(self, batch: GRPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        ratio = importance_ratio(logprobs, batch.old_logprobs, batch.response_mask)
+        match self.config.kl_form:
+            case "k2":
+                return ratio.detach() * estimate_kl(logprobs, batch.ref_logprobs, estimator="k2")
+            case "k3":
+                return ratio * estimate_kl(logprobs, batch.ref_logprobs, estimator="k3")
+            case "k3_paper":
+                return estimate_kl(logprobs, batch.ref_logprobs, estimator="k3")
+
+    def _describe(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> Metrics:
+        rollout, mask = experience.rollout, experience.response_mask
+        num_tokens, num_responses = mask.sum(), mask.any(dim=1).sum()
+        gap = (experience.old_logprobs - rollout.rollout_logprobs).abs()
+        statistics: dict[str, Statistic] = {
+            "policy/entropy": Mean(masked_sum(entropy, mask), num_tokens),
+            "policy/rollout_gap": Mean(masked_sum(gap, mask), num_tokens),
+        }
+        if self.reference is not None:
+            kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, estimator="k1")
+            statistics["kl/mean"] = Mean(masked_sum(kl, mask), num_tokens)
+            statistics["kl/sequence"] = Mean(masked_sum(kl, mask), num_responses)
+        return Metrics(statistics)

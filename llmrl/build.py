@@ -1,0 +1,355 @@
+"""From settings to a wired run: the only module that knows every class.
+
+Everything that can be wrong is found by `check_*` before any weights load; `build_*` then wires what was checked.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from llmrl.algorithms.grpo import GRPO
+from llmrl.config import GRPORun, SFTRun
+from llmrl.data.prompts import PromptDataConfig, PromptSource, encode_prompts, load_prompt_rows
+from llmrl.data.rows import DataConfig, is_local
+from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource, load_supervised_rows
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.trainable import LocalTrainable
+from llmrl.experience import Row
+from llmrl.functional.streams import Purpose
+from llmrl.models.heads import choose_head
+from llmrl.models.loading import (
+    DTYPES,
+    ModelConfig,
+    as_loaded,
+    check_model,
+    end_ids,
+    is_local_model,
+    load_adapted,
+    load_model,
+    load_tokenizer,
+)
+from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.models.saving import save_policy
+from llmrl.reports.progress import Silent
+from llmrl.reports.samples import SampleWriter
+from llmrl.reports.trackers import Trackers
+from llmrl.rewards.functions import FunctionReward, decode_responses
+from llmrl.rewards.loading import Function, load_functions
+from llmrl.roles import Policy, Progress, RolloutEngine, Sampling
+from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.generate import TransformersEngine
+from llmrl.rollout.native import NativeEngine
+from llmrl.settings import to_dict
+from llmrl.trainers.evaluate import Evaluator
+from llmrl.trainers.rl import RLTrainer
+from llmrl.trainers.run import Run, check_output
+from llmrl.trainers.sft import SFTTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+C = TypeVar("C", bound=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What checking read, so that building need not read it again. None stands for what could not be read yet."""
+
+    rows: list[Row] | None
+    evaluation_rows: list[Row] | None
+    functions: tuple[Function, ...]
+    unchecked: list[str]
+    """Sentences on what could not be checked."""
+
+
+def check_sft(config: SFTRun, *, dry: bool) -> Checked:
+    """Checks a supervised run. A dry one may name what does not exist yet; see `_rows`."""
+    check_output(config.run)
+    unchecked = _model(config.model, dry=dry)
+    rows = _rows(config.data, load_supervised_rows, unchecked, dry=dry)
+    evaluation_rows = None
+    if config.evaluation_data is not None:
+        evaluation_rows = _rows(config.evaluation_data, load_supervised_rows, unchecked, dry=dry)
+    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
+
+
+def check_grpo(config: GRPORun, *, dry: bool, trains: bool = True) -> Checked:
+    """Checks a run of GRPO, or, where it trains nothing, an evaluation of its model."""
+    unchecked = _model(config.model, dry=dry)
+    if trains:
+        check_output(config.run)
+        Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    rows = _rows(config.data, load_prompt_rows, unchecked, dry=dry) if trains else None
+    evaluation_rows = None
+    if config.evaluation_data is not None:
+        evaluation_rows = _rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry)
+    functions: tuple[Function, ...] = ()
+    for some_rows in (rows, evaluation_rows):
+        if some_rows is not None:
+            functions = load_functions(config.reward, some_rows[0])
+    if rows is None and evaluation_rows is None:
+        unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
+    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
+
+
+def _model(config: ModelConfig, *, dry: bool) -> list[str]:
+    if dry and config.made_by and not Path(config.path).exists():
+        return [f"model.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
+    sentence = check_model(config)
+    return [sentence] if sentence else []
+
+
+def _rows(config: C, load: Callable[[C], list[Row]], unchecked: list[str], *, dry: bool) -> list[Row] | None:
+    """The rows that a config names. A dry run passes over a file that a command is still to make, and over the hub."""
+    if dry and not is_local(config.path):
+        unchecked.append(f"data.path ({config.path}) is a data set on the hub, which a dry run does not fetch")
+    elif dry and config.made_by and not Path(config.path).exists():
+        unchecked.append(f"data.path ({config.path}) does not exist yet; `{config.made_by}` makes it")
+    else:
+        return load(config)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """A loaded policy with everything that belongs to it."""
+
+    model: "PreTrainedModel"
+    adapted: "PeftModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    module: PolicyModule
+    policy: Policy
+    dtype: torch.dtype
+
+    @property
+    def save(self) -> Callable[[Path], None]:
+        """Writes the policy to a folder."""
+        return partial(save_policy, model=self.model, adapted=self.adapted, tokenizer=self.tokenizer, dtype=self.dtype)
+
+
+def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: int, seed: int) -> Actor:
+    """The model to be trained, on the device, ready for log-probabilities."""
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
+    model, adapted = load_adapted(config)
+    model.to(pick_device()).train()  # type: ignore[arg-type]
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    dtype = DTYPES[config.dtype]
+    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    module = PolicyModule(model, choose_head(model, vocab_size), temperature=temperature, dtype=dtype)
+    policy = TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
+    return Actor(model=model, adapted=adapted, tokenizer=tokenizer, module=module, policy=policy, dtype=dtype)
+
+
+def reference_of(actor: Actor, *, microbatch_tokens: int) -> Policy:
+    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy in the compute precision."""
+    if actor.adapted is not None:
+        context = partial(as_loaded, actor.adapted)
+        return TransformersPolicy(actor.module, microbatch_tokens=microbatch_tokens, context=context)
+    frozen = copy.deepcopy(actor.model).to(actor.dtype).requires_grad_(False)  # type: ignore[arg-type]
+    module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
+    return TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
+
+
+def build_engine(
+    config: RolloutConfig,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> RolloutEngine:
+    """The engine that the config names, over a loaded model."""
+    common: dict[str, Any] = {
+        "eos_ids": end_ids(tokenizer, model),
+        "vocab_size": min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
+        "progress": progress,
+    }
+    if config.engine == "transformers":
+        return TransformersEngine(model, **common)
+    return NativeEngine(model, dtype=dtype, max_rows=config.max_rows, **common)
+
+
+def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+    """A supervised run, ready to train."""
+    assert checked.rows is not None, "only a dry run may leave rows unread"
+    collectives = OneProcess()
+    actor = load_actor(
+        config.model, temperature=1.0, microbatch_tokens=config.sft.microbatch_tokens, seed=config.run.seed
+    )
+    examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
+    _tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    trainer = SFTTrainer(
+        config.sft,
+        actor=actor.policy,
+        trained={"actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.run.num_iterations)},
+        examples=examples,
+        held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
+        collectives=collectives,
+        progress=progress,
+    )
+    return Run(
+        config.run,
+        settings=to_dict(config),
+        trainer=trainer,
+        save_model=actor.save,
+        evaluate=trainer.evaluate if config.evaluation_data is not None else None,
+        evaluate_every=config.sft.evaluate_every,
+        progress=progress,
+        sink=trackers,
+    )
+
+
+def _held_out(config: SupervisedDataConfig | None, rows: list[Row] | None, actor: Actor, progress: Progress):
+    if config is None or rows is None:
+        return None
+    examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
+    _tell_dropped(examples.num_dropped, "evaluation_data", "max_tokens", progress)
+    return examples.next(examples.num_rows).to(actor.model.device)
+
+
+def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+    """A run of GRPO, ready to train."""
+    assert checked.rows is not None, "only a dry run may leave rows unread"
+    for warning in config.algorithm.warnings():
+        progress.message(f"warning: {warning}")
+    collectives = OneProcess()
+    actor = load_actor(
+        config.model,
+        temperature=config.rollout.temperature,
+        microbatch_tokens=config.update.microbatch_tokens,
+        seed=config.run.seed,
+    )
+    prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
+    _tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
+    engine = build_engine(config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress)
+    reference = None
+    if config.algorithm.kl_coef > 0:
+        reference = reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
+    num_steps = config.run.num_iterations * config.optimizer_steps_per_iteration
+    output_dir = Path(config.run.output_dir)
+    trainer = RLTrainer(
+        algorithm=GRPO(
+            config.algorithm,
+            actor=actor.policy,
+            reference=reference,
+            max_response_tokens=config.rollout.max_response_tokens,
+        ),
+        engine=engine,
+        reward=_reward(config, checked.functions, actor.tokenizer, config.data),
+        prompts=prompts,
+        trained={"actor": LocalTrainable(actor.module, config.optimizer, num_steps=num_steps)},
+        update=config.update,
+        prompts_per_iteration=config.rollout.prompts_per_iteration,
+        group_size=config.algorithm.group_size,
+        temperature=config.rollout.temperature,
+        seed=config.run.seed,
+        collectives=collectives,
+        progress=progress,
+        observe=SampleWriter(
+            output_dir / "samples.jsonl", num_samples=config.run.samples_per_iteration, decode=actor.tokenizer.decode
+        ),
+    )
+    evaluator = None
+    if config.evaluation_data is not None:
+        evaluator = _evaluator(config, checked, actor.tokenizer, engine, progress)
+    return Run(
+        config.run,
+        settings=to_dict(config),
+        trainer=trainer,
+        save_model=actor.save,
+        evaluate=evaluator.evaluate if evaluator is not None else None,
+        evaluate_every=config.evaluation.every,
+        progress=progress,
+        sink=trackers,
+    )
+
+
+def build_evaluator(config: GRPORun, checked: Checked, *, progress: Progress) -> Evaluator:
+    """An evaluation of the model that a recipe of GRPO names, without anything that trains."""
+    tokenizer, model = load_for_sampling(config.model)
+    engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
+    return _evaluator(config, checked, tokenizer, engine, progress)
+
+
+def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
+    """Tokenizer and model in the precision that it computes in, on the device."""
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, dtype=DTYPES[config.dtype])
+    return tokenizer, model.to(pick_device())  # type: ignore[arg-type,return-value]
+
+
+def _evaluator(
+    config: GRPORun, checked: Checked, tokenizer: "PreTrainedTokenizerBase", engine: RolloutEngine, progress: Progress
+) -> Evaluator:
+    assert config.evaluation_data is not None, "an evaluation needs prompts"
+    assert checked.evaluation_rows is not None, "an evaluation needs prompts"
+    prompts, num_dropped = encode_prompts(checked.evaluation_rows, tokenizer, config.evaluation_data)
+    _tell_dropped(num_dropped, "evaluation_data", "max_prompt_tokens", progress)
+    return Evaluator(
+        config.evaluation,
+        engine=engine,
+        reward=_reward(config, checked.functions, tokenizer, config.evaluation_data),
+        prompts=prompts,
+        criterion=config.reward.labels[0],
+        max_response_tokens=config.rollout.max_response_tokens,
+        seed=config.run.seed,
+        progress=progress,
+    )
+
+
+def _reward(
+    config: GRPORun, functions: Sequence[Function], tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig
+) -> FunctionReward:
+    return FunctionReward(config.reward, functions=functions, tokenizer=tokenizer, prompt_column=data.prompt_column)
+
+
+def _tell_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:
+    if num_dropped:
+        progress.message(f"{section}: {num_dropped} rows are longer than {section}.{limit} and were dropped")
+
+
+def respond(
+    config: ModelConfig,
+    texts: Sequence[str],
+    *,
+    system_prompt: str | None,
+    temperature: float,
+    num_responses: int,
+    max_response_tokens: int,
+    seed: int,
+) -> list[list[str]]:
+    """Responses to texts, as text; greedy at temperature 0."""
+    tokenizer, model = load_for_sampling(config)
+    data = PromptDataConfig(path="the command line", system_prompt=system_prompt, max_prompt_tokens=sys.maxsize)
+    prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
+    engine = build_engine(
+        RolloutConfig(max_rows=max(num_responses, RolloutConfig.max_rows)),
+        model,
+        tokenizer,
+        dtype=model.dtype,
+        progress=Silent(),
+    )
+    sampling = Sampling(
+        temperature=temperature or 1.0,
+        num_responses=num_responses,
+        max_response_tokens=max_response_tokens,
+        greedy=temperature == 0,
+        seed=seed,
+        purpose=Purpose.GENERATION,
+        first_response=0,
+    )
+    decoded = decode_responses(engine.generate(prompts, sampling).sequences, tokenizer)
+    return [decoded[first : first + num_responses] for first in range(0, len(decoded), num_responses)]

@@ -1,0 +1,236 @@
+"""The command line: llmrl sft | grpo | evaluate | generate | settings.
+
+Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n stopped by signal n.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llmrl.settings import SettingError, describe, read_recipe, to_yaml
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Recipe = Annotated[Path, typer.Argument(help="A YAML file of settings, such as those in recipes/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that replace the recipe's: key=value, as in run.seed=1.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Checks everything and prints the resolved recipe; loads no model.")
+]
+
+
+def main() -> None:
+    """Entry point of the command `llmrl`."""
+    app()
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Fine-tunes a model on prompts with given responses."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import build_sft, check_sft
+        from llmrl.config import SFTRun
+
+        config = read_recipe(SFTRun, recipe, overrides or [])
+        checked = check_sft(config, dry=dry_run)
+    sentence = (
+        f"Each of {config.run.num_iterations} iterations is one optimizer step on {config.sft.batch_size} examples"
+        f"{_epochs(config.run.num_iterations * config.sft.batch_size, checked.rows)}."
+    )
+    if dry_run:
+        _print_dry_run(config, sentence, checked.unchecked)
+    else:
+        _train(config, sentence, lambda **roles: build_sft(config, checked, **roles))
+
+
+@app.command()
+def grpo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Improves a model by GRPO, or one of its kin, against rewards that programs verify."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import build_grpo, check_grpo
+        from llmrl.config import GRPORun
+
+        config = read_recipe(GRPORun, recipe, overrides or [])
+        checked = check_grpo(config, dry=dry_run)
+    num_prompts = config.run.num_iterations * config.rollout.prompts_per_iteration
+    sentence = (
+        f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
+        f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
+        f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
+        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.update.minibatch_size} responses"
+        f"{_epochs(num_prompts, checked.rows)}."
+    )
+    if dry_run:
+        _print_dry_run(config, sentence, checked.unchecked)
+    else:
+        _train(config, sentence, lambda **roles: build_grpo(config, checked, **roles))
+
+
+@app.command()
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Writes the numbers to this JSON file.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier --output to set these numbers beside.")] = None,
+) -> None:
+    """Accuracy and pass@k of a GRPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import build_evaluator, check_grpo
+        from llmrl.config import GRPORun
+
+        config = read_recipe(GRPORun, recipe, overrides or [])
+        if config.evaluation_data is None:
+            raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
+        before = json.loads(_existing(compare).read_text()) if compare is not None else None
+        checked = check_grpo(config, dry=False, trains=False)
+    with failures_in_one_line(), _progress(1) as progress:
+        values = build_evaluator(config, checked, progress=progress).evaluate()
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"model": config.model.path, **values}, indent=1) + "\n")
+    _print_evaluation(config.model.path, values, before)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    prompts: Annotated[list[str], typer.Argument(help="Texts to respond to.")],
+    temperature: Annotated[float, typer.Option(help="Samples at this temperature; 0 takes the likeliest token.")] = 0.0,
+    num_responses: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
+    max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
+    system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random stream.")] = 0,
+) -> None:
+    """Responds to prompts."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import respond
+        from llmrl.models.loading import ModelConfig, check_model
+
+        if temperature < 0:
+            raise SettingError(f"--temperature ({temperature}) must be 0 or greater")
+        config = ModelConfig(path=model)
+        check_model(config)
+    with failures_in_one_line():
+        responses = respond(
+            config,
+            prompts,
+            system_prompt=system_prompt,
+            temperature=temperature,
+            num_responses=num_responses,
+            max_response_tokens=max_response_tokens,
+            seed=seed,
+        )
+    for prompt, texts in zip(prompts, responses, strict=True):
+        for text in texts:
+            print(f"> {prompt}\n{text}\n")
+
+
+@app.command()
+def settings(algorithm: Annotated[str, typer.Argument(help="sft or grpo")]) -> None:
+    """Every setting with its default and what it does."""
+    from llmrl.config import GRPORun, SFTRun
+
+    runs = {"sft": SFTRun, "grpo": GRPORun}
+    with bad_input_ends_with_status_2():
+        if algorithm not in runs:
+            raise SettingError(f"{algorithm} has no settings; choose {' or '.join(runs)}")
+    table = Table("setting", "type", "default", "what it does")
+    for setting in describe(runs[algorithm]):
+        table.add_row(setting.path, setting.type, setting.default, setting.help)
+    Console().print(table)
+
+
+def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
+    from llmrl.reports.trackers import Trackers
+
+    trackers = Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    with failures_in_one_line(), _progress(config.run.num_iterations) as progress:
+        progress.message(sentence)
+        run = build(progress=progress, trackers=trackers)
+        with trackers:
+            run.train()
+    print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
+
+
+def _progress(num_iterations: int) -> Any:
+    from llmrl.reports.progress import make_progress
+
+    return make_progress(num_iterations)
+
+
+@contextmanager
+def bad_input_ends_with_status_2() -> Iterator[None]:
+    """Around everything that happens before a model loads: what is wrong there is the input."""
+    try:
+        yield
+    except ValueError as error:
+        _fail(error, 2)
+
+
+@contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
+    from llmrl.data.rows import DataError
+    from llmrl.models.loading import ModelError
+    from llmrl.rewards.functions import RewardError
+    from llmrl.trainers.checkpoint import CheckpointError
+    from llmrl.trainers.rl import FlatGroupsError
+    from llmrl.trainers.run import RunError, Stopped
+
+    try:
+        yield
+    except (DataError, ModelError, RunError, CheckpointError) as error:
+        _fail(error, 2)
+    except (RewardError, FlatGroupsError, FloatingPointError) as error:
+        _fail(error, 1)
+    except Stopped as stopped:
+        _fail(stopped, 128 + stopped.signal_number)
+
+
+def _fail(error: Exception, status: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(status) from error
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise SettingError(f"--compare ({file}) is no file; write one with --output")
+    return file
+
+
+def _epochs(num_used: int, rows: list | None) -> str:
+    return f"; {num_used:,} of them in all, {num_used / len(rows):.2f} epochs of {len(rows):,} rows" if rows else ""
+
+
+def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
+    print(to_yaml(config))
+    print(sentence)
+    for what in unchecked:
+        print(f"not checked: {what}")
+
+
+def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:
+    table = Table("", *([before["model"]] if before else []), model)
+    for name, value in values.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        cells = [_with_interval(name, before)] if before else []
+        table.add_row(name.removeprefix("eval/"), *cells, _with_interval(name, values))
+    Console().print(table)
+
+
+def _with_interval(name: str, values: dict[str, Any]) -> str:
+    if name not in values:
+        return ""
+    text = f"{values[name]:.4g}"
+    if f"{name}_low" in values:
+        text += f"  [{values[f'{name}_low']:.4g}, {values[f'{name}_high']:.4g}]"
+    return text

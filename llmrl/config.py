@@ -1,0 +1,108 @@
+"""What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
+
+from dataclasses import dataclass, field
+
+from llmrl.algorithms.grpo import GRPOConfig
+from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.distributed.trainable import OptimizerConfig
+from llmrl.models.loading import ModelConfig
+from llmrl.reports.trackers import TrackerConfig
+from llmrl.rewards.config import RewardConfig
+from llmrl.rollout.config import RolloutConfig
+from llmrl.trainers.evaluate import EvaluationConfig
+from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.run import RunConfig
+from llmrl.trainers.sft import SFTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRun:
+    """Supervised fine-tuning: `llmrl sft`."""
+
+    model: ModelConfig
+    """The model that is trained."""
+    data: SupervisedDataConfig
+    """Prompts with the responses to learn."""
+    run: RunConfig
+    """How long, and where to."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """How examples become optimizer steps."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    """How the weights move."""
+    evaluation_data: SupervisedDataConfig | None = None
+    """Held-out examples whose loss is measured."""
+    trackers: TrackerConfig = field(default_factory=TrackerConfig)
+    """Who else is told the metrics."""
+
+    def __post_init__(self) -> None:
+        if self.sft.evaluate_every and self.evaluation_data is None:
+            raise ValueError(
+                f"sft.evaluate_every ({self.sft.evaluate_every}) needs evaluation_data; name held-out examples, or set it to 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORun:
+    """GRPO and its kin: `llmrl grpo`."""
+
+    model: ModelConfig
+    """The model that is trained."""
+    data: PromptDataConfig
+    """Prompts."""
+    reward: RewardConfig
+    """What scores the responses."""
+    run: RunConfig
+    """How long, and where to."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How responses are drawn."""
+    algorithm: GRPOConfig = field(default_factory=GRPOConfig)
+    """What is learned from them."""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    """How an experience becomes optimizer steps."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How the weights move."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How held-out prompts are answered."""
+    evaluation_data: PromptDataConfig | None = None
+    """Held-out prompts."""
+    trackers: TrackerConfig = field(default_factory=TrackerConfig)
+    """Who else is told the metrics."""
+
+    def __post_init__(self) -> None:
+        group, size = self.algorithm.group_size, self.update.minibatch_size
+        if size % group:
+            raise ValueError(
+                f"update.minibatch_size ({size}) must be a multiple of algorithm.group_size ({group}): groups are not torn "
+                f"apart; try {max(size // group, 1) * group}"
+            )
+        if self.num_responses % size:
+            raise ValueError(
+                f"update.minibatch_size ({size}) must divide the {self.num_responses} responses of a rollout "
+                f"({self.rollout.prompts_per_iteration} prompts x {group}); try {_divisors(self.num_responses, group)}"
+            )
+        if self.rollout.engine == "native" and self.rollout.max_rows < group:
+            raise ValueError(f"rollout.max_rows ({self.rollout.max_rows}) must hold a whole group: at least {group}")
+        if self.algorithm.overlong_buffer_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens ({self.algorithm.overlong_buffer_tokens}) must be at most "
+                f"rollout.max_response_tokens ({self.rollout.max_response_tokens})"
+            )
+        if self.evaluation.every and self.evaluation_data is None:
+            raise ValueError(
+                f"evaluation.every ({self.evaluation.every}) needs evaluation_data; name held-out prompts, or set it to 0"
+            )
+
+    @property
+    def num_responses(self) -> int:
+        """Of one rollout, over all ranks."""
+        return self.rollout.prompts_per_iteration * self.algorithm.group_size
+
+    @property
+    def optimizer_steps_per_iteration(self) -> int:
+        return self.update.num_epochs * self.num_responses // self.update.minibatch_size
+
+
+def _divisors(number: int, multiple_of: int) -> str:
+    fitting = [n for n in range(multiple_of, number + 1, multiple_of) if number % n == 0]
+    return " or ".join(str(n) for n in fitting[-3:])

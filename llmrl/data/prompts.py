@@ -1,0 +1,90 @@
+"""Prompts for the rollout: rows that hold a text or messages, encoded once and dealt in shuffled epochs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.data.chat import padded, prompt_ids, prompt_problem
+from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows, missing_column
+from llmrl.data.source import ShuffledSource
+from llmrl.experience import Prompts, Row
+
+REWARD_ARGUMENTS = ("prompts", "responses")
+
+EncodedPrompt = tuple[Row, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataConfig(DataConfig):
+    """Rows of prompts."""
+
+    max_prompt_tokens: int = 512
+    """Longer prompts are dropped and counted, never truncated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be at least 1")
+
+
+def load_prompt_rows(config: PromptDataConfig) -> list[Row]:
+    """The rows that a config names, checked."""
+    rows = load_config_rows(config)
+    check_prompt_rows(rows, config)
+    return rows
+
+
+def check_prompt_rows(rows: Sequence[Row], config: PromptDataConfig) -> None:
+    """Raises one `DataError` that lists the rows without a usable prompt, unless there are none."""
+    check_rows(config.path, rows, lambda row: _row_problem(row, config.prompt_column))
+
+
+def encode_prompts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig
+) -> tuple[Prompts, int]:
+    """``(prompts, num_dropped)``: the rows in order as one batch, less those longer than `max_prompt_tokens`."""
+    kept = _encode(rows, tokenizer, config)
+    return _batch(kept), len(rows) - len(kept)
+
+
+class PromptSource(ShuffledSource[EncodedPrompt]):
+    """Deals prompts in shuffled epochs."""
+
+    def __init__(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig, *, seed: int
+    ) -> None:
+        kept = _encode(rows, tokenizer, config)
+        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed)
+
+    def next(self, num_prompts: int) -> Prompts:
+        """The next prompts as one batch."""
+        return _batch(self.take(num_prompts))
+
+
+def _row_problem(row: Row, column: str) -> str | None:
+    if column not in row:
+        return missing_column(row, column)
+    if problem := prompt_problem(row[column]):
+        return f"{column!r} {problem}"
+    for name in REWARD_ARGUMENTS:
+        if name in row:
+            return f"the column {name!r} has the name of an argument of reward functions; rename it"
+    return None
+
+
+def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> list[EncodedPrompt]:
+    """Each row with its prompt's ids, less those that are too long."""
+    encoded = zip(rows, prompt_ids([row[config.prompt_column] for row in rows], tokenizer, config), strict=True)
+    kept = [(row, ids) for row, ids in encoded if len(ids) <= config.max_prompt_tokens]
+    if not kept:
+        raise DataError(
+            f"{config.path}: every one of the {len(rows)} prompts is longer than data.max_prompt_tokens "
+            f"({config.max_prompt_tokens}); raise it"
+        )
+    return kept
+
+
+def _batch(prompts: Sequence[EncodedPrompt]) -> Prompts:
+    ids, mask = padded([ids for _, ids in prompts], left=True)
+    return Prompts(ids=ids, mask=mask, rows=tuple(row for row, _ in prompts))

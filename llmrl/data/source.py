@@ -1,0 +1,63 @@
+"""Which examples come next: a walk through the data in a new random order each epoch, resumed exactly."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmrl.data.rows import DataError
+from llmrl.functional.streams import Purpose, permutation
+
+Example = TypeVar("Example")
+
+
+class ShuffledSource(Generic[Example]):
+    """Deals every example exactly once per epoch, without end.
+
+    The order of an epoch is a function of the seed and the epoch, so the position is the whole state.
+
+    Args:
+        examples: Encoded once, so that dealing them is cheap.
+        num_dropped: How many rows were too long to be among the examples.
+        seed: Of the run.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, num_dropped: int, seed: int) -> None:
+        def order(epoch: int) -> Tensor:
+            return permutation(len(examples), seed, Purpose.DATA, epoch=epoch)
+
+        self.num_dropped = num_dropped
+        self._examples = examples
+        self._order = lru_cache(maxsize=2)(order)  # a batch seldom touches more than two epochs
+        self._position = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Examples per epoch: the rows less the dropped ones."""
+        return len(self._examples)
+
+    @property
+    def epoch(self) -> float:
+        """Passes through the data so far."""
+        return self._position / self.num_rows
+
+    def take(self, count: int) -> list[Example]:
+        """The next examples; they may span epochs."""
+        first_epoch, first_place = divmod(self._position, self.num_rows)
+        end_epoch = -(-(self._position + count) // self.num_rows)
+        order = torch.cat([self._order(epoch) for epoch in range(first_epoch, end_epoch)])
+        self._position += count
+        return [self._examples[n] for n in order[first_place : first_place + count].tolist()]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self._position, "num_rows": self.num_rows}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["num_rows"] != self.num_rows:
+            raise DataError(
+                f"the checkpoint was made with {state['num_rows']} usable rows, but the data now has {self.num_rows}; "
+                "resume with the same data and settings, or start a new run"
+            )
+        self._position = state["position"]

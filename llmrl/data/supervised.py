@@ -1,0 +1,110 @@
+"""Supervised examples: prompts with the responses to imitate, encoded once and dealt in shuffled epochs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.data.chat import Prompt, padded, prompt_ids, prompt_problem, response_ids
+from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows, missing_column
+from llmrl.data.source import ShuffledSource
+from llmrl.experience import Row, Sequences
+
+EncodedExample = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedDataConfig(DataConfig):
+    """Rows of prompts and responses. A prompt of messages that ends with the assistant's brings its own response."""
+
+    response_column: str = "response"
+    """Column of the response, a text."""
+    max_tokens: int = 1024
+    """Longer examples, prompt and response together, are dropped and counted, never truncated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens < 2:
+            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
+
+
+def load_supervised_rows(config: SupervisedDataConfig) -> list[Row]:
+    """The rows that a config names, checked."""
+    rows = load_config_rows(config)
+    check_supervised_rows(rows, config)
+    return rows
+
+
+def check_supervised_rows(rows: Sequence[Row], config: SupervisedDataConfig) -> None:
+    """Raises one `DataError` that lists the rows without a usable prompt and response, unless there are none."""
+    check_rows(config.path, rows, lambda row: _row_problem(row, config))
+
+
+class SupervisedSource(ShuffledSource[EncodedExample]):
+    """Deals supervised examples in shuffled epochs."""
+
+    def __init__(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig, *, seed: int
+    ) -> None:
+        kept = _encode(rows, tokenizer, config)
+        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed)
+
+    def next(self, num_examples: int) -> Sequences:
+        """The next examples as one batch."""
+        return _batch(self.take(num_examples))
+
+
+def _row_problem(row: Row, config: SupervisedDataConfig) -> str | None:
+    if config.prompt_column not in row:
+        return missing_column(row, config.prompt_column)
+    if _brings_response(row, config) and config.response_column in row:
+        return f"two responses: {config.prompt_column!r} ends with one and {config.response_column!r} is another"
+    if not _brings_response(row, config) and config.response_column not in row:
+        return missing_column(row, config.response_column)
+    prompt, response = _split(row, config)
+    if problem := prompt_problem(prompt):
+        return f"{config.prompt_column!r} {problem}"
+    if not isinstance(response, str) or not response.strip():
+        return "its response must be a text that is not empty"
+    return None
+
+
+def _brings_response(row: Row, config: SupervisedDataConfig) -> bool:
+    match row[config.prompt_column]:
+        case [*_, {"role": "assistant", "content": _}]:
+            return True
+    return False
+
+
+def _split(row: Row, config: SupervisedDataConfig) -> tuple[Prompt, str]:
+    prompt = row[config.prompt_column]
+    if _brings_response(row, config):
+        return prompt[:-1], prompt[-1]["content"]
+    return prompt, row[config.response_column]
+
+
+def _encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
+) -> list[EncodedExample]:
+    """The ids of each row's prompt and response, less those that are too long."""
+    prompts, responses = zip(*(_split(row, config) for row in rows), strict=True)
+    encoded = zip(prompt_ids(prompts, tokenizer, config), response_ids(responses, tokenizer), strict=True)
+    kept = [(prompt, response) for prompt, response in encoded if len(prompt) + len(response) <= config.max_tokens]
+    if not kept:
+        raise DataError(
+            f"{config.path}: every one of the {len(rows)} examples is longer than data.max_tokens "
+            f"({config.max_tokens}); raise it"
+        )
+    return kept
+
+
+def _batch(examples: Sequence[EncodedExample]) -> Sequences:
+    prompt_ids, prompt_mask = padded([prompt for prompt, _ in examples], left=True)
+    response_ids, response_mask = padded([response for _, response in examples], left=False)
+    return Sequences(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=response_mask,
+        response_lengths=response_mask.sum(dim=1),
+    )

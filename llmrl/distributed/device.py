@@ -1,0 +1,9 @@
+"""The device of this process."""
+
+import torch
+from accelerate import PartialState
+
+
+def pick_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
+    return PartialState().device

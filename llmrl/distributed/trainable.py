@@ -1,0 +1,148 @@
+"""A module with its optimizer and learning-rate schedule, in one process."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+MAX_SKIPPED_STEPS = 5
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW on float32 weights. Loshchilov and Hutter 2019, arXiv:1711.05101."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stays, or falls to 0 at the last optimizer step in a line or in a half cosine."""
+    warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0 to its peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) are left alone."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the running mean of squared gradients."""
+    max_grad_norm: float = 1.0
+    """The global gradient norm above which the gradient is scaled down to it."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
+            raise ValueError(f"optimizer.learning_rate ({self.learning_rate}) must be 0 or greater")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps ({self.warmup_steps}) must be 0 or greater")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay ({self.weight_decay}) must be 0 or greater")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} ({getattr(self, name)}) must be at least 0 and less than 1")
+        if self.max_grad_norm <= 0:
+            raise ValueError(
+                f"optimizer.max_grad_norm ({self.max_grad_norm}) must be greater than 0; .inf turns clipping off"
+            )
+
+
+class LocalTrainable:
+    """`Trainable` for a module that lives whole in this process."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, *, num_steps: int) -> None:
+        from transformers import get_scheduler
+
+        self.module = module
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.max_grad_norm = config.max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.parameters.values(), config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        self.scheduler = get_scheduler(
+            SCHEDULES[config.schedule],
+            self.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=num_steps,
+        )
+        self.num_skipped = 0
+        """Steps skipped one after another because the gradient was not finite."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def optimizer_step(self) -> Tensor:
+        """Clips by the global norm, steps, clears the gradient, advances the schedule.
+
+        A gradient that is not finite changes nothing but the schedule; the caller sees it in the norm.
+
+        Raises:
+            FloatingPointError: That happened several times in a row, so it will not pass by itself.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        finite = bool(norm.isfinite())
+        self.num_skipped = 0 if finite else self.num_skipped + 1
+        if self.num_skipped == MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
+                "resume from the last checkpoint with a lower optimizer.learning_rate"
+            )
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm.detach()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return self.scheduler.get_last_lr()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers only, by name, so that safetensors and JSON can hold them."""
+        moments = {
+            name: {key: value.detach() for key, value in self.optimizer.state[p].items()}
+            for name, p in self.parameters.items()
+            if p in self.optimizer.state
+        }
+        return {
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": moments,
+            "num_schedule_steps": self.scheduler.last_epoch,
+            "num_skipped": self.num_skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state of the same parameters; the learning rate continues on the schedule configured now."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state["parameters"][name])
+        for name, moments in state["optimizer"].items():
+            p = self.parameters[name]
+            self.optimizer.state[p] = {
+                key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments.items()
+            }
+        self._fast_forward(state["num_schedule_steps"])
+        self.num_skipped = state["num_skipped"]
+
+    def _fast_forward(self, num_steps: int) -> None:
+        scheduler = self.scheduler
+        scheduler.last_epoch = num_steps
+        rates = [
+            base * factor(num_steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _parameter_groups(parameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with decay, vectors without."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

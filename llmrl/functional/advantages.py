@@ -1,0 +1,156 @@
+"""How much better than expected: per token with a critic, per response with the other responses to the prompt."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from llmrl.functional.masking import check_shapes
+
+STD_FLOOR = 1e-6
+"""Added to a group's standard deviation before `group_relative` divides by it."""
+
+
+def gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    bootstrap_values: Float[Tensor, " B"],
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Generalized advantage estimates and the value targets that go with them.
+
+        δ_t = r_t + γ V_{t+1} - V_t
+        A_t = δ_t + γ λ A_{t+1}
+        R_t = A_t + V_t
+
+    Positions outside the mask are stepped over: t+1 means the next token the policy chose, whatever tool output or
+    padding lies between.
+
+    Args:
+        rewards: Per-token rewards, KL penalty included.
+        values: The critic's V(s_t), read *before* token t is chosen.
+        response_mask: True on the tokens the policy chose.
+        bootstrap_values: V after the last token: 0 unless the response was cut and its end is to be guessed.
+        gamma: Discount per token, in [0, 1].
+        gae_lambda: λ in [0, 1]; 0 is one-step TD, 1 is Monte Carlo minus V.
+
+    Returns:
+        ``(advantages, returns)``, both 0 outside the mask. Not standardized.
+
+    Reference: Schulman et al. 2016, arXiv:1506.02438, eq. 11-16.
+    """
+    check_shapes(
+        rewards=(rewards, "B T"),
+        values=(values, "B T"),
+        response_mask=(response_mask, "B T"),
+        bootstrap_values=(bootstrap_values, "B"),
+    )
+    next_values = torch.cat([values, bootstrap_values[:, None]], dim=1).gather(1, _next_chosen(response_mask))
+    deltas = rewards + gamma * next_values - values
+    advantages = _discounted_sums(deltas, response_mask, gamma * gae_lambda)
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+def discounted_returns(
+    rewards: Float[Tensor, "B T"], response_mask: Bool[Tensor, "B T"], *, gamma: float
+) -> Float[Tensor, "B T"]:
+    """Monte Carlo returns R_t = r_t + γ R_{t+1}, where t+1 is the next token under the mask; 0 outside it."""
+    check_shapes(rewards=(rewards, "B T"), response_mask=(response_mask, "B T"))
+    return _discounted_sums(rewards, response_mask, gamma)
+
+
+def group_relative(
+    scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, scale: Literal["std", "none"] = "std"
+) -> Float[Tensor, " B"]:
+    """Advantage over the mean score of the group: (score - mean) / (population std + 1e-6).
+
+    Args:
+        scores: One per response; NaN means "could not be scored" and leaves mean and std.
+        group_ids: Which group each response belongs to, in any order; each has at least two.
+        scale: ``"none"`` leaves the division out (Dr. GRPO, arXiv:2503.20783).
+
+    Returns:
+        Computed in float64, in the dtype of `scores`. Exactly 0 where all scored responses of the group have the same
+        score, where only one is left, and for a response without a score.
+
+    Reference: Shao et al. 2024, arXiv:2402.03300, section 4.1.2.
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale ({scale!r}) must be 'std' or 'none'")
+    scored, shifted, group = _by_group(scores, group_ids)
+    count = _group_sums(scored.double(), group)
+    deviation = torch.where(scored, shifted - _group_sums(shifted, group) / count, 0.0)
+    if scale == "std":
+        std = (_group_sums(deviation.square(), group) / count).sqrt()
+        deviation = torch.where(scored, deviation / (std + STD_FLOOR), 0.0)
+    return deviation.to(scores.dtype)
+
+
+def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Score minus the mean score of the *other* scored responses in the group (RLOO).
+
+    NaN scores, dtypes and exact zeros are as in `group_relative`.
+
+    Reference: Ahmadian et al. 2024, arXiv:2402.14740, section 3.
+    """
+    scored, shifted, group = _by_group(scores, group_ids)
+    num_others = _group_sums(scored.double(), group) - 1
+    others_mean = (_group_sums(shifted, group) - shifted) / num_others
+    return torch.where(scored & (num_others > 0), shifted - others_mean, 0.0).to(scores.dtype)
+
+
+def flat_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """For each response whether its group teaches nothing: one score shared by all that are scored, or none scored."""
+    _, shifted, group = _by_group(scores, group_ids)
+    return _group_sums(shifted, group) == 0
+
+
+def _next_chosen(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The position of the next True after each position; T where there is none."""
+    width = mask.shape[1]
+    here = torch.where(mask, torch.arange(width, device=mask.device), width)
+    after = torch.cat([here[:, 1:], here.new_full((len(here), 1), width)], dim=1)[:, :width]
+    return after.flip(1).cummin(dim=1).values.flip(1)
+
+
+def _discounted_sums(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], decay: float) -> Float[Tensor, "B T"]:
+    """y_t = x_t + decay * y_{t+1} along the mask, 0 outside it.
+
+    In log2(T) steps: before each, entry t holds its sum over the next `reach` positions and the decay across them.
+    """
+    sums = torch.where(mask, x, 0.0)
+    decays = torch.where(mask, torch.full_like(x, decay), 1.0)
+    reach = 1
+    while reach < x.shape[1]:
+        head = sums[:, :-reach] + decays[:, :-reach] * sums[:, reach:]
+        sums = torch.cat([head, sums[:, -reach:]], dim=1)
+        decays = torch.cat([decays[:, :-reach] * decays[:, reach:], decays[:, -reach:]], dim=1)
+        reach *= 2
+    return torch.where(mask, sums, 0.0)
+
+
+def _by_group(
+    scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
+) -> tuple[Bool[Tensor, " B"], Float64[Tensor, " B"], Int[Tensor, " B"]]:
+    """Which are scored; scores minus the lowest of their group, 0 where unscored; and groups numbered from 0.
+
+    The shift makes a flat group all zeros, which no rounding of a mean can disturb.
+    """
+    check_shapes(scores=(scores, "B"), group_ids=(group_ids, "B"))
+    ids, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    alone = ids[sizes < 2]
+    if len(alone):
+        raise ValueError(f"group_ids: group {int(alone[0])} has one response; a group needs at least two to compare")
+    scored = ~scores.isnan()
+    exact = torch.where(scored, scores.double(), torch.inf)
+    lowest = exact.new_full((len(ids),), torch.inf).scatter_reduce(0, group, exact, "amin")
+    return scored, torch.where(scored, exact - lowest[group], 0.0), group
+
+
+def _group_sums(x: Float64[Tensor, " B"], group: Int[Tensor, " B"]) -> Float64[Tensor, " B"]:
+    """For each response the sum over its group."""
+    return torch.zeros_like(x).index_add(0, group, x)[group]

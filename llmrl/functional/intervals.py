@@ -1,0 +1,60 @@
+"""How sure a measured rate is."""
+
+import math
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+Z_95 = 1.959964
+"""Standard normal quantile at 0.975: intervals of 95 %."""
+
+
+def wilson_interval(num_successes: int, num_trials: int, *, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval ``(low, high)`` of a success probability; ``(0, 1)`` without trials.
+
+        (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
+
+    Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if not 0 <= num_successes <= num_trials:
+        raise ValueError(f"num_successes ({num_successes}) must be at least 0 and at most num_trials ({num_trials})")
+    if num_trials == 0:
+        return 0.0, 1.0
+    rate, spread = num_successes / num_trials, z * z / num_trials
+    center = rate + spread / 2
+    half = z * math.sqrt(rate * (1 - rate) / num_trials + spread / (4 * num_trials))
+    return max((center - half) / (1 + spread), 0.0), min((center + half) / (1 + spread), 1.0)
+
+
+def pass_at_k(num_correct: Int[Tensor, " N"], num_samples: int, k: int) -> Float64[Tensor, " N"]:
+    """Unbiased probability that at least one of k samples is correct, where c of n were.
+
+        1 - C(n - c, k) / C(n, k) = 1 - Π_{j < k} (n - c - j) / (n - j)
+
+    Args:
+        num_correct: c of each prompt.
+        num_samples: n, the same for all.
+        k: In [1, n].
+
+    Reference: Chen et al. 2021, arXiv:2107.03374, eq. 1.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k ({k}) must be at least 1 and at most num_samples ({num_samples})")
+    drawn = torch.arange(k, dtype=torch.float64, device=num_correct.device)
+    wrong = (num_samples - num_correct[:, None] - drawn).clamp(min=0.0)
+    return 1.0 - (wrong / (num_samples - drawn)).prod(dim=1)
+
+
+def mean_interval(values: Float[Tensor, " N"], *, z: float = Z_95) -> tuple[float, float, float]:
+    """Normal interval ``(mean, low, high)`` of a mean over prompts: mean ± z s / sqrt(N), s with N - 1.
+
+    Not clipped to any range. Of a single value nothing is known: the interval is infinite.
+    """
+    if len(values) == 0:
+        raise ValueError("values: an interval needs at least one value")
+    mean = values.double().mean().item()
+    if len(values) == 1:
+        return mean, -math.inf, math.inf
+    half = z * values.double().std().item() / math.sqrt(len(values))
+    return mean, mean - half, mean + half

@@ -1,0 +1,74 @@
+"""Sums, means and moments over the tokens that count, and the check of shapes at the door of every public function.
+
+A mask is boolean and True means "count it". What stands outside is selected away, never multiplied by zero: NaN and
+infinity there change nothing, in the gradient neither.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+VARIANCE_FLOOR = 1e-8
+"""Added to the variance before `standardize` takes its root."""
+MEAN_ROUNDING = 2.0**-44
+"""Bounds the relative rounding error of a mean summed in float64. Deviations below it are no deviations."""
+
+
+def masked_sum(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"]) -> Float[Tensor, ""]:
+    """The sum of the entries under the mask."""
+    check_shapes(x=(x, "*s"), mask=(mask, "*s"))
+    return torch.where(mask, x, 0.0).sum()
+
+
+def masked_mean(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"]) -> Float[Tensor, ""]:
+    """The mean of the entries under the mask; 0 where there are none."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_moments(
+    x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"]
+) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""], Float64[Tensor, ""]]:
+    """``(count, sum, sum of squares)`` of the entries under the mask, in float64; those of parts add up."""
+    check_shapes(x=(x, "*s"), mask=(mask, "*s"))
+    counted = torch.where(mask, x, 0.0).double()
+    return mask.sum(dtype=torch.float64), counted.sum(), counted.square().sum()
+
+
+def standardize(
+    x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], *, moments: Iterable[Tensor] | None = None
+) -> Float[Tensor, "*s"]:
+    """Shifts and scales to mean 0 and variance 1 under the mask: (x - mean) / sqrt(population variance + 1e-8).
+
+    Args:
+        x: What to standardize.
+        mask: True on the entries that count.
+        moments: ``(count, sum, sum of squares)`` of everything that shares the scale, such as `masked_moments` summed
+            over ranks. Left out: the moments of `x` itself.
+
+    Returns:
+        In the dtype of `x`; 0 outside the mask, and exactly 0 where all values are equal or there is only one.
+    """
+    count, total, square = masked_moments(x, mask) if moments is None else moments
+    mean = total / count
+    variance = (square / count - mean.square()).clamp(min=0.0)
+    deviation = torch.where(mask, x, 0.0).double() - mean
+    counted = mask & (deviation.abs() > MEAN_ROUNDING * mean.abs())
+    return torch.where(counted, deviation / (variance + VARIANCE_FLOOR).sqrt(), 0.0).to(x.dtype)
+
+
+def check_shapes(**tensors: tuple[Tensor, str]) -> None:
+    """Raises ValueError with every shape unless one size per letter explains them all.
+
+    Args:
+        tensors: Each tensor by its name, with its axes: ``"B T"``, or ``"*s"`` for any shape, the same wherever it
+            stands.
+    """
+    sizes: dict[str, object] = {}
+    for x, axes in tensors.values():
+        names, shape = ([axes], [tuple(x.shape)]) if axes.startswith("*") else (axes.split(), list(x.shape))
+        if len(names) != len(shape) or any(sizes.setdefault(n, s) != s for n, s in zip(names, shape, strict=True)):
+            found = ", ".join(f"{name} {tuple(x.shape)}" for name, (x, _) in tensors.items())
+            wanted = ", ".join(f"({', '.join(axes.split())})" for _, axes in tensors.values())
+            raise ValueError(f"shapes do not fit together: {found} must be {wanted}")

@@ -1,0 +1,54 @@
+"""Drawing tokens: one uniform a token, through the inverse of the cumulative distribution."""
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llmrl.functional.masking import check_shapes
+
+BLOCK = 256
+"""Columns per block: two short searches, and no cumulative sum over the whole vocabulary."""
+
+
+def inverse_cdf(probabilities: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """The smallest id whose cumulative probability exceeds u times the row's total, in float64.
+
+    Never an id of probability 0, whatever rounding does.
+
+    Args:
+        probabilities: Not negative, with a positive sum in each row, which need not be 1.
+        uniforms: One u per row, in [0, 1).
+    """
+    check_shapes(probabilities=(probabilities, "B V"), uniforms=(uniforms, "B"))
+    sums = _block_sums(probabilities)
+    block, remainder = _search(sums, uniforms.double() * sums.sum(dim=1))
+    columns = BLOCK * block[:, None] + torch.arange(BLOCK, device=block.device)
+    vocabulary = probabilities.shape[1]
+    within = probabilities.gather(1, columns.clamp(max=vocabulary - 1)).double()
+    column, _ = _search(torch.where(columns < vocabulary, within, 0.0), remainder)
+    return BLOCK * block + column
+
+
+def _block_sums(probabilities: Float[Tensor, "B V"]) -> Float64[Tensor, "B K"]:
+    """Sums over blocks of columns; the last is over what whole blocks leave, perhaps nothing."""
+    num_blocks = probabilities.shape[1] // BLOCK
+    whole, rest = probabilities[:, : num_blocks * BLOCK], probabilities[:, num_blocks * BLOCK :]
+    sums = whole.unflatten(1, (num_blocks, BLOCK)).sum(dim=2, dtype=torch.float64)
+    return torch.cat([sums, rest.sum(dim=1, keepdim=True, dtype=torch.float64)], dim=1)
+
+
+def _search(
+    masses: Float64[Tensor, "B K"], target: Float64[Tensor, " B"]
+) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
+    """The first positive mass at which the cumulative sum exceeds the target, else the last one; and what is left of
+    the target there."""
+    cumulative = masses.cumsum(dim=1)
+    position = torch.arange(masses.shape[1], device=masses.device)
+    positive = masses > 0
+    exceeds = positive & (cumulative > target[:, None])
+    first = torch.where(exceeds, position, masses.shape[1]).amin(dim=1)
+    last = torch.where(positive, position, 0).amax(dim=1)
+    index = torch.minimum(first, last)
+    before = pad(cumulative, (1, 0)).gather(1, index[:, None]).squeeze(1)
+    return index, target - before

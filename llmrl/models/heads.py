@@ -1,0 +1,112 @@
+"""From hidden states to log-probabilities, without ever holding a (tokens x vocabulary) tensor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmrl.functional.logprobs import entropy, linear_token_logprobs, token_logprobs
+from llmrl.models.loading import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_TOKENS = 256
+PROBE_TOLERANCE = 1e-3
+
+
+class Head(Protocol):
+    """``(logprobs, entropy)`` of chosen ids from the trunk's last hidden states."""
+
+    def __call__(
+        self, model: "PreTrainedModel", hidden: Float[Tensor, "M H"], ids: Int[Tensor, " M"], temperature: float
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]: ...
+
+
+class LinearHead:
+    """Logits are ``hidden @ weight.T + bias`` and nothing else. Ids beyond the tokenizer's get no probability."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, model, hidden, ids, temperature):
+        linear = model.get_output_embeddings()
+        bias = None if linear.bias is None else linear.bias[: self.vocab_size]
+        weight = linear.weight[: self.vocab_size]
+        return linear_token_logprobs(hidden, weight, ids, temperature=temperature, bias=bias, chunk_tokens=CHUNK_TOKENS)
+
+
+class OwnHead:
+    """Logits by the model's own forward on a few hidden states at a time: soft caps, scales and adapters included."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, model, hidden, ids, temperature):
+        parts = [
+            checkpoint(self._chunk, model, some_hidden, some_ids, temperature, use_reentrant=False)
+            for some_hidden, some_ids in zip(hidden.split(CHUNK_TOKENS), ids.split(CHUNK_TOKENS), strict=True)
+        ]
+        logprobs, entropies = zip(*parts, strict=True)  # type: ignore[arg-type]
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _chunk(self, model, hidden, ids, temperature):
+        with trunk_replaced(model):
+            logits = model(inputs_embeds=hidden[None], use_cache=False).logits[..., : self.vocab_size].float()
+        return (
+            token_logprobs(logits, ids[None], temperature=temperature)[0],
+            entropy(logits, temperature=temperature)[0],
+        )
+
+
+class HiddenStatesAsTheyCome(nn.Module):
+    """In the trunk's place: what is handed in as embeddings comes out as last hidden states."""
+
+    def forward(self, *, inputs_embeds: Tensor, **_: object):
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+@contextmanager
+def trunk_replaced(model: "PreTrainedModel") -> Iterator[None]:
+    """For the while, the model's forward is its head alone."""
+    trunk = getattr(model, model.base_model_prefix)
+    setattr(model, model.base_model_prefix, HiddenStatesAsTheyCome())
+    try:
+        yield
+    finally:
+        setattr(model, model.base_model_prefix, trunk)
+
+
+@torch.no_grad()
+def choose_head(model: "PreTrainedModel", vocab_size: int) -> Head:
+    """The head whose log-probabilities are the model's own, found by trying them on a probe.
+
+    Raises:
+        ModelError: No head agrees with the model's logits, or two passes over the same ids differ.
+    """
+    rows, length = 2, 16
+    ids = torch.arange(rows * length, device=model.device).mul(7919).remainder(vocab_size).view(rows, length)
+    logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+    labels = ids.roll(-1, dims=1)
+    expected = token_logprobs(logits, labels)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    for head in _candidates(model, vocab_size):
+        logprobs, _ = head(model, hidden, labels.flatten(), 1.0)
+        if torch.allclose(logprobs.view_as(expected), expected, atol=PROBE_TOLERANCE, rtol=0.0):
+            return head
+    raise ModelError(
+        f"{type(model).__name__} ({model.config.model_type}) does something between its last hidden states and its logits "
+        "that cannot be repeated in chunks, or its forward pass is not deterministic; choose another model"
+    )
+
+
+def _candidates(model: "PreTrainedModel", vocab_size: int) -> Iterator[Head]:
+    if type(model.get_output_embeddings()) is nn.Linear:
+        yield LinearHead(vocab_size)
+    yield OwnHead(vocab_size)

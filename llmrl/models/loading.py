@@ -1,0 +1,228 @@
+"""Transformers models and tokenizers from a folder or a hub name: checked first, then loaded."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+class ModelError(ValueError):
+    """A model that cannot be used, and what to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters in place of full fine-tuning. Hu et al. 2021, arXiv:2106.09685."""
+
+    rank: int = 16
+    """Rank of each update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers that get an adapter; none named: every linear layer but the LM head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank ({self.rank}) must be at least 1")
+        if self.alpha <= 0:
+            raise ValueError(f"model.lora.alpha ({self.alpha}) must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, and in which arithmetic."""
+
+    path: str
+    """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues that adapter."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of forward passes and sampling. Trained weights are always kept in float32."""
+    lora: LoraSettings | None = None
+    """Trains low-rank adapters and freezes the model; null trains every weight."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    from_scratch: bool = False
+    """Random weights in the shape of the folder's config.json, instead of the folder's weights."""
+    trust_remote_code: bool = False
+    """Allows a model folder to bring and run its own Python code."""
+    made_by: str | None = None
+    """The command that makes the folder, told to whoever misses it."""
+
+
+def is_local_model(path: str) -> bool:
+    """Whether a path means a folder rather than a hub name: a hub name has at most one slash and no leading dot or slash."""
+    return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def check_model(config: ModelConfig) -> str | None:
+    """Checks everything that can be known before any weights load.
+
+    Returns:
+        None, or a sentence on what could not be checked: a hub name that is not in the local cache.
+
+    Raises:
+        ModelError: The folder is missing or incomplete, or it brings code that was not allowed.
+    """
+    if not is_local_model(config.path):
+        return _check_cached(config)
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        hint = f"; make it with `{config.made_by}`" if config.made_by else "; give a folder or a hub name"
+        raise ModelError(f"model.path ({config.path}) is no folder{hint}")
+    names = {"adapter_config.json"} if is_adapter(config.path) else {"config.json"}
+    missing = [name for name in sorted(names) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"model.path ({config.path}) holds no {missing[0]}: is it a transformers model folder?")
+    if not config.from_scratch and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise ModelError(
+            f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
+            "save them as safetensors, or set model.from_scratch=true to start from random ones"
+        )
+    if is_adapter(config.path) and config.lora is not None:
+        raise ModelError(
+            f"model.lora is set, but model.path ({config.path}) already brings a peft adapter, which is then continued; "
+            "leave model.lora out, or merge the adapter into its base first"
+        )
+    _check_remote_code(json.loads(_config_file(folder).read_text()), config)
+    return None
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a peft adapter rather than a whole model."""
+    return (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def _config_file(folder: Path) -> Path:
+    return folder / ("adapter_config.json" if is_adapter(str(folder)) else "config.json")
+
+
+def _check_cached(config: ModelConfig) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.path, "config.json")
+    if not isinstance(cached, str):
+        return f"model.path ({config.path}) is a hub name that is not in the local cache"
+    _check_remote_code(json.loads(Path(cached).read_text()), config)
+    return None
+
+
+def _check_remote_code(model_config: dict, config: ModelConfig) -> None:
+    if "auto_map" in model_config and not config.trust_remote_code:
+        raise ModelError(
+            f"model.path ({config.path}) brings its own Python code, which would run here; "
+            "read it, then set model.trust_remote_code=true, or choose another model"
+        )
+
+
+def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the model folder, with its chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(Path(config.path).expanduser()) if is_local_model(config.path) else config.path,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """The causal language model, its weights in `dtype`, its dropout off; adapters and freezing are for `add_adapter`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = str(Path(config.path).expanduser()) if is_local_model(config.path) else config.path
+    if config.from_scratch:
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
+        )
+    turn_dropout_off(model)
+    return model
+
+
+def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | None]":
+    """The model to be trained, in float32, and peft's view of it if adapters are trained.
+
+    The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the adapter
+    off; for an adapter that came with the folder it is a frozen snapshot of it, under the name ``reference``.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+    if is_adapter(config.path):
+        base = PeftConfig.from_pretrained(config.path).base_model_name_or_path
+        if not base:
+            raise ModelError(f"model.path ({config.path}) is an adapter that does not name its base model")
+        model = load_model(ModelConfig(path=base, trust_remote_code=config.trust_remote_code))
+        adapted = PeftModel.from_pretrained(model, config.path, is_trainable=True)
+        adapted.load_adapter(config.path, adapter_name="reference", is_trainable=False)
+    elif config.lora is not None:
+        model = load_model(config)
+        targets = list(config.lora.targets) or "all-linear"
+        lora = LoraConfig(
+            r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, task_type="CAUSAL_LM"
+        )  # type: ignore[arg-type]
+        adapted = get_peft_model(model, lora)
+    else:
+        return load_model(config), None
+    turn_dropout_off(model)
+    return model, adapted  # type: ignore[return-value]
+
+
+@contextmanager
+def as_loaded(adapted: "PeftModel") -> Iterator[None]:
+    """For the while, the adapted model is the one that was loaded: the reference.
+
+    Switching back restores what may learn: peft takes `requires_grad` from adapters that are not active.
+    """
+    if "reference" not in adapted.peft_config:
+        with adapted.disable_adapter():
+            yield
+        return
+    adapted.set_adapter("reference")
+    try:
+        yield
+    finally:
+        adapted.set_adapter("default")
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """Sets every dropout probability to 0, so that train mode, which gradient checkpointing needs, is deterministic."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> tuple[int, ...]:
+    """The ids that end a response: those of the tokenizer and of the model's generation config together."""
+    ids = set(_as_ids(tokenizer.eos_token_id))
+    if model.generation_config is not None:
+        ids |= set(_as_ids(model.generation_config.eos_token_id))
+    if not ids:
+        raise ModelError(
+            "neither the tokenizer nor the generation config names an end-of-sequence token; set one in the folder"
+        )
+    return tuple(sorted(ids))
+
+
+def _as_ids(value: int | list[int] | None) -> Iterator[int]:
+    match value:
+        case None:
+            return
+        case int():
+            yield value
+        case _:
+            yield from value

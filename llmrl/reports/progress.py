@@ -1,0 +1,175 @@
+"""How far the run is: one live block on a terminal, plain lines in pipes and files."""
+
+import sys
+from collections.abc import Mapping
+from time import monotonic
+from typing import Protocol, runtime_checkable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+HEADLINES = (
+    "loss",
+    "pairs/accuracy",
+    "score/mean",
+    "kl/mean",
+    "response/length",
+    "policy/entropy",
+    "policy/clip_fraction",
+    "tokens/per_s",
+)
+"""The metrics that an iteration's line shows, in this order, those that it has."""
+
+HEARTBEAT_S = 30.0
+"""The longest that plain progress is silent while work is being done."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What plain progress writes to: standard output, a file, a test's buffer."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+def make_progress(num_iterations: int) -> "LiveProgress | PlainProgress":
+    """Live on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty():
+        return LiveProgress(Console(file=sys.stdout), num_iterations=num_iterations)
+    return PlainProgress(sys.stdout, num_iterations=num_iterations)
+
+
+def format_number(x: float) -> str:
+    """Three significant digits, and every digit before the point: ``0.412``, ``1e-05``, ``12,345``."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """``7:31``, or ``2:07:31`` from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def format_headlines(values: Mapping[str, float]) -> str:
+    """``score/mean 0.412  kl/mean 0.01``: the headlines among the metrics of an iteration."""
+    return "  ".join(f"{name} {format_number(values[name])}" for name in HEADLINES if name in values)
+
+
+class Pace:
+    """The time that iterations take, counted in this process only: a resumed run may be on another machine."""
+
+    def __init__(self, num_iterations: int) -> None:
+        self.num_iterations = num_iterations
+        self.num_done = 0
+        self.started = self.last = monotonic()
+
+    def lap(self, number: int) -> tuple[float, float]:
+        """``(seconds that iteration `number` took, seconds left at the mean pace)``."""
+        now = monotonic()
+        seconds, self.last = now - self.last, now
+        self.num_done += 1
+        return seconds, (now - self.started) / self.num_done * (self.num_iterations - number)
+
+
+class SpeedColumn(ProgressColumn):
+    """Units per second of the phase."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{format_number(task.speed)}/s" if task.speed else "", style="cyan")
+
+
+class LiveProgress:
+    """One block at the bottom of a terminal: iterations with the time left, the current phase, the last numbers.
+
+    Used as a context manager; the terminal is given back as it was, after an exception too.
+    """
+
+    def __init__(self, console: Console, *, num_iterations: int) -> None:
+        self.pace = Pace(num_iterations)
+        columns = TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn()
+        self.iterations = Progress(*columns, TextColumn("{task.fields[left]}", style="cyan"))
+        self.bar = self.iterations.add_task("iteration", total=num_iterations, left="")
+        self.phases = Progress(*columns, SpeedColumn())
+        self.headlines = Text()
+        self.live = Live(Group(self.iterations, self.phases, self.headlines), console=console, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveProgress":
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase begins: `total` units of work."""
+        for task in self.phases.task_ids:
+            self.phases.remove_task(task)
+        self.phases.add_task(name, total=total)
+
+    def advance(self, amount: int = 1) -> None:
+        """So many more units of the current phase are done."""
+        self.phases.advance(self.phases.task_ids[0], amount)
+
+    def iteration(self, number: int, values: Mapping[str, float]) -> None:
+        """Iteration `number`, counted from 1, is done."""
+        _, left = self.pace.lap(number)
+        self.iterations.update(self.bar, completed=number, left=f"{format_duration(left)} left")
+        self.headlines.plain = format_headlines(values)
+
+    def message(self, text: str) -> None:
+        """A line that stays, above the block."""
+        self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class PlainProgress:
+    """One line an iteration, and a line every half minute in between."""
+
+    def __init__(self, stream: Stream, *, num_iterations: int) -> None:
+        self.stream = stream
+        self.pace = Pace(num_iterations)
+        self.name, self.done, self.total = "", 0, 0
+        self.last_line = monotonic()
+
+    def __enter__(self) -> "PlainProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stream.flush()
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase begins: `total` units of work."""
+        self.name, self.done, self.total = name, 0, total
+
+    def advance(self, amount: int = 1) -> None:
+        """So many more units of the current phase are done."""
+        self.done += amount
+        if monotonic() - self.last_line >= HEARTBEAT_S:
+            self.message(f"{self.name} {self.done}/{self.total}")
+
+    def iteration(self, number: int, values: Mapping[str, float]) -> None:
+        """Iteration `number`, counted from 1, is done."""
+        seconds, left = self.pace.lap(number)
+        parts = [f"iteration {number}/{self.pace.num_iterations}", format_headlines(values)]
+        parts += [f"{seconds:.1f} s", f"left {format_duration(left)}"]
+        self.message("  ".join(part for part in parts if part))
+
+    def message(self, text: str) -> None:
+        """A line of its own."""
+        self.last_line = monotonic()
+        print(text, file=self.stream, flush=True)
+
+
+class Silent:
+    """Says nothing."""
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def advance(self, amount: int = 1) -> None: ...
+
+    def iteration(self, number: int, values: Mapping[str, float]) -> None: ...
+
+    def message(self, text: str) -> None: ...

@@ -1,0 +1,45 @@
+"""Some responses of every iteration, to be read: samples.jsonl."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llmrl.experience import Experience
+
+
+class SampleWriter:
+    """Appends a few responses of an experience, evenly spread over it, with their scores and advantages."""
+
+    def __init__(self, file: Path, *, num_samples: int, decode: Callable[[list[int]], str]) -> None:
+        self.file = file
+        self.num_samples = num_samples
+        self.decode = decode
+
+    def __call__(self, iteration: int, experience: Experience) -> None:
+        """Writes samples of the iteration that is under way: `iteration` are done."""
+        num_responses = len(experience.rollout.rows)
+        chosen = torch.linspace(0, num_responses - 1, min(self.num_samples, num_responses)).long().tolist()
+        with self.file.open("a") as stream:
+            for row in chosen:
+                stream.write(json.dumps({"iteration": iteration + 1, **self._describe(experience, row)}) + "\n")
+
+    def _describe(self, experience: Experience, row: int) -> dict:
+        rollout, scores = experience.rollout, experience.scores
+        sequences = rollout.sequences
+        response = sequences.response_ids[row, : sequences.response_lengths[row]]
+        return {
+            "prompt": self.decode(sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()),
+            "response": self.decode(response.tolist()),
+            "finished": bool(rollout.finished[row]),
+            "score": _number(scores.total[row]),
+            "parts": {name: _number(part[row]) for name, part in scores.parts.items()},
+            "advantage": float(experience.advantages[row, 0]),
+            "group": int(rollout.group_ids[row]),
+        }
+
+
+def _number(x: torch.Tensor) -> float | None:
+    """None for a score that could not be given."""
+    return None if x.isnan() else float(x)

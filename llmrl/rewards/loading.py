@@ -1,0 +1,157 @@
+"""From the name of a reward function to a function that can be called: whatever is wrong shows before a model loads."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from llmrl.rewards.config import ROLLOUT_COLUMNS, RewardConfig
+
+Function = Callable[..., Any]
+
+
+class RewardLoadError(ValueError):
+    """A reward function that cannot be used; the message is meant for the person who named it."""
+
+
+def load_functions(config: RewardConfig, columns: Iterable[str]) -> tuple[Function, ...]:
+    """Every function of a configuration, ready to be called.
+
+    Args:
+        config: Names, and the arguments to fill in.
+        columns: Names of the data columns.
+
+    Raises:
+        RewardLoadError: A function is missing, or it asks for something that it cannot get.
+    """
+    columns = tuple(columns)
+    functions = tuple(bind_arguments(load_function(setting.name), setting.arguments) for setting in config.functions)
+    for function in functions:
+        check_columns(function, columns)
+    return functions
+
+
+def load_function(name: str) -> Function:
+    """The function that ``path/to/file.py:function`` or ``package.module:function`` names.
+
+    A file is found from the current folder and runs once, as an imported module does.
+    """
+    source, _, attribute = name.rpartition(":")
+    module = _load_module(source, name)
+    if not hasattr(module, attribute):
+        known = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+        raise RewardLoadError(f"reward function {name}: {source} has no {attribute!r}{_nearest(attribute, known)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise RewardLoadError(f"reward function {name}: {attribute!r} is not a function but {type(function).__name__}")
+    return function
+
+
+def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function:
+    """The function with extra keyword arguments filled in, each read as the type that its parameter is annotated with.
+
+    So a parameter ``pattern: re.Pattern[str]`` gets a compiled pattern, and a text that is none is refused here.
+    """
+    if not arguments:
+        return function
+    parameters = inspect.signature(function, eval_str=True).parameters
+    known = _keyword_parameters(function)
+    bound = {}
+    for name, value in arguments.items():
+        if name not in known and not _takes_any(function):
+            raise RewardLoadError(
+                f"reward function {_name(function)} has no parameter {name!r} for its argument{_nearest(name, known)}"
+            )
+        annotation = parameters[name].annotation if name in known else Any
+        bound[name] = _read_argument(function, name, value, annotation)
+    return partial(function, **bound)
+
+
+def check_columns(function: Function, columns: Iterable[str]) -> None:
+    """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column."""
+    known = [*ROLLOUT_COLUMNS, *columns]
+    for name, parameter in _keyword_parameters(function).items():
+        if parameter.default is parameter.empty and name not in known:
+            raise RewardLoadError(
+                f"reward function {_name(function)} needs {name!r}, and there is no such column; "
+                f"there are {', '.join(known)}{_nearest(name, known)}"
+            )
+
+
+def select_columns(function: Function, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """A fresh copy of each column that a function takes: those that its signature names, or all with ``**kwargs``.
+
+    An argument that is filled in already stays, though a column has the same name.
+    """
+    filled = function.keywords if isinstance(function, partial) else {}
+    taken = columns if _takes_any(function) else _keyword_parameters(function)
+    return {name: list(column) for name, column in columns.items() if name in taken and name not in filled}
+
+
+def _load_module(source: str, name: str) -> ModuleType:
+    if source.endswith(".py") and not Path(source).is_file():
+        raise RewardLoadError(f"reward function {name}: there is no file {Path(source).resolve()}")
+    try:
+        return _load_file(Path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:
+        way_out = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
+            way_out = "; a file is named by its path, such as folder/file.py:function"
+        raise RewardLoadError(
+            f"reward function {name}: {source} does not load: {type(error).__name__}: {error}{way_out}"
+        ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Runs a file as a module of its own, under its path as name, so that it can neither hide nor be a known module."""
+    name = str(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _read_argument(function: Function, name: str, value: Any, annotation: Any) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return value
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        rule = error.errors()[0]["msg"]
+        raise RewardLoadError(f"reward function {_name(function)}: argument {name} ({value!r}): {rule}") from error
+
+
+def _keyword_parameters(function: Function) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.items()
+    return {name: p for name, p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _takes_any(function: Function) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def _name(function: Function) -> str:
+    function = function.func if isinstance(function, partial) else function
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(word, known, n=1))

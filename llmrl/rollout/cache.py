@@ -1,0 +1,102 @@
+"""Keys and values of the rows being decoded: preallocated slots, right-aligned at one common write column.
+
+Three live rows, about to write their next token to column ``end``. The longest row has just left slot 1 and the
+last row moved there, so that attention reads slots 0 to 2 and no column before ``start``:
+
+    slot 0    . . . a b c d e _ . .
+    slot 1    x x x x . f g h _ . .     x: left over from the earlier row, masked
+    slot 2    . . . . . . i j _ . .
+                    ^         ^
+                  start      end
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+@dataclass
+class Window:
+    """The part of the buffers in use: slots up to `rows`, columns from `start` up to `end`."""
+
+    rows: int = 0
+    start: int = 0
+    end: int = 0
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's buffers of keys and of values, (slots, heads, columns, head_dim) each.
+
+    Sliding-window layers keep all columns too: the model masks by the distance of columns, and right alignment makes
+    that the distance of tokens.
+    """
+
+    def __init__(self, window: Window, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.window = window
+        self.buffers = (keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes one token per live row and returns what attention may read."""
+        keys, values = self.view(self.window.start, self.window.end + 1)
+        keys[:, :, -1:] = key_states
+        values[:, :, -1:] = value_states
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.window.end - self.window.start
+
+    def view(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the live rows in columns from `start` up to `end`."""
+        keys, values = self.buffers
+        return keys[: self.window.rows, :, start:end], values[: self.window.rows, :, start:end]
+
+
+class SlotCache(Cache):
+    """A `SlotLayer` per layer of the model, over one window."""
+
+    layers: list[SlotLayer]
+
+    def __init__(self, slots: int, columns: int) -> None:
+        super().__init__(layers=[])
+        self.slots = slots
+        self.columns = columns
+        self.window = Window()
+
+    def fill(self, slot: int, prefilled: Sequence[DynamicLayer], copies: int) -> None:
+        """Puts prefilled prompts, padded left, before the write column: each into `copies` slots, from `slot` on."""
+        states = [_states(layer) for layer in prefilled]
+        if not self.layers:
+            self.layers = [SlotLayer(self.window, self._buffer(keys), self._buffer(values)) for keys, values in states]
+        for layer, pair in zip(self.layers, states, strict=True):
+            for buffer, prompts in zip(layer.buffers, pair, strict=True):
+                start = self.window.end - prompts.shape[2]
+                target = buffer[slot : slot + len(prompts) * copies, :, start : self.window.end]
+                target.unflatten(0, (-1, copies)).copy_(prompts[:, None])
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copies the live columns of one slot to another."""
+        for layer in self.layers:
+            for buffer in layer.view(self.window.start, self.window.end):
+                buffer[target] = buffer[source]
+
+    def move_columns(self, shift: int) -> None:
+        """Moves the window so many columns to the front."""
+        start, end = self.window.start, self.window.end
+        for layer in self.layers:
+            for old, new in zip(layer.view(start, end), layer.view(start - shift, end - shift), strict=True):
+                new.copy_(old.clone())  # the two may overlap
+        self.window.start -= shift
+        self.window.end -= shift
+
+    def _buffer(self, states: Tensor) -> Tensor:
+        """Zeros, because a masked NaN would still spoil a sum."""
+        return states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
+
+
+def _states(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values

@@ -1,0 +1,91 @@
+"""The engine for every other model: `generate` of transformers, with our own draw of each token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from llmrl.experience import Prompts, Rollout
+from llmrl.roles import Progress, Sampling, Trainable
+from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.sampler import Sampler
+from llmrl.rollout.support import check_length
+from llmrl.rollout.weights import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TransformersEngine:
+    """`RolloutEngine` over `model.generate`: slower than `NativeEngine`, equal in what it draws from equal logits.
+
+    Every row is decoded until the last one is complete. Samples in the precision of the model.
+
+    Args:
+        model: The trained model, read live.
+        eos_ids: Any of them ends a response.
+        vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
+        progress: Advanced by one for each complete response.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", *, eos_ids: tuple[int, ...], vocab_size: int, progress: Progress
+    ) -> None:
+        self.model = model
+        self.eos_ids = eos_ids
+        self.vocab_size = vocab_size
+        self.progress = progress
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
+        """G responses to each prompt, on the model's device."""
+        longest = int(prompts.mask.sum(dim=1).max())
+        check_length(self.model, longest, sampling.max_response_tokens)
+        prompts = prompts.to(self.model.device)
+        responses = new_responses(prompts, sampling)
+        sampler = Sampler(sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size, progress=self.progress)
+        with evaluating(self.model), own_generation_config(self.model, self.eos_ids, sampling):
+            cast(Any, self.model).generate(
+                prompts.ids[:, -longest:].repeat_interleave(sampling.num_responses, dim=0),
+                attention_mask=prompts.mask[:, -longest:].repeat_interleave(sampling.num_responses, dim=0).long(),
+                logits_processor=LogitsProcessorList([DrawingProcessor(sampler, responses)]),
+            )
+        return assemble(prompts, responses, sampling)
+
+    def load_weights(self, trained: Trainable) -> None:
+        """Nothing to do: the engine reads the live module."""
+
+
+class DrawingProcessor(LogitsProcessor):
+    """Draws from the logits, and leaves `generate` no other choice than the drawn ids."""
+
+    def __init__(self, sampler: Sampler, responses: list[Response]) -> None:
+        self.sampler = sampler
+        self.responses = responses
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        growing = [row for row, response in enumerate(self.responses) if not self.sampler.is_complete(response)]
+        self.sampler.extend([self.responses[row] for row in growing], scores[growing])
+        drawn = torch.tensor([response.ids[-1] for response in self.responses], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
+
+
+@contextmanager
+def own_generation_config(model: "PreTrainedModel", eos_ids: tuple[int, ...], sampling: Sampling) -> Iterator[None]:
+    """Inside, `generate` follows a fresh generation config.
+
+    It has to be the model's own: what one that is handed to `generate` leaves open is filled in from the model's.
+    """
+    of_the_model = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,  # the processor has drawn
+        max_new_tokens=sampling.max_response_tokens,
+        eos_token_id=list(eos_ids),
+        pad_token_id=0,  # fills up what has ended; never read
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = of_the_model

@@ -1,0 +1,358 @@
+"""Recipes: YAML files and dotted overrides, read into the frozen dataclasses that hold every setting and its default.
+
+OmegaConf reads and interpolates, pydantic checks types strictly. Whatever is wrong becomes one `SettingError` that
+names the path of each setting, its value, the rule and the way out.
+"""
+
+import ast
+import difflib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, to_jsonable_python
+
+T = TypeVar("T")
+
+
+class SettingError(ValueError):
+    """A recipe or an override that cannot be used; the message is meant for the person who wrote it."""
+
+
+class Setting(NamedTuple):
+    """One setting as a listing shows it."""
+
+    path: str
+    """Dotted; ``<n>`` stands for the index in a list, ``<name>`` for the key of a mapping."""
+    type: str
+    default: str
+    """As a recipe would have it, or "required"; empty for a section whose settings have defaults of their own."""
+    help: str
+
+
+def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
+    """The run that a recipe describes.
+
+    Args:
+        cls: Frozen dataclass of frozen dataclasses, tuples and dicts of them, ``X | None``, ``Literal`` and scalars.
+        path: YAML file; OmegaConf's interpolation ``${a.b}`` is resolved after the overrides.
+        overrides: ``a.b=value`` with a YAML value; list items by index, as in ``reward.functions.0.weight=2``.
+
+    Raises:
+        SettingError: The file, an override or a setting cannot be used. All bad settings are in one message.
+    """
+    tree = _load(path)
+    _override(tree, overrides)
+    try:
+        settings = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
+    _raise_any(path, [problem for place in _sections(cls, settings) for problem in _unknown_names(*place)])
+    for _, section, given in _sections(cls, settings):
+        _fill(section, given)
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(settings), strict=True)
+    except ValidationError as error:
+        problems = [_problem(details) for details in error.errors()]
+        raise SettingError(_message(path, problems)) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Every setting resolved, as JSON has it: lists for tuples, text for paths."""
+    return to_jsonable_python(config)
+
+
+def to_yaml(config: Any) -> str:
+    """Every setting resolved, as a recipe that reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config))))
+
+
+def describe(cls: type) -> Iterator[Setting]:
+    """Every setting with its type, its default and the help under its field, each section before what is in it."""
+    return _describe(cls, "", None)
+
+
+# --- the file and the overrides ---------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> DictConfig:
+    if not path.is_file():
+        siblings = [sibling.name for sibling in path.parent.glob("*") if sibling.is_file()]
+        nearest = difflib.get_close_matches(path.name, siblings, n=1)
+        way_out = f"; did you mean {path.with_name(nearest[0])}?" if nearest else ""
+        raise SettingError(f"there is no recipe {path}{way_out}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if not isinstance(yaml.compose(text, yaml.SafeLoader), yaml.MappingNode):
+            raise SettingError(f"{path} is not a recipe: write a mapping, with lines such as 'output_dir: runs/first'")
+        tree = OmegaConf.create(text)
+    except yaml.YAMLError as error:
+        raise SettingError(f"{path}{_yaml_problem(error)}") from error
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def _override(tree: DictConfig, overrides: Sequence[str]) -> None:
+    """Writes the overrides into the tree.
+
+    ``made_by`` is the command that makes the recipe's own file, so it goes when an override names another ``path``.
+    """
+    given: set[str] = set()
+    for override in overrides:
+        key, value = _parse(override)
+        given.update(_leaves(key, value))
+        try:
+            _refuse_interpolated(tree, key, override)
+            OmegaConf.update(tree, key, value)
+        except (OmegaConfBaseException, TypeError) as error:
+            raise SettingError(f"override {override!r}: {_first_line(error)}") from error
+    for key in given:
+        section, _, name = key.rpartition(".")
+        if name == "path" and section and f"{section}.made_by" not in given:
+            OmegaConf.select(tree, section).pop("made_by", None)
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise SettingError(f"override {override!r} must be written key=value, such as optimizer.lr=1e-5")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except yaml.YAMLError as error:
+        raise SettingError(f"override {override!r}: the value is not YAML; put it in quotes") from error
+    assert isinstance(parsed, dict)
+    return key, parsed["value"]
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield key
+        return
+    for name, item in value.items():
+        yield from _leaves(f"{key}.{name}", item)
+
+
+def _refuse_interpolated(tree: DictConfig, key: str, override: str) -> None:
+    """Below ``critic: ${model}`` there is only the model's section, and an override there would change both."""
+    node: Any = OmegaConf.to_container(tree)
+    sections = key.split(".")[:-1]
+    for depth, name in enumerate(sections, 1):
+        match node:
+            case dict():
+                node = node.get(name)
+            case list() if name.isdecimal() and int(name) < len(node):
+                node = node[int(name)]
+        if isinstance(node, str) and "${" in node:
+            raise SettingError(
+                f"override {override!r}: {_dotted(*sections[:depth])} is {node}; override that section, "
+                "or write this one out in the recipe"
+            )
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f", line {error.problem_mark.line + 1}: {error.problem}"
+    return f": {error}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+# --- names, defaults and types ----------------------------------------------------------------------------------------
+
+Place = tuple[str | int, ...]
+
+
+def _sections(annotation: Any, value: Any, path: Place = ()) -> Iterator[tuple[Place, type, dict[Any, Any]]]:
+    """``(path, dataclass, mapping)`` of every section in the settings, outer ones first.
+
+    A mapping may be added to while it is looked at: what is in it is visited after.
+    """
+    inner = _not_null(annotation)
+    children: list[tuple[Any, Any]] = []
+    match value:
+        case dict() if _is_section(inner):
+            yield path, inner, value
+            children = [(name, hint) for name, hint in _hints(inner).items() if name in value]
+        case dict() if get_origin(inner) in (dict, Mapping):
+            children = [(key, get_args(inner)[1]) for key in value]
+        case list() if get_origin(inner) is tuple:
+            children = [(i, get_args(inner)[0]) for i in range(len(value))]
+    for key, hint in children:
+        yield from _sections(hint, value[key], (*path, key))
+
+
+def _not_null(annotation: Any) -> Any:
+    """X for ``X | None``, and every other annotation as it is."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    members = [member for member in get_args(annotation) if member is not NoneType]
+    if len(members) > 1 and any(_is_section(member) for member in members):
+        raise TypeError(f"{annotation} is a choice of sections, and no recipe says which")
+    return members[0] if len(members) == 1 else annotation
+
+
+def _is_section(annotation: Any) -> TypeGuard[type]:
+    return isinstance(annotation, type) and is_dataclass(annotation)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterator[str]:
+    known = list(_hints(section))
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1)
+            way_out = f"did you mean {_dotted(*path, nearest[0])}?" if nearest else f"known here: {', '.join(known)}"
+            yield f"{_dotted(*path, name)} is not a setting; {way_out}"
+
+
+def _fill(section: type, given: dict[Any, Any]) -> None:
+    """Where a class gives a section a default of its own, the recipe's section is laid over that default."""
+    for field in fields(section):
+        if field.name in given:
+            given[field.name] = _over(_default(field), given[field.name])
+
+
+def _over(default: Any, given: Any) -> Any:
+    if not is_dataclass(default) or not isinstance(given, dict):
+        return given
+    return to_dict(default) | {name: _over(getattr(default, name), value) for name, value in given.items()}
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+_RULES = {
+    "float_type": "is not a number (write 0.5 or 1e-5, without quotes)",
+    "int_type": "is not a whole number (write 8, without quotes)",
+    "bool_type": "is neither true nor false",
+    "string_type": "is not text; put it in quotes",
+    "dataclass_type": "is not a section; write its settings as a mapping",
+    "dict_type": "is not a mapping",
+    "tuple_type": "is not a list",
+}
+
+
+def _problem(error: ErrorDetails) -> str:
+    path, value = _dotted(*error["loc"]), error["input"]
+    match error:
+        case {"type": "missing"}:
+            return f"{path} must be set: in the recipe, or as {path}=..."
+        case {"type": "value_error", "ctx": {"error": raised}}:
+            return str(raised)
+        case {"type": "literal_error", "ctx": {"expected": expected}}:
+            rule = f"is not one of {expected}"
+        case _:
+            rule = _RULES.get(error["type"], error["msg"])
+    if value is None:
+        rule += "; leave it out to get its default"
+    return f"{path}: {repr(value) if isinstance(value, str) else json.dumps(value)} {rule}"
+
+
+def _raise_any(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise SettingError(_message(path, problems))
+
+
+def _message(path: Path, problems: list[str]) -> str:
+    return "\n  ".join([f"{path}:", *problems])
+
+
+def _dotted(*parts: Any) -> str:
+    return ".".join(str(part) for part in parts)
+
+
+def _escape(value: Any) -> Any:
+    """Text as OmegaConf reads it back: a backslash before each ``${``, and those that stood there doubled."""
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        case list():
+            return [_escape(item) for item in value]
+        case dict():
+            return {key: _escape(item) for key, item in value.items()}
+    return value
+
+
+# --- the listing ------------------------------------------------------------------------------------------------------
+
+
+def _describe(cls: type, prefix: str, instance: Any) -> Iterator[Setting]:
+    helps = _helps(cls)
+    for field, annotation in zip(fields(cls), _hints(cls).values(), strict=True):
+        path = f"{prefix}{field.name}"
+        default = _default(field) if instance is None else getattr(instance, field.name)
+        yield Setting(path, _type_text(annotation), _default_text(default), helps.get(field.name, ""))
+        section, step = _section_of(annotation)
+        if _is_section(section):
+            yield from _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)
+
+
+def _section_of(annotation: Any) -> tuple[Any, str]:
+    """What stands in a field or in each item of it, and how a path goes from the field to it."""
+    inner = _not_null(annotation)
+    arguments = get_args(inner)
+    if get_origin(inner) is tuple:
+        return arguments[0], ".<n>"
+    if get_origin(inner) in (dict, Mapping):
+        return arguments[1], ".<name>"
+    return inner, ""
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """The string under each field, those of base classes included."""
+    helps: dict[str, str] = {}
+    for base in filter(_is_section, reversed(cls.__mro__)):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        helps |= dict(_documented(definition.body))
+    return helps
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for statement, below in pairwise(body):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
+
+
+_TYPE_NAMES = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path", NoneType: "null"}
+
+
+def _type_text(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin in (Union, UnionType):
+        return " | ".join(_type_text(argument) for argument in arguments)
+    if origin is tuple:
+        return f"list of {_type_text(arguments[0])}"
+    if origin in (dict, Mapping):
+        return f"mapping to {_type_text(arguments[1])}"
+    return _TYPE_NAMES.get(annotation) or annotation.__name__
+
+
+def _default_text(default: Any) -> str:
+    if default is MISSING:
+        return "required"
+    return "" if is_dataclass(default) else json.dumps(to_jsonable_python(default))

@@ -1,0 +1,112 @@
+"""Checkpoints: a folder each, written whole or not at all, without pickle.
+
+    checkpoints/step_000123/
+        state.safetensors   every tensor of the state, by dotted name
+        state.json          every number and string of it
+        manifest.json       size and SHA-256 of the two: a torn or altered checkpoint is refused
+
+A folder is written under another name and renamed at the end, so a name that exists is a checkpoint that is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import llmrl
+
+STATE_FILES = ("state.safetensors", "state.json")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be continued from."""
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
+    """Writes the state to a new folder, then removes all but the newest `keep` beside it."""
+    from safetensors.torch import save_file
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors, numbers = split_state(state)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(numbers, indent=1))
+    files = {name: _fingerprint(partial / name) for name in STATE_FILES}
+    (partial / "manifest.json").write_text(json.dumps({"llmrl": llmrl.__version__, "files": files}, indent=1))
+    for file in partial.iterdir():
+        _flush_to_disk(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _flush_to_disk(folder.parent)
+    for old in list_checkpoints(folder.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state as it was saved, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: A file is missing, or differs from what the manifest says of it.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name in STATE_FILES:
+            if _fingerprint(folder / name) != manifest["files"][name]:
+                raise CheckpointError(
+                    f"{folder / name} is not what was saved; remove {folder} to continue from an older one"
+                )
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint ({error}); remove it to continue from an older one"
+        ) from error
+    return join_state(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A nested state as tensors by dotted path, and the same nesting with what is left."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping):
+            inner, rest[key] = split_state(value, f"{prefix}{key}/")
+            tensors |= inner
+        else:
+            rest[key] = value
+    return tensors, rest
+
+
+def join_state(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The nested state that `split_state` took apart."""
+    for path, tensor in tensors.items():
+        *parents, name = path.split("/")
+        place = rest
+        for parent in parents:
+            place = place[parent]
+        place[name] = tensor
+    return rest
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,113 @@
+"""Accuracy and pass@k on held-out prompts, with confidence intervals."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmrl.experience import Prompts, Scores
+from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
+from llmrl.functional.streams import Purpose
+from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How held-out prompts are answered, and what counts as correct."""
+
+    every: int = 0
+    """Iterations between evaluations during training; before the first and after the last too. 0 for none."""
+    num_responses: int = 1
+    """Responses per prompt: 1 takes the greedy one, more are sampled."""
+    temperature: float = 1.0
+    """Sampling temperature where responses are sampled."""
+    pass_at: tuple[int, ...] = ()
+    """Every k for which pass@k is estimated: the share of prompts that k sampled responses would solve."""
+    correct_above: float = 0.5
+    """A response is correct if the first reward function gives it more than this."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"evaluation.every ({self.every}) must be 0 or greater")
+        if self.num_responses < 1:
+            raise ValueError(f"evaluation.num_responses ({self.num_responses}) must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"evaluation.temperature ({self.temperature}) must be greater than 0")
+        for k in self.pass_at:
+            if not 1 <= k <= self.num_responses:
+                raise ValueError(
+                    f"evaluation.pass_at ({k}) must be between 1 and evaluation.num_responses ({self.num_responses})"
+                )
+
+
+class Evaluator:
+    """Answers the same held-out prompts, with the same random numbers, whenever it is asked."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        *,
+        engine: RolloutEngine,
+        reward: RewardFunction,
+        prompts: Prompts,
+        criterion: str,
+        max_response_tokens: int,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.reward = reward
+        self.prompts = prompts
+        self.criterion = criterion
+        """The part of the scores that says what is correct."""
+        self.sampling = Sampling(
+            temperature=config.temperature,
+            num_responses=config.num_responses,
+            max_response_tokens=max_response_tokens,
+            greedy=config.num_responses == 1,
+            seed=seed,
+            purpose=Purpose.EVALUATION,
+            first_response=0,
+        )
+        self.progress = progress
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """``eval/accuracy`` with ``_low`` and ``_high``, ``eval/pass_at_k`` likewise, and what else describes the responses."""
+        num_prompts, num_responses = len(self.prompts.rows), self.config.num_responses
+        self.progress.phase("evaluation", num_prompts * num_responses)
+        rollout = self.engine.generate(self.prompts, self.sampling)
+        scores = self.reward(rollout)
+        correct = self._correct(scores).view(num_prompts, num_responses)
+        scored = ~scores.total.isnan()
+        values = {
+            **_with_interval("eval/accuracy", *accuracy(correct)),
+            "eval/num_prompts": float(num_prompts),
+            "eval/unscored": float((~scored).sum()),
+            "eval/response_length": float(rollout.sequences.response_lengths.double().mean()),
+            "eval/finished_fraction": float(rollout.finished.double().mean()),
+        }
+        if scored.any():
+            values["eval/score"] = float(scores.total[scored].double().mean())
+        for k in self.config.pass_at:
+            chances = pass_at_k(correct.sum(dim=1), num_responses, k)
+            values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances))
+        return values
+
+    def _correct(self, scores: Scores) -> Tensor:
+        """A response that could not be scored is not correct."""
+        return scores.parts[self.criterion] > self.config.correct_above
+
+
+def accuracy(correct: Tensor) -> tuple[float, float, float]:
+    """``(accuracy, low, high)`` at 95 %: Wilson's for one response per prompt; for several, which are not independent, the
+    normal interval of the means per prompt."""
+    if correct.shape[1] == 1:
+        successes, trials = int(correct.sum()), len(correct)
+        return successes / trials, *wilson_interval(successes, trials)
+    return mean_interval(correct.double().mean(dim=1))
+
+
+def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": max(low, 0.0), f"{name}_high": min(high, 1.0)}

@@ -1,0 +1,62 @@
+"""One optimizer step, shared by every trainer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from llmrl.functional.statistics import Maximum, Mean, Total
+from llmrl.metrics import Metrics
+from llmrl.roles import Progress, Trainable
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How an experience is cut up for the optimizer."""
+
+    num_epochs: int = 1
+    """Passes over each experience."""
+    minibatch_size: int = 128
+    """Responses per optimizer step, over all ranks; a multiple of the group size."""
+    microbatch_tokens: int = 8192
+    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"update.{name} ({getattr(self, name)}) must be at least 1")
+
+
+def optimizer_step(
+    trained: Mapping[str, Trainable],
+    microbatches: Iterable[Part],
+    losses: Callable[[Part], Iterator[tuple[str, Tensor, Metrics]]],
+    progress: Progress,
+) -> Metrics:
+    """Adds up the gradients of all microbatches, then steps every trained module once.
+
+    The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how the
+    minibatch was cut does not show in the result. Each loss is run backward before the next forward.
+    """
+    metrics = Metrics()
+    for microbatch in microbatches:
+        for name, loss, statistics in losses(microbatch):
+            trained[name].backward(loss)
+            metrics = metrics.merge(statistics)
+        progress.advance()
+    metrics = metrics.per_step()
+    for name, trainable in trained.items():
+        rate = trainable.learning_rate
+        norm = trainable.optimizer_step()
+        skipped = ~norm.isfinite()
+        steps = {
+            f"{name}/learning_rate": Mean(rate, 1.0),
+            f"{name}/grad_norm": Mean(norm.where(~skipped, norm.new_zeros(())), (~skipped).double()),
+            f"{name}/grad_norm_max": Maximum(norm),
+            f"{name}/skipped_steps": Total(skipped.double()),
+        }
+        metrics = metrics.merge(Metrics(steps))
+    return metrics

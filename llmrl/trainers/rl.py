@@ -1,0 +1,256 @@
+"""The loop of reinforcement learning: sample, score, estimate advantages, update, publish weights.
+
+iteration   one rollout and its updates
+epoch       one pass over its experience
+minibatch   one optimizer step, over whole groups
+microbatch  one forward pass, by a token budget
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.experience import Experience, Prompts, Rollout, Scores, by_token_budget
+from llmrl.functional.advantages import flat_groups
+from llmrl.functional.losses import token_weights
+from llmrl.functional.masking import masked_moments, masked_sum
+from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
+from llmrl.functional.streams import Purpose, permutation
+from llmrl.metrics import Metrics
+from llmrl.roles import (
+    Algorithm,
+    Collectives,
+    Progress,
+    PromptSource,
+    RewardFunction,
+    RolloutEngine,
+    Sampling,
+    Trainable,
+)
+from llmrl.trainers.optimize import UpdateConfig, optimizer_step
+
+
+class FlatGroupsError(RuntimeError):
+    """No scores to learn from: every redraw was used up and groups of equal scores remain."""
+
+
+class RLTrainer:
+    """Any algorithm over any engine, reward and policy."""
+
+    def __init__(
+        self,
+        *,
+        algorithm: Algorithm,
+        engine: RolloutEngine,
+        reward: RewardFunction,
+        prompts: PromptSource,
+        trained: Mapping[str, Trainable],
+        update: UpdateConfig,
+        prompts_per_iteration: int,
+        group_size: int,
+        temperature: float,
+        seed: int,
+        collectives: Collectives,
+        progress: Progress,
+        observe: Callable[[int, Experience], None],
+    ) -> None:
+        self.algorithm = algorithm
+        self.engine = engine
+        self.reward = reward
+        self.prompts = prompts
+        self.trained = trained
+        self.config = update
+        self.prompts_per_iteration = prompts_per_iteration
+        self.group_size = group_size
+        self.temperature = temperature
+        self.seed = seed
+        self.collectives = collectives
+        self.progress = progress
+        self.observe = observe
+        """Sees every experience before it is learned from: samples are written there."""
+        self.iteration = 0
+        self.num_responses = 0
+        """Responses drawn so far in this run, over all ranks: the next response's global number."""
+        self.weights_moved = False
+        """In the middle of an iteration, after its first optimizer step has begun."""
+        self.start = self.cursor()
+        """Where the current iteration began."""
+        self.seconds: dict[str, float] = {}
+
+    def iterate(self) -> Metrics:
+        """The next iteration, on the next prompts."""
+        self.seconds = {}
+        started = time.perf_counter()
+        metrics = self.step(self.prompts.next(self.prompts_per_iteration))
+        self.iteration += 1
+        self.weights_moved = False
+        self.start = self.cursor()
+        total = time.perf_counter() - started
+        timing = {f"time/{name}_s": Total(seconds) for name, seconds in self.seconds.items()}
+        speed = Mean(metrics.statistics["tokens/sampled"][0], total)
+        return metrics.merge(Metrics({**timing, "time/iteration_s": Total(total), "tokens/per_s": speed}))
+
+    def step(self, prompts: Prompts) -> Metrics:
+        """One iteration: sample, score, estimate advantages, update, publish weights."""
+        with torch.no_grad():
+            rollout, scores, metrics = self.collect(prompts)
+            with self.phase("logprobs", 1):
+                experience, described = self.algorithm.experience(rollout, scores)
+        metrics = metrics.merge(described)
+        self.observe(self.iteration, experience)
+        self.weights_moved = True
+        for number, minibatch in enumerate(self.minibatches(experience)):
+            update = self.update(minibatch)
+            metrics = metrics.merge(update if number == 0 else update.without("policy/ratio_max_deviation"))
+            if self.algorithm.should_stop(update):
+                break
+        self.engine.load_weights(self.trained["actor"])
+        return metrics
+
+    def collect(self, prompts: Prompts) -> tuple[Rollout, Scores, Metrics]:
+        """Responses to the prompts, and their scores.
+
+        Where the algorithm asks for it, groups whose scores are all equal are replaced: new prompts are drawn, and only
+        groups that teach something are kept, until there are as many as asked for. The metrics are of everything drawn.
+
+        Raises:
+            FlatGroupsError: The redraws are used up and groups are still missing.
+        """
+        rollout, scores = self.draw(prompts)
+        metrics = describe(rollout, scores)
+        if not self.algorithm.max_redraws:
+            return rollout, scores, metrics
+        kept, wanted = informative(rollout, scores), len(prompts.rows) * self.group_size
+        for _ in range(self.algorithm.max_redraws):
+            missing = wanted - len(kept[0].rows)
+            if not missing:
+                break
+            rollout, scores = self.draw(self.prompts.next(missing // self.group_size))
+            metrics = metrics.merge(describe(rollout, scores))
+            more = informative(rollout, scores)
+            kept = Rollout.cat([kept[0], more[0]]), Scores.cat([kept[1], more[1]])
+        if len(kept[0].rows) < wanted:
+            raise FlatGroupsError(
+                f"after {self.algorithm.max_redraws} redraws only {len(kept[0].rows) // self.group_size} of "
+                f"{len(prompts.rows)} groups have scores that differ; raise algorithm.max_redraws or algorithm.group_size, "
+                "choose prompts that are neither too easy nor too hard, or set algorithm.max_redraws to 0, which keeps "
+                "groups that teach nothing"
+            )
+        return *kept, metrics
+
+    def draw(self, prompts: Prompts) -> tuple[Rollout, Scores]:
+        """One group for each prompt, scored. No number of the random streams is used twice in a run."""
+        sampling = Sampling(
+            temperature=self.temperature,
+            num_responses=self.group_size,
+            max_response_tokens=self.algorithm.max_response_tokens,
+            greedy=False,
+            seed=self.seed,
+            purpose=Purpose.TRAINING,
+            first_response=self.num_responses,
+        )
+        num_responses = len(prompts.rows) * self.group_size
+        self.num_responses += num_responses
+        with self.phase("rollout", num_responses):
+            rollout = self.engine.generate(prompts, sampling)
+        with self.phase("reward", num_responses):
+            scores = self.reward(rollout)
+        return rollout, scores
+
+    def minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """Epochs of shuffled groups; a group is never torn apart. The shuffle is the same on every rank."""
+        groups = torch.arange(len(experience.rollout.rows)).view(-1, self.group_size)
+        for epoch in range(self.config.num_epochs):
+            order = permutation(len(groups), self.seed, Purpose.MINIBATCHES, iteration=self.iteration, epoch=epoch)
+            for chosen in order.split(self.config.minibatch_size // self.group_size):
+                yield experience.select(groups[chosen].flatten())
+
+    def update(self, minibatch: Experience) -> Metrics:
+        """One optimizer step of every trained module."""
+        mask = minibatch.response_mask
+        num_tokens, num_responses = self.collectives.sum(torch.stack([mask.sum(), mask.any(dim=1).sum()]))
+
+        def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
+            part = minibatch.select(index)
+            weights = token_weights(
+                part.response_mask,
+                aggregation=self.algorithm.aggregation,
+                num_tokens=num_tokens,
+                num_responses=num_responses,
+                max_response_tokens=self.algorithm.max_response_tokens,
+            )
+            yield from self.algorithm.losses(part, weights)
+
+        parts = by_token_budget(minibatch.sequences.num_tokens, self.config.microbatch_tokens)
+        with self.phase("update", len(parts)):
+            return optimizer_step(self.trained, parts, losses, self.progress)
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """A phase of the iteration: shown while it lasts, its seconds counted."""
+        self.progress.phase(name, total)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def rewind(self) -> bool:
+        """After a failure: back to where the iteration began, unless weights have moved since.
+
+        Returns:
+            Whether the trainer now stands between two iterations, so that its state is worth saving.
+        """
+        if self.weights_moved:
+            return False
+        self._go_to(self.start)
+        return True
+
+    def cursor(self) -> dict[str, Any]:
+        """Where the run stands, but for the weights: the next iteration, response number and prompt."""
+        return {"iteration": self.iteration, "num_responses": self.num_responses, "prompts": self.prompts.state_dict()}
+
+    def _go_to(self, cursor: dict[str, Any]) -> None:
+        self.iteration, self.num_responses = cursor["iteration"], cursor["num_responses"]
+        self.prompts.load_state_dict(cursor["prompts"])
+        self.start = self.cursor()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {
+            "cursor": self.cursor(),
+            "trained": {name: module.state_dict() for name, module in self.trained.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._go_to(state["cursor"])
+        for name, module in self.trained.items():
+            module.load_state_dict(state["trained"][name])
+        self.engine.load_weights(self.trained["actor"])
+
+
+def informative(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
+    """The groups whose scores differ: only there is anything to learn from a comparison."""
+    index = (~flat_groups(scores.total, rollout.group_ids)).nonzero().flatten()
+    return rollout.select(index), scores.select(index)
+
+
+def describe(rollout: Rollout, scores: Scores) -> Metrics:
+    """Everything that was drawn in numbers: scores, lengths, ends, flat groups."""
+    scored, lengths = ~scores.total.isnan(), rollout.sequences.response_lengths.double()
+    flat = flat_groups(scores.total, rollout.group_ids)
+    statistics: dict[str, Statistic] = {
+        "score": Moments(*masked_moments(scores.total, scored)),
+        "score/unscored": Total((~scored).sum()),
+        "group/flat_fraction": Mean(flat.sum(), len(flat)),
+        "response/length": Mean(lengths.sum(), len(lengths)),
+        "response/length_max": Maximum(lengths.max()),
+        "response/finished_fraction": Mean(rollout.finished.sum(), len(lengths)),
+        "tokens/sampled": Total(lengths.sum()),
+    }
+    for name, part in scores.parts.items():
+        known = ~part.isnan()
+        statistics[f"score/{name}"] = Mean(masked_sum(part, known), known.sum())
+    return Metrics(statistics)

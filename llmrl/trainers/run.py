@@ -1,0 +1,297 @@
+"""A run: iterations in order, and everything that they leave in the output folder.
+
+config.json         every setting resolved, versions, git state
+metrics.jsonl       one line an iteration
+samples.jsonl       some responses of each iteration
+checkpoints/        what resume continues from
+best/               the model with the best value of `run.best_metric`
+final/              the model at the end
+"""
+
+import json
+import math
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from llmrl.roles import Progress, Trainer
+from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+
+VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
+
+
+class RunError(ValueError):
+    """A run that cannot start as it was asked to."""
+
+
+class Stopped(Exception):
+    """A signal ended the run between two iterations; everything so far is saved."""
+
+    def __init__(self, signal_number: int, iteration: int, output_dir: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after iteration {iteration}; "
+            f"the same command with run.resume=true goes on from {output_dir}"
+        )
+        self.signal_number = signal_number
+
+
+class MetricsSink(Protocol):
+    """Who else is told the metrics."""
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long a run is, and what it leaves."""
+
+    output_dir: str
+    """Folder of everything that the run leaves."""
+    num_iterations: int
+    """Iterations in all, those before a resume included."""
+    seed: int = 0
+    """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
+    resume: bool = False
+    """Continues from the newest checkpoint in the folder, or starts where there is none."""
+    checkpoint_every: int = 50
+    """Iterations between checkpoints; 0 for one at the end only."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept."""
+    best_metric: str | None = None
+    """The model with the best value of this metric is kept in best/; null keeps none."""
+    best_mode: Literal["max", "min"] = "max"
+    """Which direction of `best_metric` is better."""
+    samples_per_iteration: int = 4
+    """Responses of an iteration that are written to samples.jsonl."""
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("run.output_dir is empty; name a folder")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed ({self.seed}) must be at least 0 and less than 2**32")
+        for name, least in (
+            ("num_iterations", 1),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+            ("samples_per_iteration", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least {least}")
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuses to write over another run.
+
+    Raises:
+        RunError: The folder holds a run and `run.resume` is off.
+    """
+    folder = Path(config.output_dir)
+    if (folder / "config.json").exists() and not config.resume:
+        raise RunError(
+            f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another folder, "
+            "or remove it"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"run.output_dir ({folder}) is a file; name a folder")
+
+
+class Run:
+    """Drives a trainer from where it stands to the last iteration."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        settings: Mapping[str, Any],
+        trainer: Trainer,
+        save_model: Callable[[Path], None],
+        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate_every: int,
+        progress: Progress,
+        sink: MetricsSink,
+    ) -> None:
+        self.config = config
+        self.settings = settings
+        self.trainer = trainer
+        self.save_model = save_model
+        self.evaluate = evaluate
+        self.evaluate_every = evaluate_every
+        self.progress = progress
+        self.sink = sink
+        self.folder = Path(config.output_dir)
+        self.stop_signal: int | None = None
+
+    def train(self) -> dict[str, float]:
+        """Every iteration that is left. Returns the metrics of the last one.
+
+        Whatever ends it early, what was learned is kept: a signal stops it between two iterations, an error before an
+        iteration's first optimizer step puts the trainer back to its start, and in both cases a checkpoint is written.
+
+        Raises:
+            Stopped: By SIGINT or SIGTERM. A second SIGINT raises KeyboardInterrupt at once.
+        """
+        resumed = self.prepare()
+        last: dict[str, float] = {}
+        try:
+            with self.signals():
+                if not resumed and self.evaluate is not None and self.evaluate_every:
+                    self.log(0, self.evaluate())
+                while self.trainer.iteration < self.config.num_iterations and self.stop_signal is None:
+                    last = self.iterate()
+        except BaseException:
+            if self.trainer.rewind():
+                self.checkpoint()
+            raise
+        if self.stop_signal is not None:
+            self.checkpoint()
+            raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
+        self.save_model(self.folder / "final")
+        return last
+
+    def iterate(self) -> dict[str, float]:
+        """One iteration, its evaluation, its line of metrics and its checkpoint."""
+        values = self.trainer.iterate().values()
+        number = self.trainer.iteration
+        last = number == self.config.num_iterations
+        if self.evaluate is not None and self.evaluate_every and (number % self.evaluate_every == 0 or last):
+            values |= self.evaluate()
+        self.log(number, values)
+        self.progress.iteration(number, values)
+        self.keep_best(number, values)
+        if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
+            self.checkpoint()
+        return values
+
+    def prepare(self) -> bool:
+        """Makes the folder, or takes up the newest checkpoint in it. Returns whether there was one."""
+        check_output(self.config)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = list_checkpoints(self.folder / "checkpoints")
+        if checkpoints:
+            self.tell_changes()
+            self.trainer.load_state_dict(load_checkpoint(checkpoints[-1]))
+            self.progress.message(f"goes on after iteration {self.trainer.iteration} from {checkpoints[-1]}")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_iterations(self.folder / name, self.trainer.iteration if checkpoints else -1)
+        write_atomically(self.folder / "config.json", {"settings": self.settings, **provenance()})
+        return bool(checkpoints)
+
+    def tell_changes(self) -> None:
+        """Says which settings differ from those that the run was started with."""
+        before = _leaves(json.loads((self.folder / "config.json").read_text())["settings"])
+        now = _leaves(json.loads(json.dumps(self.settings)))
+        for path in sorted(before.keys() | now.keys()):
+            if before.get(path) != now.get(path) and path != "run.resume":
+                self.progress.message(f"changed since the run began: {path} was {before.get(path)}, is {now.get(path)}")
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
+        line = {"iteration": iteration, **{name: x if math.isfinite(x) else None for name, x in values.items()}}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.sink.log(iteration, values)
+
+    def keep_best(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Saves the model if it is the best so far by the metric that the config names."""
+        name = self.config.best_metric
+        if name is None or name not in values:
+            if name is not None and iteration == self.config.num_iterations:
+                self.progress.message(
+                    f"run.best_metric ({name}) was not measured; measured were {', '.join(sorted(values))}"
+                )
+            return
+        record = self.folder / "best" / "best.json"
+        sign = 1 if self.config.best_mode == "max" else -1
+        if record.exists() and sign * values[name] <= sign * json.loads(record.read_text())["value"]:
+            return
+        self.save_model(record.parent)
+        write_atomically(record, {"metric": name, "value": values[name], "iteration": iteration})
+
+    def checkpoint(self) -> None:
+        """The state between two iterations, whole."""
+        folder = self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
+        save_checkpoint(folder, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM stop the run after the current iteration; a second SIGINT at once."""
+
+        def stop(number: int, _: object) -> None:
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.progress.message("stops after this iteration; interrupt again to stop at once")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def keep_iterations(file: Path, last: int) -> None:
+    """Removes what came after iteration `last` from a file of JSON lines, a torn last line too."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if entry["iteration"] <= last:
+            kept.append(line + "\n")
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(kept))
+    partial.replace(file)
+
+
+def write_atomically(file: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git state and time: what one needs to know to repeat a run."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in VERSIONED},
+        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in the current folder; None where there is no git or no repository."""
+    try:
+        answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _leaves(settings: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(settings, Mapping):
+        return {path: settings}
+    leaves: dict[str, Any] = {}
+    for name, value in settings.items():
+        leaves |= _leaves(value, f"{path}.{name}" if path else name)
+    return leaves

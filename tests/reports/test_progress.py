@@ -1,0 +1,164 @@
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from llmrl.reports import progress
+from llmrl.reports.progress import LiveProgress, PlainProgress, format_duration, format_headlines, format_number
+
+SHOW_CURSOR = "\x1b[?25h"
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return Console(file=io.StringIO(), force_terminal=True, width=100)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (0.0, "0"),
+        (0.41234, "0.412"),
+        (-0.01, "-0.01"),
+        (1e-5, "1e-05"),
+        (12.34, "12.3"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+        (-12345678.0, "-12,345,678"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_format_number(x: float, text: str):
+    assert format_number(x) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0:00"), (59.6, "1:00"), (451.0, "7:31"), (3599.4, "59:59"), (7651.0, "2:07:31")]
+)
+def test_format_duration(seconds: float, text: str):
+    assert format_duration(seconds) == text
+
+
+def test_headlines_come_in_their_own_order_and_nothing_else_does():
+    values = {"policy/loss": 1.0, "tokens/per_s": 12345.0, "kl/mean": 0.01, "score/mean": 0.41234}
+    assert format_headlines(values) == "score/mean 0.412  kl/mean 0.01  tokens/per_s 12,345"
+
+
+# --- plain ------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_prints_a_line_per_iteration_with_its_time_and_the_time_left(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream, num_iterations=4) as plain:
+        clock.now += 10.0
+        plain.iteration(1, {"score/mean": 0.25})
+        clock.now += 20.04
+        plain.iteration(2, {})
+    assert stream.getvalue().splitlines() == [
+        "iteration 1/4  score/mean 0.25  10.0 s  left 0:30",
+        "iteration 2/4  20.0 s  left 0:30",  # the mean of 10 and 20 seconds, twice
+    ]
+
+
+def test_a_resumed_run_is_timed_by_its_own_iterations(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream, num_iterations=40) as plain:
+        clock.now += 60.0
+        plain.iteration(31, {})
+    assert stream.getvalue() == "iteration 31/40  60.0 s  left 9:00\n"
+
+
+def test_plain_says_every_half_minute_how_far_the_phase_is(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream, num_iterations=1) as plain:
+        plain.phase("rollout", 80)
+        for _ in range(65):
+            clock.now += 1.0
+            plain.advance()
+        plain.phase("update", 4)
+        clock.now += 30.0
+        plain.advance(2)
+    assert stream.getvalue().splitlines() == ["rollout 30/80", "rollout 60/80", "update 2/4"]
+
+
+def test_any_line_holds_the_heartbeat_back(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream, num_iterations=1) as plain:
+        plain.phase("rollout", 80)
+        clock.now += 29.0
+        plain.message("saved")
+        clock.now += 29.0
+        plain.advance()
+    assert stream.getvalue() == "saved\n"
+
+
+# --- live -------------------------------------------------------------------------------------------------------------
+
+
+def test_live_shows_iterations_phase_and_headlines(terminal: Console, clock: Clock):
+    with LiveProgress(terminal, num_iterations=40) as live:
+        clock.now += 60.0
+        live.iteration(3, {"score/mean": 0.41234, "policy/loss": 7.0})
+        live.phase("rollout", 512)
+        live.phase("update", 16)
+        live.advance()
+        live.advance(4)
+    last = shown(terminal).rsplit("iteration", 1)[1]
+    for text in ("3/40", "37:00 left", "update", "5/16", "score/mean 0.412"):
+        assert text in last
+    assert "rollout" not in last
+    assert "policy/loss" not in last
+
+
+def test_live_messages_stay_and_are_taken_literally(terminal: Console):
+    with LiveProgress(terminal, num_iterations=1) as live:
+        live.message("saved [bold]" + "x" * 200)
+    assert "saved [bold]" + "x" * 200 in shown(terminal)
+
+
+def test_the_terminal_is_given_back_after_an_exception(terminal: Console):
+    def fail() -> None:
+        with LiveProgress(terminal, num_iterations=1):
+            assert SHOW_CURSOR not in shown(terminal)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert SHOW_CURSOR in shown(terminal)
+
+
+# --- which ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_terminal", "kind"), [(True, LiveProgress), (False, PlainProgress)])
+def test_the_live_block_is_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, kind: type):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert type(progress.make_progress(3)) is kind

@@ -1,0 +1,60 @@
+"""What a reward configuration accepts."""
+
+import math
+
+import pytest
+from pydantic import TypeAdapter
+
+from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+
+
+@pytest.mark.parametrize(
+    "name", ["rule.py:score", "a/b-c/rule.py:score", "C:\\x\\rule.py:score", "package.module:score"]
+)
+def test_a_name_says_file_or_module_and_function(name):
+    assert RewardFunctionConfig(name=name).weight == 1.0
+
+
+@pytest.mark.parametrize(
+    "name", ["score", "rule.py", "rule.py:", "rule.py:a.b", "a/b:score", ":score", "a..b:score", ""]
+)
+def test_a_name_of_another_form_is_refused(name):
+    with pytest.raises(
+        ValueError, match=r"reward\.functions\.<n>\.name .* must name a function: path/to/file\.py:func"
+    ):
+        RewardFunctionConfig(name=name)
+
+
+@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf, -math.inf])
+def test_a_weight_is_finite_and_not_zero(weight):
+    with pytest.raises(ValueError, match=r"weight \(.*\) of rule\.py:score must be a finite number other than 0"):
+        RewardFunctionConfig(name="rule.py:score", weight=weight)
+
+
+@pytest.mark.parametrize("name", ["prompts", "responses"])
+def test_an_argument_cannot_replace_what_comes_from_the_rollout(name):
+    with pytest.raises(ValueError, match=f"arguments of rule.py:score must not set '{name}'"):
+        RewardFunctionConfig(name="rule.py:score", arguments={name: "x"})
+
+
+def test_no_functions_are_refused():
+    with pytest.raises(ValueError, match=r"reward\.functions is empty"):
+        RewardConfig(functions=())
+
+
+def test_the_same_function_twice_is_refused():
+    twice = (RewardFunctionConfig(name="rule.py:score"), RewardFunctionConfig(name="rule.py:score", weight=2.0))
+    with pytest.raises(ValueError, match=r"names rule\.py:score 2 times"):
+        RewardConfig(functions=twice)
+
+
+def test_labels_are_short_unless_two_functions_share_one():
+    names = ("a.py:score", "b.py:score", "package.rules:length")
+    config = RewardConfig(functions=tuple(RewardFunctionConfig(name=name) for name in names))
+    assert config.labels == ("a.py:score", "b.py:score", "length")
+
+
+def test_a_recipe_reads_as_config():
+    recipe = b'{"functions": [{"name": "rule.py:score", "weight": 0.5, "arguments": {"pattern": "x"}}]}'
+    config = TypeAdapter(RewardConfig).validate_json(recipe, strict=True)
+    assert config.functions == (RewardFunctionConfig(name="rule.py:score", weight=0.5, arguments={"pattern": "x"}),)

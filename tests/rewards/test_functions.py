@@ -1,0 +1,239 @@
+"""Functions score a rollout: what they get, what they may return, and what is said when they fail."""
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+from llmrl.experience import Rollout, Sequences
+from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.rewards.functions import FunctionReward, RewardError
+
+WORDS = ["<pad>", "<eos>", "one", "two", "three", "four", "bad"]
+ROWS = (
+    {"question": "1?", "answer": "one"},
+    {"question": "2?", "answer": "two"},
+    {"question": [{"role": "user", "content": "3?"}], "answer": "three"},
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def rollout():
+    """Three responses: "one<eos>", "two three" cut by the limit, and an empty "<eos>"; "bad" where nothing counts."""
+    ids = torch.tensor([[2, 1, 6], [3, 4, 6], [1, 6, 6]])
+    lengths = torch.tensor([2, 2, 1])
+    mask = torch.arange(3) < lengths[:, None]
+    prompt = torch.zeros(3, 1, dtype=torch.long)
+    sequences = Sequences(
+        prompt_ids=prompt,
+        prompt_mask=prompt == 0,
+        response_ids=ids,
+        response_mask=mask,
+        response_lengths=lengths,
+    )
+    return Rollout(
+        sequences=sequences,
+        rollout_logprobs=torch.zeros(3, 3),
+        finished=torch.tensor([True, False, True]),
+        group_ids=torch.arange(3),
+        rows=ROWS,
+    )
+
+
+@pytest.fixture
+def score(tokenizer, rollout):
+    """Scores the rollout with functions, each named rule.py:<its place>, or with the weights given."""
+
+    def score(*functions, weights=None, rollout=rollout):
+        weights = weights or [1.0] * len(functions)
+        settings = [RewardFunctionConfig(name=f"rule.py:f{i}", weight=weight) for i, weight in enumerate(weights)]
+        config = RewardConfig(functions=tuple(settings))
+        reward = FunctionReward(config, functions=functions, tokenizer=tokenizer, prompt_column="question")
+        return reward(rollout)
+
+    return score
+
+
+def giving(result):
+    return lambda responses: result
+
+
+def test_a_function_gets_prompts_as_written_texts_and_columns(score):
+    seen = {}
+
+    def watch(**columns):
+        seen.update(columns)
+        return [0.0] * 3
+
+    score(watch)
+    prompts = ["1?", "2?", [{"role": "user", "content": "3?"}]]
+    answers = ["one", "two", "three"]
+    assert seen == {"prompts": prompts, "question": prompts, "answer": answers, "responses": ["one", "two three", ""]}
+
+
+def test_scores_are_weighted_and_parts_are_not(score):
+    scores = score(giving([1.0, 2.0, 3.0]), giving([1.0, 0.0, -1.0]), weights=[0.5, -2.0])
+    assert_close(scores.total, torch.tensor([-1.5, 1.0, 3.5]))
+    assert_close(scores.parts, {"f0": torch.tensor([1.0, 2.0, 3.0]), "f1": torch.tensor([1.0, 0.0, -1.0])})
+    assert_close(scores.per_token, torch.zeros(3, 3))
+
+
+def test_none_leaves_the_response_without_a_total(score):
+    scores = score(giving([1.0, None, 0.0]), giving([1.0, 1.0, 1.0]))
+    assert_close(scores.total, torch.tensor([2.0, math.nan, 1.0]), equal_nan=True)
+    assert_close(scores.parts["f0"], torch.tensor([1.0, math.nan, 0.0]), equal_nan=True)
+    assert_close(scores.parts["f1"], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [1, 0, 1],
+        [True, False, True],
+        (1.0, 0.0, 1.0),
+        torch.tensor([1.0, 0.0, 1.0], requires_grad=True),
+        torch.tensor([1, 0, 1], dtype=torch.int8),
+        torch.tensor([1, 0, 1], dtype=torch.bfloat16),
+        torch.tensor([True, False, True]),
+        np.array([1, 0, 1]),
+        np.array([True, False, True]),
+        [np.float32(1), np.int64(0), np.bool_(True)],
+        [torch.tensor(1), torch.tensor(0.0), np.array(1.0)],
+    ],
+)
+def test_numbers_of_every_kind_count(score, result):
+    assert_close(score(giving(result)).total, torch.tensor([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ([1.0, 0.0], r"returned 2 scores; expected a list of 3 numbers or None, one for each response"),
+        (torch.zeros(4), r"returned 4 scores; expected a list of 3"),
+        (1.0, r"returned 1\.0 \(float\); expected a list of 3"),
+        (torch.tensor(1.0), r"returned tensor\(1\.\) \(Tensor\); expected a list of 3"),
+        ("101", r"returned '101' \(str\); expected a list of 3"),
+        (None, r"returned None \(NoneType\); expected a list of 3"),
+        ({0: 1.0, 1: 1.0, 2: 1.0}, r"returned \{0: 1\.0, .*\} \(dict\); expected a list of 3"),
+        ([0.0, "1", 0.0], r"returned '1' \(str\) for row 1; expected a finite number, or None where"),
+        ([0.0, [1.0], 0.0], r"returned \[1\.0\] \(list\) for row 1"),
+        (torch.zeros(3, 1), r"returned \[0\.0\] \(list\) for row 0"),
+        ([0.0, math.nan, 0.0], r"returned nan \(float\) for row 1"),
+        (torch.tensor([0.0, 0.0, math.nan]), r"returned nan \(float\) for row 2"),
+        ([0.0, -math.inf, 0.0], r"returned -inf \(float\) for row 1"),
+        ([0.0, 1e39, 0.0], r"returned 1e\+39 \(float\) for row 1"),  # infinity in float32
+        ([0.0, 10**400, 0.0], r"returned 10+\.\.\. \(int\) for row 1"),
+        ([0.0, 1j, 0.0], r"returned 1j \(complex\) for row 1"),
+    ],
+)
+def test_anything_else_is_refused(score, result, said):
+    with pytest.raises(RewardError, match=r"^reward function rule\.py:f1 " + said):
+        score(giving([0.0] * 3), giving(result))
+
+
+def test_a_bad_score_shows_the_row_and_the_response(score):
+    with pytest.raises(RewardError) as error:
+        score(giving([0.0, math.nan, 0.0]))
+    assert str(error.value).endswith("The row: question='2?', answer='two'. The response: 'two three'")
+
+
+def test_a_long_row_is_shortened(score, rollout):
+    rows = ({"question": "q" * 500, "answer": "a"}, *ROWS[1:])
+    long = Rollout(**{**vars(rollout), "rows": rows})
+    with pytest.raises(RewardError) as error:
+        score(giving([math.nan, 0.0, 0.0]), rollout=long)
+    assert f"question='{'q' * 79}..., answer='a'" in str(error.value)
+
+
+def test_an_exception_is_named_and_chained(score):
+    def fails(responses):
+        raise KeyError("gold")
+
+    with pytest.raises(RewardError, match=r"^reward function rule\.py:f1 raised KeyError: 'gold'$") as error:
+        score(giving([0.0] * 3), fails)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_an_exception_of_a_coroutine_is_named_and_chained(score):
+    async def fails(responses):
+        await asyncio.sleep(0)
+        raise ValueError("judge is down")
+
+    with pytest.raises(RewardError, match=r"^reward function rule\.py:f0 raised ValueError: judge is down$") as error:
+        score(fails)
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_coroutines_keep_their_places_whichever_ends_first(score):
+    def judge(value):
+        async def judge(responses):
+            await asyncio.sleep(0.02 if value == 1.0 else 0.01)
+            return [value] * 3
+
+        return judge
+
+    scores = score(judge(1.0), giving([10.0] * 3), judge(100.0))
+    assert [part[0].item() for part in scores.parts.values()] == [1.0, 10.0, 100.0]
+
+
+def test_coroutines_run_together(score):
+    """Each waits for the other: one after the other they would never end."""
+    events = {}
+
+    def judge(mine, other):
+        async def judge(responses):
+            events.setdefault(mine, asyncio.Event()).set()
+            await asyncio.wait_for(events.setdefault(other, asyncio.Event()).wait(), timeout=5)
+            return [1.0] * 3
+
+        return judge
+
+    assert_close(score(judge("a", "b"), judge("b", "a")).total, torch.full((3,), 2.0))
+
+
+def test_a_plain_function_may_run_a_loop_of_its_own(score):
+    async def judge(responses):
+        return [1.0] * 3
+
+    assert_close(score(lambda responses: asyncio.run(judge(responses)), judge).total, torch.full((3,), 2.0))
+
+
+def test_columns_stay_with_their_responses_in_any_order(score, rollout):
+    def first_word_is_the_answer(responses, answer):
+        return [float(r.split()[:1] == [a]) + 2 * ("three" in r) for r, a in zip(responses, answer, strict=True)]
+
+    order = torch.tensor([2, 0, 1])
+    assert_close(score(first_word_is_the_answer).total, torch.tensor([1.0, 3.0, 0.0]))
+    assert_close(score(first_word_is_the_answer, rollout=rollout.select(order)).total, torch.tensor([0.0, 1.0, 3.0]))
+
+
+def test_a_function_that_spoils_its_lists_spoils_no_other(score):
+    def spoils(responses, answer):
+        responses.clear()
+        answer.reverse()
+        return [0.0] * 3
+
+    def reads(responses, answer):
+        return [float(r == "one" and a == "one") for r, a in zip(responses, answer, strict=True)]
+
+    assert_close(score(spoils, reads).total, torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_labels_name_the_parts(tokenizer, rollout):
+    names = ("a.py:score", "b.py:score", "b.py:length")
+    config = RewardConfig(functions=tuple(RewardFunctionConfig(name=name) for name in names))
+    functions = [giving([float(i)] * 3) for i in range(3)]
+    parts = FunctionReward(config, functions=functions, tokenizer=tokenizer, prompt_column="question")(rollout).parts
+    assert {name: part[0].item() for name, part in parts.items()} == {"a.py:score": 0, "b.py:score": 1, "length": 2}

@@ -1,0 +1,196 @@
+"""Names become functions, and whatever is wrong with one shows at once."""
+
+import re
+import sys
+
+import pytest
+
+from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.rewards.loading import (
+    RewardLoadError,
+    bind_arguments,
+    check_columns,
+    load_function,
+    load_functions,
+    select_columns,
+)
+
+RULE = """
+from __future__ import annotations
+from dataclasses import dataclass
+from fractions import Fraction
+
+@dataclass
+class Pair:
+    left: int
+
+def correct(responses: list[str], answer: list[str], scale: float = 1.0):
+    return [scale * (r == a) for r, a in zip(responses, answer)]
+
+def length(responses):
+    return [len(r) for r in responses]
+
+threshold = 3
+"""
+
+
+@pytest.fixture
+def rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rule.py").write_text(RULE)
+    return tmp_path
+
+
+def config(*functions: RewardFunctionConfig) -> RewardConfig:
+    return RewardConfig(functions=functions)
+
+
+def test_a_file_is_found_from_the_current_folder(rule):
+    assert load_function("rule.py:correct")(responses=["a", "b"], answer=["a", "a"]) == [1.0, 0.0]
+
+
+def test_a_file_is_found_by_its_whole_path(rule):
+    assert load_function(f"{rule}/rule.py:correct")(responses=["a"], answer=["a"]) == [1.0]
+
+
+def test_a_module_is_imported():
+    assert load_function("operator:add")(2, 3) == 5
+
+
+def test_two_functions_of_a_file_share_one_module(rule):
+    assert load_function("rule.py:correct").__globals__ is load_function("rule.py:length").__globals__
+
+
+def test_a_file_does_not_hide_a_module_of_its_name(rule):
+    (rule / "json.py").write_text("def score(responses): return []")
+    load_function("json.py:score")
+    assert hasattr(sys.modules["json"], "dumps")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.py:correct", r"^reward function missing\.py:correct: there is no file /.*/missing\.py$"),
+        (
+            "no_such_package.rule:correct",
+            r"does not load: ModuleNotFoundError: No module .*; a file is named by its path",
+        ),
+        (
+            "llmrl.rewards.no_such:correct",
+            r"does not load: ModuleNotFoundError: No module named 'llmrl.rewards.no_such'$",
+        ),
+        ("rule.py:corect", r"^reward function rule\.py:corect: rule\.py has no 'corect'; did you mean 'correct'\?$"),
+        ("rule.py:zzz", r"^reward function rule\.py:zzz: rule\.py has no 'zzz'$"),
+        ("rule.py:threshold", r"'threshold' is not a function but int$"),
+    ],
+)
+def test_what_cannot_be_found_is_said_in_one_line(rule, name, message):
+    with pytest.raises(RewardLoadError, match=message) as error:
+        load_function(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_fails_says_why_and_loads_once_it_is_mended(rule):
+    (rule / "broken.py").write_text("import no_such_dependency")
+    with pytest.raises(RewardLoadError, match=r"broken\.py does not load: ModuleNotFoundError.*no_such_dep") as error:
+        load_function("broken.py:score")
+    assert isinstance(error.value.__cause__, ModuleNotFoundError)
+    (rule / "broken.py").write_text("def score(responses): return 'mended: another length than before'")
+    assert load_function("broken.py:score")([]).startswith("mended")
+
+
+def test_a_required_parameter_without_a_column_is_refused(rule):
+    with pytest.raises(RewardLoadError, match=r"rule\.py:correct needs 'answer'.*did you mean 'answers'\?") as error:
+        check_columns(load_function("rule.py:correct"), ["question", "answers"])
+    assert "there are prompts, responses, question, answers;" in str(error.value)
+
+
+def test_responses_misspelled_is_refused_with_its_name():
+    with pytest.raises(RewardLoadError, match=r"needs 'response'.*did you mean 'responses'\?"):
+        check_columns(lambda response: [], ["answer"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda responses, answer: [],
+        lambda responses, other=None: [],
+        lambda *args, responses, **kwargs: [],
+    ],
+)
+def test_what_a_function_can_get_is_enough(function):
+    check_columns(function, ["answer"])
+
+
+class Judge:
+    """A reward with state."""
+
+    def __call__(self, responses, rubric):
+        return []
+
+
+def test_an_object_that_can_be_called_is_named_by_its_class():
+    with pytest.raises(RewardLoadError, match="test_loading:Judge needs 'rubric'"):
+        check_columns(Judge(), [])
+
+
+def test_a_signature_picks_its_columns():
+    columns = {"prompts": ["p"], "responses": ["r"], "answer": ["a"], "source": ["s"]}
+    assert select_columns(lambda responses, answer: [], columns) == {"responses": ["r"], "answer": ["a"]}
+    assert select_columns(lambda prompts, **rest: [], columns) == columns
+    assert select_columns(lambda responses, missing=None: [], columns) == {"responses": ["r"]}
+
+
+def test_columns_are_copies():
+    columns = {"responses": ["r"]}
+    select_columns(lambda responses: [], columns)["responses"].append("s")
+    assert columns == {"responses": ["r"]}
+
+
+def test_an_argument_wins_over_a_column_of_its_name():
+    for function in (lambda responses, answer: answer, lambda responses, **rest: rest["answer"]):
+        bound = bind_arguments(function, {"answer": "fixed"})
+        check_columns(bound, [])
+        assert bound(**select_columns(bound, {"responses": ["r"], "answer": ["a"]})) == "fixed"
+
+
+def test_an_argument_is_read_as_its_annotation(rule):
+    assert bind_arguments(load_function("rule.py:correct"), {"scale": 2})(responses=["a"], answer=["a"]) == [2.0]
+    bound = bind_arguments(load_function("llmrl.rewards.rules:matches_pattern"), {"pattern": "^x"})
+    assert bound.keywords == {"pattern": re.compile("^x")}
+
+
+def test_an_argument_that_cannot_be_read_is_refused(rule):
+    with pytest.raises(
+        RewardLoadError, match=r"rule\.py:correct: argument scale \('two'\): Input should be a valid numb"
+    ):
+        bind_arguments(load_function("rule.py:correct"), {"scale": "two"})
+
+
+def test_an_argument_without_a_parameter_is_refused(rule):
+    with pytest.raises(RewardLoadError, match=r"rule\.py:correct has no parameter 'scal' .*did you mean 'scale'\?"):
+        bind_arguments(load_function("rule.py:correct"), {"scal": 2.0})
+
+
+def test_an_invalid_pattern_is_refused_before_anything_runs():
+    name = "llmrl.rewards.rules:matches_pattern"
+    with pytest.raises(RewardLoadError, match=r"argument pattern \('\('\): Input should be a valid regular expression"):
+        load_functions(config(RewardFunctionConfig(name=name, arguments={"pattern": "("})), ["answer"])
+
+
+def test_a_pattern_left_out_is_refused():
+    with pytest.raises(RewardLoadError, match=r"rules:matches_pattern needs 'pattern'"):
+        load_functions(config(RewardFunctionConfig(name="llmrl.rewards.rules:matches_pattern")), ["answer"])
+
+
+def test_all_functions_are_loaded_in_order(rule):
+    functions = load_functions(
+        config(RewardFunctionConfig(name="rule.py:length"), RewardFunctionConfig(name="rule.py:correct")), ["answer"]
+    )
+    assert [function.__name__ for function in functions] == ["length", "correct"]
+
+
+def test_columns_are_checked_for_every_function(rule):
+    names = (RewardFunctionConfig(name="rule.py:length"), RewardFunctionConfig(name="rule.py:correct"))
+    with pytest.raises(RewardLoadError, match="needs 'answer'"):
+        load_functions(config(*names), iter(["question"]))

@@ -1,0 +1,247 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers.cache_utils import Cache
+
+from llmrl.experience import Prompts
+from llmrl.functional.streams import Purpose
+from llmrl.rollout import native as native_module
+
+from .tiny import EOS, VOCAB, full_forward_logprobs, make_prompts, make_sampling, rows_of
+
+
+def tokens(rollout):
+    return [response for _, response, _, _ in rows_of(rollout)]
+
+
+def select(prompts: Prompts, *order: int) -> Prompts:
+    return prompts.select(torch.tensor(order))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_one_plain_forward(any_model, native, prompts, temperature):
+    rollout = native(any_model, max_rows=4).generate(prompts, make_sampling(temperature=temperature))
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, temperature), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("max_rows", [2, 3, 4, 7])
+def test_nothing_depends_on_the_rows_decoded_at_once(any_model, native, prompts, max_rows):
+    all_at_once = native(any_model).generate(prompts, make_sampling())
+    assert tokens(native(any_model, max_rows=max_rows).generate(prompts, make_sampling())) == tokens(all_at_once)
+
+
+def test_nothing_depends_on_order_and_neighbours(any_model, native, prompts):
+    engine = native(any_model, max_rows=4)
+    together = tokens(engine.generate(prompts, make_sampling()))
+    for n in range(5):
+        alone = engine.generate(select(prompts, n), make_sampling(first_response=2 * n))
+        assert tokens(alone) == together[2 * n : 2 * n + 2]
+    swapped = engine.generate(select(prompts, 3, 1), make_sampling(first_response=6))
+    assert tokens(swapped)[:2] == together[6:8]
+
+
+def test_the_rollout_is_well_formed(model, native, prompts, progress):
+    rollout = native(model, max_rows=4).generate(prompts, make_sampling(first_response=100))
+    sequences = rollout.sequences
+    assert sequences.prompt_ids.equal(prompts.ids.repeat_interleave(2, dim=0))
+    assert sequences.prompt_mask.equal(prompts.mask.repeat_interleave(2, dim=0))
+    assert rollout.group_ids.tolist() == [50, 50, 51, 51, 52, 52, 53, 53, 54, 54]
+    assert [row["row"] for row in rollout.rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert progress.advanced == 10
+    lengths = sequences.response_lengths
+    assert sequences.response_mask.equal(torch.arange(int(lengths.max())) < lengths[:, None])
+    assert not sequences.response_ids[~sequences.response_mask].any()
+    assert not rollout.rollout_logprobs[~sequences.response_mask].any()
+    assert len(set(lengths.tolist())) > 2  # ragged, or the rest proves little
+    for _, response, _, finished in rows_of(rollout):
+        assert finished == (response[-1] in EOS)
+        assert finished or len(response) == 12
+        assert not set(response[:-1]) & set(EOS)
+
+
+def test_a_response_that_ends_with_its_last_allowed_token_is_finished(model, native, prompts):
+    whole = native(model).generate(prompts, make_sampling())
+    _, response, _, finished = next(row for row in rows_of(whole) if row[3] and 1 < len(row[1]) < 12)
+    limited = native(model).generate(prompts, make_sampling(max_response_tokens=len(response)))
+    index = tokens(whole).index(response)
+    assert finished
+    assert tokens(limited)[index] == response
+    assert limited.finished[index]
+
+
+def test_a_cut_response_is_the_beginning_of_the_whole_one(model, native, prompts):
+    whole = tokens(native(model).generate(prompts, make_sampling()))
+    cut = tokens(native(model).generate(prompts, make_sampling(max_response_tokens=3)))
+    assert cut == [response[:3] for response in whole]
+
+
+def test_one_token_responses(model, native, prompts):
+    rollout = native(model, max_rows=2).generate(prompts, make_sampling(max_response_tokens=1))
+    assert rollout.sequences.response_lengths.tolist() == [1] * 10
+
+
+def test_streams_differ_by_seed_purpose_and_number(model, native, prompts):
+    engine = native(model)
+    samples = [
+        tokens(engine.generate(prompts, sampling))
+        for sampling in (
+            make_sampling(),
+            make_sampling(seed=12),
+            make_sampling(purpose=Purpose.EVALUATION),
+            make_sampling(first_response=10),
+        )
+    ]
+    assert all(a != b for i, a in enumerate(samples) for b in samples[:i])
+    assert tokens(engine.generate(prompts, make_sampling())) == samples[0]
+
+
+def test_greedy_takes_the_likeliest_and_reports_the_logprob_at_the_temperature(any_model, native, prompts):
+    rollout = native(any_model, max_rows=3).generate(prompts, make_sampling(greedy=True, temperature=0.5))
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, 0.5), atol=1e-5, rtol=0)
+        for t in range(len(response)):
+            logits = any_model(input_ids=torch.tensor([prompt + response[:t]])).logits[0, -1, :VOCAB]
+            assert logits.argmax() == response[t]
+
+
+def test_refill_with_a_later_prompt_longer_than_what_is_live(any_model, native):
+    prompts = make_prompts([20], [21], [7, 8, 9, 2, 11, 12, 13, 14, 15, 16, 17])
+    rollout = native(any_model, max_rows=2).generate(prompts, make_sampling(max_response_tokens=5))
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """How far each move of the window to the front went, with room for few steps between them."""
+    monkeypatch.setattr(native_module, "SLACK_COLUMNS", 1)
+    shifts = []
+    move_columns = native_module.SlotCache.move_columns
+    monkeypatch.setattr(
+        native_module.SlotCache,
+        "move_columns",
+        lambda cache, shift: (shifts.append(shift), move_columns(cache, shift)),
+    )
+    return shifts
+
+
+def test_the_window_moves_to_the_front_without_a_trace(any_model, native, prompts, moves):
+    many = Prompts.cat([prompts, prompts, prompts])
+    rollout = native(any_model, max_rows=3).generate(many, make_sampling(num_responses=1))
+    assert len(moves) > 1
+    assert min(moves) >= 1
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response), atol=1e-5, rtol=0)
+
+
+def test_every_prompt_is_prefilled_once_and_no_finished_row_is_decoded(model, native, prompts):
+    work = {"prompt": 0, "response": 0}
+
+    def count(module, args, kwargs):
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        prefill = mask.shape[1] == ids.shape[1]
+        work["prompt" if prefill else "response"] += int(mask.sum()) if prefill else ids.numel()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    rollout = native(model, max_rows=4).generate(prompts, make_sampling())
+    assert work["prompt"] == 9 + 1 + 4 + 3 + 6
+    assert work["response"] == int(rollout.sequences.response_lengths.sum()) - 10  # the prefill gives the first tokens
+
+
+def test_attention_reads_no_column_without_a_live_token(model, native, prompts, moves):
+    rollout = native(model, max_rows=4)
+    wasted = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: wasted.append(bool((~kwargs["attention_mask"]).all(dim=0).any())), with_kwargs=True
+    )
+    rollout.generate(prompts, make_sampling())
+    assert not any(wasted)
+
+
+def test_buffers_are_kept_between_calls_and_grow_when_needed(model, native, prompts):
+    engine = native(model, max_rows=4)
+
+    def pointer():
+        return engine._cache.layers[0].buffers[0].data_ptr()
+
+    first = engine.generate(prompts, make_sampling())
+    kept = pointer()
+    assert tokens(engine.generate(prompts, make_sampling())) == tokens(first)
+    engine.generate(select(prompts, 1), make_sampling(max_response_tokens=3))
+    assert pointer() == kept
+    rollout = engine.generate(prompts, make_sampling(max_response_tokens=40))
+    assert pointer() != kept
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
+
+
+def test_nan_names_the_prompt_and_leaves_no_trace(model, native, prompts):
+    engine = native(model, max_rows=4)
+    before = tokens(engine.generate(prompts, make_sampling()))
+    healthy = model.get_input_embeddings().weight[30].clone()  # a token of prompt 2 only
+    with torch.no_grad():
+        model.get_input_embeddings().weight[30] = math.nan
+        with pytest.raises(FloatingPointError, match=r"prompt 2 of this rollout are not finite at response token 0 "):
+            engine.generate(prompts, make_sampling(max_response_tokens=1))
+        model.get_input_embeddings().weight[30] = healthy
+    assert tokens(engine.generate(prompts, make_sampling())) == before
+
+
+def test_padding_of_the_embedding_is_never_sampled(model, native, prompts):
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] = 100 * model.lm_head.weight[7]
+    rollout = native(model).generate(prompts, make_sampling(num_responses=4))
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert max(response) < VOCAB
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
+
+
+def test_first_tokens_follow_the_softmax(model, native):
+    draws = 4000
+    prompts = make_prompts([7, 8, 9])
+    engine = native(model, max_rows=draws)
+    rollout = engine.generate(
+        prompts, make_sampling(num_responses=draws, max_response_tokens=1, temperature=1.5, seed=5)
+    )
+    observed = torch.bincount(rollout.sequences.response_ids[:, 0], minlength=VOCAB).double()
+    logits = model(input_ids=torch.tensor([[7, 8, 9]])).logits[0, -1, :VOCAB].double().detach()
+    expected = draws * (logits / 1.5).softmax(dim=-1)
+    likely = expected > 5
+    statistic = ((observed - expected) ** 2 / expected)[likely].sum()
+    degrees = int(likely.sum()) - 1
+    assert degrees > 10
+    assert statistic < degrees + 4 * math.sqrt(2 * degrees)  # four standard deviations of chi-square
+
+
+def test_modes_are_restored_even_after_an_exception(model, native, prompts):
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    model.gradient_checkpointing_enable()
+    engine = native(model)
+    engine.generate(prompts, make_sampling())
+    assert [module.training for module in model.modules()] == modes
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError):
+        engine.generate(prompts, make_sampling())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_rollout_can_be_learned_from(model, native, prompts):
+    rollout = native(model).generate(prompts, make_sampling())
+    weight = torch.ones((), requires_grad=True)
+    (weight * rollout.rollout_logprobs).sum().backward()  # an inference tensor would refuse
+    assert_close(weight.grad, rollout.rollout_logprobs.sum())
+
+
+def test_a_group_larger_than_max_rows_is_refused(model, native, prompts):
+    with pytest.raises(ValueError, match=r"rollout\.max_rows \(4\) must hold a whole group of 5 responses"):
+        native(model, max_rows=4).generate(prompts, make_sampling(num_responses=5))
+
+
+def test_the_cache_is_a_cache_of_transformers():
+    assert issubclass(native_module.SlotCache, Cache)

@@ -1,0 +1,356 @@
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from llmrl.settings import Setting, SettingError, describe, read_recipe, to_dict, to_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    kind: Literal["constant", "cosine"] = "constant"
+    """Shape of the
+    learning rate."""
+    num_warmup: int = 0
+    """Steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Schedule = Schedule()
+    """How it changes."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr ({self.lr}) must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    path: Path
+    """Folder."""
+    made_by: str | None = None
+    """Command that makes it."""
+    bf16: bool = False
+    """Precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    file: str
+    """Source."""
+    weight: float = 1.0
+    """Share of the total."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    model: Model
+    """What is trained."""
+    critic: Model | None = None
+    """Values; none in critic-free algorithms."""
+    optimizer: Optimizer = Optimizer()
+    """Of the actor."""
+    critic_optimizer: Optimizer = Optimizer(lr=3e-4, schedule=Schedule(num_warmup=10))
+    """Of the critic."""
+    rules: tuple[Rule, ...] = ()
+    """Verifiers."""
+    named: dict[str, Rule] = field(default_factory=dict)
+    """Verifiers by data set."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renamed."""
+    seed: int = 0
+    """Of every stream."""
+    limits: tuple[int, ...] = (1, 2)
+    """Any."""
+    output_dir: str = "runs/first"
+    """Folder."""
+
+
+Write = Callable[[str], Path]
+
+RECIPE = """
+output_dir: runs/x
+model: {path: "${output_dir}/sft", made_by: llmrl sft}
+optimizer: {lr: 1e-6}
+rules:
+  - {file: a.py}
+  - {file: b.py, weight: 1}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problem(path: Path, *overrides: str) -> str:
+    with pytest.raises(SettingError) as raised:
+        read_recipe(Run, path, overrides)
+    return str(raised.value)
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_and_its_overrides_become_the_dataclass(write: Write):
+    overrides = ["rules.0.weight=2", "output_dir=runs/y", "optimizer.schedule.kind=cosine", "limits=[3, 4]", "seed=7"]
+    assert read_recipe(Run, write(RECIPE), overrides) == Run(
+        output_dir="runs/y",
+        model=Model(path=Path("runs/y/sft"), made_by="llmrl sft"),
+        optimizer=Optimizer(lr=1e-6, schedule=Schedule(kind="cosine")),
+        rules=(Rule(file="a.py", weight=2.0), Rule(file="b.py", weight=1.0)),
+        limits=(3, 4),
+        seed=7,
+    )
+
+
+def test_a_whole_number_is_a_number_too(write: Write):
+    weight = read_recipe(Run, write(RECIPE), []).rules[1].weight
+    assert weight == 1.0
+    assert type(weight) is float
+
+
+def test_a_section_is_laid_over_the_default_that_the_class_gives_it(write: Write):
+    text = RECIPE + "critic_optimizer: {schedule: {kind: cosine}}"
+    expected = Optimizer(lr=3e-4, schedule=Schedule(kind="cosine", num_warmup=10))
+    assert read_recipe(Run, write(text), []).critic_optimizer == expected
+
+
+@pytest.mark.parametrize("override", ["critic.path=other", "critic={path: other}"])
+def test_an_override_makes_an_optional_section(write: Write, override: str):
+    assert read_recipe(Run, write(RECIPE + "critic: null"), [override]).critic == Model(path=Path("other"))
+
+
+def test_an_optional_section_can_be_overridden_with_null(write: Write):
+    assert read_recipe(Run, write(RECIPE + "critic: {path: other}"), ["critic=null"]).critic is None
+
+
+def test_an_override_may_hold_an_equals_sign_and_an_interpolation(write: Write):
+    run = read_recipe(Run, write(RECIPE), ["columns.a=x=y", "columns.b=${output_dir}"])
+    assert run.columns == {"a": "x=y", "b": "runs/x"}
+
+
+@pytest.mark.parametrize("override", ["model.path=mine", "model={path: mine}"])
+def test_the_users_own_path_drops_the_command_that_makes_the_recipes(write: Write, override: str):
+    assert read_recipe(Run, write(RECIPE), [override]).model == Model(path=Path("mine"))
+
+
+@pytest.mark.parametrize("made_by_first", [True, False])
+def test_the_command_stays_when_it_is_overridden_too(write: Write, made_by_first: bool):
+    overrides = ["model.path=mine", "model.made_by=make mine"]
+    run = read_recipe(Run, write(RECIPE), overrides[::-1] if made_by_first else overrides)
+    assert run.model == Model(path=Path("mine"), made_by="make mine")
+
+
+def test_another_override_leaves_the_command(write: Write):
+    assert read_recipe(Run, write(RECIPE), ["model.bf16=true"]).model.made_by == "llmrl sft"
+
+
+# --- the file and the overrides ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_recipe_suggests_the_nearest(write: Write):
+    path = write(RECIPE)
+    assert (
+        problem(path.with_name("recpe.yaml"))
+        == f"there is no recipe {path.with_name('recpe.yaml')}; did you mean {path}?"
+    )
+
+
+def test_a_missing_folder_is_a_missing_recipe(tmp_path: Path):
+    assert problem(tmp_path / "no" / "r.yaml") == f"there is no recipe {tmp_path / 'no' / 'r.yaml'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1\nb: 2", ", line 2: "),
+        ("seed: 1\nseed: 2", ", line 2: found duplicate key seed"),
+        ("seed: !!python/object:os.system x", ", line 1: could not determine a constructor"),
+        ("- 1", " is not a recipe: write a mapping"),
+        ("hello", " is not a recipe: write a mapping"),
+        ("", " is not a recipe: write a mapping"),
+        ("model: {path: '${nowhere}'}", ": model.path: Interpolation key 'nowhere' not found"),
+        ("model: {path: '${'}", ": model.path: "),
+        ("model: \n  path: ???", ": model.path: Missing mandatory value"),
+    ],
+)
+def test_a_file_that_is_no_recipe(write: Write, text: str, said: str):
+    path = write(text)
+    message = problem(path)
+    assert message.startswith(f"{path}{said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "'seed' must be written key=value, such as optimizer.lr=1e-5"),
+        ("=3", "'=3' must be written key=value"),
+        ("model.=3", "'model.=3' must be written key=value"),
+        ("limits=[1", "'limits=[1': the value is not YAML; put it in quotes"),
+        ("rules.2.weight=1", "'rules.2.weight=1': list index out of range"),
+        ("rules.x.weight=1", "'rules.x.weight=1': "),
+        ("rules={file: a}", "'rules={file: a}': "),
+    ],
+)
+def test_an_override_that_cannot_be_used(write: Write, override: str, said: str):
+    message = problem(write(RECIPE), override)
+    assert message.startswith(f"override {said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["critic.path=x", "rules.2.weight=0"])
+def test_an_override_never_reaches_through_an_interpolation(write: Write, override: str):
+    path = write(RECIPE + "  - ${rules.0}\ncritic: ${model}")
+    assert "or write this one out in the recipe" in problem(path, override)
+
+
+# --- names and types --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sed=1", "sed is not a setting; did you mean seed?"),
+        ("optimizer.lrr=1", "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
+        ("optimizer.schedule.warp=1", "optimizer.schedule.warp is not a setting; known here: kind, num_warmup"),
+        ("critic={path: x, bf61: true}", "critic.bf61 is not a setting; did you mean critic.bf16?"),
+        ("rules.1.wieght=2", "rules.1.wieght is not a setting; did you mean rules.1.weight?"),
+        ("named.gsm8k.fil=x", "named.gsm8k.fil is not a setting; did you mean named.gsm8k.file?"),
+        ("optimizer.true=1", "optimizer.true is not a setting; known here: lr, schedule"),
+    ],
+)
+def test_an_unknown_name_at_any_depth(write: Write, override: str, said: str):
+    path = write(RECIPE)
+    assert problem(path, override) == f"{path}:\n  {said}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr=fast", "optimizer.lr: 'fast' is not a number"),
+        ("optimizer.lr=true", "optimizer.lr: true is not a number"),
+        ("seed='8'", "seed: '8' is not a whole number (write 8, without quotes)"),
+        ("seed=true", "seed: true is not a whole number"),
+        ("seed=1.5", "seed: 1.5 is not a whole number"),
+        ("seed=2.0", "seed: 2.0 is not a whole number"),
+        ("model.bf16=1", "model.bf16: 1 is neither true nor false"),
+        ("output_dir=5", "output_dir: 5 is not text; put it in quotes"),
+        ("critic.path=5", "critic.path: 5 is not text; put it in quotes"),
+        ("optimizer.schedule.kind=linear", "optimizer.schedule.kind: 'linear' is not one of 'constant' or 'cosine'"),
+        ("limits=3", "limits: 3 is not a list"),
+        ("limits.1=x", "limits: {"),
+        ("columns=3", "columns: 3 is not a mapping"),
+        ("rules.1.weight=x", "rules.1.weight: 'x' is not a number"),
+        ("model=tiny", "model: 'tiny' is not a section"),
+        ("model=null", "model: null is not a section; write its settings as a mapping; leave it out"),
+        ("optimizer.lr=", "optimizer.lr: null is not a number"),
+        ("rules.0.file=null", "rules.0.file: null is not text"),
+        ("critic.bf16=true", "critic.path must be set: in the recipe, or as critic.path=..."),
+        ("optimizer.lr=0", "optimizer.lr (0.0) must be greater than 0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(write: Write, override: str, said: str):
+    path = write(RECIPE)
+    assert problem(path, override).startswith(f"{path}:\n  {said}")
+
+
+def test_every_problem_is_in_one_message(write: Write):
+    path = write("optimizer: {lr: fast}\nseed: x\n")
+    named = [line.split(":")[0].split()[0] for line in problem(path).splitlines()[1:]]
+    assert named == ["model", "optimizer.lr", "seed"]
+
+
+def test_every_unknown_name_is_in_one_message(write: Write):
+    assert len(problem(write(RECIPE), "a=1", "model.b=2").splitlines()) == 3
+
+
+def test_a_choice_of_sections_is_refused_because_unknown_names_would_pass(write: Write):
+    @dataclass(frozen=True, kw_only=True)
+    class Choice:
+        either: Model | Rule
+
+    with pytest.raises(TypeError, match="choice of sections"):
+        read_recipe(Choice, write("either: {file: x}"), [])
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+FULL = Run(
+    model=Model(path=Path("m")), critic=Model(path=Path("c")), rules=(Rule(file="a"),), named={"d": Rule(file="b")}
+)
+
+
+def test_to_dict_is_json():
+    expected: dict[str, Any] = {
+        "model": {"path": "m", "made_by": None, "bf16": False},
+        "critic": {"path": "c", "made_by": None, "bf16": False},
+        "optimizer": {"lr": 1e-5, "schedule": {"kind": "constant", "num_warmup": 0}},
+        "critic_optimizer": {"lr": 3e-4, "schedule": {"kind": "constant", "num_warmup": 10}},
+        "rules": [{"file": "a", "weight": 1.0}],
+        "named": {"d": {"file": "b", "weight": 1.0}},
+        "columns": {},
+        "seed": 0,
+        "limits": [1, 2],
+        "output_dir": "runs/first",
+    }
+    assert to_dict(FULL) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-5", "yes", "null", "a: b", "${seed}", r"\${seed}", r"\\${seed} \ ", "two\nlines\t#"]
+)
+def test_yaml_reads_back_to_an_equal_config(write: Write, text: str):
+    config = replace(FULL, output_dir=text)
+    assert read_recipe(Run, write(to_yaml(config)), []) == config
+
+
+# --- the listing ------------------------------------------------------------------------------------------------------
+
+
+def test_describe_lists_every_setting():
+    @dataclass(frozen=True, kw_only=True)
+    class Small:
+        rules: tuple[Rule, ...]
+        """Verifiers."""
+        model: Model | None = None
+        """What is trained."""
+        optimizer: Optimizer = Optimizer(lr=0.5)
+        columns: dict[str, str] = field(default_factory=lambda: {"a": "b"})
+        """Renamed."""
+
+    assert list(describe(Small)) == [
+        Setting("rules", "list of Rule", "required", "Verifiers."),
+        Setting("rules.<n>.file", "text", "required", "Source."),
+        Setting("rules.<n>.weight", "number", "1.0", "Share of the total."),
+        Setting("model", "Model | null", "null", "What is trained."),
+        Setting("model.path", "path", "required", "Folder."),
+        Setting("model.made_by", "text | null", "null", "Command that makes it."),
+        Setting("model.bf16", "true | false", "false", "Precision."),
+        Setting("optimizer", "Optimizer", "", ""),
+        Setting("optimizer.lr", "number", "0.5", "Peak learning rate."),
+        Setting("optimizer.schedule", "Schedule", "", "How it changes."),
+        Setting("optimizer.schedule.kind", "constant | cosine", '"constant"', "Shape of the learning rate."),
+        Setting("optimizer.schedule.num_warmup", "whole number", "0", "Steps."),
+        Setting("columns", "mapping to text", '{"a": "b"}', "Renamed."),
+    ]
+
+
+def test_describe_finds_the_help_of_base_classes():
+    @dataclass(frozen=True, kw_only=True)
+    class Longer(Rule):
+        limit: int = 3
+        """Lines."""
+
+    assert [setting.help for setting in describe(Longer)] == ["Source.", "Share of the total.", "Lines."]
