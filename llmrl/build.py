@@ -30,7 +30,6 @@ from llmrl.models.loading import (
     as_loaded,
     check_model,
     end_ids,
-    is_local_model,
     load_adapted,
     load_model,
     load_tokenizer,
@@ -154,7 +153,7 @@ def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: in
 
 
 def reference_of(actor: Actor, *, microbatch_tokens: int) -> Policy:
-    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy in the compute precision."""
+    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy in the compute dtype."""
     if actor.adapted is not None:
         context = partial(as_loaded, actor.adapted)
         return TransformersPolicy(actor.module, microbatch_tokens=microbatch_tokens, context=context)
@@ -259,7 +258,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
         collectives=collectives,
         progress=progress,
         observe=SampleWriter(
-            output_dir / "samples.jsonl", num_samples=config.run.samples_per_iteration, decode=actor.tokenizer.decode
+            output_dir / "samples.jsonl", num_samples=config.run.samples_per_iteration, decode=lambda ids: str(actor.tokenizer.decode(ids))
         ),
     )
     evaluator = None

@@ -219,7 +219,7 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
 
 def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:
     table = Table("", *([before["model"]] if before else []), model)
-    for name, value in values.items():
+    for name in values:
         if name.endswith(("_low", "_high")):
             continue
         cells = [_with_interval(name, before)] if before else []

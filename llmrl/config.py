@@ -38,7 +38,8 @@ class SFTRun:
     def __post_init__(self) -> None:
         if self.sft.evaluate_every and self.evaluation_data is None:
             raise ValueError(
-                f"sft.evaluate_every ({self.sft.evaluate_every}) needs evaluation_data; name held-out examples, or set it to 0"
+                f"sft.evaluate_every ({self.sft.evaluate_every}) needs evaluation_data; "
+                "name held-out examples, or set it to 0"
             )
 
 
@@ -73,16 +74,20 @@ class GRPORun:
         group, size = self.algorithm.group_size, self.update.minibatch_size
         if size % group:
             raise ValueError(
-                f"update.minibatch_size ({size}) must be a multiple of algorithm.group_size ({group}): groups are not torn "
-                f"apart; try {max(size // group, 1) * group}"
+                f"update.minibatch_size ({size}) must be a multiple of algorithm.group_size ({group}): groups are not "
+                f"torn apart; try {max(size // group, 1) * group}"
             )
         if self.num_responses % size:
             raise ValueError(
                 f"update.minibatch_size ({size}) must divide the {self.num_responses} responses of a rollout "
                 f"({self.rollout.prompts_per_iteration} prompts x {group}); try {_divisors(self.num_responses, group)}"
             )
-        if self.rollout.engine == "native" and self.rollout.max_rows < group:
-            raise ValueError(f"rollout.max_rows ({self.rollout.max_rows}) must hold a whole group: at least {group}")
+        most = max(group, self.evaluation.num_responses)
+        if self.rollout.engine == "native" and self.rollout.max_rows < most:
+            raise ValueError(
+                f"rollout.max_rows ({self.rollout.max_rows}) must hold every response to a prompt, in training "
+                f"({group}) and in evaluation ({self.evaluation.num_responses}); set it to at least {most}"
+            )
         if self.algorithm.overlong_buffer_tokens > self.rollout.max_response_tokens:
             raise ValueError(
                 f"algorithm.overlong_buffer_tokens ({self.algorithm.overlong_buffer_tokens}) must be at most "
@@ -90,7 +95,8 @@ class GRPORun:
             )
         if self.evaluation.every and self.evaluation_data is None:
             raise ValueError(
-                f"evaluation.every ({self.evaluation.every}) needs evaluation_data; name held-out prompts, or set it to 0"
+                f"evaluation.every ({self.evaluation.every}) needs evaluation_data; "
+                "name held-out prompts, or set it to 0"
             )
 
     @property

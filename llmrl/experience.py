@@ -1,7 +1,7 @@
 """The nouns that cross a stage boundary: Prompts -> Rollout -> Scores -> Experience.
 
 Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to response token t. Prompts are padded left,
-responses right. Two prompts "ab" and "c", one response each, "xy" (which ended with EOS ``$``) and "z" (cut by the limit):
+responses right. Two prompts "ab" and "c", a response to each, "xy" (ended with EOS ``$``) and "z" (cut by the limit):
 
     prompt_ids   a b    prompt_mask  1 1      response_ids  x y $    response_mask  1 1 1    finished  1
                  . c                 0 1                    z . .                   1 0 0              0
@@ -33,7 +33,7 @@ class Batch:
 
     @classmethod
     def cat(cls: type[B], parts: Sequence[B]) -> B:
-        """The rows of several batches as one, padded to the widest: prompts on the left, everything else on the right."""
+        """The rows of several batches as one, padded to the widest: prompts on the left, all else on the right."""
         return cls(**{f.name: _cat([getattr(part, f.name) for part in parts], f.name) for f in fields(cls)})
 
 
@@ -171,5 +171,4 @@ def by_token_budget(num_tokens: Int[Tensor, " B"], max_tokens: int) -> list[Int[
         if last > first and (last + 1 - first) * length > max_tokens:
             parts.append(order[first:last])
             first = last
-    parts.append(order[first:])
-    return parts
+    return [*parts, order[first:]] if len(order) else []

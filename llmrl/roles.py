@@ -5,19 +5,20 @@ An adapter that has the methods plays the part: a new engine or a new distribute
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmrl.experience import Experience, Prompts, Rollout, Scores, Sequences
+from llmrl.functional.losses import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an engine draws responses. There is no top-k and no top-p: the policy that samples is the one that is trained."""
+    """How an engine draws responses. There is no top-k and no top-p: the policy that samples is the one trained."""
 
     temperature: float
     """Divides the logits; greater than 0."""
@@ -26,7 +27,7 @@ class Sampling:
     max_response_tokens: int
     """Length limit of a response, EOS included."""
     greedy: bool
-    """Takes the likeliest token instead of drawing one. Log-probabilities are still those at `temperature`."""
+    """Takes the likeliest token instead of drawing one. Log-probabilities are those at `temperature` all the same."""
     seed: int
     purpose: Purpose
     """Which family of random streams: training and evaluation never share a number."""
@@ -35,6 +36,7 @@ class Sampling:
     number over G, rounded down, is its group."""
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Draws responses from the policy."""
 
@@ -47,20 +49,23 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
 class RewardFunction(Protocol):
     """Says how good each response is."""
 
     def __call__(self, rollout: Rollout) -> Scores: ...
 
 
+@runtime_checkable
 class Policy(Protocol):
     """The probability that a language model gives to responses."""
 
     def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(logprobs, entropy)`` of the response tokens at the sampling temperature, in nats, float32, 0 outside the mask."""
+        """``(logprobs, entropy)`` of the response tokens at the sampling temperature: nats, float32, 0 off the mask."""
         ...
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
 
@@ -81,6 +86,7 @@ class Trainable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class Collectives(Protocol):
     """What ranks say to each other."""
 
@@ -96,6 +102,7 @@ class Collectives(Protocol):
         ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Who is told how far the run is."""
 
@@ -116,12 +123,13 @@ class Progress(Protocol):
         ...
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """What to learn from a rollout, and the losses that learn it."""
 
     max_redraws: int
     """How often an iteration may replace groups that teach nothing; 0 keeps them."""
-    aggregation: str
+    aggregation: Aggregation
     """How token losses become one number: see `token_weights`."""
     max_response_tokens: int
     """What aggregation by a constant divides by."""
@@ -139,6 +147,7 @@ class Algorithm(Protocol):
         ...
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """An endless stream of prompts that knows where it is."""
 
@@ -149,6 +158,7 @@ class PromptSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class ExampleSource(Protocol):
     """An endless stream of prompts with the responses to learn, that knows where it is."""
 
@@ -159,6 +169,7 @@ class ExampleSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """What a run drives: iterations that can be stopped between, saved and continued."""
 
@@ -170,7 +181,7 @@ class Trainer(Protocol):
         ...
 
     def rewind(self) -> bool:
-        """After a failure: back to the start of the iteration. False if weights have moved since, so that there is no way back."""
+        """After a failure: back to the start of the iteration. False if weights have moved: there is no way back."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 One rollout, G responses to each prompt. A response is as good as it is better than its siblings, and each of its tokens
 shares that advantage. No critic. Everything that tells GRPO, Dr. GRPO, RLOO, DAPO and GSPO apart is a setting:
 
-    algorithm       baseline       scale  aggregation  clip                 else
-    GRPO            mean           std    sequence     0.2 / 0.2            kl_form: k3_paper
-    Dr. GRPO        mean           none   constant     0.2 / 0.2
-    RLOO            leave_one_out  none   sequence     (one step)
-    DAPO            mean           std    token        0.2 / 0.28           overlong_buffer_tokens, max_redraws
-    GSPO            mean           std    sequence     3e-4 / 4e-4          ratio: sequence
+    algorithm   baseline       scale  aggregation  clip low / high  and
+    GRPO        mean           std    sequence     0.2 / 0.2        kl_coef: 0.04, kl_form: k3_paper
+    Dr. GRPO    mean           none   constant     0.2 / 0.2
+    RLOO        leave_one_out  none   constant     0.2 / 0.2        one optimizer step per rollout
+    DAPO        mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws
+    GSPO        mean           std    sequence     3e-4 / 4e-4      ratio: sequence
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from torch import Tensor
 from llmrl.experience import GRPOExperience, Rollout, Scores
 from llmrl.functional.advantages import group_relative, leave_one_out
 from llmrl.functional.kl import estimate_kl
-from llmrl.functional.losses import clipped_policy_loss, importance_ratio, sequence_log_ratio
+from llmrl.functional.losses import Aggregation, clipped_policy_loss, importance_ratio, sequence_log_ratio
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Mean, Statistic, Total
@@ -40,8 +40,9 @@ class GRPOConfig:
     """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO)."""
     scale: Literal["std", "none"] = "std"
     """Divides advantages by the standard deviation of the group's scores, or leaves them as they are (Dr. GRPO)."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """How token losses become one number: every token counts the same, every response does, or a constant divides (Dr. GRPO)."""
+    aggregation: Aggregation = "token"
+    """How token losses become one number: each token counts the same, each response does, or a constant divides
+    (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each token, or the geometric mean over the response at every token (GSPO)."""
     clip_low: float = 0.2
@@ -53,8 +54,8 @@ class GRPOConfig:
     kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss; 0 keeps no reference model."""
     kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
-    """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3 alone,
-    as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
+    """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
+    alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
     overlong_buffer_tokens: int = 0
     """DAPO: responses in the last so many tokens before the length limit lose up to 1 point; 0 for no penalty."""
     max_redraws: int = 0
@@ -91,8 +92,8 @@ class GRPOConfig:
         """What is allowed, but seldom meant."""
         if self.kl_coef > 0 and self.scale == "std":
             return [
-                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, so kl_coef "
-                "has no fixed meaning; algorithm.scale none gives it one"
+                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, so "
+                "kl_coef has no fixed meaning; algorithm.scale none gives it one"
             ]
         return []
 
@@ -111,7 +112,7 @@ class GRPO:
         self.max_response_tokens = max_response_tokens
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
-        """Advantages from the scores of each group, log-probabilities of the actor as it is now and of the reference."""
+        """Advantages from the scores of each group; log-probabilities of the actor now and of the reference."""
         old_logprobs, entropy = self.actor.logprobs(rollout.sequences)
         ref_logprobs = torch.zeros_like(old_logprobs)
         if self.reference is not None:
@@ -149,7 +150,9 @@ class GRPO:
             dual_clip=self.config.dual_clip,
         )
         if self.reference is not None:
-            loss = loss + self.config.kl_coef * masked_sum(weights * self._kl(batch, logprobs), counted)
+            live, ref = (torch.where(counted, x, 0.0) for x in (logprobs, batch.ref_logprobs))
+            kl = self._kl(live, ref, importance_ratio(logprobs, batch.old_logprobs, counted))
+            loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
 
     def should_stop(self, update: Metrics) -> bool:
@@ -161,15 +164,16 @@ class GRPO:
             return leave_one_out(scores, rollout.group_ids)
         return group_relative(scores, rollout.group_ids, scale=self.config.scale)
 
-    def _kl(self, batch: GRPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        ratio = importance_ratio(logprobs, batch.old_logprobs, batch.response_mask)
+    def _kl(
+        self, logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"], ratio: Float[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
         match self.config.kl_form:
             case "k2":
-                return ratio.detach() * estimate_kl(logprobs, batch.ref_logprobs, estimator="k2")
+                return ratio.detach() * estimate_kl(logprobs, ref_logprobs, estimator="k2")
             case "k3":
-                return ratio * estimate_kl(logprobs, batch.ref_logprobs, estimator="k3")
+                return ratio * estimate_kl(logprobs, ref_logprobs, estimator="k3")
             case "k3_paper":
-                return estimate_kl(logprobs, batch.ref_logprobs, estimator="k3")
+                return estimate_kl(logprobs, ref_logprobs, estimator="k3")
 
     def _describe(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> Metrics:
         rollout, mask = experience.rollout, experience.response_mask

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.data.chat import Prompt, padded, prompt_ids, prompt_problem, response_ids
+from llmrl.data.chat import padded, prompt_ids, prompt_problem, response_ids
 from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows, missing_column
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import Row, Sequences
@@ -76,7 +77,8 @@ def _brings_response(row: Row, config: SupervisedDataConfig) -> bool:
     return False
 
 
-def _split(row: Row, config: SupervisedDataConfig) -> tuple[Prompt, str]:
+def _split(row: Row, config: SupervisedDataConfig) -> tuple[Any, Any]:
+    """``(prompt, response)``; what they are is for `_row_problem` to judge."""
     prompt = row[config.prompt_column]
     if _brings_response(row, config):
         return prompt[:-1], prompt[-1]["content"]

@@ -6,4 +6,6 @@ from accelerate import PartialState
 
 def pick_device() -> torch.device:
     """A GPU if there is one, else the CPU."""
-    return PartialState().device
+    device = PartialState().device
+    assert device is not None, "a process state knows its device"
+    return device

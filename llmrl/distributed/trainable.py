@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 MAX_SKIPPED_STEPS = 5
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -35,12 +36,12 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.learning_rate ({self.learning_rate}) must be 0 or greater")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps ({self.warmup_steps}) must be 0 or greater")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"optimizer.weight_decay ({self.weight_decay}) must be 0 or greater")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} ({getattr(self, name)}) must be at least 0 and less than 1")
-        if self.max_grad_norm <= 0:
+        if not self.max_grad_norm > 0:
             raise ValueError(
                 f"optimizer.max_grad_norm ({self.max_grad_norm}) must be greater than 0; .inf turns clipping off"
             )
@@ -61,12 +62,16 @@ class LocalTrainable:
             betas=(config.beta1, config.beta2),
             fused=True,
         )
-        self.scheduler = get_scheduler(
+        scheduler = get_scheduler(
             SCHEDULES[config.schedule],
             self.optimizer,
             num_warmup_steps=config.warmup_steps,
             num_training_steps=num_steps,
         )
+        assert isinstance(scheduler, LambdaLR), "constant, linear and cosine are functions of the step"
+        self.peak_learning_rate = config.learning_rate
+        self.share_of_peak = scheduler.lr_lambdas[0]
+        self.num_steps_done = 0
         self.num_skipped = 0
         """Steps skipped one after another because the gradient was not finite."""
 
@@ -84,21 +89,23 @@ class LocalTrainable:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         finite = bool(norm.isfinite())
         self.num_skipped = 0 if finite else self.num_skipped + 1
-        if self.num_skipped == MAX_SKIPPED_STEPS:
+        if self.num_skipped >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
                 "resume from the last checkpoint with a lower optimizer.learning_rate"
             )
         if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
+        self.num_steps_done += 1
         return norm.detach()
 
     @property
     def learning_rate(self) -> float:
         """Of the next optimizer step."""
-        return self.scheduler.get_last_lr()[0]
+        return self.peak_learning_rate * self.share_of_peak(self.num_steps_done)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, by name, so that safetensors and JSON can hold them."""
@@ -110,7 +117,7 @@ class LocalTrainable:
         return {
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": moments,
-            "num_schedule_steps": self.scheduler.last_epoch,
+            "num_steps_done": self.num_steps_done,
             "num_skipped": self.num_skipped,
         }
 
@@ -119,23 +126,12 @@ class LocalTrainable:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(state["parameters"][name])
+        self.optimizer.state.clear()
         for name, moments in state["optimizer"].items():
             p = self.parameters[name]
-            self.optimizer.state[p] = {
-                key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments.items()
-            }
-        self._fast_forward(state["num_schedule_steps"])
+            self.optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in moments.items()}
+        self.num_steps_done = state["num_steps_done"]
         self.num_skipped = state["num_skipped"]
-
-    def _fast_forward(self, num_steps: int) -> None:
-        scheduler = self.scheduler
-        scheduler.last_epoch = num_steps
-        rates = [
-            base * factor(num_steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
 
 
 def _parameter_groups(parameters, weight_decay: float) -> list[dict[str, Any]]:

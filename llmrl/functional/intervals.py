@@ -42,7 +42,7 @@ def pass_at_k(num_correct: Int[Tensor, " N"], num_samples: int, k: int) -> Float
     if not 1 <= k <= num_samples:
         raise ValueError(f"k ({k}) must be at least 1 and at most num_samples ({num_samples})")
     drawn = torch.arange(k, dtype=torch.float64, device=num_correct.device)
-    wrong = (num_samples - num_correct[:, None] - drawn).clamp(min=0.0)
+    wrong = num_samples - num_correct[:, None] - drawn
     return 1.0 - (wrong / (num_samples - drawn)).prod(dim=1)
 
 

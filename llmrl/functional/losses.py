@@ -125,7 +125,6 @@ def clipped_policy_loss(
         weights=(weights, "B T"),
     )
     counted = weights != 0
-    advantages = torch.where(counted, advantages, 0.0)
     with torch.no_grad():
         ratio = importance_ratio(logprobs, old_logprobs, counted)
         falls, rises = ratio.clamp(min=1 - clip_low, max=dual_clip), ratio.clamp(max=1 + clip_high)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Mean(NamedTuple):
-    """``total / count`` of everything pooled. A rate is one too: tokens over seconds."""
+    """``total / num`` of everything pooled. A rate is one too: tokens over seconds."""
 
     total: Tensor | float
-    count: Tensor | float
+    num: Tensor | float
 
 
 class Total(NamedTuple):
@@ -31,7 +31,7 @@ class Maximum(NamedTuple):
 class Moments(NamedTuple):
     """Mean and population standard deviation of everything pooled."""
 
-    count: Tensor | float
+    num: Tensor | float
     total: Tensor | float
     square: Tensor | float
 

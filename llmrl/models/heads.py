@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 256
 PROBE_TOLERANCE = 1e-3
+PROBE_LOGITS = 30.0
 
 
+@runtime_checkable
 class Head(Protocol):
     """``(logprobs, entropy)`` of chosen ids from the trunk's last hidden states."""
 
@@ -66,10 +68,10 @@ class OwnHead:
 class HiddenStatesAsTheyCome(nn.Module):
     """In the trunk's place: what is handed in as embeddings comes out as last hidden states."""
 
-    def forward(self, *, inputs_embeds: Tensor, **_: object):
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object):
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # has all that any trunk returns
 
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -83,26 +85,46 @@ def trunk_replaced(model: "PreTrainedModel") -> Iterator[None]:
         setattr(model, model.base_model_prefix, trunk)
 
 
+@contextmanager
+def trunk_louder(model: "PreTrainedModel", factor: Tensor) -> Iterator[None]:
+    """For the while, the trunk's last hidden states are `factor` times as large."""
+
+    def scale(_module: nn.Module, _args: object, output):
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    handle = model.base_model.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def choose_head(model: "PreTrainedModel", vocab_size: int) -> Head:
     """The head whose log-probabilities are the model's own, found by trying them on a probe.
+
+    The probe's hidden states are scaled until its logits are as large as training may make them: a soft cap does not
+    show on the small logits of random weights.
 
     Raises:
         ModelError: No head agrees with the model's logits, or two passes over the same ids differ.
     """
     rows, length = 2, 16
     ids = torch.arange(rows * length, device=model.device).mul(7919).remainder(vocab_size).view(rows, length)
-    logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+    factor = PROBE_LOGITS / model(input_ids=ids, use_cache=False).logits.float().abs().max()
+    with trunk_louder(model, factor):
+        logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     labels = ids.roll(-1, dims=1)
     expected = token_logprobs(logits, labels)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     for head in _candidates(model, vocab_size):
         logprobs, _ = head(model, hidden, labels.flatten(), 1.0)
         if torch.allclose(logprobs.view_as(expected), expected, atol=PROBE_TOLERANCE, rtol=0.0):
             return head
     raise ModelError(
-        f"{type(model).__name__} ({model.config.model_type}) does something between its last hidden states and its logits "
-        "that cannot be repeated in chunks, or its forward pass is not deterministic; choose another model"
+        f"{type(model).__name__} ({model.config.model_type}) does something between its last hidden states and its "
+        "logits that cannot be repeated in chunks, or its forward pass is not deterministic; choose another model"
     )
 
 

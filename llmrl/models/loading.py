@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 class ModelError(ValueError):
@@ -28,7 +28,7 @@ class LoraSettings:
 
     rank: int = 16
     """Rank of each update."""
-    alpha: float = 32.0
+    alpha: int = 32
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of the layers that get an adapter; none named: every linear layer but the LM head."""
@@ -45,7 +45,8 @@ class ModelConfig:
     """Which model is trained, and in which arithmetic."""
 
     path: str
-    """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues that adapter."""
+    """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues
+    that adapter."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of forward passes and sampling. Trained weights are always kept in float32."""
     lora: LoraSettings | None = None
@@ -61,7 +62,7 @@ class ModelConfig:
 
 
 def is_local_model(path: str) -> bool:
-    """Whether a path means a folder rather than a hub name: a hub name has at most one slash and no leading dot or slash."""
+    """Whether a path means a folder; a hub name has at most one slash, and no dot, slash or tilde in front."""
     return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
@@ -74,27 +75,22 @@ def check_model(config: ModelConfig) -> str | None:
     Raises:
         ModelError: The folder is missing or incomplete, or it brings code that was not allowed.
     """
-    if not is_local_model(config.path):
+    if config.made_by is None and not is_local_model(config.path):
         return _check_cached(config)
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         hint = f"; make it with `{config.made_by}`" if config.made_by else "; give a folder or a hub name"
         raise ModelError(f"model.path ({config.path}) is no folder{hint}")
-    names = {"adapter_config.json"} if is_adapter(config.path) else {"config.json"}
-    missing = [name for name in sorted(names) if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(f"model.path ({config.path}) holds no {missing[0]}: is it a transformers model folder?")
+    if is_adapter(config.path):
+        return _check_adapter(config)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.path ({config.path}) holds no config.json: is it a transformers model folder?")
     if not config.from_scratch and not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise ModelError(
             f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
             "save them as safetensors, or set model.from_scratch=true to start from random ones"
         )
-    if is_adapter(config.path) and config.lora is not None:
-        raise ModelError(
-            f"model.lora is set, but model.path ({config.path}) already brings a peft adapter, which is then continued; "
-            "leave model.lora out, or merge the adapter into its base first"
-        )
-    _check_remote_code(json.loads(_config_file(folder).read_text()), config)
+    _check_remote_code(json.loads((folder / "config.json").read_text()), config)
     return None
 
 
@@ -103,8 +99,34 @@ def is_adapter(path: str) -> bool:
     return (Path(path).expanduser() / "adapter_config.json").is_file()
 
 
-def _config_file(folder: Path) -> Path:
-    return folder / ("adapter_config.json" if is_adapter(str(folder)) else "config.json")
+def _check_adapter(config: ModelConfig) -> str | None:
+    for name, unset in (("lora", None), ("from_scratch", False)):
+        if getattr(config, name) != unset:
+            raise ModelError(
+                f"model.{name} is set, but model.path ({config.path}) already brings a peft adapter, which is then "
+                f"continued; leave model.{name} out, or merge the adapter into its base first"
+            )
+    if not (Path(config.path).expanduser() / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"model.path ({config.path}) holds no adapter_model.safetensors; save the adapter as safetensors"
+        )
+    base = _base_of_adapter(config)
+    try:
+        return check_model(base)
+    except ModelError as error:
+        raise ModelError(f"model.path ({config.path}) is an adapter whose base cannot be used: {error}") from error
+
+
+def _base_of_adapter(config: ModelConfig) -> ModelConfig:
+    adapter = json.loads((Path(config.path).expanduser() / "adapter_config.json").read_text())
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"model.path ({config.path}) is an adapter that does not name its base model")
+    return ModelConfig(path=base, trust_remote_code=config.trust_remote_code)
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).expanduser()) if is_local_model(path) else path
 
 
 def _check_cached(config: ModelConfig) -> str | None:
@@ -129,17 +151,14 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of the model folder, with its chat template."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        str(Path(config.path).expanduser()) if is_local_model(config.path) else config.path,
-        trust_remote_code=config.trust_remote_code,
-    )
+    return AutoTokenizer.from_pretrained(_resolved(config.path), trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """The causal language model, its weights in `dtype`, its dropout off; adapters and freezing are for `add_adapter`."""
+    """The causal language model, its weights in `dtype`, its dropout off; adapters are for `load_adapted`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = str(Path(config.path).expanduser()) if is_local_model(config.path) else config.path
+    path = _resolved(config.path)
     if config.from_scratch:
         shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -157,15 +176,12 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
     The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the adapter
     off; for an adapter that came with the folder it is a frozen snapshot of it, under the name ``reference``.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     if is_adapter(config.path):
-        base = PeftConfig.from_pretrained(config.path).base_model_name_or_path
-        if not base:
-            raise ModelError(f"model.path ({config.path}) is an adapter that does not name its base model")
-        model = load_model(ModelConfig(path=base, trust_remote_code=config.trust_remote_code))
-        adapted = PeftModel.from_pretrained(model, config.path, is_trainable=True)
-        adapted.load_adapter(config.path, adapter_name="reference", is_trainable=False)
+        model = load_model(_base_of_adapter(config))
+        adapted = PeftModel.from_pretrained(model, _resolved(config.path), is_trainable=True)
+        adapted.load_adapter(_resolved(config.path), adapter_name="reference", is_trainable=False)
     elif config.lora is not None:
         model = load_model(config)
         targets = list(config.lora.targets) or "all-linear"
@@ -218,11 +234,10 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> t
     return tuple(sorted(ids))
 
 
-def _as_ids(value: int | list[int] | None) -> Iterator[int]:
+def _as_ids(value: Any) -> Iterator[int]:
+    """Of an id, a list of ids or nothing."""
     match value:
-        case None:
-            return
         case int():
             yield value
-        case _:
+        case list():
             yield from value

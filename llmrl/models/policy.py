@@ -1,8 +1,9 @@
 """A policy over any causal language model of transformers.
 
 Prompts arrive padded left and responses right, as `Sequences` has them. Inside, each row is moved to the left margin,
-prompt and response without a gap, so that padding stands only behind the last token. Causal attention never looks there:
-no mask is needed, positions count from 0, and rotary, absolute and sliding-window models see what they saw in training.
+prompt and response without a gap, so that padding stands only behind the last token. Causal attention never looks
+there: no mask is needed, positions count from 0, and models with rotary or absolute positions or a sliding window see
+what they saw in training.
 
 The shift from logits to labels exists here and nowhere else: the hidden state *before* response token t predicts it.
 """

@@ -22,12 +22,13 @@ def save_policy(
 ) -> None:
     """Model, tokenizer and chat template, loadable with plain transformers; the folder is there whole or not at all.
 
-    Adapters are merged into the model that is saved; by themselves they lie in ``adapter/`` beside it.
+    Adapters are merged into the model that is saved; by themselves they lie in ``adapter/`` beside it, where they can be continued from.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if adapted is not None:
         adapted.save_pretrained(str(partial / "adapter"), selected_adapters=["default"])
+        tokenizer.save_pretrained(partial / "adapter")
         model = copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
     elif dtype != model.dtype:
         model = copy.deepcopy(model)

@@ -41,5 +41,5 @@ class SampleWriter:
 
 
 def _number(x: torch.Tensor) -> float | None:
-    """None for a score that could not be given."""
-    return None if x.isnan() else float(x)
+    """None for a score that could not be given: JSON holds finite numbers only."""
+    return float(x) if x.isfinite() else None

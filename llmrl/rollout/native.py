@@ -158,7 +158,7 @@ class Decoding:
         width = max(self.prompt_lengths[prompt] for prompt in admitted)
         ids = self.prompts.ids[admitted, -width:]
         mask = self.prompts.mask[admitted, -width:]
-        cache = DynamicCache()  # made without the config, it keeps what a sliding window has left behind
+        cache = DynamicCache(config=self.model.config)
         logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
         return cast("list[DynamicLayer]", cache.layers), logits
 

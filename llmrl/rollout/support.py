@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 
 
 def check_cache(model: "PreTrainedModel") -> None:
@@ -22,7 +22,7 @@ def check_cache(model: "PreTrainedModel") -> None:
     missing = FORWARD_ARGUMENTS - set(inspect.signature(model.forward).parameters)
     if missing:
         reason = f"its forward takes no {', '.join(sorted(missing))}"
-    elif model._is_stateful or any(type(layer) not in PLAIN_LAYERS for layer in DynamicCache(config=config).layers):
+    elif any(type(layer) not in PLAIN_LAYERS for layer in DynamicCache(config=config).layers):
         reason = "its cache is more than plain keys and values"
     elif getattr(config, "attention_chunk_size", None) is not None:
         reason = "it attends in chunks by absolute position"

@@ -1,8 +1,8 @@
 """Checkpoints: a folder each, written whole or not at all, without pickle.
 
     checkpoints/step_000123/
-        state.safetensors   every tensor of the state, by dotted name
-        state.json          every number and string of it
+        state.safetensors   every tensor of the state, by path: "trained/actor/parameters/..."
+        state.json          everything else in it, nested as it was
         manifest.json       size and SHA-256 of the two: a torn or altered checkpoint is refused
 
 A folder is written under another name and renamed at the end, so a name that exists is a checkpoint that is complete.
@@ -32,15 +32,16 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int) -> Non
     from safetensors.torch import save_file
 
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for torn in folder.parent.glob(".step_*.partial"):
+        shutil.rmtree(torn)
     partial.mkdir(parents=True)
-    tensors, numbers = split_state(state)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(numbers, indent=1))
+    tensors, rest = split_state(state)
+    save_file(in_own_memory(tensors), partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(rest, indent=1))
     files = {name: _fingerprint(partial / name) for name in STATE_FILES}
     (partial / "manifest.json").write_text(json.dumps({"llmrl": llmrl.__version__, "files": files}, indent=1))
-    for file in partial.iterdir():
-        _flush_to_disk(file)
+    for path in (*partial.iterdir(), partial):
+        _flush_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     _flush_to_disk(folder.parent)
@@ -61,25 +62,27 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         for name in STATE_FILES:
             if _fingerprint(folder / name) != manifest["files"][name]:
                 raise CheckpointError(
-                    f"{folder / name} is not what was saved; remove {folder} to continue from an older one"
+                    f"{folder / name} is not what was saved; remove {folder} to continue from what is older"
                 )
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(
-            f"{folder} is no complete checkpoint ({error}); remove it to continue from an older one"
+            f"{folder} is no complete checkpoint ({error}); remove it to continue from what is older"
         ) from error
     return join_state(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step_*"))
+    numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A nested state as tensors by dotted path, and the same nesting with what is left."""
+    """A nested state as tensors by path, ``outer/inner/name``, and the same nesting with what is left."""
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for key, value in state.items():
+        assert "/" not in key, f"{key!r}: the slash is what separates the names of a path"
         if isinstance(value, Tensor):
             tensors[f"{prefix}{key}"] = value
         elif isinstance(value, Mapping):
@@ -99,6 +102,18 @@ def join_state(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str,
             place = place[parent]
         place[name] = tensor
     return rest
+
+
+def in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same contiguous, and copied where two would share memory: safetensors refuses that."""
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.contiguous()
+        if own[name].untyped_storage().data_ptr() in taken:
+            own[name] = own[name].clone()
+        taken.add(own[name].untyped_storage().data_ptr())
+    return own
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -31,8 +31,11 @@ class EvaluationConfig:
             raise ValueError(f"evaluation.every ({self.every}) must be 0 or greater")
         if self.num_responses < 1:
             raise ValueError(f"evaluation.num_responses ({self.num_responses}) must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"evaluation.temperature ({self.temperature}) must be greater than 0")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"evaluation.temperature ({self.temperature}) must be a finite number greater than 0; "
+                "evaluation.num_responses 1 takes the likeliest token"
+            )
         for k in self.pass_at:
             if not 1 <= k <= self.num_responses:
                 raise ValueError(
@@ -74,7 +77,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval/accuracy`` with ``_low`` and ``_high``, ``eval/pass_at_k`` likewise, and what else describes the responses."""
+        """``eval/accuracy`` with ``_low`` and ``_high``, ``eval/pass_at_k`` likewise, and what else describes them."""
         num_prompts, num_responses = len(self.prompts.rows), self.config.num_responses
         self.progress.phase("evaluation", num_prompts * num_responses)
         rollout = self.engine.generate(self.prompts, self.sampling)
@@ -101,8 +104,8 @@ class Evaluator:
 
 
 def accuracy(correct: Tensor) -> tuple[float, float, float]:
-    """``(accuracy, low, high)`` at 95 %: Wilson's for one response per prompt; for several, which are not independent, the
-    normal interval of the means per prompt."""
+    """``(accuracy, low, high)`` at 95 %: Wilson's interval for one response per prompt; for several, which are not
+    independent, the normal interval of the means per prompt."""
     if correct.shape[1] == 1:
         successes, trials = int(correct.sum()), len(correct)
         return successes / trials, *wilson_interval(successes, trials)

@@ -38,8 +38,8 @@ def optimizer_step(
 ) -> Metrics:
     """Adds up the gradients of all microbatches, then steps every trained module once.
 
-    The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how the
-    minibatch was cut does not show in the result. Each loss is run backward before the next forward.
+    The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how
+    the minibatch was cut does not show in the result. Each loss is run backward before the next forward.
     """
     metrics = Metrics()
     for microbatch in microbatches:

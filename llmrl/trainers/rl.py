@@ -136,9 +136,9 @@ class RLTrainer:
         if len(kept[0].rows) < wanted:
             raise FlatGroupsError(
                 f"after {self.algorithm.max_redraws} redraws only {len(kept[0].rows) // self.group_size} of "
-                f"{len(prompts.rows)} groups have scores that differ; raise algorithm.max_redraws or algorithm.group_size, "
-                "choose prompts that are neither too easy nor too hard, or set algorithm.max_redraws to 0, which keeps "
-                "groups that teach nothing"
+                f"{len(prompts.rows)} groups have scores that differ; raise algorithm.max_redraws or "
+                "algorithm.group_size, choose prompts that are neither too easy nor too hard, or set "
+                "algorithm.max_redraws to 0, which keeps groups that teach nothing"
             )
         return *kept, metrics
 

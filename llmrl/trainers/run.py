@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from llmrl.roles import Progress, Trainer
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -42,6 +42,7 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
+@runtime_checkable
 class MetricsSink(Protocol):
     """Who else is told the metrics."""
 
@@ -93,10 +94,11 @@ def check_output(config: RunConfig) -> None:
         RunError: The folder holds a run and `run.resume` is off.
     """
     folder = Path(config.output_dir)
-    if (folder / "config.json").exists() and not config.resume:
+    holds_run = (folder / "config.json").exists() or list_checkpoints(folder / "checkpoints")
+    if holds_run and not config.resume:
         raise RunError(
-            f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another folder, "
-            "or remove it"
+            f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another "
+            "folder, or remove it"
         )
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.output_dir ({folder}) is a file; name a folder")
@@ -126,6 +128,7 @@ class Run:
         self.progress = progress
         self.sink = sink
         self.folder = Path(config.output_dir)
+        self.best_record = self.folder / "best" / "best.json"
         self.stop_signal: int | None = None
 
     def train(self) -> dict[str, float]:
@@ -137,12 +140,12 @@ class Run:
         Raises:
             Stopped: By SIGINT or SIGTERM. A second SIGINT raises KeyboardInterrupt at once.
         """
-        resumed = self.prepare()
+        self.prepare()
         last: dict[str, float] = {}
         try:
             with self.signals():
-                if not resumed and self.evaluate is not None and self.evaluate_every:
-                    self.log(0, self.evaluate())
+                if self.trainer.iteration == 0 and (values := self.evaluation(0)):
+                    self.log(0, values)
                 while self.trainer.iteration < self.config.num_iterations and self.stop_signal is None:
                     last = self.iterate()
         except BaseException:
@@ -159,18 +162,29 @@ class Run:
         """One iteration, its evaluation, its line of metrics and its checkpoint."""
         values = self.trainer.iterate().values()
         number = self.trainer.iteration
-        last = number == self.config.num_iterations
-        if self.evaluate is not None and self.evaluate_every and (number % self.evaluate_every == 0 or last):
-            values |= self.evaluate()
-        self.log(number, values)
+        try:
+            values |= self.evaluation(number)
+        finally:
+            self.log(number, values)
         self.progress.iteration(number, values)
         self.keep_best(number, values)
+        last = number == self.config.num_iterations
         if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
             self.checkpoint()
         return values
 
-    def prepare(self) -> bool:
-        """Makes the folder, or takes up the newest checkpoint in it. Returns whether there was one."""
+    def evaluation(self, number: int) -> dict[str, float]:
+        """What is measured after iteration `number`; nothing where no evaluation is due."""
+        if self.evaluate is None or not self.evaluate_every:
+            return {}
+        due = number % self.evaluate_every == 0 or number == self.config.num_iterations
+        return self.evaluate() if due else {}
+
+    def prepare(self) -> None:
+        """Makes the folder, or takes up the newest checkpoint in it and removes what came after that.
+
+        A run that stands at iteration 0 begins anew: nothing of what it left is kept.
+        """
         check_output(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = list_checkpoints(self.folder / "checkpoints")
@@ -179,13 +193,18 @@ class Run:
             self.trainer.load_state_dict(load_checkpoint(checkpoints[-1]))
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {checkpoints[-1]}")
         for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_iterations(self.folder / name, self.trainer.iteration if checkpoints else -1)
+            keep_iterations(self.folder / name, self.trainer.iteration or -1)
+        if self.best_record.exists() and json.loads(self.best_record.read_text())["iteration"] > self.trainer.iteration:
+            self.best_record.unlink()
         write_atomically(self.folder / "config.json", {"settings": self.settings, **provenance()})
-        return bool(checkpoints)
 
     def tell_changes(self) -> None:
         """Says which settings differ from those that the run was started with."""
-        before = _leaves(json.loads((self.folder / "config.json").read_text())["settings"])
+        record = self.folder / "config.json"
+        if not record.exists():
+            self.progress.message(f"{record} is gone, so nobody can say which settings have changed since the run began")
+            return
+        before = _leaves(json.loads(record.read_text())["settings"])
         now = _leaves(json.loads(json.dumps(self.settings)))
         for path in sorted(before.keys() | now.keys()):
             if before.get(path) != now.get(path) and path != "run.resume":
@@ -201,23 +220,30 @@ class Run:
     def keep_best(self, iteration: int, values: Mapping[str, float]) -> None:
         """Saves the model if it is the best so far by the metric that the config names."""
         name = self.config.best_metric
-        if name is None or name not in values:
-            if name is not None and iteration == self.config.num_iterations:
-                self.progress.message(
-                    f"run.best_metric ({name}) was not measured; measured were {', '.join(sorted(values))}"
-                )
+        if name is None:
             return
-        record = self.folder / "best" / "best.json"
-        sign = 1 if self.config.best_mode == "max" else -1
-        if record.exists() and sign * values[name] <= sign * json.loads(record.read_text())["value"]:
-            return
-        self.save_model(record.parent)
-        write_atomically(record, {"metric": name, "value": values[name], "iteration": iteration})
+        if name in values:
+            best = json.loads(self.best_record.read_text())["value"] if self.best_record.exists() else None
+            if self.better(values[name], best):
+                self.save_model(self.best_record.parent)
+                write_atomically(self.best_record, {"metric": name, "value": values[name], "iteration": iteration})
+        elif iteration == self.config.num_iterations and not self.best_record.exists():
+            measured = ", ".join(sorted(values))
+            self.progress.message(f"run.best_metric ({name}) was not measured; measured were {measured}")
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Whether a value beats the best so far; one that is not finite never does."""
+        if not math.isfinite(value):
+            return False
+        if best is None:
+            return True
+        return value > best if self.config.best_mode == "max" else value < best
 
     def checkpoint(self) -> None:
-        """The state between two iterations, whole."""
+        """The state between two iterations, unless it is saved already."""
         folder = self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
-        save_checkpoint(folder, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
+        if not folder.exists():
+            save_checkpoint(folder, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximizes the log-probability of given responses, with the optimizer step that every trainer shares."""
+"""Supervised fine-tuning: maximizes the log-probability of given responses, by the optimizer step of every trainer."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ class SFTConfig:
     microbatch_tokens: int = 8192
     """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
     evaluate_every: int = 0
-    """Iterations between evaluations of the loss on `evaluation_data`; before the first and after the last too. 0 for none."""
+    """Iterations between evaluations of the loss on `evaluation_data`; the first and the last included; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "microbatch_tokens"):
@@ -57,6 +57,7 @@ class SFTTrainer:
         self.held_out = held_out
         self.collectives = collectives
         self.progress = progress
+        self.device = next(trained["actor"].module.parameters()).device
         self.iteration = 0
         self.weights_moved = False
         """In the middle of an iteration, after its optimizer step has begun."""
@@ -66,7 +67,7 @@ class SFTTrainer:
     def iterate(self) -> Metrics:
         """One optimizer step on the next examples."""
         started = time.perf_counter()
-        batch = self.examples.next(self.config.batch_size)
+        batch = self.examples.next(self.config.batch_size).to(self.device)
         num_tokens = self.collectives.sum(batch.response_mask.sum())
 
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
@@ -95,6 +96,7 @@ class SFTTrainer:
         assert self.held_out is not None, "evaluation without held-out examples"
         self.progress.phase("evaluation", 1)
         logprobs, _ = self.actor.logprobs(self.held_out)
+        self.progress.advance()
         return Metrics({"eval/loss": self._mean_loss(self.held_out, logprobs)}).values()
 
     def _mean_loss(self, sequences: Sequences, logprobs: Tensor) -> Mean:

@@ -12,15 +12,14 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
-CHARACTERS = "\n " + string.digits + string.ascii_letters + string.punctuation
+VOCABULARY = ["<pad>", "<eos>", "<unk>", *"\n ", *string.digits, *string.ascii_letters, *string.punctuation]
 MAX_TOKENS = 256
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; no BOS and no chat template."""
-    vocabulary = {token: n for n, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    ids = {token: n for n, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -33,11 +32,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def make_config() -> LlamaConfig:
     """About 0.35 million parameters: enough to add, little enough to learn it on a laptop in a minute."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=len(tokenizer),
+        vocab_size=len(VOCABULARY),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -45,8 +44,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_key_value_heads=4,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=VOCABULARY.index("<eos>"),
+        pad_token_id=VOCABULARY.index("<pad>"),
         dtype="float32",
     )
 
@@ -57,9 +56,8 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "tiny_char_llama", help="folder to write to"
     )
     out = parser.parse_args().out
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(out)
-    make_config(tokenizer).save_pretrained(out)
+    make_tokenizer().save_pretrained(out)
+    make_config().save_pretrained(out)
     for path in sorted(out.iterdir()):
         print(f"{path}: {path.stat().st_size} bytes")
 

@@ -26,7 +26,7 @@ def row(*x):
 def mean(statistic):
     assert isinstance(statistic, Mean)
     assert not torch.as_tensor(statistic.total).requires_grad
-    return float(statistic.total) / float(statistic.count)
+    return float(statistic.total) / float(statistic.num)
 
 
 def weigh(mask, aggregation="token"):
@@ -325,9 +325,8 @@ def test_without_a_clip_the_gradient_is_the_error(critic):
 
 def test_a_small_step_inside_the_clip_never_counts_as_clipped():
     """old + (value - old) is not value in float32; that rounding must not look like a clip."""
-    old = torch.rand(100, 100) * 1e3
-    values, returns = old + 0.1 * torch.randn(100, 100), torch.randn(100, 100) * 1e3
-    _, metrics = clipped_value_loss(values, old, returns, torch.ones(100, 100), value_clip=1.0)
+    values, old_values, returns = torch.randn(3, 100, 100) * torch.tensor([1.0, 100.0, 1.0])[:, None, None]
+    _, metrics = clipped_value_loss(values, old_values, returns, torch.ones(100, 100), value_clip=1e4)
     assert metrics["value/clip_fraction"].total == 0
 
 
@@ -378,8 +377,12 @@ def test_bradley_terry_with_margin_and_center():
 def test_gradient_of_bradley_terry_is_the_probability_of_being_wrong():
     chosen = torch.randn(6, dtype=torch.float64, requires_grad=True)
     rejected = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    bradley_terry_loss(chosen, rejected, num_pairs=6)[0].backward()
-    wrong = 1 / (1 + (chosen.detach() - rejected.detach()).exp())
+    loss, metrics = bradley_terry_loss(chosen, rejected, num_pairs=6)
+    loss.backward()
+    difference = (chosen - rejected).detach()
+    assert mean(metrics["pairs/margin"]) == pytest.approx(difference.mean().item())
+    assert mean(metrics["pairs/accuracy"]) == pytest.approx((difference > 0).double().mean().item())
+    wrong = 1 / (1 + difference.exp())
     assert_close(chosen.grad, -wrong / 6)
     assert_close(rejected.grad, wrong / 6)
 

@@ -66,6 +66,12 @@ def test_small_differences_on_a_large_offset_survive():
     assert_close(standardize(x, torch.tensor([True, True])), torch.tensor([-1.0, 1.0]), rtol=1e-2, atol=0)
 
 
+def test_a_variance_near_0_does_not_blow_up():
+    x = torch.tensor([0.0, 2e-5], dtype=torch.float64)  # population variance 1e-10
+    expected = 1e-5 / (1e-10 + 1e-8) ** 0.5
+    assert standardize(x, torch.tensor([True, True])).tolist() == pytest.approx([-expected, expected])
+
+
 def test_nothing_counted_gives_0():
     x, mask = torch.full((2, 3), torch.nan), torch.zeros(2, 3, dtype=torch.bool)
     assert masked_sum(x, mask) == 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.functional.sampling import BLOCK, inverse_cdf
+from llmrl.functional.sampling import BLOCK, _search, inverse_cdf
 from llmrl.functional.streams import Purpose, uniforms
 from tests import oracles
 
@@ -61,10 +61,21 @@ def test_zero_probabilities_are_never_drawn():
     assert (inverse_cdf(p[:, :BLOCK], torch.full((200,), ALMOST_ONE, dtype=torch.float64)) < BLOCK).all()
 
 
-def test_rounding_up_of_the_target_still_finds_the_last_id():
-    # u * total rounds to the total here, so that no cumulative sum exceeds it.
-    p = torch.tensor([[1.0, 2.0**-52, 0.0]], dtype=torch.float64)
-    assert inverse_cdf(p, torch.tensor([ALMOST_ONE], dtype=torch.float64)).tolist() == [1]
+def test_a_target_that_rounding_put_out_of_reach_still_finds_the_last_id():
+    """The sum of a block and its cumulative sum round differently, and u is as large as can be."""
+    p = torch.rand(500, 200, dtype=torch.float64)
+    p[:, 160:] = 0.0
+    sums, cumulative = p.sum(1), p.cumsum(1)[:, -1]
+    assert (sums > cumulative).any()
+    u = torch.full((500,), ALMOST_ONE, dtype=torch.float64)
+    assert (inverse_cdf(p, u) == 159).all()
+    assert (inverse_cdf(p[:, :160], u) == 159).all()
+
+
+def test_a_target_that_rounding_put_below_0_finds_the_first_id():
+    """A parallel cumulative sum need not be monotone, so a remainder may come out negative."""
+    index, _ = _search(torch.tensor([[0.0, 1.0, 1.0]]).double(), torch.tensor([-1e-17]).double())
+    assert index.tolist() == [1]
 
 
 def test_frequencies_are_the_probabilities():

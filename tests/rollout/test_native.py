@@ -178,16 +178,28 @@ def test_buffers_are_kept_between_calls_and_grow_when_needed(model, native, prom
         assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
 
 
-def test_nan_names_the_prompt_and_leaves_no_trace(model, native, prompts):
-    engine = native(model, max_rows=4)
-    before = tokens(engine.generate(prompts, make_sampling()))
-    healthy = model.get_input_embeddings().weight[30].clone()  # a token of prompt 2 only
+def test_nan_names_the_prompt(model, native, prompts):
     with torch.no_grad():
-        model.get_input_embeddings().weight[30] = math.nan
-        with pytest.raises(FloatingPointError, match=r"prompt 2 of this rollout are not finite at response token 0 "):
-            engine.generate(prompts, make_sampling(max_response_tokens=1))
-        model.get_input_embeddings().weight[30] = healthy
-    assert tokens(engine.generate(prompts, make_sampling())) == before
+        model.get_input_embeddings().weight[30] = math.nan  # a token of prompt 2 only
+    with pytest.raises(FloatingPointError, match=r"prompt 2 of this rollout are not finite at response token 0 "):
+        native(model, max_rows=4).generate(prompts, make_sampling(max_response_tokens=1))
+
+
+def test_a_failed_call_leaves_nothing_in_the_buffers(model, native, prompts):
+    long = [7, 8, 9, 2, 11, 12, 13, 14, 15]
+    sampling = make_sampling(num_responses=1)
+    engine = native(model, max_rows=4)
+    engine.generate(make_prompts(long, long, long, long, long), sampling)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        healthy = embedding[11].clone()
+        embedding[11] = math.nan
+        with pytest.raises(FloatingPointError):
+            engine.generate(make_prompts(long, long, long, long, long), sampling)
+        embedding[11] = healthy
+    rollout = engine.generate(make_prompts([20], [21], [22], [23], long), sampling)
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
 
 
 def test_padding_of_the_embedding_is_never_sampled(model, native, prompts):

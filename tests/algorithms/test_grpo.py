@@ -1,0 +1,296 @@
+"""Each member of the family against its paper's formula, written here as slow loops over responses and tokens."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llmrl.algorithms.grpo import GRPO, GRPOConfig
+from llmrl.experience import Rollout, Scores, Sequences
+from llmrl.functional.losses import token_weights
+
+LENGTHS = [3, 1, 4, 2, 4, 3]  # two groups of three
+GROUPS = [7, 7, 7, 4, 4, 4]
+SCORES = [1.0, 0.0, 0.25, 0.0, 0.0, 2.0]
+LIMIT = 4
+
+
+class FixedPolicy:
+    """A policy whose log-probabilities are given; with entropy 0."""
+
+    def __init__(self, logprobs):
+        self.table = logprobs
+
+    def logprobs(self, sequences):
+        return self.table, torch.zeros_like(self.table)
+
+
+def mask_of(lengths):
+    return torch.arange(LIMIT) < torch.tensor(lengths)[:, None]
+
+
+def make_rollout(lengths=LENGTHS, groups=GROUPS):
+    mask = mask_of(lengths)
+    prompts = torch.ones(len(lengths), 2, dtype=torch.long)
+    return Rollout(
+        sequences=Sequences(
+            prompt_ids=prompts,
+            prompt_mask=prompts.bool(),
+            response_ids=torch.where(mask, 5, 0),
+            response_mask=mask,
+            response_lengths=torch.tensor(lengths),
+        ),
+        rollout_logprobs=torch.zeros(mask.shape),
+        finished=torch.ones(len(lengths), dtype=torch.bool),
+        group_ids=torch.tensor(groups),
+        rows=tuple({"prompt": "p"} for _ in lengths),
+    )
+
+
+def make_scores(scores=SCORES):
+    total = torch.tensor(scores)
+    return Scores(total=total, per_token=torch.zeros(len(scores), LIMIT), parts={"correct": total})
+
+
+def random_logprobs(seed):
+    """Log-probabilities with NaN outside the mask, where nothing may look."""
+    table = -torch.rand(len(LENGTHS), LIMIT, generator=torch.Generator().manual_seed(seed)) - 0.1
+    return table.masked_fill(~mask_of(LENGTHS), math.nan)
+
+
+OLD, NEW, REF = random_logprobs(0), random_logprobs(1), random_logprobs(2)
+
+
+def loss_of(config, *, scores=SCORES, new=NEW, microbatches=((0, 1, 2, 3, 4, 5),)):
+    """The loss of the whole minibatch and its gradient, summed over microbatches."""
+    rollout = make_rollout()
+    reference = FixedPolicy(REF) if config.kl_coef else None
+    old = GRPO(config, actor=FixedPolicy(OLD), reference=reference, max_response_tokens=LIMIT)
+    experience, _ = old.experience(rollout, make_scores(scores))
+    live = new.clone().requires_grad_()
+    mask = experience.response_mask
+    total = torch.zeros(())
+    for rows in microbatches:
+        index = torch.tensor(rows)
+        part = experience.select(index)
+        weights = token_weights(
+            part.response_mask,
+            aggregation=config.aggregation,
+            num_tokens=mask.sum(),
+            num_responses=mask.any(dim=1).sum(),
+            max_response_tokens=LIMIT,
+        )
+        algorithm = GRPO(config, actor=FixedPolicy(live[index]), reference=reference, max_response_tokens=LIMIT)
+        for name, loss, _ in algorithm.losses(part, weights):
+            assert name == "actor"
+            loss.backward()
+            total = total + loss.detach()
+    return total, live.grad
+
+
+# --- the papers, as loops ---------------------------------------------------------------------------------------------
+
+
+def groups():
+    return [[i for i, g in enumerate(GROUPS) if g == group] for group in dict.fromkeys(GROUPS)]
+
+
+def standardized(scores):
+    advantages = [0.0] * len(scores)
+    for members in groups():
+        mean = sum(scores[i] for i in members) / len(members)
+        std = math.sqrt(sum((scores[i] - mean) ** 2 for i in members) / len(members))
+        for i in members:
+            advantages[i] = (scores[i] - mean) / (std + 1e-6)
+    return advantages
+
+
+def centred(scores):
+    return [s - sum(scores[j] for j in m) / len(m) for i, s in enumerate(scores) for m in groups() if i in m]
+
+
+def without_self(scores):
+    return [
+        s - sum(scores[j] for j in m if j != i) / (len(m) - 1) for i, s in enumerate(scores) for m in groups() if i in m
+    ]
+
+
+def surrogate(new, i, t, advantage, low, high):
+    ratio = torch.exp(new[i, t] - OLD[i, t])
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def grpo_paper(new):
+    """arXiv:2402.03300, eq. 3 and 4: mean over responses of the mean over tokens, minus β k3."""
+    advantages, total = standardized(SCORES), torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            k3 = torch.exp(REF[i, t] - new[i, t]) - (REF[i, t] - new[i, t]) - 1
+            total = total + (surrogate(new, i, t, advantages[i], 0.2, 0.2) - 0.04 * k3) / length
+    return -total / len(LENGTHS)
+
+
+def dr_grpo_paper(new):
+    """arXiv:2503.20783, section 3.2 and its listing: no division by the spread, a constant divides."""
+    advantages, total = centred(SCORES), torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            total = total + surrogate(new, i, t, advantages[i], 0.2, 0.2)
+    return -total / (len(LENGTHS) * LIMIT)
+
+
+def dapo_paper(new):
+    """arXiv:2503.14476, eq. 8: one mean over all tokens, the upper clip wider."""
+    shaped = [s + min(0.0, (LIMIT - 2 - n) / 2) for s, n in zip(SCORES, LENGTHS, strict=True)]
+    advantages, total = standardized(shaped), torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            total = total + surrogate(new, i, t, advantages[i], 0.2, 0.28)
+    return -total / sum(LENGTHS)
+
+
+def gspo_paper(new):
+    """arXiv:2507.18071, eq. 5 and 7: one ratio for a response, the geometric mean of its tokens' ratios."""
+    advantages, total = standardized(SCORES), torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        ratio = torch.exp(sum(new[i, t] - OLD[i, t] for t in range(length)) / length)
+        clipped = ratio.clamp(1 - 0.05, 1 + 0.1)
+        total = total + torch.minimum(ratio * advantages[i], clipped * advantages[i])
+    return -total / len(LENGTHS)
+
+
+FAMILY = {
+    "GRPO": (
+        GRPOConfig(group_size=3, aggregation="sequence", kl_coef=0.04, kl_form="k3_paper"),
+        grpo_paper,
+    ),
+    "Dr. GRPO": (GRPOConfig(group_size=3, scale="none", aggregation="constant"), dr_grpo_paper),
+    "DAPO": (GRPOConfig(group_size=3, clip_high=0.28, overlong_buffer_tokens=2), dapo_paper),
+    "GSPO": (
+        GRPOConfig(group_size=3, aggregation="sequence", ratio="sequence", clip_low=0.05, clip_high=0.1),
+        gspo_paper,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_loss_and_its_gradient_are_the_papers(name):
+    config, paper = FAMILY[name]
+    live = NEW.clone().requires_grad_()
+    expected = paper(live)
+    expected.backward()
+    loss, gradient = loss_of(config)
+    assert_close(loss, expected.detach())
+    mask = mask_of(LENGTHS)
+    assert_close(gradient[mask], live.grad[mask])
+    assert (gradient[~mask] == 0).all()
+
+
+def test_rloo_is_reinforce_with_the_others_as_baseline():
+    # at ratio 1 the gradient of log p of a whole response is weighted with its score minus the mean of the others
+    config = GRPOConfig(group_size=3, baseline="leave_one_out", scale="none", aggregation="constant")
+    _, gradient = loss_of(config, new=OLD)
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            assert gradient[i, t].item() == pytest.approx(-without_self(SCORES)[i] / (len(LENGTHS) * LIMIT), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_how_the_minibatch_is_cut_does_not_matter(name):
+    config, _ = FAMILY[name]
+    whole = loss_of(config)
+    for cut in [((0, 1, 2), (3, 4, 5)), ((5, 0), (2,), (4, 1, 3))]:
+        assert_close(loss_of(config, microbatches=cut), whole)
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely():
+    # ratio e^3 with advantage A < 0: unbounded -A e^3, bounded -A * 2; the gradient there is cut
+    new = OLD + 3.0
+    config = GRPOConfig(group_size=3, scale="none", dual_clip=2.0)
+    loss, gradient = loss_of(config, new=new)
+    expected = sum(
+        n * (-a * 1.2 if a > 0 else -a * 2.0) for n, a in zip(LENGTHS, centred(SCORES), strict=True)
+    ) / sum(LENGTHS)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert (gradient == 0).all()
+    unbounded, _ = loss_of(GRPOConfig(group_size=3, scale="none"), new=new)
+    assert unbounded > loss
+
+
+@pytest.mark.parametrize(("form", "slope"), [("k2", "ratio * d"), ("k3", "ratio * d")])
+def test_kl_in_the_loss_has_the_gradient_ratio_times_log_ratio(form, slope):
+    # a token pulls with ρ d, d = log p - log p_ref: ∇(ρ̄ d²/2) = ρ d ∇log p, and ∇(ρ (e^-d - 1 + d)) = ρ d ∇log p
+    config = GRPOConfig(group_size=3, scale="none", kl_coef=0.5, kl_form=form)
+    _, with_kl = loss_of(config, scores=[1.0] * 6)
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            ratio, d = math.exp(NEW[i, t] - OLD[i, t]), float(NEW[i, t] - REF[i, t])
+            assert with_kl[i, t].item() == pytest.approx(0.5 * ratio * d / sum(LENGTHS), rel=1e-4), slope
+
+
+def test_equal_scores_leave_no_trace():
+    loss, gradient = loss_of(GRPOConfig(group_size=3), scores=[0.9] * 6)
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_a_response_that_could_not_be_scored_is_as_if_it_had_not_been_drawn():
+    config = GRPOConfig(group_size=3, scale="none")
+    _, gradient = loss_of(config, scores=[1.0, math.nan, 0.0, 0.0, 0.0, 2.0])
+    assert (gradient[1] == 0).all()
+    tokens = sum(LENGTHS) - LENGTHS[1]
+    ratio = math.exp(NEW[0, 0] - OLD[0, 0])
+    assert gradient[0, 0].item() == pytest.approx(-0.5 * min(ratio, 1.2) / tokens if ratio < 1.2 else 0.0, rel=1e-5)
+
+
+def test_the_overlong_penalty_reaches_the_advantages():
+    config = GRPOConfig(group_size=3, scale="none", overlong_buffer_tokens=2)
+    algorithm = GRPO(config, actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
+    experience, _ = algorithm.experience(make_rollout(), make_scores([0.0] * 6))
+    # lengths 3 1 4: penalties -1/2 0 -1, mean -1/2
+    assert_close(experience.advantages[:3, 0], torch.tensor([0.0, 0.5, -0.5]))
+    assert_close(experience.scores.total, torch.zeros(6))  # the score itself stays what the reward said
+
+
+def test_kl_metrics_are_per_token_and_per_response():
+    config = GRPOConfig(group_size=3, kl_coef=0.1, scale="none")
+    algorithm = GRPO(config, actor=FixedPolicy(OLD), reference=FixedPolicy(REF), max_response_tokens=LIMIT)
+    values = algorithm.experience(make_rollout(), make_scores())[1].values()
+    total = sum(float(OLD[i, t] - REF[i, t]) for i, n in enumerate(LENGTHS) for t in range(n))
+    assert values["kl/mean"] == pytest.approx(total / sum(LENGTHS), rel=1e-5)
+    assert values["kl/sequence"] == pytest.approx(total / len(LENGTHS), rel=1e-5)
+
+
+def test_no_kl_keeps_no_reference_and_reports_none():
+    algorithm = GRPO(GRPOConfig(group_size=3), actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
+    experience, metrics = algorithm.experience(make_rollout(), make_scores())
+    assert "kl/mean" not in metrics.values()
+    assert (experience.ref_logprobs == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"group_size": 1}, "algorithm.group_size (1) must be at least 2"),
+        ({"clip_low": 0.0}, "algorithm.clip_low (0.0)"),
+        ({"clip_low": 1.5}, "algorithm.clip_low (1.5)"),
+        ({"clip_high": 0.0}, "algorithm.clip_high (0.0)"),
+        ({"dual_clip": 1.0}, "algorithm.dual_clip (1.0) must be greater than 1"),
+        ({"kl_coef": -1.0}, "algorithm.kl_coef (-1.0)"),
+        ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1)"),
+        ({"max_redraws": -1}, "algorithm.max_redraws (-1)"),
+        ({"baseline": "leave_one_out"}, "goes with algorithm.scale none"),
+        ({"ratio": "sequence"}, "goes with algorithm.aggregation sequence"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, told):
+    with pytest.raises(ValueError, match=".*") as caught:
+        GRPOConfig(**settings)
+    assert told in str(caught.value)
+
+
+def test_scaling_with_a_kl_warns():
+    assert "kl_coef has no fixed meaning" in GRPOConfig(kl_coef=0.1).warnings()[0]
+    assert GRPOConfig(kl_coef=0.1, scale="none").warnings() == []
+    assert GRPOConfig().warnings() == []

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llmrl.data.chat import padded, prompt_ids, prompt_problem, response_ids
+from llmrl.data.rows import DataConfig, DataError
+from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
+
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "yes"}
+
+
+def config(**settings) -> DataConfig:
+    return DataConfig(path="rows.jsonl", **settings)
+
+
+def test_text_without_special_tokens(plain: PreTrainedTokenizerFast):
+    assert prompt_ids(["abc", "z"], plain, config()) == [spell("abc"), spell("z")]
+
+
+def test_text_keeps_the_tokenizers_bos_and_loses_its_eos():
+    tokenizer = make_tokenizer("<bos> $A <eos>")
+    assert prompt_ids(["abc", "z"], tokenizer, config()) == [[BOS, *spell("abc")], [BOS, *spell("z")]]
+
+
+def test_text_that_writes_its_own_bos_gets_no_second_one():
+    assert prompt_ids(["<bos>abc"], make_tokenizer("<bos> $A"), config()) == [[BOS, *spell("abc")]]
+
+
+def test_text_becomes_the_users_message(chat: PreTrainedTokenizerFast):
+    assert prompt_ids(["hi"], chat, config()) == [[BOS, *spell("user:hi|assistant:")]]
+
+
+def test_messages_are_rendered_and_texts_beside_them(chat: PreTrainedTokenizerFast):
+    expected = [[BOS, *spell("user:hi|assistant:yes|user:hi|assistant:")], [BOS, *spell("user:hi|assistant:")]]
+    assert prompt_ids([[USER, ASSISTANT, USER], "hi"], chat, config()) == expected
+
+
+def test_system_prompt_goes_first_unless_the_prompt_brings_one(chat: PreTrainedTokenizerFast):
+    own = {"role": "system", "content": "mine"}
+    assert prompt_ids(["hi", [USER], [own, USER]], chat, config(system_prompt="ours")) == [
+        [BOS, *spell("system:ours|user:hi|assistant:")],
+        [BOS, *spell("system:ours|user:hi|assistant:")],
+        [BOS, *spell("system:mine|user:hi|assistant:")],
+    ]
+
+
+def test_template_none_takes_a_text_as_it_is(chat: PreTrainedTokenizerFast):
+    assert prompt_ids(["hi"], chat, config(template="none")) == [[BOS, *spell("hi")]]
+
+
+def test_rendering_leaves_messages_alone(chat: PreTrainedTokenizerFast):
+    messages = [dict(USER)]
+    prompt_ids([messages], chat, config(system_prompt="ours"))
+    assert messages == [USER]
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "message"),
+    [
+        ({}, [USER], r"rows\.jsonl: 1 prompts in 'prompt' are messages, but the tokenizer has no chat template; use"),
+        ({"template": "none"}, [USER], r"are messages, but data\.template is \"none\"; use"),
+        ({"template": "chat"}, "hi", r"the tokenizer has no chat template; .* set data\.template to \"none\""),
+        ({"system_prompt": "x"}, "hi", r"data\.system_prompt needs a chat template, but the tokenizer has none"),
+        ({}, "", r"row 1: the tokenizer makes no tokens of its prompt"),
+    ],
+)
+def test_what_the_tokenizer_cannot_do(plain: PreTrainedTokenizerFast, settings: dict, prompt, message: str):
+    with pytest.raises(DataError, match=message):
+        prompt_ids([prompt], plain, config(**settings))
+
+
+@pytest.mark.parametrize("post_processor", [None, "<bos> $A", "<bos> $A <eos>"])
+def test_response_is_its_text_and_one_eos(post_processor: str | None):
+    tokenizer = make_tokenizer(post_processor, CHAT_TEMPLATE)
+    assert response_ids(["abc", ""], tokenizer) == [[*spell("abc"), EOS], [EOS]]
+
+
+def test_response_needs_an_eos():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="has no EOS token"):
+        response_ids(["abc"], tokenizer)
+
+
+@pytest.mark.parametrize("prompt", ["a", [USER], [USER, ASSISTANT, USER], [{"role": "tool", "content": ""}]])
+def test_prompts_without_a_problem(prompt):
+    assert prompt_problem(prompt) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ("", "is an empty text"),
+        (" \n", "is an empty text"),
+        ([], "is an empty list of messages"),
+        (7, "must be a text or a list of messages, not a int"),
+        (None, "must be a text or a list of messages, not null"),
+        (["a"], 'has a message 1 that is no object with "role" and "content"'),
+        ([USER, {"role": "user"}], 'has a message 2 that is no object with "role" and "content"'),
+        (
+            [{"role": "human", "content": "a"}],
+            "has a message 1 that has the unknown role 'human'; use one of system, user, assistant, tool",
+        ),
+        ([{"role": "user", "content": None}], "has a message 1 that has a content that is no text but null"),
+        ([{"role": "user", "content": [1]}], "has a message 1 that has a content that is no text but a list"),
+        ([USER, ASSISTANT], "ends with the assistant's message; end with one that asks for a response"),
+    ],
+)
+def test_prompts_with_a_problem(prompt, problem: str):
+    assert prompt_problem(prompt) == problem
+
+
+def test_padding_by_hand():
+    ids, mask = padded([[5, 6, 7], [8]], left=True)
+    assert torch.equal(ids, torch.tensor([[5, 6, 7], [0, 0, 8]]))
+    assert torch.equal(mask, torch.tensor([[True, True, True], [False, False, True]]))
+    ids, mask = padded([[5], [0, 9]], left=False)
+    assert torch.equal(ids, torch.tensor([[5, 0], [0, 9]]))
+    assert torch.equal(mask, torch.tensor([[True, False], [True, True]]))

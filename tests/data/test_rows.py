@@ -1,0 +1,188 @@
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from llmrl.data.rows import DataConfig, DataError, is_local, load_config_rows, load_rows
+
+ROWS = [
+    {"prompt": 'a, "b"\nc\u2028d', "answer": "1"},
+    {"prompt": "é", "answer": "2"},
+]
+
+
+def read(path: Path | str) -> list:
+    return load_rows(str(path), subset=None, split="train")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+def write_kind(folder: Path, kind: str) -> Path:
+    path = folder / f"rows.{kind}"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    match kind:
+        case "jsonl":
+            return write(path, lines)
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case "json":
+            return write(path, json.dumps(ROWS))
+        case "csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, ["prompt", "answer"])
+                writer.writeheader()
+                writer.writerows(ROWS)
+        case "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str):
+    assert read(write_kind(tmp_path, kind)) == ROWS
+
+
+def test_json_types_stay_and_missing_keys_stay_missing(tmp_path: Path):
+    rows = [{"n": 1, "x": 1.0, "y": None}, {"n": "1", "flag": True}, {"deep": {"list": [1, "a"]}}]
+    for path in (
+        write(tmp_path / "a.json", json.dumps(rows)),
+        write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows)),
+    ):
+        read_back = read(path)
+        assert read_back == rows
+        assert [type(read_back[0][key]) for key in "nxy"] == [int, float, type(None)]
+
+
+def test_csv_values_stay_texts(tmp_path: Path):
+    assert read(write(tmp_path / "a.csv", "a,b\r\n007,\r\n")) == [{"a": "007", "b": ""}]
+
+
+def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path):
+    assert read(write(tmp_path / "a.csv", "\ufeffa,b\r\n1,2\r\n")) == [{"a": "1", "b": "2"}]
+    assert read(write(tmp_path / "a.jsonl", '\ufeff{"a": 1}\r\n{"a": 2}\r\n\r\n')) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_empty_file(tmp_path: Path, name: str, text: str):
+    path = write(tmp_path / name, text if name != "a.json" else "[]")
+    with pytest.raises(DataError, match=r"a\.\w+ has no rows$"):
+        read(path)
+
+
+def test_csv_with_a_header_only(tmp_path: Path):
+    with pytest.raises(DataError, match="has no rows"):
+        read(write(tmp_path / "a.csv", "a,b\n"))
+
+
+def test_missing_file_names_the_command_that_makes_it():
+    with pytest.raises(DataError) as error:
+        load_rows("./none.jsonl", subset=None, split="train", made_by="python make.py")
+    assert str(error.value) == "none.jsonl does not exist; make it with `python make.py`"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_unknown_kind(tmp_path: Path, name: str):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "a.txt", "x")
+    with pytest.raises(DataError, match=r"is not a file of a known kind: \.jsonl, \.jsonl\.gz, \.json, \.csv, \.parq"):
+        read(tmp_path / name)
+
+
+def test_bad_lines_are_listed_with_number_and_reason(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n\n[1]\n"x"\n{"a": 2}\n')
+    with pytest.raises(DataError) as error:
+        read(path)
+    title, *lines = str(error.value).split("\n")
+    assert title == f"{path}: 4 bad rows"
+    assert lines[0].startswith("  row 2: not valid JSON: ")
+    assert lines[1:] == [
+        "  row 3: an empty line",
+        "  row 4: must be a JSON object, not a list",
+        "  row 5: must be a JSON object, not a str",
+    ]
+
+
+@pytest.mark.parametrize(("num_bad", "tail"), [(20, "  row 21: an empty line"), (23, "  and 3 more")])
+def test_twenty_bad_rows_are_listed(tmp_path: Path, num_bad: int, tail: str):
+    path = write(tmp_path / "a.jsonl", "{}" + "\n" * (num_bad + 1) + "{}")
+    with pytest.raises(DataError) as error:
+        read(path)
+    lines = str(error.value).split("\n")
+    assert lines[0].endswith(f": {num_bad} bad rows")
+    assert lines[20] == "  row 21: an empty line"
+    assert lines[-1] == tail
+    assert len(lines) == 1 + 20 + (num_bad > 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"a": 1}\n{"a": 2}', r"not valid JSON: .*; name it \.jsonl if each line is an object"),
+        ("a.json", '{"a": 1}', "must hold a list of objects, not a dict"),
+        ("a.json", "[{}, 3]", "row 2: must be a JSON object, not a int"),
+        ("a.csv", "a,b\n1,2\n3\n", "row 2: has 1 values for 2 columns"),
+        ("a.csv", 'a,b\n1,"2', "is not valid CSV"),
+    ],
+)
+def test_unreadable_file(tmp_path: Path, name: str, text: str, message: str):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / name, text))
+
+
+def test_text_in_another_encoding(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("a\né\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        read(path)
+
+
+@pytest.mark.parametrize("path", ["/x", "./x", "../x", "~/x", "x.jsonl", "folder/x.csv", "x.jsonl.gz"])
+def test_paths_are_local(path: str):
+    assert is_local(path)
+
+
+def test_names_are_not_local_unless_they_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert not is_local("openai/gsm8k")
+    (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
+    assert is_local("openai/gsm8k")
+
+
+def test_hub_name(monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_list([{"question": "a", "n": 1}, {"question": "b", "n": 2}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_rows("openai/gsm8k", subset="main", split="test")
+    assert rows == [{"question": "a", "n": 1}, {"question": "b", "n": 2}]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_first_rows_only(tmp_path: Path):
+    path = str(write_kind(tmp_path, "jsonl"))
+    assert load_config_rows(DataConfig(path=path, num_rows=1)) == ROWS[:1]
+    assert load_config_rows(DataConfig(path=path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ""}, r"data\.path"),
+        ({"path": "a", "num_rows": 0}, r"data\.num_rows \(0\) must be at least 1; leave it out"),
+        ({"path": "a", "template": "none", "system_prompt": "x"}, r"data\.system_prompt needs a chat template"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)

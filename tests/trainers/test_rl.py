@@ -1,0 +1,276 @@
+"""The loop, with fakes where they are enough and tiny transformers models where the numbers matter."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from llmrl.algorithms.grpo import GRPO, GRPOConfig
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.experience import Prompts, Scores
+from llmrl.models.heads import choose_head
+from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.reports.progress import Silent
+from llmrl.rollout.native import NativeEngine
+from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.rl import FlatGroupsError, RLTrainer
+
+VOCAB, EOS, LIMIT = 12, 0, 6
+MODELS = {
+    "rotary": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.4,
+        )
+    ),
+    "absolute": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4)
+    ),
+}
+
+
+class Counting:
+    """Prompts of ragged lengths, numbered in the order in which they are dealt."""
+
+    def __init__(self):
+        self.position = 0
+
+    def next(self, num_prompts):
+        numbers = range(self.position, self.position + num_prompts)
+        self.position += num_prompts
+        lengths = torch.tensor([1 + number % 3 for number in numbers])
+        mask = torch.arange(3) >= 3 - lengths[:, None]
+        ids = torch.where(mask, torch.tensor([[1 + number % 7] for number in numbers]), 0)
+        return Prompts(ids=ids, mask=mask, rows=tuple({"number": number} for number in numbers))
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def scored(rollout, total):
+    return Scores(total=total, per_token=torch.zeros(rollout.sequences.response_ids.shape), parts={"part": total})
+
+
+def length_reward(rollout):
+    return scored(rollout, rollout.sequences.response_lengths.float())
+
+
+class Recorder:
+    """Remembers experiences."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, iteration, experience):
+        self.seen.append((iteration, experience))
+
+
+def make_trainer(kind="rotary", *, config=None, reward=length_reward, learning_rate=0.01, **update):
+    torch.manual_seed(0)
+    model = MODELS[kind]().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    module = PolicyModule(model, choose_head(model, VOCAB), temperature=1.0, dtype=torch.float32)
+    config = config or GRPOConfig(group_size=4)
+    return RLTrainer(
+        algorithm=GRPO(
+            config,
+            actor=TransformersPolicy(module, microbatch_tokens=64),
+            reference=None,
+            max_response_tokens=LIMIT,
+        ),
+        engine=NativeEngine(
+            model, eos_ids=(EOS,), vocab_size=VOCAB, dtype=torch.float32, max_rows=8, progress=Silent()
+        ),
+        reward=reward,
+        prompts=Counting(),
+        trained={"actor": LocalTrainable(module, OptimizerConfig(learning_rate=learning_rate), num_steps=100)},
+        update=UpdateConfig(**({"minibatch_size": 12} | update)),
+        prompts_per_iteration=6,
+        group_size=config.group_size,
+        temperature=1.0,
+        seed=3,
+        collectives=OneProcess(),
+        progress=Silent(),
+        observe=Recorder(),
+    )
+
+
+def weights_of(trainer):
+    return copy.deepcopy(trainer.trained["actor"].module.state_dict())
+
+
+def distance(left, right):
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_first_minibatch_is_on_policy(kind):
+    values = make_trainer(kind).iterate().values()
+    assert values["policy/ratio_max_deviation"] < 1e-5
+    assert values["policy/rollout_gap"] < 1e-5  # what the engine reported is what the trainer computes
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_learning_rate_0_moves_nothing_in_two_epochs(kind):
+    trainer = make_trainer(kind, learning_rate=0.0, num_epochs=2)
+    before = weights_of(trainer)
+    values = trainer.iterate().values()
+    assert distance(before, weights_of(trainer)) == 0
+    assert values["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert values["policy/clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_microbatches_change_memory_and_never_the_result(kind):
+    trainers = [make_trainer(kind, microbatch_tokens=tokens) for tokens in (1, 20, 10_000)]
+    for trainer in trainers:
+        trainer.iterate()
+    first, *others = map(weights_of, trainers)
+    assert distance(first, make_trainer(kind).trained["actor"].module.state_dict()) > 1e-3  # something was learned
+    for other in others:
+        assert distance(first, other) < 1e-5
+
+
+def test_the_ratio_deviation_is_that_of_the_first_minibatch():
+    trainer = make_trainer(learning_rate=0.1, num_epochs=4)
+    values = trainer.iterate().values()
+    assert values["policy/ratio_max_deviation"] < 1e-5
+    assert values["policy/approx_kl"] > 1e-4  # later minibatches have moved away
+
+
+def test_every_response_has_a_number_of_its_own():
+    trainer = make_trainer()
+    trainer.iterate()
+    trainer.iterate()
+    (_, first), (_, second) = trainer.observe.seen
+    assert first.rollout.group_ids.tolist() == [g for g in range(6) for _ in range(4)]
+    assert second.rollout.group_ids.tolist() == [g for g in range(6, 12) for _ in range(4)]
+    assert trainer.num_responses == 48
+
+
+def test_minibatches_are_epochs_of_whole_groups():
+    trainer = make_trainer(minibatch_size=8, num_epochs=2)
+    with torch.no_grad():
+        rollout, scores, _ = trainer.collect(trainer.prompts.next(6))
+        experience, _ = trainer.algorithm.experience(rollout, scores)
+    dealt = [part.rollout.group_ids.tolist() for part in trainer.minibatches(experience)]
+    assert len(dealt) == 6
+    for groups in dealt:
+        assert len(groups) == 8
+        assert groups[0] == groups[3] != groups[4] == groups[7]
+    epochs = [[g for part in epoch for g in part[::4]] for epoch in (dealt[:3], dealt[3:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
+    assert epochs[0] != epochs[1]
+    assert dealt == [part.rollout.group_ids.tolist() for part in trainer.minibatches(experience)]
+
+
+def flat_for_even_prompts(rollout):
+    even = torch.tensor([row["number"] % 2 == 0 for row in rollout.rows])
+    spread = torch.arange(len(rollout.rows)) % 4
+    return scored(rollout, torch.where(even, 1.0, spread.float()))
+
+
+def test_flat_groups_are_replaced_by_groups_of_new_prompts():
+    trainer = make_trainer(config=GRPOConfig(group_size=4, max_redraws=3), reward=flat_for_even_prompts)
+    values = trainer.iterate().values()
+    (_, experience) = trainer.observe.seen[0]
+    numbers = [row["number"] for row in experience.rollout.rows[::4]]
+    # of 0..5 stay 1 3 5; of 6..8 stays 7; of 9, 10 stays 9; of 11 stays 11
+    assert numbers == [1, 3, 5, 7, 9, 11]
+    assert experience.rollout.group_ids[::4].tolist() == [1, 3, 5, 7, 9, 11]  # 12 groups drawn, no number twice
+    assert values["group/flat_fraction"] == 0.5  # of everything drawn
+    assert values["tokens/sampled"] > experience.rollout.sequences.response_lengths.sum()
+
+
+def test_flat_groups_without_end_are_a_clear_error():
+    trainer = make_trainer(
+        config=GRPOConfig(group_size=4, max_redraws=2), reward=lambda r: scored(r, torch.ones(len(r.rows)))
+    )
+    with pytest.raises(FlatGroupsError, match="after 2 redraws only 0 of 6 groups .* raise algorithm.max_redraws"):
+        trainer.iterate()
+
+
+def test_without_redraws_flat_groups_stay():
+    trainer = make_trainer(reward=flat_for_even_prompts)
+    trainer.iterate()
+    assert [row["number"] for row in trainer.observe.seen[0][1].rollout.rows[::4]] == list(range(6))
+
+
+def failing_once():
+    calls = []
+
+    def reward(rollout):
+        calls.append(rollout)
+        if len(calls) == 2:
+            raise RuntimeError("the verifier is away")
+        return length_reward(rollout)
+
+    return reward
+
+
+def test_a_failure_before_the_update_can_be_gone_back_behind():
+    trainer, undisturbed = make_trainer(reward=failing_once()), make_trainer()
+    trainer.iterate()
+    with pytest.raises(RuntimeError, match="away"):
+        trainer.iterate()
+    assert trainer.rewind()
+    assert (trainer.iteration, trainer.num_responses, trainer.prompts.position) == (1, 24, 6)
+    trainer.iterate()
+    undisturbed.iterate()
+    undisturbed.iterate()
+    assert distance(weights_of(trainer), weights_of(undisturbed)) == 0
+
+
+def test_a_failure_in_the_middle_of_the_update_cannot():
+    trainer = make_trainer()
+    losses = trainer.algorithm.losses
+
+    def out_of_memory(batch, weights):
+        if trainer.trained["actor"].num_steps_done == 1:
+            raise MemoryError
+        return losses(batch, weights)
+
+    trainer.algorithm.losses = out_of_memory
+    with pytest.raises(MemoryError):
+        trainer.iterate()
+    assert not trainer.rewind()
+
+
+def test_state_continues_bit_for_bit():
+    straight, first = make_trainer(num_epochs=2), make_trainer(num_epochs=2)
+    for _ in range(4):
+        straight.iterate()
+    for _ in range(2):
+        first.iterate()
+    second = make_trainer(num_epochs=2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(2):
+        second.iterate()
+    assert distance(weights_of(straight), weights_of(second)) == 0
+
+
+def test_metrics_name_what_the_design_names():
+    values = make_trainer().iterate().values()
+    for name in (
+        "policy/loss policy/clip_fraction policy/approx_kl policy/entropy policy/ratio_max_deviation score/mean score/std "
+        "response/length response/finished_fraction group/flat_fraction time/rollout_s time/update_s tokens/per_s"
+    ).split():
+        assert name in values, name
+
+
+def test_the_reward_is_learned():
+    trainer = make_trainer(learning_rate=0.03)
+    lengths = [trainer.iterate().values()["score/mean"] for _ in range(15)]
+    assert lengths[-1] > lengths[0] + 1
