@@ -9,10 +9,12 @@ SFT_MODEL := runs/quickstart/sft/final
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(SFT_MODEL)
-	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml
+	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml --output runs/quickstart/before.json
 	$(BIN)/llmrl grpo recipes/quickstart_grpo.yaml run.resume=true
-	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml model.path=runs/quickstart/grpo/final
-	# COMPARISON: the line that prints both scores side by side goes here.
+	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml model.path=runs/quickstart/grpo/final \
+	    --output runs/quickstart/after.json --compare runs/quickstart/before.json
+	@echo "model runs/quickstart/grpo/final, metrics runs/quickstart/grpo/metrics.jsonl, samples runs/quickstart/grpo/samples.jsonl"
+	@echo "ask it:  $(BIN)/llmrl generate runs/quickstart/grpo/final 47+85="
 
 $(SFT_MODEL): | $(INSTALLED)
 	$(BIN)/python data/arithmetic/generate.py

@@ -5,7 +5,8 @@
 Same weights, precision, prompt ids and response lengths for both. The lengths are drawn from a seed, uniformly from 1
 to the limit: EOS is forbidden before a row's length and forced at it, in the logits, by the same function. Every
 measurement is a fresh process that loads the model, runs once to warm up and once for the record; the two engines take
-turns. Memory is the highest resident size (on a GPU: allocated size) after loading, less what stood there right then.
+turns. Tokens per second of CPU time say more than those of wall time where other programs compete for the cores. Memory
+is the highest resident size (on a GPU: allocated size) after loading, less what stood there right then.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ ENGINES = ("native", "generate")
 RESULTS = Path(__file__).parent / "results"
 EOS = 2
 MIB = 2**20
+COLUMNS = ("tokens_per_s", "tokens_per_cpu_s", "peak_mib")
 
 
 def main() -> None:
@@ -42,23 +44,18 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args)))
         return
-    samples: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     load_before = os.getloadavg()
+    samples: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for turn in range(args.turns):
         for engine in ENGINES:
             sample = run_worker(engine)
             samples[engine].append(sample)
-            print(
-                f"turn {turn + 1}  {engine:8s}  {sample['tokens_per_s']:8.1f} tokens/s  {sample['peak_mib']:8.0f} MiB"
-            )
+            print(f"turn {turn + 1}  {engine:8s}  " + "  ".join(f"{name} {sample[name]:.1f}" for name in COLUMNS))
     summary = {engine: summarize(of_engine) for engine, of_engine in samples.items()}
-    ratios = {
-        "speed": summary["native"]["tokens_per_s_median"] / summary["generate"]["tokens_per_s_median"],
-        "peak_memory": summary["native"]["peak_mib_median"] / summary["generate"]["peak_mib_median"],
-    }
+    ratios = {name: summary["native"][f"{name}_median"] / summary["generate"][f"{name}_median"] for name in COLUMNS}
     for engine, numbers in summary.items():
         print(f"{engine:8s}  " + "  ".join(f"{name} {number:.1f}" for name, number in numbers.items()))
-    print(f"native over generate: speed x {ratios['speed']:.2f}, peak memory x {ratios['peak_memory']:.2f}")
+    print("native over generate, of the medians: " + "  ".join(f"{name} x {x:.2f}" for name, x in ratios.items()))
     print(f"load average before {load_before[0]:.2f}, after {os.getloadavg()[0]:.2f}")
     store(args, {"summary": summary, "ratios": ratios, "samples": samples, "load_average_before": load_before})
 
@@ -95,13 +92,18 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     run = prepare(args, model, ids.to(args.device), lengths.to(args.device))
     baseline = reset_memory(args.device)
     run()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     num_tokens = run()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     if num_tokens != int(lengths.sum()):
         raise RuntimeError(f"{args.worker} made {num_tokens} tokens where {int(lengths.sum())} were forced")
     peak_mib = (memory(args.device)[1] - baseline) / MIB
-    return {"seconds": seconds, "tokens_per_s": num_tokens / seconds, "peak_mib": peak_mib}
+    return {
+        "seconds": seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "tokens_per_cpu_s": num_tokens / cpu_seconds,
+        "peak_mib": peak_mib,
+    }
 
 
 def force_length(logits: Tensor, remaining: Tensor) -> None:
@@ -169,6 +171,10 @@ def prepare_generate(
 
 
 class Silent:
+    def iteration(self, number: int, values: Mapping[str, float]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
     def phase(self, name: str, total: int) -> None: ...
 
     def advance(self, amount: int = 1) -> None: ...
@@ -193,19 +199,20 @@ def memory(device: str) -> tuple[int, int]:
 
 
 def summarize(samples: list[dict[str, float]]) -> dict[str, float]:
-    speeds = [sample["tokens_per_s"] for sample in samples]
-    peaks = [sample["peak_mib"] for sample in samples]
-    return {
-        "tokens_per_s_median": statistics.median(speeds),
-        "tokens_per_s_min": min(speeds),
-        "peak_mib_median": statistics.median(peaks),
-        "peak_mib_min": min(peaks),
-    }
+    summary = {}
+    for name in COLUMNS:
+        values = [sample[name] for sample in samples]
+        summary |= {f"{name}_median": statistics.median(values), f"{name}_min": min(values)}
+    return summary
 
 
 def store(args: argparse.Namespace, results: dict) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("model", "worker")}
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

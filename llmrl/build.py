@@ -90,7 +90,7 @@ def check_grpo(config: GRPORun, *, dry: bool, trains: bool = True) -> Checked:
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     rows = _rows(config.data, load_prompt_rows, unchecked, dry=dry) if trains else None
     evaluation_rows = None
-    if config.evaluation_data is not None:
+    if config.evaluation_data is not None and (config.evaluation.every or not trains):
         evaluation_rows = _rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry)
     functions: tuple[Function, ...] = ()
     for some_rows in (rows, evaluation_rows):
@@ -262,7 +262,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
         ),
     )
     evaluator = None
-    if config.evaluation_data is not None:
+    if config.evaluation.every:
         evaluator = _evaluator(config, checked, actor.tokenizer, engine, progress)
     return Run(
         config.run,

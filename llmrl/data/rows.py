@@ -117,7 +117,7 @@ def _load_file(path: Path, made_by: str | None) -> list[Row]:
         raise DataError(f"{path} does not exist" + (f"; make it with `{made_by}`" if made_by else ""))
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is not a file of a known kind: {', '.join(SUFFIXES)}")
-    match path.suffixes[-1]:
+    match path.suffix:
         case ".json":
             return _parse_json(path)
         case ".csv":

@@ -68,10 +68,21 @@ class OwnHead:
 class HiddenStatesAsTheyCome(nn.Module):
     """In the trunk's place: what is handed in as embeddings comes out as last hidden states."""
 
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object):
-        from transformers.modeling_outputs import MoeModelOutputWithPast  # has all that any trunk returns
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> "TrunkOutput":
+        return TrunkOutput(inputs_embeds)
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+class TrunkOutput:
+    """The last hidden states, by name or as entry 0; None for whatever else the output of a trunk may hold."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: int | slice):
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @contextmanager
@@ -86,14 +97,9 @@ def trunk_replaced(model: "PreTrainedModel") -> Iterator[None]:
 
 
 @contextmanager
-def trunk_louder(model: "PreTrainedModel", factor: Tensor) -> Iterator[None]:
-    """For the while, the trunk's last hidden states are `factor` times as large."""
-
-    def scale(_module: nn.Module, _args: object, output):
-        output.last_hidden_state = output.last_hidden_state * factor
-        return output
-
-    handle = model.base_model.register_forward_hook(scale)
+def input_scaled(module: nn.Module, factor: float | Tensor) -> Iterator[None]:
+    """For the while, the module reads `factor` times its input."""
+    handle = module.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]))
     try:
         yield
     finally:
@@ -104,31 +110,41 @@ def trunk_louder(model: "PreTrainedModel", factor: Tensor) -> Iterator[None]:
 def choose_head(model: "PreTrainedModel", vocab_size: int) -> Head:
     """The head whose log-probabilities are the model's own, found by trying them on a probe.
 
-    The probe's hidden states are scaled until its logits are as large as training may make them: a soft cap does not
-    show on the small logits of random weights.
-
     Raises:
         ModelError: No head agrees with the model's logits, or two passes over the same ids differ.
     """
     rows, length = 2, 16
     ids = torch.arange(rows * length, device=model.device).mul(7919).remainder(vocab_size).view(rows, length)
-    factor = PROBE_LOGITS / model(input_ids=ids, use_cache=False).logits.float().abs().max()
-    with trunk_louder(model, factor):
-        logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     labels = ids.roll(-1, dims=1)
-    expected = token_logprobs(logits, labels)
-    for head in _candidates(model, vocab_size):
-        logprobs, _ = head(model, hidden, labels.flatten(), 1.0)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = model(input_ids=ids, use_cache=False).logits
+    output_layer = model.get_output_embeddings()
+    assert output_layer is not None, "a causal language model has an output layer"
+    for head, factor in _candidates(model, vocab_size, loud=PROBE_LOGITS / logits.float().abs().max()):
+        with input_scaled(output_layer, factor):
+            logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+        expected = token_logprobs(logits, labels)
+        try:
+            logprobs, _ = head(model, hidden * factor, labels.flatten(), 1.0)
+        except (AttributeError, TypeError) as error:
+            raise _refusal(model) from error
         if torch.allclose(logprobs.view_as(expected), expected, atol=PROBE_TOLERANCE, rtol=0.0):
             return head
-    raise ModelError(
+    raise _refusal(model)
+
+
+def _candidates(model: "PreTrainedModel", vocab_size: int, *, loud: Tensor) -> Iterator[tuple[Head, float | Tensor]]:
+    """Heads, and how many times its hidden states each is to be tried on.
+
+    The linear one at logits as large as training may make them: on those of random weights no soft cap shows.
+    """
+    if type(model.get_output_embeddings()) is nn.Linear:
+        yield LinearHead(vocab_size), loud
+    yield OwnHead(vocab_size), 1.0
+
+
+def _refusal(model: "PreTrainedModel") -> ModelError:
+    return ModelError(
         f"{type(model).__name__} ({model.config.model_type}) does something between its last hidden states and its "
         "logits that cannot be repeated in chunks, or its forward pass is not deterministic; choose another model"
     )
-
-
-def _candidates(model: "PreTrainedModel", vocab_size: int) -> Iterator[Head]:
-    if type(model.get_output_embeddings()) is nn.Linear:
-        yield LinearHead(vocab_size)
-    yield OwnHead(vocab_size)

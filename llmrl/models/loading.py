@@ -191,8 +191,22 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
         adapted = get_peft_model(model, lora)
     else:
         return load_model(config), None
+    _check_tied(model)
     turn_dropout_off(model)
     return model, adapted  # type: ignore[return-value]
+
+
+def _check_tied(model: "PreTrainedModel") -> None:
+    """Refuses what cannot be saved: merged into one of two tied layers, an adapter would change the other."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.tie_word_embeddings and any(isinstance(x, BaseTunerLayer | ModulesToSaveWrapper) for x in layers):
+        raise ModelError(
+            f"{type(model).__name__} has one matrix for its input and its output embedding, which an adapter on either "
+            "would pull apart; leave both out of model.lora.targets"
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def save_policy(
 ) -> None:
     """Model, tokenizer and chat template, loadable with plain transformers; the folder is there whole or not at all.
 
-    Adapters are merged into the model that is saved; by themselves they lie in ``adapter/`` beside it, where they can be continued from.
+    Adapters are merged into the model that is saved; by themselves they lie in ``adapter/``, to be continued.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

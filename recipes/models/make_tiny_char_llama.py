@@ -43,6 +43,7 @@ def make_config() -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_TOKENS,
+        initializer_range=0.05,  # at the usual 0.02, meant for wider layers, some seeds start to learn late
         bos_token_id=None,
         eos_token_id=VOCABULARY.index("<eos>"),
         pad_token_id=VOCABULARY.index("<pad>"),

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers.cache_utils import Cache
 
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
@@ -253,7 +252,3 @@ def test_the_rollout_can_be_learned_from(model, native, prompts):
 def test_a_group_larger_than_max_rows_is_refused(model, native, prompts):
     with pytest.raises(ValueError, match=r"rollout\.max_rows \(4\) must hold a whole group of 5 responses"):
         native(model, max_rows=4).generate(prompts, make_sampling(num_responses=5))
-
-
-def test_the_cache_is_a_cache_of_transformers():
-    assert issubclass(native_module.SlotCache, Cache)

@@ -1,0 +1,338 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from llmrl.models.loading import (
+    LoraSettings,
+    ModelConfig,
+    ModelError,
+    as_loaded,
+    check_model,
+    end_ids,
+    is_local_model,
+    load_adapted,
+    load_model,
+    load_tokenizer,
+    turn_dropout_off,
+)
+
+from .tiny import gpt2, llama, llama_tied, save_folder
+
+IDS = torch.tensor([[7, 8, 9, 20, 21]])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    return save_folder(tmp_path / "model", llama())
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """The folder of an adapter that does something, with dropout in its config."""
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
+    move(adapted)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    return str(tmp_path / "adapter")
+
+
+def move(adapted):
+    """What training does: other weights wherever they may learn."""
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def trainable(adapted):
+    return {name: p.requires_grad for name, p in adapted.named_parameters()}
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch, adapter):  # `adapter`: from when the folders are there
+    def refuse(*_, **__):
+        raise AssertionError("checking must not load weights")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", refuse)
+    monkeypatch.setattr(PeftModel, "from_pretrained", refuse)
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+class TestCheck:
+    def change(self, folder, name="config.json", **changes):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    def refusal(self, **config) -> str:
+        with pytest.raises(ModelError) as error:
+            check_model(ModelConfig(**config))
+        return str(error.value)
+
+    def test_whole_folders_pass(self, folder, adapter):
+        assert check_model(ModelConfig(path=folder)) is None
+        assert check_model(ModelConfig(path=folder, lora=LoraSettings())) is None
+        assert check_model(ModelConfig(path=adapter)) is None
+
+    def test_no_folder(self, tmp_path):
+        path = str(tmp_path / "nowhere")
+        assert self.refusal(path=path) == f"model.path ({path}) is no folder; give a folder or a hub name"
+
+    def test_no_folder_yet(self):
+        """Whoever names the command that makes the folder means a folder, however few slashes the path has."""
+        refusal = self.refusal(path="models/tiny", made_by="make tiny")
+        assert refusal == "model.path (models/tiny) is no folder; make it with `make tiny`"
+
+    def test_no_config(self, tmp_path):
+        assert "holds no config.json" in self.refusal(path=str(tmp_path))
+
+    def test_no_weights(self, folder, tmp_path):
+        (tmp_path / "model" / "model.safetensors").unlink()
+        assert "holds no weights" in self.refusal(path=folder)
+        assert "model.from_scratch=true" in self.refusal(path=folder)
+        assert check_model(ModelConfig(path=folder, from_scratch=True)) is None
+
+    def test_weights_in_shards(self, folder, tmp_path):
+        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors.index.json")
+        assert check_model(ModelConfig(path=folder)) is None
+
+    def test_pickled_weights_do_not_count(self, folder, tmp_path):
+        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+        assert "save them as safetensors" in self.refusal(path=folder)
+
+    def test_code_of_the_folder_runs_only_when_allowed(self, folder, tmp_path):
+        self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+        assert "model.trust_remote_code=true" in self.refusal(path=folder)
+        assert check_model(ModelConfig(path=folder, trust_remote_code=True)) is None
+
+    def test_an_adapter_is_continued_as_it_is(self, adapter):
+        assert "leave model.lora out" in self.refusal(path=adapter, lora=LoraSettings())
+        assert "leave model.from_scratch out" in self.refusal(path=adapter, from_scratch=True)
+
+    def test_an_adapter_without_weights(self, adapter, tmp_path):
+        (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+        assert "holds no adapter_model.safetensors" in self.refusal(path=adapter)
+
+    def test_the_base_of_an_adapter_is_checked_too(self, adapter, tmp_path):
+        self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+        refusal = self.refusal(path=adapter)
+        assert f"model.path ({adapter}) is an adapter whose base cannot be used" in refusal
+        assert "brings its own Python code" in refusal
+        assert check_model(ModelConfig(path=adapter, trust_remote_code=True)) is None
+
+    def test_an_adapter_without_a_base(self, adapter, tmp_path):
+        self.change(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=None)
+        assert "does not name its base model" in self.refusal(path=adapter)
+
+    def test_a_hub_name_that_is_not_here_is_a_sentence(self):
+        sentence = check_model(ModelConfig(path="nobody/such-a-model"))
+        assert sentence == "model.path (nobody/such-a-model) is a hub name that is not in the local cache"
+
+    def test_a_hub_name_that_is_here(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: f"{folder}/config.json")
+        assert check_model(ModelConfig(path="somebody/model")) is None
+        self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+        assert "model.path (somebody/model) brings its own Python code" in self.refusal(path="somebody/model")
+
+
+def test_folders_and_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "here").mkdir(parents=True)
+    assert all(is_local_model(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here"))
+    assert not any(is_local_model(path) for path in ("gpt2", "owner/model"))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}])
+def test_adapter_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=rf"model\.lora\.{next(iter(settings))} \(0\)"):
+        LoraSettings(**settings)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(folder):
+    torch.manual_seed(0)
+    original = llama()
+    model = load_model(ModelConfig(path=folder))
+    assert torch.equal(logits(model), logits(original))
+    halved = load_model(ModelConfig(path=folder), dtype=torch.bfloat16)
+    assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(halved.state_dict()[name], original.state_dict()[name].bfloat16())
+
+
+def test_from_scratch_takes_the_shape_and_not_the_weights(folder, tmp_path):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    config = ModelConfig(path=folder, from_scratch=True)
+    torch.manual_seed(5)
+    first, second = load_model(config), load_model(config)
+    torch.manual_seed(5)
+    assert torch.equal(logits(first), logits(llama()))
+    assert not torch.equal(logits(second), logits(first))
+
+
+def test_home_is_found(folder, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_model(ModelConfig(path="~/model")) is None
+    assert len(load_tokenizer(ModelConfig(path="~/model"))) == 37
+    assert torch.equal(logits(load_model(ModelConfig(path="~/model"))), logits(load_model(ModelConfig(path=folder))))
+    ours, _ = load_adapted(ModelConfig(path="~/adapter"))
+    assert torch.equal(logits(ours), logits(load_adapted(ModelConfig(path=adapter))[0]))
+
+
+@pytest.mark.parametrize("make", [gpt2, lambda: llama(attention_dropout=0.5)], ids=["gpt2", "llama"])
+def test_dropout_is_off_in_train_mode(make, tmp_path):
+    torch.manual_seed(0)
+    model = make().train()
+    assert not torch.equal(logits(model), logits(model))  # it was on
+    turn_dropout_off(model)
+    assert torch.equal(logits(model), logits(model))
+    loaded = load_model(ModelConfig(path=save_folder(tmp_path, make()))).train()
+    assert torch.equal(logits(loaded), logits(loaded))
+
+
+def test_dropout_stays_in_the_config(tmp_path):
+    """The folder that a run leaves is a model with the dropout that its maker gave it."""
+    model = load_model(ModelConfig(path=save_folder(tmp_path / "before", gpt2())))
+    model.save_pretrained(tmp_path / "after")
+    assert AutoConfig.from_pretrained(tmp_path / "after").resid_pdrop == 0.1
+
+
+def test_dropout_of_an_adapter_is_off(adapter, folder):
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).train()
+    assert not torch.equal(logits(plain), logits(plain))  # it was on
+    model, _ = load_adapted(ModelConfig(path=adapter))
+    assert torch.equal(logits(model.train()), logits(model))
+
+
+def test_no_module_loses_what_is_not_dropout():
+    module = nn.Module()
+    module.drop_path, module.dropout_layers, module.scale = 0.3, 2, 0.5
+    turn_dropout_off(module)
+    assert (module.drop_path, module.dropout_layers, module.scale) == (0.0, 2, 0.5)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_adapters_every_weight_learns(folder):
+    model, adapted = load_adapted(ModelConfig(path=folder))
+    assert adapted is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_fresh_adapter_changes_nothing_and_alone_learns(folder):
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, alpha=8)))
+    assert torch.equal(logits(model), logits(load_model(ModelConfig(path=folder))))
+    assert all(learns == ("lora_" in name) for name, learns in trainable(adapted).items())
+    adapters = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert len(adapters) == 3 * 7  # layers; q, k, v, o, gate, up, down
+    assert not any("lm_head" in name for name in adapters)
+    q_proj = model.model.layers[0].self_attn.q_proj
+    assert q_proj.scaling["default"] == 8 / 2
+    assert q_proj.lora_A["default"].weight.shape == (2, 32)
+
+
+def test_targets_are_the_layers_named(folder):
+    _, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, targets=("q_proj",))))
+    assert {name.split(".")[-4] for name, learns in trainable(adapted).items() if learns} == {"q_proj"}
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_embedding_is_refused(tmp_path, target):
+    path = save_folder(tmp_path, llama_tied())
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*model\.lora\.targets"):
+        load_adapted(ModelConfig(path=path, lora=LoraSettings(rank=2, targets=(target, "q_proj"))))
+
+
+@pytest.mark.parametrize("brought", [False, True], ids=["fresh", "brought"])
+def test_the_reference_is_the_model_as_loaded(folder, adapter, brought):
+    config = ModelConfig(path=adapter) if brought else ModelConfig(path=folder, lora=LoraSettings(rank=2))
+    model, adapted = load_adapted(config)
+    as_it_came = logits(model)
+    flags = trainable(adapted)
+    move(adapted)
+    moved = logits(model)
+    assert not torch.allclose(moved, as_it_came, atol=0.1)
+
+    with as_loaded(adapted):
+        assert torch.equal(logits(model), as_it_came)
+    assert torch.equal(logits(model), moved)
+    assert trainable(adapted) == flags
+
+    with pytest.raises(KeyError), as_loaded(adapted):
+        raise KeyError
+    assert torch.equal(logits(model), moved)
+    assert trainable(adapted) == flags
+
+
+def test_a_brought_adapter_is_continued(adapter, folder):
+    model, adapted = load_adapted(ModelConfig(path=adapter))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+    assert_close(logits(model), logits(plain))
+    for name, learns in trainable(adapted).items():
+        assert learns == (".default." in name), name
+
+
+def test_reference_and_adapter_learn_apart(adapter):
+    """A step of what learns leaves the snapshot bit for bit."""
+    model, adapted = load_adapted(ModelConfig(path=adapter))
+    snapshot = {name: p.clone() for name, p in adapted.named_parameters() if ".reference." in name}
+    model(input_ids=IDS).logits.sum().backward()
+    assert {name for name, p in adapted.named_parameters() if p.grad is not None} == {
+        name for name in trainable(adapted) if ".default." in name
+    }
+    move(adapted)
+    assert all(torch.equal(adapted.get_parameter(name), p) for name, p in snapshot.items())
+
+
+# --- the end of a response --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_tokenizer", "of_generation", "union"),
+    [
+        (2, GenerationConfig(eos_token_id=[5, 3]), (2, 3, 5)),
+        (2, GenerationConfig(eos_token_id=2), (2,)),
+        (2, GenerationConfig(eos_token_id=None), (2,)),
+        (0, None, (0,)),
+        (None, GenerationConfig(eos_token_id=7), (7,)),
+    ],
+)
+def test_end_ids_are_the_union(of_tokenizer, of_generation, union):
+    tokenizer, model = SimpleNamespace(eos_token_id=of_tokenizer), SimpleNamespace(generation_config=of_generation)
+    assert end_ids(tokenizer, model) == union
+
+
+def test_no_end_at_all():
+    tokenizer, model = SimpleNamespace(eos_token_id=None), SimpleNamespace(generation_config=None)
+    with pytest.raises(ModelError, match="end-of-sequence"):
+        end_ids(tokenizer, model)
+
+
+def test_end_ids_of_a_folder(tmp_path):
+    model = llama()
+    model.generation_config = GenerationConfig(eos_token_id=[5, 3])
+    config = ModelConfig(path=save_folder(tmp_path, model))
+    assert end_ids(load_tokenizer(config), load_model(config)) == (2, 3, 5)
+
+
+def test_the_tokenizer_keeps_its_template(folder):
+    assert load_tokenizer(ModelConfig(path=folder)).chat_template == AutoTokenizer.from_pretrained(folder).chat_template

@@ -1,0 +1,136 @@
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llmrl.models.policy import TransformersPolicy, to_left_margin
+from tests.rollout.tiny import VOCAB
+
+from .tiny import ROWS, build, dense, gradients, make_sequences, module_of
+
+
+def policy_of(family, *, microbatch_tokens=10_000, **settings):
+    return TransformersPolicy(module_of(build(family), **settings), microbatch_tokens=microbatch_tokens)
+
+
+def test_each_row_is_the_models_own_log_softmax(family):
+    logprobs, entropy = policy_of(family).logprobs(make_sequences())
+    with torch.no_grad():
+        expected_logprobs, expected_entropy = dense(build(family))
+    assert_close(logprobs, expected_logprobs, rtol=1e-4, atol=1e-4)
+    assert_close(entropy, expected_entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_dense_computation(family, assert_same_gradients):
+    policy, plain = policy_of(family), build(family)
+    ours = gradients(policy.module.model, *policy.logprobs(make_sequences()))
+    assert_same_gradients(ours, gradients(plain, *dense(plain)))
+
+
+def test_padding_never_leaks(family):
+    policy = policy_of(family)
+    garbage = make_sequences(prompt_padding=(36, 0, 7), response_padding=(12, -1, 10**6))
+    clean = policy.logprobs(make_sequences())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(policy.logprobs(garbage), clean, strict=True))
+
+
+@pytest.mark.parametrize("microbatch_tokens", [1, 12, 10_000])
+def test_chunks_without_gradient_give_what_one_pass_with_gradient_gives(family, microbatch_tokens):
+    policy = policy_of(family, microbatch_tokens=microbatch_tokens)
+    whole = policy.logprobs(make_sequences())
+    with torch.no_grad():
+        parts = policy.logprobs(make_sequences())
+    assert whole[0].requires_grad
+    assert not parts[0].requires_grad
+    assert_close(parts, tuple(x.detach() for x in whole), rtol=1e-5, atol=1e-5)
+
+
+def test_microbatches_hold_their_budget():
+    policy = policy_of("llama", microbatch_tokens=12)
+    shapes = []
+    policy.module.model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    with torch.no_grad():
+        policy.logprobs(make_sequences())
+    # lengths 9, 3, 9, 3, 6 in order of length: {3, 3}, {6}, {9}, {9}
+    assert shapes == [(2, 3), (1, 6), (1, 9), (1, 9)]
+
+
+@pytest.mark.parametrize("head", ["llama", "gemma2"])
+def test_a_batch_in_which_nothing_counts(head):
+    policy = policy_of(head)
+    sequences = make_sequences()
+    nothing = replace(sequences, response_mask=torch.zeros_like(sequences.response_mask))
+    logprobs, entropy = policy.logprobs(nothing)
+    assert not logprobs.any()
+    assert not entropy.any()
+    (logprobs.sum() + entropy.sum()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in policy.module.parameters())
+    with torch.no_grad():
+        assert not policy.logprobs(nothing)[0].any()
+
+
+def test_no_rows_without_gradient():
+    with torch.no_grad():
+        logprobs, entropy = policy_of("llama").logprobs(make_sequences().select(torch.tensor([], dtype=torch.long)))
+    assert logprobs.shape == entropy.shape == (0, 7)
+
+
+@pytest.mark.parametrize("head", ["llama", "gemma2"])
+def test_ids_beyond_the_tokenizer_have_no_probability(head):
+    every_id = make_sequences([([7, 8], [n], [1]) for n in range(VOCAB)])
+    logprobs, _ = policy_of(head).logprobs(every_id)
+    assert_close(logprobs[:, 0].exp().sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("head", ["llama", "gemma2"])
+def test_temperature_divides_the_logits(head):
+    """So it divides the log-odds of any two tokens."""
+    two = make_sequences([([7, 8], [20], [1]), ([7, 8], [21], [1])])
+
+    def log_odds(temperature):
+        logprobs, _ = policy_of(head, temperature=temperature).logprobs(two)
+        return logprobs[0, 0] - logprobs[1, 0]
+
+    assert_close(log_odds(0.5), 2 * log_odds(1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["llama", "gemma2"])
+def test_bfloat16_is_the_arithmetic_and_not_the_result(head):
+    exact, _ = policy_of(head).logprobs(make_sequences())
+    policy = policy_of(head, dtype=torch.bfloat16)
+    rough, entropy = policy.logprobs(make_sequences())
+    assert rough.dtype == entropy.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert_close(rough, exact, rtol=0.05, atol=0.15)
+    rough.sum().backward()
+    assert {p.grad.dtype for p in policy.module.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_the_context_is_entered_around_the_forward():
+    state = []
+
+    @contextmanager
+    def context():
+        state.append("in")
+        yield
+        state.append("out")
+
+    module = module_of(build("llama"))
+    module.register_forward_pre_hook(lambda *_: state.append("forward"))
+    with torch.no_grad():
+        TransformersPolicy(module, microbatch_tokens=10_000, context=context).logprobs(make_sequences())
+    assert state == ["in", "forward", "out"]
+
+
+def test_left_margin_by_hand():
+    ids, response_start = to_left_margin(make_sequences(ROWS[1:4], prompt_padding=(36,), response_padding=(35,)))
+    assert ids.tolist() == [
+        [2, 14, 15, 0, 0, 0, 0, 0, 0],
+        [3, 4, 5, 6, 30, 31, 32, 33, 2],
+        [34, 16, 17, 0, 0, 0, 0, 0, 0],
+    ]
+    assert response_start.tolist() == [2, 8, 1]

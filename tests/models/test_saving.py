@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmrl.models.loading import LoraSettings, ModelConfig, check_model, load_adapted, load_tokenizer
+from llmrl.models.saving import save_policy
+
+from .tiny import FAMILIES, build, llama, make_tokenizer, save_folder
+
+IDS = torch.tensor([[7, 8, 9, 20, 21]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def save(folder, model, *, adapted=None, dtype=torch.float32):
+    save_policy(folder, model=model, adapted=adapted, tokenizer=make_tokenizer(), dtype=dtype)
+    return folder
+
+
+def state_of(model):
+    """Which tensors, their values and whether they learn."""
+    return {name: (id(p), p.dtype, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+
+
+def assert_untouched(model, before):
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    for name, (*same, values) in before.items():
+        assert after[name][:3] == tuple(same)
+        assert torch.equal(after[name][3], values)
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """``(model, adapted)`` in the middle of training."""
+    torch.manual_seed(0)
+    path = save_folder(tmp_path / "base", llama())
+    model, adapted = load_adapted(ModelConfig(path=path, lora=LoraSettings(rank=2)))
+    disturb(adapted)
+    return model, adapted
+
+
+def disturb(adapted):
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+
+
+def test_a_full_model_comes_back(family, tmp_path):
+    model = build(family)
+    loaded = AutoModelForCausalLM.from_pretrained(save(tmp_path / "final", model))
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    folder = save(tmp_path / "final", build("llama_tied"))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_tokenizer_and_chat_template_come_along(tmp_path):
+    loaded = AutoTokenizer.from_pretrained(save(tmp_path / "final", build("llama")))
+    messages = [{"role": "user", "content": "t7"}]
+    assert loaded("t7 t8 t36")["input_ids"] == [7, 8, 36]
+    assert loaded.apply_chat_template(messages, tokenize=False) == "t7 t2 "
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_saved_in_bfloat16_while_the_live_model_stays(family, tmp_path):
+    model = FAMILIES[family]()
+    before = state_of(model)
+    folder = save(tmp_path / "final", model, dtype=torch.bfloat16)
+    assert_untouched(model, before)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, p in loaded.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, before[name][3].bfloat16())
+
+
+def test_the_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "run" / "final"
+    folder.mkdir(parents=True)
+    (folder / "left_over.txt").write_text("of an earlier save")
+    (tmp_path / "run" / ".final.partial").mkdir()
+    (tmp_path / "run" / ".final.partial" / "torso.txt").write_text("of a save that died")
+    save(folder, build("llama"))
+    assert not (folder / "left_over.txt").exists()
+    assert not (folder / "torso.txt").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["final"]
+
+
+def test_a_save_that_fails_leaves_the_folder(tmp_path, monkeypatch):
+    model = build("llama")
+    folder = save(tmp_path / "final", model)
+
+    def disk_full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        save(folder, model)
+    assert AutoModelForCausalLM.from_pretrained(folder) is not None
+
+
+def test_merged_adapters_are_the_live_policy(adapted, tmp_path):
+    model, peft_model = adapted
+    before, live = state_of(peft_model), logits(model)
+    folder = save(tmp_path / "final", model, adapted=peft_model)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), live, rtol=1e-4, atol=1e-4)
+    assert_untouched(peft_model, before)
+    assert torch.equal(logits(model), live)
+
+
+def test_the_adapter_beside_it_loads_with_peft(adapted, tmp_path):
+    model, peft_model = adapted
+    folder = save(tmp_path / "final", model, adapted=peft_model, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, folder / "adapter")), logits(model))
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_a_saved_adapter_can_be_continued(adapted, tmp_path):
+    """And saved again: the merged model and the adapter are those that learned, not the snapshot they started from."""
+    model, peft_model = adapted
+    config = ModelConfig(path=str(save(tmp_path / "final", model, adapted=peft_model) / "adapter"))
+    assert check_model(config) is None
+    assert load_tokenizer(config)("t7 t8")["input_ids"] == [7, 8]
+    continued, its_adapter = load_adapted(config)
+    assert torch.equal(logits(continued), logits(model))
+
+    disturb(its_adapter)
+    folder = save(tmp_path / "again", continued, adapted=its_adapter)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(continued), rtol=1e-4, atol=1e-4)
+    again, _ = load_adapted(ModelConfig(path=str(folder / "adapter")))
+    assert torch.equal(logits(again), logits(continued))
+    assert not torch.allclose(logits(again), logits(model), atol=0.1)

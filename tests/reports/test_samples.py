@@ -1,0 +1,129 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmrl.experience import Experience, Rollout, Scores, Sequences
+from llmrl.reports.samples import SampleWriter
+
+ALPHABET = "_abcdefgh$"
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(ALPHABET[i] for i in ids)
+
+
+def experience(num_responses: int, totals: list[float] | None = None) -> Experience:
+    """Prompt n of groups of two is n letters, its response the letter ``h`` n + 1 times; ids of padding are not 0."""
+    numbers = torch.arange(num_responses)
+    lengths = numbers + 1
+    columns = torch.arange(num_responses)
+    response_mask = columns < lengths[:, None]
+    prompt_mask = columns.flip(0) < lengths[:, None]
+    total = torch.tensor([float(n) for n in range(num_responses)] if totals is None else totals)
+    sequences = Sequences(
+        prompt_ids=torch.where(prompt_mask, 1, 9),
+        prompt_mask=prompt_mask,
+        response_ids=torch.where(response_mask, 8, 9),
+        response_mask=response_mask,
+        response_lengths=lengths,
+    )
+    return Experience(
+        rollout=Rollout(
+            sequences=sequences,
+            rollout_logprobs=torch.zeros(response_mask.shape),
+            finished=numbers % 2 == 0,
+            group_ids=100 + numbers // 2,
+            rows=tuple({} for _ in range(num_responses)),
+        ),
+        scores=Scores(
+            total=total,
+            per_token=torch.zeros(response_mask.shape),
+            parts={"correct": total / 2, "format": torch.ones(num_responses)},
+        ),
+        old_logprobs=torch.zeros(response_mask.shape),
+        advantages=(numbers - 0.5)[:, None].expand(response_mask.shape),
+    )
+
+
+def written(file: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def write(tmp_path: Path, num_samples: int, batch: Experience, *, iteration: int = 0) -> list[dict]:
+    SampleWriter(tmp_path / "samples.jsonl", num_samples=num_samples, decode=decode)(iteration, batch)
+    return written(tmp_path / "samples.jsonl")
+
+
+def test_a_sample_says_everything_about_a_response(tmp_path: Path):
+    assert write(tmp_path, 2, experience(3), iteration=4) == [
+        {
+            "iteration": 5,
+            "prompt": "a",
+            "response": "h",
+            "finished": True,
+            "score": 0.0,
+            "parts": {"correct": 0.0, "format": 1.0},
+            "advantage": -0.5,
+            "group": 100,
+        },
+        {
+            "iteration": 5,
+            "prompt": "aaa",
+            "response": "hhh",
+            "finished": True,
+            "score": 2.0,
+            "parts": {"correct": 1.0, "format": 1.0},
+            "advantage": 1.5,
+            "group": 101,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_responses", "rows"),
+    [
+        (0, 8, []),
+        (1, 8, [0]),
+        (2, 8, [0, 7]),
+        (4, 10, [0, 3, 6, 9]),
+        (4, 4, [0, 1, 2, 3]),
+        (9, 3, [0, 1, 2]),
+        (3, 1, [0]),
+    ],
+)
+def test_samples_are_spread_evenly_and_never_more_than_there_are(
+    tmp_path: Path, num_samples: int, num_responses: int, rows: list[int]
+):
+    samples = write(tmp_path, num_samples, experience(num_responses))
+    assert [len(sample["response"]) - 1 for sample in samples] == rows
+
+
+def test_a_tool_result_in_a_response_is_shown(tmp_path: Path):
+    batch = experience(2)
+    batch.rollout.sequences.response_mask[1, 0] = False
+    assert write(tmp_path, 2, batch)[1]["response"] == "hh"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_could_not_be_scored_is_null(tmp_path: Path, bad: float):
+    samples = write(tmp_path, 2, experience(2, [1.0, bad]))
+    assert [sample["score"] for sample in samples] == [1.0, None]
+    assert [sample["parts"] for sample in samples] == [
+        {"correct": 0.5, "format": 1.0},
+        {"correct": None, "format": 1.0},
+    ]
+
+
+def test_iterations_are_appended_a_line_each_response_whatever_it_says(tmp_path: Path):
+    writer = SampleWriter(tmp_path / "samples.jsonl", num_samples=1, decode=lambda _: 'a\nb "c" \u2028 é')
+    for iteration in (0, 1):
+        writer(iteration, experience(2))
+    samples = written(tmp_path / "samples.jsonl")
+    assert [sample["iteration"] for sample in samples] == [1, 2]
+    assert samples[0]["response"] == 'a\nb "c" \u2028 é'

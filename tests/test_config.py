@@ -1,0 +1,209 @@
+"""What a recipe may say where two of its parts meet, and that every setting explains itself."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrl.algorithms.grpo import GRPO, GRPOConfig
+from llmrl.config import GRPORun, SFTRun
+from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.models.loading import ModelConfig
+from llmrl.reports.samples import SampleWriter
+from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.rollout.config import RolloutConfig
+from llmrl.settings import SettingError, describe, read_recipe
+from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
+from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.rl import RLTrainer
+from llmrl.trainers.run import Run, RunConfig
+from llmrl.trainers.sft import SFTConfig, SFTTrainer
+
+RUNS = (SFTRun, GRPORun)
+
+
+def sft(**sections: Any) -> SFTRun:
+    required = {
+        "model": ModelConfig(path="m"),
+        "data": SupervisedDataConfig(path="d.jsonl"),
+        "run": RunConfig(output_dir="runs/x", num_iterations=1),
+    }
+    return SFTRun(**(required | sections))
+
+
+def grpo(**sections: Any) -> GRPORun:
+    required = {
+        "model": ModelConfig(path="m"),
+        "data": PromptDataConfig(path="d.jsonl"),
+        "reward": RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),)),
+        "run": RunConfig(output_dir="runs/x", num_iterations=1),
+    }
+    return GRPORun(**(required | sections))
+
+
+# --- checks where two sections meet -----------------------------------------------------------------------------------
+
+
+def test_the_defaults_fit_together():
+    assert sft().evaluation_data is None
+    config = grpo()
+    assert config.num_responses == config.rollout.prompts_per_iteration * config.algorithm.group_size
+    assert config.optimizer_steps_per_iteration >= 1
+
+
+def test_an_evaluated_sft_run_needs_held_out_examples():
+    with pytest.raises(ValueError, match=r"^sft\.evaluate_every \(5\) needs evaluation_data; name .* or set it to 0$"):
+        sft(sft=SFTConfig(evaluate_every=5))
+    sft(sft=SFTConfig(evaluate_every=5), evaluation_data=SupervisedDataConfig(path="e.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"update": UpdateConfig(minibatch_size=12)},
+            r"update\.minibatch_size \(12\) must be a multiple of algorithm\.group_size \(8\): .*; try 8$",
+        ),
+        (
+            {"update": UpdateConfig(minibatch_size=4)},
+            r"update\.minibatch_size \(4\) must be a multiple of algorithm\.group_size \(8\): .*; try 8$",
+        ),
+        (
+            {"update": UpdateConfig(minibatch_size=48)},
+            r"update\.minibatch_size \(48\) must divide the 128 responses of a rollout \(16 prompts x 8\); "
+            r"try 32 or 64 or 128$",
+        ),
+        (
+            {"update": UpdateConfig(minibatch_size=256)},
+            r"update\.minibatch_size \(256\) must divide the 128 responses of a rollout",
+        ),
+        (
+            {"rollout": RolloutConfig(max_rows=4)},
+            r"rollout\.max_rows \(4\) must hold every response to a prompt, in training \(8\) and in evaluation \(1\); "
+            r"set it to at least 8$",
+        ),
+        (
+            {"evaluation": EvaluationConfig(num_responses=100)},
+            r"rollout\.max_rows \(64\) must hold .* in evaluation \(100\); set it to at least 100$",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(max_response_tokens=16),
+                "algorithm": GRPOConfig(overlong_buffer_tokens=17),
+            },
+            r"algorithm\.overlong_buffer_tokens \(17\) must be at most rollout\.max_response_tokens \(16\)$",
+        ),
+        (
+            {"evaluation": EvaluationConfig(every=10)},
+            r"evaluation\.every \(10\) needs evaluation_data; name held-out prompts, or set it to 0$",
+        ),
+    ],
+)
+def test_sections_of_grpo_that_do_not_fit_are_refused(sections: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        grpo(**sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"update": UpdateConfig(minibatch_size=8)},
+        {"update": UpdateConfig(minibatch_size=128)},
+        {"rollout": RolloutConfig(max_rows=8)},
+        {"rollout": RolloutConfig(max_rows=1, engine="transformers")},
+        {"algorithm": GRPOConfig(overlong_buffer_tokens=16), "rollout": RolloutConfig(max_response_tokens=16)},
+        {"evaluation": EvaluationConfig(every=10), "evaluation_data": PromptDataConfig(path="e.jsonl")},
+    ],
+)
+def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
+    grpo(**sections)
+
+
+def test_what_a_message_proposes_is_taken():
+    for size in (32, 64, 128):
+        assert grpo(update=UpdateConfig(minibatch_size=size)).update.minibatch_size == size
+
+
+def test_optimizer_steps_of_an_iteration():
+    config = grpo(
+        rollout=RolloutConfig(prompts_per_iteration=6),
+        algorithm=GRPOConfig(group_size=4),
+        update=UpdateConfig(minibatch_size=8, num_epochs=2),
+    )
+    assert config.num_responses == 24
+    assert config.optimizer_steps_per_iteration == 6  # 3 minibatches, twice
+
+
+# --- every setting ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_setting_has_a_help(run: type):
+    settings = list(describe(run))
+    assert len(settings) > 30
+    assert [setting.path for setting in settings if not setting.help.strip()] == []
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_help_is_a_sentence(run: type):
+    assert [setting.path for setting in describe(run) if not setting.help.endswith(".")] == []
+
+
+def sections(run: type) -> Iterator[Any]:
+    """A run's sections as they are by default, those without a default left out."""
+    for field in fields(run):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if is_dataclass(default):
+            yield field.name, default
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
+    """No second set of defaults: but for the learning rate of SFT, a run adds none of its own."""
+    own = {name for name, default in sections(run) if default != type(default)()}
+    assert own == ({"optimizer"} if run is SFTRun else set())
+
+
+@pytest.mark.parametrize("cls", [Run, SFTTrainer, RLTrainer, Evaluator, GRPO, SampleWriter])
+def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
+    parameters = inspect.signature(cls).parameters.values()
+    assert [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty] == []
+
+
+# --- as recipes -------------------------------------------------------------------------------------------------------
+
+SFT_RECIPE = """
+model: {path: m}
+data: {path: d.jsonl}
+run: {output_dir: runs/x, num_iterations: 1}
+"""
+
+
+def test_the_least_that_a_recipe_must_say(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SFT_RECIPE)
+    assert read_recipe(SFTRun, recipe, []) == sft()
+    recipe.write_text(SFT_RECIPE + "reward: {functions: [{name: 'rule.py:score'}]}\n")
+    assert read_recipe(GRPORun, recipe, []) == grpo()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.best_mode=most", "run.best_mode: 'most' is not one of 'max' or 'min'"),
+        ("run.num_iteration=3", "run.num_iteration is not a setting; did you mean run.num_iterations?"),
+        ("run.num_iterations=0", "run.num_iterations (0) must be at least 1"),
+        ("sft.evaluate_every=5", "sft.evaluate_every (5) needs evaluation_data"),
+        ("sft.batch_size=8.5", "sft.batch_size: 8.5 is not a whole number"),
+    ],
+)
+def test_a_recipe_is_refused_in_the_same_words(tmp_path: Path, override: str, message: str):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SFT_RECIPE)
+    with pytest.raises(SettingError) as raised:
+        read_recipe(SFTRun, recipe, [override])
+    assert message in str(raised.value)

@@ -1,0 +1,40 @@
+"""Whoever plays a role has its methods: each adapter against the protocol that the loop sees."""
+
+import pytest
+
+from llmrl import roles
+from llmrl.algorithms.grpo import GRPO
+from llmrl.data.prompts import PromptSource
+from llmrl.data.supervised import SupervisedSource
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.trainable import LocalTrainable
+from llmrl.models.policy import TransformersPolicy
+from llmrl.reports.progress import LiveProgress, PlainProgress, Silent
+from llmrl.rewards.functions import FunctionReward
+from llmrl.rollout.generate import TransformersEngine
+from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.scripted import ScriptedEngine
+from llmrl.trainers.rl import RLTrainer
+from llmrl.trainers.sft import SFTTrainer
+
+CAST = [
+    (roles.RolloutEngine, (NativeEngine, TransformersEngine, ScriptedEngine)),
+    (roles.RewardFunction, (FunctionReward,)),
+    (roles.Policy, (TransformersPolicy,)),
+    (roles.Trainable, (LocalTrainable,)),
+    (roles.Collectives, (OneProcess,)),
+    (roles.Algorithm, (GRPO,)),
+    (roles.PromptSource, (PromptSource,)),
+    (roles.ExampleSource, (SupervisedSource,)),
+    (roles.Trainer, (RLTrainer, SFTTrainer)),
+    (roles.Progress, (LiveProgress, PlainProgress, Silent)),
+]
+
+
+@pytest.mark.parametrize(("role", "player"), [(role, player) for role, players in CAST for player in players])
+def test_players_have_every_method_of_their_role(role, player):
+    methods = [name for name, value in vars(role).items() if callable(value) and not name.startswith("_")]
+    methods += ["__call__"] if "__call__" in vars(role) else []
+    assert methods
+    for name in methods:
+        assert callable(getattr(player, name, None)), f"{player.__name__} lacks {name}"

@@ -1,0 +1,159 @@
+"""One optimizer step: sums over microbatches, means over steps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.functional.statistics import Maximum, Mean, Total
+from llmrl.metrics import Metrics
+from llmrl.reports.progress import Silent
+from llmrl.trainers.optimize import UpdateConfig, optimizer_step
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0], [1.0, 1.0]])
+Y = torch.tensor([1.0, 0.0, 2.0, -1.0, 3.0, 0.5])
+
+
+class Linear(nn.Module):
+    """y = w x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.5, -0.25]))
+
+
+class Counter(Silent):
+    """Progress that counts."""
+
+    done = 0
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+
+
+class Problem:
+    """Least squares, the losses summed over rows with weights 1 / 6."""
+
+    def __init__(self) -> None:
+        self.module = Linear()
+        config = OptimizerConfig(learning_rate=0.1, schedule="linear", max_grad_norm=float("inf"))
+        self.trained = {"actor": LocalTrainable(self.module, config, num_steps=10)}
+        self.counter = Counter()
+
+    def losses(self, rows: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
+        error = X[rows] @ self.module.w - Y[rows]
+        loss = (error**2 / 6).sum()
+        largest = error.detach().abs().max()
+        counts = {"loss": Total(loss.detach()), "error": Mean(error.detach().sum(), len(rows))}
+        yield "actor", loss, Metrics({**counts, "largest": Maximum(largest)})
+
+    def step(self, *microbatches: list[int]) -> dict[str, float]:
+        parts = [torch.tensor(rows) for rows in microbatches]
+        return optimizer_step(self.trained, parts, self.losses, self.counter).values()
+
+
+CUTS = ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[5, 3], [0], [1, 2, 4]], [[0], [1], [2], [3], [4], [5]])
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_how_the_minibatch_is_cut_does_not_show(cuts: list[list[int]]):
+    problem = Problem()
+    values = problem.step(*cuts)
+
+    error = X @ torch.tensor([0.5, -0.25]) - Y
+    gradient = (2 * error[:, None] * X / 6).sum(dim=0)
+    assert values["loss"] == pytest.approx((error**2).mean().item())
+    assert values["error"] == pytest.approx(error.mean().item())
+    assert values["largest"] == pytest.approx(error.abs().max().item())
+    assert values["actor/grad_norm"] == pytest.approx(gradient.norm().item())
+    assert values["actor/grad_norm_max"] == pytest.approx(gradient.norm().item())
+    # The first step of Adam is the learning rate against the gradient's sign.
+    assert_close(problem.module.w.detach(), torch.tensor([0.5, -0.25]) - 0.1 * gradient.sign(), rtol=0.0, atol=1e-6)
+    assert problem.counter.done == len(cuts)
+
+
+def test_a_total_becomes_a_mean_over_steps():
+    problem = Problem()
+
+    def step(loss: float) -> Metrics:
+        def losses(part: float) -> Iterator[tuple[str, Tensor, Metrics]]:
+            yield "actor", part * problem.module.w.sum(), Metrics({"loss": Total(part)})
+
+        return optimizer_step(problem.trained, [loss / 2, loss / 2], losses, Silent())
+
+    values = step(1.0).merge(step(4.0)).values()
+    assert values["loss"] == pytest.approx(2.5)
+    assert values["actor/learning_rate"] == pytest.approx((0.1 + 0.09) / 2)  # of the steps as they were taken
+    assert values["actor/grad_norm"] == pytest.approx((1.0 + 4.0) / 2 * 2**0.5)
+    assert values["actor/grad_norm_max"] == pytest.approx(4.0 * 2**0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_told(bad: float):
+    problem = Problem()
+
+    def losses(factor: float) -> Iterator[tuple[str, Tensor, Metrics]]:
+        yield "actor", factor * problem.module.w.sum(), Metrics()
+
+    broken = optimizer_step(problem.trained, [bad], losses, Silent())
+    assert_close(problem.module.w.detach(), torch.tensor([0.5, -0.25]), rtol=0.0, atol=0.0)
+    values = broken.merge(optimizer_step(problem.trained, [3.0], losses, Silent())).values()
+    assert values["actor/skipped_steps"] == 1.0
+    assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)  # of the step that was taken
+    assert not torch.tensor(values["actor/grad_norm_max"]).isfinite()
+
+
+def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_once():
+    happened: list[str] = []
+
+    class Recorder:
+        learning_rate = 0.0
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.module = nn.Identity()
+
+        def backward(self, loss: Tensor) -> None:
+            happened.append(f"{self.name} backward {loss:g}")
+
+        def optimizer_step(self) -> Tensor:
+            happened.append(f"{self.name} step")
+            return torch.ones(())
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def losses(part: int) -> Iterator[tuple[str, Tensor, Metrics]]:
+        for name, loss in (("actor", part), ("critic", part + 0.5)):
+            happened.append(f"{name} forward {loss:g}")
+            yield name, torch.tensor(float(loss)), Metrics({f"{name}/loss": Total(float(loss))})
+
+    trained = {name: Recorder(name) for name in ("actor", "critic")}
+    values = optimizer_step(trained, [1, 2], losses, Silent()).values()
+    assert happened == [
+        "actor forward 1",
+        "actor backward 1",
+        "critic forward 1.5",
+        "critic backward 1.5",
+        "actor forward 2",
+        "actor backward 2",
+        "critic forward 2.5",
+        "critic backward 2.5",
+        "actor step",
+        "critic step",
+    ]
+    assert (values["actor/loss"], values["critic/loss"]) == (3.0, 4.0)
+    assert {"critic/learning_rate", "critic/grad_norm", "critic/skipped_steps"} <= values.keys()
+
+
+@pytest.mark.parametrize("name", ["num_epochs", "minibatch_size", "microbatch_tokens"])
+def test_a_setting_out_of_range_is_refused(name: str):
+    assert getattr(UpdateConfig(**{name: 1}), name) == 1
+    with pytest.raises(ValueError, match=rf"^update\.{name} \(0\) must be at least 1$"):
+        UpdateConfig(**{name: 0})

@@ -1,0 +1,559 @@
+"""A run in miniature: the trainer is a number, and everything around it is real."""
+
+import json
+import platform
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmrl
+from llmrl.functional.statistics import Mean, Total
+from llmrl.metrics import Metrics
+from llmrl.reports.progress import Silent
+from llmrl.trainers.checkpoint import CheckpointError
+from llmrl.trainers.run import Run, RunConfig, RunError, Stopped, check_output, keep_iterations
+
+Hooks = dict[tuple[int, str], Callable[[], object]]
+
+
+class Failure(Exception):
+    """What the tests let go wrong."""
+
+
+def fail() -> None:
+    raise Failure
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+class Numbers:
+    """`Trainer` of one number: iteration n turns w into 3w + p, where p counts what was dealt, as a data source does.
+
+    Hooks are called by iteration and moment: after the dealing ("early"), and after the weight moved ("late").
+    """
+
+    def __init__(self, hooks: Hooks, losses: list[float] | None) -> None:
+        self.hooks = hooks
+        self.losses = losses
+        self.iteration = 0
+        self.dealt = 0
+        self.weight = torch.zeros(())
+        self.moved = False
+
+    def iterate(self) -> Metrics:
+        self.dealt += 1
+        self.call("early")
+        self.moved = True
+        self.weight = 3 * self.weight + self.dealt
+        self.call("late")
+        self.iteration += 1
+        self.moved = False
+        values: dict[str, Any] = {"weight": Total(self.weight)}
+        if self.losses is not None:
+            values["loss"] = Total(self.losses[self.iteration - 1])
+        return Metrics(values)
+
+    def call(self, moment: str) -> None:
+        self.hooks.get((self.iteration + 1, moment), lambda: None)()
+
+    def rewind(self) -> bool:
+        if not self.moved:
+            self.dealt = self.iteration
+        return not self.moved
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "dealt": self.dealt, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration, self.dealt, self.weight = state["iteration"], state["dealt"], state["weight"]
+
+
+WEIGHTS = [1.0, 5.0, 18.0, 58.0, 179.0, 543.0]  # 3w + n by hand
+
+
+class Said(Silent):
+    """Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.iterations: list[int] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def iteration(self, number: int, values: Any) -> None:
+        self.iterations.append(number)
+
+
+class Sink:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, iteration: int, values: Any) -> None:
+        self.logged.append((iteration, dict(values)))
+
+
+class Bench:
+    """Makes runs in one folder, one after another, as commands would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.said = Said()
+        self.sink = Sink()
+        self.trainer = Numbers({}, None)
+
+    def make(
+        self,
+        num_iterations: int = 4,
+        *,
+        hooks: Hooks | None = None,
+        losses: list[float] | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate_every: int = 0,
+        settings: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> Run:
+        self.trainer = trainer = Numbers(hooks or {}, losses)
+
+        def save_model(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "weight").write_text(str(trainer.weight.item()))
+
+        return Run(
+            RunConfig(output_dir=str(self.folder), num_iterations=num_iterations, **config),
+            settings=settings or {},
+            trainer=trainer,
+            save_model=save_model,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            progress=self.said,
+            sink=self.sink,
+        )
+
+    def lines(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def iterations(self) -> list[int]:
+        return [line["iteration"] for line in self.lines()]
+
+    def model(self, name: str = "final") -> float:
+        return float((self.folder / name / "weight").read_text())
+
+    def steps(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
+
+    def best(self) -> dict[str, Any]:
+        return json.loads((self.folder / "best" / "best.json").read_text())
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path / "run")
+
+
+# --- a run that nothing disturbs --------------------------------------------------------------------------------------
+
+
+def test_iterations_come_in_order_and_each_leaves_a_line(bench: Bench):
+    last = bench.make(3).train()
+    assert bench.lines() == [{"iteration": n, "weight": WEIGHTS[n - 1]} for n in (1, 2, 3)]
+    assert bench.sink.logged == [(n, {"weight": WEIGHTS[n - 1]}) for n in (1, 2, 3)]
+    assert bench.said.iterations == [1, 2, 3]
+    assert last == {"weight": 18.0}
+    assert bench.model() == 18.0
+
+
+def test_numbers_that_json_cannot_hold_become_null(bench: Bench):
+    bench.make(3, losses=[float("nan"), float("inf"), -float("inf")]).train()
+    text = (bench.folder / "metrics.jsonl").read_text()
+    assert [line["loss"] for line in bench.lines()] == [None, None, None]
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+@pytest.mark.parametrize(("every", "measured"), [(2, [0, 2, 4, 5]), (9, [0, 5]), (0, [])])
+def test_evaluation_before_the_first_every_so_many_and_after_the_last(bench: Bench, every: int, measured: list[int]):
+    run = bench.make(5, evaluate=lambda: {"eval/x": float(bench.trainer.iteration)}, evaluate_every=every)
+    run.train()
+    assert [line["iteration"] for line in bench.lines() if "eval/x" in line] == measured
+    assert [line["eval/x"] for line in bench.lines() if "eval/x" in line] == measured
+    assert bench.iterations() == [*measured[:1], 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "steps"),
+    [
+        (2, 9, ["step_000002", "step_000004", "step_000005"]),
+        (2, 1, ["step_000005"]),
+        (1, 2, ["step_000004", "step_000005"]),
+        (0, 9, ["step_000005"]),
+    ],
+)
+def test_checkpoints_every_so_many_and_at_the_end(bench: Bench, every: int, keep: int, steps: list[str]):
+    bench.make(5, checkpoint_every=every, keep_checkpoints=keep).train()
+    assert bench.steps() == steps
+
+
+def test_config_json_says_what_ran(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def git(*arguments: str) -> str:
+        name = ("-c", "user.name=n", "-c", "user.email=e")
+        return subprocess.run(["git", *name, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "x")
+    (tmp_path / "new").touch()
+    bench.make(1, settings={"run": {"seed": 0}}).train()
+    said = json.loads((bench.folder / "config.json").read_text())
+    assert said["settings"] == {"run": {"seed": 0}}
+    assert said["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert said["python"] == platform.python_version()
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["versions"].keys() >= {"llmrl", "transformers", "accelerate", "peft", "datasets", "safetensors"}
+    assert said["versions"]["llmrl"] in (llmrl.__version__, None)
+
+
+def test_config_json_without_a_repository(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    bench.make(1).train()
+    assert json.loads((bench.folder / "config.json").read_text())["git"] == {"commit": None, "dirty": False}
+
+
+def test_nothing_is_left_half_written(bench: Bench):
+    bench.make(2, best_metric="weight").train()
+    expected = ["best", "checkpoints", "config.json", "final", "metrics.jsonl"]
+    assert sorted(path.name for path in bench.folder.iterdir()) == expected
+
+
+# --- the best model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "losses", "iteration"),
+    [
+        ("max", [1.0, 3.0, 2.0, 3.0], 2),  # the earlier one of two equals
+        ("min", [3.0, 1.0, 2.0, 1.0], 2),
+        ("max", [-4.0, -3.0, -2.0, -1.0], 4),
+        ("min", [1.0, 2.0, 3.0, 4.0], 1),
+        ("max", [float("nan"), 1.0, float("nan"), float("inf")], 2),
+        ("min", [float("nan"), 1.0, float("nan"), -float("inf")], 2),
+    ],
+)
+def test_the_best_model_is_kept(bench: Bench, mode: Any, losses: list[float], iteration: int):
+    bench.make(4, losses=losses, best_metric="loss", best_mode=mode).train()
+    assert bench.best() == {"metric": "loss", "value": losses[iteration - 1], "iteration": iteration}
+    assert bench.model("best") == WEIGHTS[iteration - 1]
+
+
+def test_a_metric_of_the_evaluation_can_be_the_best(bench: Bench):
+    scores = iter([0.9, 0.5, 0.4])  # before the first iteration, after 2, after 4
+    bench.make(4, evaluate=lambda: {"eval/x": next(scores)}, evaluate_every=2, best_metric="eval/x").train()
+    assert bench.best() == {"metric": "eval/x", "value": 0.5, "iteration": 2}
+    assert not any("not measured" in message for message in bench.said.messages)
+
+
+def test_a_best_metric_that_is_never_measured_is_told(bench: Bench):
+    bench.make(2, losses=[1.0, 2.0], best_metric="los").train()
+    assert bench.said.messages == ["run.best_metric (los) was not measured; measured were loss, weight"]
+    assert not (bench.folder / "best").exists()
+
+
+def test_a_best_metric_that_was_measured_once_is_not_told(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    run = bench.make(2, losses=[1.0, 2.0], best_metric="loss")
+    statistics = iter([{"loss": Total(1.0)}, {"loss": Mean(0.0, 0.0)}])  # a mean over nothing is left out
+    real = bench.trainer.iterate
+    monkeypatch.setattr(bench.trainer, "iterate", lambda: real() and Metrics(next(statistics)))
+    run.train()
+    assert bench.said.messages == []
+    assert bench.best()["iteration"] == 1
+
+
+def test_the_best_of_iterations_that_are_done_again_counts_no_more(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, losses=[1.0, 2.0, 9.0], best_metric="loss", checkpoint_every=2, hooks={(4, "late"): fail}).train()
+    assert bench.best()["iteration"] == 3
+    bench.make(4, losses=[1.0, 2.0, 3.0, 4.0], best_metric="loss", resume=True).train()
+    assert bench.best() == {"metric": "loss", "value": 4.0, "iteration": 4}
+
+
+def test_a_resumed_run_remembers_the_best(bench: Bench):
+    bench.make(2, losses=[9.0, 1.0], best_metric="loss").train()
+    bench.make(4, losses=[0.0, 0.0, 3.0, 4.0], best_metric="loss", resume=True).train()
+    assert bench.best() == {"metric": "loss", "value": 9.0, "iteration": 1}
+    assert bench.model("best") == 1.0
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_refused(bench: Bench):
+    bench.make(2).train()
+    before = (bench.folder / "metrics.jsonl").read_text()
+    with pytest.raises(RunError, match=r"run\.output_dir \(.*\) already holds a run; set run\.resume=true"):
+        bench.make(4).train()
+    assert (bench.folder / "metrics.jsonl").read_text() == before
+    (bench.folder / "config.json").unlink()
+    with pytest.raises(RunError, match="already holds a run"):
+        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RunError, match=r"run\.output_dir \(.*run\) is a file; name a folder"):
+        check_output(RunConfig(output_dir=str(tmp_path / "run"), num_iterations=1))
+
+
+def test_resume_goes_on_where_the_run_ended(bench: Bench):
+    bench.make(2).train()
+    bench.make(4, resume=True).train()
+    assert bench.lines() == [{"iteration": n, "weight": WEIGHTS[n - 1]} for n in (1, 2, 3, 4)]
+    assert bench.model() == 58.0
+    assert any("goes on after iteration 2" in message for message in bench.said.messages)
+
+
+def test_resume_of_a_run_that_is_done_writes_the_model_and_nothing_else(bench: Bench):
+    bench.make(2).train()
+    (bench.folder / "final" / "weight").unlink()
+    assert bench.make(2, resume=True).train() == {}
+    assert bench.model() == 5.0
+    assert bench.iterations() == [1, 2]
+
+
+def test_resume_without_a_checkpoint_starts_anew(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(3, hooks={(2, "late"): fail}).train()
+    (bench.folder / "samples.jsonl").write_text('{"iteration": 2}\n')
+    bench.make(3, resume=True).train()
+    assert bench.iterations() == [1, 2, 3]
+    assert bench.lines("samples.jsonl") == []
+    assert bench.model() == 18.0
+
+
+def test_resume_in_an_empty_folder_starts(bench: Bench):
+    bench.make(2, resume=True).train()
+    assert bench.iterations() == [1, 2]
+
+
+def test_lines_after_the_checkpoint_are_removed(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(6, checkpoint_every=2, hooks={(6, "late"): fail}).train()
+    assert bench.iterations() == [1, 2, 3, 4, 5]
+    (bench.folder / "samples.jsonl").write_text("".join(f'{{"iteration": {n}, "row": {n}}}\n' for n in (3, 4, 4, 5, 6)))
+    with pytest.raises(Failure):
+        bench.make(6, resume=True, hooks={(5, "early"): fail}).train()
+    assert bench.iterations() == [1, 2, 3, 4]
+    assert [line["iteration"] for line in bench.lines("samples.jsonl")] == [3, 4, 4]
+    bench.make(6, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS
+
+
+@pytest.mark.parametrize("torn", ['{"iteration": 2, "we', '{"iteration": 2}', "{", "\0\0\0", ""])
+def test_a_torn_last_line_is_removed_and_a_whole_one_kept(tmp_path: Path, torn: str):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"iteration": 0}\n{"iteration": 1}\n' + torn)
+    keep_iterations(file, 5)
+    whole = '{"iteration": 2}\n' if torn == '{"iteration": 2}' else ""
+    assert file.read_text() == '{"iteration": 0}\n{"iteration": 1}\n' + whole
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_of_lines_that_is_not_there_stays_away(tmp_path: Path):
+    keep_iterations(tmp_path / "samples.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_settings_are_told(bench: Bench):
+    before = {"run": {"seed": 0, "resume": False, "name": None}, "kl": 0.1, "only": {"before": 1}, "pass_at": (1, 2)}
+    now = {"run": {"seed": 1, "resume": True, "name": None}, "kl": 0.1, "also": 2, "pass_at": (1, 2)}
+    bench.make(1, settings=before).train()
+    bench.make(2, settings=now, resume=True).train()
+    assert bench.said.messages[:-1] == [
+        "changed since the run began: also was None, is 2",
+        "changed since the run began: only.before was 1, is None",
+        "changed since the run began: run.seed was 0, is 1",
+    ]
+    assert json.loads((bench.folder / "config.json").read_text())["settings"]["run"]["seed"] == 1
+
+
+def test_settings_that_cannot_be_compared_are_told(bench: Bench):
+    bench.make(1).train()
+    (bench.folder / "config.json").unlink()
+    bench.make(2, resume=True).train()
+    assert "config.json is gone" in bench.said.messages[0]
+    assert bench.iterations() == [1, 2]
+
+
+def test_a_damaged_checkpoint_stops_the_run_before_it_removes_anything(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, checkpoint_every=2, hooks={(4, "late"): fail}).train()
+    (bench.folder / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not what was saved"):
+        bench.make(4, resume=True).train()
+    assert bench.iterations() == [1, 2, 3]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_before_the_weights_move_costs_nothing(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, hooks={(3, "early"): fail}).train()
+    assert bench.steps() == ["step_000002"]
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+    assert bench.model() == 58.0
+
+
+def test_a_failure_after_the_weights_moved_saves_nothing(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, hooks={(3, "late"): fail}).train()
+    assert bench.steps() == []
+    with pytest.raises(Failure):
+        bench.make(4, checkpoint_every=2, resume=True, hooks={(4, "late"): fail}).train()
+    assert bench.steps() == ["step_000002"]
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_a_failing_evaluation_loses_neither_the_iteration_nor_its_line(bench: Bench):
+    def evaluate() -> dict[str, float]:
+        return fail() or {} if bench.trainer.iteration == 2 else {"eval/x": 1.0}
+
+    with pytest.raises(Failure):
+        bench.make(4, evaluate=evaluate, evaluate_every=2).train()
+    assert bench.steps() == ["step_000002"]
+    bench.make(4, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, resume=True).train()
+    assert [line.get("weight") for line in bench.lines()] == [None, *WEIGHTS[:4]]
+
+
+def test_a_first_evaluation_that_failed_is_made_again(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(2, evaluate=lambda: fail() or {}, evaluate_every=2).train()
+    bench.make(2, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, resume=True).train()
+    assert bench.lines() == [
+        {"iteration": 0, "eval/x": 1.0},
+        {"iteration": 1, "weight": 1.0},
+        {"iteration": 2, "weight": 5.0, "eval/x": 1.0},
+    ]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(Failure):
+        bench.make(4, checkpoint_every=2, hooks={(3, "early"): fail}).train()
+    monkeypatch.setattr("llmrl.trainers.run.save_checkpoint", lambda *_, **__: pytest.fail("written twice"))
+    with pytest.raises(Failure):
+        bench.make(4, resume=True, hooks={(3, "early"): fail}).train()
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hook", "name", "number"), [(interrupt, "SIGINT", signal.SIGINT), (terminate, "SIGTERM", signal.SIGTERM)]
+)
+@pytest.mark.parametrize("moment", ["early", "late"])
+def test_a_signal_ends_the_run_after_the_iteration(bench: Bench, hook: Any, name: str, number: int, moment: str):
+    with pytest.raises(Stopped) as stopped:
+        bench.make(4, hooks={(2, moment): hook}).train()
+    assert str(stopped.value) == (
+        f"stopped by {name} after iteration 2; the same command with run.resume=true goes on from {bench.folder}"
+    )
+    assert stopped.value.signal_number == number
+    assert bench.said.messages == ["stops after this iteration; interrupt again to stop at once"]
+    assert bench.iterations() == [1, 2]
+    assert bench.steps() == ["step_000002"]
+    assert not (bench.folder / "final").exists()
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_a_signal_during_the_first_evaluation_ends_the_run_before_it_begins(bench: Bench):
+    def evaluate() -> dict[str, float]:
+        terminate()
+        return {"eval/x": 1.0}
+
+    with pytest.raises(Stopped, match="SIGTERM after iteration 0"):
+        bench.make(2, evaluate=evaluate, evaluate_every=1).train()
+    bench.make(2, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=1, resume=True).train()
+    assert bench.iterations() == [0, 1, 2]
+
+
+def test_a_second_interrupt_stops_at_once(bench: Bench):
+    def twice() -> None:
+        interrupt()
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.make(4, hooks={(3, "early"): twice}).train()
+    assert bench.iterations() == [1, 2]
+    assert bench.steps() == ["step_000002"]
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_a_second_sigterm_waits_for_the_iteration(bench: Bench):
+    def twice() -> None:
+        terminate()
+        terminate()
+
+    with pytest.raises(Stopped, match="SIGTERM after iteration 3"):
+        bench.make(4, hooks={(3, "early"): twice}).train()
+
+
+@pytest.mark.parametrize("hooks", [{}, {(1, "early"): fail}, {(1, "early"): interrupt}])
+def test_the_handlers_are_given_back(bench: Bench, hooks: Hooks):
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before, during = handlers(), []
+    run = bench.make(2, hooks={(2, "early"): lambda: during.extend(handlers()), **hooks})
+    try:
+        run.train()
+    except (Failure, Stopped):
+        assert hooks
+    else:
+        assert not set(map(id, during)) & set(map(id, before))
+    assert handlers() == before
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("output_dir", "", r"run\.output_dir is empty; name a folder"),
+        ("seed", -1, r"run\.seed \(-1\) must be at least 0 and less than 2\*\*32"),
+        ("seed", 2**32, r"run\.seed \(4294967296\) must be at least 0 and less than 2\*\*32"),
+        ("num_iterations", 0, r"run\.num_iterations \(0\) must be at least 1"),
+        ("checkpoint_every", -1, r"run\.checkpoint_every \(-1\) must be at least 0"),
+        ("keep_checkpoints", 0, r"run\.keep_checkpoints \(0\) must be at least 1"),
+        ("samples_per_iteration", -1, r"run\.samples_per_iteration \(-1\) must be at least 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("seed", 0), ("seed", 2**32 - 1), ("num_iterations", 1), ("checkpoint_every", 0), ("samples_per_iteration", 0)],
+)
+def test_the_ends_of_the_ranges_are_allowed(setting: str, value: int):
+    config = RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
+    assert getattr(config, setting) == value

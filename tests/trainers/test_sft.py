@@ -1,0 +1,313 @@
+"""Supervised fine-tuning against plain arithmetic on a tiny model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.experience import Sequences
+from llmrl.models.heads import LinearHead
+from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.reports.progress import Silent
+from llmrl.trainers.run import Run, RunConfig
+from llmrl.trainers.sft import SFTConfig, SFTTrainer
+
+VOCAB, EOS = 10, 9
+Example = tuple[list[int], list[int]]
+
+RAGGED: list[Example] = [
+    ([1, 2, 3], [4, 5, 6, 7, EOS]),
+    ([4], [EOS]),
+    ([5, 6, 7, 8, 1, 2], [3, EOS]),
+    ([2, 2], [1, 1, 1, EOS]),
+    ([0], [0, EOS]),
+]
+MAPPING: list[Example] = [([token], [(token + 3) % 7, EOS]) for token in range(7)]  # without a fixed point
+
+
+def batch(examples: list[Example]) -> Sequences:
+    """Padded left and right, as `Sequences` are."""
+    width, length = (max(map(len, column)) for column in zip(*examples, strict=True))
+    masks = [[[False] * (width - len(p)) + [True] * len(p) for p, _ in examples]]
+    masks += [[[True] * len(r) + [False] * (length - len(r)) for _, r in examples]]
+    return Sequences(
+        prompt_ids=torch.tensor([[EOS] * (width - len(p)) + p for p, _ in examples]),
+        prompt_mask=torch.tensor(masks[0]),
+        response_ids=torch.tensor([r + [EOS] * (length - len(r)) for _, r in examples]),
+        response_mask=torch.tensor(masks[1]),
+        response_lengths=torch.tensor([len(r) for _, r in examples]),
+    )
+
+
+class Cycle:
+    """`ExampleSource` that deals the examples round and round."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+        self.position = 0
+
+    def next(self, num_examples: int) -> Sequences:
+        dealt = [self.examples[n % len(self.examples)] for n in range(self.position, self.position + num_examples)]
+        self.position += num_examples
+        return batch(dealt)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class Keeper:
+    """`Trainable` that keeps the gradient of a step instead of taking it."""
+
+    learning_rate = 0.0
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.gradients: dict[str, Tensor] = {}
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def optimizer_step(self) -> Tensor:
+        self.gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        self.module.zero_grad(set_to_none=True)
+        return torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Counter(Silent):
+    """Progress that counts."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int]] = []
+        self.done = 0
+
+    def phase(self, name: str, total: int) -> None:
+        self.phases.append((name, total))
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+
+
+def tiny(**changes: Any) -> LlamaForCausalLM:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3, **changes))
+
+
+def make_trainer(
+    examples: list[Example],
+    *,
+    model: nn.Module | None = None,
+    trainable: Callable[[nn.Module], Any] = Keeper,
+    held_out: list[Example] | None = None,
+    progress: Silent | None = None,
+    **config: Any,
+) -> SFTTrainer:
+    module = PolicyModule(model or tiny(), LinearHead(VOCAB), temperature=1.0, dtype=torch.float32)
+    return SFTTrainer(
+        SFTConfig(**{"batch_size": len(examples), "microbatch_tokens": 64, **config}),
+        actor=TransformersPolicy(module, microbatch_tokens=12),
+        trained={"actor": trainable(module)},
+        examples=Cycle(examples),
+        held_out=None if held_out is None else batch(held_out),
+        collectives=OneProcess(),
+        progress=progress or Silent(),
+    )
+
+
+def adamw(module: nn.Module) -> LocalTrainable:
+    return LocalTrainable(module, OptimizerConfig(learning_rate=0.05, schedule="linear"), num_steps=60)
+
+
+def plain_loss(model: nn.Module, examples: list[Example]) -> Tensor:
+    """-Σ log p / number of response tokens, a row at a time, without padding."""
+    losses = []
+    for prompt, response in examples:
+        logprobs = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(dim=-1)
+        losses += [-logprobs[len(prompt) + t - 1, token] for t, token in enumerate(response)]
+    return torch.stack(losses).mean()
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "num_parts"), [(1, 5), (10, 4), (1000, 1)])
+def test_loss_and_gradient_are_the_mean_over_tokens_however_the_batch_is_cut(tokens: int, num_parts: int):
+    counter = Counter()
+    trainer = make_trainer(RAGGED, microbatch_tokens=tokens, progress=counter)
+    values = trainer.iterate().values()
+
+    model = tiny()
+    expected = plain_loss(model, RAGGED)
+    expected.backward()
+    assert values["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    keeper = trainer.trained["actor"]
+    assert isinstance(keeper, Keeper)
+    assert keeper.gradients.keys() == {f"model.{name}" for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert_close(keeper.gradients[f"model.{name}"], p.grad, rtol=1e-4, atol=1e-6)
+    assert counter.phases == [("update", num_parts)]
+    assert counter.done == num_parts
+
+
+def test_prompt_tokens_carry_no_loss():
+    """The gradient reaches just those last hidden states that predict a response token."""
+    model, kept = tiny(), []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        output.last_hidden_state.retain_grad()
+        kept.append(output.last_hidden_state)
+
+    model.model.register_forward_hook(keep)
+    make_trainer([([1, 2, 3], [4, 5, EOS]), ([6], [7])], model=model).iterate()
+    (hidden,) = kept
+    reached = hidden.grad.abs().sum(dim=-1) > 0
+    assert reached.int().tolist() in (
+        [[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]],
+        [[1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]],  # rows are sorted by length
+    )
+
+
+def test_what_an_iteration_reports():
+    values = make_trainer(RAGGED).iterate().values()
+    assert values.keys() == {
+        "loss",
+        "actor/learning_rate",
+        "actor/grad_norm",
+        "actor/grad_norm_max",
+        "actor/skipped_steps",
+        "time/iteration_s",
+        "tokens/per_s",
+    }
+    assert values["tokens/per_s"] * values["time/iteration_s"] == pytest.approx(13 + 14)  # prompts and responses
+
+
+def test_it_learns_a_mapping():
+    trainer = make_trainer(MAPPING, trainable=adamw, held_out=MAPPING, batch_size=7)
+    before = trainer.evaluate()["eval/loss"]
+    losses = [trainer.iterate().values()["loss"] for _ in range(60)]
+    assert before > 1.5
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert trainer.evaluate()["eval/loss"] < 0.05
+    assert trainer.iteration == 60
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_the_evaluation_is_the_mean_over_held_out_tokens_and_changes_nothing():
+    counter = Counter()
+    trainer = make_trainer(MAPPING, held_out=RAGGED, progress=counter)
+    assert trainer.evaluate() == {"eval/loss": pytest.approx(plain_loss(tiny(), RAGGED).item(), rel=1e-5)}
+    assert all(p.grad is None for p in trainer.trained["actor"].module.parameters())
+    assert trainer.cursor() == {"iteration": 0, "examples": {"position": 0}}
+    assert (counter.phases, counter.done) == ([("evaluation", 1)], 1)
+
+
+# --- stop and go on ---------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, num_iterations: int, **config: Any) -> Run:
+    trainer = make_trainer(
+        RAGGED, model=tiny(tie_word_embeddings=True), trainable=adamw, held_out=MAPPING, batch_size=3
+    )
+    return Run(
+        RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
+        settings={},
+        trainer=trainer,
+        save_model=lambda _: None,
+        evaluate=trainer.evaluate,
+        evaluate_every=2,
+        progress=Silent(),
+        sink=Nobody(),
+    )
+
+
+class Nobody:
+    """A tracker that does not listen."""
+
+    def log(self, iteration: int, values: Any) -> None: ...
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Without what a clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if not name.startswith(("time/", "tokens/"))} for line in lines]
+
+
+def saved(folder: Path) -> list[bytes]:
+    step = folder / "checkpoints" / "step_000004"
+    return [(step / name).read_bytes() for name in ("state.safetensors", "state.json")]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
+    run(tmp_path / "straight", 4).train()
+    run(tmp_path / "resumed", 2).train()
+    run(tmp_path / "resumed", 4, resume=True).train()
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    assert [line["iteration"] for line in metrics(tmp_path / "straight")] == [0, 1, 2, 3, 4]
+    assert saved(tmp_path / "resumed") == saved(tmp_path / "straight")
+
+
+def test_a_run_that_failed_on_its_data_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(tmp_path / "straight", 4).train()
+    broken = run(tmp_path / "failed", 4)
+    examples = broken.trainer.examples  # type: ignore[attr-defined]
+    deal = examples.next
+
+    def fail_after_dealing(num_examples: int) -> Sequences:
+        dealt = deal(num_examples)
+        if examples.position > 6:
+            raise OSError("the disk is gone")
+        return dealt
+
+    monkeypatch.setattr(examples, "next", fail_after_dealing)
+    with pytest.raises(OSError, match="disk"):
+        broken.train()
+    run(tmp_path / "failed", 4, resume=True).train()
+    assert metrics(tmp_path / "failed") == metrics(tmp_path / "straight")
+    assert saved(tmp_path / "failed") == saved(tmp_path / "straight")
+
+
+def test_there_is_no_way_back_once_the_update_has_begun(monkeypatch: pytest.MonkeyPatch):
+    trainer = make_trainer(RAGGED)
+    assert trainer.rewind()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trainer.trained["actor"], "optimizer_step", fail)
+    with pytest.raises(MemoryError):
+        trainer.iterate()
+    assert not trainer.rewind()
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("batch_size", 0, r"sft\.batch_size \(0\) must be at least 1"),
+        ("microbatch_tokens", 0, r"sft\.microbatch_tokens \(0\) must be at least 1"),
+        ("evaluate_every", -1, r"sft\.evaluate_every \(-1\) must be 0 or greater"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting: str, value: int, message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SFTConfig(**{setting: value})
