@@ -161,8 +161,12 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
 
 
 def _progress(num_iterations: int) -> Any:
+    """Our display, and no bars of transformers between its lines."""
+    from transformers.utils.logging import disable_progress_bar
+
     from llmrl.reports.progress import make_progress
 
+    disable_progress_bar()
     return make_progress(num_iterations)
 
 

@@ -318,7 +318,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
 
 
 def test_resume_goes_on_where_the_run_ended(bench: Bench):
-    bench.make(2).train()
+    bench.make(2, checkpoint_every=1, keep_checkpoints=2).train()
     bench.make(4, resume=True).train()
     assert bench.lines() == [{"iteration": n, "weight": WEIGHTS[n - 1]} for n in (1, 2, 3, 4)]
     assert bench.model() == 58.0
