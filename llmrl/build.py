@@ -33,6 +33,7 @@ from llmrl.models.loading import (
     load_adapted,
     load_model,
     load_tokenizer,
+    num_token_ids,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.models.saving import save_policy
@@ -144,10 +145,9 @@ def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: in
     model.to(pick_device()).train()  # type: ignore[arg-type]
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     dtype = DTYPES[config.dtype]
-    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
-    module = PolicyModule(model, choose_head(model, vocab_size), temperature=temperature, dtype=dtype)
+    head = choose_head(model, num_token_ids(tokenizer, model))
+    module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
     policy = TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
     return Actor(model=model, adapted=adapted, tokenizer=tokenizer, module=module, policy=policy, dtype=dtype)
 
@@ -173,7 +173,7 @@ def build_engine(
     """The engine that the config names, over a loaded model."""
     common: dict[str, Any] = {
         "eos_ids": end_ids(tokenizer, model),
-        "vocab_size": min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
+        "vocab_size": num_token_ids(tokenizer, model),
         "progress": progress,
     }
     if config.engine == "transformers":
@@ -258,7 +258,9 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
         collectives=collectives,
         progress=progress,
         observe=SampleWriter(
-            output_dir / "samples.jsonl", num_samples=config.run.samples_per_iteration, decode=lambda ids: str(actor.tokenizer.decode(ids))
+            output_dir / "samples.jsonl",
+            num_samples=config.run.samples_per_iteration,
+            decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
     )
     evaluator = None

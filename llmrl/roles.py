@@ -70,8 +70,11 @@ class Trainable(Protocol):
     """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
 
     module: nn.Module
-    learning_rate: float
-    """Of the next optimizer step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of the loss to what earlier microbatches left."""
@@ -127,12 +130,20 @@ class Progress(Protocol):
 class Algorithm(Protocol):
     """What to learn from a rollout, and the losses that learn it."""
 
-    max_redraws: int
-    """How often an iteration may replace groups that teach nothing; 0 keeps them."""
-    aggregation: Aggregation
-    """How token losses become one number: see `token_weights`."""
-    max_response_tokens: int
-    """What aggregation by a constant divides by."""
+    @property
+    def max_redraws(self) -> int:
+        """How often an iteration may replace groups that teach nothing; 0 keeps them."""
+        ...
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How token losses become one number: see `token_weights`."""
+        ...
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Length limit of a response, and what aggregation by a constant divides by."""
+        ...
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[Experience, Metrics]:
         """What the update learns from, and the numbers that describe it. Called without gradient."""

@@ -119,8 +119,9 @@ def test_a_dry_run_says_what_it_could_not_check(monkeypatch, tmp_path):
     assert "not checked: data.path (data/arithmetic/train.jsonl) does not exist yet; `python data/" in output
 
 
-def test_a_dry_run_refuses_a_missing_path_that_the_user_gave(grpo_recipe):
-    status, _, error = llmrl("grpo", "recipes/quickstart_grpo.yaml", "data.path=gone.jsonl", "--dry-run")
+def test_a_dry_run_refuses_a_missing_path_that_the_user_gave(tmp_path):
+    new = f"run.output_dir={tmp_path / 'run'}"
+    status, _, error = llmrl("grpo", "recipes/quickstart_grpo.yaml", "data.path=gone.jsonl", new, "--dry-run")
     assert status == 2
     assert "gone.jsonl" in error
 
@@ -207,7 +208,9 @@ def test_sft_grpo_evaluate_generate(sft_recipe, grpo_recipe, data):
     assert status == 0, error
     assert "iteration 3/3" in output
     assert [entry["iteration"] for entry in lines(data / "sft" / "metrics.jsonl")] == [0, 1, 2, 3]
-    assert lines(data / "sft" / "metrics.jsonl")[-1]["eval/loss"] < lines(data / "sft" / "metrics.jsonl")[0]["eval/loss"]
+    assert (
+        lines(data / "sft" / "metrics.jsonl")[-1]["eval/loss"] < lines(data / "sft" / "metrics.jsonl")[0]["eval/loss"]
+    )
 
     model = [f"model.path={data / 'sft' / 'final'}", "model.from_scratch=false"]
     status, output, error = llmrl("grpo", grpo_recipe, *model, "evaluation.every=1", "run.best_metric=score/mean")
@@ -271,7 +274,9 @@ def test_kin_and_options_run(grpo_recipe, data, overrides):
 def launch(recipe, *arguments):
     command = [sys.executable, "-m", "llmrl", "grpo", recipe, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(grpo_recipe, data):
@@ -304,5 +309,7 @@ def test_settings_lists_every_setting_with_its_help():
 
 
 def test_python_m_llmrl_works():
-    process = subprocess.run([sys.executable, "-m", "llmrl", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    process = subprocess.run(
+        [sys.executable, "-m", "llmrl", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert "grpo" in process.stdout

@@ -92,8 +92,8 @@ class GRPOConfig:
         """What is allowed, but seldom meant."""
         if self.kl_coef > 0 and self.scale == "std":
             return [
-                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, so "
-                "kl_coef has no fixed meaning; algorithm.scale none gives it one"
+                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, "
+                "so kl_coef has no fixed meaning; algorithm.scale none gives it one"
             ]
         return []
 
@@ -107,7 +107,7 @@ class GRPO:
         self.config = config
         self.actor = actor
         self.reference = reference
-        self.aggregation = config.aggregation
+        self.aggregation: Aggregation = config.aggregation
         self.max_redraws = config.max_redraws
         self.max_response_tokens = max_response_tokens
 

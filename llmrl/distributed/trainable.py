@@ -19,7 +19,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stays, or falls to 0 at the last optimizer step in a line or in a half cosine."""
+    """After the warm-up: stays, or falls in a line or in a half cosine and would be 0 one step after the last."""
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = 0.0

@@ -163,9 +163,18 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "P
         shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )  # type: ignore[misc]
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"model.path ({config.path}) lacks {len(missing)} weights of a {type(model).__name__}, such as "
+                f"{missing[0]}, which would be random; choose a causal language model that is complete"
+            )
     turn_dropout_off(model)
     return model
 
@@ -234,6 +243,11 @@ def turn_dropout_off(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def num_token_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> int:
+    """Ids that the tokenizer can decode and the model has logits for: what lies beyond is padding of the embedding."""
+    return min(max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> tuple[int, ...]:

@@ -202,7 +202,7 @@ class Run:
         """Says which settings differ from those that the run was started with."""
         record = self.folder / "config.json"
         if not record.exists():
-            self.progress.message(f"{record} is gone, so nobody can say which settings have changed since the run began")
+            self.progress.message(f"{record} is gone: which settings have changed since the run began is not known")
             return
         before = _leaves(json.loads(record.read_text())["settings"])
         now = _leaves(json.loads(json.dumps(self.settings)))

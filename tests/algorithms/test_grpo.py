@@ -1,6 +1,7 @@
 """Each member of the family against its paper's formula, written here as slow loops over responses and tokens."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -209,9 +210,9 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely():
     new = OLD + 3.0
     config = GRPOConfig(group_size=3, scale="none", dual_clip=2.0)
     loss, gradient = loss_of(config, new=new)
-    expected = sum(
-        n * (-a * 1.2 if a > 0 else -a * 2.0) for n, a in zip(LENGTHS, centred(SCORES), strict=True)
-    ) / sum(LENGTHS)
+    expected = sum(n * (-a * 1.2 if a > 0 else -a * 2.0) for n, a in zip(LENGTHS, centred(SCORES), strict=True)) / sum(
+        LENGTHS
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert (gradient == 0).all()
     unbounded, _ = loss_of(GRPOConfig(group_size=3, scale="none"), new=new)
@@ -285,9 +286,8 @@ def test_no_kl_keeps_no_reference_and_reports_none():
     ],
 )
 def test_settings_that_make_no_sense(settings, told):
-    with pytest.raises(ValueError, match=".*") as caught:
+    with pytest.raises(ValueError, match=re.escape(told)):
         GRPOConfig(**settings)
-    assert told in str(caught.value)
 
 
 def test_scaling_with_a_kl_warns():

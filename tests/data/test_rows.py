@@ -60,7 +60,10 @@ def test_json_types_stay_and_missing_keys_stay_missing(tmp_path: Path):
 
 
 def test_csv_values_stay_texts(tmp_path: Path):
-    assert read(write(tmp_path / "a.csv", "a,b\r\n007,\r\n")) == [{"a": "007", "b": ""}]
+    assert read(write(tmp_path / "a.csv", 'a,b\r\n007,"x\r\ny"\r\n,\r\n')) == [
+        {"a": "007", "b": "x\r\ny"},
+        {"a": "", "b": ""},
+    ]
 
 
 def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path):

@@ -136,6 +136,10 @@ def test_own_head_gradient_over_chunks():
     )
 
 
+def covers_the_vocabulary(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] in (VOCAB, SIZES["vocab_size"])
+
+
 class WidestLogits(TorchDispatchMode):
     """Watches for how many tokens at once there are numbers for the whole vocabulary."""
 
@@ -146,7 +150,7 @@ class WidestLogits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] in (VOCAB, SIZES["vocab_size"]):
+            if covers_the_vocabulary(x):
                 self.num_tokens = max(self.num_tokens, x[..., 0].numel())
         return out
 
@@ -159,6 +163,17 @@ def test_logits_are_never_held_all_at_once(family, head):
         logprobs, entropy = head(VOCAB)(model, hidden, ids, TEMPERATURE)
         (logprobs.sum() + entropy.sum()).backward()
     assert widest.num_tokens == CHUNK_TOKENS
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", LinearHead), ("gemma2", OwnHead)])
+def test_no_logits_wait_for_the_backward_pass(family, head):
+    model = build(family)
+    hidden, ids = many_tokens()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        head(VOCAB)(model, hidden, ids, TEMPERATURE)
+    assert kept
+    assert not any(covers_the_vocabulary(x) for x in kept)
 
 
 def test_the_trunk_comes_back():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -19,10 +20,11 @@ from llmrl.models.loading import (
     load_adapted,
     load_model,
     load_tokenizer,
+    num_token_ids,
     turn_dropout_off,
 )
 
-from .tiny import gpt2, llama, llama_tied, save_folder
+from .tiny import gpt2, llama, llama_tied, make_tokenizer, save_folder
 
 IDS = torch.tensor([[7, 8, 9, 20, 21]])
 
@@ -178,6 +180,13 @@ def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(folder):
     assert torch.equal(halved.state_dict()[name], original.state_dict()[name].bfloat16())
 
 
+def test_pickled_weights_are_never_loaded(folder, tmp_path):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(llama().state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(ModelConfig(path=folder))
+
+
 def test_from_scratch_takes_the_shape_and_not_the_weights(folder, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     config = ModelConfig(path=folder, from_scratch=True)
@@ -239,14 +248,14 @@ def test_without_adapters_every_weight_learns(folder):
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_learns(folder):
-    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, alpha=8)))
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, alpha=6)))
     assert torch.equal(logits(model), logits(load_model(ModelConfig(path=folder))))
     assert all(learns == ("lora_" in name) for name, learns in trainable(adapted).items())
     adapters = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert len(adapters) == 3 * 7  # layers; q, k, v, o, gate, up, down
     assert not any("lm_head" in name for name in adapters)
     q_proj = model.model.layers[0].self_attn.q_proj
-    assert q_proj.scaling["default"] == 8 / 2
+    assert q_proj.scaling["default"] == 6 / 2
     assert q_proj.lora_A["default"].weight.shape == (2, 32)
 
 
@@ -336,3 +345,19 @@ def test_end_ids_of_a_folder(tmp_path):
 
 def test_the_tokenizer_keeps_its_template(folder):
     assert load_tokenizer(ModelConfig(path=folder)).chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_folder_that_lacks_weights_is_refused(folder):
+    file = f"{folder}/model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, such as lm_head\.weight"):
+        load_model(ModelConfig(path=folder))
+
+
+def test_token_ids_are_those_that_both_tokenizer_and_head_know():
+    tokenizer, model = make_tokenizer(), llama()
+    assert num_token_ids(tokenizer, model) == 37  # t0 ... t36, fewer than the rows of the head
+    tokenizer.add_tokens([f"extra{n}" for n in range(100)])
+    assert num_token_ids(tokenizer, model) == model.config.vocab_size

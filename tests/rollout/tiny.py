@@ -92,6 +92,12 @@ class Counter:
     def phase(self, name, total):
         raise AssertionError("the loop names phases, not the engine")
 
+    def iteration(self, number, values):
+        raise AssertionError("the run counts iterations, not the engine")
+
+    def message(self, text):
+        raise AssertionError("the engine has nothing to say")
+
     def advance(self, amount=1):
         self.advanced += amount
 

@@ -1,7 +1,6 @@
 """Evaluation on scripted responses: every number by hand."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from llmrl.experience import Prompts, Rollout, Scores
 from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
-from llmrl.roles import Sampling
+from llmrl.roles import RewardFunction, Sampling
 from llmrl.rollout.scripted import ScriptedEngine
 from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
 
@@ -47,7 +46,7 @@ def prompts(count: int) -> Prompts:
     )
 
 
-def reward(parts: list[float], totals: list[float] | None = None) -> Callable[[Rollout], Scores]:
+def reward(parts: list[float], totals: list[float] | None) -> RewardFunction:
     def score(rollout: Rollout) -> Scores:
         return Scores(
             total=torch.tensor(parts if totals is None else totals),

@@ -115,7 +115,7 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
 
         def __init__(self, name: str) -> None:
             self.name = name
-            self.module = nn.Identity()
+            self.module: nn.Module = nn.Identity()
 
         def backward(self, loss: Tensor) -> None:
             happened.append(f"{self.name} backward {loss:g}")

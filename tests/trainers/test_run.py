@@ -274,9 +274,9 @@ def test_a_best_metric_that_is_never_measured_is_told(bench: Bench):
 
 def test_a_best_metric_that_was_measured_once_is_not_told(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     run = bench.make(2, losses=[1.0, 2.0], best_metric="loss")
-    statistics = iter([{"loss": Total(1.0)}, {"loss": Mean(0.0, 0.0)}])  # a mean over nothing is left out
+    statistics = iter([Total(1.0), Mean(0.0, 0.0)])  # a mean over nothing is left out
     real = bench.trainer.iterate
-    monkeypatch.setattr(bench.trainer, "iterate", lambda: real() and Metrics(next(statistics)))
+    monkeypatch.setattr(bench.trainer, "iterate", lambda: real() and Metrics({"loss": next(statistics)}))
     run.train()
     assert bench.said.messages == []
     assert bench.best()["iteration"] == 1
@@ -554,6 +554,6 @@ def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: st
     ("setting", "value"),
     [("seed", 0), ("seed", 2**32 - 1), ("num_iterations", 1), ("checkpoint_every", 0), ("samples_per_iteration", 0)],
 )
-def test_the_ends_of_the_ranges_are_allowed(setting: str, value: int):
+def test_the_ends_of_the_ranges_are_allowed(setting: str, value: Any):
     config = RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
     assert getattr(config, setting) == value

@@ -112,7 +112,7 @@ def tiny(**changes: Any) -> LlamaForCausalLM:
 def make_trainer(
     examples: list[Example],
     *,
-    model: nn.Module | None = None,
+    model: LlamaForCausalLM | None = None,
     trainable: Callable[[nn.Module], Any] = Keeper,
     held_out: list[Example] | None = None,
     progress: Silent | None = None,
