@@ -15,6 +15,10 @@ from torch.nn.functional import linear
 
 from llmrl.functional.masking import check_shapes
 
+SMALLEST_EXPONENT = -87.0
+"""Its exponential, 2e-38, is the smallest that float32 holds in full: nothing beside 1, and unlike the denormal numbers
+and the infinity below it, neither slow nor a cause of NaN."""
+
 
 def token_logprobs(
     logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], *, temperature: float = 1.0
@@ -88,12 +92,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         logprobs, entropies, normalizers = (hidden.new_empty(len(ids), dtype=_softmax_dtype(hidden)) for _ in range(3))
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, logits in _logit_chunks(ctx, hidden, weight.to(ctx.matmul_dtype), bias):
-                normalizers[rows] = logits.logsumexp(dim=1)
-                logps = logits.sub_(normalizers[rows, None])
-                logprobs[rows] = logps.gather(1, ids[rows, None]).squeeze(1)
-                probabilities = logps.exp()
-                logps.masked_fill_(probabilities == 0, 0.0)
-                entropies[rows] = -probabilities.mul_(logps).sum(dim=1)
+                peak = logits.amax(dim=1)
+                shifted = logits.sub_(peak[:, None])  # by hand: torch.logsumexp is eight times slower on a CPU
+                chosen = shifted.gather(1, ids[rows, None]).squeeze(1)
+                shares = shifted.clamp_(min=SMALLEST_EXPONENT).exp()
+                total = shares.sum(dim=1)
+                normalizers[rows] = peak + total.log()
+                logprobs[rows] = chosen - total.log()
+                entropies[rows] = total.log() - shares.mul_(shifted).sum(dim=1) / total
         ctx.save_for_backward(hidden, weight, bias, ids, normalizers, entropies)
         return logprobs, entropies
 
@@ -125,7 +131,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits @ cast_weight).to(hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight += grad_logits.T @ hidden[rows].to(ctx.matmul_dtype)
+                    _add_product(grad_weight, grad_logits.T, hidden[rows].to(ctx.matmul_dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
@@ -146,12 +152,19 @@ def _grad_logits(
     logps: Tensor, ids: Tensor, entropies: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None
 ) -> Tensor:
     """The gradient in the scaled logits of one chunk. Overwrites `logps`, their log-softmax."""
-    probabilities = logps.exp()
+    probabilities = logps.clamp_(min=SMALLEST_EXPONENT).exp()
     slope = grad_logprobs[:, None]
     if grad_entropies is not None:
-        logps.masked_fill_(probabilities == 0, 0.0)
         slope = logps.add_(entropies[:, None]).mul_(grad_entropies[:, None]).add_(slope)
     return probabilities.mul_(slope).neg_().scatter_add_(1, ids[:, None], grad_logprobs[:, None])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a temporary of the size of the weight where the precisions allow it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:

@@ -20,8 +20,6 @@ class RolloutConfig:
     """Responses that the native engine decodes at once on one device. Changes memory and time, never the result."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ("native", "transformers"):
-            raise ValueError(f"rollout.engine ({self.engine}) must be native or transformers")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
                 f"rollout.temperature ({self.temperature}) must be a finite number greater than 0; "

@@ -13,7 +13,6 @@ from llmrl.rollout.config import RolloutConfig
         ("max_rows", 0),
         ("max_response_tokens", 0),
         ("prompts_per_iteration", 0),
-        ("engine", "vllm"),
     ],
 )
 def test_a_refused_value_is_named(field, value):

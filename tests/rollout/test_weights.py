@@ -1,15 +1,25 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 from torch.testing import assert_close
 
 from .tiny import build, full_forward_logprobs, make_sampling, rows_of
 
 
-def trained(model):
-    return SimpleNamespace(module=SimpleNamespace(model=model))
+class Trained:
+    """`Trainable` of which the engine may read the module only."""
+
+    learning_rate = 0.0
+
+    def __init__(self, model):
+        self.module = nn.Module()
+        self.module.model = model
+
+    def backward(self, loss):
+        raise AssertionError("an engine never trains")
+
+    optimizer_step = state_dict = load_state_dict = backward
 
 
 def assert_samples_from(model, rollout, atol):
@@ -30,7 +40,7 @@ def test_weights_in_the_dtype_of_sampling_are_live(model, native, prompts):
     with torch.no_grad():
         model.lm_head.weight[9] += 1.0
     assert_samples_from(model, engine.generate(prompts, make_sampling()), 1e-5)
-    engine.load_weights(trained(model))
+    engine.load_weights(Trained(model))
     assert engine.weights.fresh() is model
 
 
@@ -41,7 +51,7 @@ def test_a_copy_in_bfloat16_is_refreshed(model, native, prompts):
     with torch.no_grad():
         model.lm_head.weight[9] += 1.0
         model.model.layers[0].self_attn.k_proj.weight *= -1.0
-    engine.load_weights(trained(model))
+    engine.load_weights(Trained(model))
     after = engine.generate(prompts, make_sampling())
     assert_samples_from(in_bfloat16(model), after, 0.15)
     assert not after.sequences.response_ids.equal(before.sequences.response_ids)
@@ -56,14 +66,14 @@ def test_a_stale_copy_does_not_go_unnoticed(model, native, prompts, foreach):
     optimizer.step()
     with pytest.raises(RuntimeError, match="changed since load_weights"):
         engine.generate(prompts, make_sampling())
-    engine.load_weights(trained(model))
+    engine.load_weights(Trained(model))
     engine.generate(prompts, make_sampling())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_another_model_are_refused(model, native, dtype):
     with pytest.raises(ValueError, match="another model"):
-        native(model, dtype=dtype).load_weights(trained(build("llama")))
+        native(model, dtype=dtype).load_weights(Trained(build("llama")))
 
 
 def test_the_copy_leaves_the_trained_model_alone(model, native, prompts):

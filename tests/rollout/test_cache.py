@@ -1,0 +1,96 @@
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers.cache_utils import DynamicLayer
+
+from llmrl.rollout.cache import SlotCache
+
+HEADS, HEAD_DIM = 2, 3
+
+
+def prefilled(values):
+    """One layer whose keys are these numbers, a row a prompt and a column a token, and whose values are their
+    negatives."""
+    layer = DynamicLayer()
+    states = torch.tensor(values)[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
+    layer.update(states, -states)
+    return layer
+
+
+def token(*values):
+    """States of one new token for each row."""
+    return torch.tensor(values)[:, None, None, None].expand(-1, HEADS, 1, HEAD_DIM)
+
+
+def numbers(states):
+    assert states.shape[1::2] == (HEADS, HEAD_DIM)
+    assert bool((states == states[:, :1, :, :1]).all())
+    return states[:, 0, :, 0].tolist()
+
+
+@pytest.fixture
+def cache():
+    """Two layers, the keys of the second a hundred times those of the first: prompts "1 2" and "3", twice each."""
+    cache = SlotCache(slots=5, columns=6)
+    cache.window.end = 3
+    first, second = [[1.0, 2.0], [0.0, 3.0]], [[100.0, 200.0], [0.0, 300.0]]
+    cache.fill(0, [prefilled(first), prefilled(second)], copies=2)
+    cache.window.rows, cache.window.start = 4, 1
+    return cache
+
+
+def live(cache, layer=0):
+    keys, values = cache.layers[layer].view(cache.window.start, cache.window.end)
+    assert_close(values, -keys)
+    return numbers(keys)
+
+
+def test_prompts_stand_right_aligned_once_for_every_copy(cache):
+    assert live(cache) == [[1, 2], [1, 2], [0, 3], [0, 3]]
+    assert live(cache, layer=1) == [[100, 200], [100, 200], [0, 300], [0, 300]]
+
+
+def test_later_prompts_stand_behind_the_live_rows(cache):
+    cache.fill(4, [prefilled([[9.0]]), prefilled([[900.0]])], copies=1)
+    cache.window.rows = 5
+    assert live(cache)[3:] == [[0, 3], [0, 9]]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_step_writes_one_column_of_the_live_rows_and_reads_the_window(cache, layer):
+    keys, values = cache.layers[layer].update(token(5.0, 6.0, 7.0, 8.0), -token(5.0, 6.0, 7.0, 8.0))
+    assert [row[-1] for row in numbers(keys)] == [5, 6, 7, 8]
+    assert_close(values, -keys)
+    assert keys.shape[2] == 3
+    untouched = cache.layers[1 - layer].buffers[0][:, :, 3:]
+    assert not untouched.any()
+    assert not cache.layers[layer].buffers[0][4].any()
+
+
+def test_the_sequence_length_is_that_of_the_window(cache):
+    assert cache.get_seq_length() == 2
+    cache.window.end += 1
+    assert cache.get_seq_length() == 3
+
+
+def test_a_row_moves_to_another_slot_in_every_layer(cache):
+    cache.move_row(3, 0)
+    assert live(cache) == [[0, 3], [1, 2], [0, 3], [0, 3]]
+    assert live(cache, layer=1)[0] == [0, 300]
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+def test_columns_move_to_the_front_even_onto_themselves(shift):
+    cache = SlotCache(slots=1, columns=6)
+    cache.window.end = 6
+    cache.fill(0, [prefilled([[1.0, 2.0, 3.0, 4.0]])], copies=1)
+    cache.window.rows, cache.window.start = 1, 2
+    cache.move_columns(shift)
+    assert (cache.window.start, cache.window.end) == (2 - shift, 6 - shift)
+    assert live(cache) == [[1, 2, 3, 4]]
+
+
+def test_an_unwritten_column_is_a_number(cache):
+    """Attention multiplies it by a weight of 0, which would make NaN of a NaN."""
+    assert not cache.layers[0].buffers[0][4].any()
+    assert not cache.layers[0].buffers[1][:, :, 3:].any()
