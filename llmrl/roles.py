@@ -70,6 +70,8 @@ class Trainable(Protocol):
     """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
 
     module: nn.Module
+    num_steps_done: int
+    """Optimizer steps begun so far in this run."""
 
     @property
     def learning_rate(self) -> float:
@@ -159,10 +161,8 @@ class Algorithm(Protocol):
 
 
 @runtime_checkable
-class PromptSource(Protocol):
-    """An endless stream of prompts that knows where it is."""
-
-    def next(self, num_prompts: int) -> Prompts: ...
+class Source(Protocol):
+    """An endless stream of data that knows where it is."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -170,14 +170,17 @@ class PromptSource(Protocol):
 
 
 @runtime_checkable
-class ExampleSource(Protocol):
-    """An endless stream of prompts with the responses to learn, that knows where it is."""
+class PromptSource(Source, Protocol):
+    """Of prompts."""
+
+    def next(self, num_prompts: int) -> Prompts: ...
+
+
+@runtime_checkable
+class ExampleSource(Source, Protocol):
+    """Of prompts with the responses to learn."""
 
     def next(self, num_examples: int) -> Sequences: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stays, or falls in a line or in a half cosine and would be 0 one step after the last."""
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises from 0 to its peak."""
+    """Optimizer steps before the learning rate reaches its peak, to which it rises evenly; none of them is at 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) are left alone."""
     beta1: float = 0.9
@@ -65,8 +65,8 @@ class LocalTrainable:
         scheduler = get_scheduler(
             SCHEDULES[config.schedule],
             self.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=num_steps,
+            num_warmup_steps=config.warmup_steps + 1,  # its step 0, where the rate is 0, is never taken
+            num_training_steps=num_steps + 1,
         )
         assert isinstance(scheduler, LambdaLR), "constant, linear and cosine are functions of the step"
         self.peak_learning_rate = config.learning_rate
@@ -94,18 +94,18 @@ class LocalTrainable:
                 f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
                 "resume from the last checkpoint with a lower optimizer.learning_rate"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.num_steps_done += 1  # before the step, so that one that fails halfway counts as begun
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_steps_done += 1
         return norm.detach()
 
     @property
     def learning_rate(self) -> float:
         """Of the next optimizer step."""
-        return self.peak_learning_rate * self.share_of_peak(self.num_steps_done)
+        return self.peak_learning_rate * self.share_of_peak(self.num_steps_done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, by name, so that safetensors and JSON can hold them."""

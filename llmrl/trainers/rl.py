@@ -32,13 +32,14 @@ from llmrl.roles import (
     Trainable,
 )
 from llmrl.trainers.optimize import UpdateConfig, optimizer_step
+from llmrl.trainers.resumable import Resumable
 
 
 class FlatGroupsError(RuntimeError):
     """No scores to learn from: every redraw was used up and groups of equal scores remain."""
 
 
-class RLTrainer:
+class RLTrainer(Resumable):
     """Any algorithm over any engine, reward and policy."""
 
     def __init__(
@@ -62,7 +63,6 @@ class RLTrainer:
         self.engine = engine
         self.reward = reward
         self.prompts = prompts
-        self.trained = trained
         self.config = update
         self.prompts_per_iteration = prompts_per_iteration
         self.group_size = group_size
@@ -72,23 +72,17 @@ class RLTrainer:
         self.progress = progress
         self.observe = observe
         """Sees every experience before it is learned from: samples are written there."""
-        self.iteration = 0
         self.num_responses = 0
         """Responses drawn so far in this run, over all ranks: the next response's global number."""
-        self.weights_moved = False
-        """In the middle of an iteration, after its first optimizer step has begun."""
-        self.start = self.cursor()
-        """Where the current iteration began."""
         self.seconds: dict[str, float] = {}
+        super().__init__(trained, prompts)
 
     def iterate(self) -> Metrics:
         """The next iteration, on the next prompts."""
         self.seconds = {}
         started = time.perf_counter()
         metrics = self.step(self.prompts.next(self.prompts_per_iteration))
-        self.iteration += 1
-        self.weights_moved = False
-        self.start = self.cursor()
+        self.finish_iteration(self.iteration + 1)
         total = time.perf_counter() - started
         timing = {f"time/{name}_s": Total(seconds) for name, seconds in self.seconds.items()}
         speed = Mean(metrics.statistics["tokens/sampled"][0], total)
@@ -102,7 +96,6 @@ class RLTrainer:
                 experience, described = self.algorithm.experience(rollout, scores)
         metrics = metrics.merge(described)
         self.observe(self.iteration, experience)
-        self.weights_moved = True
         for number, minibatch in enumerate(self.minibatches(experience)):
             update = self.update(minibatch)
             metrics = metrics.merge(update if number == 0 else update.without("policy/ratio_max_deviation"))
@@ -197,37 +190,15 @@ class RLTrainer:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def rewind(self) -> bool:
-        """After a failure: back to where the iteration began, unless weights have moved since.
-
-        Returns:
-            Whether the trainer now stands between two iterations, so that its state is worth saving.
-        """
-        if self.weights_moved:
-            return False
-        self._go_to(self.start)
-        return True
-
     def cursor(self) -> dict[str, Any]:
-        """Where the run stands, but for the weights: the next iteration, response number and prompt."""
-        return {"iteration": self.iteration, "num_responses": self.num_responses, "prompts": self.prompts.state_dict()}
+        return super().cursor() | {"num_responses": self.num_responses}
 
-    def _go_to(self, cursor: dict[str, Any]) -> None:
-        self.iteration, self.num_responses = cursor["iteration"], cursor["num_responses"]
-        self.prompts.load_state_dict(cursor["prompts"])
-        self.start = self.cursor()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on."""
-        return {
-            "cursor": self.cursor(),
-            "trained": {name: module.state_dict() for name, module in self.trained.items()},
-        }
+    def go_to(self, cursor: dict[str, Any]) -> None:
+        self.num_responses = cursor["num_responses"]
+        super().go_to(cursor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._go_to(state["cursor"])
-        for name, module in self.trained.items():
-            module.load_state_dict(state["trained"][name])
+        super().load_state_dict(state)
         self.engine.load_weights(self.trained["actor"])
 
 

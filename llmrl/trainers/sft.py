@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, ExampleSource, Policy, Progress, Trainable
 from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.resumable import Resumable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class SFTConfig:
             raise ValueError(f"sft.evaluate_every ({self.evaluate_every}) must be 0 or greater")
 
 
-class SFTTrainer:
+class SFTTrainer(Resumable):
     """Every response token counts the same: loss = -Σ log p / number of response tokens in the batch."""
 
     def __init__(
@@ -52,17 +52,12 @@ class SFTTrainer:
     ) -> None:
         self.config = config
         self.actor = actor
-        self.trained = trained
         self.examples = examples
         self.held_out = held_out
         self.collectives = collectives
         self.progress = progress
         self.device = next(trained["actor"].module.parameters()).device
-        self.iteration = 0
-        self.weights_moved = False
-        """In the middle of an iteration, after its optimizer step has begun."""
-        self.start = self.cursor()
-        """Where the current iteration began."""
+        super().__init__(trained, examples)
 
     def iterate(self) -> Metrics:
         """One optimizer step on the next examples."""
@@ -81,11 +76,8 @@ class SFTTrainer:
 
         parts = by_token_budget(batch.num_tokens, self.config.microbatch_tokens)
         self.progress.phase("update", len(parts))
-        self.weights_moved = True
         metrics = optimizer_step(self.trained, parts, losses, self.progress)
-        self.iteration += 1
-        self.weights_moved = False
-        self.start = self.cursor()
+        self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}
         return metrics.merge(Metrics(timing))
@@ -102,31 +94,3 @@ class SFTTrainer:
     def _mean_loss(self, sequences: Sequences, logprobs: Tensor) -> Mean:
         mask = sequences.response_mask
         return Mean(-masked_sum(logprobs, mask), mask.sum())
-
-    def rewind(self) -> bool:
-        """After a failure: back to where the iteration began, unless weights have moved since."""
-        if self.weights_moved:
-            return False
-        self._go_to(self.start)
-        return True
-
-    def cursor(self) -> dict[str, Any]:
-        """Where the run stands, but for the weights: the next iteration and example."""
-        return {"iteration": self.iteration, "examples": self.examples.state_dict()}
-
-    def _go_to(self, cursor: dict[str, Any]) -> None:
-        self.iteration = cursor["iteration"]
-        self.examples.load_state_dict(cursor["examples"])
-        self.start = self.cursor()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on."""
-        return {
-            "cursor": self.cursor(),
-            "trained": {name: module.state_dict() for name, module in self.trained.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._go_to(state["cursor"])
-        for name, module in self.trained.items():
-            module.load_state_dict(state["trained"][name])

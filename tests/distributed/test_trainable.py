@@ -131,7 +131,7 @@ def test_learning_rate_zero_changes_no_bit():
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
-WARM_UP = [0.0, 0.5]
+WARM_UP = [1 / 3, 2 / 3]
 SCHEDULES = {
     "constant": [*WARM_UP, 1, 1, 1, 1],
     "linear": [*WARM_UP, 1, 3 / 4, 2 / 4, 1 / 4],

@@ -11,6 +11,7 @@ class Trained:
     """`Trainable` of which the engine may read the module only."""
 
     learning_rate = 0.0
+    num_steps_done = 0
 
     def __init__(self, model):
         self.module = nn.Module()

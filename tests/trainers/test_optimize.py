@@ -112,6 +112,7 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
 
     class Recorder:
         learning_rate = 0.0
+        num_steps_done = 0
 
         def __init__(self, name: str) -> None:
             self.name = name

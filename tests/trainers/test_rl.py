@@ -238,16 +238,34 @@ def test_a_failure_before_the_update_can_be_gone_back_behind():
     assert distance(weights_of(trainer), weights_of(undisturbed)) == 0
 
 
-def test_a_failure_in_the_middle_of_the_update_cannot():
-    trainer = make_trainer()
-    losses = trainer.algorithm.losses
+def without_memory_after(steps, trainer):
+    """The second microbatch after so many optimizer steps fails."""
+    losses, parts = trainer.algorithm.losses, []
 
     def out_of_memory(batch, weights):
-        if trainer.trained["actor"].num_steps_done == 1:
-            raise MemoryError
+        if trainer.trained["actor"].num_steps_done == steps:
+            parts.append(batch)
+            if len(parts) == 2:
+                raise MemoryError
         return losses(batch, weights)
 
     trainer.algorithm.losses = out_of_memory
+
+
+def test_a_failure_before_the_first_optimizer_step_can_too():
+    trainer, undisturbed = (make_trainer(microbatch_tokens=8) for _ in range(2))
+    without_memory_after(0, trainer)
+    with pytest.raises(MemoryError):
+        trainer.iterate()
+    assert trainer.rewind()
+    trainer.iterate()
+    undisturbed.iterate()
+    assert distance(weights_of(trainer), weights_of(undisturbed)) == 0
+
+
+def test_a_failure_after_the_first_optimizer_step_cannot():
+    trainer = make_trainer(microbatch_tokens=8)
+    without_memory_after(1, trainer)
     with pytest.raises(MemoryError):
         trainer.iterate()
     assert not trainer.rewind()

@@ -70,6 +70,7 @@ class Keeper:
     """`Trainable` that keeps the gradient of a step instead of taking it."""
 
     learning_rate = 0.0
+    num_steps_done = 0
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -215,7 +216,7 @@ def test_the_evaluation_is_the_mean_over_held_out_tokens_and_changes_nothing():
     trainer = make_trainer(MAPPING, held_out=RAGGED, progress=counter)
     assert trainer.evaluate() == {"eval/loss": pytest.approx(plain_loss(tiny(), RAGGED).item(), rel=1e-5)}
     assert all(p.grad is None for p in trainer.trained["actor"].module.parameters())
-    assert trainer.cursor() == {"iteration": 0, "examples": {"position": 0}}
+    assert trainer.cursor() == {"iteration": 0, "source": {"position": 0}}
     assert (counter.phases, counter.done) == ([("evaluation", 1)], 1)
 
 
@@ -285,13 +286,13 @@ def test_a_run_that_failed_on_its_data_goes_on_as_if_it_had_not(tmp_path: Path, 
 
 
 def test_there_is_no_way_back_once_the_update_has_begun(monkeypatch: pytest.MonkeyPatch):
-    trainer = make_trainer(RAGGED)
+    trainer = make_trainer(RAGGED, trainable=adamw)
     assert trainer.rewind()
 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(trainer.trained["actor"], "optimizer_step", fail)
+    monkeypatch.setattr(trainer.trained["actor"].optimizer, "step", fail)  # type: ignore[attr-defined]
     with pytest.raises(MemoryError):
         trainer.iterate()
     assert not trainer.rewind()

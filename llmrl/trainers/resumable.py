@@ -1,0 +1,64 @@
+"""What every trainer needs to be stopped, saved and continued."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmrl.roles import Source, Trainable
+
+
+class Resumable:
+    """A trainer's place in its run: how many iterations are done, and where its source of data stands.
+
+    Subclasses call `finish_iteration` at the end of each iteration, and extend `cursor` and `go_to` by what else the
+    next one depends on.
+    """
+
+    def __init__(self, trained: Mapping[str, Trainable], source: Source) -> None:
+        self.trained = trained
+        self.source = source
+        self.iteration = 0
+        """Iterations done so far."""
+        self.finish_iteration(0)
+
+    def finish_iteration(self, number: int) -> None:
+        """So many iterations are done: from here the next one starts."""
+        self.iteration = number
+        self.start = self.cursor()
+        self.steps_at_start = self._optimizer_steps()
+
+    def rewind(self) -> bool:
+        """After a failure: back to where the iteration began, unless weights have moved since.
+
+        Returns:
+            Whether the trainer now stands between two iterations, so that its state is worth saving.
+        """
+        if self._optimizer_steps() != self.steps_at_start:
+            return False
+        for trainable in self.trained.values():
+            trainable.module.zero_grad(set_to_none=True)
+        self.go_to(self.start)
+        return True
+
+    def cursor(self) -> dict[str, Any]:
+        """Where the run stands, but for the weights."""
+        return {"iteration": self.iteration, "source": self.source.state_dict()}
+
+    def go_to(self, cursor: dict[str, Any]) -> None:
+        """To a place that `cursor` told."""
+        self.source.load_state_dict(cursor["source"])
+        self.finish_iteration(cursor["iteration"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {
+            "cursor": self.cursor(),
+            "trained": {name: trainable.state_dict() for name, trainable in self.trained.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, trainable in self.trained.items():
+            trainable.load_state_dict(state["trained"][name])
+        self.go_to(state["cursor"])
+
+    def _optimizer_steps(self) -> dict[str, int]:
+        return {name: trainable.num_steps_done for name, trainable in self.trained.items()}
