@@ -1,7 +1,8 @@
 # The GPU image:
 #     docker build -t llmrl .
 #     docker run --gpus all -v "$PWD/runs:/llmrl/runs" llmrl grpo recipes/...
-# torch is the image's own, built for its CUDA; everything else has the version of constraints.txt, as in the Makefile.
+# torch is the image's own, built for its CUDA; whatever else pyproject.toml names has the version of constraints.txt, as
+# in the Makefile.
 FROM pytorch/pytorch:2.10.0-cuda13.0-cudnn9-runtime
 
 # The image is the environment: there is no other Python in it to protect.

@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ARITHMETIC := data/arithmetic/train.jsonl
 SFT_MODEL := runs/quickstart/sft/final
 
 .PHONY: quickstart test test-fast check bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
-quickstart: $(SFT_MODEL)
+quickstart: $(ARITHMETIC) $(SFT_MODEL)
 	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml --output runs/quickstart/before.json
 	$(BIN)/llmrl grpo recipes/quickstart_grpo.yaml run.resume=true
 	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml model.path=runs/quickstart/grpo/final \
@@ -16,8 +17,10 @@ quickstart: $(SFT_MODEL)
 	@echo "model runs/quickstart/grpo/final, metrics runs/quickstart/grpo/metrics.jsonl, samples runs/quickstart/grpo/samples.jsonl"
 	@echo "ask it:  $(BIN)/llmrl generate runs/quickstart/grpo/final 47+85="
 
-$(SFT_MODEL): | $(INSTALLED)
+$(ARITHMETIC): | $(INSTALLED)
 	$(BIN)/python data/arithmetic/generate.py
+
+$(SFT_MODEL): | $(INSTALLED) $(ARITHMETIC)
 	$(BIN)/llmrl sft recipes/quickstart_sft.yaml run.resume=true
 
 # Two workers with one thread each, so that they do not fight for the cores.

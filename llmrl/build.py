@@ -16,12 +16,12 @@ import torch
 from llmrl.algorithms.grpo import GRPO
 from llmrl.config import GRPORun, SFTRun
 from llmrl.data.prompts import PromptDataConfig, PromptSource, encode_prompts, load_prompt_rows
-from llmrl.data.rows import DataConfig, is_local
+from llmrl.data.rows import DataConfig, check_rows, column_names, is_local
 from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource, load_supervised_rows
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.trainable import LocalTrainable
-from llmrl.experience import Row
+from llmrl.experience import Prompts, Row
 from llmrl.functional.streams import Purpose
 from llmrl.models.heads import choose_head
 from llmrl.models.loading import (
@@ -34,6 +34,7 @@ from llmrl.models.loading import (
     load_model,
     load_tokenizer,
     num_token_ids,
+    shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.models.saving import save_policy
@@ -41,11 +42,12 @@ from llmrl.reports.progress import Silent
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
 from llmrl.rewards.functions import FunctionReward, decode_responses
-from llmrl.rewards.loading import Function, load_functions
+from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
 from llmrl.roles import Policy, Progress, RolloutEngine, Sampling
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.support import check_length, position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
@@ -94,9 +96,11 @@ def check_grpo(config: GRPORun, *, dry: bool, trains: bool = True) -> Checked:
     if config.evaluation_data is not None and (config.evaluation.every or not trains):
         evaluation_rows = _rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry)
     functions: tuple[Function, ...] = ()
-    for some_rows in (rows, evaluation_rows):
-        if some_rows is not None:
-            functions = load_functions(config.reward, some_rows[0])
+    for data, some_rows in ((config.data, rows), (config.evaluation_data, evaluation_rows)):
+        if data is not None and some_rows is not None:
+            functions = load_functions(config.reward, column_names(some_rows))
+            required = required_columns(config.reward, functions)
+            check_rows(data.path, some_rows, partial(row_problem, required=required))
     if rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
@@ -153,11 +157,12 @@ def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: in
 
 
 def reference_of(actor: Actor, *, microbatch_tokens: int) -> Policy:
-    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy in the compute dtype."""
+    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy."""
     if actor.adapted is not None:
         context = partial(as_loaded, actor.adapted)
         return TransformersPolicy(actor.module, microbatch_tokens=microbatch_tokens, context=context)
-    frozen = copy.deepcopy(actor.model).to(actor.dtype).requires_grad_(False)  # type: ignore[arg-type]
+    frozen = copy.deepcopy(actor.model).requires_grad_(False)
+    shrink_linear_layers(frozen, actor.dtype)
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
     return TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
 
@@ -174,11 +179,12 @@ def build_engine(
     common: dict[str, Any] = {
         "eos_ids": end_ids(tokenizer, model),
         "vocab_size": num_token_ids(tokenizer, model),
+        "dtype": dtype,
         "progress": progress,
     }
     if config.engine == "transformers":
         return TransformersEngine(model, **common)
-    return NativeEngine(model, dtype=dtype, max_rows=config.max_rows, **common)
+    return NativeEngine(model, max_rows=config.max_rows, **common)
 
 
 def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
@@ -233,6 +239,8 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
     )
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     _tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
+    if position_limit(actor.model) is not None:
+        _check_room(actor.model, _one_epoch(prompts), config.rollout)
     engine = build_engine(config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress)
     reference = None
     if config.algorithm.kl_coef > 0:
@@ -247,7 +255,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
             max_response_tokens=config.rollout.max_response_tokens,
         ),
         engine=engine,
-        reward=_reward(config, checked.functions, actor.tokenizer, config.data),
+        reward=_reward(config, checked.functions, actor.tokenizer, config.data, checked.rows),
         prompts=prompts,
         trained={"actor": LocalTrainable(actor.module, config.optimizer, num_steps=num_steps)},
         update=config.update,
@@ -266,6 +274,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
     evaluator = None
     if config.evaluation.every:
         evaluator = _evaluator(config, checked, actor.tokenizer, engine, progress)
+        _check_room(actor.model, evaluator.prompts, config.rollout)
     return Run(
         config.run,
         settings=to_dict(config),
@@ -282,7 +291,22 @@ def build_evaluator(config: GRPORun, checked: Checked, *, progress: Progress) ->
     """An evaluation of the model that a recipe of GRPO names, without anything that trains."""
     tokenizer, model = load_for_sampling(config.model)
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
-    return _evaluator(config, checked, tokenizer, engine, progress)
+    evaluator = _evaluator(config, checked, tokenizer, engine, progress)
+    _check_room(model, evaluator.prompts, config.rollout)
+    return evaluator
+
+
+def _one_epoch(source: PromptSource) -> Prompts:
+    """Every prompt of the source, which then stands where it stood."""
+    place = source.state_dict()
+    prompts = source.next(source.num_rows)
+    source.load_state_dict(place)
+    return prompts
+
+
+def _check_room(model: "PreTrainedModel", prompts: Prompts, config: RolloutConfig) -> None:
+    """Refuses before the first rollout what the engine would refuse when the longest prompt comes up."""
+    check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens)
 
 
 def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
@@ -302,7 +326,7 @@ def _evaluator(
     return Evaluator(
         config.evaluation,
         engine=engine,
-        reward=_reward(config, checked.functions, tokenizer, config.evaluation_data),
+        reward=_reward(config, checked.functions, tokenizer, config.evaluation_data, checked.evaluation_rows),
         prompts=prompts,
         criterion=config.reward.labels[0],
         max_response_tokens=config.rollout.max_response_tokens,
@@ -312,9 +336,19 @@ def _evaluator(
 
 
 def _reward(
-    config: GRPORun, functions: Sequence[Function], tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig
+    config: GRPORun,
+    functions: Sequence[Function],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: PromptDataConfig,
+    rows: Sequence[Row],
 ) -> FunctionReward:
-    return FunctionReward(config.reward, functions=functions, tokenizer=tokenizer, prompt_column=data.prompt_column)
+    return FunctionReward(
+        config.reward,
+        functions=functions,
+        tokenizer=tokenizer,
+        prompt_column=data.prompt_column,
+        columns=column_names(rows),
+    )
 
 
 def _tell_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:

@@ -107,10 +107,12 @@ def generate(
     num_responses: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
     max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random stream.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random stream.")] = 0,
 ) -> None:
     """Responds to prompts."""
     with bad_input_ends_with_status_2():
+        from transformers.utils.logging import disable_progress_bar
+
         from llmrl.build import respond
         from llmrl.models.loading import ModelConfig, check_model
 
@@ -119,6 +121,7 @@ def generate(
         config = ModelConfig(path=model)
         check_model(config)
     with failures_in_one_line():
+        disable_progress_bar()
         responses = respond(
             config,
             prompts,
@@ -185,13 +188,15 @@ def failures_in_one_line() -> Iterator[None]:
     from llmrl.data.rows import DataError
     from llmrl.models.loading import ModelError
     from llmrl.rewards.functions import RewardError
+    from llmrl.roles import StateMismatch
+    from llmrl.rollout.support import RolloutError
     from llmrl.trainers.checkpoint import CheckpointError
     from llmrl.trainers.rl import FlatGroupsError
     from llmrl.trainers.run import RunError, Stopped
 
     try:
         yield
-    except (DataError, ModelError, RunError, CheckpointError) as error:
+    except (DataError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
         _fail(error, 2)
     except (RewardError, FlatGroupsError, FloatingPointError) as error:
         _fail(error, 1)

@@ -41,6 +41,7 @@ class SFTRun:
                 f"sft.evaluate_every ({self.sft.evaluate_every}) needs evaluation_data; "
                 "name held-out examples, or set it to 0"
             )
+        _check_best(self.run, evaluates=self.sft.evaluate_every > 0, way_out="sft.evaluate_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +76,12 @@ class GRPORun:
         if size % group:
             raise ValueError(
                 f"update.minibatch_size ({size}) must be a multiple of algorithm.group_size ({group}): groups are not "
-                f"torn apart; try {max(size // group, 1) * group}"
+                f"torn apart; try {self._fitting_sizes()}"
             )
         if self.num_responses % size:
             raise ValueError(
                 f"update.minibatch_size ({size}) must divide the {self.num_responses} responses of a rollout "
-                f"({self.rollout.prompts_per_iteration} prompts x {group}); try {_divisors(self.num_responses, group)}"
+                f"({self.rollout.prompts_per_iteration} prompts x {group}); try {self._fitting_sizes()}"
             )
         most = max(group, self.evaluation.num_responses)
         if self.rollout.engine == "native" and self.rollout.max_rows < most:
@@ -98,6 +99,14 @@ class GRPORun:
                 f"evaluation.every ({self.evaluation.every}) needs evaluation_data; "
                 "name held-out prompts, or set it to 0"
             )
+        _check_best(self.run, evaluates=self.evaluation.every > 0, way_out="evaluation.every")
+
+    def _fitting_sizes(self) -> str:
+        """The sizes of a minibatch that both rules allow, those next to what was asked for."""
+        group, total = self.algorithm.group_size, self.num_responses
+        fitting = [size for size in range(group, total + 1, group) if total % size == 0]
+        nearest = sorted(fitting, key=lambda size: abs(size - self.update.minibatch_size))[:2]
+        return " or ".join(str(size) for size in sorted(nearest))
 
     @property
     def num_responses(self) -> int:
@@ -109,6 +118,8 @@ class GRPORun:
         return self.update.num_epochs * self.num_responses // self.update.minibatch_size
 
 
-def _divisors(number: int, multiple_of: int) -> str:
-    fitting = [n for n in range(multiple_of, number + 1, multiple_of) if number % n == 0]
-    return " or ".join(str(n) for n in fitting[-3:])
+def _check_best(run: RunConfig, *, evaluates: bool, way_out: str) -> None:
+    if run.best_metric is not None and run.best_metric.startswith("eval/") and not evaluates:
+        raise ValueError(
+            f"run.best_metric ({run.best_metric}) is never measured: set {way_out}, or name another metric"
+        )

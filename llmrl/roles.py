@@ -65,6 +65,10 @@ class Policy(Protocol):
         ...
 
 
+class StateMismatch(ValueError):
+    """A saved state that belongs to other weights than those it was to be loaded into."""
+
+
 @runtime_checkable
 class Trainable(Protocol):
     """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
@@ -88,7 +92,9 @@ class Trainable(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises StateMismatch, and changes nothing, where the state is of other weights."""
+        ...
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import ast
 import difflib
 import inspect
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,7 @@ def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
     except OmegaConfBaseException as error:
         raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
     _raise_any(path, [problem for place in _sections(cls, settings) for problem in _unknown_names(*place)])
+    _raise_any(path, [f"{_dotted(*place)}: nan is no value of a setting" for place in _nans(settings)])
     for _, section, given in _sections(cls, settings):
         _fill(section, given)
     try:
@@ -222,6 +224,16 @@ def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterato
             nearest = difflib.get_close_matches(str(name), known, n=1)
             way_out = f"did you mean {_dotted(*path, nearest[0])}?" if nearest else f"known here: {', '.join(known)}"
             yield f"{_dotted(*path, name)} is not a setting; {way_out}"
+
+
+def _nans(value: Any, path: Place = ()) -> Iterator[Place]:
+    """The paths of all that is not a number: every comparison with it is false, so no check would notice."""
+    match value:
+        case float() if math.isnan(value):
+            yield path
+        case dict() | list():
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from _nans(item, (*path, key))
 
 
 def _fill(section: type, given: dict[Any, Any]) -> None:

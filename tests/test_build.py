@@ -1,10 +1,12 @@
 """What building wires together, beyond what the whole runs of test_cli.py show."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from llmrl import build
 from llmrl.config import GRPORun
@@ -16,6 +18,7 @@ from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.support import RolloutError
 from llmrl.trainers.evaluate import EvaluationConfig
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.run import RunConfig
@@ -91,6 +94,64 @@ def test_the_engine_is_the_one_named(config, name, engine):
     assert type(build_run(dataclasses.replace(config, rollout=rollout))[0].trainer.engine) is engine
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_any_end_of_tokenizer_and_generation_config_ends_a_response(engine):
+    tokenizer, model = build.load_for_sampling(TINY)
+    model.generation_config.eos_token_id = [4, 9]
+    built = build.build_engine(RolloutConfig(engine=engine), model, tokenizer, dtype=model.dtype, progress=Silent())
+    assert set(built.eos_ids) == {4, 9, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_resumed_run_samples_from_the_weights_that_it_loaded(config, engine):
+    """In bfloat16 the engine holds a copy of them."""
+    settings = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype="bfloat16"),
+        rollout=dataclasses.replace(config.rollout, engine=engine),
+    )
+    first, resumed = (build_run(settings)[0].trainer for _ in range(2))
+    Path(config.run.output_dir).mkdir()
+    first.iterate()
+    resumed.load_state_dict(first.state_dict())
+    assert next(resumed.engine.weights.fresh().parameters()).dtype == torch.bfloat16
+    for ours, theirs in zip(*(t.engine.weights.fresh().parameters() for t in (resumed, first)), strict=True):
+        assert torch.equal(ours, theirs)
+    resumed.iterate()
+
+
+@pytest.fixture
+def positions(tmp_path):
+    """The settings of a model with so many absolute positions."""
+
+    def make(number):
+        folder = tmp_path / f"{number}_positions"
+        shutil.copytree(TINY.path, folder)
+        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 32}
+        GPT2Config(n_positions=number, bos_token_id=0, eos_token_id=0, **sizes).save_pretrained(folder)
+        return ModelConfig(path=str(folder), from_scratch=True)
+
+    return make
+
+
+def test_prompts_that_leave_no_room_are_refused_before_the_first_rollout(config, positions, tmp_path):
+    """Of 4 tokens, and held-out ones of 6; the responses may have 13."""
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_response_tokens=13))
+    (tmp_path / "test.csv").write_text("prompt,answer\n1+1=,2\n10+10=,20\n")
+    held_out = PromptDataConfig(path=str(tmp_path / "test.csv"))
+    with pytest.raises(RolloutError, match=r"with a prompt of 4 tokens exceeds the 16 positions"):
+        build_run(dataclasses.replace(config, model=positions(16)))
+    run, _ = build_run(dataclasses.replace(config, model=positions(17)))
+    assert run.trainer.prompts.state_dict()["position"] == 0
+    measured = dataclasses.replace(
+        config, model=positions(18), evaluation_data=held_out, evaluation=EvaluationConfig(every=1)
+    )
+    with pytest.raises(RolloutError, match=r"with a prompt of 6 tokens exceeds the 18 positions"):
+        build_run(measured)
+    with pytest.raises(RolloutError, match=r"with a prompt of 6 tokens exceeds the 18 positions"):
+        build.build_evaluator(measured, build.check_grpo(measured, dry=False), progress=Silent())
+
+
 def test_the_seed_decides_random_weights():
     def weights(seed):
         actor = build.load_actor(TINY, temperature=1.0, microbatch_tokens=64, seed=seed)
@@ -106,6 +167,35 @@ def test_held_out_prompts_are_read_only_where_they_are_used(config):
     assert build.check_grpo(idle, dry=False).evaluation_rows is None
     with pytest.raises(ValueError, match=r"gone\.jsonl"):
         build.check_grpo(dataclasses.replace(idle, evaluation=EvaluationConfig(every=1)), dry=False)
+
+
+def test_rows_that_a_reward_cannot_score_are_listed_before_anything_loads(config, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}\n{"prompt": "2", "answer": "2"}\n{"prompt": "3"}\n')
+    ragged = dataclasses.replace(config.data, path=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl: 2 bad rows") as error:
+        build.check_grpo(dataclasses.replace(config, data=ragged), dry=False)
+    rule = config.reward.functions[0].name
+    assert str(error.value).split("\n")[1:] == [
+        f"  line 1: no column 'answer', which {rule} reads",
+        f"  line 3: no column 'answer', which {rule} reads",
+    ]
+
+
+def test_a_column_of_a_later_row_reaches_the_reward(config, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}\n{"prompt": "2", "level": 3}\n')
+    (tmp_path / "rule.py").write_text(
+        "def hard(responses, level=()):\n    assert set(level) <= {None, 3} and len(level) == len(responses)\n"
+        "    return [0.0 if x is None else 1.0 for x in level]\n"
+    )
+    run, _ = build_run(
+        dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, path=str(tmp_path / "rows.jsonl")),
+            reward=RewardConfig(functions=(RewardFunctionConfig(name=f"{tmp_path}/rule.py:hard"),)),
+        )
+    )
+    run.prepare()
+    assert run.trainer.iterate().values()["score/mean"] == 0.5
 
 
 def test_responses_to_texts_come_in_groups_and_greedy_ones_agree():

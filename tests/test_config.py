@@ -66,16 +66,16 @@ def test_an_evaluated_sft_run_needs_held_out_examples():
     [
         (
             {"update": UpdateConfig(minibatch_size=12)},
-            r"update\.minibatch_size \(12\) must be a multiple of algorithm\.group_size \(8\): .*; try 8$",
+            r"update\.minibatch_size \(12\) must be a multiple of algorithm\.group_size \(8\): .*; try 8 or 16$",
         ),
         (
             {"update": UpdateConfig(minibatch_size=4)},
-            r"update\.minibatch_size \(4\) must be a multiple of algorithm\.group_size \(8\): .*; try 8$",
+            r"update\.minibatch_size \(4\) must be a multiple of algorithm\.group_size \(8\): .*; try 8 or 16$",
         ),
         (
             {"update": UpdateConfig(minibatch_size=48)},
             r"update\.minibatch_size \(48\) must divide the 128 responses of a rollout \(16 prompts x 8\); "
-            r"try 32 or 64 or 128$",
+            r"try 32 or 64$",
         ),
         (
             {"update": UpdateConfig(minibatch_size=256)},
@@ -101,6 +101,10 @@ def test_an_evaluated_sft_run_needs_held_out_examples():
             {"evaluation": EvaluationConfig(every=10)},
             r"evaluation\.every \(10\) needs evaluation_data; name held-out prompts, or set it to 0$",
         ),
+        (
+            {"run": RunConfig(output_dir="o", num_iterations=1, best_metric="eval/accuracy")},
+            r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation\.every, or name another metric$",
+        ),
     ],
 )
 def test_sections_of_grpo_that_do_not_fit_are_refused(sections: dict[str, Any], message: str):
@@ -123,9 +127,19 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
     grpo(**sections)
 
 
-def test_what_a_message_proposes_is_taken():
-    for size in (32, 64, 128):
-        assert grpo(update=UpdateConfig(minibatch_size=size)).update.minibatch_size == size
+@pytest.mark.parametrize(("group_size", "prompts", "size"), [(8, 16, 48), (6, 16, 128), (6, 16, 5), (5, 7, 999)])
+def test_what_a_message_proposes_is_taken(group_size: int, prompts: int, size: int):
+    def make(size: int) -> GRPORun:
+        return grpo(
+            algorithm=GRPOConfig(group_size=group_size),
+            rollout=RolloutConfig(prompts_per_iteration=prompts),
+            update=UpdateConfig(minibatch_size=size),
+        )
+
+    with pytest.raises(ValueError, match=r"try \d+") as refused:
+        make(size)
+    for proposed in str(refused.value).rpartition("try ")[2].split(" or "):
+        assert make(int(proposed)).update.minibatch_size == int(proposed)
 
 
 def test_optimizer_steps_of_an_iteration():

@@ -1,14 +1,18 @@
 """The rules of CONTRIBUTING.md that a program can check."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 from functools import cache
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import llmrl
 
@@ -130,10 +134,42 @@ def test_the_version_is_said_once():
 
 def test_every_dependency_has_one_version_that_its_range_allows():
     extras = PROJECT["optional-dependencies"]
-    required = [*PROJECT["dependencies"], *extras["dev"], *extras["math"], *extras["tensorboard"]]
-    requirements = [Requirement(text) for text in required]
+    requirements = [Requirement(text) for text in (*PROJECT["dependencies"], *chain(*extras.values()))]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     for requirement in requirements:
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
+    """The distributions whose modules our files import by name."""
+    modules: set[str] = set()
+    for path in tracked_files():
+        if path.suffix != ".py" or not path.is_relative_to(under):
+            continue
+        if but_not_under and path.is_relative_to(but_not_under):
+            continue
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(str(node.module).split(".")[0])
+    installed = packages_distributions()
+    foreign = modules - sys.stdlib_module_names - {PROJECT["name"], "tests"}
+    return {canonicalize_name(installed.get(name, [name])[0]) for name in foreign}
+
+
+@pytest.mark.parametrize(
+    ("place", "extras"),
+    [
+        ({"under": "llmrl"}, ["math", "tensorboard", "wandb", "trackio"]),
+        ({"under": "", "but_not_under": "llmrl"}, ["math", "tensorboard", "wandb", "trackio", "dev"]),
+    ],
+    ids=["package", "everything else"],
+)
+def test_whatever_is_imported_is_declared(place: dict[str, str], extras: list[str]):
+    optional = chain(*(PROJECT["optional-dependencies"][extra] for extra in extras))
+    declared = {canonicalize_name(Requirement(text).name) for text in (*PROJECT["dependencies"], *optional)}
+    assert "torch" in imported(**place)
+    assert imported(**place) - declared == set()

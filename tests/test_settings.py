@@ -216,6 +216,13 @@ def test_an_override_never_reaches_through_an_interpolation(write: Write, overri
     assert "or write this one out in the recipe" in problem(path, override)
 
 
+@pytest.mark.parametrize("override", ["optimizer.lr=.nan", "rules.1.weight=.nan", "optimizer={lr: .nan}"])
+def test_nan_is_refused_because_no_check_would_notice_it(write: Write, override: str):
+    path = write(RECIPE)
+    place = "rules.1.weight" if "rules" in override else "optimizer.lr"
+    assert problem(path, override) == f"{path}:\n  {place}: nan is no value of a setting"
+
+
 # --- names and types --------------------------------------------------------------------------------------------------
 
 

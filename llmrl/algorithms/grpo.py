@@ -117,13 +117,7 @@ class GRPO:
         ref_logprobs = torch.zeros_like(old_logprobs)
         if self.reference is not None:
             ref_logprobs, _ = self.reference.logprobs(rollout.sequences)
-        shaped = scores.total
-        if self.config.overlong_buffer_tokens:
-            shaped = shaped + overlong_penalty(
-                rollout.sequences.response_lengths,
-                limit=self.max_response_tokens,
-                buffer=self.config.overlong_buffer_tokens,
-            )
+        shaped = scores.total + self._penalty(rollout)
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
@@ -159,6 +153,13 @@ class GRPO:
         """GRPO makes every update that it planned."""
         return False
 
+    def _penalty(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        """What responses lose for their length; 0 where the settings ask for no penalty."""
+        lengths, buffer = rollout.sequences.response_lengths, self.config.overlong_buffer_tokens
+        if not buffer:
+            return torch.zeros(lengths.shape, device=lengths.device)
+        return overlong_penalty(lengths, limit=self.max_response_tokens, buffer=buffer)
+
     def _advantages(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
         if self.config.baseline == "leave_one_out":
             return leave_one_out(scores, rollout.group_ids)
@@ -183,6 +184,9 @@ class GRPO:
             "policy/entropy": Mean(masked_sum(entropy, mask), num_tokens),
             "policy/rollout_gap": Mean(masked_sum(gap, mask), num_tokens),
         }
+        if self.config.overlong_buffer_tokens:
+            penalty = self._penalty(rollout)
+            statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
         if self.reference is not None:
             kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, estimator="k1")
             statistics["kl/mean"] = Mean(masked_sum(kl, mask), num_tokens)

@@ -10,8 +10,6 @@ from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows,
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import Prompts, Row
 
-REWARD_ARGUMENTS = ("prompts", "responses")
-
 EncodedPrompt = tuple[Row, list[int]]
 
 
@@ -67,9 +65,6 @@ def _row_problem(row: Row, column: str) -> str | None:
         return missing_column(row, column)
     if problem := prompt_problem(row[column]):
         return f"{column!r} {problem}"
-    for name in REWARD_ARGUMENTS:
-        if name in row:
-            return f"the column {name!r} has the name of an argument of reward functions; rename it"
     return None
 
 

@@ -3,7 +3,8 @@
 import csv
 import gzip
 import json
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from io import StringIO
@@ -14,6 +15,8 @@ from llmrl.experience import Row
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 MAX_LISTED = 20
+HUB_TIMEOUT_S = 5.0
+"""For the hub to say whether it has a data set."""
 
 Value = TypeVar("Value")
 
@@ -57,9 +60,14 @@ class DataConfig:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means a file of this machine; anything else is the name of a data set on the hub."""
-    explicit = path.startswith(("/", "./", "../", "~")) or path.endswith(SUFFIXES)
-    return explicit or Path(path).exists()
+    """Whether a path means a file of this machine; anything else is the name of a data set on the hub.
+
+    Such a name has at most one slash, and what stands before that is no folder here.
+    """
+    owner, slash, _ = path.partition("/")
+    in_a_folder_here = slash != "" and Path(owner).is_dir()
+    explicit = path.startswith(("/", "./", "../", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
+    return explicit or in_a_folder_here or Path(path).exists()
 
 
 def load_rows(path: str, *, subset: str | None, split: str, made_by: str | None = None) -> list[Row]:
@@ -85,6 +93,11 @@ def load_config_rows(config: DataConfig) -> list[Row]:
     return rows[: config.num_rows]
 
 
+def column_names(rows: Iterable[Row]) -> list[str]:
+    """Every column that some row has, in the order in which they turn up."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def check_rows(path: str, rows: Sequence[Value], problem: Callable[[Value], str | None]) -> None:
     """Raises one `DataError` that lists the rows of which `problem` gives a reason, unless there are none."""
     reasons = [(number, problem(row)) for number, row in enumerate(rows, start=1)]
@@ -96,11 +109,12 @@ def refuse_bad_rows(path: str, bad: Sequence[tuple[int, str]]) -> None:
 
     Args:
         path: Where the rows came from.
-        bad: ``(number, reason)`` of each bad row. Numbers start at 1, so that in a JSONL file they are line numbers.
+        bad: ``(number, reason)`` of each bad row, numbers starting at 1.
     """
     if not bad:
         return
-    listed = [f"  row {number}: {reason}" for number, reason in bad[:MAX_LISTED]]
+    places = _places(path, [number for number, _ in bad[:MAX_LISTED]])
+    listed = [f"  {place}: {reason}" for place, (_, reason) in zip(places, bad, strict=False)]
     if len(bad) > MAX_LISTED:
         listed.append(f"  and {len(bad) - MAX_LISTED} more")
     raise DataError("\n".join([f"{path}: {len(bad)} bad rows", *listed]))
@@ -110,6 +124,15 @@ def missing_column(row: Row, column: str) -> str:
     """Says that a column is missing, and which one may be meant."""
     nearest = get_close_matches(column, row, n=1, cutoff=0.0)
     return f"no column {column!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def _places(path: str, numbers: Sequence[int]) -> list[str]:
+    """Where a person finds rows: the lines where they begin in a file of lines, else their numbers."""
+    if path.endswith(".csv"):
+        lines = [line for line, _ in _csv_records(Path(path).expanduser())]  # the header's is number 0
+        return [f"line {lines[number]}" for number in numbers]
+    word = "line" if path.endswith((".jsonl", ".jsonl.gz")) else "row"
+    return [f"{word} {number}" for number in numbers]
 
 
 def _load_file(path: Path, made_by: str | None) -> list[Row]:
@@ -130,24 +153,55 @@ def _load_file(path: Path, made_by: str | None) -> list[Row]:
 
 def _load_hub(name: str, subset: str | None, split: str) -> list[Row]:
     from datasets import Dataset, load_dataset  # takes a second to import, and files do without it
+    from datasets.exceptions import DatasetsError
 
-    dataset = load_dataset(name, subset, split=split)
+    try:
+        _ask_hub(name)
+        dataset = load_dataset(name, subset, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{name} is neither a file here nor a data set on the hub that can be reached, with subset ({subset}) "
+            f"and split ({split}): {reason}"
+        ) from error
     assert isinstance(dataset, Dataset), "one split was asked for"
     return dataset.to_list()
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import parquet
+def _ask_hub(name: str) -> None:
+    """Raises OSError where the hub does not have a data set or cannot be reached, and the local cache has none either.
 
-    return parquet.read_table(path).to_pylist()
+    `load_dataset` asks a hub that does not answer again and again, for half a minute.
+    """
+    from datasets.load import CachedDatasetModuleFactory
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # errors of the network come in the classes of whichever client the hub's library uses
+        try:
+            CachedDatasetModuleFactory(name).get_module()
+        except FileNotFoundError:
+            raise OSError(str(error)) from error
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet; it may be cut off: {error}") from error
 
 
 def _read_text(path: Path) -> str:
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:  # what gzip says of a file that is none, is cut off or is damaged
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _parse_jsonl(path: Path) -> list[Row]:
@@ -182,13 +236,23 @@ def _object_problem(value: Any) -> str | None:
 
 
 def _parse_csv(path: Path) -> list[Row]:
-    try:
-        lines = [values for values in csv.reader(StringIO(_read_text(path), newline=""), strict=True) if values]
-    except csv.Error as error:
-        raise DataError(f"{path} is not valid CSV: {error}") from error
-    header, records = lines[:1], lines[1:]
+    records = [values for _, values in _csv_records(path)]
+    header, records = records[:1], records[1:]
     check_rows(str(path), records, lambda record: _record_problem(record, *header))
     return [dict(zip(*header, record, strict=True)) for record in records]
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """``(line, values)`` of each record and the header before them: the line where it begins."""
+    reader = csv.reader(StringIO(_read_text(path), newline=""), strict=True)
+    line = 1
+    try:
+        for values in reader:
+            if values:
+                yield line, values
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path} is not valid CSV: line {line}: {error}") from error
 
 
 def _record_problem(record: list[str], header: list[str]) -> str | None:

@@ -1,12 +1,15 @@
 """A module with its optimizer and learning-rate schedule, in one process."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from llmrl.roles import StateMismatch
 
 MAX_SKIPPED_STEPS = 5
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -122,7 +125,12 @@ class LocalTrainable:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state of the same parameters; the learning rate continues on the schedule configured now."""
+        """Takes over a state of the same parameters; the learning rate continues on the schedule configured now.
+
+        Raises:
+            StateMismatch: Names or shapes differ. Nothing has changed then.
+        """
+        _check_same(state["parameters"], self.parameters)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(state["parameters"][name])
@@ -132,6 +140,17 @@ class LocalTrainable:
             self.optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in moments.items()}
         self.num_steps_done = state["num_steps_done"]
         self.num_skipped = state["num_skipped"]
+
+
+def _check_same(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(p.shape) for name, p in parameters.items()} for parameters in (saved, ours)]
+    differing = sorted(name for name in saved.keys() | ours.keys() if len({of.get(name) for of in shapes}) == 2)
+    if differing:
+        was, now = (of.get(differing[0], "not trained") for of in shapes)
+        raise StateMismatch(
+            f"the saved state is of other weights: {len(differing)} differ, such as {differing[0]}, which was {was} "
+            f"and is {now}; resume with the model and the model.lora that the run began with, or start a new run"
+        )
 
 
 def _parameter_groups(parameters, weight_decay: float) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ def standardize(
     Returns:
         In the dtype of `x`; 0 outside the mask, and exactly 0 where all values are equal or there is only one.
     """
+    check_shapes(x=(x, "*s"), mask=(mask, "*s"))
     count, total, square = masked_moments(x, mask) if moments is None else moments
     mean = total / count
     variance = (square / count - mean.square()).clamp(min=0.0)

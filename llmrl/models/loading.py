@@ -1,7 +1,7 @@
 """Transformers models and tokenizers from a folder or a hub name: checked first, then loaded."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+CODE_FILES = ("config.json", "tokenizer_config.json")
+"""What may name Python code that comes with a model."""
+HUB_TIMEOUT_S = 5.0
+"""For the hub to say whether it has a model that is not in the local cache."""
 
 
 class ModelError(ValueError):
@@ -62,8 +66,13 @@ class ModelConfig:
 
 
 def is_local_model(path: str) -> bool:
-    """Whether a path means a folder; a hub name has at most one slash, and no dot, slash or tilde in front."""
-    return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+    """Whether a path means a folder.
+
+    A hub name has no dot, slash or tilde in front and at most one slash, and what stands before that is no folder here.
+    """
+    owner, slash, _ = path.partition("/")
+    in_a_folder_here = slash and Path(owner).is_dir()
+    return bool(Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_a_folder_here)
 
 
 def check_model(config: ModelConfig) -> str | None:
@@ -90,7 +99,7 @@ def check_model(config: ModelConfig) -> str | None:
             f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
             "save them as safetensors, or set model.from_scratch=true to start from random ones"
         )
-    _check_remote_code(json.loads((folder / "config.json").read_text()), config)
+    _check_remote_code([folder / name for name in CODE_FILES], config)
     return None
 
 
@@ -110,6 +119,7 @@ def _check_adapter(config: ModelConfig) -> str | None:
         raise ModelError(
             f"model.path ({config.path}) holds no adapter_model.safetensors; save the adapter as safetensors"
         )
+    _check_remote_code([Path(config.path).expanduser() / name for name in CODE_FILES], config)
     base = _base_of_adapter(config)
     try:
         return check_model(base)
@@ -132,15 +142,16 @@ def _resolved(path: str) -> str:
 def _check_cached(config: ModelConfig) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(config.path, "config.json")
-    if not isinstance(cached, str):
+    cached = [try_to_load_from_cache(config.path, name) for name in CODE_FILES]
+    if not isinstance(cached[0], str):
         return f"model.path ({config.path}) is a hub name that is not in the local cache"
-    _check_remote_code(json.loads(Path(cached).read_text()), config)
+    _check_remote_code([Path(file) for file in cached if isinstance(file, str)], config)
     return None
 
 
-def _check_remote_code(model_config: dict, config: ModelConfig) -> None:
-    if "auto_map" in model_config and not config.trust_remote_code:
+def _check_remote_code(files: Sequence[Path], config: ModelConfig) -> None:
+    brings_code = any("auto_map" in json.loads(file.read_text()) for file in files if file.is_file())
+    if brings_code and not config.trust_remote_code:
         raise ModelError(
             f"model.path ({config.path}) brings its own Python code, which would run here; "
             "read it, then set model.trust_remote_code=true, or choose another model"
@@ -151,32 +162,67 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of the model folder, with its chat template."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_resolved(config.path), trust_remote_code=config.trust_remote_code)
+    with _reading(config):
+        return AutoTokenizer.from_pretrained(_resolved(config.path), trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """The causal language model, its weights in `dtype`, its dropout off; adapters are for `load_adapted`."""
+    with _reading(config):
+        model = _read_model(config, dtype)
+    turn_dropout_off(model)
+    return model
+
+
+def _read_model(config: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = _resolved(config.path)
     if config.from_scratch:
         shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    else:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )  # type: ignore[misc]
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"model.path ({config.path}) lacks {len(missing)} weights of a {type(model).__name__}, such as "
-                f"{missing[0]}, which would be random; choose a causal language model that is complete"
-            )
-    turn_dropout_off(model)
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+    )  # type: ignore[misc]
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model.path ({config.path}) lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{missing[0]}, which would be random; choose a causal language model that is complete"
+        )
     return model
+
+
+@contextmanager
+def _reading(config: ModelConfig) -> Iterator[None]:
+    """Around whatever reads the folder or asks the hub for it: that it is not there is an error of the input.
+
+    Transformers asks a hub that does not answer again and again, for most of a minute; so it is asked once before.
+    """
+    local = is_local_model(config.path)
+    what = "cannot be loaded" if local else "is neither a folder here nor a model on the hub that can be reached"
+    try:
+        if not local:
+            _ask_hub(config.path)
+        yield
+    except OSError as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise ModelError(f"model.path ({config.path}) {what}: {reason}") from error
+
+
+def _ask_hub(name: str) -> None:
+    """Raises OSError where a model is not in the local cache, and the hub does not have it or cannot be reached."""
+    from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().get_hf_file_metadata(url=hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # errors of the network come in the classes of whichever client the hub's library uses
+        raise OSError(str(error)) from error
 
 
 def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | None]":
@@ -189,8 +235,9 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
 
     if is_adapter(config.path):
         model = load_model(_base_of_adapter(config))
-        adapted = PeftModel.from_pretrained(model, _resolved(config.path), is_trainable=True)
-        adapted.load_adapter(_resolved(config.path), adapter_name="reference", is_trainable=False)
+        path, device = _resolved(config.path), str(model.device)  # peft would read by way of any accelerator it finds
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
+        adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
     elif config.lora is not None:
         model = load_model(config)
         targets = list(config.lora.targets) or "all-linear"
@@ -243,6 +290,16 @@ def turn_dropout_off(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def shrink_linear_layers(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Keeps the linear layers in the dtype to which autocast would cast them in every forward: the same numbers in less
+    memory. All else stays in float32, as it does under autocast, and so does the LM head, perhaps the embedding."""
+    from transformers.pytorch_utils import Conv1D
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+            module.to(dtype)
 
 
 def num_token_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> int:

@@ -4,18 +4,21 @@ A function is called with keyword arguments, limited to those that its signature
 
     prompts     list, each row's prompt as the user wrote it: text or chat messages
     responses   list[str], decoded, without special tokens
-    <column>    list, for every data column by its name; columns named as the two above are hidden by them
+    <column>    list, for every data column by its name, None for a row that lacks it; no column may be named as the
+                two above, and every row must have the columns whose parameters have no default
 
 All lists have one entry for each response, in the same order. It returns one number for each response, or None where
-a response cannot be scored. ``async def`` functions wait for each other's answers together.
+a response cannot be scored. What can be awaited, as the result of an ``async def`` function, is awaited together.
 """
 
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import traceback
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,13 +28,44 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.experience import Rollout, Row, Scores, Sequences
 from llmrl.rewards.config import RewardConfig
-from llmrl.rewards.loading import Function, select_columns
+from llmrl.rewards.loading import Function, select_columns, source_file
 
 _LARGEST_SCORE = torch.finfo(torch.float32).max
 
 
 class RewardError(RuntimeError):
     """A reward function that failed; the message says which one, on which row, and what was expected of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What the functions are asked about one rollout."""
+
+    number: int
+    """1 for the first rollout."""
+    rows: Sequence[Row]
+    """The data row of each response."""
+    columns: Mapping[str, list[Any]]
+    """What functions can take, by name."""
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.rows)
+
+    @property
+    def expected(self) -> str:
+        """What a function is to return, for messages."""
+        return f"expected a list of {self.num_responses} numbers or None, one for each response"
+
+    def only(self, row: int) -> "Call":
+        """The same of a single row."""
+        columns = {name: [column[row]] for name, column in self.columns.items()}
+        return Call(number=self.number, rows=[self.rows[row]], columns=columns)
+
+    def describe(self, row: int) -> str:
+        """A row and the response to it, for messages."""
+        columns = ", ".join(f"{name}={_shorten(value)}" for name, value in self.rows[row].items())
+        return f"The row: {columns}. The response: {_shorten(self.columns['responses'][row])}"
 
 
 class FunctionReward:
@@ -42,6 +76,7 @@ class FunctionReward:
         functions: What `load_functions` made of it.
         tokenizer: Decodes the responses.
         prompt_column: The data column that holds the prompt.
+        columns: Every data column. A function that takes one gets it in every call, though a row may lack it.
     """
 
     def __init__(
@@ -51,20 +86,21 @@ class FunctionReward:
         functions: Sequence[Function],
         tokenizer: PreTrainedTokenizerBase,
         prompt_column: str,
+        columns: Sequence[str],
     ) -> None:
         self.config = config
         self.functions = {setting.name: f for setting, f in zip(config.functions, functions, strict=True)}
         self.tokenizer = tokenizer
         self.prompt_column = prompt_column
+        self.columns = columns
+        self.num_calls = 0
 
     def __call__(self, rollout: Rollout) -> Scores:
         """The weighted sum as `total`, NaN where any function says None; unweighted scores as `parts`."""
-        responses = decode_responses(rollout.sequences, self.tokenizer)
-        columns = {name: [row[name] for row in rollout.rows] for name in rollout.rows[0]}
-        columns |= {"prompts": columns[self.prompt_column], "responses": responses}
-        results = call_functions({name: partial(f, **select_columns(f, columns)) for name, f in self.functions.items()})
+        call = self._next_call(rollout)
+        results = call_functions(self.functions, call)
         per_token = torch.zeros_like(rollout.sequences.response_ids, dtype=torch.float32)
-        scores = [read_scores(name, results[name], rollout.rows, responses) for name in self.functions]
+        scores = [read_scores(name, results[name], call) for name in self.functions]
         parts = [per_token.new_tensor(score) for score in scores]
         weights = [setting.weight for setting in self.config.functions]
         return Scores(
@@ -72,6 +108,14 @@ class FunctionReward:
             per_token=per_token,
             parts=dict(zip(self.config.labels, parts, strict=True)),
         )
+
+    def _next_call(self, rollout: Rollout) -> Call:
+        self.num_calls += 1
+        columns = {name: [row.get(name) for row in rollout.rows] for name in self.columns}
+        prompts = [row[self.prompt_column] for row in rollout.rows]
+        responses = decode_responses(rollout.sequences, self.tokenizer)
+        columns |= {"prompts": prompts, "responses": responses}
+        return Call(number=self.num_calls, rows=rollout.rows, columns=columns)
 
 
 def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -81,61 +125,101 @@ def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def call_functions(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """What each call returns, by name: plain functions run one after the other, then all coroutine functions together.
+def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, Any]:
+    """What each function returns, by name: one is called after the other, then what can be awaited is awaited together.
 
     Raises:
         RewardError: A function raised, and the exception is its cause.
     """
-    waiting = {name: call for name, call in calls.items() if inspect.iscoroutinefunction(call)}
-    results = {name: _call(name, call) for name, call in calls.items() if name not in waiting}
-    return results | asyncio.run(_gather(waiting)) if waiting else results
+    with ExitStack() as stack:
+        results = {}
+        for name, function in functions.items():
+            results[name] = _ask(name, function, call)
+            if inspect.iscoroutine(results[name]):
+                stack.callback(results[name].close)  # where another function raises, nobody awaits it
+        waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
+        answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]
+        return results | dict(zip(waiting, _run(_gather(answers)), strict=True)) if waiting else results
 
 
-def read_scores(name: str, result: Any, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
+def read_scores(name: str, result: Any, call: Call) -> list[float]:
     """What a function returned as one float for each response, NaN for None.
 
     Raises:
         RewardError: It is anything but one finite number or None for each response.
     """
     values = result.tolist() if isinstance(result, Tensor | np.ndarray) else result
-    expected = f"expected a list of {len(responses)} numbers or None, one for each response"
+    returned = f"reward function {name} returned"
     if not isinstance(values, list | tuple):
-        raise RewardError(f"reward function {name} returned {_shorten(result)} ({type(result).__name__}); {expected}")
-    if len(values) != len(responses):
-        raise RewardError(f"reward function {name} returned {len(values)} scores; {expected}")
+        raise RewardError(f"{returned} {_shorten(result)} ({type(result).__name__}); {call.expected}")
+    if len(values) != call.num_responses:
+        raise RewardError(f"{returned} {len(values)} scores; {call.expected}")
     values = [_plain(value) for value in values]
-    for i, value in enumerate(values):
+    for row, value in enumerate(values):
         if not _is_score(value):
             raise RewardError(
-                f"reward function {name} returned {_shorten(value)} ({type(value).__name__}) for row {i}; expected a "
-                "finite number, or None where the response cannot be scored. "
-                f"The row: {_describe(rows[i])}. The response: {_shorten(responses[i])}"
+                f"{returned} {_shorten(value)} ({type(value).__name__}) for row {row}; expected a finite number, "
+                f"or None where the response cannot be scored. {call.describe(row)}"
             )
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _call(name: str, call: Callable[[], Any]) -> Any:
-    with _blame(name):
-        return call()
-
-
-async def _await(name: str, call: Callable[[], Any]) -> Any:
-    with _blame(name):
-        return await call()
-
-
-async def _gather(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    results = await asyncio.gather(*(_await(name, call) for name, call in calls.items()))
-    return dict(zip(calls, results, strict=True))
-
-
-@contextmanager
-def _blame(name: str) -> Iterator[None]:
+def _ask(name: str, function: Function, call: Call) -> Any:
     try:
-        yield
+        return function(**select_columns(function, call.columns))
     except Exception as error:
-        raise RewardError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+        raise RewardError(f"{_raised(name, function, error)} {_failing_row(function, call, error)}") from error
+
+
+async def _await(name: str, function: Function, answer: Awaitable[Any], call: Call) -> Any:
+    try:
+        return await answer
+    except Exception as error:
+        raise RewardError(f"{_raised(name, function, error)} in call {call.number}; {call.expected}") from error
+
+
+async def _gather(answers: Sequence[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*answers)
+
+
+def _run(answers: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """In an event loop of its own: in this thread, or in another where this one runs a loop, as in a notebook."""
+    if not _runs_a_loop():
+        return asyncio.run(answers)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, answers).result()
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _raised(name: str, function: Function, error: Exception) -> str:
+    """Names a function, what it raised, and the last line of its own file on the way there."""
+    file = source_file(function)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f" at {file}:{lines[-1]}" if lines else ""
+    return f"reward function {name} raised {type(error).__name__}: {error}{place}"
+
+
+def _failing_row(function: Function, call: Call, error: Exception) -> str:
+    """The first row that raises the like of an error alone: found by asking again, a row at a time."""
+    for row in range(call.num_responses):
+        if _raises(type(error), function, call.only(row)):
+            return f"for row {row}; {call.expected}. {call.describe(row)}"
+    return f"on the whole batch of call {call.number}, and on no row of it alone; {call.expected}"
+
+
+def _raises(kind: type[Exception], function: Function, call: Call) -> bool:
+    try:
+        function(**select_columns(function, call.columns))
+    except Exception as error:
+        return isinstance(error, kind)
+    return False
 
 
 def _plain(value: Any) -> Any:
@@ -145,10 +229,6 @@ def _plain(value: Any) -> Any:
 
 def _is_score(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) <= _LARGEST_SCORE)
-
-
-def _describe(row: Row) -> str:
-    return ", ".join(f"{name}={_shorten(value)}" for name, value in row.items())
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

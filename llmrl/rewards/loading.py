@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from llmrl.experience import Row
 from llmrl.rewards.config import ROLLOUT_COLUMNS, RewardConfig
 
 Function = Callable[..., Any]
@@ -27,7 +28,7 @@ def load_functions(config: RewardConfig, columns: Iterable[str]) -> tuple[Functi
 
     Args:
         config: Names, and the arguments to fill in.
-        columns: Names of the data columns.
+        columns: Names of the data columns; see `row_problem` for the rows that lack some of them.
 
     Raises:
         RewardLoadError: A function is missing, or it asks for something that it cannot get.
@@ -78,12 +79,39 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
 def check_columns(function: Function, columns: Iterable[str]) -> None:
     """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column."""
     known = [*ROLLOUT_COLUMNS, *columns]
-    for name, parameter in _keyword_parameters(function).items():
-        if parameter.default is parameter.empty and name not in known:
+    for name in _required(function):
+        if name not in known:
             raise RewardLoadError(
                 f"reward function {_name(function)} needs {name!r}, and there is no such column; "
                 f"there are {', '.join(known)}{_nearest(name, known)}"
             )
+
+
+def required_columns(config: RewardConfig, functions: Iterable[Function]) -> dict[str, str]:
+    """Every data column that a function cannot do without, and the name of that function."""
+    return {
+        column: setting.name
+        for setting, function in zip(config.functions, functions, strict=True)
+        for column in _required(function)
+        if column not in ROLLOUT_COLUMNS
+    }
+
+
+def row_problem(row: Row, required: Mapping[str, str]) -> str | None:
+    """Why no response to a row can be scored by the functions that `required_columns` speaks of; None if it can."""
+    for column in ROLLOUT_COLUMNS:
+        if column in row:
+            return f"the column {column!r} has the name of an argument of reward functions; rename it"
+    for column, name in required.items():
+        if column not in row:
+            return f"no column {column!r}, which {name} reads"
+    return None
+
+
+def source_file(function: Function) -> str | None:
+    """The file in which a function is written, if it is a file."""
+    module = sys.modules.get(_unbound(function).__module__)
+    return getattr(module, "__file__", None)
 
 
 def select_columns(function: Function, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -143,12 +171,20 @@ def _keyword_parameters(function: Function) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def _required(function: Function) -> list[str]:
+    return [name for name, p in _keyword_parameters(function).items() if p.default is p.empty]
+
+
 def _takes_any(function: Function) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
+def _unbound(function: Function) -> Function:
+    return function.func if isinstance(function, partial) else function
+
+
 def _name(function: Function) -> str:
-    function = function.func if isinstance(function, partial) else function
+    function = _unbound(function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
 

@@ -13,7 +13,7 @@ from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.responses import Response, assemble, new_responses
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import check_length
-from llmrl.rollout.weights import evaluating
+from llmrl.rollout.weights import SamplingWeights, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,32 +22,40 @@ if TYPE_CHECKING:
 class TransformersEngine:
     """`RolloutEngine` over `model.generate`: slower than `NativeEngine`, equal in what it draws from equal logits.
 
-    Every row is decoded until the last one is complete. Samples in the precision of the model.
+    Every row is decoded until the last one is complete.
 
     Args:
-        model: The trained model, read live.
+        model: The trained model. Sampling reads its weights as `NativeEngine` does.
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
+        dtype: Precision of sampling.
         progress: Advanced by one for each complete response.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", *, eos_ids: tuple[int, ...], vocab_size: int, progress: Progress
+        self,
+        model: "PreTrainedModel",
+        *,
+        eos_ids: tuple[int, ...],
+        vocab_size: int,
+        dtype: torch.dtype,
+        progress: Progress,
     ) -> None:
-        self.model = model
+        self.weights = SamplingWeights(model, dtype)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.progress = progress
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """G responses to each prompt, on the model's device."""
+        model = self.weights.fresh()
         longest = int(prompts.mask.sum(dim=1).max())
-        check_length(self.model, longest, sampling.max_response_tokens)
-        prompts = prompts.to(self.model.device)
+        check_length(model, longest, sampling.max_response_tokens)
+        prompts = prompts.to(model.device)
         responses = new_responses(prompts, sampling)
         sampler = Sampler(sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size, progress=self.progress)
-        with evaluating(self.model), own_generation_config(self.model, self.eos_ids, sampling):
-            cast(Any, self.model).generate(
+        with evaluating(model), own_generation_config(model, self.eos_ids, sampling):
+            cast(Any, model).generate(
                 prompts.ids[:, -longest:].repeat_interleave(sampling.num_responses, dim=0),
                 attention_mask=prompts.mask[:, -longest:].repeat_interleave(sampling.num_responses, dim=0).long(),
                 logits_processor=LogitsProcessorList([DrawingProcessor(sampler, responses)]),
@@ -55,7 +63,8 @@ class TransformersEngine:
         return assemble(prompts, responses, sampling)
 
     def load_weights(self, trained: Trainable) -> None:
-        """Nothing to do: the engine reads the live module."""
+        """Copies the weights of `trained.module.model`, unless the engine reads them live."""
+        self.weights.load(cast("PreTrainedModel", trained.module.model))
 
 
 class DrawingProcessor(LogitsProcessor):

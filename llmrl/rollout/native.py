@@ -18,7 +18,7 @@ from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.cache import SlotCache
 from llmrl.rollout.responses import Response, assemble, new_responses
 from llmrl.rollout.sampler import Sampler
-from llmrl.rollout.support import check_cache, check_length
+from llmrl.rollout.support import RolloutError, check_cache, check_length
 from llmrl.rollout.weights import SamplingWeights, evaluating
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class NativeEngine:
         self.vocab_size = vocab_size
         self.max_rows = max_rows
         self.progress = progress
-        self._cache = SlotCache(slots=0, columns=0)
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """G responses to each prompt, on the model's device."""
@@ -66,33 +65,26 @@ class NativeEngine:
         longest = int(prompts.mask.sum(dim=1).max())
         check_length(model, longest, sampling.max_response_tokens)
         if sampling.num_responses > self.max_rows:
-            raise ValueError(
+            raise RolloutError(
                 f"rollout.max_rows ({self.max_rows}) must hold a whole group of {sampling.num_responses} responses; "
                 f"set it to at least {sampling.num_responses}"
             )
         prompts = prompts.to(model.device)
         responses = new_responses(prompts, sampling)
         sampler = Sampler(sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size, progress=self.progress)
-        cache = self._take_cache(len(responses), sampling.num_responses, longest + sampling.max_response_tokens)
+        cache = self._new_cache(len(responses), sampling.num_responses, longest + sampling.max_response_tokens)
         with evaluating(model):
             Decoding(model, cache, sampler, prompts, responses, longest).run()
-        self._cache = cache
         return assemble(prompts, responses, sampling)
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
         self.weights.load(cast("PreTrainedModel", trained.module.model))
 
-    def _take_cache(self, num_responses: int, group_size: int, columns: int) -> SlotCache:
-        """The cache of the call before where it is large enough, else a new one.
-
-        It is given back after a good end only: what a failed call left in the buffers is not to be trusted.
-        """
-        cache, self._cache = self._cache, SlotCache(slots=0, columns=0)
+    def _new_cache(self, num_responses: int, group_size: int, columns: int) -> SlotCache:
+        """Room for a rollout. It lives no longer than that: the update needs the memory."""
         slots = min(num_responses, self.max_rows // group_size * group_size)
-        if slots < num_responses:
-            columns += SLACK_COLUMNS
-        return cache if cache.slots >= slots and cache.columns >= columns else SlotCache(slots, columns)
+        return SlotCache(slots, columns if slots == num_responses else columns + SLACK_COLUMNS)
 
 
 @dataclass

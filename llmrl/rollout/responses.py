@@ -23,6 +23,7 @@ class Response:
 
 def new_responses(prompts: Prompts, sampling: Sampling) -> list[Response]:
     """The empty responses of a rollout, those of one prompt adjacent."""
+    assert sampling.first_response % sampling.num_responses == 0, "numbers of a rollout begin with a whole group"
     count = len(prompts.rows) * sampling.num_responses
     return [Response(number=sampling.first_response + index) for index in range(count)]
 

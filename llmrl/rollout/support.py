@@ -8,6 +8,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+class RolloutError(ValueError):
+    """A rollout that the model or the engine cannot make, and what to do about it."""
+
+
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 
@@ -28,19 +33,24 @@ def check_cache(model: "PreTrainedModel") -> None:
         reason = "it attends in chunks by absolute position"
     else:
         return
-    raise ValueError(
+    raise RolloutError(
         f"the native engine cannot decode models of type {config.model_type}: {reason}; set rollout.engine=transformers"
     )
 
 
 def check_length(model: "PreTrainedModel", prompt_tokens: int, max_response_tokens: int) -> None:
-    """Refuses sequences longer than a table of absolute positions. Rotary models have none and extrapolate."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "rope_parameters", None) is not None:
-        return
-    limit = getattr(config, "max_position_embeddings", None)
+    """Refuses sequences longer than a table of absolute positions."""
+    limit = position_limit(model)
     if limit is not None and prompt_tokens + max_response_tokens > limit:
-        raise ValueError(
+        raise RolloutError(
             f"rollout.max_response_tokens ({max_response_tokens}) with a prompt of {prompt_tokens} tokens exceeds the "
             f"{limit} positions of the model; try at most {limit - prompt_tokens}, or shorter prompts"
         )
+
+
+def position_limit(model: "PreTrainedModel") -> int | None:
+    """Length of the table of absolute positions; None for a model without one. Rotary models extrapolate."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "rope_parameters", None) is not None:
+        return None
+    return getattr(config, "max_position_embeddings", None)

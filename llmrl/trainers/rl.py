@@ -6,6 +6,7 @@ minibatch   one optimizer step, over whole groups
 microbatch  one forward pass, by a token budget
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ class RLTrainer(Resumable):
         self.observe = observe
         """Sees every experience before it is learned from: samples are written there."""
         self.num_responses = 0
-        """Responses drawn so far in this run, over all ranks: the next response's global number."""
+        """Where the global numbers of responses go on: every response so far, on every rank, has a smaller one."""
         self.seconds: dict[str, float] = {}
         super().__init__(trained, prompts)
 
@@ -136,7 +137,12 @@ class RLTrainer(Resumable):
         return *kept, metrics
 
     def draw(self, prompts: Prompts) -> tuple[Rollout, Scores]:
-        """One group for each prompt, scored. No number of the random streams is used twice in a run."""
+        """One group for each prompt, scored. No number of the random streams is used twice in a run.
+
+        Numbers begin at a multiple of the group size, which a resumed run may have changed: a group is its first number
+        over that.
+        """
+        first_response = math.ceil(self.num_responses / self.group_size) * self.group_size
         sampling = Sampling(
             temperature=self.temperature,
             num_responses=self.group_size,
@@ -144,10 +150,10 @@ class RLTrainer(Resumable):
             greedy=False,
             seed=self.seed,
             purpose=Purpose.TRAINING,
-            first_response=self.num_responses,
+            first_response=first_response,
         )
         num_responses = len(prompts.rows) * self.group_size
-        self.num_responses += num_responses
+        self.num_responses = first_response + num_responses
         with self.phase("rollout", num_responses):
             rollout = self.engine.generate(prompts, sampling)
         with self.phase("reward", num_responses):

@@ -11,12 +11,14 @@ final/              the model at the end
 import json
 import math
 import platform
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -128,7 +130,7 @@ class Run:
         self.progress = progress
         self.sink = sink
         self.folder = Path(config.output_dir)
-        self.best_record = self.folder / "best" / "best.json"
+        self.best = self.folder / "best"
         self.stop_signal: int | None = None
 
     def train(self) -> dict[str, float]:
@@ -144,8 +146,7 @@ class Run:
         last: dict[str, float] = {}
         try:
             with self.signals():
-                if self.trainer.iteration == 0 and (values := self.evaluation(0)):
-                    self.log(0, values)
+                self.catch_up()
                 while self.trainer.iteration < self.config.num_iterations and self.stop_signal is None:
                     last = self.iterate()
         except BaseException:
@@ -177,8 +178,27 @@ class Run:
         """What is measured after iteration `number`; nothing where no evaluation is due."""
         if self.evaluate is None or not self.evaluate_every:
             return {}
-        due = number % self.evaluate_every == 0 or number == self.config.num_iterations
-        return self.evaluate() if due else {}
+        if number % self.evaluate_every and number != self.config.num_iterations:
+            return {}
+        values = self.evaluate()
+        told = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in values.items())
+        self.progress.message(f"evaluation after iteration {number}: {told}")
+        return values
+
+    def catch_up(self) -> None:
+        """The evaluation of the model as it stands, where it is due and the file of metrics lacks it: that is before
+        the first iteration, and where a run ended in the middle of one."""
+        number = self.trainer.iteration
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        last = json.loads(lines[-1]) if lines else {}
+        if any(name.startswith("eval/") for name in last) or not (values := self.evaluation(number)):
+            return
+        last.pop("iteration", None)
+        keep_iterations(file, number - 1)
+        self.log(number, last | values)
+        if (self.config.best_metric or "").startswith("eval/"):
+            self.keep_best(number, values)
 
     def prepare(self) -> None:
         """Makes the folder, or takes up the newest checkpoint in it and removes what came after that.
@@ -194,8 +214,8 @@ class Run:
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {checkpoints[-1]}")
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_iterations(self.folder / name, self.trainer.iteration or -1)
-        if self.best_record.exists() and json.loads(self.best_record.read_text())["iteration"] > self.trainer.iteration:
-            self.best_record.unlink()
+        if (record := self.best_record()) and record["iteration"] > self.trainer.iteration:
+            shutil.rmtree(self.best)
         write_atomically(self.folder / "config.json", {"settings": self.settings, **provenance()})
 
     def tell_changes(self) -> None:
@@ -218,18 +238,39 @@ class Run:
         self.sink.log(iteration, values)
 
     def keep_best(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Saves the model if it is the best so far by the metric that the config names."""
-        name = self.config.best_metric
+        """Saves the model, with a record of why, if it is the best so far by the metric that the config names.
+
+        Raises:
+            RunError: There is no such metric.
+        """
+        name, record = self.config.best_metric, self.best_record()
         if name is None:
             return
-        if name in values:
-            best = json.loads(self.best_record.read_text())["value"] if self.best_record.exists() else None
-            if self.better(values[name], best):
-                self.save_model(self.best_record.parent)
-                write_atomically(self.best_record, {"metric": name, "value": values[name], "iteration": iteration})
-        elif iteration == self.config.num_iterations and not self.best_record.exists():
-            measured = ", ".join(sorted(values))
-            self.progress.message(f"run.best_metric ({name}) was not measured; measured were {measured}")
+        if name not in values:
+            self.check_measured(name, values, record)
+        elif self.better(values[name], record["value"] if record else None):
+            new, old = self.folder / ".best.new", self.folder / ".best.old"
+            self.save_model(new)
+            write_atomically(new / "best.json", {"metric": name, "value": values[name], "iteration": iteration})
+            shutil.rmtree(old, ignore_errors=True)
+            if self.best.exists():
+                self.best.rename(old)
+            new.rename(self.best)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def best_record(self) -> dict[str, Any] | None:
+        """Which metric made the model in best/ the best, its value and its iteration; None where there is none."""
+        file = self.best / "best.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def check_measured(self, name: str, values: Mapping[str, float], record: dict[str, Any] | None) -> None:
+        """Refuses the name of a metric that was never measured, as soon as it would have been."""
+        is_due = not name.startswith("eval/") or any(other.startswith("eval/") for other in values)
+        if record is None and is_due:
+            nearest = "".join(f"; did you mean {near}?" for near in get_close_matches(name, values, n=1))
+            raise RunError(
+                f"run.best_metric ({name}) is not measured{nearest}; measured are {', '.join(sorted(values))}"
+            )
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether a value beats the best so far; one that is not finite never does."""
@@ -288,13 +329,14 @@ def write_atomically(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, git state and time: what one needs to know to repeat a run."""
+    """Versions, time and the git state of the current folder: what one needs to know to repeat a run."""
+    changes = _git("status", "--porcelain")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in VERSIONED},
-        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else changes != ""},
     }
 
 

@@ -248,8 +248,11 @@ def test_a_response_that_could_not_be_scored_is_as_if_it_had_not_been_drawn():
 def test_the_overlong_penalty_reaches_the_advantages():
     config = GRPOConfig(group_size=3, scale="none", overlong_buffer_tokens=2)
     algorithm = GRPO(config, actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
-    experience, _ = algorithm.experience(make_rollout(), make_scores([0.0] * 6))
+    experience, described = algorithm.experience(make_rollout(), make_scores([0.0] * 6))
     # lengths 3 1 4: penalties -1/2 0 -1, mean -1/2
+    limit_less_buffer = LIMIT - 2
+    penalties = [-max(length - limit_less_buffer, 0) / 2 for length in LENGTHS]
+    assert described.values()["score/overlong_penalty"] == pytest.approx(sum(penalties) / 6)
     assert_close(experience.advantages[:3, 0], torch.tensor([0.0, 0.5, -0.5]))
     assert_close(experience.scores.total, torch.zeros(6))  # the score itself stays what the reward said
 

@@ -62,7 +62,7 @@ def test_rendering_leaves_messages_alone(chat: PreTrainedTokenizerFast):
         ({"template": "none"}, [USER], r"are messages, but data\.template is \"none\"; use"),
         ({"template": "chat"}, "hi", r"the tokenizer has no chat template; .* set data\.template to \"none\""),
         ({"system_prompt": "x"}, "hi", r"data\.system_prompt needs a chat template, but the tokenizer has none"),
-        ({}, "", r"row 1: the tokenizer makes no tokens of its prompt"),
+        ({}, "", r"line 1: the tokenizer makes no tokens of its prompt"),
     ],
 )
 def test_what_the_tokenizer_cannot_do(plain: PreTrainedTokenizerFast, settings: dict, prompt, message: str):

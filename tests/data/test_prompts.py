@@ -82,8 +82,8 @@ def test_good_rows_pass():
 def test_missing_column_suggests_the_nearest():
     assert problems({"prompt": "a"}, {"answer": "x", "promt": "a"}, {}) == [
         "rows.jsonl: 2 bad rows",
-        "  row 2: no column 'prompt'; did you mean 'promt'?",
-        "  row 3: no column 'prompt'",
+        "  line 2: no column 'prompt'; did you mean 'promt'?",
+        "  line 3: no column 'prompt'",
     ]
     assert problems({"question": "a", "id": 3}, prompt_column="query")[1].endswith("did you mean 'question'?")
 
@@ -91,16 +91,8 @@ def test_missing_column_suggests_the_nearest():
 def test_bad_prompts_are_listed_with_their_reason():
     assert problems({"prompt": ""}, {"prompt": "a"}, {"prompt": 3}) == [
         "rows.jsonl: 2 bad rows",
-        "  row 1: 'prompt' is an empty text",
-        "  row 3: 'prompt' must be a text or a list of messages, not a int",
-    ]
-
-
-@pytest.mark.parametrize("name", ["prompts", "responses"])
-def test_columns_named_like_reward_arguments(name: str):
-    assert problems({"prompt": "a", name: "b"}) == [
-        "rows.jsonl: 1 bad rows",
-        f"  row 1: the column '{name}' has the name of an argument of reward functions; rename it",
+        "  line 1: 'prompt' is an empty text",
+        "  line 3: 'prompt' must be a text or a list of messages, not a int",
     ]
 
 
@@ -108,7 +100,7 @@ def test_load_checks_the_rows_that_are_used(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     assert load_prompt_rows(PromptDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a"}]
-    with pytest.raises(DataError, match="row 2: 'prompt' is an empty text"):
+    with pytest.raises(DataError, match="line 2: 'prompt' is an empty text"):
         load_prompt_rows(PromptDataConfig(path=str(path)))
 
 

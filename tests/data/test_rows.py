@@ -2,10 +2,11 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from llmrl.data.rows import DataConfig, DataError, is_local, load_config_rows, load_rows
+from llmrl.data.rows import DataConfig, DataError, check_rows, column_names, is_local, load_config_rows, load_rows
 
 ROWS = [
     {"prompt": 'a, "b"\nc\u2028d', "answer": "1"},
@@ -104,22 +105,22 @@ def test_bad_lines_are_listed_with_number_and_reason(tmp_path: Path):
         read(path)
     title, *lines = str(error.value).split("\n")
     assert title == f"{path}: 4 bad rows"
-    assert lines[0].startswith("  row 2: not valid JSON: ")
+    assert lines[0].startswith("  line 2: not valid JSON: ")
     assert lines[1:] == [
-        "  row 3: an empty line",
-        "  row 4: must be a JSON object, not a list",
-        "  row 5: must be a JSON object, not a str",
+        "  line 3: an empty line",
+        "  line 4: must be a JSON object, not a list",
+        "  line 5: must be a JSON object, not a str",
     ]
 
 
-@pytest.mark.parametrize(("num_bad", "tail"), [(20, "  row 21: an empty line"), (23, "  and 3 more")])
+@pytest.mark.parametrize(("num_bad", "tail"), [(20, "  line 21: an empty line"), (23, "  and 3 more")])
 def test_twenty_bad_rows_are_listed(tmp_path: Path, num_bad: int, tail: str):
     path = write(tmp_path / "a.jsonl", "{}" + "\n" * (num_bad + 1) + "{}")
     with pytest.raises(DataError) as error:
         read(path)
     lines = str(error.value).split("\n")
     assert lines[0].endswith(f": {num_bad} bad rows")
-    assert lines[20] == "  row 21: an empty line"
+    assert lines[20] == "  line 21: an empty line"
     assert lines[-1] == tail
     assert len(lines) == 1 + 20 + (num_bad > 20)
 
@@ -130,13 +131,51 @@ def test_twenty_bad_rows_are_listed(tmp_path: Path, num_bad: int, tail: str):
         ("a.json", '{"a": 1}\n{"a": 2}', r"not valid JSON: .*; name it \.jsonl if each line is an object"),
         ("a.json", '{"a": 1}', "must hold a list of objects, not a dict"),
         ("a.json", "[{}, 3]", "row 2: must be a JSON object, not a int"),
-        ("a.csv", "a,b\n1,2\n3\n", "row 2: has 1 values for 2 columns"),
-        ("a.csv", 'a,b\n1,"2', "is not valid CSV"),
+        ("a.csv", "a,b\n1,2\n3\n", "line 3: has 1 values for 2 columns"),
+        ("a.csv", 'a,b\n1,"2', "is not valid CSV: line 2: "),
     ],
 )
 def test_unreadable_file(tmp_path: Path, name: str, text: str, message: str):
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / name, text))
+
+
+def test_a_row_of_csv_is_named_by_the_line_where_it_begins(tmp_path: Path):
+    path = write(tmp_path / "a.csv", 'a,b\n\n"x\ny",1\n2\n"z\n')
+    with pytest.raises(DataError, match=r"is not valid CSV: line 6: "):
+        read(path)
+    write(path, 'a,b\n\n"x\ny",1\n2\n')
+    with pytest.raises(DataError, match=r": 1 bad rows\n  line 5: has 1 values for 2 columns$"):
+        read(path)
+
+
+def test_checks_of_rows_name_the_lines_too(tmp_path: Path):
+    path = write(tmp_path / "a.csv", 'a\n\n"x\ny"\n2\n')
+    with pytest.raises(DataError) as error:
+        check_rows(str(path), read(path), lambda row: "is bad")
+    assert str(error.value).split("\n")[1:] == ["  line 3: is bad", "  line 5: is bad"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:30], lambda _: b"no gzip", lambda _: b"\x1f\x8b\x08" + b"x" * 99]
+)
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage):
+    path = write_kind(tmp_path, "jsonl.gz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read: "):
+        read(path)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda _: b"no Parquet", lambda _: b""])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage):
+    path = write_kind(tmp_path, "parquet")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read as Parquet; it may be cut off: "):
+        read(path)
+
+
+def test_columns_of_every_row_count():
+    assert column_names([{"a": 1, "b": 2}, {"c": 3, "a": 4}]) == ["a", "b", "c"]
 
 
 def test_text_in_another_encoding(tmp_path: Path):
@@ -146,7 +185,7 @@ def test_text_in_another_encoding(tmp_path: Path):
         read(path)
 
 
-@pytest.mark.parametrize("path", ["/x", "./x", "../x", "~/x", "x.jsonl", "folder/x.csv", "x.jsonl.gz"])
+@pytest.mark.parametrize("path", ["/x", "./x", "../x", "~/x", "x.jsonl", "folder/x.csv", "x.jsonl.gz", "a/b/c"])
 def test_paths_are_local(path: str):
     assert is_local(path)
 
@@ -156,11 +195,65 @@ def test_names_are_not_local_unless_they_exist(tmp_path: Path, monkeypatch: pyte
     assert not is_local("openai/gsm8k")
     (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
     assert is_local("openai/gsm8k")
+    assert is_local("openai/gsm9k")
+    with pytest.raises(DataError, match="openai/gsm9k does not exist"):
+        read("openai/gsm9k")
 
 
-def test_hub_name(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Makes the hub answer a question for a data set with an exception, or with None for yes; its cache is empty."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def answer(error: Exception | None):
+        def dataset_info(*_, **__):
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+
+    return answer
+
+
+class NoConnection(Exception):
+    """What the client of the hub's library raises is no OSError."""
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(hub, monkeypatch: pytest.MonkeyPatch):
+    hub(NoConnection("Name or service\nnot known"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("it was asked again"))
+    with pytest.raises(DataError) as error:
+        read("no/such")
+    assert str(error.value) == (
+        "no/such is neither a file here nor a data set on the hub that can be reached, with subset (None) and split "
+        "(train): Name or service not known"
+    )
+
+
+def test_a_data_set_in_the_cache_needs_no_hub(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    hub(NoConnection())
+    (tmp_path / "cache" / "no___such" / "default" / "0.0.0" / "hash").mkdir(parents=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    assert read("no/such") == ROWS
+
+
+def test_what_the_hub_does_not_give_is_said(hub, monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    hub(None)
+    not_found = datasets.exceptions.DatasetNotFoundError
+    no_split = datasets.exceptions.ExpectedMoreSplitsError
+    for kind in (ConnectionError, ValueError, not_found, no_split):
+        monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=kind("why")))
+        with pytest.raises(DataError, match=r"^no/such is neither .* subset \(None\) and split \(train\): why$"):
+            read("no/such")
+
+
+def test_hub_name(hub, monkeypatch: pytest.MonkeyPatch):
     datasets = pytest.importorskip("datasets")
     calls = []
+    hub(None)
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))

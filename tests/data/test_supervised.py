@@ -102,14 +102,14 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_supervised_rows([ROWS[0], row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  line 2: {problem}")
 
 
 def test_load_checks_the_rows(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     assert load_supervised_rows(SupervisedDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a", "response": "b"}]
-    with pytest.raises(DataError, match="row 2: no column 'response'"):
+    with pytest.raises(DataError, match="line 2: no column 'response'"):
         load_supervised_rows(SupervisedDataConfig(path=str(path)))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from llmrl.distributed.trainable import MAX_SKIPPED_STEPS, LocalTrainable, OptimizerConfig
+from llmrl.roles import StateMismatch
 
 PEAK = 0.1
 
@@ -220,6 +221,41 @@ def test_loading_shares_no_memory():
     learn(other, 2)
     for ours, theirs in itertools.zip_longest(leaves(saved), leaves(untouched)):
         assert_close(ours, theirs, rtol=0.0, atol=0.0)
+
+
+def other_width(module):
+    """As another LoRA rank: the same names with other shapes."""
+    module[0], module[2] = nn.Linear(3, 5), nn.Linear(5, 1)
+
+
+def frozen_first(module):
+    """As adapters on a model that was trained whole: some names are no longer trained."""
+    module[0].requires_grad_(False)
+
+
+def one_more(module):
+    module.append(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (other_width, r"3 differ, such as 0\.bias, which was \(4,\) and is \(5,\)"),
+        (frozen_first, r"2 differ, such as 0\.bias, which was \(4,\) and is not trained"),
+        (one_more, r"2 differ, such as 3\.bias, which was not trained and is \(1,\)"),
+    ],
+)
+def test_a_state_of_other_weights_is_refused_and_changes_nothing(change, told):
+    saved = trainable_of(network())
+    learn(saved, 1)
+    module = network(seed=1)
+    change(module)
+    other = trainable_of(module)
+    before = weights(module)
+    with pytest.raises(StateMismatch, match=told):
+        other.load_state_dict(saved.state_dict())
+    assert_equal_weights(module, before)
+    assert other.num_steps_done == 0
 
 
 # --- gradients that are not finite ------------------------------------------------------------------------------------

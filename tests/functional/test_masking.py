@@ -102,6 +102,13 @@ def test_shapes_are_checked_at_the_door(function):
         function(torch.zeros(2, 3), torch.ones(3, dtype=torch.bool))
 
 
+@pytest.mark.usefixtures("production")
+def test_shapes_are_checked_where_moments_are_handed_in():
+    x, mask = torch.zeros(2, 3), torch.ones(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"x \(2, 3\), mask \(3,\)"):
+        standardize(x, mask, moments=masked_moments(x[0], mask))
+
+
 def test_check_shapes_binds_each_letter_once():
     check_shapes(a=(torch.zeros(2, 3), "B T"), b=(torch.zeros(2), "B"), c=(torch.zeros(3), "T"))
     with pytest.raises(ValueError, match=r"a \(2, 3\), b \(3,\) must be \(B, T\), \(B\)"):

@@ -123,6 +123,18 @@ class TestCheck:
         assert "model.trust_remote_code=true" in self.refusal(path=folder)
         assert check_model(ModelConfig(path=folder, trust_remote_code=True)) is None
 
+    def test_code_of_the_tokenizer_counts_too(self, folder, tmp_path):
+        self.change(tmp_path / "model", "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+        assert "model.trust_remote_code=true" in self.refusal(path=folder)
+        assert check_model(ModelConfig(path=folder, trust_remote_code=True)) is None
+
+    def test_so_does_code_of_the_tokenizer_beside_an_adapter(self, adapter, tmp_path):
+        (tmp_path / "adapter" / "tokenizer_config.json").write_text(
+            '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+        )
+        assert f"model.path ({adapter}) brings its own Python code" in self.refusal(path=adapter)
+        assert check_model(ModelConfig(path=adapter, trust_remote_code=True)) is None
+
     def test_an_adapter_is_continued_as_it_is(self, adapter):
         assert "leave model.lora out" in self.refusal(path=adapter, lora=LoraSettings())
         assert "leave model.from_scratch out" in self.refusal(path=adapter, from_scratch=True)
@@ -147,17 +159,21 @@ class TestCheck:
         assert sentence == "model.path (nobody/such-a-model) is a hub name that is not in the local cache"
 
     def test_a_hub_name_that_is_here(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: f"{folder}/config.json")
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: f"{folder}/{name}")
         assert check_model(ModelConfig(path="somebody/model")) is None
-        self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+        self.change(tmp_path / "model", "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
         assert "model.path (somebody/model) brings its own Python code" in self.refusal(path="somebody/model")
+
+    def test_a_path_in_a_folder_that_is_here(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert "model.path (model/typo) is no folder" in self.refusal(path="model/typo")
 
 
 def test_folders_and_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "here").mkdir(parents=True)
-    assert all(is_local_model(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here"))
-    assert not any(is_local_model(path) for path in ("gpt2", "owner/model"))
+    assert all(is_local_model(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here", "owner/typo"))
+    assert not any(is_local_model(path) for path in ("gpt2", "other/model"))
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}])
@@ -183,8 +199,35 @@ def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(folder):
 def test_pickled_weights_are_never_loaded(folder, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(llama().state_dict(), tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*safetensors"):
         load_model(ModelConfig(path=folder))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_model, load_adapted])
+def test_a_hub_that_cannot_be_reached_is_asked_once(load, monkeypatch):
+    asked = []
+
+    def no_answer(self, *, url, timeout):
+        asked.append((url, timeout))
+        raise TimeoutError("no answer\nto be had")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.get_hf_file_metadata", no_answer)
+    told = r"^model\.path \(nosuchmodel\) is neither a folder here nor a model on the hub .* reached: no answer$"
+    with pytest.raises(ModelError, match=told) as caught:
+        load(ModelConfig(path="nosuchmodel"))
+    assert isinstance(caught.value.__cause__, OSError)
+    ((url, timeout),) = asked
+    assert url.endswith("/nosuchmodel/resolve/main/config.json")
+    assert timeout <= 5
+
+
+def test_a_model_in_the_cache_needs_no_hub(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: f"{folder}/{name}")
+    monkeypatch.setattr("huggingface_hub.HfApi.get_hf_file_metadata", lambda *_, **__: pytest.fail("it was asked"))
+    loaded = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **_: loaded.append(path))
+    load_tokenizer(ModelConfig(path="somebody/model"))
+    assert loaded == ["somebody/model"]
 
 
 def test_from_scratch_takes_the_shape_and_not_the_weights(folder, tmp_path):
@@ -298,6 +341,14 @@ def test_a_brought_adapter_is_continued(adapter, folder):
     assert_close(logits(model), logits(plain))
     for name, learns in trainable(adapted).items():
         assert learns == (".default." in name), name
+
+
+def test_an_adapter_is_read_to_where_its_model_is(adapter, monkeypatch):
+    """Left to itself, peft reads by way of any accelerator of the machine, such as Apple's."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "meta")
+    model, _ = load_adapted(ModelConfig(path=adapter))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert logits(model).isfinite().all()
 
 
 def test_reference_and_adapter_learn_apart(adapter):

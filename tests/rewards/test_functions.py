@@ -1,7 +1,11 @@
 """Functions score a rollout: what they get, what they may return, and what is said when they fail."""
 
 import asyncio
+import gc
+import json
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,7 +64,9 @@ def score(tokenizer, rollout):
         weights = weights or [1.0] * len(functions)
         settings = [RewardFunctionConfig(name=f"rule.py:f{i}", weight=weight) for i, weight in enumerate(weights)]
         config = RewardConfig(functions=tuple(settings))
-        reward = FunctionReward(config, functions=functions, tokenizer=tokenizer, prompt_column="question")
+        reward = FunctionReward(
+            config, functions=functions, tokenizer=tokenizer, prompt_column="question", columns=["question", "answer"]
+        )
         return reward(rollout)
 
     return score
@@ -81,6 +87,24 @@ def test_a_function_gets_prompts_as_written_texts_and_columns(score):
     prompts = ["1?", "2?", [{"role": "user", "content": "3?"}]]
     answers = ["one", "two", "three"]
     assert seen == {"prompts": prompts, "question": prompts, "answer": answers, "responses": ["one", "two three", ""]}
+
+
+def test_a_column_that_a_row_lacks_is_none_and_a_parameter_gets_it_in_every_call(score, rollout):
+    seen = []
+
+    def optional(responses, answer=None):
+        seen.append(answer)
+        return [0.0] * len(responses)
+
+    def everything(**columns):
+        return optional(columns["responses"], columns["answer"])
+
+    some = Rollout(**{**vars(rollout), "rows": (ROWS[0], {"question": "2?", "other": 3}, ROWS[2])})
+    none = Rollout(**{**vars(rollout), "rows": ({"question": "x"},) * 3})
+    for function in (optional, everything):
+        score(function, rollout=some)
+        score(function, rollout=none)
+    assert seen == [["one", None, "three"], [None] * 3] * 2
 
 
 def test_scores_are_weighted_and_parts_are_not(score):
@@ -161,9 +185,50 @@ def test_an_exception_is_named_and_chained(score):
     def fails(responses):
         raise KeyError("gold")
 
-    with pytest.raises(RewardError, match=r"^reward function rule\.py:f1 raised KeyError: 'gold'$") as error:
+    with pytest.raises(RewardError, match=r"^reward function rule\.py:f1 raised KeyError: 'gold' at ") as error:
         score(giving([0.0] * 3), fails)
     assert isinstance(error.value.__cause__, KeyError)
+
+
+def line_of(function, offset):
+    """Where a line of a function stands, in the form of messages."""
+    return f"{__file__}:{function.__code__.co_firstlineno + offset}"
+
+
+def test_an_exception_shows_the_line_the_row_and_what_was_expected(score):
+    def read(text):
+        return json.loads(text) if text == "two" else 1.0
+
+    def fails(responses, answer):
+        responses.clear()
+        return [read(text) for text in answer]
+
+    with pytest.raises(RewardError) as error:
+        score(fails)
+    assert str(error.value) == (
+        "reward function rule.py:f0 raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) at "
+        f"{line_of(read, 1)} for row 1; expected a list of 3 numbers or None, one for each response. "
+        "The row: question='2?', answer='two'. The response: 'two three'"
+    )
+
+
+def test_an_exception_that_no_row_raises_alone_is_that_of_the_batch(score):
+    def fails(responses):
+        if len(responses) > 1:
+            raise ValueError("too many")
+        raise KeyError("another one")
+
+    with pytest.raises(RewardError) as error:
+        score(partial(fails))
+    assert str(error.value) == (
+        f"reward function rule.py:f0 raised ValueError: too many at {line_of(fails, 2)} on the whole batch of call 1, "
+        "and on no row of it alone; expected a list of 3 numbers or None, one for each response"
+    )
+
+
+def test_an_exception_of_an_object_shows_its_line(score):
+    with pytest.raises(RewardError, match=re.escape(f"down at {line_of(Judge.__call__, 2)} in call 1; ")):
+        score(Judge(fails=True))
 
 
 def test_an_exception_of_a_coroutine_is_named_and_chained(score):
@@ -171,9 +236,71 @@ def test_an_exception_of_a_coroutine_is_named_and_chained(score):
         await asyncio.sleep(0)
         raise ValueError("judge is down")
 
-    with pytest.raises(RewardError, match=r"^reward function rule\.py:f0 raised ValueError: judge is down$") as error:
+    with pytest.raises(RewardError) as error:
         score(fails)
     assert isinstance(error.value.__cause__, ValueError)
+    assert str(error.value) == (
+        f"reward function rule.py:f0 raised ValueError: judge is down at {line_of(fails, 2)} in call 1; "
+        "expected a list of 3 numbers or None, one for each response"
+    )
+
+
+def test_calls_are_counted(tokenizer, rollout):
+    async def fails_at_last(responses):
+        if reward.num_calls == 3:
+            raise ValueError("judge is down")
+        return [0.0] * 3
+
+    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0"),))
+    reward = FunctionReward(
+        config, functions=[fails_at_last], tokenizer=tokenizer, prompt_column="question", columns=["question"]
+    )
+    reward(rollout)
+    reward(rollout)
+    with pytest.raises(RewardError, match="in call 3;"):
+        reward(rollout)
+
+
+class Judge:
+    """An object that is called as an async function is."""
+
+    def __init__(self, *, fails=False):
+        self.fails = fails
+
+    async def __call__(self, responses):
+        if self.fails:
+            raise ValueError("judge is down")
+        await asyncio.sleep(0)
+        return [1.0] * len(responses)
+
+
+JUDGES = {
+    "object": Judge(),
+    "partial": partial(Judge().__call__),
+    "plain function": lambda responses: Judge()(responses),
+}
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+def test_whatever_can_be_awaited_is(score, kind):
+    assert_close(score(JUDGES[kind], giving([1.0] * 3)).total, torch.full((3,), 2.0))
+
+
+def test_a_loop_that_runs_already_is_no_obstacle(score):
+    async def notebook():
+        return score(Judge(), Judge())
+
+    assert_close(asyncio.run(notebook()).total, torch.full((3,), 2.0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_function_that_raises_leaves_nothing_unawaited(score):
+    def fails(responses):
+        raise KeyError("gold")
+
+    with pytest.raises(RewardError, match="KeyError"):
+        score(Judge(), fails)
+    gc.collect()  # where a coroutine that was never awaited would warn
 
 
 def test_coroutines_keep_their_places_whichever_ends_first(score):
@@ -235,5 +362,7 @@ def test_labels_name_the_parts(tokenizer, rollout):
     names = ("a.py:score", "b.py:score", "b.py:length")
     config = RewardConfig(functions=tuple(RewardFunctionConfig(name=name) for name in names))
     functions = [giving([float(i)] * 3) for i in range(3)]
-    parts = FunctionReward(config, functions=functions, tokenizer=tokenizer, prompt_column="question")(rollout).parts
+    parts = FunctionReward(
+        config, functions=functions, tokenizer=tokenizer, prompt_column="question", columns=["question", "answer"]
+    )(rollout).parts
     assert {name: part[0].item() for name, part in parts.items()} == {"a.py:score": 0, "b.py:score": 1, "length": 2}

@@ -12,7 +12,10 @@ from llmrl.rewards.loading import (
     check_columns,
     load_function,
     load_functions,
+    required_columns,
+    row_problem,
     select_columns,
+    source_file,
 )
 
 RULE = """
@@ -120,6 +123,34 @@ def test_responses_misspelled_is_refused_with_its_name():
 )
 def test_what_a_function_can_get_is_enough(function):
     check_columns(function, ["answer"])
+
+
+def test_a_row_must_have_the_columns_that_a_function_cannot_do_without(rule):
+    names = ("rule.py:length", "rule.py:correct")
+    settings = config(*(RewardFunctionConfig(name=name) for name in names))
+    required = required_columns(settings, load_functions(settings, ["question", "answer", "scale"]))
+    assert required == {"answer": "rule.py:correct"}
+    assert row_problem({"answer": "a"}, required) is None
+    assert row_problem({"question": "a"}, required) == "no column 'answer', which rule.py:correct reads"
+
+
+def test_a_column_that_an_argument_fills_in_is_not_required():
+    settings = config(RewardFunctionConfig(name="rule.py:score"))
+    functions = [bind_arguments(lambda responses, answer, **rest: [], {"answer": "a"})]
+    assert required_columns(settings, functions) == {}
+
+
+@pytest.mark.parametrize("name", ["prompts", "responses"])
+def test_a_column_cannot_be_named_like_what_comes_from_the_rollout(name):
+    message = f"the column '{name}' has the name of an argument of reward functions; rename it"
+    assert row_problem({"prompt": "a", name: "b"}, {}) == message
+
+
+def test_the_file_of_a_function_is_known(rule):
+    function = load_function("rule.py:correct")
+    assert source_file(function) == source_file(bind_arguments(function, {"scale": 2})) == f"{rule}/rule.py"
+    assert source_file(Judge()) == __file__
+    assert source_file(len) is None
 
 
 class Judge:

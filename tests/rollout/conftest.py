@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 
 from .tiny import EOS, FAMILIES, VOCAB, Counter, build, make_prompts
@@ -31,6 +32,19 @@ def native(progress):
         )
 
     return make
+
+
+@pytest.fixture
+def generating(progress):
+    def make(model, *, dtype=torch.float32):
+        return TransformersEngine(model, eos_ids=EOS, vocab_size=VOCAB, dtype=dtype, progress=progress)
+
+    return make
+
+
+@pytest.fixture(params=["native", "generating"])
+def any_engine(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

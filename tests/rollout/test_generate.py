@@ -5,21 +5,14 @@ import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from llmrl.rollout.generate import TransformersEngine
-
-from .tiny import EOS, VOCAB, full_forward_logprobs, make_sampling, rows_of
-
-
-@pytest.fixture
-def engine(progress):
-    return lambda model: TransformersEngine(model, eos_ids=EOS, vocab_size=VOCAB, progress=progress)
+from .tiny import full_forward_logprobs, make_sampling, rows_of
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.6, "seed": 3, "first_response": 40}, {"greedy": True}])
-def test_equals_the_native_engine_token_for_token(any_model, engine, native, prompts, changes):
+def test_equals_the_native_engine_token_for_token(any_model, generating, native, prompts, changes):
     sampling = make_sampling(**changes)
     ours = native(any_model, max_rows=4).generate(prompts, sampling)
-    theirs = engine(any_model).generate(prompts, sampling)
+    theirs = generating(any_model).generate(prompts, sampling)
     assert theirs.sequences.response_ids.equal(ours.sequences.response_ids)
     assert theirs.sequences.response_mask.equal(ours.sequences.response_mask)
     assert theirs.sequences.prompt_ids.equal(ours.sequences.prompt_ids)
@@ -29,8 +22,10 @@ def test_equals_the_native_engine_token_for_token(any_model, engine, native, pro
     assert_close(theirs.rollout_logprobs, ours.rollout_logprobs, atol=1e-5, rtol=0)
 
 
-def test_logprobs_are_those_of_one_plain_forward(any_model, engine, prompts, progress):
-    for prompt, response, logprobs, _ in rows_of(engine(any_model).generate(prompts, make_sampling(temperature=0.7))):
+def test_logprobs_are_those_of_one_plain_forward(any_model, generating, prompts, progress):
+    for prompt, response, logprobs, _ in rows_of(
+        generating(any_model).generate(prompts, make_sampling(temperature=0.7))
+    ):
         assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, 0.7), atol=1e-5, rtol=0)
     assert progress.advanced == 10
 
@@ -47,18 +42,18 @@ def test_logprobs_are_those_of_one_plain_forward(any_model, engine, prompts, pro
         {"exponential_decay_length_penalty": (1, 9.0), "sequence_bias": [[[16], 30.0]]},
     ],
 )
-def test_the_generation_config_of_the_model_never_leaks(model, engine, prompts, hostile):
-    before = engine(model).generate(prompts, make_sampling())
+def test_the_generation_config_of_the_model_never_leaks(model, generating, prompts, hostile):
+    before = generating(model).generate(prompts, make_sampling())
     model.generation_config = GenerationConfig(**hostile)
     config = model.generation_config
-    after = engine(model).generate(prompts, make_sampling())
+    after = generating(model).generate(prompts, make_sampling())
     assert after.sequences.response_ids.equal(before.sequences.response_ids)
     assert after.rollout_logprobs.equal(before.rollout_logprobs)
     assert model.generation_config is config
 
 
-def test_reads_the_live_weights(model, engine, prompts):
-    engine = engine(model)
+def test_reads_the_live_weights(model, generating, prompts):
+    engine = generating(model)
     engine.generate(prompts, make_sampling())
     with torch.no_grad():
         model.lm_head.weight[9] += 1.0
@@ -66,12 +61,12 @@ def test_reads_the_live_weights(model, engine, prompts):
         assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
 
 
-def test_nan_is_refused_and_everything_restored(model, engine, prompts):
+def test_nan_is_refused_and_everything_restored(model, generating, prompts):
     config = model.generation_config
     model.train()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="prompt 0 of this rollout"):
-        engine(model).generate(prompts, make_sampling())
+        generating(model).generate(prompts, make_sampling())
     assert model.generation_config is config
     assert model.training

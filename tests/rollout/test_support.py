@@ -2,6 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig, Mamba2Config, Qwen3NextConfig
 
+from llmrl.rollout.support import RolloutError
+
 from .tiny import build, make_prompts, make_sampling
 
 SMALL = {
@@ -33,14 +35,14 @@ REFUSED = [
 @pytest.mark.parametrize("config", REFUSED, ids=lambda config: config.model_type)
 def test_models_with_more_state_than_plain_attention_are_refused(config, native):
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=rf"models of type {config.model_type}: .*set rollout\.engine=transformers"):
+    with pytest.raises(RolloutError, match=rf"models of type {config.model_type}: .*set rollout\.engine=transformers"):
         native(model)
 
 
 def test_no_sequence_outgrows_a_table_of_positions(native):
     engine = native(build("gpt2"))
     prompts = make_prompts([7] * 60, [8])
-    with pytest.raises(ValueError, match=r"rollout\.max_response_tokens \(5\) with a prompt of 60 .* try at most 4"):
+    with pytest.raises(RolloutError, match=r"rollout\.max_response_tokens \(5\) with a prompt of 60 .* try at most 4"):
         engine.generate(prompts, make_sampling(max_response_tokens=5))
     engine.generate(prompts, make_sampling(max_response_tokens=4))
 

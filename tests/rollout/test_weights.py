@@ -35,8 +35,8 @@ def in_bfloat16(model):
     return rounded.to(torch.bfloat16)
 
 
-def test_weights_in_the_dtype_of_sampling_are_live(model, native, prompts):
-    engine = native(model)
+def test_weights_in_the_dtype_of_sampling_are_live(model, any_engine, prompts):
+    engine = any_engine(model)
     engine.generate(prompts, make_sampling())
     with torch.no_grad():
         model.lm_head.weight[9] += 1.0
@@ -45,8 +45,8 @@ def test_weights_in_the_dtype_of_sampling_are_live(model, native, prompts):
     assert engine.weights.fresh() is model
 
 
-def test_a_copy_in_bfloat16_is_refreshed(model, native, prompts):
-    engine = native(model, dtype=torch.bfloat16)
+def test_a_copy_in_bfloat16_is_refreshed(model, any_engine, prompts):
+    engine = any_engine(model, dtype=torch.bfloat16)
     before = engine.generate(prompts, make_sampling())
     assert_samples_from(in_bfloat16(model), before, 0.15)
     with torch.no_grad():
@@ -59,8 +59,8 @@ def test_a_copy_in_bfloat16_is_refreshed(model, native, prompts):
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_stale_copy_does_not_go_unnoticed(model, native, prompts, foreach):
-    engine = native(model, dtype=torch.bfloat16)
+def test_a_stale_copy_does_not_go_unnoticed(model, any_engine, prompts, foreach):
+    engine = any_engine(model, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
     model(input_ids=torch.tensor([[7, 8]])).logits.sum().backward()
     engine.generate(prompts, make_sampling())
@@ -72,9 +72,9 @@ def test_a_stale_copy_does_not_go_unnoticed(model, native, prompts, foreach):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_of_another_model_are_refused(model, native, dtype):
+def test_weights_of_another_model_are_refused(model, any_engine, dtype):
     with pytest.raises(ValueError, match="another model"):
-        native(model, dtype=dtype).load_weights(Trained(build("llama")))
+        any_engine(model, dtype=dtype).load_weights(Trained(build("llama")))
 
 
 def test_the_copy_leaves_the_trained_model_alone(model, native, prompts):

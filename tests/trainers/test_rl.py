@@ -284,6 +284,32 @@ def test_state_continues_bit_for_bit():
     assert distance(weights_of(straight), weights_of(second)) == 0
 
 
+def test_a_group_is_one_prompt_though_its_size_changed_on_the_way():
+    first, second = make_trainer(), make_trainer(config=GRPOConfig(group_size=5), minibatch_size=15)
+    first.iterate()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.iterate()
+    ((_, after),) = second.observe.seen
+    groups = after.rollout.group_ids.view(6, 5)
+    assert groups.equal(groups[:, :1].expand(-1, 5))
+    assert len(groups[:, 0].unique()) == 6
+    rows = [row["number"] for row in after.rollout.rows]
+    assert rows == [rows[5 * n] for n in range(6) for _ in range(5)]
+    assert second.num_responses == 25 + 30  # no number of the first 24 is used again
+
+
+def test_the_shuffle_differs_by_iteration_and_by_epoch():
+    trainer = make_trainer(num_epochs=2, minibatch_size=4)
+    trainer.iterate()
+    _, experience = trainer.observe.seen[0]
+    orders = []
+    for trainer.iteration in range(2):
+        groups = [int(minibatch.rollout.group_ids[0]) for minibatch in trainer.minibatches(experience)]
+        orders += [groups[:6], groups[6:]]
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert all(left != right for i, left in enumerate(orders) for right in orders[:i])
+
+
 def test_metrics_name_what_the_design_names():
     values = make_trainer().iterate().values()
     for name in (

@@ -230,7 +230,7 @@ def test_config_json_without_a_repository(bench: Bench, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     bench.make(1).train()
-    assert json.loads((bench.folder / "config.json").read_text())["git"] == {"commit": None, "dirty": False}
+    assert json.loads((bench.folder / "config.json").read_text())["git"] == {"commit": None, "dirty": None}
 
 
 def test_nothing_is_left_half_written(bench: Bench):
@@ -259,17 +259,40 @@ def test_the_best_model_is_kept(bench: Bench, mode: Any, losses: list[float], it
     assert bench.model("best") == WEIGHTS[iteration - 1]
 
 
-def test_a_metric_of_the_evaluation_can_be_the_best(bench: Bench):
-    scores = iter([0.9, 0.5, 0.4])  # before the first iteration, after 2, after 4
+@pytest.mark.parametrize(("first", "best"), [(0.1, (0.5, 2)), (0.9, (0.9, 0))])
+def test_a_metric_of_the_evaluation_can_be_the_best(bench: Bench, first: float, best: tuple[float, int]):
+    scores = iter([first, 0.5, 0.4])  # before the first iteration, after 2, after 4
     bench.make(4, evaluate=lambda: {"eval/x": next(scores)}, evaluate_every=2, best_metric="eval/x").train()
-    assert bench.best() == {"metric": "eval/x", "value": 0.5, "iteration": 2}
-    assert not any("not measured" in message for message in bench.said.messages)
+    assert bench.best() == {"metric": "eval/x", "value": best[0], "iteration": best[1]}
+    assert bench.model("best") == [0.0, *WEIGHTS][best[1]]
 
 
-def test_a_best_metric_that_is_never_measured_is_told(bench: Bench):
-    bench.make(2, losses=[1.0, 2.0], best_metric="los").train()
-    assert bench.said.messages == ["run.best_metric (los) was not measured; measured were loss, weight"]
+@pytest.mark.parametrize(
+    ("name", "iteration", "nearest"), [("los", 1, "; did you mean loss?"), ("eval/y", 0, "; did you mean eval/x?")]
+)
+def test_a_best_metric_that_is_not_measured_ends_the_run_at_once(bench: Bench, name: str, iteration: int, nearest: str):
+    run = bench.make(9, losses=[1.0] * 9, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, best_metric=name)
+    with pytest.raises(RunError) as refused:
+        run.train()
+    assert str(refused.value).startswith(f"run.best_metric ({name}) is not measured{nearest}; measured are ")
+    assert bench.trainer.iteration == iteration
     assert not (bench.folder / "best").exists()
+
+
+def test_the_best_is_swapped_whole_with_its_record(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    run = bench.make(3, losses=[1.0, 2.0, 3.0], best_metric="loss")
+    save = run.save_model
+
+    def fail_at_the_second(folder: Path) -> None:
+        save(folder)
+        if bench.trainer.iteration == 2:
+            raise Failure
+
+    monkeypatch.setattr(run, "save_model", fail_at_the_second)
+    with pytest.raises(Failure):
+        run.train()
+    assert bench.best()["iteration"] == 1
+    assert bench.model("best") == WEIGHTS[0]
 
 
 def test_a_best_metric_that_was_measured_once_is_not_told(bench: Bench, monkeypatch: pytest.MonkeyPatch):
@@ -286,7 +309,10 @@ def test_the_best_of_iterations_that_are_done_again_counts_no_more(bench: Bench)
     with pytest.raises(Failure):
         bench.make(4, losses=[1.0, 2.0, 9.0], best_metric="loss", checkpoint_every=2, hooks={(4, "late"): fail}).train()
     assert bench.best()["iteration"] == 3
-    bench.make(4, losses=[1.0, 2.0, 3.0, 4.0], best_metric="loss", resume=True).train()
+    run = bench.make(4, losses=[1.0, 2.0, 3.0, 4.0], best_metric="loss", resume=True)
+    run.prepare()
+    assert not (bench.folder / "best").exists()
+    run.train()
     assert bench.best() == {"metric": "loss", "value": 4.0, "iteration": 4}
 
 
@@ -438,6 +464,14 @@ def test_a_failing_evaluation_loses_neither_the_iteration_nor_its_line(bench: Be
     assert bench.steps() == ["step_000002"]
     bench.make(4, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, resume=True).train()
     assert [line.get("weight") for line in bench.lines()] == [None, *WEIGHTS[:4]]
+    assert [line["iteration"] for line in bench.lines() if "eval/x" in line] == [0, 2, 4]
+
+
+def test_an_evaluation_that_is_done_is_not_made_again(bench: Bench):
+    measured = iter([0.0, 2.0, 4.0])
+    bench.make(2, evaluate=lambda: {"eval/x": next(measured)}, evaluate_every=2).train()
+    bench.make(4, evaluate=lambda: {"eval/x": next(measured)}, evaluate_every=2, resume=True).train()
+    assert [line["eval/x"] for line in bench.lines() if "eval/x" in line] == [0, 2, 4]
 
 
 def test_a_first_evaluation_that_failed_is_made_again(bench: Bench):
