@@ -25,6 +25,9 @@ HEADLINES = (
 HEARTBEAT_S = 30.0
 """The longest that plain progress is silent while work is being done."""
 
+BREATH_S = 1.0
+"""The least time between two lines of plain progress on iterations, but for the last one."""
+
 
 @runtime_checkable
 class Stream(Protocol):
@@ -126,7 +129,7 @@ class LiveProgress:
 
 
 class PlainProgress:
-    """One line an iteration, and a line every half minute in between."""
+    """One line an iteration, unless they are quicker than one can read, and a line every half minute in between."""
 
     def __init__(self, stream: Stream, *, num_iterations: int) -> None:
         self.stream = stream
@@ -153,6 +156,8 @@ class PlainProgress:
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
         """Iteration `number`, counted from 1, is done."""
         seconds, left = self.pace.lap(number)
+        if monotonic() - self.last_line < BREATH_S and number < self.pace.num_iterations:
+            return
         parts = [f"iteration {number}/{self.pace.num_iterations}", format_headlines(values)]
         parts += [f"{seconds:.1f} s", f"left {format_duration(left)}"]
         self.message("  ".join(part for part in parts if part))

@@ -88,6 +88,15 @@ def test_plain_prints_a_line_per_iteration_with_its_time_and_the_time_left(clock
     ]
 
 
+def test_quick_iterations_share_a_line_a_second_and_the_last_has_its_own(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream, num_iterations=13) as plain:
+        for number in range(1, 14):
+            clock.now += 0.25
+            plain.iteration(number, {})
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["4/13", "8/13", "12/13", "13/13"]
+
+
 def test_a_resumed_run_is_timed_by_its_own_iterations(clock: Clock):
     stream = io.StringIO()
     with PlainProgress(stream, num_iterations=40) as plain:
