@@ -56,6 +56,21 @@ class Sequences(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferencePairs(Batch):
+    """Two responses to each prompt, one of which was preferred. Both sides hold the same prompts."""
+
+    chosen: Sequences
+    rejected: Sequences
+    margin: Float[Tensor, " B"]
+    """How much better the chosen response is known to be; 0 where the data does not say."""
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of both sequences of each pair, the prompt in each."""
+        return self.chosen.num_tokens + self.rejected.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompts(Batch):
     """Tokenized prompts, and the data rows that they came from."""
 

@@ -135,7 +135,7 @@ def _base_of_adapter(config: ModelConfig) -> ModelConfig:
     return ModelConfig(path=base, trust_remote_code=config.trust_remote_code)
 
 
-def _resolved(path: str) -> str:
+def resolved(path: str) -> str:
     return str(Path(path).expanduser()) if is_local_model(path) else path
 
 
@@ -162,13 +162,13 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of the model folder, with its chat template."""
     from transformers import AutoTokenizer
 
-    with _reading(config):
-        return AutoTokenizer.from_pretrained(_resolved(config.path), trust_remote_code=config.trust_remote_code)
+    with reading(config):
+        return AutoTokenizer.from_pretrained(resolved(config.path), trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """The causal language model, its weights in `dtype`, its dropout off; adapters are for `load_adapted`."""
-    with _reading(config):
+    with reading(config):
         model = _read_model(config, dtype)
     turn_dropout_off(model)
     return model
@@ -177,7 +177,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "P
 def _read_model(config: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = _resolved(config.path)
+    path = resolved(config.path)
     if config.from_scratch:
         shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -197,7 +197,7 @@ def _read_model(config: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 @contextmanager
-def _reading(config: ModelConfig) -> Iterator[None]:
+def reading(config: ModelConfig) -> Iterator[None]:
     """Around whatever reads the folder or asks the hub for it: that it is not there is an error of the input.
 
     Transformers asks a hub that does not answer again and again, for most of a minute; so it is asked once before.
@@ -235,7 +235,7 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
 
     if is_adapter(config.path):
         model = load_model(_base_of_adapter(config))
-        path, device = _resolved(config.path), str(model.device)  # peft would read by way of any accelerator it finds
+        path, device = resolved(config.path), str(model.device)  # peft would read by way of any accelerator it finds
         adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
         adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
     elif config.lora is not None:
