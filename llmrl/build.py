@@ -4,29 +4,38 @@ Everything that can be wrong is found by `check_*` before any weights load; `bui
 """
 
 import copy
+import json
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from llmrl.algorithms.grpo import GRPO
-from llmrl.config import GRPORun, SFTRun
+from llmrl.config import GRPORun, RewardModelRun, SFTRun
+from llmrl.data.chat import as_sequences
+from llmrl.data.preferences import PairSource, load_preference_rows
 from llmrl.data.prompts import PromptDataConfig, PromptSource, encode_prompts, load_prompt_rows
+from llmrl.data.rerender import Rerenderer, same_tokens
 from llmrl.data.rows import DataConfig, check_rows, column_names, is_local
-from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource, load_supervised_rows
+from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource, encode_examples, load_supervised_rows
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.trainable import LocalTrainable
-from llmrl.experience import Prompts, Row
+from llmrl.experience import PreferencePairs, Prompts, Rollout, Row, Sequences
 from llmrl.functional.streams import Purpose
 from llmrl.models.heads import choose_head
 from llmrl.models.loading import (
     DTYPES,
     ModelConfig,
+    ModelError,
     as_loaded,
     check_model,
     end_ids,
@@ -37,21 +46,40 @@ from llmrl.models.loading import (
     shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.models.reward_checks import sanity_checks
+from llmrl.models.reward_model import (
+    Normalization,
+    RewardModule,
+    TransformersRewardModel,
+    adapt,
+    check_reward_model,
+    choose_pad,
+    load_reward_model,
+    normalization_on,
+    saved_normalization,
+    score_layer,
+    shares_prompts_exactly,
+)
 from llmrl.models.saving import save_policy
 from llmrl.reports.progress import Silent
+from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
+from llmrl.rewards.combine import CombinedReward
+from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rewards.functions import FunctionReward, decode_responses
+from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
-from llmrl.roles import Policy, Progress, RolloutEngine, Sampling
+from llmrl.roles import Policy, Progress, RewardFunction, RolloutEngine, Sampling
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import check_length, position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.evaluate import Evaluator
+from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.rl import RLTrainer
-from llmrl.trainers.run import Run, check_output
+from llmrl.trainers.run import Run, RunConfig, check_output
 from llmrl.trainers.sft import SFTTrainer
 
 if TYPE_CHECKING:
@@ -60,6 +88,8 @@ if TYPE_CHECKING:
 
 
 C = TypeVar("C", bound=DataConfig)
+
+EVALUATION = "evaluation_data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +110,17 @@ def check_sft(config: SFTRun, *, dry: bool) -> Checked:
     rows = _rows(config.data, load_supervised_rows, unchecked, dry=dry)
     evaluation_rows = None
     if config.evaluation_data is not None:
-        evaluation_rows = _rows(config.evaluation_data, load_supervised_rows, unchecked, dry=dry)
+        evaluation_rows = _rows(config.evaluation_data, load_supervised_rows, unchecked, dry=dry, section=EVALUATION)
+    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
+
+
+def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
+    """Checks the training of a reward model."""
+    check_output(config.run)
+    unchecked = _model(config.model, dry=dry, needs_head=False)
+    rows = _rows(config.data, load_preference_rows, unchecked, dry=dry)
+    evaluation_rows = _rows(config.evaluation_data, load_preference_rows, unchecked, dry=dry, section=EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
 
@@ -88,37 +128,60 @@ def check_sft(config: SFTRun, *, dry: bool) -> Checked:
 def check_grpo(config: GRPORun, *, dry: bool, trains: bool = True) -> Checked:
     """Checks a run of GRPO, or, where it trains nothing, an evaluation of its model."""
     unchecked = _model(config.model, dry=dry)
+    if config.reward.model is not None:
+        unchecked += check_scorer(config.reward.model, dry=dry)
     if trains:
         check_output(config.run)
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     rows = _rows(config.data, load_prompt_rows, unchecked, dry=dry) if trains else None
     evaluation_rows = None
     if config.evaluation_data is not None and (config.evaluation.every or not trains):
-        evaluation_rows = _rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry)
+        evaluation_rows = _rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry, section=EVALUATION)
+    elif config.evaluation_data is not None:
+        unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
     functions: tuple[Function, ...] = ()
     for data, some_rows in ((config.data, rows), (config.evaluation_data, evaluation_rows)):
         if data is not None and some_rows is not None:
             functions = load_functions(config.reward, column_names(some_rows))
             required = required_columns(config.reward, functions)
             check_rows(data.path, some_rows, partial(row_problem, required=required))
-    if rows is None and evaluation_rows is None:
+    if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
 
 
-def _model(config: ModelConfig, *, dry: bool) -> list[str]:
+def _model(config: ModelConfig, *, dry: bool, section: str = "model", needs_head: bool | None = None) -> list[str]:
+    """Checks a model; `needs_head` is for reward models: whether their head must be there already."""
     if dry and config.made_by and not Path(config.path).exists():
-        return [f"model.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
-    sentence = check_model(config)
-    return [sentence] if sentence else []
+        return [f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
+    with _naming(section):
+        sentence = check_model(config)
+        if needs_head is not None:
+            check_reward_model(config, needs_head=needs_head)
+    return [_in_section(sentence, section)] if sentence else []
 
 
-def _rows(config: C, load: Callable[[C], list[Row]], unchecked: list[str], *, dry: bool) -> list[Row] | None:
+@contextmanager
+def _naming(section: str) -> Iterator[None]:
+    """Around what checks or loads a model: its errors name the section of the recipe that the model stands in."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(_in_section(str(error), section)) from error
+
+
+def _in_section(sentence: str, section: str) -> str:
+    return re.sub(r"\bmodel\.(?=path\b|trust_remote_code\b)", f"{section}.", sentence)
+
+
+def _rows(
+    config: C, load: Callable[[C], list[Row]], unchecked: list[str], *, dry: bool, section: str = "data"
+) -> list[Row] | None:
     """The rows that a config names. A dry run passes over a file that a command is still to make, and over the hub."""
     if dry and not is_local(config.path):
-        unchecked.append(f"data.path ({config.path}) is a data set on the hub, which a dry run does not fetch")
+        unchecked.append(f"{section}.path ({config.path}) is a data set on the hub, which a dry run does not fetch")
     elif dry and config.made_by and not Path(config.path).exists():
-        unchecked.append(f"data.path ({config.path}) does not exist yet; `{config.made_by}` makes it")
+        unchecked.append(f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it")
     else:
         return load(config)
     return None
@@ -162,7 +225,7 @@ def reference_of(actor: Actor, *, microbatch_tokens: int) -> Policy:
         context = partial(as_loaded, actor.adapted)
         return TransformersPolicy(actor.module, microbatch_tokens=microbatch_tokens, context=context)
     frozen = copy.deepcopy(actor.model).requires_grad_(False)
-    shrink_linear_layers(frozen, actor.dtype)
+    shrink_linear_layers(frozen, actor.dtype, head=frozen.get_output_embeddings())
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
     return TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
 
@@ -225,6 +288,123 @@ def _held_out(config: SupervisedDataConfig | None, rows: list[Row] | None, actor
     return examples.next(examples.num_rows).to(actor.model.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedRewardModel:
+    """A reward model with everything that belongs to it."""
+
+    model: "PreTrainedModel"
+    adapted: "PeftModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    module: RewardModule
+    scorer: TransformersRewardModel
+    has_own_pad: bool
+    """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
+
+    def normalize(self, pairs: PreferencePairs) -> Normalization:
+        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1."""
+        with torch.no_grad():
+            normalization = normalization_on(torch.cat(self.scorer.pair_scores(pairs)))
+        normalization.write(self.model.config)
+        return normalization
+
+
+def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, *, seed: int) -> LoadedRewardModel:
+    """The reward model to be trained, on the device."""
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
+    model = load_reward_model(config, head_init=settings.head_init)
+    has_own_pad = choose_pad(tokenizer, model)
+    adapted = adapt(model, config)
+    model.to(pick_device()).train()  # type: ignore[arg-type]
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = RewardModule(model, dtype=DTYPES[config.dtype])
+    scorer = TransformersRewardModel(
+        module,
+        microbatch_tokens=settings.microbatch_tokens,
+        shares_prompts=shares_prompts_exactly(module, len(tokenizer)),
+    )
+    return LoadedRewardModel(
+        model=model, adapted=adapted, tokenizer=tokenizer, module=module, scorer=scorer, has_own_pad=has_own_pad
+    )
+
+
+def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+    """The training of a reward model. Each model that it saves has its report card beside it."""
+    assert checked.rows is not None, "only a dry run may leave rows unread"
+    assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
+    settings = config.reward_model
+    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed)
+    pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
+    held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
+    for section, source in (("data", pairs), ("evaluation_data", held_out)):
+        for line in source.counts.lines():
+            progress.message(f"{section}: {line}")
+    device = loaded.model.device
+    reference = pairs.all().select(torch.arange(min(settings.num_reference_pairs, pairs.num_rows))).to(device)
+    num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
+    trainer = RewardModelTrainer(
+        settings,
+        scorer=loaded.scorer,
+        trained={"reward_model": LocalTrainable(loaded.module, config.optimizer, num_steps=num_iterations)},
+        pairs=pairs,
+        held_out=held_out.all().to(device),
+        collectives=OneProcess(),
+        progress=progress,
+    )
+
+    def save(folder: Path) -> None:
+        normalization = loaded.normalize(reference)
+        save_policy(
+            folder,
+            model=loaded.model,
+            adapted=loaded.adapted,
+            tokenizer=loaded.tokenizer,
+            dtype=DTYPES[config.model.dtype],
+        )
+        card = _report_card(loaded, trainer, held_out, normalization)
+        (folder / "report_card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+    return Run(
+        RunConfig(num_iterations=num_iterations, **vars(config.run)),
+        settings=to_dict(config),
+        trainer=trainer,
+        save_model=save,
+        evaluate=trainer.evaluate,
+        evaluate_every=settings.evaluate_every,
+        progress=progress,
+        sink=trackers,
+    )
+
+
+def _report_card(
+    loaded: LoadedRewardModel, trainer: RewardModelTrainer, held_out: PairSource, normalization: Normalization
+) -> Card:
+    pairs = trainer.held_out
+    with torch.no_grad():
+        chosen, rejected = loaded.scorer.pair_scores(pairs)
+    notes = []
+    if not loaded.has_own_pad:
+        notes.append(
+            "pad equals EOS and the vocabulary has no token to spare: plain transformers reads the score one token "
+            "before the end, llmrl at the end"
+        )
+    return make_report_card(
+        PairResults(
+            chosen_scores=chosen,
+            rejected_scores=rejected,
+            chosen_lengths=pairs.chosen.response_lengths,
+            rejected_lengths=pairs.rejected.response_lengths,
+            sources=held_out.sources,
+        ),
+        loss=trainer.evaluate()["eval/loss"],
+        counts=vars(held_out.counts),
+        checks=sanity_checks(loaded.scorer, pairs.chosen, loaded.tokenizer, dtype=loaded.module.dtype),
+        normalization=(normalization.mean, normalization.std),
+        notes=notes,
+    )
+
+
 def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
@@ -245,6 +425,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
     reference = None
     if config.algorithm.kl_coef > 0:
         reference = reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
+    scorer = None if config.reward.model is None else load_scorer(config.reward.model)
     num_steps = config.run.num_iterations * config.optimizer_steps_per_iteration
     output_dir = Path(config.run.output_dir)
     trainer = RLTrainer(
@@ -255,7 +436,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
             max_response_tokens=config.rollout.max_response_tokens,
         ),
         engine=engine,
-        reward=_reward(config, checked.functions, actor.tokenizer, config.data, checked.rows),
+        reward=_reward(config, checked.functions, actor.tokenizer, config.data, checked.rows, scorer),
         prompts=prompts,
         trained={"actor": LocalTrainable(actor.module, config.optimizer, num_steps=num_steps)},
         update=config.update,
@@ -273,7 +454,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
     )
     evaluator = None
     if config.evaluation.every:
-        evaluator = _evaluator(config, checked, actor.tokenizer, engine, progress)
+        evaluator = _evaluator(config, checked, actor.tokenizer, engine, scorer, progress)
         _check_room(actor.model, evaluator.prompts, config.rollout)
     return Run(
         config.run,
@@ -291,7 +472,8 @@ def build_evaluator(config: GRPORun, checked: Checked, *, progress: Progress) ->
     """An evaluation of the model that a recipe of GRPO names, without anything that trains."""
     tokenizer, model = load_for_sampling(config.model)
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
-    evaluator = _evaluator(config, checked, tokenizer, engine, progress)
+    scorer = None if config.reward.model is None else load_scorer(config.reward.model)
+    evaluator = _evaluator(config, checked, tokenizer, engine, scorer, progress)
     _check_room(model, evaluator.prompts, config.rollout)
     return evaluator
 
@@ -317,7 +499,12 @@ def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, Pr
 
 
 def _evaluator(
-    config: GRPORun, checked: Checked, tokenizer: "PreTrainedTokenizerBase", engine: RolloutEngine, progress: Progress
+    config: GRPORun,
+    checked: Checked,
+    tokenizer: "PreTrainedTokenizerBase",
+    engine: RolloutEngine,
+    scorer: "RewardScorer | None",
+    progress: Progress,
 ) -> Evaluator:
     assert config.evaluation_data is not None, "an evaluation needs prompts"
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
@@ -326,7 +513,7 @@ def _evaluator(
     return Evaluator(
         config.evaluation,
         engine=engine,
-        reward=_reward(config, checked.functions, tokenizer, config.evaluation_data, checked.evaluation_rows),
+        reward=_reward(config, checked.functions, tokenizer, config.evaluation_data, checked.evaluation_rows, scorer),
         prompts=prompts,
         criterion=config.reward.labels[0],
         max_response_tokens=config.rollout.max_response_tokens,
@@ -341,14 +528,85 @@ def _reward(
     tokenizer: "PreTrainedTokenizerBase",
     data: PromptDataConfig,
     rows: Sequence[Row],
-) -> FunctionReward:
-    return FunctionReward(
-        config.reward,
-        functions=functions,
+    scorer: "RewardScorer | None",
+) -> RewardFunction:
+    rewards: list[RewardFunction] = []
+    if functions:
+        rewards.append(
+            FunctionReward(
+                config.reward,
+                functions=functions,
+                tokenizer=tokenizer,
+                prompt_column=data.prompt_column,
+                columns=column_names(rows),
+            )
+        )
+    if scorer is not None:
+        rewards.append(scorer.reward_for(tokenizer, data, rows))
+    return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScorer:
+    """A reward model that is only asked: frozen, on the device."""
+
+    scorer: TransformersRewardModel
+    tokenizer: "PreTrainedTokenizerBase"
+    normalize: Callable[[Tensor], Tensor]
+    weight: float
+
+    def reward_for(
+        self, policy_tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
+    ) -> LearnedReward:
+        """The reward of responses to these prompts: on the policy's own ids where both have the same tokens."""
+        encode: Callable[[Rollout], Sequences] = attrgetter("sequences")
+        if not same_tokens(policy_tokenizer, self.tokenizer):
+            encode = Rerenderer(data, policy_tokenizer=policy_tokenizer, tokenizer=self.tokenizer)
+            encode.check(rows)
+        return LearnedReward(self.scorer, encode=encode, normalize=self.normalize, weight=self.weight)
+
+
+def load_scorer(config: LearnedRewardConfig) -> RewardScorer:
+    """The reward model that a recipe or a command names, in eval mode and without gradient."""
+    model_config = reward_model_config(config)
+    with _naming("reward.model"):
+        tokenizer = load_tokenizer(model_config)
+        model = load_reward_model(model_config, head_init=None).to(pick_device())  # type: ignore[arg-type]
+    model.eval().requires_grad_(False)
+    shrink_linear_layers(model, DTYPES[config.dtype], head=score_layer(model))
+    normalization = saved_normalization(model.config) if config.normalize else None
+    return RewardScorer(
+        scorer=TransformersRewardModel(
+            RewardModule(model, dtype=DTYPES[config.dtype]),
+            microbatch_tokens=config.microbatch_tokens,
+            shares_prompts=False,
+        ),
         tokenizer=tokenizer,
-        prompt_column=data.prompt_column,
-        columns=column_names(rows),
+        normalize=normalization or Normalization(mean=0.0, std=1.0),
+        weight=config.weight,
     )
+
+
+def check_scorer(config: LearnedRewardConfig, *, dry: bool = False) -> list[str]:
+    """Checks a reward model that is to score responses. Returns sentences on what could not be checked."""
+    return _model(reward_model_config(config), dry=dry, section="reward.model", needs_head=True)
+
+
+def reward_model_config(config: LearnedRewardConfig) -> ModelConfig:
+    """The same model as the settings of one that is loaded."""
+    return ModelConfig(
+        path=config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, made_by=config.made_by
+    )
+
+
+def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: SupervisedDataConfig) -> list[float]:
+    """The score of each row's response by a reward model, through the model's own chat template."""
+    scorer = load_scorer(config)
+    examples = encode_examples(rows, scorer.tokenizer, data)
+    sequences = as_sequences(*zip(*examples, strict=True)).to(scorer.scorer.device)
+    scores = scorer.normalize(scorer.scorer.scores(sequences))
+    check_finite(scores)
+    return scores.tolist()
 
 
 def _tell_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:

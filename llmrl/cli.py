@@ -1,4 +1,4 @@
-"""The command line: llmrl sft | grpo | evaluate | generate | settings.
+"""The command line: llmrl sft | reward-model | grpo | evaluate | score | generate | settings.
 
 Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n stopped by signal n.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmrl.settings import SettingError, describe, read_recipe, to_yaml
 
@@ -49,6 +49,25 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
         _print_dry_run(config, sentence, checked.unchecked)
     else:
         _train(config, sentence, lambda **roles: build_sft(config, checked, **roles))
+
+
+@app.command()
+def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Trains a reward model on pairs of responses, one of which was preferred."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import build_reward_model, check_reward_run
+        from llmrl.config import RewardModelRun
+
+        config = read_recipe(RewardModelRun, recipe, overrides or [])
+        checked = check_reward_run(config, dry=dry_run)
+    epochs, size = config.reward_model.num_epochs, config.reward_model.batch_size
+    rows = f" over {len(checked.rows):,} rows" if checked.rows else ""
+    sentence = f"Each iteration is one optimizer step on {size} pairs; {epochs} epochs{rows}."
+    if dry_run:
+        _print_dry_run(config, sentence, checked.unchecked)
+    else:
+        _train(config, sentence, lambda **roles: build_reward_model(config, checked, **roles))
+        _print_card(Path(config.run.output_dir))
 
 
 @app.command()
@@ -91,12 +110,43 @@ def evaluate(
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         before = json.loads(_existing(compare).read_text()) if compare is not None else None
         checked = check_grpo(config, dry=False, trains=False)
-    with failures_in_one_line(), _progress(1) as progress:
+    with failures_in_one_line(), _progress() as progress:
         values = build_evaluator(config, checked, progress=progress).evaluate()
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"model": config.model.path, **values}, indent=1) + "\n")
     _print_evaluation(config.model.path, values, before)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A reward model's folder or hub name.")],
+    file: Annotated[str, typer.Argument(help="Rows of prompts and responses, as llmrl sft reads them.")],
+    output: Annotated[Path | None, typer.Option(help="Writes the rows with their scores to this JSONL file.")] = None,
+    prompt_column: Annotated[str, typer.Option(help="Column of the prompt: a text or messages.")] = "prompt",
+    response_column: Annotated[str, typer.Option(help="Column of the response.")] = "response",
+    normalize: Annotated[bool, typer.Option(help="By the mean and the spread that are stored with the model.")] = True,
+) -> None:
+    """Scores responses by a reward model."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import check_scorer, score_rows
+        from llmrl.data.supervised import SupervisedDataConfig, load_supervised_rows
+        from llmrl.rewards.config import LearnedRewardConfig
+
+        config = LearnedRewardConfig(path=model, normalize=normalize)
+        check_scorer(config)
+        data = SupervisedDataConfig(path=file, prompt_column=prompt_column, response_column=response_column)
+        rows = load_supervised_rows(data)
+    with failures_in_one_line():
+        _quiet()
+        scores = score_rows(config, rows, data)
+    lines = [json.dumps({**row, "score": value}) for row, value in zip(rows, scores, strict=True)]
+    if output is None:
+        print("\n".join(lines))
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("\n".join(lines) + "\n")
+    print(f"{len(scores)} responses, mean score {sum(scores) / len(scores):.4g}", file=sys.stderr)
 
 
 @app.command()
@@ -111,17 +161,17 @@ def generate(
 ) -> None:
     """Responds to prompts."""
     with bad_input_ends_with_status_2():
-        from transformers.utils.logging import disable_progress_bar
-
         from llmrl.build import respond
         from llmrl.models.loading import ModelConfig, check_model
 
         if temperature < 0:
             raise SettingError(f"--temperature ({temperature}) must be 0 or greater")
+        if temperature == 0 and num_responses > 1:
+            raise SettingError(f"--num-responses ({num_responses}) would all be the likeliest one; set --temperature")
         config = ModelConfig(path=model)
         check_model(config)
     with failures_in_one_line():
-        disable_progress_bar()
+        _quiet()
         responses = respond(
             config,
             prompts,
@@ -137,16 +187,21 @@ def generate(
 
 
 @app.command()
-def settings(algorithm: Annotated[str, typer.Argument(help="sft or grpo")]) -> None:
+def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model or grpo")]) -> None:
     """Every setting with its default and what it does."""
-    from llmrl.config import GRPORun, SFTRun
+    from llmrl.config import GRPORun, RewardModelRun, SFTRun
 
-    runs = {"sft": SFTRun, "grpo": GRPORun}
+    runs = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun}
     with bad_input_ends_with_status_2():
         if algorithm not in runs:
             raise SettingError(f"{algorithm} has no settings; choose {' or '.join(runs)}")
-    table = Table("setting", "type", "default", "what it does")
-    for setting in describe(runs[algorithm]):
+    listed = list(describe(runs[algorithm]))
+    if not sys.stdout.isatty():
+        print("\n".join("\t".join(setting) for setting in listed))
+        return
+    longest = max(len(setting.path) for setting in listed)
+    table = Table(Column("setting", no_wrap=True, min_width=longest), "type", "default", "what it does")
+    for setting in listed:
         table.add_row(setting.path, setting.type, setting.default, setting.help)
     Console().print(table)
 
@@ -155,7 +210,8 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.reports.trackers import Trackers
 
     trackers = Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    with failures_in_one_line(), _progress(config.run.num_iterations) as progress:
+    way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
+    with failures_in_one_line(way_out), _progress() as progress:
         progress.message(sentence)
         run = build(progress=progress, trackers=trackers)
         with trackers:
@@ -163,14 +219,18 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
 
 
-def _progress(num_iterations: int) -> Any:
-    """Our display, and no bars of transformers between its lines."""
-    from transformers.utils.logging import disable_progress_bar
-
+def _progress() -> Any:
     from llmrl.reports.progress import make_progress
 
+    _quiet()
+    return make_progress()
+
+
+def _quiet() -> None:
+    """No bars of transformers between our lines."""
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
-    return make_progress(num_iterations)
 
 
 @contextmanager
@@ -183,7 +243,7 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
 
 
 @contextmanager
-def failures_in_one_line() -> Iterator[None]:
+def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
     from llmrl.data.rows import DataError
     from llmrl.models.loading import ModelError
@@ -199,13 +259,13 @@ def failures_in_one_line() -> Iterator[None]:
     except (DataError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
         _fail(error, 2)
     except (RewardError, FlatGroupsError, FloatingPointError) as error:
-        _fail(error, 1)
+        _fail(error, 1, way_out)
     except Stopped as stopped:
         _fail(stopped, 128 + stopped.signal_number)
 
 
-def _fail(error: Exception, status: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: Exception, status: int, way_out: str = "") -> None:
+    print(f"error: {error}{way_out}", file=sys.stderr)
     raise typer.Exit(status) from error
 
 
@@ -224,6 +284,14 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
     print(sentence)
     for what in unchecked:
         print(f"not checked: {what}")
+
+
+def _print_card(folder: Path) -> None:
+    from llmrl.reports.report_card import print_report_card
+
+    file = folder / "final" / "report_card.json"
+    print_report_card(json.loads(file.read_text()), Console())
+    print(f"The report card is {file}.")
 
 
 def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from llmrl.algorithms.grpo import GRPOConfig
+from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.distributed.trainable import OptimizerConfig
@@ -12,7 +13,8 @@ from llmrl.rewards.config import RewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.evaluate import EvaluationConfig
 from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RunConfig
+from llmrl.trainers.reward_model import RewardModelConfig
+from llmrl.trainers.run import OutputConfig, RunConfig
 from llmrl.trainers.sft import SFTConfig
 
 
@@ -42,6 +44,29 @@ class SFTRun:
                 "name held-out examples, or set it to 0"
             )
         _check_best(self.run, evaluates=self.sft.evaluate_every > 0, way_out="sft.evaluate_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelRun:
+    """A Bradley-Terry reward model: `llmrl reward-model`."""
+
+    model: ModelConfig
+    """What it starts from: a causal language model, which gets a new head, or a reward model."""
+    data: PreferenceDataConfig
+    """Pairs of responses, one of which was preferred."""
+    evaluation_data: PreferenceDataConfig
+    """Held-out pairs: what the report card is about."""
+    run: OutputConfig
+    """Where to; `reward_model.num_epochs` says how long."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """How pairs become optimizer steps."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    """How the weights move."""
+    trackers: TrackerConfig = field(default_factory=TrackerConfig)
+    """Who else is told the metrics."""
+
+    def __post_init__(self) -> None:
+        _check_best(self.run, evaluates=self.reward_model.evaluate_every > 0, way_out="reward_model.evaluate_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +143,7 @@ class GRPORun:
         return self.update.num_epochs * self.num_responses // self.update.minibatch_size
 
 
-def _check_best(run: RunConfig, *, evaluates: bool, way_out: str) -> None:
+def _check_best(run: OutputConfig, *, evaluates: bool, way_out: str) -> None:
     if run.best_metric is not None and run.best_metric.startswith("eval/") and not evaluates:
         raise ValueError(
             f"run.best_metric ({run.best_metric}) is never measured: set {way_out}, or name another metric"

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmrl.experience import Experience, Prompts, Rollout, Scores, Sequences
+from llmrl.experience import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.functional.losses import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics
@@ -70,6 +70,19 @@ class StateMismatch(ValueError):
 
 
 @runtime_checkable
+class Scorer(Protocol):
+    """What a reward model says, not normalized."""
+
+    def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
+        """Of each sequence, without gradient."""
+        ...
+
+    def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Of both sides of each pair: ``(chosen, rejected)``."""
+        ...
+
+
+@runtime_checkable
 class Trainable(Protocol):
     """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
 
@@ -116,6 +129,10 @@ class Collectives(Protocol):
 @runtime_checkable
 class Progress(Protocol):
     """Who is told how far the run is."""
+
+    def begin(self, num_iterations: int) -> None:
+        """The first of so many iterations, or after a resume the next of them, begins now."""
+        ...
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
         """Iteration `number`, counted from 1, is done; these are its metrics."""
@@ -187,6 +204,13 @@ class ExampleSource(Source, Protocol):
     """Of prompts with the responses to learn."""
 
     def next(self, num_examples: int) -> Sequences: ...
+
+
+@runtime_checkable
+class PairSource(Source, Protocol):
+    """Of pairs of responses, one of which was preferred."""
+
+    def next(self, num_pairs: int) -> PreferencePairs: ...
 
 
 @runtime_checkable

@@ -130,7 +130,7 @@ def _override(tree: DictConfig, overrides: Sequence[str]) -> None:
 def _parse(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise SettingError(f"override {override!r} must be written key=value, such as optimizer.lr=1e-5")
+        raise SettingError(f"override {override!r} must be written key=value, such as run.seed=1")
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except yaml.YAMLError as error:

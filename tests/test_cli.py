@@ -104,12 +104,14 @@ def without_times(entries):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_of_the_repository_dry_runs(recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "load_actor", lambda *_, **__: pytest.fail("a dry run loaded a model"))
-    command = "sft" if recipe.stem.endswith("sft") else "grpo"
-    status, output, _ = llmrl(command, recipe, f"run.output_dir={tmp_path / 'run'}", "--dry-run")
-    assert status == 0
-    assert yaml.safe_load(output.split("\nEach of ")[0])["run"]["num_iterations"] >= 1
-    assert "iterations" in output.split("\nEach of ")[1]
+    for name in ("load_actor", "load_trained_reward_model", "load_scorer"):
+        monkeypatch.setattr(build, name, lambda *_, **__: pytest.fail("a dry run loaded a model"))
+    (command,) = [name for name in ("sft", "reward_model", "grpo") if recipe.stem.endswith(name)]
+    status, output, error = llmrl(command.replace("_", "-"), recipe, f"run.output_dir={tmp_path / 'run'}", "--dry-run")
+    assert status == 0, error
+    settings, _, sentence = output.partition("\nEach ")
+    assert yaml.safe_load(settings)["run"]["output_dir"] == str(tmp_path / "run")
+    assert "iteration" in sentence
     assert not (tmp_path / "run").exists()
 
 

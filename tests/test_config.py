@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.config import GRPORun, SFTRun
+from llmrl.config import GRPORun, RewardModelRun, SFTRun
+from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.models.loading import ModelConfig
@@ -19,11 +20,12 @@ from llmrl.rollout.config import RolloutConfig
 from llmrl.settings import SettingError, describe, read_recipe
 from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
 from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.rl import RLTrainer
-from llmrl.trainers.run import Run, RunConfig
+from llmrl.trainers.run import OutputConfig, Run, RunConfig
 from llmrl.trainers.sft import SFTConfig, SFTTrainer
 
-RUNS = (SFTRun, GRPORun)
+RUNS = (SFTRun, RewardModelRun, GRPORun)
 
 
 def sft(**sections: Any) -> SFTRun:
@@ -33,6 +35,16 @@ def sft(**sections: Any) -> SFTRun:
         "run": RunConfig(output_dir="runs/x", num_iterations=1),
     }
     return SFTRun(**(required | sections))
+
+
+def reward_model(**sections: Any) -> RewardModelRun:
+    required = {
+        "model": ModelConfig(path="m"),
+        "data": PreferenceDataConfig(path="d.jsonl"),
+        "evaluation_data": PreferenceDataConfig(path="e.jsonl"),
+        "run": OutputConfig(output_dir="runs/x"),
+    }
+    return RewardModelRun(**(required | sections))
 
 
 def grpo(**sections: Any) -> GRPORun:
@@ -59,6 +71,17 @@ def test_an_evaluated_sft_run_needs_held_out_examples():
     with pytest.raises(ValueError, match=r"^sft\.evaluate_every \(5\) needs evaluation_data; name .* or set it to 0$"):
         sft(sft=SFTConfig(evaluate_every=5))
     sft(sft=SFTConfig(evaluate_every=5), evaluation_data=SupervisedDataConfig(path="e.jsonl"))
+
+
+def test_the_best_reward_model_needs_evaluations():
+    best = OutputConfig(output_dir="o", best_metric="eval/accuracy")
+    message = (
+        r"^run\.best_metric \(eval/accuracy\) is never measured: set reward_model\.evaluate_every, or name another"
+    )
+    with pytest.raises(ValueError, match=message):
+        reward_model(run=best)
+    reward_model(run=best, reward_model=RewardModelConfig(evaluate_every=5))
+    reward_model(run=OutputConfig(output_dir="o", best_metric="pairs/accuracy"))
 
 
 @pytest.mark.parametrize(
@@ -177,12 +200,12 @@ def sections(run: type) -> Iterator[Any]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
-    """No second set of defaults: but for the learning rate of SFT, a run adds none of its own."""
+    """No second set of defaults: but for the learning rates of SFT and reward models, a run adds none of its own."""
     own = {name for name, default in sections(run) if default != type(default)()}
-    assert own == ({"optimizer"} if run is SFTRun else set())
+    assert own == ({"optimizer"} if run in (SFTRun, RewardModelRun) else set())
 
 
-@pytest.mark.parametrize("cls", [Run, SFTTrainer, RLTrainer, Evaluator, GRPO, SampleWriter])
+@pytest.mark.parametrize("cls", [Run, SFTTrainer, RewardModelTrainer, RLTrainer, Evaluator, GRPO, SampleWriter])
 def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
     parameters = inspect.signature(cls).parameters.values()
     assert [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty] == []
@@ -203,6 +226,10 @@ def test_the_least_that_a_recipe_must_say(tmp_path: Path):
     assert read_recipe(SFTRun, recipe, []) == sft()
     recipe.write_text(SFT_RECIPE + "reward: {functions: [{name: 'rule.py:score'}]}\n")
     assert read_recipe(GRPORun, recipe, []) == grpo()
+    recipe.write_text(
+        "model: {path: m}\ndata: {path: d.jsonl}\nevaluation_data: {path: e.jsonl}\nrun: {output_dir: runs/x}"
+    )
+    assert read_recipe(RewardModelRun, recipe, []) == reward_model()
 
 
 @pytest.mark.parametrize(

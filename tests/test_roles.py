@@ -4,29 +4,36 @@ import pytest
 
 from llmrl import roles
 from llmrl.algorithms.grpo import GRPO
+from llmrl.data.preferences import PairSource
 from llmrl.data.prompts import PromptSource
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.trainable import LocalTrainable
 from llmrl.models.policy import TransformersPolicy
+from llmrl.models.reward_model import TransformersRewardModel
 from llmrl.reports.progress import LiveProgress, PlainProgress, Silent
+from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.functions import FunctionReward
+from llmrl.rewards.learned import LearnedReward
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.scripted import ScriptedEngine
+from llmrl.trainers.reward_model import RewardModelTrainer
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.sft import SFTTrainer
 
 CAST = [
     (roles.RolloutEngine, (NativeEngine, TransformersEngine, ScriptedEngine)),
-    (roles.RewardFunction, (FunctionReward,)),
+    (roles.RewardFunction, (FunctionReward, LearnedReward, CombinedReward)),
     (roles.Policy, (TransformersPolicy,)),
+    (roles.Scorer, (TransformersRewardModel,)),
     (roles.Trainable, (LocalTrainable,)),
     (roles.Collectives, (OneProcess,)),
     (roles.Algorithm, (GRPO,)),
     (roles.PromptSource, (PromptSource,)),
     (roles.ExampleSource, (SupervisedSource,)),
-    (roles.Trainer, (RLTrainer, SFTTrainer)),
+    (roles.PairSource, (PairSource,)),
+    (roles.Trainer, (RLTrainer, SFTTrainer, RewardModelTrainer)),
     (roles.Progress, (LiveProgress, PlainProgress, Silent)),
 ]
 

@@ -195,7 +195,7 @@ def test_a_file_that_is_no_recipe(write: Write, text: str, said: str):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("seed", "'seed' must be written key=value, such as optimizer.lr=1e-5"),
+        ("seed", "'seed' must be written key=value, such as run.seed=1"),
         ("=3", "'=3' must be written key=value"),
         ("model.=3", "'model.=3' must be written key=value"),
         ("limits=[1", "'limits=[1': the value is not YAML; put it in quotes"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.rows import DataConfig, DataError, check_rows
+from llmrl.experience import Sequences
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -29,14 +30,24 @@ def prompt_problem(prompt: Any) -> str | None:
         case []:
             return "is an empty list of messages"
         case list():
-            return _messages_problem(prompt)
-    return f"must be a text or a list of messages, not {_kind(prompt)}"
+            return messages_problem(prompt) or _ending_problem(prompt)
+    return f"must be a text or a list of messages, not {kind(prompt)}"
 
 
-def _messages_problem(messages: list[Any]) -> str | None:
+def messages_problem(messages: Sequence[Any]) -> str | None:
+    """Why a list holds something else than messages; None if all of them are."""
     for number, message in enumerate(messages, start=1):
         if problem := _message_problem(message):
             return f"has a message {number} that {problem}"
+    return None
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message about it."""
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _ending_problem(messages: Sequence[Message]) -> str | None:
     if messages[-1]["role"] == "assistant":
         return "ends with the assistant's message; end with one that asks for a response"
     return None
@@ -49,12 +60,8 @@ def _message_problem(message: Any) -> str | None:
         case {"role": _, "content": str()}:
             return None
         case {"role": _, "content": content}:
-            return f"has a content that is no text but {_kind(content)}"
+            return f"has a content that is no text but {kind(content)}"
     return 'is no object with "role" and "content"'
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def prompt_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
@@ -103,6 +110,19 @@ def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Int[Tensor, "N
         ids[n, columns] = torch.tensor(row)
         mask[n, columns] = True
     return ids, mask
+
+
+def as_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Sequences:
+    """Prompts and responses as one batch, in which every response token counts."""
+    prompt_ids, prompt_mask = padded(prompts, left=True)
+    response_ids, response_mask = padded(responses, left=False)
+    return Sequences(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=response_mask,
+        response_lengths=response_mask.sum(dim=1),
+    )
 
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[list[int]]:

@@ -122,8 +122,9 @@ def refuse_bad_rows(path: str, bad: Sequence[tuple[int, str]]) -> None:
 
 def missing_column(row: Row, column: str) -> str:
     """Says that a column is missing, and which one may be meant."""
-    nearest = get_close_matches(column, row, n=1, cutoff=0.0)
-    return f"no column {column!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    nearest = get_close_matches(column, row, n=1)
+    way_out = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(row) or 'none'}"
+    return f"no column {column!r}; {way_out}"
 
 
 def _places(path: str, numbers: Sequence[int]) -> list[str]:
@@ -137,7 +138,7 @@ def _places(path: str, numbers: Sequence[int]) -> list[str]:
 
 def _load_file(path: Path, made_by: str | None) -> list[Row]:
     if not path.exists():
-        raise DataError(f"{path} does not exist" + (f"; make it with `{made_by}`" if made_by else ""))
+        raise DataError(f"{path} does not exist{_way_out(path, made_by)}")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is not a file of a known kind: {', '.join(SUFFIXES)}")
     match path.suffix:
@@ -149,6 +150,14 @@ def _load_file(path: Path, made_by: str | None) -> list[Row]:
             return _read_parquet(path)
         case _:
             return _parse_jsonl(path)
+
+
+def _way_out(path: Path, made_by: str | None) -> str:
+    if made_by:
+        return f"; make it with `{made_by}`"
+    siblings = [sibling.name for sibling in path.parent.glob("*") if sibling.is_file()]
+    nearest = [f"; did you mean {path.with_name(name)}?" for name in get_close_matches(path.name, siblings, n=1)]
+    return "".join(nearest) if path.is_absolute() or nearest else f" in {Path.cwd()}"
 
 
 def _load_hub(name: str, subset: str | None, split: str) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.data.chat import padded, prompt_ids, prompt_problem, response_ids
+from llmrl.data.chat import as_sequences, prompt_ids, prompt_problem, response_ids
 from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows, missing_column
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import Row, Sequences
@@ -41,6 +41,14 @@ def check_supervised_rows(rows: Sequence[Row], config: SupervisedDataConfig) -> 
     check_rows(config.path, rows, lambda row: _row_problem(row, config))
 
 
+def encode_examples(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
+) -> list[EncodedExample]:
+    """``(prompt ids, response ids)`` of each row, however long."""
+    prompts, responses = zip(*(_split(row, config) for row in rows), strict=True)
+    return list(zip(prompt_ids(prompts, tokenizer, config), response_ids(responses, tokenizer), strict=True))
+
+
 class SupervisedSource(ShuffledSource[EncodedExample]):
     """Deals supervised examples in shuffled epochs."""
 
@@ -52,7 +60,7 @@ class SupervisedSource(ShuffledSource[EncodedExample]):
 
     def next(self, num_examples: int) -> Sequences:
         """The next examples as one batch."""
-        return _batch(self.take(num_examples))
+        return as_sequences(*zip(*self.take(num_examples), strict=True))
 
 
 def _row_problem(row: Row, config: SupervisedDataConfig) -> str | None:
@@ -89,8 +97,7 @@ def _encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
 ) -> list[EncodedExample]:
     """The ids of each row's prompt and response, less those that are too long."""
-    prompts, responses = zip(*(_split(row, config) for row in rows), strict=True)
-    encoded = zip(prompt_ids(prompts, tokenizer, config), response_ids(responses, tokenizer), strict=True)
+    encoded = encode_examples(rows, tokenizer, config)
     kept = [(prompt, response) for prompt, response in encoded if len(prompt) + len(response) <= config.max_tokens]
     if not kept:
         raise DataError(
@@ -98,15 +105,3 @@ def _encode(
             f"({config.max_tokens}); raise it"
         )
     return kept
-
-
-def _batch(examples: Sequence[EncodedExample]) -> Sequences:
-    prompt_ids, prompt_mask = padded([prompt for prompt, _ in examples], left=True)
-    response_ids, response_mask = padded([response for _, response in examples], left=False)
-    return Sequences(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response_ids,
-        response_mask=response_mask,
-        response_lengths=response_mask.sum(dim=1),
-    )

@@ -10,8 +10,10 @@ Z_95 = 1.959964
 """Standard normal quantile at 0.975: intervals of 95 %."""
 
 
-def wilson_interval(num_successes: int, num_trials: int, *, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(num_successes: float | int, num_trials: int, *, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval ``(low, high)`` of a success probability; ``(0, 1)`` without trials.
+
+    A tie may count as half a success.
 
         (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
 

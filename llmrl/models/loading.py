@@ -292,13 +292,13 @@ def turn_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def shrink_linear_layers(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+def shrink_linear_layers(model: "PreTrainedModel", dtype: torch.dtype, *, head: nn.Module | None) -> None:
     """Keeps the linear layers in the dtype to which autocast would cast them in every forward: the same numbers in less
-    memory. All else stays in float32, as it does under autocast, and so does the LM head, perhaps the embedding."""
+    memory. All else stays in float32, as it does under autocast, and so does the head."""
     from transformers.pytorch_utils import Conv1D
 
     for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
             module.to(dtype)
 
 

@@ -38,11 +38,9 @@ class Stream(Protocol):
     def flush(self) -> object: ...
 
 
-def make_progress(num_iterations: int) -> "LiveProgress | PlainProgress":
+def make_progress() -> "LiveProgress | PlainProgress":
     """Live on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty():
-        return LiveProgress(Console(file=sys.stdout), num_iterations=num_iterations)
-    return PlainProgress(sys.stdout, num_iterations=num_iterations)
+    return LiveProgress(Console(file=sys.stdout)) if sys.stdout.isatty() else PlainProgress(sys.stdout)
 
 
 def format_number(x: float) -> str:
@@ -91,11 +89,11 @@ class LiveProgress:
     Used as a context manager; the terminal is given back as it was, after an exception too.
     """
 
-    def __init__(self, console: Console, *, num_iterations: int) -> None:
-        self.pace = Pace(num_iterations)
+    def __init__(self, console: Console) -> None:
+        self.pace = Pace(1)
         columns = TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn()
         self.iterations = Progress(*columns, TextColumn("{task.fields[left]}", style="cyan"))
-        self.bar = self.iterations.add_task("iteration", total=num_iterations, left="")
+        self.bar = self.iterations.add_task("iteration", total=1, left="")
         self.phases = Progress(*columns, SpeedColumn())
         self.headlines = Text()
         self.live = Live(Group(self.iterations, self.phases, self.headlines), console=console, refresh_per_second=4)
@@ -106,6 +104,11 @@ class LiveProgress:
 
     def __exit__(self, *exception: object) -> None:
         self.live.stop()
+
+    def begin(self, num_iterations: int) -> None:
+        """The first of so many iterations, or the next of them, begins now."""
+        self.pace = Pace(num_iterations)
+        self.iterations.update(self.bar, total=num_iterations)
 
     def phase(self, name: str, total: int) -> None:
         """A new phase begins: `total` units of work."""
@@ -131,9 +134,9 @@ class LiveProgress:
 class PlainProgress:
     """One line an iteration, unless they are quicker than one can read, and a line every half minute in between."""
 
-    def __init__(self, stream: Stream, *, num_iterations: int) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.pace = Pace(num_iterations)
+        self.pace = Pace(1)
         self.name, self.done, self.total = "", 0, 0
         self.last_line = monotonic()
 
@@ -142,6 +145,10 @@ class PlainProgress:
 
     def __exit__(self, *exception: object) -> None:
         self.stream.flush()
+
+    def begin(self, num_iterations: int) -> None:
+        """The first of so many iterations, or the next of them, begins now."""
+        self.pace = Pace(num_iterations)
 
     def phase(self, name: str, total: int) -> None:
         """A new phase begins: `total` units of work."""
@@ -170,6 +177,8 @@ class PlainProgress:
 
 class Silent:
     """Says nothing."""
+
+    def begin(self, num_iterations: int) -> None: ...
 
     def phase(self, name: str, total: int) -> None: ...
 

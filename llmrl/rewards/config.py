@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 ROLLOUT_COLUMNS = ("prompts", "responses")
 """What every reward function can ask for beside the columns of the data."""
@@ -40,17 +40,52 @@ class RewardFunctionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """Functions whose weighted scores add up to a response's score."""
+class LearnedRewardConfig:
+    """A reward model that scores responses: what `llmrl reward-model` leaves, or any sequence classification model with
+    one label."""
 
-    functions: tuple[RewardFunctionConfig, ...]
-    """At least one."""
+    path: str
+    """A folder, or a name on the Hugging Face hub."""
+    weight: float = 1.0
+    """What its scores are multiplied by before they are summed."""
+    normalize: bool = True
+    """Takes off the mean and divides by the standard deviation that are stored with the model, if they are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of its forward passes; the head computes in float32."""
+    microbatch_tokens: int = 16384
+    """Tokens per forward pass, padding included. Changes memory, never the result."""
+    trust_remote_code: bool = False
+    """Allows a model folder to bring and run its own Python code."""
+    made_by: str | None = None
+    """The command that makes the folder, told to whoever misses it."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ValueError(
+                f"reward.model.weight ({self.weight}) must be a finite number other than 0; "
+                "to do without the reward model, leave reward.model out"
+            )
+        if self.microbatch_tokens < 1:
+            raise ValueError(f"reward.model.microbatch_tokens ({self.microbatch_tokens}) must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Functions and a reward model, whose weighted scores add up to a response's score."""
+
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    """Programs that score responses."""
+    model: LearnedRewardConfig | None = None
+    """A model that scores responses."""
 
     def __post_init__(self) -> None:
         if not self.functions:
-            raise ValueError(
-                "reward.functions is empty and must hold at least one function, such as {name: rule.py:score}"
-            )
+            if self.model is None:
+                raise ValueError(
+                    "reward.functions is empty and there is no reward.model; name at least one function, such as "
+                    "{name: rule.py:score}, or a reward model"
+                )
+            return
         name, uses = Counter(function.name for function in self.functions).most_common(1)[0]
         if uses > 1:
             raise ValueError(
@@ -60,12 +95,22 @@ class RewardConfig:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each function's scores are called: the part after the colon, or the whole name where two share that."""
+        """What each part of a score is called: a function by the part after the colon, or by its whole name where two
+        share that; the reward model by ``model``."""
+        return self.function_labels + self._model_labels
+
+    @property
+    def function_labels(self) -> tuple[str, ...]:
         short = [function.name.rpartition(":")[2] for function in self.functions]
+        taken = [*short, *self._model_labels]
         return tuple(
-            function.name if short.count(label) > 1 else label
+            function.name if taken.count(label) > 1 else label
             for function, label in zip(self.functions, short, strict=True)
         )
+
+    @property
+    def _model_labels(self) -> tuple[str, ...]:
+        return () if self.model is None else ("model",)
 
 
 def _looks_loadable(name: str) -> bool:

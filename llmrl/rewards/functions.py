@@ -106,7 +106,7 @@ class FunctionReward:
         return Scores(
             total=torch.stack([weight * part for weight, part in zip(weights, parts, strict=True)]).sum(dim=0),
             per_token=per_token,
-            parts=dict(zip(self.config.labels, parts, strict=True)),
+            parts=dict(zip(self.config.function_labels, parts, strict=True)),
         )
 
     def _next_call(self, rollout: Rollout) -> Call:

@@ -83,7 +83,7 @@ def check_columns(function: Function, columns: Iterable[str]) -> None:
         if name not in known:
             raise RewardLoadError(
                 f"reward function {_name(function)} needs {name!r}, and there is no such column; "
-                f"there are {', '.join(known)}{_nearest(name, known)}"
+                f"there are {', '.join(known)}{_nearest(name, known)}; or set it under the function's arguments"
             )
 
 

@@ -158,6 +158,8 @@ class RLTrainer(Resumable):
             rollout = self.engine.generate(prompts, sampling)
         with self.phase("reward", num_responses):
             scores = self.reward(rollout)
+        if bool(scores.total.isnan().all()):
+            self.progress.message(f"warning: none of {num_responses} responses could be scored: nothing is learned")
         return rollout, scores
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:

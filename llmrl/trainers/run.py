@@ -52,13 +52,11 @@ class MetricsSink(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How long a run is, and what it leaves."""
+class OutputConfig:
+    """What a run leaves."""
 
     output_dir: str
     """Folder of everything that the run leaves."""
-    num_iterations: int
-    """Iterations in all, those before a resume included."""
     seed: int = 0
     """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
     resume: bool = False
@@ -79,17 +77,25 @@ class RunConfig:
             raise ValueError("run.output_dir is empty; name a folder")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed ({self.seed}) must be at least 0 and less than 2**32")
-        for name, least in (
-            ("num_iterations", 1),
-            ("checkpoint_every", 0),
-            ("keep_checkpoints", 1),
-            ("samples_per_iteration", 0),
-        ):
+        for name, least in (("checkpoint_every", 0), ("keep_checkpoints", 1), ("samples_per_iteration", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least {least}")
 
 
-def check_output(config: RunConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(OutputConfig):
+    """How long a run is, and what it leaves."""
+
+    num_iterations: int
+    """Iterations in all, those before a resume included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_iterations < 1:
+            raise ValueError(f"run.num_iterations ({self.num_iterations}) must be at least 1")
+
+
+def check_output(config: OutputConfig) -> None:
     """Refuses to write over another run.
 
     Raises:
@@ -143,6 +149,7 @@ class Run:
             Stopped: By SIGINT or SIGTERM. A second SIGINT raises KeyboardInterrupt at once.
         """
         self.prepare()
+        self.progress.begin(self.config.num_iterations)
         last: dict[str, float] = {}
         try:
             with self.signals():

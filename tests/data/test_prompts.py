@@ -83,9 +83,9 @@ def test_missing_column_suggests_the_nearest():
     assert problems({"prompt": "a"}, {"answer": "x", "promt": "a"}, {}) == [
         "rows.jsonl: 2 bad rows",
         "  line 2: no column 'prompt'; did you mean 'promt'?",
-        "  line 3: no column 'prompt'",
+        "  line 3: no column 'prompt'; there are none",
     ]
-    assert problems({"question": "a", "id": 3}, prompt_column="query")[1].endswith("did you mean 'question'?")
+    assert problems({"question": "a", "id": 3}, prompt_column="prompt")[1].endswith("there are question, id")
 
 
 def test_bad_prompts_are_listed_with_their_reason():

@@ -282,3 +282,12 @@ def test_first_rows_only(tmp_path: Path):
 def test_settings_that_cannot_be(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
+
+
+def test_a_missing_file_names_its_nearest_sibling_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "problems.jsonl").write_text("{}\n")
+    for path, way_out in (("problem.jsonl", "; did you mean problems.jsonl?"), ("x.jsonl", f" in {tmp_path}")):
+        with pytest.raises(DataError) as error:
+            load_rows(path, subset=None, split="train")
+        assert str(error.value) == f"{path} does not exist{way_out}"

@@ -85,7 +85,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"response": "a"}, "no column 'prompt'; did you mean 'response'?"),
+        ({"response": "a"}, "no column 'prompt'; there are response"),
         ({"prompt": "a", "reponse": "b"}, "no column 'response'; did you mean 'reponse'?"),
         ({"prompt": "a", "response": " "}, "its response must be a text that is not empty"),
         ({"prompt": "a", "response": 3}, "its response must be a text that is not empty"),

@@ -77,7 +77,8 @@ def test_headlines_come_in_their_own_order_and_nothing_else_does():
 
 def test_plain_prints_a_line_per_iteration_with_its_time_and_the_time_left(clock: Clock):
     stream = io.StringIO()
-    with PlainProgress(stream, num_iterations=4) as plain:
+    with PlainProgress(stream) as plain:
+        plain.begin(4)
         clock.now += 10.0
         plain.iteration(1, {"score/mean": 0.25})
         clock.now += 20.04
@@ -90,7 +91,8 @@ def test_plain_prints_a_line_per_iteration_with_its_time_and_the_time_left(clock
 
 def test_quick_iterations_share_a_line_a_second_and_the_last_has_its_own(clock: Clock):
     stream = io.StringIO()
-    with PlainProgress(stream, num_iterations=13) as plain:
+    with PlainProgress(stream) as plain:
+        plain.begin(13)
         for number in range(1, 14):
             clock.now += 0.25
             plain.iteration(number, {})
@@ -99,7 +101,8 @@ def test_quick_iterations_share_a_line_a_second_and_the_last_has_its_own(clock: 
 
 def test_a_resumed_run_is_timed_by_its_own_iterations(clock: Clock):
     stream = io.StringIO()
-    with PlainProgress(stream, num_iterations=40) as plain:
+    with PlainProgress(stream) as plain:
+        plain.begin(40)
         clock.now += 60.0
         plain.iteration(31, {})
     assert stream.getvalue() == "iteration 31/40  60.0 s  left 9:00\n"
@@ -107,7 +110,8 @@ def test_a_resumed_run_is_timed_by_its_own_iterations(clock: Clock):
 
 def test_plain_says_every_half_minute_how_far_the_phase_is(clock: Clock):
     stream = io.StringIO()
-    with PlainProgress(stream, num_iterations=1) as plain:
+    with PlainProgress(stream) as plain:
+        plain.begin(1)
         plain.phase("rollout", 80)
         for _ in range(65):
             clock.now += 1.0
@@ -120,7 +124,8 @@ def test_plain_says_every_half_minute_how_far_the_phase_is(clock: Clock):
 
 def test_any_line_holds_the_heartbeat_back(clock: Clock):
     stream = io.StringIO()
-    with PlainProgress(stream, num_iterations=1) as plain:
+    with PlainProgress(stream) as plain:
+        plain.begin(1)
         plain.phase("rollout", 80)
         clock.now += 29.0
         plain.message("saved")
@@ -133,7 +138,8 @@ def test_any_line_holds_the_heartbeat_back(clock: Clock):
 
 
 def test_live_shows_iterations_phase_and_headlines(terminal: Console, clock: Clock):
-    with LiveProgress(terminal, num_iterations=40) as live:
+    with LiveProgress(terminal) as live:
+        live.begin(40)
         clock.now += 60.0
         live.iteration(3, {"score/mean": 0.41234, "policy/loss": 7.0})
         live.phase("rollout", 512)
@@ -148,14 +154,15 @@ def test_live_shows_iterations_phase_and_headlines(terminal: Console, clock: Clo
 
 
 def test_live_messages_stay_and_are_taken_literally(terminal: Console):
-    with LiveProgress(terminal, num_iterations=1) as live:
+    with LiveProgress(terminal) as live:
+        live.begin(1)
         live.message("saved [bold]" + "x" * 200)
     assert "saved [bold]" + "x" * 200 in shown(terminal)
 
 
 def test_the_terminal_is_given_back_after_an_exception(terminal: Console):
     def fail() -> None:
-        with LiveProgress(terminal, num_iterations=1):
+        with LiveProgress(terminal):
             assert SHOW_CURSOR not in shown(terminal)
             raise RuntimeError
 
@@ -170,4 +177,4 @@ def test_the_terminal_is_given_back_after_an_exception(terminal: Console):
 @pytest.mark.parametrize(("is_terminal", "kind"), [(True, LiveProgress), (False, PlainProgress)])
 def test_the_live_block_is_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, kind: type):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
-    assert type(progress.make_progress(3)) is kind
+    assert type(progress.make_progress()) is kind

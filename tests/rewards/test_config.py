@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import TypeAdapter
 
-from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,24 @@ def test_no_functions_are_refused():
         RewardConfig(functions=())
 
 
+def test_a_reward_model_alone_will_do():
+    config = RewardConfig(model=LearnedRewardConfig(path="m"))
+    assert (config.function_labels, config.labels) == ((), ("model",))
+
+
+@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
+def test_the_weight_of_a_reward_model_is_finite_and_not_zero(weight):
+    with pytest.raises(
+        ValueError, match=r"^reward\.model\.weight \(.*\) must be a finite number other than 0; .* leave"
+    ):
+        LearnedRewardConfig(path="m", weight=weight)
+
+
+def test_a_microbatch_of_a_reward_model_holds_a_token():
+    with pytest.raises(ValueError, match=r"^reward\.model\.microbatch_tokens \(0\) must be at least 1$"):
+        LearnedRewardConfig(path="m", microbatch_tokens=0)
+
+
 def test_the_same_function_twice_is_refused():
     twice = (RewardFunctionConfig(name="rule.py:score"), RewardFunctionConfig(name="rule.py:score", weight=2.0))
     with pytest.raises(ValueError, match=r"names rule\.py:score 2 times"):
@@ -54,7 +72,17 @@ def test_labels_are_short_unless_two_functions_share_one():
     assert config.labels == ("a.py:score", "b.py:score", "length")
 
 
+def test_a_function_called_model_is_not_taken_for_the_reward_model():
+    functions = (RewardFunctionConfig(name="a.py:model"), RewardFunctionConfig(name="a.py:score"))
+    assert RewardConfig(functions=functions).labels == ("model", "score")
+    config = RewardConfig(functions=functions, model=LearnedRewardConfig(path="m"))
+    assert config.labels == ("a.py:model", "score", "model")
+    assert config.function_labels == ("a.py:model", "score")
+
+
 def test_a_recipe_reads_as_config():
     recipe = b'{"functions": [{"name": "rule.py:score", "weight": 0.5, "arguments": {"pattern": "x"}}]}'
     config = TypeAdapter(RewardConfig).validate_json(recipe, strict=True)
     assert config.functions == (RewardFunctionConfig(name="rule.py:score", weight=0.5, arguments={"pattern": "x"}),)
+    config = TypeAdapter(RewardConfig).validate_json(b'{"model": {"path": "m", "normalize": false}}', strict=True)
+    assert config.model == LearnedRewardConfig(path="m", normalize=False)

@@ -334,3 +334,13 @@ def test_the_reward_is_learned():
     trainer = make_trainer(learning_rate=0.03)
     lengths = [trainer.iterate().values()["score/mean"] for _ in range(15)]
     assert lengths[-1] > lengths[0] + 1
+
+
+def test_a_rollout_that_nothing_could_score_is_told():
+    trainer = make_trainer(reward=lambda rollout: scored(rollout, torch.full((24,), torch.nan)))
+    said = []
+    trainer.progress.message = said.append
+    before = weights_of(trainer)
+    assert trainer.iterate().values()["score/unscored"] == 24
+    assert distance(before, weights_of(trainer)) == 0
+    assert said == ["warning: none of 24 responses could be scored: nothing is learned"]

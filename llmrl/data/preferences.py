@@ -1,0 +1,418 @@
+"""Preference pairs: two responses to a prompt, one of which was preferred, encoded once and dealt in shuffled epochs.
+
+A row holds the two sides, and the prompt in one of these forms:
+
+    prompt column         a text or messages; the sides are texts, or messages that end with the response
+    messages on each side no prompt column: all but the last message, which both sides share
+    transcripts           "\\n\\nHuman: ...\\n\\nAssistant: ...": all up to the last "Assistant:" that both sides share
+                          and that answers the human; messages then, or a text still where no chat template is used
+    other texts           the longest common beginning, cut back to white space, which goes to the responses
+
+An empty side is refused, but a transcript may end with an assistant who says nothing: that response is the EOS alone.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise, takewhile
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.data.chat import (
+    Prompt,
+    as_sequences,
+    kind,
+    messages_problem,
+    prompt_ids,
+    prompt_problem,
+    response_ids,
+    uses_chat,
+)
+from llmrl.data.rows import DataConfig, DataError, column_names, load_config_rows, missing_column, refuse_bad_rows
+from llmrl.data.source import ShuffledSource
+from llmrl.experience import PreferencePairs, Row
+
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+"""The beginning of a turn in a transcript."""
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceDataConfig(DataConfig):
+    """Rows of preference pairs. Without the prompt column both sides begin with the prompt."""
+
+    chosen_column: str = "chosen"
+    """Column of the side that was preferred: a text, or messages."""
+    rejected_column: str = "rejected"
+    """Column of the other side, in the same form."""
+    margin_column: str = "margin"
+    """Column of how much better the chosen side is, 0 or greater; it may be missing."""
+    source_column: str = "source"
+    """Column of where a pair comes from, a text that the report card groups by; it may be missing."""
+    max_tokens: int = 1024
+    """Tokens of the prompt and the longer response together."""
+    truncate: bool = False
+    """Cuts the responses of longer pairs, which then end without EOS; otherwise such pairs are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chosen_column == self.rejected_column:
+            raise ValueError(
+                f"data.chosen_column and data.rejected_column ({self.chosen_column}) must be two different columns"
+            )
+        if self.max_tokens < 2:
+            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """One pair as text."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float
+    """0 where the data does not say."""
+    source: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCounts:
+    """What became of the rows: `rows` is the sum of all the others."""
+
+    rows: int
+    kept: int
+    identical: int
+    """Both responses the same."""
+    duplicates: int
+    """Prompt and both responses seen before; the first one is kept."""
+    contradictions: int
+    """Preferred both ways for one prompt; all of them are dropped."""
+    too_long: int
+    equal_when_cut: int
+    """Both responses the same tokens, mostly because the limit cut what tells them apart."""
+
+    def lines(self) -> list[str]:
+        """One sentence for each reason for which pairs were dropped."""
+        reasons = {
+            "both responses are identical": self.identical,
+            "they repeat an earlier pair": self.duplicates,
+            "another pair with the same prompt prefers the other way round": self.contradictions,
+            "they are longer than max_tokens": self.too_long,
+            "both responses are the same tokens, cut to max_tokens": self.equal_when_cut,
+        }
+        return [f"dropped {n} of {self.rows} pairs: {reason}" for reason, n in reasons.items() if n]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPair:
+    """One pair as token ids."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float
+    source: str | None
+
+
+class _BadPair(Exception):
+    """Why one row is no preference pair; collected and listed with the others."""
+
+
+def load_preference_rows(config: PreferenceDataConfig) -> list[Row]:
+    """The rows that a config names, checked."""
+    rows = load_config_rows(config)
+    check_preference_rows(rows, config)
+    return rows
+
+
+def check_preference_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> None:
+    """Raises one `DataError` that lists the rows without a usable pair, unless there are none."""
+    _parse_rows(rows, config)
+
+
+def read_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
+    """The pairs worth learning from, in data order, and what became of the others."""
+    parsed = _parse_rows(rows, config)
+    different = [pair for pair in parsed if pair.chosen != pair.rejected]
+    first: dict[tuple[str, str, str], Preference] = {}
+    for pair in different:
+        first.setdefault((_prompt_key(pair.prompt), pair.chosen, pair.rejected), pair)
+    kept = [pair for (prompt, better, worse), pair in first.items() if (prompt, worse, better) not in first]
+    counts = PairCounts(
+        rows=len(rows),
+        kept=len(kept),
+        identical=len(parsed) - len(different),
+        duplicates=len(different) - len(first),
+        contradictions=len(first) - len(kept),
+        too_long=0,
+        equal_when_cut=0,
+    )
+    return kept, counts
+
+
+def encode_pairs(
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig
+) -> tuple[list[EncodedPair], int, int]:
+    """``(pairs, too_long, equal_when_cut)``: the ids of the pairs that fit, and how many of the others there are."""
+    encoded = zip(
+        preferences,
+        prompt_ids([pair.prompt for pair in preferences], tokenizer, config) if preferences else [],
+        response_ids([pair.chosen for pair in preferences], tokenizer) if preferences else [],
+        response_ids([pair.rejected for pair in preferences], tokenizer) if preferences else [],
+        strict=True,
+    )
+    pairs: list[EncodedPair] = []
+    too_long = equal_when_cut = 0
+    for pair, prompt, chosen, rejected in encoded:
+        room = config.max_tokens - len(prompt)
+        if room < (1 if config.truncate else max(len(chosen), len(rejected))):
+            too_long += 1
+        elif chosen[:room] == rejected[:room]:
+            equal_when_cut += 1
+        else:
+            pairs.append(
+                EncodedPair(
+                    prompt_ids=prompt,
+                    chosen_ids=chosen[:room],
+                    rejected_ids=rejected[:room],
+                    margin=pair.margin,
+                    source=pair.source,
+                )
+            )
+    return pairs, too_long, equal_when_cut
+
+
+class PairSource(ShuffledSource[EncodedPair]):
+    """Deals preference pairs in shuffled epochs."""
+
+    def __init__(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig, *, seed: int
+    ) -> None:
+        if not uses_chat(tokenizer, config):
+            config = replace(config, template="none")  # so that transcripts stay texts
+        preferences, counts = read_preferences(rows, config)
+        pairs, too_long, equal_when_cut = encode_pairs(preferences, tokenizer, config)
+        self.counts = replace(counts, kept=len(pairs), too_long=too_long, equal_when_cut=equal_when_cut)
+        if not pairs:
+            raise DataError(
+                f"{config.path}: no pair is left: "
+                + "; ".join(self.counts.lines())
+                + (f"; raise data.max_tokens ({config.max_tokens})" if too_long or equal_when_cut else "")
+            )
+        super().__init__(pairs, num_dropped=counts.rows - len(pairs), seed=seed)
+
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """Where each pair comes from, in data order."""
+        return tuple(pair.source for pair in self._examples)
+
+    def next(self, num_pairs: int) -> PreferencePairs:
+        """The next pairs as one batch."""
+        return _batch(self.take(num_pairs))
+
+    def all(self) -> PreferencePairs:
+        """Every pair once, in data order; what `next` deals is not changed by it."""
+        return _batch(self._examples)
+
+
+def _batch(pairs: Sequence[EncodedPair]) -> PreferencePairs:
+    prompts = [pair.prompt_ids for pair in pairs]
+    return PreferencePairs(
+        chosen=as_sequences(prompts, [pair.chosen_ids for pair in pairs]),
+        rejected=as_sequences(prompts, [pair.rejected_ids for pair in pairs]),
+        margin=torch.tensor([pair.margin for pair in pairs]),
+    )
+
+
+def _prompt_key(prompt: Prompt) -> str:
+    """Equal for equal prompts only; a text never equals messages."""
+    return json.dumps(prompt, sort_keys=True, default=str)
+
+
+def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> list[Preference]:
+    """Every row as a pair."""
+    columns = _present_columns(rows, config)
+    pairs: list[Preference] = []
+    bad: list[tuple[int, str]] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            pairs.append(_parse_row(row, config, columns))
+        except _BadPair as problem:
+            bad.append((number, str(problem)))
+    refuse_bad_rows(config.path, bad)
+    return pairs
+
+
+def _present_columns(rows: Sequence[Row], config: PreferenceDataConfig) -> list[str]:
+    """The columns that some row has. One that the settings name and no row has is refused."""
+    present = column_names(rows)
+    for setting in ("prompt_column", "margin_column", "source_column"):
+        name = getattr(config, setting)
+        if name not in present and name != getattr(PreferenceDataConfig, setting):
+            missing = missing_column(dict.fromkeys(present), name)
+            raise DataError(f"{config.path}: data.{setting}: no row has it: {missing}")
+    return present
+
+
+def _parse_row(row: Row, config: PreferenceDataConfig, present: list[str]) -> Preference:
+    has_prompt = config.prompt_column in present
+    for column in (config.chosen_column, config.rejected_column, *([config.prompt_column] if has_prompt else [])):
+        if column not in row:
+            raise _BadPair(missing_column(row, column))
+    prompt, chosen, rejected = _split_with_prompt(row, config) if has_prompt else _split(row, config)
+    return Preference(
+        prompt=prompt, chosen=chosen, rejected=rejected, margin=_margin(row, config), source=_source(row, config)
+    )
+
+
+def _split_with_prompt(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+    """``(prompt, chosen, rejected)`` of a row with a prompt of its own."""
+    prompt = row[config.prompt_column]
+    if problem := prompt_problem(prompt):
+        raise _BadPair(f"{config.prompt_column!r} {problem}")
+    chosen, rejected = _sides(row, config)
+    if isinstance(prompt, str) and isinstance(chosen, str) and _is_open_transcript(prompt):
+        return _split_transcripts(prompt + chosen, prompt + rejected, config)
+    if isinstance(chosen, str):
+        return prompt, chosen, rejected
+    own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for column, side in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
+        if side[:-1] not in ([], own):
+            raise _BadPair(
+                f"{column!r} begins with other messages than {config.prompt_column!r}; "
+                "let it hold the response alone, or take the prompt column out"
+            )
+    return prompt, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _split(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+    """``(prompt, chosen, rejected)`` of a row whose sides both begin with the prompt."""
+    chosen, rejected = _sides(row, config)
+    if not isinstance(chosen, str):
+        return _split_messages(chosen, rejected)
+    if _is_transcript(chosen) and _is_transcript(rejected):
+        return _split_transcripts(chosen, rejected, config)
+    return _split_texts(chosen, rejected, config)
+
+
+def _sides(row: Row, config: PreferenceDataConfig) -> tuple[Any, Any]:
+    """Both sides: two texts, or two lists of messages that end with the assistant's."""
+    chosen, rejected = row[config.chosen_column], row[config.rejected_column]
+    for column, side in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
+        if problem := _side_problem(side):
+            raise _BadPair(f"{column!r} {problem}")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _BadPair("one side is a text and the other is messages; make both the same")
+    return chosen, rejected
+
+
+def _side_problem(side: Any) -> str | None:
+    match side:
+        case str():
+            return None if side.strip() else "is an empty text"
+        case []:
+            return "is an empty list of messages"
+        case list():
+            return messages_problem(side) or _response_problem(side[-1])
+    return f"must be a text or a list of messages, not {kind(side)}"
+
+
+def _response_problem(message: Any) -> str | None:
+    if message["role"] != "assistant":
+        return f"ends with a message of the role {message['role']!r}; end with the assistant's response"
+    return None if message["content"].strip() else "ends with an empty response"
+
+
+def _split_messages(chosen: list[Any], rejected: list[Any]) -> tuple[Prompt, str, str]:
+    prompt = chosen[:-1]
+    if rejected[:-1] != prompt:
+        raise _BadPair("its sides must share all messages but the last")
+    if not prompt:
+        raise _BadPair("its sides hold a response only; put the prompt before it, or into a column of its own")
+    if problem := prompt_problem(prompt):
+        raise _BadPair(f"what its sides share {problem}")
+    return prompt, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _is_transcript(text: str) -> bool:
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def _is_open_transcript(text: str) -> bool:
+    """Whether a text ends where the assistant of a transcript is to speak."""
+    return _is_transcript(text) and text.rstrip().endswith("\n\nAssistant:")
+
+
+def _split_transcripts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+    """A response that itself writes further turns, as models do, keeps them."""
+    for column, text in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
+        if TURN.findall(text)[-1] != "Assistant":
+            raise _BadPair(f"{column!r} ends with the words of the human; end with the assistant's response")
+    answers = [
+        now.end() for last, now in pairwise(TURN.finditer(chosen)) if (last[1], now[1]) == ("Human", "Assistant")
+    ]
+    shared = [end for end in answers if rejected.startswith(chosen[:end])]
+    if not shared:
+        raise _BadPair("its sides are transcripts that do not begin with the same words of the human")
+    prompt, chosen, rejected = chosen[: shared[-1]], chosen[shared[-1] :], rejected[shared[-1] :]
+    if config.template == "none":
+        return prompt, chosen, rejected
+    return _transcript_messages(prompt), chosen.strip(), rejected.strip()
+
+
+def _transcript_messages(prompt: str) -> list[dict[str, str]]:
+    """The turns before the open "Assistant:". A speaker's turns in a row are one message, as many templates demand."""
+    parts = TURN.split(prompt)
+    turns = zip(parts[1:-2:2], parts[2:-2:2], strict=True)
+    return [
+        {"role": TRANSCRIPT_ROLES[speaker], "content": "\n\n".join(text.strip() for _, text in said)}
+        for speaker, said in groupby(turns, key=lambda turn: turn[0])
+    ]
+
+
+def _split_texts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+    prompt = _common_beginning(chosen, rejected)
+    if not prompt.strip():
+        raise _BadPair(
+            "its sides have no common beginning that could be the prompt; "
+            f"put it into a column {config.prompt_column!r}, or name its column by data.prompt_column"
+        )
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not chosen.strip() or not rejected.strip():
+        raise _BadPair("one side holds nothing but the prompt, so its response is empty")
+    return prompt, chosen, rejected
+
+
+def _common_beginning(one: str, other: str) -> str:
+    """What two texts share, in whole words and without white space at its end."""
+    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    common = one[:end]
+    if common[-1:].isspace() or (one[end : end + 1].isspace() and other[end : end + 1].isspace()):
+        return common.rstrip()
+    *head, _ = common.rsplit(maxsplit=1) or [""]
+    return head[0] if head else ""
+
+
+def _margin(row: Row, config: PreferenceDataConfig) -> float:
+    value = row.get(config.margin_column)
+    if value is None or value == "":  # an empty cell of a CSV file
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0 <= margin < math.inf:
+        raise _BadPair(f"{config.margin_column!r} ({value!r}) must be a number that is 0 or greater")
+    return margin
+
+
+def _source(row: Row, config: PreferenceDataConfig) -> str | None:
+    value = row.get(config.source_column)
+    if value is not None and not isinstance(value, str):
+        raise _BadPair(f"{config.source_column!r} must be a text, not {kind(value)}")
+    return value or None

@@ -1,0 +1,61 @@
+"""Rollouts of one model in the tokens of another: through text, since their tokenizers differ."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.data.chat import as_sequences, prompt_ids, response_ids
+from llmrl.data.rows import DataConfig, DataError
+from llmrl.experience import Rollout, Row, Sequences
+
+PROBE = "Is  1+2 = 3?\n Él said: 'naïve', don't."
+"""A text that tokenizers of one vocabulary still cut up differently if their rules differ."""
+
+
+def same_tokens(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers write a conversation with the same ids."""
+    return (
+        left.get_vocab() == right.get_vocab()
+        and left.chat_template == right.chat_template
+        and left.eos_token_id == right.eos_token_id
+        and left(PROBE)["input_ids"] == right(PROBE)["input_ids"]
+    )
+
+
+class Rerenderer:
+    """Prompts through the other tokenizer's chat template, responses as their text; EOS where they ended by themselves.
+
+    Args:
+        data: Where the prompts came from.
+        policy_tokenizer: Reads the responses.
+        tokenizer: Writes prompts and responses.
+    """
+
+    def __init__(
+        self, data: DataConfig, *, policy_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.data = data
+        self.policy_tokenizer = policy_tokenizer
+        self.tokenizer = tokenizer
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuses rows whose prompts the other tokenizer cannot write, before there are any responses to them."""
+        try:
+            prompt_ids([row[self.data.prompt_column] for row in rows], self.tokenizer, self.data)
+            response_ids([""], self.tokenizer)
+        except DataError as error:
+            raise DataError(f"the reward model cannot read these prompts: {error}") from error
+
+    def __call__(self, rollout: Rollout) -> Sequences:
+        """The same prompts and responses in the other tokens."""
+        sequences = rollout.sequences
+        ids = [
+            row[:length]
+            for row, length in zip(sequences.response_ids.tolist(), sequences.response_lengths.tolist(), strict=True)
+        ]
+        texts = self.policy_tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        prompts = prompt_ids([row[self.data.prompt_column] for row in rollout.rows], self.tokenizer, self.data)
+        responses = response_ids(texts, self.tokenizer)
+        ended = rollout.finished.tolist()
+        cut = [response if end else response[:-1] or response for response, end in zip(responses, ended, strict=True)]
+        return as_sequences(prompts, cut).to(sequences.response_ids.device)

@@ -1,0 +1,64 @@
+"""What must hold of any reward model, whatever it learned: asked of the model itself, on pairs of the data."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrl.experience import Sequences, pad_columns
+from llmrl.models.reward_model import TransformersRewardModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_PROBED = 8
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""How far scores of the same sequence may be apart, in parts of the largest: rounding."""
+
+
+def sanity_checks(
+    scorer: TransformersRewardModel, responses: Sequences, tokenizer: "PreTrainedTokenizerBase", *, dtype: torch.dtype
+) -> dict[str, bool]:
+    """Each check by its name, and whether it passed.
+
+    Args:
+        scorer: Trained.
+        responses: Some of the data.
+        tokenizer: The one that made them.
+        dtype: Arithmetic of the scorer.
+    """
+    few = responses.select(torch.arange(min(NUM_PROBED, len(responses.response_lengths))))
+    return {
+        "end token scored": _ends_with(responses, tokenizer.eos_token_id),
+        "padding inert": _padding_is_inert(scorer, few, TOLERANCE[dtype]),
+        "template free of today's date": "strftime_now" not in str(tokenizer.chat_template),
+    }
+
+
+def _ends_with(responses: Sequences, eos_id: Any) -> bool:
+    """The score is read at an EOS. Responses that truncation cut end otherwise."""
+    last = responses.response_ids.gather(1, responses.response_lengths[:, None] - 1)
+    return bool((last == eos_id).all())
+
+
+def _padding_is_inert(scorer: TransformersRewardModel, few: Sequences, tolerance: float) -> bool:
+    """The same scores alone as in a batch with more padding, whatever ids stand in it."""
+    together = scorer.scores(_widened(few, by=7, filled_with=1))
+    alone = torch.cat([scorer.scores(few.select(torch.tensor([row]))) for row in range(len(together))])
+    return bool((together - alone).abs().max() <= tolerance * alone.abs().max())  # never, where a score is NaN
+
+
+def _widened(sequences: Sequences, *, by: int, filled_with: int) -> Sequences:
+    def widen(ids: torch.Tensor, mask: torch.Tensor, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        width = ids.shape[1] + by
+        wide = pad_columns(mask, width, left=left)
+        return pad_columns(ids, width, left=left).masked_fill(~wide, filled_with), wide
+
+    prompt_ids, prompt_mask = widen(sequences.prompt_ids, sequences.prompt_mask, True)
+    response_ids, response_mask = widen(sequences.response_ids, sequences.response_mask, False)
+    return Sequences(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=response_mask,
+        response_lengths=sequences.response_lengths,
+    )

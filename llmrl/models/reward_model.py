@@ -1,0 +1,349 @@
+"""Reward models: the trunk of a causal language model with one linear score, read at the last real token.
+
+The same text gets the same score alone, in a batch, beside the other response of its pair, in training and from the
+saved folder: padding stands behind the last token, where causal attention never looks, and the last token is found by
+position, whatever its id. The head computes in float32.
+
+A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon et al. 2020, arXiv:2009.01325, app. B.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from llmrl.experience import PreferencePairs, Sequences, by_token_budget
+from llmrl.models.loading import (
+    ModelConfig,
+    ModelError,
+    is_adapter,
+    is_local_model,
+    reading,
+    resolved,
+    turn_dropout_off,
+)
+from llmrl.models.policy import to_left_margin
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HeadInit = Literal["zero", "normal"]
+MEAN_KEY, STD_KEY = "llmrl_score_mean", "llmrl_score_std"
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<unk>")
+"""Tokens that a vocabulary may have to spare for padding."""
+PROBE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """(score - mean) / std: mean 0 and standard deviation 1 on a reference set. Stored in the model's config.json."""
+
+    mean: float
+    std: float
+
+    def __call__(self, scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        return (scores - self.mean) / self.std
+
+    def write(self, config: "PretrainedConfig") -> None:
+        """Puts both numbers where `saved_normalization` finds them."""
+        setattr(config, MEAN_KEY, self.mean)
+        setattr(config, STD_KEY, self.std)
+
+
+def normalization_on(scores: Float[Tensor, " B"]) -> Normalization:
+    """What makes the mean of these scores 0 and their standard deviation 1; scores that are all equal keep theirs."""
+    exact = scores.double()
+    return Normalization(mean=float(exact.mean()), std=float(exact.std(correction=0)) or 1.0)
+
+
+def saved_normalization(config: "PretrainedConfig") -> Normalization | None:
+    """What was stored with a model; None for one that llmrl did not train."""
+    mean, std = getattr(config, MEAN_KEY, None), getattr(config, STD_KEY, None)
+    return None if mean is None or std is None else Normalization(mean=mean, std=std)
+
+
+class RewardModule(nn.Module):
+    """The module that is wrapped and trained: every parameter is touched inside its forward. Scores are raw."""
+
+    def __init__(self, model: "PreTrainedModel", *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, batch: Sequences | PreferencePairs) -> Tensor:
+        """Scores (B,) of sequences; (B, 2) of pairs, chosen and rejected, their prompt encoded once."""
+        last = self.last_hidden(batch)
+        with torch.autocast(last.device.type, enabled=False):
+            return score_layer(self.model)(last.float()).squeeze(-1)
+
+    def last_hidden(self, batch: Sequences | PreferencePairs) -> Tensor:
+        """Hidden states (B, H) behind the last token of sequences; (B, 2, H) of pairs."""
+        if isinstance(batch, Sequences):
+            ids, _ = to_left_margin(batch)
+            return self._hidden(ids, {}, batch.num_tokens[:, None] - 1).squeeze(1)
+        row = PairRow(batch)
+        return self._hidden(row.ids, {"attention_mask": row.attends, "position_ids": row.positions}, row.last)
+
+    def _hidden(self, ids: Int[Tensor, "B S"], context: dict[str, Tensor], at: Int[Tensor, "B K"]) -> Tensor:
+        """Last hidden states (B, K, H) at these columns; `context` is what attention is told beyond the ids."""
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+            hidden = self.model.base_model(input_ids=ids, use_cache=False, **context).last_hidden_state
+        return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+class PairRow:
+    """Pairs as rows of prompt, chosen and rejected without a gap.
+
+    Positions of both responses count on from the prompt. For "ab" with "x" and "yz", what each token attends to:
+
+            a b x y z
+        a   1
+        b   1 1
+        x   1 1 1
+        y   1 1   1
+        z   1 1   1 1
+    """
+
+    def __init__(self, pairs: PreferencePairs) -> None:
+        chosen, rejected = pairs.chosen, pairs.rejected
+        prompts = chosen.prompt_mask.sum(dim=1)
+        ends = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
+        lengths = ends[:, 1] + rejected.response_lengths
+        columns = torch.arange(int(lengths.max()), device=prompts.device)
+        filled = columns < lengths[:, None]
+        parts = [
+            (chosen.prompt_ids, chosen.prompt_mask),
+            (chosen.response_ids, attended(chosen)),
+            (rejected.response_ids, attended(rejected)),
+        ]
+        ids, mask = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+        self.ids: Int[Tensor, "B S"] = torch.zeros_like(filled, dtype=ids.dtype).masked_scatter(filled, ids[mask])
+        in_rejected = columns >= ends[:, 1:]
+        in_chosen = (columns >= ends[:, :1]) & ~in_rejected
+        positions = columns - in_rejected * chosen.response_lengths[:, None]
+        self.positions: Int[Tensor, "B S"] = positions * filled  # padding may lie beyond the last that a model has
+        causal = columns[:, None] >= columns
+        apart = in_rejected[:, :, None] & in_chosen[:, None, :]
+        self.attends: Bool[Tensor, "B 1 S S"] = (causal & ~apart)[:, None]
+        self.last: Int[Tensor, "B 2"] = torch.stack([ends[:, 1], lengths], dim=1) - 1
+
+
+def attended(sequences: Sequences) -> Bool[Tensor, "B T"]:
+    """True on every response token, tool output included."""
+    columns = torch.arange(sequences.response_ids.shape[1], device=sequences.response_ids.device)
+    return columns < sequences.response_lengths[:, None]
+
+
+class TransformersRewardModel:
+    """Scores of sequences and of pairs, by a `RewardModule`, wrapped or not.
+
+    Without gradient it forms its own microbatches, as `TransformersPolicy` does.
+    """
+
+    def __init__(self, module: nn.Module, *, microbatch_tokens: int, shares_prompts: bool) -> None:
+        self.module = module
+        self.microbatch_tokens = microbatch_tokens
+        self.shares_prompts = shares_prompts
+        self.device = next(module.parameters()).device
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
+        """Raw scores, without gradient."""
+        return self._in_microbatches(sequences, self.module)
+
+    def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Raw scores of ``(chosen, rejected)``."""
+        both = self._both(pairs) if torch.is_grad_enabled() else self._in_microbatches(pairs, self._both)
+        return both[:, 0], both[:, 1]
+
+    def _both(self, pairs: PreferencePairs) -> Float[Tensor, "B 2"]:
+        if self.shares_prompts:
+            return self.module(pairs)
+        return self.module(Sequences.cat([pairs.chosen, pairs.rejected])).view(2, -1).T
+
+    def _in_microbatches(self, batch: Any, score: Callable[[Any], Tensor]) -> Tensor:
+        parts = by_token_budget(batch.num_tokens, self.microbatch_tokens)
+        scores = torch.cat([score(batch.select(index)) for index in parts])
+        return torch.empty_like(scores).index_copy(0, torch.cat(parts).to(scores.device), scores)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def check_reward_model(config: ModelConfig, *, needs_head: bool) -> None:
+    """Refuses, before weights load, a local folder that is no reward model.
+
+    Args:
+        config: Checked by `check_model` already.
+        needs_head: Whether its head must be there; to train one, a causal language model will do.
+
+    Raises:
+        ModelError: Several labels, or no head where one is needed.
+    """
+    file = Path(resolved(config.path)) / "config.json"
+    if is_local_model(config.path) and is_adapter(config.path):
+        raise ModelError(
+            f"model.path ({config.path}) is a peft adapter, which no reward model is read from; name the folder of a "
+            "whole model, such as the merged one that llmrl saves around its adapter"
+        )
+    if not is_local_model(config.path) or not file.is_file():
+        return
+    settings = json.loads(file.read_text())
+    num_labels = len(settings.get("id2label") or {0: "", 1: ""})
+    if not _classifies(config, settings.get("architectures"), num_labels) and needs_head:
+        raise ModelError(
+            f"model.path ({config.path}) has no score head; train one with `llmrl reward-model`, or name a folder of "
+            "a sequence classification model with one label"
+        )
+
+
+def _classifies(config: ModelConfig, architectures: list[str] | None, num_labels: int | None) -> bool:
+    """Whether this is a sequence classification model: refused where it has several labels."""
+    if not any(name.endswith("ForSequenceClassification") for name in architectures or []):
+        return False
+    if num_labels != 1:
+        raise ModelError(f"model.path ({config.path}) has {num_labels} labels; a reward model has exactly one")
+    return True
+
+
+def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "PreTrainedModel":
+    """A sequence classification model with one label, in float32, its dropout off.
+
+    Args:
+        config: A folder or a hub name.
+        head_init: How a head that the folder lacks begins; None refuses such a folder.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    path, trust = resolved(config.path), config.trust_remote_code
+    with reading(config):
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        if not _classifies(config, shape.architectures, shape.num_labels):
+            shape.num_labels = 1
+        if config.from_scratch:
+            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=trust)
+            missing = {"score.weight"}
+        else:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                config=shape,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                output_loading_info=True,
+            )
+            missing = set(report["missing_keys"])
+    head = score_layer(model)
+    lacking = missing - ({"score.weight"} if head_init is not None else set())
+    if lacking:
+        raise ModelError(
+            f"model.path ({config.path}) lacks {len(lacking)} weights of a {type(model).__name__}, such as "
+            f"{min(lacking)}, which would be random; choose a model that is complete"
+        )
+    if "score.weight" in missing:
+        _initialize(head, head_init)
+    turn_dropout_off(model)
+    return model
+
+
+def score_layer(model: "PreTrainedModel") -> nn.Module:
+    """The linear layer from the last hidden state to the score.
+
+    Raises:
+        ModelError: The model reads its score in another way.
+    """
+    layer = getattr(model, "score", None)
+    inner = getattr(layer, "original_module", layer)  # peft wraps a layer that is trained beside adapters
+    if not isinstance(inner, nn.Linear) or inner.out_features != 1:
+        raise ModelError(
+            f"{type(model).__name__} ({model.config.model_type}) has no linear layer `score` to one number, read at "
+            "the last token; choose a decoder with a sequence classification model of that form"
+        )
+    assert isinstance(layer, nn.Module)
+    return layer
+
+
+def _initialize(head: nn.Module, init: HeadInit | None) -> None:
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.zero_() if init == "zero" else head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))
+
+
+def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
+    """Adapters injected in place, the head trained and saved whole beside them; None where every weight is trained."""
+    if config.lora is None:
+        return None
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=list(config.lora.targets) or "all-linear",
+        modules_to_save=["score"],
+        task_type="SEQ_CLS",
+    )  # type: ignore[arg-type]
+    adapted = get_peft_model(model, lora)
+    turn_dropout_off(model)
+    return adapted  # type: ignore[return-value]
+
+
+def choose_pad(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> bool:
+    """Gives tokenizer and model a pad of their own where the vocabulary has one to spare.
+
+    llmrl reads no pad, but plain transformers looks for the last id that is not pad.
+
+    Returns:
+        Whether pad and EOS now differ, so that plain transformers reads the score where llmrl does.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        taken = (tokenizer.eos_token, tokenizer.bos_token)
+        free = [name for name in PAD_NAMES if name in vocabulary and name not in taken]
+        if free or tokenizer.pad_token_id is None:
+            tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def shares_prompts_exactly(module: RewardModule, vocab_size: int) -> bool:
+    """Whether pairs in a row with their prompt score as each response does on its own: asked of the model, on a probe.
+
+    A window that slides over columns sees other tokens in a shared row once that is longer than the window, so models
+    that have one are not asked; nor those whose bias counts columns (ALiBi), nor kernels of attention that take no mask
+    of their own. The probe runs in float32: the kernels of a mask and of none may round differently.
+    """
+    config = module.model.config.get_text_config()
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    by_column = windows or getattr(config, "sliding_window", None) or getattr(config, "alibi", False)
+    if config._attn_implementation != "sdpa" or by_column:
+        return False
+    exact = RewardModule(module.model, dtype=torch.float32)
+    pairs = _probe(vocab_size).to(module.model.device)
+    shared = exact.last_hidden(pairs)
+    apart = torch.stack([exact.last_hidden(pairs.chosen), exact.last_hidden(pairs.rejected)], dim=1)
+    return bool((shared - apart).abs().max() <= PROBE_TOLERANCE * apart.abs().max())  # never, where one is NaN
+
+
+def _probe(vocab_size: int) -> PreferencePairs:
+    """Two ragged pairs of ids that all differ, as far as the vocabulary goes."""
+
+    def side(first: int, lengths: list[int]) -> Sequences:
+        response_lengths = torch.tensor(lengths)
+        mask = torch.arange(max(lengths)) < response_lengths[:, None]
+        return Sequences(
+            prompt_ids=torch.arange(8).view(2, 4) % vocab_size,
+            prompt_mask=torch.tensor([[False, True, True, True], [True, True, True, True]]),
+            response_ids=(first + torch.arange(mask.numel()).view(mask.shape)) % vocab_size,
+            response_mask=mask,
+            response_lengths=response_lengths,
+        )
+
+    return PreferencePairs(chosen=side(11, [3, 1]), rejected=side(23, [2, 4]), margin=torch.zeros(2))

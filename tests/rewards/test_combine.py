@@ -1,0 +1,70 @@
+"""Several rewards as one: sums, parts side by side, and what cannot be scored."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llmrl.experience import Rollout, Scores, Sequences
+from llmrl.rewards.combine import CombinedReward
+
+
+@pytest.fixture
+def rollout():
+    ids = torch.ones(3, 2, dtype=torch.long)
+    sequences = Sequences(
+        prompt_ids=ids,
+        prompt_mask=ids == 1,
+        response_ids=ids,
+        response_mask=ids == 1,
+        response_lengths=torch.tensor([2, 2, 2]),
+    )
+    return Rollout(
+        sequences=sequences,
+        rollout_logprobs=torch.zeros(3, 2),
+        finished=torch.tensor([True, False, True]),
+        group_ids=torch.arange(3),
+        rows=({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}),
+    )
+
+
+def giving(name, part, *, weight=1.0, per_token=0.0):
+    """A reward of one part, which is handed on in its own weight."""
+
+    def reward(rollout):
+        scores = torch.tensor(part)
+        return Scores(total=weight * scores, per_token=torch.full((3, 2), per_token), parts={name: scores})
+
+    return reward
+
+
+def test_totals_and_tokens_add_up_and_parts_stay_as_they_are(rollout):
+    rule = giving("rule", [1.0, 0.0, -1.0], weight=2.0, per_token=0.5)
+    model = giving("model", [0.25, 4.0, 8.0], weight=-0.5, per_token=0.25)
+    scores = CombinedReward([rule, model])(rollout)
+    assert_close(scores.total, torch.tensor([1.875, -2.0, -6.0]))
+    assert_close(scores.per_token, torch.full((3, 2), 0.75))
+    assert list(scores.parts) == ["rule", "model"]
+    assert_close(scores.parts["rule"], torch.tensor([1.0, 0.0, -1.0]))
+    assert_close(scores.parts["model"], torch.tensor([0.25, 4.0, 8.0]))
+
+
+@pytest.mark.parametrize("unscored_first", [True, False])
+def test_what_one_cannot_score_the_sum_cannot_either(rollout, unscored_first):
+    rewards = [giving("rule", [1.0, math.nan, 0.0]), giving("model", [1.0, 2.0, 3.0])]
+    scores = CombinedReward(rewards if unscored_first else rewards[::-1])(rollout)
+    assert_close(scores.total, torch.tensor([2.0, math.nan, 3.0]), equal_nan=True)
+    assert_close(scores.parts["model"], torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_every_reward_reads_the_same_rollout(rollout):
+    seen = []
+
+    def watch(rollout):
+        seen.append(rollout)
+        return giving("x", [0.0, 0.0, 0.0])(rollout)
+
+    CombinedReward([watch, watch, watch])(rollout)
+    assert len(seen) == 3
+    assert all(each is rollout for each in seen)

@@ -1,0 +1,379 @@
+"""The training of reward models against plain arithmetic on a tiny model."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.experience import PreferencePairs, Sequences
+from llmrl.models.reward_model import RewardModule, TransformersRewardModel
+from llmrl.reports.progress import Silent
+from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+from llmrl.trainers.run import Run, RunConfig
+from tests import oracles
+
+from .test_sft import Counter, Keeper, Nobody, batch, metrics, saved
+
+VOCAB, EOS = 10, 9
+Pair = tuple[list[int], list[int], list[int], float]
+
+RAGGED: list[Pair] = [
+    ([1, 2, 3], [4, 5, 6, 7, EOS], [8, EOS], 0.5),
+    ([4], [EOS], [1, 2, EOS], 0.0),
+    ([5, 6, 7, 8, 1, 2], [3, EOS], [2, 2, 2, EOS], 2.0),
+    ([2, EOS], [1, 1, EOS], [1, EOS, 1], -0.25),
+    ([0], [0, EOS], [7, EOS], 1.0),
+]
+
+
+def as_pairs(rows: list[Pair]) -> PreferencePairs:
+    sides = [batch([(row[0], row[side]) for row in rows]) for side in (1, 2)]
+    return PreferencePairs(chosen=sides[0], rejected=sides[1], margin=torch.tensor([row[3] for row in rows]))
+
+
+class Cycle:
+    """`PairSource` that deals the pairs round and round."""
+
+    def __init__(self, rows: list[Pair]) -> None:
+        self.rows = rows
+        self.position = 0
+
+    def next(self, num_pairs: int) -> PreferencePairs:
+        dealt = [self.rows[n % len(self.rows)] for n in range(self.position, self.position + num_pairs)]
+        self.position += num_pairs
+        return as_pairs(dealt)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def tiny() -> Any:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3, num_labels=1)
+    return LlamaForSequenceClassification(config)
+
+
+def make_trainer(
+    rows: list[Pair],
+    *,
+    model: Any = None,
+    trainable: Callable[[nn.Module], Any] = Keeper,
+    held_out: list[Pair] | None = None,
+    progress: Silent | None = None,
+    shares_prompts: bool = True,
+    shift: float = 0.0,
+    **config: Any,
+) -> RewardModelTrainer:
+    module = RewardModule(model or tiny(), dtype=torch.float32)
+    module.register_forward_hook(lambda _, __, scores: scores + shift)
+    return RewardModelTrainer(
+        RewardModelConfig(**{"batch_size": len(rows), "microbatch_tokens": 1000, **config}),
+        scorer=TransformersRewardModel(module, microbatch_tokens=30, shares_prompts=shares_prompts),
+        trained={"reward_model": trainable(module)},
+        pairs=Cycle(rows),
+        held_out=as_pairs(held_out or rows),
+        collectives=OneProcess(),
+        progress=progress or Silent(),
+    )
+
+
+def adamw(module: nn.Module) -> LocalTrainable:
+    return LocalTrainable(module, OptimizerConfig(learning_rate=0.02, schedule="linear"), num_steps=60)
+
+
+def plain_scores(model: Any, rows: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+    """``(chosen, rejected)`` a sequence at a time, without padding."""
+
+    def score(ids: list[int]) -> Tensor:
+        hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+        return hidden[0, -1] @ model.score.weight[0]
+
+    return [(score(prompt + chosen), score(prompt + rejected)) for prompt, chosen, rejected, _ in rows]
+
+
+def plain_loss(model: Any, rows: list[Pair], *, use_margin: bool = True, center_coef: float = 0.0) -> Tensor:
+    """Mean of log(1 + exp(-(chosen - rejected - margin))) + center_coef (chosen + rejected)²."""
+    losses = []
+    for (chosen, rejected), (*_, margin) in zip(plain_scores(model, rows), rows, strict=True):
+        lead = chosen - rejected - (margin if use_margin else 0.0)
+        losses.append(torch.log(1 + torch.exp(-lead)) + center_coef * (chosen + rejected) ** 2)
+    return torch.stack(losses).mean()
+
+
+def gradients(trainer: RewardModelTrainer) -> dict[str, Tensor]:
+    keeper = trainer.trained["reward_model"]
+    assert isinstance(keeper, Keeper)
+    return keeper.gradients
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "num_parts"), [(1, 5), (30, 3), (1000, 1)])
+@pytest.mark.parametrize("shares_prompts", [True, False])
+@pytest.mark.parametrize(("use_margin", "center_coef"), [(True, 0.0), (False, 0.0), (True, 0.3)])
+def test_a_step_is_the_gradient_of_bradley_terry_however_the_batch_is_cut(
+    tokens: int, num_parts: int, shares_prompts: bool, use_margin: bool, center_coef: float
+):
+    counter = Counter()
+    settings = {"use_margin": use_margin, "center_coef": center_coef}
+    trainer = make_trainer(
+        RAGGED, microbatch_tokens=tokens, shares_prompts=shares_prompts, progress=counter, **settings
+    )
+    values = trainer.iterate().values()
+
+    model = tiny()
+    expected = plain_loss(model, RAGGED, **settings)
+    expected.backward()
+    assert values["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients(trainer), {f"model.{name}": p.grad for name, p in model.named_parameters()})
+    assert counter.phases == [("update", num_parts)]
+    assert counter.done == num_parts
+
+
+@pytest.mark.parametrize("center_coef", [0.0, 0.01])
+def test_a_constant_added_to_all_scores_changes_no_gradient_without_centring(center_coef: float):
+    one, other = (make_trainer(RAGGED, shift=shift, center_coef=center_coef) for shift in (0.0, 3.0))
+    losses = [trainer.iterate().values()["loss"] for trainer in (one, other)]
+    if center_coef == 0.0:
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert_same_gradients(gradients(other), gradients(one))
+    else:
+        assert losses[1] > losses[0] + 0.1
+        assert not torch.allclose(
+            gradients(other)["model.score.weight"], gradients(one)["model.score.weight"], atol=0.1
+        )
+
+
+def test_the_loss_of_a_head_of_zeros_by_hand():
+    """Every probability is sigmoid(-margin)."""
+    model = tiny()
+    model.score.weight.data.zero_()
+    expected = sum(math.log(1 + math.exp(row[3])) for row in RAGGED) / 5
+    values = make_trainer(RAGGED, model=model).iterate().values()
+    assert values["loss"] == pytest.approx(expected, rel=1e-6)
+    assert (values["pairs/accuracy"], values["pairs/margin"]) == (0.5, 0.0)  # of the scores, whatever was asked for
+    values = make_trainer(RAGGED, model=model, use_margin=False).iterate().values()
+    assert values["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_margins_are_one_a_pair(shares_prompts: bool):
+    """Of shape (B,), as both scores are: a column of them would make a square of differences."""
+    trainer = make_trainer(RAGGED, shares_prompts=shares_prompts)
+    pairs = as_pairs(RAGGED)
+    chosen, rejected = trainer.scorer.pair_scores(pairs)
+    assert chosen.shape == rejected.shape == pairs.margin.shape == (5,)
+    object.__setattr__(pairs, "margin", pairs.margin[:, None])  # which no constructor lets pass
+    with pytest.raises(Exception, match="margin"):
+        trainer.loss(pairs, torch.tensor(5))
+
+
+def test_an_iteration_takes_the_next_pairs():
+    trainer = make_trainer(RAGGED, batch_size=2)
+    for first in (0, 2):
+        loss = trainer.iterate().values()["loss"]
+        assert loss == pytest.approx(plain_loss(tiny(), RAGGED[first : first + 2]).item(), rel=1e-5)
+    assert trainer.cursor() == {"iteration": 2, "source": {"position": 4}}
+
+
+def test_pairs_of_other_ranks_count_in_the_denominator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(OneProcess, "sum", lambda _, x: 2 * x)
+    loss = make_trainer(RAGGED, microbatch_tokens=25).iterate().values()["loss"]
+    assert loss == pytest.approx(plain_loss(tiny(), RAGGED).item() / 2, rel=1e-5)
+
+
+def test_what_an_iteration_reports():
+    values = make_trainer(RAGGED, microbatch_tokens=25).iterate().values()
+    assert values.keys() == {
+        "loss",
+        "pairs/accuracy",
+        "pairs/margin",
+        "reward_model/learning_rate",
+        "reward_model/grad_norm",
+        "reward_model/grad_norm_max",
+        "reward_model/skipped_steps",
+        "time/iteration_s",
+        "tokens/per_s",
+    }
+    differences = [(chosen - rejected).item() for chosen, rejected in plain_scores(tiny(), RAGGED)]
+    assert values["pairs/accuracy"] == pytest.approx(sum(x > 0 for x in differences) / 5)
+    assert values["pairs/margin"] == pytest.approx(sum(differences) / 5, rel=1e-4)
+    tokens = 2 * 13 + 13 + 14  # prompts in both sequences, chosen, rejected
+    assert values["tokens/per_s"] * values["time/iteration_s"] == pytest.approx(tokens)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """`Scorer` that gives what it was told."""
+
+    def __init__(self, chosen: list[float], rejected: list[float]) -> None:
+        self.both = torch.tensor(chosen), torch.tensor(rejected)
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        raise AssertionError("pairs are scored as pairs")
+
+    def pair_scores(self, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
+        assert len(pairs.margin) == len(self.both[0])
+        return self.both
+
+
+def test_an_evaluation_by_hand_counts_a_tie_as_half():
+    trainer = make_trainer(RAGGED[:1], held_out=RAGGED)  # margins 0.5, 0, 2, -0.25, 1
+    trainer.scorer = Fixed([1.0, 2.0, 0.5, 0.0, 3.0], [0.0, 2.0, 1.0, -1.0, 2.0])
+    leads = [0.5, 0.0, -2.5, 1.25, 0.0]
+    assert trainer.evaluate() == {
+        "eval/accuracy": pytest.approx(3.5 / 5),
+        "eval/accuracy_low": pytest.approx(oracles.wilson_bound(3.5, 5, 1.959964, upper=False), abs=1e-6),  # type: ignore[arg-type]
+        "eval/accuracy_high": pytest.approx(oracles.wilson_bound(3.5, 5, 1.959964, upper=True), abs=1e-6),  # type: ignore[arg-type]
+        "eval/loss": pytest.approx(sum(math.log(1 + math.exp(-lead)) for lead in leads) / 5),
+    }
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_an_evaluation_is_the_mean_over_held_out_pairs_and_changes_nothing(shares_prompts: bool):
+    counter = Counter()
+    trainer = make_trainer(RAGGED[:2], held_out=RAGGED, progress=counter, shares_prompts=shares_prompts)
+    values = trainer.evaluate()
+    wins = sum(float(chosen > rejected) for chosen, rejected in plain_scores(tiny(), RAGGED))
+    assert values["eval/loss"] == pytest.approx(plain_loss(tiny(), RAGGED).item(), rel=1e-5)
+    assert values["eval/accuracy"] == pytest.approx(wins / 5)
+    assert all(type(value) is float for value in values.values())
+    assert all(p.grad is None for p in trainer.trained["reward_model"].module.parameters())
+    assert trainer.cursor() == {"iteration": 0, "source": {"position": 0}}
+    assert (counter.phases, counter.done) == ([("evaluation", 1)], 1)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def ruled_pairs(num_pairs: int, seed: int) -> list[Pair]:
+    """The chosen response has more threes than fours, the rejected one fewer; the rest is noise, the length too."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    def response(favoured: int) -> list[int]:
+        (length,) = draw(1, 5, 1)
+        body = [*draw(5, 9, length), favoured]
+        order = torch.randperm(len(body), generator=generator).tolist()
+        return [*(body[n] for n in order), EOS]
+
+    return [(draw(0, 3, 1 + n % 3), response(3), response(4), 0.0) for n in range(num_pairs)]
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_it_learns_a_separable_rule(shares_prompts: bool):
+    model = tiny()
+    model.score.weight.data.zero_()
+    trainer = make_trainer(
+        ruled_pairs(960, seed=0),
+        model=model,
+        trainable=adamw,
+        held_out=ruled_pairs(200, seed=1),
+        shares_prompts=shares_prompts,
+        batch_size=16,
+    )
+    assert trainer.evaluate()["eval/accuracy"] == 0.5  # a new head says nothing
+    for _ in range(60):
+        trainer.iterate()
+    values = trainer.evaluate()
+    assert values["eval/accuracy"] >= 0.98
+    assert values["eval/accuracy_low"] > 0.9
+    assert trainer.iteration == 60
+
+
+# --- stop and go on ---------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, num_iterations: int, **config: Any) -> Run:
+    trainer = make_trainer(RAGGED, trainable=adamw, held_out=ruled_pairs(9, seed=0), batch_size=3, center_coef=0.01)
+    return Run(
+        RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
+        settings={},
+        trainer=trainer,
+        save_model=lambda _: None,
+        evaluate=trainer.evaluate,
+        evaluate_every=2,
+        progress=Silent(),
+        sink=Nobody(),
+    )
+
+
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
+    run(tmp_path / "straight", 4).train()
+    run(tmp_path / "resumed", 2).train()
+    run(tmp_path / "resumed", 4, resume=True).train()
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    assert [line["iteration"] for line in metrics(tmp_path / "straight")] == [0, 1, 2, 3, 4]
+    assert saved(tmp_path / "resumed") == saved(tmp_path / "straight")
+
+
+def test_a_run_that_failed_on_its_data_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(tmp_path / "straight", 4).train()
+    broken = run(tmp_path / "failed", 4)
+    pairs = broken.trainer.pairs  # type: ignore[attr-defined]
+    deal = pairs.next
+
+    def fail_after_dealing(num_pairs: int) -> PreferencePairs:
+        dealt = deal(num_pairs)
+        if pairs.position > 6:
+            raise OSError("the disk is gone")
+        return dealt
+
+    monkeypatch.setattr(pairs, "next", fail_after_dealing)
+    with pytest.raises(OSError, match="disk"):
+        broken.train()
+    run(tmp_path / "failed", 4, resume=True).train()
+    assert metrics(tmp_path / "failed") == metrics(tmp_path / "straight")
+    assert saved(tmp_path / "failed") == saved(tmp_path / "straight")
+
+
+def test_the_way_back_leads_to_where_the_iteration_began():
+    trainer = make_trainer(RAGGED, trainable=adamw, batch_size=2)
+    trainer.iterate()
+    trainer.pairs.next(2)
+    assert trainer.rewind()
+    assert trainer.cursor() == {"iteration": 1, "source": {"position": 2}}
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"),
+    [
+        ("num_epochs", 0, "at least 1"),
+        ("batch_size", 0, "at least 1"),
+        ("microbatch_tokens", 0, "at least 1"),
+        ("num_reference_pairs", 0, "at least 1"),
+        ("center_coef", -0.01, "0 or greater"),
+        ("center_coef", math.nan, "0 or greater"),
+        ("center_coef", math.inf, "0 or greater"),
+        ("evaluate_every", -1, "0 or greater"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting: str, value: float, rule: str):
+    with pytest.raises(ValueError, match=rf"^reward_model\.{setting} \({value}\) must be {rule}"):
+        RewardModelConfig(**{setting: value})  # type: ignore[arg-type]
