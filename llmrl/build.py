@@ -313,6 +313,11 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
     model = load_reward_model(config, head_init=settings.head_init)
+    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[union-attr]
+        raise ModelError(
+            f"model.path ({config.path}): its tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the "
+            f"model has {model.get_input_embeddings().num_embeddings} embeddings; they do not belong together"  # type: ignore[union-attr]
+        )
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
     model.to(pick_device()).train()  # type: ignore[arg-type]
@@ -360,7 +365,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
             model=loaded.model,
             adapted=loaded.adapted,
             tokenizer=loaded.tokenizer,
-            dtype=DTYPES[config.model.dtype],
+            dtype=torch.float32,  # so that the folder scores as the model that was trained
         )
         card = _report_card(loaded, trainer, held_out, normalization)
         (folder / "report_card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """What building wires together, beyond what the whole runs of test_cli.py show."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import GPT2Config
 from llmrl import build
 from llmrl.config import GRPORun
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.models.loading import ModelConfig
+from llmrl.models.loading import ModelConfig, ModelError
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
@@ -21,6 +22,7 @@ from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.evaluate import EvaluationConfig
 from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.reward_model import RewardModelConfig
 from llmrl.trainers.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -215,3 +217,13 @@ def test_responses_to_texts_come_in_groups_and_greedy_ones_agree():
     assert [len(group) for group in greedy] == [3, 3]
     assert all(len(set(group)) == 1 for group in greedy)
     assert any(len(set(group)) > 1 for group in respond(1.0))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "recipes" / "models" / "tiny_char_llama", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": 50}))
+    config = ModelConfig(path=str(folder), from_scratch=True)
+    with pytest.raises(ModelError, match=r"its tokenizer has ids up to \d+, but the model has 50 embeddings"):
+        build.load_trained_reward_model(config, RewardModelConfig(), seed=0)

@@ -235,6 +235,7 @@ class Fixed:
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
         assert len(pairs.margin) == len(self.both[0])
+        assert not torch.is_grad_enabled()
         return self.both
 
 
