@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARITHMETIC := data/arithmetic/train.jsonl
 SFT_MODEL := runs/quickstart/sft/final
+REVIEWS := data/reviews/train.jsonl
+REVIEWER := runs/reviews_tiny/sft/final
+REWARD_MODEL := runs/reviews_tiny/reward_model/final
+RLHF := recipes/reviews_tiny_ppo.yaml
 
-.PHONY: quickstart test test-fast check bench
+.PHONY: quickstart quickstart-rlhf test test-fast check bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
@@ -22,6 +26,26 @@ $(ARITHMETIC): | $(INSTALLED)
 
 $(SFT_MODEL): | $(INSTALLED) $(ARITHMETIC)
 	$(BIN)/llmrl sft recipes/quickstart_sft.yaml run.resume=true
+
+# The whole story of RLHF on a laptop CPU: supervised start, reward model, PPO with four models. Interrupted, it goes on.
+quickstart-rlhf: $(REVIEWS) $(REWARD_MODEL)
+	$(BIN)/llmrl evaluate $(RLHF) --output runs/reviews_tiny/before.json
+	$(BIN)/llmrl ppo $(RLHF) run.resume=true
+	$(BIN)/llmrl evaluate $(RLHF) model.path=runs/reviews_tiny/ppo/final \
+	    --output runs/reviews_tiny/after.json --compare runs/reviews_tiny/before.json
+	@echo "score/model is what the reward model says, score/true_warmth the hidden truth; what it cost is kl/sequence, in nats:"
+	@tail -n 1 runs/reviews_tiny/ppo/metrics.jsonl | grep -o '"kl/sequence": [0-9.]*'
+	@echo "report card $(REWARD_MODEL)/report_card.json, samples runs/reviews_tiny/ppo/samples.jsonl"
+	@echo "ask it:  $(BIN)/llmrl generate runs/reviews_tiny/ppo/final 'the little cafe by the sea:' --temperature 1"
+
+$(REVIEWS): | $(INSTALLED)
+	$(BIN)/python data/reviews/generate.py
+
+$(REVIEWER): | $(INSTALLED) $(REVIEWS)
+	$(BIN)/llmrl sft recipes/reviews_tiny_sft.yaml run.resume=true
+
+$(REWARD_MODEL): | $(REVIEWER)
+	$(BIN)/llmrl reward-model recipes/reviews_tiny_reward_model.yaml run.resume=true
 
 # Two workers with one thread each, so that they do not fight for the cores.
 test: $(INSTALLED)

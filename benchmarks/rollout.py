@@ -12,30 +12,25 @@ is the highest resident size (on a GPU: allocated size) after loading, less what
 import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
+from common import MIB, compare, memory, reset_memory, store, take_turns
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
+from llmrl.reports.progress import Silent
 from llmrl.roles import Sampling
 from llmrl.rollout import sampler
 from llmrl.rollout.native import NativeEngine
 
 ENGINES = ("native", "generate")
-RESULTS = Path(__file__).parent / "results"
 EOS = 2
-MIB = 2**20
 COLUMNS = ("tokens_per_s", "tokens_per_cpu_s", "peak_mib")
 
 
@@ -45,19 +40,11 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     load_before = os.getloadavg()
-    samples: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
-    for turn in range(args.turns):
-        for engine in ENGINES:
-            sample = run_worker(engine)
-            samples[engine].append(sample)
-            print(f"turn {turn + 1}  {engine:8s}  " + "  ".join(f"{name} {sample[name]:.1f}" for name in COLUMNS))
-    summary = {engine: summarize(of_engine) for engine, of_engine in samples.items()}
-    ratios = {name: summary["native"][f"{name}_median"] / summary["generate"][f"{name}_median"] for name in COLUMNS}
-    for engine, numbers in summary.items():
-        print(f"{engine:8s}  " + "  ".join(f"{name} {number:.1f}" for name, number in numbers.items()))
-    print("native over generate, of the medians: " + "  ".join(f"{name} x {x:.2f}" for name, x in ratios.items()))
+    samples = take_turns(ENGINES, COLUMNS, turns=args.turns)
+    results = compare(samples, COLUMNS)
     print(f"load average before {load_before[0]:.2f}, after {os.getloadavg()[0]:.2f}")
-    store(args, {"summary": summary, "ratios": ratios, "samples": samples, "load_average_before": load_before})
+    record = results | {"samples": samples, "load_average_before": load_before}
+    store("rollout", args, record, packages=("torch", "transformers"))
 
 
 def parse() -> argparse.Namespace:
@@ -76,11 +63,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="measurements of each engine")
     parser.add_argument("--worker", choices=ENGINES, help="measure one engine in this process and print JSON")
     return parser.parse_args()
-
-
-def run_worker(engine: str) -> dict[str, float]:
-    command = [sys.executable, *sys.argv, "--worker", engine]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
@@ -168,61 +150,6 @@ def prepare_generate(
         return int((ended.argmax(dim=1) + 1).sum())
 
     return run
-
-
-class Silent:
-    def iteration(self, number: int, values: Mapping[str, float]) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def phase(self, name: str, total: int) -> None: ...
-
-    def advance(self, amount: int = 1) -> None: ...
-
-
-def reset_memory(device: str) -> int:
-    """Forgets the peak so far. Returns the bytes in use."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return memory(device)[0]
-
-
-def memory(device: str) -> tuple[int, int]:
-    """Bytes in use, and the most that were since `reset_memory`."""
-    if device.startswith("cuda"):
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    in_use, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return in_use, peak
-
-
-def summarize(samples: list[dict[str, float]]) -> dict[str, float]:
-    summary = {}
-    for name in COLUMNS:
-        values = [sample[name] for sample in samples]
-        summary |= {f"{name}_median": statistics.median(values), f"{name}_min": min(values)}
-    return summary
-
-
-def store(args: argparse.Namespace, results: dict) -> None:
-    settings = {name: value for name, value in vars(args).items() if name not in ("model", "worker")}
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    record = {"model": args.model.name, "settings": settings, "machine": machine, "versions": versions} | results
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"rollout_{args.model.name}_{args.dtype}_{args.device.partition(':')[0]}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":

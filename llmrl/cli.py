@@ -1,4 +1,4 @@
-"""The command line: llmrl sft | reward-model | grpo | evaluate | score | generate | settings.
+"""The command line: llmrl sft | reward-model | grpo | ppo | evaluate | score | generate | settings.
 
 Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n stopped by signal n.
 """
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from llmrl.settings import SettingError, describe, read_recipe, to_yaml
+from llmrl.settings import SettingError, describe, read_either, read_recipe, to_yaml
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -74,23 +74,24 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = 
 def grpo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Improves a model by GRPO, or one of its kin, against rewards that programs verify."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_grpo, check_grpo
+        from llmrl.build import build_grpo, check_rl
         from llmrl.config import GRPORun
 
         config = read_recipe(GRPORun, recipe, overrides or [])
-        checked = check_grpo(config, dry=dry_run)
-    num_prompts = config.run.num_iterations * config.rollout.prompts_per_iteration
-    sentence = (
-        f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
-        f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
-        f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
-        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.update.minibatch_size} responses"
-        f"{_epochs(num_prompts, checked.rows)}."
-    )
-    if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked)
-    else:
-        _train(config, sentence, lambda **roles: build_grpo(config, checked, **roles))
+        checked = check_rl(config, dry=dry_run)
+    _reinforce(config, checked, build_grpo, dry_run=dry_run)
+
+
+@app.command()
+def ppo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Improves a model by PPO: actor, critic, frozen reference and a reward, learned or by program."""
+    with bad_input_ends_with_status_2():
+        from llmrl.build import build_ppo, check_ppo
+        from llmrl.config import PPORun
+
+        config = read_recipe(PPORun, recipe, overrides or [])
+        checked = check_ppo(config, dry=dry_run)
+    _reinforce(config, checked, build_ppo, dry_run=dry_run)
 
 
 @app.command()
@@ -100,16 +101,16 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Writes the numbers to this JSON file.")] = None,
     compare: Annotated[Path | None, typer.Option(help="An earlier --output to set these numbers beside.")] = None,
 ) -> None:
-    """Accuracy and pass@k of a GRPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
+    """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_evaluator, check_grpo
-        from llmrl.config import GRPORun
+        from llmrl.build import build_evaluator, check_rl
+        from llmrl.config import GRPORun, PPORun
 
-        config = read_recipe(GRPORun, recipe, overrides or [])
+        config = read_either((GRPORun, PPORun), recipe, overrides or [])
         if config.evaluation_data is None:
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         before = json.loads(_existing(compare).read_text()) if compare is not None else None
-        checked = check_grpo(config, dry=False, trains=False)
+        checked = check_rl(config, dry=False, trains=False)
     with failures_in_one_line(), _progress() as progress:
         values = build_evaluator(config, checked, progress=progress).evaluate()
     if output is not None:
@@ -187,11 +188,11 @@ def generate(
 
 
 @app.command()
-def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model or grpo")]) -> None:
+def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model, grpo or ppo")]) -> None:
     """Every setting with its default and what it does."""
-    from llmrl.config import GRPORun, RewardModelRun, SFTRun
+    from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 
-    runs = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun}
+    runs = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun, "ppo": PPORun}
     with bad_input_ends_with_status_2():
         if algorithm not in runs:
             raise SettingError(f"{algorithm} has no settings; choose {' or '.join(runs)}")
@@ -204,6 +205,21 @@ def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model or
     for setting in listed:
         table.add_row(setting.path, setting.type, setting.default, setting.help)
     Console().print(table)
+
+
+def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run: bool) -> None:
+    num_prompts = config.run.num_iterations * config.rollout.prompts_per_iteration
+    sentence = (
+        f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
+        f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
+        f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
+        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.update.minibatch_size} responses"
+        f"{_epochs(num_prompts, checked.rows)}."
+    )
+    if dry_run:
+        _print_dry_run(config, sentence, checked.unchecked)
+    else:
+        _train(config, sentence, lambda **roles: build(config, checked, **roles))
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:

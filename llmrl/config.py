@@ -1,12 +1,15 @@
 """What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
 
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from llmrl.algorithms.grpo import GRPOConfig
+from llmrl.algorithms.ppo import PPOConfig
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.distributed.trainable import OptimizerConfig
+from llmrl.models.critic import CriticConfig
 from llmrl.models.loading import ModelConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import RewardConfig
@@ -69,9 +72,28 @@ class RewardModelRun:
         _check_best(self.run, evaluates=self.reward_model.evaluate_every > 0, way_out="reward_model.evaluate_every")
 
 
+@runtime_checkable
+class AlgorithmConfig(Protocol):
+    """What the settings of every algorithm say."""
+
+    @property
+    def group_size(self) -> int:
+        """Responses per prompt, G."""
+        ...
+
+    @property
+    def overlong_buffer_tokens(self) -> int:
+        """In the last so many tokens before the length limit, a response loses up to 1 point."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """What is allowed, but seldom meant."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class GRPORun:
-    """GRPO and its kin: `llmrl grpo`."""
+class RLRun:
+    """What a run of reinforcement learning holds, whatever the algorithm."""
 
     model: ModelConfig
     """The model that is trained."""
@@ -83,7 +105,7 @@ class GRPORun:
     """How long, and where to."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are drawn."""
-    algorithm: GRPOConfig = field(default_factory=GRPOConfig)
+    algorithm: AlgorithmConfig
     """What is learned from them."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """How an experience becomes optimizer steps."""
@@ -119,6 +141,8 @@ class GRPORun:
                 f"algorithm.overlong_buffer_tokens ({self.algorithm.overlong_buffer_tokens}) must be at most "
                 f"rollout.max_response_tokens ({self.rollout.max_response_tokens})"
             )
+        if self.reward.model is not None and self.reward.model.on_actor_base:
+            _check_base(self.model)
         if self.evaluation.every and self.evaluation_data is None:
             raise ValueError(
                 f"evaluation.every ({self.evaluation.every}) needs evaluation_data; "
@@ -141,6 +165,58 @@ class GRPORun:
     @property
     def optimizer_steps_per_iteration(self) -> int:
         return self.update.num_epochs * self.num_responses // self.update.minibatch_size
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Of the whole run."""
+        return self.run.num_iterations * self.optimizer_steps_per_iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORun(RLRun):
+    """GRPO and its kin: `llmrl grpo`."""
+
+    algorithm: GRPOConfig = field(default_factory=GRPOConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORun(RLRun):
+    """PPO with an actor, a critic, a frozen reference and any reward: `llmrl ppo`."""
+
+    algorithm: PPOConfig = field(default_factory=PPOConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
+    update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """What predicts the rewards to come."""
+    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    """How the critic's weights move. Of a shared trunk only the head has this learning rate; the rest is not read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic.network == "adapter" and self.model.lora is None:
+            raise ValueError("critic.network adapter needs model.lora: it is an adapter on the actor's frozen base")
+        if self.critic.body == "reward_model" and self.reward.model is None:
+            raise ValueError("critic.body reward_model needs reward.model; name one, or set critic.body to actor")
+        if self.critic.warmup_iterations >= self.run.num_iterations:
+            raise ValueError(
+                f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
+                f"({self.run.num_iterations}), or the actor never learns"
+            )
+
+    @property
+    def num_actor_steps(self) -> int:
+        """Optimizer steps of the actor in the whole run."""
+        return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
+
+
+def _check_base(actor: ModelConfig) -> None:
+    if actor.lora is None:
+        raise ValueError("reward.model.on_actor_base needs model.lora: it is an adapter on the actor's frozen base")
+    if actor.from_scratch:
+        raise ValueError(
+            "reward.model.on_actor_base needs the base that the reward model was trained on, and model.from_scratch "
+            "draws another; leave one of them out"
+        )
 
 
 def _check_best(run: OutputConfig, *, evaluates: bool, way_out: str) -> None:

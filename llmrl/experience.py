@@ -103,6 +103,11 @@ class Scores(Batch):
     """Zero where a reward has none."""
     parts: Mapping[str, Float[Tensor, " B"]]
 
+    @property
+    def per_response(self) -> Float[Tensor, " B"]:
+        """What each response is worth in all: `total` and what its tokens got."""
+        return self.total + self.per_token.sum(dim=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Batch):
@@ -128,6 +133,14 @@ class GRPOExperience(Experience):
     """Adds the reference, which the KL in the loss reads. Zeros where there is no KL and so no reference."""
 
     ref_logprobs: Float[Tensor, "B T"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOExperience(Experience):
+    """Adds what the critic said at collection and what it is to say. Advantages are standardized, returns are not."""
+
+    old_values: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
 
 
 def _select(value: Any, index: Tensor) -> Any:

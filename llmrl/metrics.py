@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
+from llmrl.functional.statistics import Explained, Maximum, Mean, Moments, Statistic, Total
+
+VARIANCE_ROUNDING = 2.0**-40
+"""A variance below this share of the mean squares that it was reckoned from is the rounding of float32, and so none."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Metrics:
     def values(self) -> dict[str, float]:
         """Floats, in one transfer from the device. `Moments` named ``x`` become ``x/mean`` and ``x/std``.
 
-        A mean over nothing is left out: there is no number to print.
+        A mean over nothing is left out: there is no number to print. So is the explained share of no variance.
         """
         flat = _flatten(self.statistics)
         floats: dict[str, float] = {}
@@ -53,7 +56,7 @@ def pool(left: Statistic, right: Statistic) -> Statistic:
     match left, right:
         case Maximum(), Maximum():
             return Maximum(_maximum(left.value, right.value))
-        case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()):
+        case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()) | (Explained(), Explained()):
             return type(left)(*(a + b for a, b in zip(left, right, strict=True)))
     raise TypeError(f"cannot pool a {type(left).__name__} with a {type(right).__name__}: one name, two meanings")
 
@@ -80,7 +83,20 @@ def _read(name: str, statistic: Statistic, numbers: list[float]) -> dict[str, fl
             count, total, square = numbers
             if not count:
                 return {}
-            mean = total / count
-            return {f"{name}/mean": mean, f"{name}/std": math.sqrt(max(square / count - mean * mean, 0.0))}
+            return {f"{name}/mean": total / count, f"{name}/std": math.sqrt(_variance(count, total, square))}
+        case Explained():
+            count, total, square, residual_total, residual_square = numbers
+            if not count:
+                return {}
+            spread = _variance(count, total, square)
+            if spread <= VARIANCE_ROUNDING * (square + residual_square) / count:
+                return {}
+            return {name: 1 - _variance(count, residual_total, residual_square) / spread}
         case _:
             return {name: numbers[0]}
+
+
+def _variance(count: float, total: float, square: float) -> float:
+    """Of a population."""
+    mean = total / count
+    return max(square / count - mean * mean, 0.0)

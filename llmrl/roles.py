@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmrl.experience import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences
@@ -65,6 +65,30 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class ValueFunction(Protocol):
+    """What a critic expects of responses."""
+
+    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """``(values, last_values)``: before each response token is chosen, float32, 0 off the mask; and behind the last
+        token of each response."""
+        ...
+
+
+@runtime_checkable
+class ActorCritic(Policy, ValueFunction, Protocol):
+    """Actor and critic: two networks, or two heads of one."""
+
+    share_trunk: bool
+    """Whether both are one trained module, so that their losses are one."""
+
+    def both(
+        self, sequences: Sequences
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """``(logprobs, entropy, values, last_values)``; of a shared trunk in one pass."""
+        ...
+
+
 class StateMismatch(ValueError):
     """A saved state that belongs to other weights than those it was to be loaded into."""
 
@@ -79,6 +103,10 @@ class Scorer(Protocol):
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Of both sides of each pair: ``(chosen, rejected)``."""
+        ...
+
+    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
+        """What each pair takes of the token budget of a forward pass."""
         ...
 
 
@@ -181,6 +209,17 @@ class Algorithm(Protocol):
     def should_stop(self, update: Metrics) -> bool:
         """Whether the updates of this iteration end here."""
         ...
+
+    def finish(self, experience: Any) -> Metrics:
+        """The updates on an experience are done: whatever steers itself by how they went does so. Called without
+        gradient."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever the next iteration depends on: numbers and strings, nested by name."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @runtime_checkable

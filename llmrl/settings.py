@@ -5,6 +5,7 @@ names the path of each setting, its value, the rule and the way out.
 """
 
 import ast
+import copy
 import difflib
 import inspect
 import json
@@ -53,21 +54,24 @@ def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
     Raises:
         SettingError: The file, an override or a setting cannot be used. All bad settings are in one message.
     """
-    tree = _load(path)
-    _override(tree, overrides)
-    try:
-        settings = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
-    _raise_any(path, [problem for place in _sections(cls, settings) for problem in _unknown_names(*place)])
-    _raise_any(path, [f"{_dotted(*place)}: nan is no value of a setting" for place in _nans(settings)])
-    for _, section, given in _sections(cls, settings):
-        _fill(section, given)
-    try:
-        return TypeAdapter(cls).validate_json(json.dumps(settings), strict=True)
-    except ValidationError as error:
-        problems = [_problem(details) for details in error.errors()]
-        raise SettingError(_message(path, problems)) from error
+    return _validated(cls, path, _resolved(path, overrides))
+
+
+def read_either(classes: Sequence[type[T]], path: Path, overrides: Sequence[str]) -> T:
+    """The run that a recipe describes, of the class that knows most of the names in it.
+
+    Where several know as many, it is the first that takes the settings.
+    """
+    settings = _resolved(path, overrides)
+    num_unknown = [len(_all_unknown_names(cls, settings)) for cls in classes]
+    fitting = [cls for cls, number in zip(classes, num_unknown, strict=True) if number == min(num_unknown)]
+    refusals = []
+    for cls in fitting:
+        try:
+            return _validated(cls, path, settings)
+        except SettingError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -86,6 +90,16 @@ def describe(cls: type) -> Iterator[Setting]:
 
 
 # --- the file and the overrides ---------------------------------------------------------------------------------------
+
+
+def _resolved(path: Path, overrides: Sequence[str]) -> Any:
+    """What the file and the overrides say together."""
+    tree = _load(path)
+    _override(tree, overrides)
+    try:
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
 
 
 def _load(path: Path) -> DictConfig:
@@ -179,6 +193,24 @@ def _first_line(error: Exception) -> str:
 Place = tuple[str | int, ...]
 
 
+def _validated(cls: type[T], path: Path, settings: Any) -> T:
+    """The settings as the class has them, which `path` is named for in errors."""
+    settings = copy.deepcopy(settings)
+    _raise_any(path, _all_unknown_names(cls, settings))
+    _raise_any(path, [f"{_dotted(*place)}: nan is no value of a setting" for place in _nans(settings)])
+    for _, section, given in _sections(cls, settings):
+        _fill(section, given)
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(settings), strict=True)
+    except ValidationError as error:
+        problems = [_problem(details) for details in error.errors()]
+        raise SettingError(_message(path, problems)) from error
+
+
+def _all_unknown_names(cls: type, settings: Any) -> list[str]:
+    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place)]
+
+
 def _sections(annotation: Any, value: Any, path: Place = ()) -> Iterator[tuple[Place, type, dict[Any, Any]]]:
     """``(path, dataclass, mapping)`` of every section in the settings, outer ones first.
 
@@ -220,7 +252,10 @@ def _hints(cls: type) -> dict[str, Any]:
 def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterator[str]:
     known = list(_hints(section))
     for name in given:
-        if name not in known:
+        fixed = getattr(section, str(name), None)
+        if isinstance(fixed, property) and fixed.__doc__:
+            yield f"{_dotted(*path, name)} cannot be set: {fixed.__doc__.rstrip('.')}"
+        elif name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
             way_out = f"did you mean {_dotted(*path, nearest[0])}?" if nearest else f"known here: {', '.join(known)}"
             yield f"{_dotted(*path, name)} is not a setting; {way_out}"
@@ -270,7 +305,7 @@ def _problem(error: ErrorDetails) -> str:
         case {"type": "missing"}:
             return f"{path} must be set: in the recipe, or as {path}=..."
         case {"type": "value_error", "ctx": {"error": raised}}:
-            return str(raised)
+            return _in_place(str(raised), error["loc"])
         case {"type": "literal_error", "ctx": {"expected": expected}}:
             rule = f"is not one of {expected}"
         case _:
@@ -278,6 +313,12 @@ def _problem(error: ErrorDetails) -> str:
     if value is None:
         rule += "; leave it out to get its default"
     return f"{path}: {repr(value) if isinstance(value, str) else json.dumps(value)} {rule}"
+
+
+def _in_place(sentence: str, path: Place) -> str:
+    """A class names its section as most runs have it, such as ``optimizer``; this says where it stands in this one."""
+    named, dot, _ = sentence.partition(".")
+    return re.sub(rf"\b{named}\.", f"{path[0]}.", sentence) if path and dot and named.isidentifier() else sentence
 
 
 def _raise_any(path: Path, problems: list[str]) -> None:

@@ -6,14 +6,16 @@ A recipe names a function by file and name, and says how much it counts:
       functions:
         - {name: "reward_models/gsm8k.py:correct"}
         - {name: "reward_models/gsm8k.py:shows_answer", weight: 0.1}
+        - {name: "reward_models/gsm8k.py:steps_right", weight: 0.02}
 
 `responses` are the texts that the model wrote; `answer` is the data column of that name, and any other column can be
-asked for in the same way. Return one number for each response, or None where a response cannot be scored.
+asked for in the same way. Return one number for each response, or None where a response cannot be scored, or a list
+for places in it, as `steps_right` does.
 """
 
 import re
 
-from llmrl.rewards.rules import gsm8k_answer
+from llmrl.rewards.rules import gsm8k_answer, right_equations
 
 
 def correct(responses: list[str], answer: list[str]) -> list[float | None]:
@@ -24,3 +26,8 @@ def correct(responses: list[str], answer: list[str]) -> list[float | None]:
 def shows_answer(responses: list[str]) -> list[float]:
     """1.0 for a response that ends as the data does, with ``#### 72``, whether the number is right or not."""
     return [float(re.search(r"####\s*-?[\d,.]*\d\s*$", response) is not None) for response in responses]
+
+
+def steps_right(responses: list[str]) -> list[list[tuple[int, float]]]:
+    """1.0 at the end of each step that is right, such as ``48/2 = 24`` or ``<<48/2=24>>``, wrong answer or not."""
+    return right_equations(responses)

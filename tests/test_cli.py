@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
-from llmrl import build
 from llmrl.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +89,12 @@ def grpo_recipe(data):
     )
 
 
+def refuse_to_load(monkeypatch):
+    for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        for method in ("from_pretrained", "from_config"):
+            monkeypatch.setattr(kind, method, lambda *_, **__: pytest.fail("a model was loaded"))
+
+
 def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -104,9 +109,8 @@ def without_times(entries):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_of_the_repository_dry_runs(recipe, monkeypatch, tmp_path):
-    for name in ("load_actor", "load_trained_reward_model", "load_scorer"):
-        monkeypatch.setattr(build, name, lambda *_, **__: pytest.fail("a dry run loaded a model"))
-    (command,) = [name for name in ("sft", "reward_model", "grpo") if recipe.stem.endswith(name)]
+    refuse_to_load(monkeypatch)
+    (command,) = [name for name in ("sft", "reward_model", "grpo", "ppo") if recipe.stem.endswith(name)]
     status, output, error = llmrl(command.replace("_", "-"), recipe, f"run.output_dir={tmp_path / 'run'}", "--dry-run")
     assert status == 0, error
     settings, _, sentence = output.partition("\nEach ")
@@ -154,7 +158,7 @@ def test_a_dry_run_refuses_a_missing_path_that_the_user_gave(tmp_path):
     ],
 )
 def test_bad_input_is_one_clear_line_before_anything_loads(grpo_recipe, overrides, told, monkeypatch):
-    monkeypatch.setattr(build, "load_actor", lambda *_, **__: pytest.fail("a model was loaded"))
+    refuse_to_load(monkeypatch)
     started = time.monotonic()
     status, _, error = llmrl("grpo", grpo_recipe, *overrides)
     assert status == 2

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.config import GRPORun, RewardModelRun, SFTRun
+from llmrl.algorithms.ppo import PPO, PPOConfig
+from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
-from llmrl.models.loading import ModelConfig
+from llmrl.models.critic import CriticConfig
+from llmrl.models.loading import LoraSettings, ModelConfig
 from llmrl.reports.samples import SampleWriter
-from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.settings import SettingError, describe, read_recipe
 from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
@@ -25,7 +27,10 @@ from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import OutputConfig, Run, RunConfig
 from llmrl.trainers.sft import SFTConfig, SFTTrainer
 
-RUNS = (SFTRun, RewardModelRun, GRPORun)
+RUNS = (SFTRun, RewardModelRun, GRPORun, PPORun)
+LEARNED = RewardConfig(model=LearnedRewardConfig(path="rm"))
+ON_BASE = RewardConfig(model=LearnedRewardConfig(path="rm", on_actor_base=True))
+LORA = ModelConfig(path="m", lora=LoraSettings())
 
 
 def sft(**sections: Any) -> SFTRun:
@@ -57,14 +62,24 @@ def grpo(**sections: Any) -> GRPORun:
     return GRPORun(**(required | sections))
 
 
+def ppo(**sections: Any) -> PPORun:
+    required = {
+        "model": ModelConfig(path="m"),
+        "data": PromptDataConfig(path="d.jsonl"),
+        "reward": LEARNED,
+        "run": RunConfig(output_dir="runs/x", num_iterations=4),
+    }
+    return PPORun(**(required | sections))
+
+
 # --- checks where two sections meet -----------------------------------------------------------------------------------
 
 
 def test_the_defaults_fit_together():
     assert sft().evaluation_data is None
-    config = grpo()
-    assert config.num_responses == config.rollout.prompts_per_iteration * config.algorithm.group_size
-    assert config.optimizer_steps_per_iteration >= 1
+    for config in (grpo(), ppo()):
+        assert config.num_responses == config.rollout.prompts_per_iteration * config.algorithm.group_size
+        assert config.optimizer_steps_per_iteration >= 1
 
 
 def test_an_evaluated_sft_run_needs_held_out_examples():
@@ -150,6 +165,73 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
     grpo(**sections)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"update": UpdateConfig(minibatch_size=48)},
+            r"update\.minibatch_size \(48\) must divide the 128 responses of a rollout \(128 prompts x 1\); "
+            r"try 32 or 64$",
+        ),
+        (
+            {"rollout": RolloutConfig(prompts_per_iteration=6)},
+            r"update\.minibatch_size \(128\) must divide the 6 responses of a rollout \(6 prompts x 1\); try 3 or 6$",
+        ),
+        (
+            {"algorithm": PPOConfig(overlong_buffer_tokens=300)},
+            r"algorithm\.overlong_buffer_tokens \(300\) must be at most rollout\.max_response_tokens \(256\)$",
+        ),
+        (
+            {"critic": CriticConfig(network="adapter")},
+            r"critic\.network adapter needs model\.lora: it is an adapter on the actor's frozen base$",
+        ),
+        (
+            {
+                "critic": CriticConfig(body="reward_model"),
+                "reward": RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),)),
+            },
+            r"critic\.body reward_model needs reward\.model; name one, or set critic\.body to actor$",
+        ),
+        (
+            {"critic": CriticConfig(warmup_iterations=4)},
+            r"critic\.warmup_iterations \(4\) must be less than run\.num_iterations \(4\), or the actor never learns$",
+        ),
+        (
+            {"reward": ON_BASE},
+            r"reward\.model\.on_actor_base needs model\.lora: it is an adapter on the actor's frozen base$",
+        ),
+        (
+            {"reward": ON_BASE, "model": ModelConfig(path="m", lora=LoraSettings(), from_scratch=True)},
+            r"reward\.model\.on_actor_base needs the base .*, and model\.from_scratch draws another; leave one .* out$",
+        ),
+    ],
+)
+def test_sections_of_ppo_that_do_not_fit_are_refused(sections: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ppo(**sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"critic": CriticConfig(network="adapter"), "model": LORA},
+        {"critic": CriticConfig(network="shared"), "model": LORA},
+        {"critic": CriticConfig(network="own"), "model": LORA},
+        {"critic": CriticConfig(body="reward_model", warmup_iterations=3)},
+        {"reward": ON_BASE, "model": LORA},
+        {"update": UpdateConfig(minibatch_size=1)},
+    ],
+)
+def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
+    ppo(**sections)
+
+
+def test_the_actor_takes_no_step_in_the_warm_up():
+    config = ppo(critic=CriticConfig(warmup_iterations=1), update=UpdateConfig(minibatch_size=64, num_epochs=3))
+    assert config.optimizer_steps_per_iteration == 6
+    assert (config.num_optimizer_steps, config.num_actor_steps) == (24, 18)
+
+
 @pytest.mark.parametrize(("group_size", "prompts", "size"), [(8, 16, 48), (6, 16, 128), (6, 16, 5), (5, 7, 999)])
 def test_what_a_message_proposes_is_taken(group_size: int, prompts: int, size: int):
     def make(size: int) -> GRPORun:
@@ -200,12 +282,19 @@ def sections(run: type) -> Iterator[Any]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
-    """No second set of defaults: but for the learning rates of SFT and reward models, a run adds none of its own."""
+    """No second set of defaults: but for learning rates, and for how many prompts make up for groups and how often PPO
+    uses them, a run adds none of its own."""
     own = {name for name, default in sections(run) if default != type(default)()}
-    assert own == ({"optimizer"} if run in (SFTRun, RewardModelRun) else set())
+    expected = {
+        SFTRun: {"optimizer"},
+        RewardModelRun: {"optimizer"},
+        GRPORun: set(),
+        PPORun: {"rollout", "update", "critic_optimizer"},
+    }
+    assert own == expected[run]
 
 
-@pytest.mark.parametrize("cls", [Run, SFTTrainer, RewardModelTrainer, RLTrainer, Evaluator, GRPO, SampleWriter])
+@pytest.mark.parametrize("cls", [Run, SFTTrainer, RewardModelTrainer, RLTrainer, Evaluator, GRPO, PPO, SampleWriter])
 def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
     parameters = inspect.signature(cls).parameters.values()
     assert [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty] == []
@@ -226,6 +315,8 @@ def test_the_least_that_a_recipe_must_say(tmp_path: Path):
     assert read_recipe(SFTRun, recipe, []) == sft()
     recipe.write_text(SFT_RECIPE + "reward: {functions: [{name: 'rule.py:score'}]}\n")
     assert read_recipe(GRPORun, recipe, []) == grpo()
+    recipe.write_text(SFT_RECIPE + "reward: {model: {path: rm}}\n")
+    assert read_recipe(PPORun, recipe, ["run.num_iterations=4"]) == ppo()
     recipe.write_text(
         "model: {path: m}\ndata: {path: d.jsonl}\nevaluation_data: {path: e.jsonl}\nrun: {output_dir: runs/x}"
     )

@@ -1,7 +1,9 @@
+import statistics
+
 import pytest
 import torch
 
-from llmrl.functional.statistics import Maximum, Mean, Moments, Total
+from llmrl.functional.statistics import Explained, Maximum, Mean, Moments, Total
 from llmrl.metrics import Metrics, pool
 
 
@@ -42,8 +44,55 @@ def test_equal_values_have_no_spread():
     assert metrics(x=Moments(3, 3.0, 3.0 - 1e-12)).values()["x/std"] == 0.0
 
 
+def explained(targets, predictions):
+    """Of these in one part."""
+    targets = torch.tensor(targets, dtype=torch.float64)
+    residuals = targets - torch.tensor(predictions, dtype=torch.float64)
+    sums = targets.sum(), targets.square().sum(), residuals.sum(), residuals.square().sum()
+    return Explained(torch.tensor(len(targets)), *sums)
+
+
+TARGETS, PREDICTIONS = [1.0, 4.0, -2.0, 0.5, 3.0], [0.5, 3.0, -1.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 5])
+def test_the_explained_share_is_one_less_two_variances_of_the_whole(cut):
+    residuals = [target - prediction for target, prediction in zip(TARGETS, PREDICTIONS, strict=True)]
+    expected = 1 - statistics.pvariance(residuals) / statistics.pvariance(TARGETS)
+    parts = [explained(TARGETS[part], PREDICTIONS[part]) for part in (slice(cut), slice(cut, None))]
+    assert metrics(x=parts[0]).merge(metrics(x=parts[1])).values() == {"x": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "share"),
+    [
+        (TARGETS, 1.0),
+        ([x + 7.0 for x in TARGETS], 1.0),  # a common shift is no spread
+        ([2.0] * 5, 0.0),
+        ([-x for x in TARGETS], -3.0),  # twice as far off as a constant: four times its variance
+    ],
+)
+def test_the_explained_share_by_hand(predictions, share):
+    assert metrics(x=explained(TARGETS, predictions)).values() == {"x": pytest.approx(share)}
+
+
+@pytest.mark.parametrize("target", [0.0, 0.1, 0.9, -3.7, 1e4])
+def test_no_variance_is_explained_by_nobody(target):
+    """The variance of equal numbers is rounding, and nothing is a share of that."""
+    targets = torch.full((7,), target).tolist()
+    assert metrics(x=explained(targets, [1.0, 2.0, 0.0, 0.0, 5.0, -1.0, 0.5])).values() == {}
+    off = [x + 1e-7 * max(abs(x), 1.0) * (-1) ** n for n, x in enumerate(targets)]  # as float32 rounds
+    assert metrics(x=explained(off, [1.0, 2.0, 0.0, 0.0, 5.0, -1.0, 0.5])).values() == {}
+
+
+def test_a_small_variance_is_a_variance():
+    small = [0.9 + 1e-4 * x for x in TARGETS]
+    assert metrics(x=explained(small, small)).values() == {"x": pytest.approx(1.0)}
+
+
 def test_a_mean_over_nothing_is_left_out():
-    assert metrics(a=Mean(0.0, 0.0), b=Moments(0, 0.0, 0.0), c=Total(0)).values() == {"c": 0.0}
+    nothing = metrics(a=Mean(0.0, 0.0), b=Moments(0, 0.0, 0.0), c=Total(0), d=Explained(0, 0.0, 0.0, 0.0, 0.0))
+    assert nothing.values() == {"c": 0.0}
 
 
 def test_merge_keeps_what_only_one_has_and_changes_neither():
@@ -64,7 +113,7 @@ def test_merging_is_associative_and_starts_from_nothing():
     )
 
 
-@pytest.mark.parametrize("other", [Total(1), Maximum(1.0), Moments(1, 1.0, 1.0)])
+@pytest.mark.parametrize("other", [Total(1), Maximum(1.0), Moments(1, 1.0, 1.0), Explained(1, 1.0, 1.0, 1.0, 1.0)])
 def test_one_name_with_two_meanings_is_an_error(other):
     with pytest.raises(TypeError, match=f"cannot pool a Mean with a {type(other).__name__}"):
         metrics(x=Mean(1.0, 1.0)).merge(metrics(x=other))

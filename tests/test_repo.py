@@ -156,7 +156,8 @@ def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add(str(node.module).split(".")[0])
     installed = packages_distributions()
-    foreign = modules - sys.stdlib_module_names - {PROJECT["name"], "tests"}
+    beside = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # scripts: each sees the folder that it lies in
+    foreign = modules - sys.stdlib_module_names - {PROJECT["name"], "tests", *beside}
     return {canonicalize_name(installed.get(name, [name])[0]) for name in foreign}
 
 

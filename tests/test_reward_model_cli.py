@@ -21,8 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from llmrl import build
-from tests.test_cli import ROOT, TINY, lines, llmrl, without_times, write_jsonl, write_recipe
+from tests.test_cli import ROOT, TINY, lines, llmrl, refuse_to_load, without_times, write_jsonl, write_recipe
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -112,11 +111,6 @@ def without_special_tokens(text):
 def normalization_of(folder):
     config = json.loads((folder / "config.json").read_text())
     return config["llmrl_score_mean"], config["llmrl_score_std"]
-
-
-def refuse_to_load(monkeypatch):
-    for name in ("load_actor", "load_scorer", "load_trained_reward_model", "load_tokenizer"):
-        monkeypatch.setattr(build, name, lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -376,6 +370,24 @@ def test_settings_of_reward_models():
     assert "reward-model" in llmrl("settings", "reward")[2]
 
 
+def test_what_is_correct_is_said_for_a_reward_model_too(trained, grpo_recipe, tmp_path):
+    """The normalized score decides, whatever its weight."""
+    (told,) = [
+        line for line in llmrl("settings", "grpo")[1].splitlines() if line.startswith("evaluation.correct_above")
+    ]
+    assert "from the reward model, whose normalized scores" in told
+    settings = [f"reward.model.path={trained / 'final'}", "reward.model.weight=-100"]
+    shares = []
+    for threshold in (-50, 50):
+        out = tmp_path / "e.json"
+        status, _, error = llmrl(
+            "evaluate", grpo_recipe, *settings, f"evaluation.correct_above={threshold}", "--output", out
+        )
+        assert status == 0, error
+        shares.append(json.loads(out.read_text())["eval/accuracy"])
+    assert shares == [1.0, 0.0]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +401,7 @@ def folders(tmp_path):
     config = json.loads((tmp_path / "code" / "config.json").read_text())
     (tmp_path / "code" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "code.X"}}))
     (tmp_path / "empty").mkdir()
+    LlamaConfig(**SIZES, vocab_size=99, num_labels=1).save_pretrained(tmp_path / "weightless")
     return tmp_path
 
 
@@ -397,6 +410,10 @@ def folders(tmp_path):
     [
         ("gone", "is no folder"),
         ("empty", "holds no config.json"),
+        (
+            "weightless",
+            "holds no weights (model.safetensors or model.safetensors.index.json); save them as safetensors",
+        ),
         ("headless", "has no score head; train one with `llmrl reward-model`"),
         ("two", "has 2 labels; a reward model has exactly one"),
         ("code", "reward.model.trust_remote_code=true"),
@@ -417,6 +434,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_loads(
     assert (status, output) == (2, "")
     assert error.startswith(f"error: reward.model.path ({folders / name}) ")
     assert told in error
+    assert "from_scratch" not in error  # which reward.model does not have
     assert len(error.splitlines()) == 1
 
 
@@ -451,7 +469,7 @@ def test_prompts_that_the_reward_model_cannot_read_end_with_status_2(trained, gr
     ("overrides", "told"),
     [
         (["reward=null"], ["reward"]),
-        (["reward.model=null"], ["reward.functions is empty and there is no reward.model"]),
+        (["reward.model=null"], ["there is nothing to learn from"]),
         (["reward.model.weight=0"], ["reward.model.weight (0", "other than 0"]),
         (["reward.model.microbatch_tokens=0"], ["reward.model.microbatch_tokens (0) must be at least 1"]),
         (["reward.model.wieght=1"], ["reward.model.wieght", "did you mean", "weight"]),

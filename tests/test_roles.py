@@ -4,6 +4,7 @@ import pytest
 
 from llmrl import roles
 from llmrl.algorithms.grpo import GRPO
+from llmrl.algorithms.ppo import PPO
 from llmrl.data.preferences import PairSource
 from llmrl.data.prompts import PromptSource
 from llmrl.data.supervised import SupervisedSource
@@ -29,7 +30,7 @@ CAST = [
     (roles.Scorer, (TransformersRewardModel,)),
     (roles.Trainable, (LocalTrainable,)),
     (roles.Collectives, (OneProcess,)),
-    (roles.Algorithm, (GRPO,)),
+    (roles.Algorithm, (GRPO, PPO)),
     (roles.PromptSource, (PromptSource,)),
     (roles.ExampleSource, (SupervisedSource,)),
     (roles.PairSource, (PairSource,)),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from llmrl.settings import Setting, SettingError, describe, read_recipe, to_dict, to_yaml
+from llmrl.settings import Setting, SettingError, describe, read_either, read_recipe, to_dict, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,11 @@ class Schedule:
     learning rate."""
     num_warmup: int = 0
     """Steps."""
+
+    @property
+    def num_steps(self) -> int:
+        """Schedules are as long as the run."""
+        return 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +241,10 @@ def test_nan_is_refused_because_no_check_would_notice_it(write: Write, override:
         ("rules.1.wieght=2", "rules.1.wieght is not a setting; did you mean rules.1.weight?"),
         ("named.gsm8k.fil=x", "named.gsm8k.fil is not a setting; did you mean named.gsm8k.file?"),
         ("optimizer.true=1", "optimizer.true is not a setting; known here: lr, schedule"),
+        (
+            "optimizer.schedule.num_steps=1",
+            "optimizer.schedule.num_steps cannot be set: Schedules are as long as the run",
+        ),
     ],
 )
 def test_an_unknown_name_at_any_depth(write: Write, override: str, said: str):
@@ -266,6 +275,7 @@ def test_an_unknown_name_at_any_depth(write: Write, override: str, said: str):
         ("rules.0.file=null", "rules.0.file: null is not text"),
         ("critic.bf16=true", "critic.path must be set: in the recipe, or as critic.path=..."),
         ("optimizer.lr=0", "optimizer.lr (0.0) must be greater than 0"),
+        ("critic_optimizer.lr=0", "critic_optimizer.lr (0.0) must be greater than 0"),
     ],
 )
 def test_a_value_of_the_wrong_kind(write: Write, override: str, said: str):
@@ -290,6 +300,62 @@ def test_a_choice_of_sections_is_refused_because_unknown_names_would_pass(write:
 
     with pytest.raises(TypeError, match="choice of sections"):
         read_recipe(Choice, write("either: {file: x}"), [])
+
+
+# --- either of two runs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    size: int = 8
+    """Of a group."""
+    minibatch: int = 8
+    """Of a step."""
+
+    def __post_init__(self) -> None:
+        if self.minibatch % self.size:
+            raise ValueError(f"minibatch ({self.minibatch}) must be a multiple of size ({self.size})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    minibatch: int = 8
+    """Of a step."""
+    critic: Model | None = None
+    """What is expected."""
+    critic_optimizer: Optimizer = Optimizer()
+    """How it learns."""
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("size: 4", [], Groups(size=4)),
+        ("minibatch: 16", [], Groups(minibatch=16)),  # the first that takes it
+        ("minibatch: 4", [], Critic(minibatch=4)),
+        ("critic: {path: c}", [], Critic(critic=Model(path=Path("c")))),
+        ("minibatch: 8", ["critic.path=c"], Critic(critic=Model(path=Path("c")))),
+        ("minibatch: 8", ["critic_optimizer.lr=1"], Critic(critic_optimizer=Optimizer(lr=1.0))),
+    ],
+)
+def test_the_run_is_the_one_whose_settings_are_named(write: Write, text: str, overrides: list[str], expected: Any):
+    assert read_either((Groups, Critic), write(text), overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{critic: {path: c}, critic_optimiser: {lr: 1}}", "critic_optimiser is not a setting; did you mean critic_o"),
+        ("{size: 4, minbatch: 4}", "minbatch is not a setting; did you mean minibatch?"),
+        ("{size: 3}", "minibatch (8) must be a multiple of size (3)"),
+        ("minibatch: x", "minibatch: 'x' is not a whole number"),
+    ],
+)
+def test_what_is_wrong_is_told_of_that_run(write: Write, text: str, said: str):
+    path = write(text)
+    with pytest.raises(SettingError) as raised:
+        read_either((Groups, Critic), path, [])
+    assert str(raised.value).startswith(f"{path}:\n  {said}")
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SEED = 20260102
-NUM_TRAIN = 4000
-NUM_TEST = 500
+NUM_TRAIN = 16000
+NUM_TEST = 1000
 NUM_DEMONSTRATIONS = 4000
 NUM_TEST_PROMPTS = 60
 MAX_CHARACTERS = 60
-LEAST_GAP = 0.3  # in warmth, between the two reviews of a pair
+LEAST_GAP = 0.4  # in warmth, between the two reviews of a pair
 FACT_SHARE = 0.3  # of the clauses, which say nothing of how it was
 BUT_SHARE = 0.25  # of the reviews: two opinions, of which the second weighs more
 

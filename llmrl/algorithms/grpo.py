@@ -13,7 +13,7 @@ shares that advantage. No critic. Everything that tells GRPO, Dr. GRPO, RLOO, DA
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -117,7 +117,7 @@ class GRPO:
         ref_logprobs = torch.zeros_like(old_logprobs)
         if self.reference is not None:
             ref_logprobs, _ = self.reference.logprobs(rollout.sequences)
-        shaped = scores.total + self._penalty(rollout)
+        shaped = scores.per_response + self._penalty(rollout)
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
@@ -152,6 +152,17 @@ class GRPO:
     def should_stop(self, update: Metrics) -> bool:
         """GRPO makes every update that it planned."""
         return False
+
+    def finish(self, experience: GRPOExperience) -> Metrics:
+        """Nothing here steers itself."""
+        return Metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """One iteration leaves nothing to the next but weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is nothing to take over."""
 
     def _penalty(self, rollout: Rollout) -> Float[Tensor, " B"]:
         """What responses lose for their length; 0 where the settings ask for no penalty."""

@@ -1,7 +1,9 @@
-"""Rollouts of one model in the tokens of another: through text, since their tokenizers differ."""
+"""Rollouts of one model as another reads them: through text where their tokenizers differ."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.chat import as_sequences, prompt_ids, response_ids
@@ -20,6 +22,21 @@ def same_tokens(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -
         and left.eos_token_id == right.eos_token_id
         and left(PROBE)["input_ids"] == right(PROBE)["input_ids"]
     )
+
+
+def ended_by(rollout: Rollout, eos_id: int | None) -> Sequences:
+    """The sequences of a rollout, those that ended by themselves with this EOS as their last token.
+
+    A policy may end a response with any end id of its generation config, ``<|endoftext|>`` in place of ``<|im_end|>``
+    say; a reward model reads its score at the last token, where it has seen its tokenizer's EOS only. Where the
+    tokenizer has none, nothing is replaced.
+    """
+    sequences = rollout.sequences
+    if eos_id is None:
+        return sequences
+    ids, last = sequences.response_ids, sequences.response_lengths[:, None] - 1
+    ends = torch.where(rollout.finished[:, None], eos_id, ids.gather(1, last))
+    return replace(sequences, response_ids=ids.scatter(1, last, ends))
 
 
 class Rerenderer:

@@ -53,14 +53,22 @@ class OptimizerConfig:
 class LocalTrainable:
     """`Trainable` for a module that lives whole in this process."""
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, *, num_steps: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        *,
+        num_steps: int,
+        peaks: Mapping[str, float] | None = None,
+    ) -> None:
+        """`peaks` gives parameters, by name, a peak learning rate of their own."""
         from transformers import get_scheduler
 
         self.module = module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.parameters.values(), config.weight_decay),
+            _parameter_groups(self.parameters, config, peaks or {}),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             fused=True,
@@ -98,7 +106,7 @@ class LocalTrainable:
                 "resume from the last checkpoint with a lower optimizer.learning_rate"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = group["peak"] * self.share_of_peak(self.num_steps_done + 1)
         self.num_steps_done += 1  # before the step, so that one that fails halfway counts as begun
         if finite:
             self.optimizer.step()
@@ -153,11 +161,13 @@ def _check_same(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None
         )
 
 
-def _parameter_groups(parameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with decay, vectors without."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def _parameter_groups(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peaks: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Matrices with decay, vectors without, and by their peak learning rates."""
+    assert peaks.keys() <= parameters.keys(), "a learning rate of its own is for a parameter that learns"
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        key = (peaks.get(name, config.learning_rate), config.weight_decay if p.dim() >= 2 else 0.0)
+        groups.setdefault(key, []).append(p)
+    return [{"params": members, "peak": peak, "weight_decay": decay} for (peak, decay), members in groups.items()]

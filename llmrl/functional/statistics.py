@@ -36,4 +36,14 @@ class Moments(NamedTuple):
     square: Tensor | float
 
 
-Statistic = Mean | Total | Maximum | Moments
+class Explained(NamedTuple):
+    """Which share of the variance of targets predictions explain: 1 - Var(target - prediction) / Var(target)."""
+
+    num: Tensor | float
+    total: Tensor | float
+    square: Tensor | float
+    residual_total: Tensor | float
+    residual_square: Tensor | float
+
+
+Statistic = Mean | Total | Maximum | Moments | Explained

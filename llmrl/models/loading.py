@@ -1,5 +1,6 @@
 """Transformers models and tokenizers from a folder or a hub name: checked first, then loaded."""
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,8 +76,12 @@ def is_local_model(path: str) -> bool:
     return bool(Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_a_folder_here)
 
 
-def check_model(config: ModelConfig) -> str | None:
+def check_model(config: ModelConfig, *, may_be_random: bool = True) -> str | None:
     """Checks everything that can be known before any weights load.
+
+    Args:
+        config: Which model.
+        may_be_random: Whether `from_scratch` would be a way out where there are no weights.
 
     Returns:
         None, or a sentence on what could not be checked: a hub name that is not in the local cache.
@@ -95,9 +100,10 @@ def check_model(config: ModelConfig) -> str | None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.path ({config.path}) holds no config.json: is it a transformers model folder?")
     if not config.from_scratch and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        or_random = ", or set model.from_scratch=true to start from random ones" if may_be_random else ""
         raise ModelError(
             f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
-            "save them as safetensors, or set model.from_scratch=true to start from random ones"
+            f"save them as safetensors{or_random}"
         )
     _check_remote_code([folder / name for name in CODE_FILES], config)
     return None
@@ -122,7 +128,7 @@ def _check_adapter(config: ModelConfig) -> str | None:
     _check_remote_code([Path(config.path).expanduser() / name for name in CODE_FILES], config)
     base = _base_of_adapter(config)
     try:
-        return check_model(base)
+        return check_model(base, may_be_random=False)
     except ModelError as error:
         raise ModelError(f"model.path ({config.path}) is an adapter whose base cannot be used: {error}") from error
 
@@ -231,7 +237,7 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
     The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the adapter
     off; for an adapter that came with the folder it is a frozen snapshot of it, under the name ``reference``.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     if is_adapter(config.path):
         model = load_model(_base_of_adapter(config))
@@ -240,16 +246,35 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
         adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
     elif config.lora is not None:
         model = load_model(config)
-        targets = list(config.lora.targets) or "all-linear"
-        lora = LoraConfig(
-            r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, task_type="CAUSAL_LM"
-        )  # type: ignore[arg-type]
-        adapted = get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
     else:
         return load_model(config), None
     _check_tied(model)
     turn_dropout_off(model)
     return model, adapted  # type: ignore[return-value]
+
+
+def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list[str] | None = None) -> "LoraConfig":
+    """The settings in peft's words."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.targets) or "all-linear",
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+    )  # type: ignore[arg-type]
+
+
+def base_of(adapted: "PeftModel") -> "PreTrainedModel":
+    """The modules of an adapted model anew and without its adapters, around the very same frozen weights.
+
+    Another adapter injected there leaves this one alone, and the weights stand in memory once. So several roles on one
+    base need not switch adapters, which each backward pass would have to find switched back.
+    """
+    view = copy.deepcopy(adapted, {id(x): x for x in (*adapted.parameters(), *adapted.buffers())})
+    return view.unload()  # type: ignore[operator]
 
 
 def _check_tied(model: "PreTrainedModel") -> None:

@@ -36,16 +36,28 @@ class PolicyModule(nn.Module):
     def forward(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """``(logprobs, entropy)`` of the tokens in the response mask; 0 elsewhere."""
         ids, response_start = to_left_margin(sequences)
+        return self.read(self.hidden(ids), sequences, response_start)
+
+    def hidden(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S H"]:
+        """The last hidden states of rows at the left margin."""
+        with self._autocast(ids.device):
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def read(
+        self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """``(logprobs, entropy)`` from these."""
         mask = sequences.response_mask
         row, token = mask.nonzero(as_tuple=True)
-        mixed = self.dtype != torch.float32
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=mixed):
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            before = hidden[row, response_start[row] + token - 1]
+        before = hidden[row, response_start[row] + token - 1]
+        with self._autocast(hidden.device):
             chosen, chosen_entropy = self.head(self.model, before, sequences.response_ids[mask], self.temperature)
-        logprobs = torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, chosen.float())
-        entropy = torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, chosen_entropy.float())
+        logprobs = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, chosen.float())
+        entropy = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, chosen_entropy.float())
         return logprobs, entropy
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
 
 class TransformersPolicy:
@@ -71,14 +83,23 @@ class TransformersPolicy:
         with self.context():
             if torch.is_grad_enabled():
                 return self.module(sequences)
-            return self._in_microbatches(sequences)
+            logprobs, entropy = in_microbatches(
+                self.module, sequences, self.microbatch_tokens, num_per_token=2, num_per_row=0
+            )
+            return logprobs, entropy
 
-    def _in_microbatches(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        logprobs = torch.zeros(sequences.response_mask.shape, device=sequences.response_ids.device)
-        entropy = torch.zeros_like(logprobs)
-        for index in by_token_budget(sequences.num_tokens, self.microbatch_tokens):
-            logprobs[index], entropy[index] = self.module(sequences.select(index))
-        return logprobs, entropy
+
+def in_microbatches(
+    module: nn.Module, sequences: Sequences, max_tokens: int, *, num_per_token: int, num_per_row: int
+) -> tuple[Tensor, ...]:
+    """What a module says of sequences, some at a time: so many numbers of each response token, then of each row."""
+    shape, device = sequences.response_mask.shape, sequences.response_ids.device
+    shapes = [shape] * num_per_token + [shape[:1]] * num_per_row
+    answers = tuple(torch.zeros(shape, device=device) for shape in shapes)
+    for index in by_token_budget(sequences.num_tokens, max_tokens):
+        for answer, part in zip(answers, module(sequences.select(index)), strict=True):
+            answer[index.to(device)] = part
+    return answers
 
 
 def to_left_margin(sequences: Sequences) -> tuple[Int[Tensor, "B S"], Int[Tensor, " B"]]:

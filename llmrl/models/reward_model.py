@@ -9,7 +9,8 @@ A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from llmrl.models.loading import (
     ModelError,
     is_adapter,
     is_local_model,
+    lora_config,
     reading,
     resolved,
     turn_dropout_off,
@@ -156,11 +158,14 @@ class TransformersRewardModel:
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
         """Raw scores, without gradient."""
-        return self._in_microbatches(sequences, self.module)
+        return self._in_microbatches(sequences, sequences.num_tokens, self.module)
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Raw scores of ``(chosen, rejected)``."""
-        both = self._both(pairs) if torch.is_grad_enabled() else self._in_microbatches(pairs, self._both)
+        if torch.is_grad_enabled():
+            both = self._both(pairs)
+        else:
+            both = self._in_microbatches(pairs, self.pair_tokens(pairs), self._both, 2)
         return both[:, 0], both[:, 1]
 
     def _both(self, pairs: PreferencePairs) -> Float[Tensor, "B 2"]:
@@ -168,10 +173,19 @@ class TransformersRewardModel:
             return self.module(pairs)
         return self.module(Sequences.cat([pairs.chosen, pairs.rejected])).view(2, -1).T
 
-    def _in_microbatches(self, batch: Any, score: Callable[[Any], Tensor]) -> Tensor:
-        parts = by_token_budget(batch.num_tokens, self.microbatch_tokens)
-        scores = torch.cat([score(batch.select(index)) for index in parts])
-        return torch.empty_like(scores).index_copy(0, torch.cat(parts).to(scores.device), scores)
+    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
+        """Tokens of each pair in a forward pass: one row with its prompt once, or two rows as long as the longer."""
+        if self.shares_prompts:
+            return pairs.chosen.num_tokens + pairs.rejected.response_lengths
+        return 2 * torch.maximum(pairs.chosen.num_tokens, pairs.rejected.num_tokens)
+
+    def _in_microbatches(
+        self, batch: Any, num_tokens: Int[Tensor, " B"], score: Callable[[Any], Tensor], *sides: int
+    ) -> Tensor:
+        scores = torch.empty(len(num_tokens), *sides, device=self.device)
+        for index in by_token_budget(num_tokens, self.microbatch_tokens):
+            scores[index.to(self.device)] = score(batch.select(index))
+        return scores
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -223,13 +237,13 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     path, trust = resolved(config.path), config.trust_remote_code
-    with reading(config):
+    report: dict[str, Any] = {"missing_keys": {"score.weight"}, "unexpected_keys": (), "mismatched_keys": ()}
+    with reading(config), _no_table():
         shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         if not _classifies(config, shape.architectures, shape.num_labels):
             shape.num_labels = 1
         if config.from_scratch:
             model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=trust)
-            missing = {"score.weight"}
         else:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 path,
@@ -238,17 +252,92 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
                 use_safetensors=True,
                 trust_remote_code=trust,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told in the report, and refused
             )
-            missing = set(report["missing_keys"])
     head = score_layer(model)
-    lacking = missing - ({"score.weight"} if head_init is not None else set())
-    if lacking:
-        raise ModelError(
-            f"model.path ({config.path}) lacks {len(lacking)} weights of a {type(model).__name__}, such as "
-            f"{min(lacking)}, which would be random; choose a model that is complete"
-        )
-    if "score.weight" in missing:
+    _check_weights(config, model, report, new_head=head_init is not None)
+    if "score.weight" in report["missing_keys"]:
         _initialize(head, head_init)
+    turn_dropout_off(model)
+    return model
+
+
+@contextmanager
+def _no_table() -> Iterator[None]:
+    """Keeps off the screen the table that transformers prints of weights that do not fit; `_check_weights` reads it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_weights(config: ModelConfig, model: "PreTrainedModel", report: Mapping[str, Any], *, new_head: bool) -> None:
+    """Refuses weights that do not fit, by what transformers reports of them. Heads of other kinds are left out."""
+    ours = (f"{model.base_model_prefix}.", "score.")
+    lacking = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
+    foreign = {name for name in report["unexpected_keys"] if name.startswith(ours)}
+    misshapen = {name for name, *_ in report["mismatched_keys"]}
+    kind = type(model).__name__
+    for names, problem in (
+        (misshapen, "are of another shape than its config.json says"),
+        (lacking, f"are missing for a {kind} and would be random"),
+        (foreign, f"are not those of a {kind}"),
+    ):
+        if names:
+            raise ModelError(
+                f"model.path ({config.path}): {len(names)} weights, such as {min(names)}, {problem}; choose a model "
+                "that is complete"
+            )
+
+
+def check_shared_base(config: ModelConfig, actor: ModelConfig) -> None:
+    """Refuses, before weights load, a reward model that is no adapter on the actor's base.
+
+    Raises:
+        ModelError: It was not trained by LoRA, or from another model.
+    """
+    settings = Path(resolved(config.path)) / "adapter" / "adapter_config.json"
+    if not settings.is_file():
+        raise ModelError(
+            f"model.path ({config.path}) holds no adapter/, so it was not trained with model.lora and cannot stand on "
+            "the actor's base; leave reward.model.on_actor_base out, or train it with model.lora"
+        )
+    trained_from = json.loads(settings.read_text()).get("base_model_name_or_path") or "a model without a name"
+    if not _same_model(trained_from, actor.path):
+        raise ModelError(
+            f"model.path ({config.path}) is an adapter on {trained_from}, and the actor's base is {actor.path}; leave "
+            "reward.model.on_actor_base out, or train the reward model from the actor's own model"
+        )
+
+
+def _same_model(left: str, right: str) -> bool:
+    if is_local_model(left) and is_local_model(right):
+        return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
+    return left == right
+
+
+def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTrainedModel":
+    """A reward model's adapter and head around the weights of a causal language model, which stay where they are.
+
+    Args:
+        config: A folder that `check_shared_base` let pass.
+        base: The causal language model, without adapters, which becomes part of what is returned.
+    """
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    path = resolved(config.path)
+    with reading(config):
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=config.trust_remote_code)
+        setattr(model, model.base_model_prefix, base.base_model)
+        score_layer(model).to_empty(device=base.device)  # read from beside the adapter
+        PeftModel.from_pretrained(model, str(Path(path) / "adapter"), torch_device=str(base.device))
     turn_dropout_off(model)
     return model
 
@@ -280,16 +369,9 @@ def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
     """Adapters injected in place, the head trained and saved whole beside them; None where every weight is trained."""
     if config.lora is None:
         return None
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=list(config.lora.targets) or "all-linear",
-        modules_to_save=["score"],
-        task_type="SEQ_CLS",
-    )  # type: ignore[arg-type]
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora_config(config.lora, task_type="SEQ_CLS", modules_to_save=["score"]))
     turn_dropout_off(model)
     return adapted  # type: ignore[return-value]
 

@@ -1,9 +1,11 @@
-"""A trained policy as an ordinary Hugging Face folder."""
+"""A trained model as an ordinary Hugging Face folder."""
 
 import copy
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +21,12 @@ def save_policy(
     adapted: "PeftModel | None",
     tokenizer: "PreTrainedTokenizerBase",
     dtype: torch.dtype,
+    records: Mapping[str, Any] | None = None,
 ) -> None:
     """Model, tokenizer and chat template, loadable with plain transformers; the folder is there whole or not at all.
 
     Adapters are merged into the model that is saved; by themselves they lie in ``adapter/``, to be continued.
+    `records` are written beside the model as JSON, by the name of their file.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -34,5 +38,7 @@ def save_policy(
         model = copy.deepcopy(model)
     model.to(dtype).save_pretrained(partial)  # type: ignore[arg-type]
     tokenizer.save_pretrained(partial)
+    for name, record in (records or {}).items():
+        (partial / name).write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from llmrl.experience import Experience
+from llmrl.functional.masking import masked_mean
 
 
 class SampleWriter:
-    """Appends a few responses of an experience, evenly spread over it, with their scores and advantages."""
+    """Appends a few responses of an experience, evenly spread over it, with their scores and the mean advantage of
+    their tokens."""
 
     def __init__(self, file: Path, *, num_samples: int, decode: Callable[[list[int]], str]) -> None:
         self.file = file
@@ -33,9 +35,9 @@ class SampleWriter:
             "prompt": self.decode(sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()),
             "response": self.decode(response.tolist()),
             "finished": bool(rollout.finished[row]),
-            "score": _number(scores.total[row]),
+            "score": _number(scores.per_response[row]),
             "parts": {name: _number(part[row]) for name, part in scores.parts.items()},
-            "advantage": float(experience.advantages[row, 0]),
+            "advantage": float(masked_mean(experience.advantages[row], experience.response_mask[row])),
             "group": int(rollout.group_ids[row]),
         }
 

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ROLLOUT_COLUMNS = ("prompts", "responses")
+ROLLOUT_COLUMNS = ("prompts", "responses", "tokens")
 """What every reward function can ask for beside the columns of the data."""
 
 
@@ -16,7 +16,7 @@ class RewardFunctionConfig:
     name: str
     """``path/to/file.py:function``, relative to the current folder, or ``package.module:function``."""
     weight: float = 1.0
-    """What its scores are multiplied by before they are summed."""
+    """What its scores are multiplied by before they are summed; 0 for one that is only watched in the metrics."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the function, such as the pattern of ``llmrl.rewards.rules:matches_pattern``."""
 
@@ -26,11 +26,8 @@ class RewardFunctionConfig:
                 f"reward.functions.<n>.name ({self.name!r}) must name a function: "
                 "path/to/file.py:function or package.module:function"
             )
-        if not math.isfinite(self.weight) or self.weight == 0:
-            raise ValueError(
-                f"reward.functions.<n>.weight ({self.weight}) of {self.name} must be a finite number other than 0; "
-                "to switch the function off, leave it out of the list"
-            )
+        if not math.isfinite(self.weight):
+            raise ValueError(f"reward.functions.<n>.weight ({self.weight}) of {self.name} must be a finite number")
         for name in ROLLOUT_COLUMNS:
             if name in self.arguments:
                 raise ValueError(
@@ -54,6 +51,9 @@ class LearnedRewardConfig:
     """Arithmetic of its forward passes; the head computes in float32."""
     microbatch_tokens: int = 16384
     """Tokens per forward pass, padding included. Changes memory, never the result."""
+    on_actor_base: bool = False
+    """Scores with the adapter that the reward model was trained with, on the actor's frozen base, in place of a second
+    model in memory. Needs model.lora, and a reward model trained by LoRA from the actor's own model."""
     trust_remote_code: bool = False
     """Allows a model folder to bring and run its own Python code."""
     made_by: str | None = None
@@ -79,12 +79,12 @@ class RewardConfig:
     """A model that scores responses."""
 
     def __post_init__(self) -> None:
+        if self.model is None and not any(function.weight for function in self.functions):
+            raise ValueError(
+                "there is nothing to learn from: no reward.functions with a weight other than 0 and no reward.model; "
+                "name at least one function, such as {name: rule.py:score}, or a reward model"
+            )
         if not self.functions:
-            if self.model is None:
-                raise ValueError(
-                    "reward.functions is empty and there is no reward.model; name at least one function, such as "
-                    "{name: rule.py:score}, or a reward model"
-                )
             return
         name, uses = Counter(function.name for function in self.functions).most_common(1)[0]
         if uses > 1:

@@ -4,11 +4,19 @@ A function is called with keyword arguments, limited to those that its signature
 
     prompts     list, each row's prompt as the user wrote it: text or chat messages
     responses   list[str], decoded, without special tokens
+    tokens      list[list[str]], each response's tokens, each decoded by itself, special ones by their names
     <column>    list, for every data column by its name, None for a row that lacks it; no column may be named as the
-                two above, and every row must have the columns whose parameters have no default
+                three above, and every row must have the columns whose parameters have no default
 
-All lists have one entry for each response, in the same order. It returns one number for each response, or None where
-a response cannot be scored. What can be awaited, as the result of an ``async def`` function, is awaited together.
+All lists have one entry for each response, in the same order. So has what it returns, and an entry is one of these:
+
+    0.5                         a number: the score of the response
+    None                        the response cannot be scored
+    [0.0, 0.5, 1.0]             a number for each token of the response, its EOS included
+    [(7, 0.5), (19, 1.0)]       pairs of a character offset into the response and a number, for the token that completes
+                                the character there; the offset behind the last character means the last token
+
+What can be awaited, as the result of an ``async def`` function, is awaited together.
 """
 
 import asyncio
@@ -28,9 +36,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.experience import Rollout, Row, Scores, Sequences
 from llmrl.rewards.config import RewardConfig
-from llmrl.rewards.loading import Function, select_columns, source_file
-
-_LARGEST_SCORE = torch.finfo(torch.float32).max
+from llmrl.rewards.loading import Function, select_columns, source_file, takes
+from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_texts
 
 
 class RewardError(RuntimeError):
@@ -47,6 +54,8 @@ class Call:
     """The data row of each response."""
     columns: Mapping[str, list[Any]]
     """What functions can take, by name."""
+    spellings: Sequence[Spelling]
+    """The tokens of each response."""
 
     @property
     def num_responses(self) -> int:
@@ -60,12 +69,26 @@ class Call:
     def only(self, row: int) -> "Call":
         """The same of a single row."""
         columns = {name: [column[row]] for name, column in self.columns.items()}
-        return Call(number=self.number, rows=[self.rows[row]], columns=columns)
+        return Call(number=self.number, rows=[self.rows[row]], columns=columns, spellings=[self.spellings[row]])
 
     def describe(self, row: int) -> str:
         """A row and the response to it, for messages."""
         columns = ", ".join(f"{name}={_shorten(value)}" for name, value in self.rows[row].items())
         return f"The row: {columns}. The response: {_shorten(self.columns['responses'][row])}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenScores:
+    """What one function gave to each response."""
+
+    whole: list[float]
+    """To the response as a whole: NaN where it cannot be scored, 0 where its tokens got numbers."""
+    tokens: list[list[float]]
+    """To each of its tokens; nothing where the response as a whole got a score."""
+
+    @property
+    def in_all(self) -> list[float]:
+        return [score + sum(numbers) for score, numbers in zip(self.whole, self.tokens, strict=True)]
 
 
 class FunctionReward:
@@ -96,33 +119,38 @@ class FunctionReward:
         self.num_calls = 0
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """The weighted sum as `total`, NaN where any function says None; unweighted scores as `parts`."""
+        """Weighted sums: of scores as `total`, NaN where a function with a weight says None; of numbers for tokens as
+        `per_token`, 0 where the total is NaN. As `parts` what each function gave a response in all, unweighted."""
         call = self._next_call(rollout)
         results = call_functions(self.functions, call)
+        given = [read_scores(name, results[name], call) for name in self.functions]
         per_token = torch.zeros_like(rollout.sequences.response_ids, dtype=torch.float32)
-        scores = [read_scores(name, results[name], call) for name in self.functions]
-        parts = [per_token.new_tensor(score) for score in scores]
-        weights = [setting.weight for setting in self.config.functions]
+        total = per_token.new_zeros(call.num_responses)
+        for setting, scores in zip(self.config.functions, given, strict=True):
+            if setting.weight:
+                total = total + setting.weight * total.new_tensor(scores.whole)
+                per_token = per_token + setting.weight * _padded(scores.tokens, like=per_token)
+        parts = [total.new_tensor(scores.in_all) for scores in given]
         return Scores(
-            total=torch.stack([weight * part for weight, part in zip(weights, parts, strict=True)]).sum(dim=0),
-            per_token=per_token,
+            total=total,
+            per_token=per_token.masked_fill(total.isnan()[:, None], 0.0),
             parts=dict(zip(self.config.function_labels, parts, strict=True)),
         )
 
     def _next_call(self, rollout: Rollout) -> Call:
         self.num_calls += 1
+        spellings = spell_responses(rollout.sequences, self.tokenizer)
         columns = {name: [row.get(name) for row in rollout.rows] for name in self.columns}
-        prompts = [row[self.prompt_column] for row in rollout.rows]
-        responses = decode_responses(rollout.sequences, self.tokenizer)
-        columns |= {"prompts": prompts, "responses": responses}
-        return Call(number=self.num_calls, rows=rollout.rows, columns=columns)
+        columns["prompts"] = [row[self.prompt_column] for row in rollout.rows]
+        columns["responses"] = [spelling.text for spelling in spellings]
+        if any(takes(function, "tokens") for function in self.functions.values()):
+            columns["tokens"] = token_texts([spelling.ids for spelling in spellings], self.tokenizer)
+        return Call(number=self.num_calls, rows=rollout.rows, columns=columns, spellings=spellings)
 
 
 def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each response up to its length, without special tokens and otherwise just as the tokens spell it."""
-    lengths = sequences.response_lengths.tolist()
-    ids = [row[:length] for row, length in zip(sequences.response_ids.tolist(), lengths, strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [spelling.text for spelling in spell_responses(sequences, tokenizer)]
 
 
 def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, Any]:
@@ -142,26 +170,31 @@ def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, A
         return results | dict(zip(waiting, _run(_gather(answers)), strict=True)) if waiting else results
 
 
-def read_scores(name: str, result: Any, call: Call) -> list[float]:
-    """What a function returned as one float for each response, NaN for None.
+def read_scores(name: str, result: Any, call: Call) -> GivenScores:
+    """What a function returned, in floats.
 
     Raises:
-        RewardError: It is anything but one finite number or None for each response.
+        RewardError: For some response it is not a finite number, None, or a list for its tokens.
     """
-    values = result.tolist() if isinstance(result, Tensor | np.ndarray) else result
+    values = _plain(result)
     returned = f"reward function {name} returned"
     if not isinstance(values, list | tuple):
         raise RewardError(f"{returned} {_shorten(result)} ({type(result).__name__}); {call.expected}")
     if len(values) != call.num_responses:
         raise RewardError(f"{returned} {len(values)} scores; {call.expected}")
-    values = [_plain(value) for value in values]
-    for row, value in enumerate(values):
-        if not _is_score(value):
+    for row, (value, spelling) in enumerate(zip(values, call.spellings, strict=True)):
+        if misfit := _misfit(value, spelling):
             raise RewardError(
-                f"{returned} {_shorten(value)} ({type(value).__name__}) for row {row}; expected a finite number, "
-                f"or None where the response cannot be scored. {call.describe(row)}"
+                f"{returned} {misfit} for row {row}; expected a finite number, or None where the response cannot be "
+                f"scored, or a list: {spelling.expected}. {call.describe(row)}"
             )
-    return [math.nan if value is None else float(value) for value in values]
+    return GivenScores(
+        whole=[_score_of_whole(value) for value in values],
+        tokens=[
+            spelling.land(value) if isinstance(value, list) else []
+            for value, spelling in zip(values, call.spellings, strict=True)
+        ],
+    )
 
 
 def _ask(name: str, function: Function, call: Call) -> Any:
@@ -223,12 +256,34 @@ def _raises(kind: type[Exception], function: Function, call: Call) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own number for a tensor or array without axes and for a number of numpy's."""
-    return value.item() if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0 else value
+    """Python's own numbers and lists in place of those of torch and numpy, all the way down."""
+    value = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    if not isinstance(value, list | tuple):
+        return value
+    items = [_plain(item) for item in value]
+    return tuple(items) if isinstance(value, tuple) else items
 
 
-def _is_score(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and abs(value) <= _LARGEST_SCORE)
+def _misfit(value: Any, spelling: Spelling) -> str | None:
+    """What cannot be used about that which a function gave to a response; None if all can."""
+    if isinstance(value, list):
+        return spelling.misfit(value)
+    return None if value is None or is_number(value) else f"{_shorten(value)} ({type(value).__name__})"
+
+
+def _score_of_whole(value: Any) -> float:
+    if value is None:
+        return math.nan
+    return 0.0 if isinstance(value, list) else float(value)
+
+
+def _padded(rows: Sequence[list[float]], *, like: Tensor) -> Tensor:
+    """Rows of numbers, with zeros up to the width of another tensor."""
+    padded = torch.zeros_like(like)
+    for row, numbers in enumerate(rows):
+        if numbers:
+            padded[row, : len(numbers)] = padded.new_tensor(numbers)
+    return padded
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

@@ -119,9 +119,13 @@ def select_columns(function: Function, columns: Mapping[str, list[Any]]) -> dict
 
     An argument that is filled in already stays, though a column has the same name.
     """
+    return {name: list(column) for name, column in columns.items() if takes(function, name)}
+
+
+def takes(function: Function, column: str) -> bool:
+    """Whether a function gets a column: its signature names it, and no argument fills it in; or it has ``**kwargs``."""
     filled = function.keywords if isinstance(function, partial) else {}
-    taken = columns if _takes_any(function) else _keyword_parameters(function)
-    return {name: list(column) for name, column in columns.items() if name in taken and name not in filled}
+    return column not in filled and (_takes_any(function) or column in _keyword_parameters(function))
 
 
 def _load_module(source: str, name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """Rules that check an answer: pure functions, used by name as in ``llmrl.rewards.rules:exact_answer``.
 
-Each gives 1.0 to a right response and 0.0 to a wrong one. ``answer`` is the data column of that name.
+Each gives 1.0 to a right response and 0.0 to a wrong one, but `right_equations` to places in it. ``answer`` is the data
+column of that name.
 """
 
 import re
@@ -12,6 +13,12 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = rf"((?:(?<![\w)])[-\u2212])?)\$?({_DIGITS})(?:/({_DIGITS}))?"
 _LAST_NUMBER = re.compile(_NUMBER)
 _MARKED_NUMBER = re.compile(rf"####\s*{_NUMBER}")
+_TERM = rf"\$?(?:{_DIGITS})"
+_CALCULATION = rf"{_TERM}(?:\s*[-+*/x×]\s*{_TERM})+"
+_NOTHING_BEFORE = r"(?<![\w.,)=+*/×-])(?<![)=+*/x×-]\s)"
+_NOTHING_AFTER = r"(?![.,]?\d|\s*[-+*/x×=]\s*[\d$.(])"
+_EQUATION = re.compile(rf"{_NOTHING_BEFORE}({_CALCULATION})\s*=\s*({_TERM}){_NOTHING_AFTER}")
+_STEP = re.compile(rf"([-+*/x×]?)\s*\$?({_DIGITS})")
 
 
 def exact_answer(responses: Sequence[str], answer: Sequence[object]) -> list[float]:
@@ -50,6 +57,18 @@ def matches_pattern(responses: Sequence[str], pattern: re.Pattern[str]) -> list[
     return [float(pattern.search(response) is not None) for response in responses]
 
 
+def right_equations(responses: Sequence[str]) -> list[list[tuple[int, float]]]:
+    """1.0 at the last digit of every equation that holds exactly, such as ``48/2=24`` or ``$1,000 - 20 x 5 = $900``.
+
+    On the left stand numbers joined by ``+ - * / x ×``, on the right stands one number. What has brackets, or is a part
+    of a longer calculation, is not read. Meant for a small weight: ``1+1=2`` holds too, however often it is said.
+    """
+    return [
+        [(match.end() - 1, 1.0) for match in _EQUATION.finditer(response) if _holds(*match.groups())]
+        for response in responses
+    ]
+
+
 def _words(text: str) -> str:
     return " ".join(text.split())
 
@@ -79,3 +98,25 @@ def _read_number(match: re.Match[str]) -> Fraction | None:
 
 def _exact(digits: str) -> Fraction:
     return Fraction(Decimal(digits.replace(",", "")))
+
+
+def _holds(calculation: str, result: str) -> bool:
+    try:
+        return _calculate(calculation) == _calculate(result)
+    except ZeroDivisionError:
+        return False
+
+
+def _calculate(calculation: str) -> Fraction:
+    """A sum of products and quotients, from left to right."""
+    total = product = Fraction(0)
+    for sign, digits in _STEP.findall(calculation):
+        number = _exact(digits)
+        match sign:
+            case "" | "+" | "-":
+                total, product = total + product, -number if sign == "-" else number
+            case "/":
+                product /= number
+            case _:
+                product *= number
+    return total + product

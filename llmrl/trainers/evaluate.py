@@ -24,7 +24,8 @@ class EvaluationConfig:
     pass_at: tuple[int, ...] = ()
     """Every k for which pass@k is estimated: the share of prompts that k sampled responses would solve."""
     correct_above: float = 0.5
-    """A response is correct if the first reward function gives it more than this."""
+    """A response is correct if it gets more than this, weights left aside: from the first reward function, or, where
+    there is none, from the reward model, whose normalized scores have mean 0 and standard deviation 1."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -83,16 +84,14 @@ class Evaluator:
         rollout = self.engine.generate(self.prompts, self.sampling)
         scores = self.reward(rollout)
         correct = self._correct(scores).view(num_prompts, num_responses)
-        scored = ~scores.total.isnan()
         values = {
             **_with_interval("eval/accuracy", *accuracy(correct)),
             "eval/num_prompts": float(num_prompts),
-            "eval/unscored": float((~scored).sum()),
+            "eval/unscored": float(scores.total.isnan().sum()),
             "eval/response_length": float(rollout.sequences.response_lengths.double().mean()),
             "eval/finished_fraction": float(rollout.finished.double().mean()),
         }
-        if scored.any():
-            values["eval/score"] = float(scores.total[scored].double().mean())
+        values |= mean_scores(scores)
         for k in self.config.pass_at:
             chances = pass_at_k(correct.sum(dim=1), num_responses, k)
             values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances))
@@ -101,6 +100,13 @@ class Evaluator:
     def _correct(self, scores: Scores) -> Tensor:
         """A response that could not be scored is not correct."""
         return scores.parts[self.criterion] > self.config.correct_above
+
+
+def mean_scores(scores: Scores) -> dict[str, float]:
+    """``eval/score``, and ``eval/score/<part>`` where there are several parts: means over what could be scored."""
+    parts = {f"eval/score/{name}": part for name, part in scores.parts.items()} if len(scores.parts) > 1 else {}
+    named = {"eval/score": scores.per_response, **parts}
+    return {name: float(score.double().nanmean()) for name, score in named.items() if not score.isnan().all()}
 
 
 def accuracy(correct: Tensor) -> tuple[float, float, float]:

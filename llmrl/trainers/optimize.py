@@ -36,19 +36,21 @@ def optimizer_step(
     losses: Callable[[Part], Iterator[tuple[str, Tensor, Metrics]]],
     progress: Progress,
 ) -> Metrics:
-    """Adds up the gradients of all microbatches, then steps every trained module once.
+    """Adds up the gradients of all microbatches, then steps every trained module once that any loss was for.
 
     The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how
     the minibatch was cut does not show in the result. Each loss is run backward before the next forward.
     """
-    metrics = Metrics()
+    metrics, learning = Metrics(), set()
     for microbatch in microbatches:
         for name, loss, statistics in losses(microbatch):
             trained[name].backward(loss)
+            learning.add(name)
             metrics = metrics.merge(statistics)
         progress.advance()
     metrics = metrics.per_step()
-    for name, trainable in trained.items():
+    for name in sorted(learning):
+        trainable = trained[name]
         rate = trainable.learning_rate
         norm = trainable.optimizer_step()
         skipped = ~norm.isfinite()

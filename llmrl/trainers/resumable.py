@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmrl.roles import Source, Trainable
+from llmrl.roles import Source, StateMismatch, Trainable
 
 
 class Resumable:
@@ -56,6 +56,17 @@ class Resumable:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state of the same weights.
+
+        Raises:
+            StateMismatch: Other modules were trained, or one with other weights.
+        """
+        if state["trained"].keys() != self.trained.keys():
+            was, now = (" and ".join(sorted(trained)) for trained in (state["trained"], self.trained))
+            raise StateMismatch(
+                f"the saved state is of other weights: that run trained {was}, this one trains {now}; resume with the "
+                "algorithm and the critic that the run began with, or start a new run"
+            )
         for name, trainable in self.trained.items():
             trainable.load_state_dict(state["trained"][name])
         self.go_to(state["cursor"])

@@ -70,6 +70,8 @@ class RewardModelTrainer(Resumable):
         self.collectives = collectives
         self.progress = progress
         self.device = next(trained["reward_model"].module.parameters()).device
+        self.scored: tuple[int, tuple[Tensor, Tensor]] | None = None
+        """Scores of the held-out pairs, and after how many iterations."""
         super().__init__(trained, pairs)
 
     def iterate(self) -> Metrics:
@@ -79,10 +81,11 @@ class RewardModelTrainer(Resumable):
         num_pairs = self.collectives.sum(torch.tensor(len(batch.margin), device=self.device))
 
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
-            loss, statistics = self.loss(batch.select(index), num_pairs)
+            part = batch.select(index)
+            loss, statistics = self.loss(*self.scorer.pair_scores(part), part.margin, num_pairs)
             yield "reward_model", loss, Metrics({"loss": Total(loss.detach()), **statistics})
 
-        parts = by_token_budget(batch.num_tokens, self.config.microbatch_tokens)
+        parts = by_token_budget(self.scorer.pair_tokens(batch), self.config.microbatch_tokens)
         self.progress.phase("update", len(parts))
         metrics = optimizer_step(self.trained, parts, losses, self.progress)
         self.finish_iteration(self.iteration + 1)
@@ -90,24 +93,33 @@ class RewardModelTrainer(Resumable):
         timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}
         return metrics.merge(Metrics(timing))
 
-    def loss(self, pairs: PreferencePairs, num_pairs: Tensor) -> tuple[Tensor, dict[str, Statistic]]:
-        """The part of these pairs in the loss of an optimizer step on so many."""
-        chosen, rejected = self.scorer.pair_scores(pairs)
+    def loss(
+        self, chosen: Tensor, rejected: Tensor, margin: Tensor, num_pairs: Tensor
+    ) -> tuple[Tensor, dict[str, Statistic]]:
+        """The part of pairs with these scores in the loss of an optimizer step on so many."""
         return bradley_terry_loss(
             chosen,
             rejected,
-            margin=pairs.margin if self.config.use_margin else None,
+            margin=margin if self.config.use_margin else None,
             center_coef=self.config.center_coef,
             num_pairs=num_pairs,
         )
 
     @torch.no_grad()
+    def held_out_scores(self) -> tuple[Tensor, Tensor]:
+        """Raw scores of ``(chosen, rejected)`` of the model as it is; computed once an iteration."""
+        if self.scored is None or self.scored[0] != self.iteration:
+            self.progress.phase("evaluation", 1)
+            self.scored = self.iteration, self.scorer.pair_scores(self.held_out)
+            self.progress.advance()
+        return self.scored[1]
+
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval/accuracy``, a tie as half, with its interval at 95 %, and ``eval/loss`` on the held-out pairs."""
-        self.progress.phase("evaluation", 1)
         num_pairs = len(self.held_out.margin)
-        loss, statistics = self.loss(self.held_out, torch.tensor(num_pairs, device=self.device))
-        self.progress.advance()
+        count = torch.tensor(num_pairs, device=self.device)
+        loss, statistics = self.loss(*self.held_out_scores(), self.held_out.margin, count)
         accuracy = Metrics({"accuracy": statistics["pairs/accuracy"]}).values()["accuracy"]
         low, high = wilson_interval(accuracy * num_pairs, num_pairs)
         return {

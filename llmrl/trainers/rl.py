@@ -102,6 +102,8 @@ class RLTrainer(Resumable):
             metrics = metrics.merge(update if number == 0 else update.without("policy/ratio_max_deviation"))
             if self.algorithm.should_stop(update):
                 break
+        with torch.no_grad():
+            metrics = metrics.merge(self.algorithm.finish(experience))
         self.engine.load_weights(self.trained["actor"])
         return metrics
 
@@ -115,7 +117,7 @@ class RLTrainer(Resumable):
             FlatGroupsError: The redraws are used up and groups are still missing.
         """
         rollout, scores = self.draw(prompts)
-        metrics = describe(rollout, scores)
+        metrics = describe(rollout, scores, self.group_size)
         if not self.algorithm.max_redraws:
             return rollout, scores, metrics
         kept, wanted = informative(rollout, scores), len(prompts.rows) * self.group_size
@@ -124,7 +126,7 @@ class RLTrainer(Resumable):
             if not missing:
                 break
             rollout, scores = self.draw(self.prompts.next(missing // self.group_size))
-            metrics = metrics.merge(describe(rollout, scores))
+            metrics = metrics.merge(describe(rollout, scores, self.group_size))
             more = informative(rollout, scores)
             kept = Rollout.cat([kept[0], more[0]]), Scores.cat([kept[1], more[1]])
         if len(kept[0].rows) < wanted:
@@ -199,10 +201,11 @@ class RLTrainer(Resumable):
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def cursor(self) -> dict[str, Any]:
-        return super().cursor() | {"num_responses": self.num_responses}
+        return super().cursor() | {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
 
     def go_to(self, cursor: dict[str, Any]) -> None:
         self.num_responses = cursor["num_responses"]
+        self.algorithm.load_state_dict(cursor["algorithm"])
         super().go_to(cursor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,23 +215,24 @@ class RLTrainer(Resumable):
 
 def informative(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
     """The groups whose scores differ: only there is anything to learn from a comparison."""
-    index = (~flat_groups(scores.total, rollout.group_ids)).nonzero().flatten()
+    index = (~flat_groups(scores.per_response, rollout.group_ids)).nonzero().flatten()
     return rollout.select(index), scores.select(index)
 
 
-def describe(rollout: Rollout, scores: Scores) -> Metrics:
+def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
     """Everything that was drawn in numbers: scores, lengths, ends, flat groups."""
     scored, lengths = ~scores.total.isnan(), rollout.sequences.response_lengths.double()
-    flat = flat_groups(scores.total, rollout.group_ids)
     statistics: dict[str, Statistic] = {
-        "score": Moments(*masked_moments(scores.total, scored)),
+        "score": Moments(*masked_moments(scores.per_response, scored)),
         "score/unscored": Total((~scored).sum()),
-        "group/flat_fraction": Mean(flat.sum(), len(flat)),
         "response/length": Mean(lengths.sum(), len(lengths)),
         "response/length_max": Maximum(lengths.max()),
         "response/finished_fraction": Mean(rollout.finished.sum(), len(lengths)),
         "tokens/sampled": Total(lengths.sum()),
     }
+    if group_size > 1:
+        flat = flat_groups(scores.per_response, rollout.group_ids)
+        statistics["group/flat_fraction"] = Mean(flat.sum(), len(flat))
     for name, part in scores.parts.items():
         known = ~part.isnan()
         statistics[f"score/{name}"] = Mean(masked_sum(part, known), known.sum())

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "recipes" / "models" / "tiny_char_llama"
+MODELS = ROOT / "recipes" / "models"
+MODEL = MODELS / "tiny_char_llama"
 
 
 def run(script: str, out: Path) -> Path:
@@ -66,10 +67,11 @@ def test_mistakes_are_forgotten_carries(folder: Path):
     assert 0.63 < outcomes[True, -10] / (outcomes[True, -10] + outcomes[True, 0]) < 0.67
 
 
-def test_model_folder_is_what_its_script_makes(tmp_path: Path):
-    again = run("recipes/models/make_tiny_char_llama.py", tmp_path)
-    for path in MODEL.iterdir():
-        assert without_version(path) == without_version(again / path.name)
+@pytest.mark.parametrize("name", ["tiny_char_llama", "tiny_word_llama"])
+def test_model_folder_is_what_its_script_makes(name: str, tmp_path: Path):
+    again = run("recipes/models/make_tiny_llamas.py", tmp_path)
+    for path in (MODELS / name).iterdir():
+        assert without_version(path) == without_version(again / name / path.name)
 
 
 def test_tokenizer_reads_characters_and_adds_none():

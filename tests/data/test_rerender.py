@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import as_sequences
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.data.rerender import Rerenderer, same_tokens
+from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import DataError
 from llmrl.experience import Rollout
 from tests.data.conftest import ALPHABET, CHAT_TEMPLATE, EOS, make_tokenizer, spell
@@ -99,6 +99,23 @@ def test_what_differs_in_any_way_is_another_tokenizer(left, right):
     assert not same_tokens(left, right)
     assert same_tokens(left, left)
     assert same_tokens(right, right)
+
+
+def test_what_ended_by_itself_ends_with_this_eos_and_all_else_stays():
+    rows = [
+        ("a", [*spell("bc"), UNK], True),  # by another end id
+        ("a", [*spell("bcd"), EOS], True),
+        ("a", [*spell("b"), UNK], False),  # cut
+        ("a", [UNK], True),
+    ]
+    rollout = make_rollout(*rows)
+    expected = [[*spell("bc"), EOS], [*spell("bcd"), EOS], [*spell("b"), UNK], [EOS]]
+    assert [response for _, response in ids_of(ended_by(rollout, EOS))] == expected
+    assert [prompt for prompt, _ in ids_of(ended_by(rollout, EOS))] == [
+        prompt for prompt, _ in ids_of(rollout.sequences)
+    ]
+    assert [response for _, response in ids_of(rollout.sequences)] == [ids for _, ids, _ in rows]  # untouched
+    assert ended_by(rollout, None) is rollout.sequences
 
 
 # --- text in other tokens ---------------------------------------------------------------------------------------------

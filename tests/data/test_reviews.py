@@ -60,7 +60,7 @@ def test_the_same_files_every_time(folder: Path, tmp_path: Path):
 
 
 def test_how_many(rows: dict[str, list[dict[str, Any]]]):
-    assert {name: len(rows[name]) for name in NAMES} == {"sft": 4000, "train": 4000, "test": 500, "prompts": 388}
+    assert {name: len(rows[name]) for name in NAMES} == {"sft": 4000, "train": 16000, "test": 1000, "prompts": 388}
 
 
 def test_no_test_prompt_is_ever_trained_on(rows: dict[str, list[dict[str, Any]]]):
@@ -71,20 +71,27 @@ def test_no_test_prompt_is_ever_trained_on(rows: dict[str, list[dict[str, Any]]]
 
 
 def test_the_pairs_are_ones_that_llmrl_keeps(folder: Path):
-    for name, count in (("train", 4000), ("test", 500)):
+    for name, count in (("train", 16000), ("test", 1000)):
         config = PreferenceDataConfig(path=str(folder / f"{name}.jsonl"))
         _, counts = read_preferences(load_preference_rows(config), config)
         assert (counts.kept, counts.lines()) == (count, [])
 
 
-def test_texts_fit_the_tiny_model(rows: dict[str, list[dict[str, Any]]]):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "models" / "tiny_char_llama")
-    texts = reviews(rows)
-    characters = "".join(sorted(set("".join([*texts, *(row["prompt"] for row in rows["prompts"])]))))
-    assert tokenizer.unk_token_id not in tokenizer(characters)["input_ids"]
-    lengths = Counter(len(text) for text in texts)
+def test_every_word_of_the_reviews_is_one_token_of_the_tiny_model(rows: dict[str, list[dict[str, Any]]]):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "models" / "tiny_word_llama")
+    for text in [*reviews(rows), *(row["prompt"] for row in rows["prompts"])]:
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(re.findall(r"[a-z]+|[^a-z\s]", text))
+        assert tokenizer.decode(ids) == text
+    lengths = Counter(len(text) for text in reviews(rows))
     assert max(lengths) == 60
     assert len(lengths) > 40  # ragged
+
+
+def test_the_tiny_model_reads_any_text():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes" / "models" / "tiny_word_llama")
+    text = "Ünheard-of 文字 <eos\n\tok>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 # --- what is preferred ------------------------------------------------------------------------------------------------
@@ -93,7 +100,7 @@ def test_texts_fit_the_tiny_model(rows: dict[str, list[dict[str, Any]]]):
 def test_the_warmer_side_is_preferred(rows: dict[str, list[dict[str, Any]]]):
     for row in rows["train"] + rows["test"]:
         gap = warmth(row["chosen"]) - warmth(row["rejected"])
-        assert gap >= 0.3
+        assert gap >= 0.4
         assert row["margin"] == round(gap, 3)
 
 

@@ -15,10 +15,9 @@ from llmrl.roles import StateMismatch
 PEAK = 0.1
 
 
-def trainable_of(module, *, num_steps=10, **settings):
-    return LocalTrainable(
-        module, OptimizerConfig(**({"learning_rate": PEAK, "max_grad_norm": math.inf} | settings)), num_steps=num_steps
-    )
+def trainable_of(module, *, num_steps=10, peaks=None, **settings):
+    config = OptimizerConfig(**({"learning_rate": PEAK, "max_grad_norm": math.inf} | settings))
+    return LocalTrainable(module, config, num_steps=num_steps, peaks=peaks)
 
 
 def network(seed=0):
@@ -167,6 +166,57 @@ def test_the_schedule_ends_at_zero(schedule):
     assert trainable.learning_rate == pytest.approx(0.0, abs=1e-12)
 
 
+# --- learning rates of their own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_parameter_follows_the_schedule_from_its_own_peak(schedule):
+    """Under a constant gradient AdamW moves a weight by its learning rate."""
+    module = Scalar(matrix=0.0, vector=0.0)
+    trainable = trainable_of(module, num_steps=6, schedule=schedule, warmup_steps=2, peaks={"vector": 3.0})
+    position = 0.0
+    for share in SCHEDULES[schedule]:
+        assert trainable.learning_rate == pytest.approx(PEAK * share, abs=1e-12)  # what is told is the others' rate
+        trainable.backward(module.loss(-7.0, -7.0))
+        trainable.optimizer_step()
+        position += share
+        assert module.matrix.item() == pytest.approx(PEAK * position, rel=1e-5, abs=1e-7)
+        assert module.vector.item() == pytest.approx(3.0 * position, rel=1e-5, abs=1e-7)
+
+
+def test_a_peak_of_zero_keeps_a_parameter():
+    module = network()
+    before = weights(module)
+    learn(trainable_of(module, peaks={"2.weight": 0.0}), 3)
+    kept = {name for name, p in module.named_parameters() if torch.equal(p, before[name])}
+    assert kept == {"2.weight"}
+
+
+def test_a_peak_for_nothing_is_no_silent_mistake():
+    with pytest.raises(AssertionError):
+        trainable_of(network(), peaks={"head.weight": 1.0})
+
+
+def test_clipping_is_global_whatever_the_learning_rates():
+    """Of 3 and 4 the norm is 5; scaled down to 1 they are 0.6 and 0.8, and the running mean takes a tenth of it."""
+    module = Scalar()
+    trainable = trainable_of(module, max_grad_norm=1.0, peaks={"vector": 3.0})
+    trainable.backward(module.loss(3.0, 4.0))
+    assert trainable.optimizer_step().item() == pytest.approx(5.0)
+    moments = trainable.state_dict()["optimizer"]
+    assert moments["matrix"]["exp_avg"].item() == pytest.approx(0.06, rel=1e-4)
+    assert moments["vector"]["exp_avg"].item() == pytest.approx(0.08, rel=1e-4)
+
+
+def test_weight_decay_goes_by_the_learning_rate_of_the_matrix():
+    module = Scalar()
+    trainable = trainable_of(module, weight_decay=0.5, peaks={"matrix": 0.2})
+    trainable.backward(module.loss(0.0, 0.0))
+    trainable.optimizer_step()
+    assert module.matrix.item() == pytest.approx(2.0 * (1 - 0.2 * 0.5))
+    assert module.vector.item() == 1.0
+
+
 # --- the state --------------------------------------------------------------------------------------------------------
 
 
@@ -184,9 +234,10 @@ def through_a_file(state):
     )
 
 
+@pytest.mark.parametrize("peaks", [None, {"2.weight": 0.3}])
 @pytest.mark.parametrize("num_before", [0, 3])
-def test_a_resumed_run_continues_bit_for_bit(num_before):
-    settings = {"schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}
+def test_a_resumed_run_continues_bit_for_bit(num_before, peaks):
+    settings = {"schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5, "peaks": peaks}
     original = trainable_of(network(), **settings)
     learn(original, num_before)
     saved = copy.deepcopy(through_a_file(original.state_dict()))

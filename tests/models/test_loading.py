@@ -143,6 +143,12 @@ class TestCheck:
         (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
         assert "holds no adapter_model.safetensors" in self.refusal(path=adapter)
 
+    def test_the_base_of_an_adapter_is_never_random(self, adapter, tmp_path):
+        (tmp_path / "model" / "model.safetensors").unlink()
+        refusal = self.refusal(path=adapter)
+        assert "holds no weights" in refusal
+        assert "from_scratch" not in refusal
+
     def test_the_base_of_an_adapter_is_checked_too(self, adapter, tmp_path):
         self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
         refusal = self.refusal(path=adapter)

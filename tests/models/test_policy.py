@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from llmrl.models.policy import TransformersPolicy, to_left_margin
 from tests.rollout.tiny import VOCAB
 
-from .tiny import ROWS, build, dense, gradients, make_sequences, module_of
+from .tiny import ROWS, assert_same_gradients, build, dense, gradients, make_sequences, module_of
 
 
 def policy_of(family, *, microbatch_tokens=10_000, **settings):
@@ -23,7 +23,7 @@ def test_each_row_is_the_models_own_log_softmax(family):
     assert_close(entropy, expected_entropy, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_are_those_of_the_dense_computation(family, assert_same_gradients):
+def test_gradients_are_those_of_the_dense_computation(family):
     policy, plain = policy_of(family), build(family)
     ours = gradients(policy.module.model, *policy.logprobs(make_sequences()))
     assert_same_gradients(ours, gradients(plain, *dense(plain)))

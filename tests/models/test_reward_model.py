@@ -1,6 +1,7 @@
 """Reward models against one forward a row, nothing padded, and against plain transformers."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import get_verbosity
 
 from llmrl.experience import PreferencePairs, Sequences
 from llmrl.models.loading import LoraSettings, ModelConfig, ModelError, turn_dropout_off
@@ -41,7 +43,7 @@ from llmrl.models.reward_model import (
 from llmrl.models.saving import save_policy
 from tests.rollout.tiny import SIZES, VOCAB
 
-from .tiny import EOS, FAMILIES, gpt2, llama, make_sequences, make_tokenizer, save_folder
+from .tiny import EOS, FAMILIES, assert_same_gradients, gpt2, llama, make_sequences, make_tokenizer, save_folder
 
 SHARING = ("llama", "qwen3", "gpt2")
 SLIDING = ("mistral", "gemma2", "gemma3")
@@ -227,7 +229,7 @@ def test_pairs_in_a_row_by_hand():
 
 
 @pytest.mark.parametrize("family", SHARING)
-def test_a_shared_prompt_changes_neither_scores_nor_gradients(family, assert_same_gradients):
+def test_a_shared_prompt_changes_neither_scores_nor_gradients(family):
     scorer, plain = scorer_of(reward_model(family), shares_prompts=True), reward_model(family)
     assert shares_prompts_exactly(scorer.module, VOCAB)
     ours = scorer.pair_scores(pairs())
@@ -237,7 +239,7 @@ def test_a_shared_prompt_changes_neither_scores_nor_gradients(family, assert_sam
     assert_same_gradients(weighted_gradients(scorer.module.model, *ours), weighted_gradients(plain, *theirs))
 
 
-def test_pairs_on_rows_of_their_own(family, assert_same_gradients):
+def test_pairs_on_rows_of_their_own(family):
     scorer, plain = scorer_of(reward_model(family), shares_prompts=False), reward_model(family)
     ours = scorer.pair_scores(pairs())
     theirs = alone(plain, responses=CHOSEN), alone(plain, responses=REJECTED)
@@ -370,6 +372,40 @@ def test_microbatches_hold_their_budget():
     assert shapes == [(2, 5), (1, 6), (1, 8), (1, 9)]  # lengths 8, 5, 9, 4, 6
 
 
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_the_tokens_of_a_pair_are_those_of_its_forward_pass(shares_prompts):
+    """By what a pair alone takes, padding between its sides included."""
+    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
+    shapes = []
+    scorer.module.model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    for row in range(len(PROMPTS)):
+        scorer.pair_scores(pairs().select(torch.tensor([row])))
+    assert scorer.pair_tokens(pairs()).tolist() == [rows * width for rows, width in shapes]
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_microbatches_of_unequal_pairs_hold_their_budget(shares_prompts):
+    """A long response beside a short one: two rows of the longer."""
+    scorer = scorer_of(reward_model("llama"), microbatch_tokens=48, shares_prompts=shares_prompts)
+    shapes = []
+    scorer.module.model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    with torch.no_grad():
+        scorer.pair_scores(pairs([[7]] * 6, [[8, *[9] * 10]] * 6, [[10]] * 6))
+    assert shapes == ([(3, 13), (3, 13)] if shares_prompts else [(4, 12)] * 3)
+
+
+def test_no_rows_have_no_scores():
+    scorer = scorer_of(reward_model("llama"))
+    none = torch.tensor([], dtype=torch.long)
+    assert scorer.scores(sequences().select(none)).shape == (0,)
+    with torch.no_grad():
+        assert [scores.shape for scores in scorer.pair_scores(pairs().select(none))] == [(0,), (0,)]
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -426,20 +462,71 @@ def refusal(call, *args, **settings) -> str:
 
 def test_a_missing_head_is_refused(causal):
     config = ModelConfig(path=causal)
-    assert "such as score.weight, which would be random" in refusal(load_reward_model, config, head_init=None)
+    assert "such as score.weight, are missing" in refusal(load_reward_model, config, head_init=None)
     message = refusal(check_reward_model, config, needs_head=True)
     assert message.startswith(f"model.path ({causal}) has no score head; train one with `llmrl reward-model`")
     check_reward_model(config, needs_head=False)
 
 
-def test_a_missing_weight_of_the_trunk_is_refused_whatever_becomes_of_the_head(causal):
+@pytest.fixture
+def table():
+    """What transformers says of a load."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    yield records
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+def test_a_new_head_is_no_news(causal, table):
+    verbosity = get_verbosity()
+    load_reward_model(ModelConfig(path=causal), head_init="normal")
+    assert table == []
+    assert get_verbosity() == verbosity
+    AutoModelForSequenceClassification.from_pretrained(causal)  # which would say it
+    assert table
+
+
+def drop(weights):
+    del weights["model.norm.weight"]
+
+
+def bend(weights):
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+
+
+def add_to_trunk(weights):
+    weights["model.norm.bias"] = torch.zeros(3)
+
+
+def add_to_head(weights):
+    weights["score.bias"] = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (drop, "model.norm.weight, are missing for a LlamaForSequenceClassification and would be random"),
+        (bend, "model.norm.weight, are of another shape than its config.json says"),
+        (add_to_trunk, "model.norm.bias, are not those of a LlamaForSequenceClassification"),
+        (add_to_head, "score.bias, are not those of a LlamaForSequenceClassification"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_whatever_becomes_of_the_head(causal, table, change, told):
     file = Path(causal) / "model.safetensors"
     weights = load_file(file)
-    del weights["model.norm.weight"]
+    change(weights)
     save_file(weights, file, metadata={"format": "pt"})
-    assert "lacks 1 weights of a LlamaForSequenceClassification, such as model.norm.weight" in refusal(
-        load_reward_model, ModelConfig(path=causal), head_init="normal"
-    )
+    message = refusal(load_reward_model, ModelConfig(path=causal), head_init="normal")
+    assert message == f"model.path ({causal}): 1 weights, such as {told}; choose a model that is complete"
+    assert table == []
+
+
+def test_heads_of_other_kinds_are_left_out(causal):
+    file = Path(causal) / "model.safetensors"
+    save_file({**load_file(file), "v_head.summary.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    load_reward_model(ModelConfig(path=causal), head_init="normal")
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ def logits(model):
         return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-def save(folder, model, *, adapted=None, dtype=torch.float32):
-    save_policy(folder, model=model, adapted=adapted, tokenizer=make_tokenizer(), dtype=dtype)
+def save(folder, model, *, adapted=None, dtype=torch.float32, records=None):
+    save_policy(folder, model=model, adapted=adapted, tokenizer=make_tokenizer(), dtype=dtype, records=records)
     return folder
 
 
@@ -110,6 +111,18 @@ def test_a_save_that_fails_leaves_the_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save(folder, model)
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
+
+
+def test_records_stand_beside_the_model_from_the_first_moment_on(tmp_path, monkeypatch):
+    rename, seen = Path.rename, []
+
+    def look(partial, target):
+        seen.append(json.loads((partial / "card.json").read_text()))
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    folder = save(tmp_path / "final", build("llama"), records={"card.json": {"accuracy": 0.5}})
+    assert seen == [json.loads((folder / "card.json").read_text())] == [{"accuracy": 0.5}]
 
 
 def test_merged_adapters_are_the_live_policy(adapted, tmp_path):

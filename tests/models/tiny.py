@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -170,3 +171,11 @@ def gradients(model, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
         name: torch.zeros_like(p) if grad is None else grad
         for (name, p), grad in zip(learning.items(), grads, strict=True)
     }
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Each close by the size of the largest number in it."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        scale = theirs[name].abs().max().item()
+        assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5 + 1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")

@@ -25,21 +25,28 @@ def test_a_name_of_another_form_is_refused(name):
         RewardFunctionConfig(name=name)
 
 
-@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf, -math.inf])
-def test_a_weight_is_finite_and_not_zero(weight):
-    with pytest.raises(ValueError, match=r"weight \(.*\) of rule\.py:score must be a finite number other than 0"):
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_a_weight_is_finite(weight):
+    with pytest.raises(ValueError, match=r"weight \(.*\) of rule\.py:score must be a finite number$"):
         RewardFunctionConfig(name="rule.py:score", weight=weight)
 
 
-@pytest.mark.parametrize("name", ["prompts", "responses"])
+@pytest.mark.parametrize("name", ["prompts", "responses", "tokens"])
 def test_an_argument_cannot_replace_what_comes_from_the_rollout(name):
     with pytest.raises(ValueError, match=f"arguments of rule.py:score must not set '{name}'"):
         RewardFunctionConfig(name="rule.py:score", arguments={name: "x"})
 
 
-def test_no_functions_are_refused():
-    with pytest.raises(ValueError, match=r"reward\.functions is empty"):
-        RewardConfig(functions=())
+@pytest.mark.parametrize("functions", [(), (RewardFunctionConfig(name="rule.py:score", weight=0.0),)])
+def test_a_reward_that_nothing_can_be_learned_from_is_refused(functions):
+    with pytest.raises(ValueError, match="there is nothing to learn from"):
+        RewardConfig(functions=functions)
+
+
+def test_beside_another_reward_a_function_may_only_watch():
+    watching = RewardFunctionConfig(name="rule.py:score", weight=0.0)
+    assert RewardConfig(functions=(watching, RewardFunctionConfig(name="rule.py:other"))).labels == ("score", "other")
+    assert RewardConfig(functions=(watching,), model=LearnedRewardConfig(path="m")).labels == ("score", "model")
 
 
 def test_a_reward_model_alone_will_do():

@@ -86,7 +86,9 @@ def test_a_function_gets_prompts_as_written_texts_and_columns(score):
     score(watch)
     prompts = ["1?", "2?", [{"role": "user", "content": "3?"}]]
     answers = ["one", "two", "three"]
-    assert seen == {"prompts": prompts, "question": prompts, "answer": answers, "responses": ["one", "two three", ""]}
+    tokens = [["one", "<eos>"], ["two", "three"], ["<eos>"]]
+    rollout = {"prompts": prompts, "responses": ["one", "two three", ""], "tokens": tokens}
+    assert seen == {**rollout, "question": prompts, "answer": answers}
 
 
 def test_a_column_that_a_row_lacks_is_none_and_a_parameter_gets_it_in_every_call(score, rollout):
@@ -121,6 +123,12 @@ def test_none_leaves_the_response_without_a_total(score):
     assert_close(scores.parts["f1"], torch.ones(3))
 
 
+def test_a_function_without_weight_is_only_watched(score):
+    scores = score(giving([1.0, 2.0, None]), giving([None, 5.0, 3.0]), weights=[2.0, 0.0])
+    assert_close(scores.total, torch.tensor([2.0, 4.0, math.nan]), equal_nan=True)
+    assert_close(scores.parts["f1"], torch.tensor([math.nan, 5.0, 3.0]), equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "result",
     [
@@ -152,8 +160,9 @@ def test_numbers_of_every_kind_count(score, result):
         (None, r"returned None \(NoneType\); expected a list of 3"),
         ({0: 1.0, 1: 1.0, 2: 1.0}, r"returned \{0: 1\.0, .*\} \(dict\); expected a list of 3"),
         ([0.0, "1", 0.0], r"returned '1' \(str\) for row 1; expected a finite number, or None where"),
-        ([0.0, [1.0], 0.0], r"returned \[1\.0\] \(list\) for row 1"),
-        (torch.zeros(3, 1), r"returned \[0\.0\] \(list\) for row 0"),
+        ([0.0, [1.0], 0.0], r"returned a list of length 1 for row 1; expected a finite number, or None where"),
+        (torch.zeros(3, 1), r"returned a list of length 1 for row 0"),
+        ([0.0, (1.0,), 0.0], r"returned \(1\.0,\) \(tuple\) for row 1"),
         ([0.0, math.nan, 0.0], r"returned nan \(float\) for row 1"),
         (torch.tensor([0.0, 0.0, math.nan]), r"returned nan \(float\) for row 2"),
         ([0.0, -math.inf, 0.0], r"returned -inf \(float\) for row 1"),

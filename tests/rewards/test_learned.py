@@ -13,7 +13,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from llmrl import build
+from llmrl.build import load_scorer
 from llmrl.data.chat import as_sequences
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.experience import Rollout
@@ -46,7 +46,7 @@ def learned(path, **settings):
 
 def reward_of(config, rollout, *, policy=None, data=DATA):
     """As a run wires it, from the folder on."""
-    return build.load_scorer(config).reward_for(policy or make_tokenizer(), data, rollout.rows)
+    return load_scorer(config).reward_for(policy or make_tokenizer(), data, rollout.rows)
 
 
 def rollout_of(responses=RESPONSES):
@@ -109,7 +109,9 @@ def test_normalization_can_be_off_or_missing(folder, rollout, tmp_path):
 
 
 def test_bfloat16_is_close(folder, rollout):
-    exact, rounded = (reward_of(learned(folder, dtype=dtype), rollout)(rollout).total for dtype in build.DTYPES)
+    exact, rounded = (
+        reward_of(learned(folder, dtype=dtype), rollout)(rollout).total for dtype in ("float32", "bfloat16")
+    )
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.2
 
@@ -132,14 +134,21 @@ def test_the_order_of_responses_makes_no_difference(folder, rollout):
 
 
 def test_the_same_tokens_are_scored_as_they_are(folder, rollout):
-    """Ids that no text spells: special tokens within, an EOS where nothing ended, none where something did."""
-    odd = [([2, *spell("i"), EOS, *spell("j")], True), ([*spell("k"), EOS], False), ([2], False)]
+    """Ids that no text spells: special tokens within, and an EOS where nothing ended."""
+    odd = [([2, *spell("i"), EOS, *spell("j"), EOS], True), ([*spell("k"), EOS], False), ([2], False)]
     prompts = [[0, *spell("ab")], spell("c"), spell("defgh")]
     rollout = with_prompts(rollout_of(odd), prompts)
     reward = reward_of(learned(folder, normalize=False), rollout)
-    assert reward.encode(rollout) is rollout.sequences
     expected = plain_scores(folder, [prompt + ids for prompt, (ids, _) in zip(prompts, odd, strict=True)])
     assert_close(reward(rollout).total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_response_that_another_id_ended_is_scored_at_the_eos_that_the_reward_model_knows(folder, rollout):
+    other_end = 2
+    ends = [([*ids[:-1], other_end], True) if ended else (ids, False) for ids, ended in RESPONSES]
+    ended_otherwise = with_prompts(rollout_of(ends), [spell(prompt) for prompt in PROMPTS])
+    reward = reward_of(learned(folder), rollout)
+    assert torch.equal(reward(ended_otherwise).total, reward(rollout).total)
 
 
 def test_other_tokens_are_reached_through_text(other, rollout):
@@ -168,7 +177,7 @@ def test_what_the_reward_model_cannot_read_is_told_before_any_response(tmp_path,
     folder = save(tmp_path / "plain", make_other(None))
     chat = [{"role": "user", "content": "a"}]
     with pytest.raises(ValueError, match=r"^the reward model cannot read these prompts: .* no chat template"):
-        build.load_scorer(learned(folder)).reward_for(make_tokenizer(), DATA, [{"prompt": chat}])
+        load_scorer(learned(folder)).reward_for(make_tokenizer(), DATA, [{"prompt": chat}])
 
 
 # --- frozen -----------------------------------------------------------------------------------------------------------
@@ -209,6 +218,8 @@ class Says:
 
     def pair_scores(self, pairs):
         raise AssertionError("a reward has no pairs")
+
+    pair_tokens = pair_scores
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])

@@ -16,6 +16,7 @@ from llmrl.rewards.loading import (
     row_problem,
     select_columns,
     source_file,
+    takes,
 )
 
 RULE = """
@@ -105,7 +106,7 @@ def test_a_file_that_fails_says_why_and_loads_once_it_is_mended(rule):
 def test_a_required_parameter_without_a_column_is_refused(rule):
     with pytest.raises(RewardLoadError, match=r"rule\.py:correct needs 'answer'.*did you mean 'answers'\?") as error:
         check_columns(load_function("rule.py:correct"), ["question", "answers"])
-    assert "there are prompts, responses, question, answers;" in str(error.value)
+    assert "there are prompts, responses, tokens, question, answers;" in str(error.value)
 
 
 def test_responses_misspelled_is_refused_with_its_name():
@@ -140,7 +141,7 @@ def test_a_column_that_an_argument_fills_in_is_not_required():
     assert required_columns(settings, functions) == {}
 
 
-@pytest.mark.parametrize("name", ["prompts", "responses"])
+@pytest.mark.parametrize("name", ["prompts", "responses", "tokens"])
 def test_a_column_cannot_be_named_like_what_comes_from_the_rollout(name):
     message = f"the column '{name}' has the name of an argument of reward functions; rename it"
     assert row_problem({"prompt": "a", name: "b"}, {}) == message
@@ -170,6 +171,13 @@ def test_a_signature_picks_its_columns():
     assert select_columns(lambda responses, answer: [], columns) == {"responses": ["r"], "answer": ["a"]}
     assert select_columns(lambda prompts, **rest: [], columns) == columns
     assert select_columns(lambda responses, missing=None: [], columns) == {"responses": ["r"]}
+
+
+def test_a_signature_says_whether_it_takes_a_column():
+    assert takes(lambda responses, tokens=None: [], "tokens")
+    assert takes(lambda responses, **rest: [], "tokens")
+    assert not takes(lambda responses: [], "tokens")
+    assert not takes(bind_arguments(lambda answer: [], {"answer": "fixed"}), "answer")
 
 
 def test_columns_are_copies():

@@ -33,6 +33,11 @@ def test_gsm8k_shows_answer(response, score):
     assert load("gsm8k.py:shows_answer")(responses=[response]) == [score]
 
 
+def test_gsm8k_steps_right():
+    response = "Natalia sold 48/2 = <<48/2=24>>24 clips in May,\n48 + 24 = 73 altogether.\n#### 73"
+    assert load("gsm8k.py:steps_right")(responses=[response, "#### 72"]) == [[(response.index("4>>"), 1.0)], []]
+
+
 def test_arithmetic_correct():
     responses = [" 12\n", "12.", "the answer is 12", ""]
     assert load("arithmetic.py:correct")(responses=responses, answer=["12", "12", "12", ""]) == [1.0, 0.0, 0.0, 1.0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrl.rewards.rules import exact_answer, gsm8k_answer, matches_pattern, numeric_answer
+from llmrl.rewards.rules import exact_answer, gsm8k_answer, matches_pattern, numeric_answer, right_equations
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 
@@ -124,6 +124,40 @@ def test_every_gsm8k_answer_equals_its_own_number_and_not_the_next():
 def test_matches_pattern_searches():
     pattern = re.compile(r"####\s*-?\d+$")
     assert matches_pattern(["so\n#### 5", "#### 5 apples", "#### five"], pattern) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "48/2=24!",
+        "She sold 48/2 = <<48/2=24!>>24.",
+        "5 + 4 = 9! and 5 + 4 = 8 and (6 - 2 = 4!)",
+        "$1,000 - 20 x 5.5 = $890!, 0.2×50=10!.",
+        "2+3*4=14! 2*3+4=10! 20-6-4=10! 20/5/2=2! 20-8/4*2=16! 20-8/(4*2)=19",
+        "1/3+1/6=.5! 10/3=3.33, 5-8=-3",
+        "3*2=60/10, 2+2=4=4, 1+1=2+0, 2+2=41, 2+2=4.5, 2+2=4,000",  # the right side goes on
+        "(1+2)*2+1=3, x2+2=4, 5-(2)*1+2=3, =1+1=2, 3.1+1=2, 3 x 1+1=2",  # and so does the left side
+        "5 = 5, 5/0=0, one + one = two, 1 + = 1, ",
+        "",
+    ],
+)
+def test_right_equations(response):
+    """A mark stands behind the last digit of each that holds."""
+    assert right_equations([response]) == [[(mark.start() - 1, 1.0) for mark in re.finditer("!", response)]]
+
+
+def test_equations_of_thousands_of_digits_or_terms_are_read():
+    digits, terms = "9" * 5000, "+".join("1" * 5000)
+    responses = [f"{digits}-0={digits}", f"{terms}=5000", f"{terms}=5001"]
+    assert right_equations(responses) == [[(10_002, 1.0)], [(10_003, 1.0)], []]
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K} is missing")
+def test_steps_of_gsm8k_hold_unless_they_are_rounded():
+    steps = re.findall(r"<<([\d.]+[-+*/][^>()]*)>>", GSM8K.read_text(encoding="utf-8"))
+    right = [step for step, given in zip(steps, right_equations(steps), strict=True) if given == [(len(step) - 1, 1.0)]]
+    assert len(right) / len(steps) > 0.999
+    assert right_equations([f"{step}1" for step in right]) == [[]] * len(right)
 
 
 @pytest.mark.parametrize("rule", [exact_answer, numeric_answer, gsm8k_answer])

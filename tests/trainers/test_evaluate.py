@@ -11,7 +11,7 @@ from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
 from llmrl.roles import RewardFunction, Sampling
 from llmrl.rollout.scripted import ScriptedEngine
-from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
+from llmrl.trainers.evaluate import EvaluationConfig, Evaluator, mean_scores
 
 NAN = math.nan
 
@@ -94,6 +94,8 @@ def test_one_greedy_response_each():
         "eval/response_length": 2.5,
         "eval/finished_fraction": 0.5,
         "eval/score": 0.6875,
+        "eval/score/correct": 0.6875,
+        "eval/score/other": 9.0,
     }
 
 
@@ -139,6 +141,19 @@ def test_without_any_score_there_is_no_mean_score():
     values = make(2, [NAN, NAN]).evaluate()
     assert "eval/score" not in values
     assert (values["eval/accuracy"], values["eval/unscored"]) == (0.0, 2.0)
+
+
+def test_of_several_parts_each_has_its_mean():
+    scores = Scores(
+        total=torch.tensor([1.0, NAN, 4.0]),
+        per_token=torch.zeros(3, 2),
+        parts={
+            "rule": torch.tensor([0.5, 1.0, 3.0]),
+            "judge": torch.tensor([2.0, NAN, 4.0]),
+            "mute": torch.full((3,), NAN),
+        },
+    )
+    assert mean_scores(scores) == {"eval/score": 2.5, "eval/score/rule": 1.5, "eval/score/judge": 3.0}
 
 
 @pytest.mark.parametrize(("threshold", "accuracy"), [(0.5, 0.5), (0.0, 0.75), (2.0, 0.25), (-1.0, 1.0)])

@@ -153,6 +153,33 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
     assert {"critic/learning_rate", "critic/grad_norm", "critic/skipped_steps"} <= values.keys()
 
 
+def test_a_module_that_no_loss_was_for_is_left_alone():
+    """Adam would move it on by its momentum, and its learning rate would go on falling."""
+    networks = {"actor": Problem(), "critic": Problem()}
+    trained = {name: problem.trained["actor"] for name, problem in networks.items()}
+
+    def losses(names: tuple[str, ...]) -> Iterator[tuple[str, Tensor, Metrics]]:
+        for name in names:
+            yield name, 3.0 * networks[name].module.w.sum(), Metrics()
+
+    def weights(name: str) -> Tensor:
+        return networks[name].module.w.detach().clone()
+
+    optimizer_step(trained, [("actor", "critic")], losses, Silent())
+    before = {name: weights(name) for name in trained}
+    values = optimizer_step(trained, [("critic",), ("critic",)], losses, Silent()).values()
+    assert torch.equal(weights("actor"), before["actor"])
+    assert not torch.equal(weights("critic"), before["critic"])
+    assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 1, "critic": 2}
+    assert {name.split("/")[0] for name in values} == {"critic"}
+
+    # one microbatch is enough
+    values = optimizer_step(trained, [("critic",), ("actor", "critic")], losses, Silent()).values()
+    assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 2, "critic": 3}
+    assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)
+    assert values["critic/grad_norm"] == pytest.approx(6.0 * 2**0.5)
+
+
 @pytest.mark.parametrize("name", ["num_epochs", "minibatch_size", "microbatch_tokens"])
 def test_a_setting_out_of_range_is_refused(name: str):
     assert getattr(UpdateConfig(**{name: 1}), name) == 1

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.roles import StateMismatch
 from llmrl.trainers.resumable import Resumable
 
 
@@ -83,3 +84,14 @@ def test_a_state_continues_bit_for_bit_and_can_be_gone_back_to():
     resumed.iterate()
     assert resumed.weights().equal(straight.weights())
     assert resumed.cursor() == straight.cursor()
+
+
+def test_a_state_of_other_modules_is_refused_and_changes_nothing():
+    trainer, other = Doubling(), Doubling()
+    other.iterate()
+    state, before = other.state_dict(), trainer.weights()
+    del state["trained"]["critic"]
+    with pytest.raises(StateMismatch, match=r"that run trained actor, this one trains actor and critic; resume with"):
+        trainer.load_state_dict(state)
+    assert torch.equal(trainer.weights(), before)
+    assert trainer.iteration == 0

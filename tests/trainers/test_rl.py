@@ -1,12 +1,14 @@
 """The loop, with fakes where they are enough and tiny transformers models where the numbers matter."""
 
 import copy
+import json
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
+from llmrl.algorithms.ppo import PPOConfig
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.experience import Prompts, Scores
@@ -16,6 +18,7 @@ from llmrl.reports.progress import Silent
 from llmrl.rollout.native import NativeEngine
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.rl import FlatGroupsError, RLTrainer
+from tests.algorithms import tabular
 
 VOCAB, EOS, LIMIT = 12, 0, 6
 MODELS = {
@@ -138,8 +141,7 @@ def test_microbatches_change_memory_and_never_the_result(kind):
     for trainer in trainers:
         # plain gradient descent: where the gradient is 0, as at GPT-2's key bias, Adam steps on rounding noise
         trained = trainer.trained["actor"]
-        trained.optimizer = torch.optim.SGD(trained.parameters.values(), lr=0.0)
-        trained.peak_learning_rate = 0.1
+        trained.optimizer = torch.optim.SGD([{"params": list(trained.parameters.values()), "peak": 0.1}], lr=0.0)
         trainer.iterate()
     first, *others = map(weights_of, trainers)
     untrained = make_trainer(kind).trained["actor"].module.state_dict()
@@ -344,3 +346,142 @@ def test_a_rollout_that_nothing_could_score_is_told():
     assert trainer.iterate().values()["score/unscored"] == 24
     assert distance(before, weights_of(trainer)) == 0
     assert said == ["warning: none of 24 responses could be scored: nothing is learned"]
+
+
+# --- an algorithm that has a state of its own -------------------------------------------------------------------------
+
+STEERED = PPOConfig(
+    normalize_scores=True, score_clip=2.0, kl_coef=0.1, kl_target=0.5, kl_horizon=100, step_kl_target=0.01
+)
+CRITIC_ALONE = 1
+"""Iterations."""
+
+
+def make_ppo_trainer(*, reward=length_reward, config=STEERED):
+    """Actor, critic and reference as tables; 24 responses an iteration, two epochs of two minibatches."""
+    actor, reference = (tabular.TabularActor(tabular.random_logits(5, LIMIT, seed=seed)) for seed in (0, 1))
+    critic = tabular.TabularCritic(torch.zeros(len(actor.logits)), num_tokens=5)
+    optimizer = OptimizerConfig(learning_rate=0.05, schedule="linear")
+    algorithm = tabular.make_ppo(
+        config,
+        tabular.Pair(actor, critic),
+        reference=reference,
+        max_response_tokens=LIMIT,
+        warmup_iterations=CRITIC_ALONE,
+    )
+    modules = {"actor": actor, "critic": critic}
+    return tabular.make_trainer(
+        algorithm,
+        tabular.TabularEngine(actor),
+        reward,
+        {name: LocalTrainable(module, optimizer, num_steps=20) for name, module in modules.items()},
+        update={"num_epochs": 2, "minibatch_size": 12},
+        prompts_per_iteration=24,
+    )
+
+
+def told(trainer):
+    """The metrics of an iteration, its clock left out."""
+    values = trainer.iterate().values()
+    return {name: value for name, value in values.items() if not name.startswith(("time/", "tokens/per_s"))}
+
+
+def everything(trainer):
+    tables = {name: trained.module.state_dict() for name, trained in trainer.trained.items()}
+    return {f"{network}.{name}": x.clone() for network, table in tables.items() for name, x in table.items()}
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_resumed_ppo_run_is_the_uninterrupted_one_bit_for_bit(stop):
+    straight, first, second = (make_ppo_trainer() for _ in range(3))
+    for _ in range(stop):
+        straight.iterate()
+        first.iterate()
+    saved = copy.deepcopy(first.state_dict())
+    saved["cursor"] = json.loads(json.dumps(saved["cursor"]))
+    second.load_state_dict(saved)
+    assert second.algorithm.state_dict() == straight.algorithm.state_dict()
+    for _ in range(3):
+        assert told(second) == told(straight)
+    assert distance(everything(second), everything(straight)) == 0
+    state = straight.algorithm.state_dict()
+    assert second.algorithm.state_dict() == state
+    # and all of it has moved
+    assert state["num_iterations"] == stop + 3
+    assert state["score_moments"][0] == 24 * (stop + 3)
+    assert state["kl"]["coef"] != 0.1
+    assert state["step_kl"]["coef"] != 1.0
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_what_an_algorithm_remembers_is_rewound_with_the_iteration(stop):
+    """The failure comes after the moments and the price of a nat have moved, before the first optimizer step."""
+    trainer, undisturbed = make_ppo_trainer(), make_ppo_trainer()
+    for _ in range(stop):
+        trainer.iterate()
+        undisturbed.iterate()
+    before, losses = trainer.algorithm.state_dict(), trainer.algorithm.losses
+
+    def out_of_memory(batch, weights):
+        raise MemoryError
+
+    trainer.algorithm.losses = out_of_memory
+    with pytest.raises(MemoryError):
+        trainer.iterate()
+    assert trainer.algorithm.state_dict() != before
+    assert trainer.rewind()
+    assert trainer.algorithm.state_dict() == before
+    trainer.algorithm.losses = losses
+    for _ in range(2):
+        assert told(trainer) == told(undisturbed)
+    assert distance(everything(trainer), everything(undisturbed)) == 0
+    assert trainer.algorithm.state_dict() == undisturbed.algorithm.state_dict()
+
+
+def test_the_critic_learns_alone_first():
+    trainer = make_ppo_trainer()
+    before = everything(trainer)
+    values = told(trainer)
+    after = everything(trainer)
+    assert torch.equal(before["actor.logits"], after["actor.logits"])
+    assert not torch.equal(before["critic.table"], after["critic.table"])
+    assert "policy/loss" not in values
+    assert "actor/learning_rate" not in values
+    assert trainer.trained["actor"].num_steps_done == 0
+    assert trainer.trained["critic"].num_steps_done == 4
+    assert "policy/loss" in told(trainer)
+    assert not torch.equal(everything(trainer)["actor.logits"], after["actor.logits"])
+    assert trainer.trained["actor"].num_steps_done == 4
+
+
+def test_an_iteration_ends_where_the_algorithm_says():
+    trainer = make_ppo_trainer(config=PPOConfig(stop_kl=1e-9))
+    told(trainer)  # the critic alone: there is no step to stop at
+    assert trainer.trained["critic"].num_steps_done == 4
+    told(trainer)  # the first step of the actor is on-policy, and the second is not
+    assert trainer.trained["actor"].num_steps_done == 2
+
+
+def test_the_updates_are_finished_once_after_the_last():
+    trainer, happened = make_ppo_trainer(), []
+    update, finish = trainer.update, trainer.algorithm.finish
+
+    def watched_update(minibatch):
+        happened.append("update")
+        return update(minibatch)
+
+    def watched_finish(experience):
+        happened.append(f"finish {len(experience.rollout.rows)}")
+        assert not torch.is_grad_enabled()
+        return finish(experience)
+
+    trainer.update, trainer.algorithm.finish = watched_update, watched_finish
+    assert "policy/step_kl" not in told(trainer)
+    assert "policy/step_kl" in told(trainer)
+    assert happened == ["update"] * 4 + ["finish 24"] + ["update"] * 4 + ["finish 24"]
+
+
+def test_a_group_of_one_is_never_called_flat():
+    values = told(make_ppo_trainer())
+    assert "group/flat_fraction" not in values
+    assert {"kl/sequence", "kl/mean", "kl/coef", "value/explained_variance", "value/clip_fraction"} <= values.keys()

@@ -1,18 +1,15 @@
-"""The policy as a run loads it: `llmrl.build.load_actor`."""
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from llmrl.build import load_actor, reference_of
 from llmrl.models.loading import LoraSettings, ModelConfig
+from tests.models.tiny import FAMILIES, assert_same_gradients, build, dense, gradients, make_sequences, save_folder
 
-from .tiny import FAMILIES, build, dense, gradients, make_sequences, save_folder
 
-
-def actor_of(folder, **settings):
+def actor_of(folder, seed=3, **settings):
     config = ModelConfig(path=str(folder), **settings)
-    return load_actor(config, temperature=0.7, microbatch_tokens=16, seed=3)
+    return load_actor(config, temperature=0.7, microbatch_tokens=16, seed=seed)
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma2"])
@@ -22,7 +19,7 @@ def folder(request, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_memory_alone(folder, lora, assert_same_gradients):
+def test_gradient_checkpointing_changes_memory_alone(folder, lora):
     results, num_forwards = [], []
     for checkpointing in (False, True):
         actor = actor_of(folder, lora=lora, gradient_checkpointing=checkpointing)
@@ -73,3 +70,5 @@ def test_random_weights_and_adapters_come_from_the_seed(tmp_path):
     torch.rand(3)
     second = actor_of(path, **settings).model.state_dict()
     assert all(torch.equal(x, second[name]) for name, x in first.items())
+    other = actor_of(path, seed=4, **settings).model.state_dict()
+    assert any(not torch.equal(x, other[name]) for name, x in first.items())

@@ -1,7 +1,6 @@
 """What building wires together, beyond what the whole runs of test_cli.py show."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -9,53 +8,17 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from llmrl import build
-from llmrl.config import GRPORun
+from llmrl.build import build_evaluator, check_rl
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.models.loading import ModelConfig, ModelError
+from llmrl.models.loading import ModelConfig
 from llmrl.reports.progress import Silent
-from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
-from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.evaluate import EvaluationConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import RunConfig
 
-ROOT = Path(__file__).parents[1]
-TINY = ModelConfig(path=str(ROOT / "recipes" / "models" / "tiny_char_llama"), from_scratch=True)
-
-
-@pytest.fixture
-def config(tmp_path):
-    (tmp_path / "train.csv").write_text("prompt,answer\n1+1=,2\n2+2=,4\n123456789+1=,123456790\n")
-    rule = RewardFunctionConfig(name=f"{ROOT}/reward_models/arithmetic.py:correct")
-    return GRPORun(
-        model=TINY,
-        data=PromptDataConfig(path=str(tmp_path / "train.csv"), max_prompt_tokens=6),
-        reward=RewardConfig(functions=(rule,)),
-        rollout=RolloutConfig(prompts_per_iteration=16, max_response_tokens=3, temperature=0.5),
-        update=UpdateConfig(minibatch_size=32, num_epochs=2),
-        run=RunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
-    )
-
-
-class Heard(Silent):
-    def __init__(self):
-        self.messages = []
-
-    def message(self, text):
-        self.messages.append(text)
-
-
-def build_run(config):
-    progress = Heard()
-    trackers = Trackers(TrackerConfig(), output_dir=Path(config.run.output_dir))
-    run = build.build_grpo(config, build.check_grpo(config, dry=False), progress=progress, trackers=trackers)
-    return run, progress.messages
+from .conftest import TINY, build_run
 
 
 def test_rows_that_are_too_long_are_told(config):
@@ -94,14 +57,6 @@ def test_no_kl_no_reference(config):
 def test_the_engine_is_the_one_named(config, name, engine):
     rollout = dataclasses.replace(config.rollout, engine=name)
     assert type(build_run(dataclasses.replace(config, rollout=rollout))[0].trainer.engine) is engine
-
-
-@pytest.mark.parametrize("engine", ["native", "transformers"])
-def test_any_end_of_tokenizer_and_generation_config_ends_a_response(engine):
-    tokenizer, model = build.load_for_sampling(TINY)
-    model.generation_config.eos_token_id = [4, 9]
-    built = build.build_engine(RolloutConfig(engine=engine), model, tokenizer, dtype=model.dtype, progress=Silent())
-    assert set(built.eos_ids) == {4, 9, tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
@@ -151,36 +106,7 @@ def test_prompts_that_leave_no_room_are_refused_before_the_first_rollout(config,
     with pytest.raises(RolloutError, match=r"with a prompt of 6 tokens exceeds the 18 positions"):
         build_run(measured)
     with pytest.raises(RolloutError, match=r"with a prompt of 6 tokens exceeds the 18 positions"):
-        build.build_evaluator(measured, build.check_grpo(measured, dry=False), progress=Silent())
-
-
-def test_the_seed_decides_random_weights():
-    def weights(seed):
-        actor = build.load_actor(TINY, temperature=1.0, microbatch_tokens=64, seed=seed)
-        return torch.cat([p.flatten() for p in actor.model.parameters()])
-
-    assert (weights(1) == weights(1)).all()
-    assert (weights(1) != weights(2)).any()
-
-
-def test_held_out_prompts_are_read_only_where_they_are_used(config):
-    gone = PromptDataConfig(path="gone.jsonl")
-    idle = dataclasses.replace(config, evaluation_data=gone)
-    assert build.check_grpo(idle, dry=False).evaluation_rows is None
-    with pytest.raises(ValueError, match=r"gone\.jsonl"):
-        build.check_grpo(dataclasses.replace(idle, evaluation=EvaluationConfig(every=1)), dry=False)
-
-
-def test_rows_that_a_reward_cannot_score_are_listed_before_anything_loads(config, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}\n{"prompt": "2", "answer": "2"}\n{"prompt": "3"}\n')
-    ragged = dataclasses.replace(config.data, path=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl: 2 bad rows") as error:
-        build.check_grpo(dataclasses.replace(config, data=ragged), dry=False)
-    rule = config.reward.functions[0].name
-    assert str(error.value).split("\n")[1:] == [
-        f"  line 1: no column 'answer', which {rule} reads",
-        f"  line 3: no column 'answer', which {rule} reads",
-    ]
+        build_evaluator(measured, check_rl(measured, dry=False), progress=Silent())
 
 
 def test_a_column_of_a_later_row_reaches_the_reward(config, tmp_path):
@@ -198,32 +124,3 @@ def test_a_column_of_a_later_row_reaches_the_reward(config, tmp_path):
     )
     run.prepare()
     assert run.trainer.iterate().values()["score/mean"] == 0.5
-
-
-def test_responses_to_texts_come_in_groups_and_greedy_ones_agree():
-    def respond(temperature):
-        return build.respond(
-            TINY,
-            ["1+1=", "2+2="],
-            system_prompt=None,
-            temperature=temperature,
-            num_responses=3,
-            max_response_tokens=5,
-            seed=0,
-        )
-
-    torch.manual_seed(0)
-    greedy = respond(0.0)
-    assert [len(group) for group in greedy] == [3, 3]
-    assert all(len(set(group)) == 1 for group in greedy)
-    assert any(len(set(group)) > 1 for group in respond(1.0))
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(ROOT / "recipes" / "models" / "tiny_char_llama", folder)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": 50}))
-    config = ModelConfig(path=str(folder), from_scratch=True)
-    with pytest.raises(ModelError, match=r"its tokenizer has ids up to \d+, but the model has 50 embeddings"):
-        build.load_trained_reward_model(config, RewardModelConfig(), seed=0)

@@ -1,0 +1,253 @@
+"""Time per optimizer step and peak memory of reward-model training beside TRL's `RewardTrainer`, on the same machine.
+
+    pip install trl
+    python benchmarks/reward_model.py MODEL_DIR PAIRS --batch-size 4
+
+PAIRS is a file of preference pairs as `llmrl reward-model` reads them. Same weights, same new head, same token ids in
+the same order and batches, same AdamW and precision for both; every weight is trained, without gradient checkpointing,
+and each step is one forward and one backward pass over the whole batch. Pairs longer than the limit are left out. That
+both do the same work is checked: they must count the same tokens and have the same loss at every step.
+
+Every measurement is a fresh process that loads the model, takes some steps to warm up and some for the record; the two
+take turns. A step lasts from the end of the one before to its own, with the making of its batch. Tokens are those of
+both sequences of each pair, padding left out, whether or not a trainer computes the prompt they share twice. Tokens per
+second of CPU time say more than those of wall time where other programs compete for the cores. Memory is the highest
+resident size (on a GPU: allocated size) after loading, less what stood there right then.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import MIB, Samples, compare, memory, reset_memory, store, take_turns
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from llmrl.build.reward_model import LoadedRewardModel, load_trained_reward_model
+from llmrl.data.preferences import EncodedPair, PairSource, PreferenceDataConfig, load_preference_rows
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.models.loading import ModelConfig
+from llmrl.reports.progress import Silent
+from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+
+TRAINERS = ("llmrl", "trl")
+COLUMNS = ("step_ms", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
+OPTIMIZER = OptimizerConfig(learning_rate=1e-5)
+LOSS_TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}
+
+Losses = list[float]
+
+
+def main() -> None:
+    args = parse()
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("this benchmark compares with TRL, which is not installed: pip install trl")
+    if args.worker:
+        print(json.dumps(measure(args)))
+        return
+    load_before = os.getloadavg()
+    samples = take_turns(TRAINERS, COLUMNS, turns=args.turns)
+    check_same_work(samples, tolerance=LOSS_TOLERANCE[args.dtype])
+    results = compare(samples, COLUMNS)
+    print(f"load average before {load_before[0]:.2f}, after {os.getloadavg()[0]:.2f}")
+    record = results | {"samples": samples, "load_average_before": load_before}
+    store("reward_model", args, record, packages=("torch", "transformers", "trl"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training of reward models: llmrl beside TRL.")
+    parser.add_argument("model", type=Path, help="folder of a causal language model")
+    parser.add_argument("pairs", type=Path, help="file of preference pairs")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs per optimizer step")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of a prompt and the longer response to it")
+    parser.add_argument("--warmup-steps", type=int, default=1, help="before the steps for the record")
+    parser.add_argument("--steps", type=int, default=8, help="for the record")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each trainer")
+    parser.add_argument("--worker", choices=TRAINERS, help="measure one trainer in this process and print JSON")
+    parser.set_defaults(device=str(pick_device()))
+    args = parser.parse_args()
+    for name in ("batch_size", "warmup_steps", "steps", "turns"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+class Clock:
+    """Wall and CPU seconds at the end of every optimizer step."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.ends: list[tuple[float, float]] = []
+
+    def step_ended(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def figures(self, num_tokens: int, *, after: int) -> dict[str, Any]:
+        """Of the steps after the first `after`, which had so many tokens."""
+        wall, cpu = zip(*self.ends[after - 1 :], strict=True)
+        seconds = [end - start for start, end in pairwise(wall)]
+        return {
+            "step_ms": 1000 * statistics.median(seconds),
+            "tokens_per_s": num_tokens / sum(seconds),
+            "tokens_per_cpu_s": num_tokens / (cpu[-1] - cpu[0]),
+            "num_tokens": num_tokens,
+            "steps_s": seconds,
+        }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    settings = RewardModelConfig(
+        batch_size=args.batch_size,
+        microbatch_tokens=2 * args.max_tokens * args.batch_size,  # the whole batch
+    )
+    config = ModelConfig(path=str(args.model), dtype=args.dtype)
+    loaded = load_trained_reward_model(config, settings, seed=args.seed)
+    data = PreferenceDataConfig(path=str(args.pairs), max_tokens=args.max_tokens)
+    source = PairSource(load_preference_rows(data), loaded.tokenizer, data, seed=args.seed)
+    num_steps = args.warmup_steps + args.steps
+    pairs = deal(source, num_steps * args.batch_size)
+    clock = Clock(args.device)
+    if args.worker == "llmrl":
+        run = prepare_llmrl(settings, loaded, source, num_steps=num_steps, clock=clock)
+    else:
+        run = prepare_trl(args, loaded, pairs, num_steps=num_steps, clock=clock)
+    baseline = reset_memory(args.device)
+    losses, num_counted = run()
+    peak_mib = (memory(args.device)[1] - baseline) / MIB
+    if num_counted != num_tokens(pairs):
+        raise RuntimeError(f"{args.worker} counted {num_counted} tokens where there were {num_tokens(pairs)}")
+    num_timed = num_tokens(pairs[args.warmup_steps * args.batch_size :])
+    return {**clock.figures(num_timed, after=args.warmup_steps), "peak_mib": peak_mib, "losses": losses}
+
+
+def deal(source: PairSource, count: int) -> list[EncodedPair]:
+    """The pairs that the source deals next. It then stands where it stood."""
+    place = source.state_dict()
+    pairs = source.take(count)
+    source.load_state_dict(place)
+    return pairs
+
+
+def num_tokens(pairs: Sequence[EncodedPair]) -> int:
+    """Tokens of both sequences of each pair, the prompt in each."""
+    return sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+
+
+def prepare_llmrl(
+    settings: RewardModelConfig, loaded: LoadedRewardModel, source: PairSource, *, num_steps: int, clock: Clock
+) -> Callable[[], tuple[Losses, int]]:
+    trainer = RewardModelTrainer(
+        settings,
+        scorer=loaded.scorer,
+        trained={"reward_model": LocalTrainable(loaded.module, OPTIMIZER, num_steps=num_steps)},
+        pairs=source,
+        held_out=source.all().select(torch.arange(1)),  # never asked for
+        collectives=OneProcess(),
+        progress=Silent(),
+    )
+
+    def run() -> tuple[Losses, int]:
+        logged = []
+        for _ in range(num_steps):
+            logged.append(trainer.iterate().values())
+            clock.step_ended()
+        counted = sum(round(values["tokens/per_s"] * values["time/iteration_s"]) for values in logged)
+        return [values["loss"] for values in logged], counted
+
+    return run
+
+
+def prepare_trl(
+    args: argparse.Namespace,
+    loaded: LoadedRewardModel,
+    pairs: Sequence[EncodedPair],
+    *,
+    num_steps: int,
+    clock: Clock,
+) -> Callable[[], tuple[Losses, int]]:
+    class TellsClock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step_ended()
+
+    trl = importlib.import_module("trl")  # by name, since llmrl does not depend on it
+    rows = [
+        {
+            "chosen_ids": pair.prompt_ids + pair.chosen_ids,
+            "rejected_ids": pair.prompt_ids + pair.rejected_ids,
+            "margin": pair.margin,
+        }
+        for pair in pairs
+    ]
+    trainer = trl.RewardTrainer(
+        model=loaded.model,
+        args=trl_settings(args, trl.RewardConfig, num_steps=num_steps),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=loaded.tokenizer,
+        callbacks=[TellsClock()],
+    )
+
+    def run() -> tuple[Losses, int]:
+        trainer.train()
+        logged = [values for values in trainer.state.log_history if "loss" in values]
+        return [values["loss"] for values in logged], round(logged[-1]["num_tokens"])
+
+    return run
+
+
+def trl_settings(args: argparse.Namespace, config: Callable[..., Any], *, num_steps: int) -> Any:
+    """What llmrl does, in TRL's words. Nothing is saved or reported; the loss of each step is kept in memory."""
+    return config(
+        output_dir=str(Path(tempfile.gettempdir(), "llmrl-benchmark-trl")),
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=1,
+        max_steps=num_steps,
+        max_length=args.max_tokens,
+        train_sampling_strategy="sequential",
+        bf16=args.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        optim="adamw_torch_fused",
+        learning_rate=OPTIMIZER.learning_rate,
+        lr_scheduler_type=OPTIMIZER.schedule,
+        weight_decay=OPTIMIZER.weight_decay,
+        adam_beta1=OPTIMIZER.beta1,
+        adam_beta2=OPTIMIZER.beta2,
+        max_grad_norm=OPTIMIZER.max_grad_norm,
+        use_cpu=args.device == "cpu",
+        seed=args.seed,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+    )
+
+
+def check_same_work(samples: Samples, *, tolerance: float) -> None:
+    """Both trainers must have had the same loss at every step: the same scores of the same pairs, the same updates."""
+    ours, theirs = ([sample["losses"] for sample in samples[trainer]] for trainer in TRAINERS)
+    difference = (torch.tensor(ours) - torch.tensor(theirs)).abs().max()
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the losses differ by up to {difference:.2g}, llmrl {ours}, TRL {theirs}. TRL reads a score one token too "
+            "early where the vocabulary has no token to spare for padding: choose another model then"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Makes prompts for reinforcement learning from preference pairs such as HH-RLHF: each prompt once, as chat messages.
+
+    python data/hh/prompts.py [--pairs Anthropic/hh-rlhf] [--split train] [--out data/hh]
+
+`--pairs` is a data set on the hub or a file, in any form that `llmrl reward-model` reads.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from llmrl.data.preferences import PreferenceDataConfig, load_preference_rows, read_preferences
+
+
+def prompts_of(config: PreferenceDataConfig) -> list[str]:
+    """The distinct prompts of the pairs as lines of JSON, in data order."""
+    pairs, _ = read_preferences(load_preference_rows(config), config)
+    return list(dict.fromkeys(json.dumps({"prompt": pair.prompt}) for pair in pairs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes prompts from preference pairs.")
+    parser.add_argument("--pairs", default="Anthropic/hh-rlhf", help="data set on the hub, or file")
+    parser.add_argument("--split", default="train", help="split of a data set on the hub")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write prompts.jsonl to")
+    arguments = parser.parse_args()
+    lines = prompts_of(PreferenceDataConfig(path=arguments.pairs, split=arguments.split))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"{arguments.out / 'prompts.jsonl'}: {len(lines)} prompts")
+
+
+if __name__ == "__main__":
+    main()

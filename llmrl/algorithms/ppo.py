@@ -1,0 +1,367 @@
+"""Proximal policy optimization with four models: actor, critic, frozen reference and reward model.
+
+Each token is an action. Its reward is the price of the nats by which the actor prefers it over the reference, and the
+last one's also the score of the whole response. The critic predicts, before each token, what is still to come; the
+advantage of a token is how much better things turned out than that.
+
+    score     clipped, normalized, less what the response loses for not ending or for its length
+    rewards   r_t = -kl_coef (log π_t - log π_ref,t) + [t is last] score + what a reward function gave for this token
+    returns   of `gae` on rewards and old values; advantages are standardized over all tokens of the rollout
+    losses    the clipped surrogate of the actor, less the entropy bonus; the clipped squared error of the critic
+
+All of that is frozen for the iteration, however many epochs it takes. Schulman et al. 2017, arXiv:1707.06347; for
+language models Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llmrl.algorithms.kl_control import KLControl, StepKLControl
+from llmrl.experience import PPOExperience, Rollout, Scores
+from llmrl.functional.advantages import gae
+from llmrl.functional.kl import estimate_kl, shape_rewards
+from llmrl.functional.losses import Aggregation, clipped_policy_loss, clipped_value_loss
+from llmrl.functional.masking import masked_moments, masked_sum, standardize
+from llmrl.functional.penalties import overlong_penalty
+from llmrl.functional.statistics import Explained, Mean, Moments, Statistic, Total
+from llmrl.metrics import Metrics
+from llmrl.roles import ActorCritic, Collectives, Policy
+
+Losses = Iterator[tuple[str, Tensor, Metrics]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """PPO (Schulman et al. 2017, arXiv:1707.06347) on language models."""
+
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 0.95
+    """Of the advantages: 0 trusts the critic one token ahead, 1 waits for what really came (Schulman et al. 2016,
+    arXiv:1506.02438)."""
+    value_lambda: float | None = None
+    """Of the critic's targets; null takes gae_lambda. 1 gives targets without bias."""
+    clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
+    value_clip: float | None = 0.2
+    """How far a value may move from the old one before its gradient is cut; null for no clip."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus in the actor's loss."""
+    aggregation: Aggregation = "token"
+    """How token losses become one number: each token counts the same, each response does, or a constant divides."""
+    kl_coef: float = 0.05
+    """Price, in score, of a nat between actor and reference; 0 keeps no reference model. The first one, if steered."""
+    kl_target: float | None = None
+    """Steers kl_coef so that kl/sequence comes to so many nats (Ziegler et al. 2019, arXiv:1909.08593); null: none."""
+    kl_horizon: int = 10_000
+    """Responses in which kl_coef can change by a fifth at most."""
+    step_kl_target: float | None = None
+    """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by so many
+    nats per token (penalized TRPO); null for no such penalty."""
+    step_kl_coef: float = 1.0
+    """The first price of that."""
+    stop_kl: float | None = None
+    """Ends an iteration's updates after a minibatch with more KL(old, current) per token than this; null never does."""
+    score_clip: float | None = None
+    """Scores are clipped at plus and minus this before anything else; null for no clip."""
+    normalize_scores: bool = False
+    """Shifts and scales scores by the mean and spread of all so far."""
+    missing_eos_penalty: float = 0.0
+    """What is subtracted from the score of a response that did not end by itself."""
+    overlong_buffer_tokens: int = 0
+    """Responses in the last so many tokens before the length limit lose up to 1 point (DAPO); 0 for no penalty."""
+    bootstrap_truncated: bool = False
+    """A response that was cut gets the critic's value behind its last token in place of a score."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "gae_lambda", "value_lambda"):
+            if not 0 <= (getattr(self, name) if getattr(self, name) is not None else 0) <= 1:
+                raise ValueError(f"algorithm.{name} ({getattr(self, name)}) must be between 0 and 1")
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(f"algorithm.clip_low ({self.clip_low}) must be greater than 0 and at most 1")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be greater than 1, or null for no bound")
+        for name in ("clip_high", "kl_horizon", "step_kl_coef"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"algorithm.{name} ({getattr(self, name)}) must be greater than 0")
+        for name in ("entropy_coef", "kl_coef", "missing_eos_penalty", "overlong_buffer_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"algorithm.{name} ({getattr(self, name)}) must be 0 or greater")
+        for name in ("value_clip", "kl_target", "step_kl_target", "stop_kl", "score_clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"algorithm.{name} ({value}) must be greater than 0, or null for none")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                "algorithm.kl_target steers algorithm.kl_coef by factors, so that must not begin at 0; try 0.05"
+            )
+        if self.bootstrap_truncated and self.missing_eos_penalty:
+            raise ValueError(
+                "algorithm.bootstrap_truncated gives a response that was cut a value in place of a score, from which "
+                "algorithm.missing_eos_penalty could be subtracted; choose one of them"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """PPO has no groups; it compares a response with what the critic expected."""
+        return 1
+
+    def warnings(self) -> list[str]:
+        """What is allowed, but seldom meant."""
+        if self.step_kl_target is None and self.step_kl_coef != 1.0:
+            return ["algorithm.step_kl_coef is read only where algorithm.step_kl_target is set"]
+        return []
+
+
+class PPO:
+    """What to learn from a rollout, and the two losses that learn it.
+
+    Args:
+        config: Every number of it.
+        networks: Actor and critic.
+        reference: The frozen policy that a nat is counted from; None where nothing is paid for one.
+        max_response_tokens: Length limit of a response.
+        warmup_iterations: So many iterations train the critic alone.
+        value_coef: Weight of the critic's loss where both share a trunk, and so one loss.
+        collectives: Moments are those of all ranks.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        networks: ActorCritic,
+        reference: Policy | None,
+        max_response_tokens: int,
+        warmup_iterations: int,
+        value_coef: float,
+        collectives: Collectives,
+    ) -> None:
+        self.config = config
+        self.networks = networks
+        self.reference = reference
+        self.aggregation: Aggregation = config.aggregation
+        self.max_redraws = 0
+        self.max_response_tokens = max_response_tokens
+        self.warmup_iterations = warmup_iterations
+        self.value_coef = value_coef
+        self.collectives = collectives
+        self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+        self.step_kl_control = None
+        if config.step_kl_target is not None:
+            self.step_kl_control = StepKLControl(coef=config.step_kl_coef, target=config.step_kl_target)
+        self.score_moments = (0.0, 0.0, 0.0)
+        """Count, sum and sum of squares of every clipped score so far."""
+        self.num_iterations = 0
+
+    # --- what is learned from -----------------------------------------------------------------------------------------
+
+    def experience(self, rollout: Rollout, scores: Scores) -> tuple[PPOExperience, Metrics]:
+        """Rewards, values, advantages and returns of a rollout. Called without gradient."""
+        old_logprobs, entropy, values, last_values = self.networks.both(rollout.sequences)
+        mask = rollout.sequences.response_mask & ~scores.total.isnan()[:, None]
+        kl = torch.zeros_like(old_logprobs)
+        if self.reference is not None:
+            ref_logprobs, _ = self.reference.logprobs(rollout.sequences)
+            kl = torch.where(mask, estimate_kl(old_logprobs, ref_logprobs, estimator="k1"), 0.0)
+        shaped = self._shape_scores(scores.total, rollout)
+        rewards = shape_rewards(shaped, kl, mask, kl_coef=self.kl_control.coef)
+        rewards = rewards + torch.where(mask, scores.per_token, 0.0)
+        bootstrapped = ~rollout.finished & self.config.bootstrap_truncated
+        advantages, returns = self._estimate(rewards, values, mask, torch.where(bootstrapped, last_values, 0.0))
+        experience = PPOExperience(
+            rollout=rollout,
+            scores=scores,
+            old_logprobs=old_logprobs,
+            advantages=standardize(advantages, mask, moments=self._global(masked_moments(advantages, mask))),
+            old_values=values,
+            returns=returns,
+        )
+        metrics = self._describe(experience, entropy, rewards)
+        if self.reference is not None:
+            metrics = metrics.merge(self._pay(kl, mask))
+        return experience, metrics
+
+    def _shape_scores(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
+        """Clipped, then normalized, then less the penalties; 0 for what a critic's value stands for."""
+        scored, lengths = ~scores.isnan(), rollout.sequences.response_lengths
+        if self.config.score_clip is not None:
+            scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
+        if self.config.normalize_scores:
+            batch = self._global(masked_moments(scores, scored))
+            self.score_moments = tuple(x + float(y) for x, y in zip(self.score_moments, batch, strict=True))
+            scores = standardize(
+                scores, scored, moments=torch.tensor(self.score_moments, dtype=torch.float64).to(scores.device)
+            )
+        scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
+        if self.config.overlong_buffer_tokens:
+            limit, buffer = self.max_response_tokens, self.config.overlong_buffer_tokens
+            scores = scores + overlong_penalty(lengths, limit=limit, buffer=buffer)
+        return torch.where(~rollout.finished & self.config.bootstrap_truncated, 0.0, scores)
+
+    def _estimate(
+        self,
+        rewards: Float[Tensor, "B T"],
+        values: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        bootstrap_values: Float[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """``(advantages, returns)``, each by its own lambda."""
+        gamma, gae_lambda = self.config.gamma, self.config.gae_lambda
+        advantages, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=gae_lambda)
+        if self.config.value_lambda is not None:
+            value_lambda = self.config.value_lambda
+            _, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=value_lambda)
+        return advantages, returns
+
+    # --- what learns --------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: PPOExperience, weights: Float[Tensor, "B T"]) -> Losses:
+        """The actor's loss and the critic's; of a shared trunk their sum. Warm-up iterations train the critic alone."""
+        if self.networks.share_trunk:
+            logprobs, entropy, values, _ = self.networks.both(batch.sequences)
+            policy_loss, policy = self._policy_loss(logprobs, entropy, batch, weights)
+            value_loss, value = self._value_loss(values, batch, weights)
+            yield "actor", policy_loss + self.value_coef * value_loss, policy.merge(value)
+            return
+        if not self._warming_up:
+            logprobs, entropy = self.networks.logprobs(batch.sequences)
+            yield "actor", *self._policy_loss(logprobs, entropy, batch, weights)
+            del logprobs, entropy
+        values, _ = self.networks.values(batch.sequences)
+        yield "critic", *self._value_loss(values, batch, weights)
+
+    def _policy_loss(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        entropy: Float[Tensor, "B T"],
+        batch: PPOExperience,
+        weights: Float[Tensor, "B T"],
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        loss, statistics = clipped_policy_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            weights,
+            clip_low=self.config.clip_low,
+            clip_high=self.config.clip_high,
+            dual_clip=self.config.dual_clip,
+        )
+        counted = batch.response_mask
+        if self.config.entropy_coef:
+            loss = loss - self.config.entropy_coef * masked_sum(weights * entropy, counted)
+        if self.step_kl_control is not None:
+            moved = _step_kl(batch, logprobs)
+            loss = loss + self.step_kl_control.coef * masked_sum(weights * moved, counted)
+        return loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
+
+    def _value_loss(
+        self, values: Float[Tensor, "B T"], batch: PPOExperience, weights: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        loss, statistics = clipped_value_loss(
+            values, batch.old_values, batch.returns, weights, value_clip=self.config.value_clip
+        )
+        return loss, Metrics({"value/loss": Total(loss.detach()), **statistics})
+
+    # --- what steers itself -------------------------------------------------------------------------------------------
+
+    def should_stop(self, update: Metrics) -> bool:
+        """Whether a minibatch has found the actor further from the old one than `stop_kl` allows."""
+        kl = update.statistics.get("policy/approx_kl")
+        if self.config.stop_kl is None or not isinstance(kl, Mean):
+            return False
+        return bool(kl.total > self.config.stop_kl * kl.num)
+
+    def finish(self, experience: PPOExperience) -> Metrics:
+        """After the updates. The price of a step moves by how far they took the actor, which is measured for that."""
+        steps_taken = not self._warming_up
+        self.num_iterations += 1
+        if self.step_kl_control is None or not steps_taken:
+            return Metrics()
+        logprobs, _ = self.networks.logprobs(experience.sequences)
+        mask = experience.response_mask
+        moved = masked_sum(_step_kl(experience, logprobs), mask)
+        total, num = self.collectives.sum(torch.stack([moved.double(), mask.sum().double()]))
+        metrics = Metrics(
+            {"policy/step_kl": Mean(total, num), "policy/step_kl_coef": Mean(self.step_kl_control.coef, 1.0)}
+        )
+        if num:
+            self.step_kl_control.update(float(total / num))
+        return metrics
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether the critic learns alone in this iteration."""
+        return self.num_iterations < self.warmup_iterations
+
+    def _pay(self, kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Metrics:
+        """The KL to the reference in numbers, by which its price then moves, unless the actor does not."""
+        counts = torch.stack([masked_sum(kl, mask).double(), mask.sum().double(), mask.any(dim=1).sum().double()])
+        total, num_tokens, num_responses = self.collectives.sum(counts)
+        metrics = Metrics(
+            {
+                "kl/mean": Mean(total, num_tokens),
+                "kl/sequence": Mean(total, num_responses),
+                "kl/coef": Mean(self.kl_control.coef, 1.0),
+            }
+        )
+        if num_responses and not self._warming_up:
+            self.kl_control.update(float(total / num_responses), int(num_responses))
+        return metrics
+
+    def _describe(
+        self, experience: PPOExperience, entropy: Float[Tensor, "B T"], rewards: Float[Tensor, "B T"]
+    ) -> Metrics:
+        rollout, mask = experience.rollout, experience.response_mask
+        num_tokens, counted = mask.sum(), mask.any(dim=1)
+        gap = (experience.old_logprobs - rollout.rollout_logprobs).abs()
+        statistics: dict[str, Statistic] = {
+            "policy/entropy": Mean(masked_sum(entropy, mask), num_tokens),
+            "policy/rollout_gap": Mean(masked_sum(gap, mask), num_tokens),
+            "reward": Moments(*masked_moments(torch.where(mask, rewards, 0.0).sum(dim=1), counted)),
+            "value": Moments(*masked_moments(experience.old_values, mask)),
+            "value/explained_variance": Explained(
+                *masked_moments(experience.returns, mask),
+                *masked_moments(experience.returns - experience.old_values, mask)[1:],
+            ),
+        }
+        return Metrics(statistics)
+
+    def _global(self, moments: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Moments over all ranks."""
+        return self.collectives.sum(torch.stack(moments))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Prices, moments of the scores, and how many iterations are done."""
+        step = {} if self.step_kl_control is None else {"step_kl": self.step_kl_control.state_dict()}
+        return {
+            "kl": self.kl_control.state_dict(),
+            **step,
+            "score_moments": list(self.score_moments),
+            "num_iterations": self.num_iterations,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kl_control.load_state_dict(state["kl"])
+        if self.step_kl_control is not None and "step_kl" in state:
+            self.step_kl_control.load_state_dict(state["step_kl"])
+        count, total, square = state["score_moments"]
+        self.score_moments = (count, total, square)
+        self.num_iterations = state["num_iterations"]
+
+
+def _step_kl(batch: PPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """KL(old, current) per token by k3, whose expectation and gradient are exact: the tokens are the old actor's."""
+    mask = batch.response_mask
+    old, current = (torch.where(mask, x, 0.0) for x in (batch.old_logprobs, logprobs))
+    return estimate_kl(old, current, estimator="k3")

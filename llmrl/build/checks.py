@@ -1,0 +1,148 @@
+"""What can be known to be wrong before any weights load."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from llmrl.build.rows import EVALUATION, read_rows
+from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.data.preferences import load_preference_rows
+from llmrl.data.prompts import load_prompt_rows
+from llmrl.data.rerender import same_tokens
+from llmrl.data.rows import check_rows, column_names
+from llmrl.data.supervised import load_supervised_rows
+from llmrl.experience import Row
+from llmrl.models.loading import ModelConfig, ModelError, check_model, load_tokenizer
+from llmrl.models.reward_model import check_reward_model, check_shared_base
+from llmrl.reports.trackers import Trackers
+from llmrl.rewards.config import LearnedRewardConfig
+from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
+from llmrl.trainers.run import check_output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What checking read, so that building need not read it again. None stands for what could not be read yet."""
+
+    rows: list[Row] | None
+    evaluation_rows: list[Row] | None
+    functions: tuple[Function, ...]
+    unchecked: list[str]
+    """Sentences on what could not be checked."""
+
+
+def check_sft(config: SFTRun, *, dry: bool) -> Checked:
+    """Checks a supervised run. A dry one may name what does not exist yet; see `read_rows`."""
+    check_output(config.run)
+    unchecked = _check_model(config.model, dry=dry)
+    rows = read_rows(config.data, load_supervised_rows, unchecked, dry=dry)
+    evaluation_rows = None
+    if config.evaluation_data is not None:
+        evaluation_rows = read_rows(
+            config.evaluation_data, load_supervised_rows, unchecked, dry=dry, section=EVALUATION
+        )
+    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
+
+
+def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
+    """Checks the training of a reward model."""
+    check_output(config.run)
+    unchecked = _check_model(config.model, dry=dry, needs_head=False)
+    rows = read_rows(config.data, load_preference_rows, unchecked, dry=dry)
+    evaluation_rows = read_rows(config.evaluation_data, load_preference_rows, unchecked, dry=dry, section=EVALUATION)
+    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
+
+
+def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
+    """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
+    unchecked = _check_model(config.model, dry=dry)
+    if config.reward.model is not None:
+        missing = check_scorer(config.reward.model, dry=dry)
+        if trains and config.reward.model.on_actor_base and not (dry and missing):
+            with naming("reward.model"):
+                check_shared_base(reward_model_config(config.reward.model), config.model)
+        unchecked += missing
+    if trains:
+        check_output(config.run)
+        Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    rows = read_rows(config.data, load_prompt_rows, unchecked, dry=dry) if trains else None
+    evaluation_rows = None
+    if config.evaluation_data is not None and (config.evaluation.every or not trains):
+        evaluation_rows = read_rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry, section=EVALUATION)
+    elif config.evaluation_data is not None:
+        unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
+    functions: tuple[Function, ...] = ()
+    for data, some_rows in ((config.data, rows), (config.evaluation_data, evaluation_rows)):
+        if data is not None and some_rows is not None:
+            functions = load_functions(config.reward, column_names(some_rows))
+            required = required_columns(config.reward, functions)
+            check_rows(data.path, some_rows, partial(row_problem, required=required))
+    if config.reward.functions and rows is None and evaluation_rows is None:
+        unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
+    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
+
+
+def check_ppo(config: PPORun, *, dry: bool) -> Checked:
+    """Checks a run of PPO: that of any algorithm, and that the critic's body reads the policy's tokens."""
+    checked = check_rl(config, dry=dry)
+    if config.critic.body == "reward_model":
+        assert config.reward.model is not None, "checked with the settings"
+        if dry and (_check_model(config.model, dry=True) or check_scorer(config.reward.model, dry=True)):
+            checked.unchecked.append("whether the critic's body reads the policy's tokens")
+        else:
+            _check_body(config.model, config.reward.model)
+    return checked
+
+
+def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
+    """Refuses a reward model as the critic's body that reads other tokens than the policy writes."""
+    with naming("reward.model"):
+        theirs = load_tokenizer(reward_model_config(reward_model))
+    if not same_tokens(load_tokenizer(model), theirs):
+        raise ModelError(
+            f"critic.body reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
+            f"model.path ({model.path}), and the critic reads the policy's; set critic.body to actor"
+        )
+
+
+def check_scorer(config: LearnedRewardConfig, *, dry: bool = False) -> list[str]:
+    """Checks a reward model that is to score responses. Returns sentences on what could not be checked."""
+    return _check_model(reward_model_config(config), dry=dry, section="reward.model", needs_head=True)
+
+
+def reward_model_config(config: LearnedRewardConfig) -> ModelConfig:
+    """The same model as the settings of one that is loaded."""
+    return ModelConfig(
+        path=config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, made_by=config.made_by
+    )
+
+
+@contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Around what checks or loads a model: its errors name the section of the recipe that the model stands in."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(_in_section(str(error), section)) from error
+
+
+def _check_model(
+    config: ModelConfig, *, dry: bool, section: str = "model", needs_head: bool | None = None
+) -> list[str]:
+    """Checks a model; `needs_head` is for reward models: whether their head must be there already."""
+    if dry and config.made_by and not Path(config.path).exists():
+        return [f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
+    with naming(section):
+        sentence = check_model(config, may_be_random=not needs_head)
+        if needs_head is not None:
+            check_reward_model(config, needs_head=needs_head)
+    return [_in_section(sentence, section)] if sentence else []
+
+
+def _in_section(sentence: str, section: str) -> str:
+    return re.sub(r"\bmodel\.(?=path\b|trust_remote_code\b)", f"{section}.", sentence)

@@ -1,0 +1,91 @@
+"""Actor and critic together: two networks, two adapters on one base, or two heads on one trunk."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmrl.build.actors import Actor
+from llmrl.build.checks import naming, reward_model_config
+from llmrl.config import PPORun
+from llmrl.distributed.trainable import LocalTrainable
+from llmrl.models.critic import (
+    SeparateNetworks,
+    SharedModule,
+    SharedTrunk,
+    TransformersValueFunction,
+    ValueHead,
+    ValueModule,
+)
+from llmrl.models.loading import base_of, lora_config, turn_dropout_off
+from llmrl.models.reward_model import load_reward_model
+from llmrl.roles import ActorCritic, Trainable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What PPO reads, and what learns."""
+
+    both: ActorCritic
+    trained: Mapping[str, Trainable]
+
+
+def load_networks(config: PPORun, actor: Actor) -> Networks:
+    """The critic that the config names, beside a loaded actor."""
+    head = ValueHead(actor.model.config.get_text_config().hidden_size, init=config.critic.head_init).to(
+        actor.model.device
+    )
+    if config.critic.network == "shared":
+        return _share_trunk(config, actor, head)
+    trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
+    trunk.to(actor.model.device).train()  # type: ignore[arg-type]
+    if config.model.gradient_checkpointing:
+        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = ValueModule(trunk, head, dtype=actor.dtype)
+    critic = TransformersValueFunction(module, microbatch_tokens=config.update.microbatch_tokens)
+    return Networks(
+        both=SeparateNetworks(actor.policy, critic),
+        trained={
+            "actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.num_actor_steps),
+            "critic": LocalTrainable(module, config.critic_optimizer, num_steps=config.num_optimizer_steps),
+        },
+    )
+
+
+def _share_trunk(config: PPORun, actor: Actor, head: ValueHead) -> Networks:
+    module = SharedModule(actor.module, head)
+    trainable = LocalTrainable(
+        module,
+        config.optimizer,
+        num_steps=config.num_optimizer_steps,
+        peaks={"head.weight": config.critic_optimizer.learning_rate},
+    )
+    both = SharedTrunk(module, microbatch_tokens=config.update.microbatch_tokens)
+    return Networks(both=both, trained={"actor": trainable})
+
+
+def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
+    """Weights of its own, equal to the actor's or the reward model's bit for bit."""
+    if config.critic.body == "reward_model":
+        assert config.reward.model is not None, "checked with the settings"
+        with naming("reward.model"):
+            model = load_reward_model(reward_model_config(config.reward.model), head_init=None)
+            return model.base_model  # type: ignore[return-value]
+    if actor.adapted is not None:
+        return copy.deepcopy(actor.adapted).merge_and_unload().base_model.requires_grad_(True)  # type: ignore[operator]
+    return copy.deepcopy(actor.model.base_model).requires_grad_(True)  # type: ignore[return-value]
+
+
+def _adapter_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
+    """The actor's frozen base with another adapter."""
+    from peft import get_peft_model
+
+    assert actor.adapted is not None, "checked with the settings"
+    assert config.model.lora is not None, "checked with the settings"
+    trunk: PreTrainedModel = base_of(actor.adapted).base_model  # type: ignore[assignment]
+    get_peft_model(trunk, lora_config(config.model.lora, task_type="FEATURE_EXTRACTION"))
+    turn_dropout_off(trunk)
+    return trunk

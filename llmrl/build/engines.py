@@ -1,0 +1,89 @@
+"""What draws responses."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrl.data.prompts import PromptDataConfig, encode_prompts
+from llmrl.distributed.device import pick_device
+from llmrl.experience import Prompts
+from llmrl.functional.streams import Purpose
+from llmrl.models.loading import DTYPES, ModelConfig, end_ids, load_model, load_tokenizer, num_token_ids
+from llmrl.reports.progress import Silent
+from llmrl.rewards.functions import decode_responses
+from llmrl.roles import Progress, RolloutEngine, Sampling
+from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.generate import TransformersEngine
+from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.support import check_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def build_engine(
+    config: RolloutConfig,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> RolloutEngine:
+    """The engine that the config names, over a loaded model."""
+    common: dict[str, Any] = {
+        "eos_ids": end_ids(tokenizer, model),
+        "vocab_size": num_token_ids(tokenizer, model),
+        "dtype": dtype,
+        "progress": progress,
+    }
+    if config.engine == "transformers":
+        return TransformersEngine(model, **common)
+    return NativeEngine(model, max_rows=config.max_rows, **common)
+
+
+def check_room(model: "PreTrainedModel", prompts: Prompts, config: RolloutConfig) -> None:
+    """Refuses before the first rollout what the engine would refuse when the longest prompt comes up."""
+    check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens)
+
+
+def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
+    """Tokenizer and model in the precision that it computes in, on the device."""
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, dtype=DTYPES[config.dtype])
+    return tokenizer, model.to(pick_device())  # type: ignore[arg-type,return-value]
+
+
+def respond(
+    config: ModelConfig,
+    texts: Sequence[str],
+    *,
+    system_prompt: str | None,
+    temperature: float,
+    num_responses: int,
+    max_response_tokens: int,
+    seed: int,
+) -> list[list[str]]:
+    """Responses to texts, as text; greedy at temperature 0."""
+    tokenizer, model = load_for_sampling(config)
+    data = PromptDataConfig(path="the command line", system_prompt=system_prompt, max_prompt_tokens=sys.maxsize)
+    prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
+    engine = build_engine(
+        RolloutConfig(max_rows=max(num_responses, RolloutConfig.max_rows)),
+        model,
+        tokenizer,
+        dtype=model.dtype,
+        progress=Silent(),
+    )
+    sampling = Sampling(
+        temperature=temperature or 1.0,
+        num_responses=num_responses,
+        max_response_tokens=max_response_tokens,
+        greedy=temperature == 0,
+        seed=seed,
+        purpose=Purpose.GENERATION,
+        first_response=0,
+    )
+    decoded = decode_responses(engine.generate(prompts, sampling).sequences, tokenizer)
+    return [decoded[first : first + num_responses] for first in range(0, len(decoded), num_responses)]

@@ -1,0 +1,159 @@
+"""The training of reward models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmrl.build.checks import Checked
+from llmrl.config import RewardModelRun
+from llmrl.data.preferences import PairSource
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.trainable import LocalTrainable
+from llmrl.experience import PreferencePairs
+from llmrl.models.loading import DTYPES, ModelConfig, ModelError, load_tokenizer
+from llmrl.models.reward_checks import sanity_checks
+from llmrl.models.reward_model import (
+    Normalization,
+    RewardModule,
+    TransformersRewardModel,
+    adapt,
+    choose_pad,
+    load_reward_model,
+    normalization_on,
+    shares_prompts_exactly,
+)
+from llmrl.models.saving import save_policy
+from llmrl.reports.report_card import Card, PairResults, make_report_card
+from llmrl.reports.trackers import Trackers
+from llmrl.roles import Progress
+from llmrl.settings import to_dict
+from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+from llmrl.trainers.run import Run, RunConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRewardModel:
+    """A reward model with everything that belongs to it."""
+
+    model: "PreTrainedModel"
+    adapted: "PeftModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    module: RewardModule
+    scorer: TransformersRewardModel
+    has_own_pad: bool
+    """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
+
+    def normalize(self, pairs: PreferencePairs) -> Normalization:
+        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1."""
+        with torch.no_grad():
+            normalization = normalization_on(torch.cat(self.scorer.pair_scores(pairs)))
+        normalization.write(self.model.config)
+        return normalization
+
+
+def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, *, seed: int) -> LoadedRewardModel:
+    """The reward model to be trained, on the device."""
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
+    model = load_reward_model(config, head_init=settings.head_init)
+    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[union-attr]
+        raise ModelError(
+            f"model.path ({config.path}): its tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the "
+            f"model has {model.get_input_embeddings().num_embeddings} embeddings; they do not belong together"  # type: ignore[union-attr]
+        )
+    has_own_pad = choose_pad(tokenizer, model)
+    adapted = adapt(model, config)
+    model.to(pick_device()).train()  # type: ignore[arg-type]
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = RewardModule(model, dtype=DTYPES[config.dtype])
+    scorer = TransformersRewardModel(
+        module,
+        microbatch_tokens=settings.microbatch_tokens,
+        shares_prompts=shares_prompts_exactly(module, len(tokenizer)),
+    )
+    return LoadedRewardModel(
+        model=model, adapted=adapted, tokenizer=tokenizer, module=module, scorer=scorer, has_own_pad=has_own_pad
+    )
+
+
+def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+    """The training of a reward model. Each model that it saves has its report card beside it."""
+    assert checked.rows is not None, "only a dry run may leave rows unread"
+    assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
+    settings = config.reward_model
+    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed)
+    pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
+    held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
+    for section, source in (("data", pairs), ("evaluation_data", held_out)):
+        for line in source.counts.lines():
+            progress.message(f"{section}: {line}")
+    device = loaded.model.device
+    reference = pairs.all().select(torch.arange(min(settings.num_reference_pairs, pairs.num_rows))).to(device)
+    num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
+    trainer = RewardModelTrainer(
+        settings,
+        scorer=loaded.scorer,
+        trained={"reward_model": LocalTrainable(loaded.module, config.optimizer, num_steps=num_iterations)},
+        pairs=pairs,
+        held_out=held_out.all().to(device),
+        collectives=OneProcess(),
+        progress=progress,
+    )
+
+    def save(folder: Path) -> None:
+        progress.phase("report card", 1)
+        normalization = loaded.normalize(reference)
+        save_policy(
+            folder,
+            model=loaded.model,
+            adapted=loaded.adapted,
+            tokenizer=loaded.tokenizer,
+            dtype=torch.float32,  # so that the folder scores as the model that was trained
+            records={"report_card.json": _report_card(loaded, trainer, held_out, normalization)},
+        )
+
+    return Run(
+        RunConfig(num_iterations=num_iterations, **vars(config.run)),
+        settings=to_dict(config),
+        trainer=trainer,
+        save_model=save,
+        evaluate=trainer.evaluate,
+        evaluate_every=settings.evaluate_every,
+        progress=progress,
+        sink=trackers,
+    )
+
+
+def _report_card(
+    loaded: LoadedRewardModel, trainer: RewardModelTrainer, held_out: PairSource, normalization: Normalization
+) -> Card:
+    pairs = trainer.held_out
+    chosen, rejected = trainer.held_out_scores()
+    notes = []
+    if not loaded.has_own_pad:
+        notes.append(
+            "pad equals EOS and the vocabulary has no token to spare: plain transformers reads the score one token "
+            "before the end, llmrl at the end"
+        )
+    return make_report_card(
+        PairResults(
+            chosen_scores=chosen,
+            rejected_scores=rejected,
+            chosen_lengths=pairs.chosen.response_lengths,
+            rejected_lengths=pairs.rejected.response_lengths,
+            sources=held_out.sources,
+        ),
+        loss=trainer.evaluate()["eval/loss"],
+        counts=vars(held_out.counts),
+        checks=sanity_checks(loaded.scorer, pairs.chosen, loaded.tokenizer, dtype=loaded.module.dtype),
+        normalization=(normalization.mean, normalization.std),
+        notes=notes,
+    )

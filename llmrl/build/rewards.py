@@ -1,0 +1,131 @@
+"""What scores responses: programs, and models that are only asked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from llmrl.build.checks import naming, reward_model_config
+from llmrl.data.chat import as_sequences
+from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
+from llmrl.data.rows import column_names
+from llmrl.data.supervised import SupervisedDataConfig, encode_examples
+from llmrl.distributed.device import pick_device
+from llmrl.experience import Rollout, Row, Sequences
+from llmrl.models.loading import DTYPES, base_of, load_tokenizer, shrink_linear_layers
+from llmrl.models.reward_model import (
+    Normalization,
+    RewardModule,
+    TransformersRewardModel,
+    load_reward_model,
+    load_reward_on_base,
+    saved_normalization,
+    score_layer,
+)
+from llmrl.rewards.combine import CombinedReward
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
+from llmrl.rewards.functions import FunctionReward
+from llmrl.rewards.learned import LearnedReward, check_finite
+from llmrl.rewards.loading import Function
+from llmrl.roles import RewardFunction
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+class Rewards:
+    """Everything that scores the responses of one policy. A reward model is loaded once, for whatever data there is."""
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        functions: Sequence[Function],
+        tokenizer: "PreTrainedTokenizerBase",
+        adapted: "PeftModel | None" = None,
+    ) -> None:
+        """`adapted` is the actor, where its frozen base may serve the reward model too."""
+        self.config = config
+        self.functions = functions
+        self.tokenizer = tokenizer
+        self.scorer = None if config.model is None else load_scorer(config.model, adapted)
+
+    def on(self, data: PromptDataConfig, rows: Sequence[Row]) -> RewardFunction:
+        """The reward of responses to these prompts."""
+        rewards: list[RewardFunction] = []
+        if self.functions:
+            rewards.append(
+                FunctionReward(
+                    self.config,
+                    functions=self.functions,
+                    tokenizer=self.tokenizer,
+                    prompt_column=data.prompt_column,
+                    columns=column_names(rows),
+                )
+            )
+        if self.scorer is not None:
+            rewards.append(self.scorer.reward_for(self.tokenizer, data, rows))
+        return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScorer:
+    """A reward model that is only asked: frozen, on the device."""
+
+    scorer: TransformersRewardModel
+    tokenizer: "PreTrainedTokenizerBase"
+    normalize: Callable[[Tensor], Tensor]
+    weight: float
+
+    def reward_for(
+        self, policy_tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
+    ) -> LearnedReward:
+        """The reward of responses to these prompts: on the policy's own ids where both have the same tokens."""
+        eos_id: Any = self.tokenizer.eos_token_id
+        encode: Callable[[Rollout], Sequences] = partial(ended_by, eos_id=eos_id)
+        if not same_tokens(policy_tokenizer, self.tokenizer):
+            encode = Rerenderer(data, policy_tokenizer=policy_tokenizer, tokenizer=self.tokenizer)
+            encode.check(rows)
+        return LearnedReward(self.scorer, encode=encode, normalize=self.normalize, weight=self.weight)
+
+
+def load_scorer(config: LearnedRewardConfig, adapted: "PeftModel | None" = None) -> RewardScorer:
+    """The reward model that a recipe or a command names, in eval mode and without gradient.
+
+    Args:
+        config: Which one, and how.
+        adapted: The actor, on whose base it stands if the config says so.
+    """
+    model_config = reward_model_config(config)
+    with naming("reward.model"):
+        tokenizer = load_tokenizer(model_config)
+        if config.on_actor_base and adapted is not None:
+            model = load_reward_on_base(model_config, base_of(adapted))
+        else:
+            model = load_reward_model(model_config, head_init=None).to(pick_device())  # type: ignore[arg-type]
+            shrink_linear_layers(model, DTYPES[config.dtype], head=score_layer(model))
+    model.eval().requires_grad_(False)
+    normalization = saved_normalization(model.config) if config.normalize else None
+    return RewardScorer(
+        scorer=TransformersRewardModel(
+            RewardModule(model, dtype=DTYPES[config.dtype]),
+            microbatch_tokens=config.microbatch_tokens,
+            shares_prompts=False,
+        ),
+        tokenizer=tokenizer,
+        normalize=normalization or Normalization(mean=0.0, std=1.0),
+        weight=config.weight,
+    )
+
+
+def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: SupervisedDataConfig) -> list[float]:
+    """The score of each row's response by a reward model, through the model's own chat template."""
+    scorer = load_scorer(config)
+    examples = encode_examples(rows, scorer.tokenizer, data)
+    sequences = as_sequences(*zip(*examples, strict=True)).to(scorer.scorer.device)
+    scores = scorer.normalize(scorer.scorer.scores(sequences))
+    check_finite(scores)
+    return scores.tolist()

@@ -1,0 +1,54 @@
+"""Supervised runs."""
+
+from llmrl.build.actors import Actor, load_actor
+from llmrl.build.checks import Checked
+from llmrl.build.rows import EVALUATION, tell_dropped
+from llmrl.config import SFTRun
+from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.trainable import LocalTrainable
+from llmrl.experience import Row, Sequences
+from llmrl.reports.trackers import Trackers
+from llmrl.roles import Progress
+from llmrl.settings import to_dict
+from llmrl.trainers.run import Run
+from llmrl.trainers.sft import SFTTrainer
+
+
+def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+    """A supervised run, ready to train."""
+    assert checked.rows is not None, "only a dry run may leave rows unread"
+    actor = load_actor(
+        config.model, temperature=1.0, microbatch_tokens=config.sft.microbatch_tokens, seed=config.run.seed
+    )
+    examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
+    tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    trainer = SFTTrainer(
+        config.sft,
+        actor=actor.policy,
+        trained={"actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.run.num_iterations)},
+        examples=examples,
+        held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
+        collectives=OneProcess(),
+        progress=progress,
+    )
+    return Run(
+        config.run,
+        settings=to_dict(config),
+        trainer=trainer,
+        save_model=actor.save,
+        evaluate=trainer.evaluate if config.evaluation_data is not None else None,
+        evaluate_every=config.sft.evaluate_every,
+        progress=progress,
+        sink=trackers,
+    )
+
+
+def _held_out(
+    config: SupervisedDataConfig | None, rows: list[Row] | None, actor: Actor, progress: Progress
+) -> Sequences | None:
+    if config is None or rows is None:
+        return None
+    examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
+    tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", progress)
+    return examples.next(examples.num_rows).to(actor.model.device)

@@ -1,0 +1,184 @@
+"""The critic: the trunk of a language model with one linear value, read before each token is chosen.
+
+A network of its own by default. Where actor and critic share a trunk, the gradients of two losses meet in it and
+`value_coef` has to weigh nats against squared rewards; Andrychowicz et al. 2021, arXiv:2006.05990, C5.1, found separate
+networks better. The shared trunk is there for its memory: one model, one forward pass for both.
+
+The head begins at zero, so that every value is 0 before the critic has learned anything, and computes in float32.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llmrl.experience import Sequences
+from llmrl.models.policy import PolicyModule, in_microbatches, to_left_margin
+from llmrl.roles import Policy, ValueFunction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The network that predicts rewards still to come."""
+
+    network: Literal["own", "adapter", "shared"] = "own"
+    """own: a network of its own, every weight trained. adapter: with model.lora, an adapter of its own on the actor's
+    frozen base, which stands in memory once. shared: a head on the actor's own trunk, trained by both losses' sum."""
+    body: Literal["actor", "reward_model"] = "actor"
+    """What a network of its own begins as: the actor, or the reward model, without their heads."""
+    head_init: Literal["zero", "normal"] = "zero"
+    """The new head: zeros, or normal with variance 1 / (hidden size + 1)."""
+    warmup_iterations: int = 0
+    """Iterations at the start in which the critic learns alone; not for a shared trunk."""
+    value_coef: float = 0.5
+    """Weight of the critic's loss beside the actor's, where they share a trunk; read by nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_iterations < 0:
+            raise ValueError(f"critic.warmup_iterations ({self.warmup_iterations}) must be 0 or greater")
+        if not 0 < self.value_coef < math.inf:
+            raise ValueError(f"critic.value_coef ({self.value_coef}) must be greater than 0")
+        if self.network == "shared" and self.warmup_iterations:
+            raise ValueError(
+                f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "
+                "critic.network shared is the actor's trunk; set it to 0, or choose critic.network own or adapter"
+            )
+        if self.network != "own" and self.body == "reward_model":
+            raise ValueError(
+                f"critic.body reward_model goes with critic.network own; critic.network {self.network} is on the "
+                "actor's weights"
+            )
+
+
+class ValueHead(nn.Linear):
+    """From a hidden state to a value, in float32 whatever the precision of the trunk."""
+
+    def __init__(self, hidden_size: int, *, init: Literal["zero", "normal"]) -> None:
+        super().__init__(hidden_size, 1, bias=False)
+        with torch.no_grad():
+            self.weight.zero_() if init == "zero" else self.weight.normal_(std=1 / math.sqrt(hidden_size + 1))
+
+    def forward(self, input: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+        """Values of hidden states."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float()).squeeze(-1)
+
+    def read(
+        self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """``(values, last_values)`` from the hidden states of rows at the left margin."""
+        mask = sequences.response_mask
+        row, token = mask.nonzero(as_tuple=True)
+        before = hidden[row, response_start[row] + token - 1]
+        values = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, self(before))
+        last = response_start + sequences.response_lengths - 1
+        return values, self(hidden[torch.arange(len(last), device=hidden.device), last])
+
+
+class ValueModule(nn.Module):
+    """The module that is wrapped and trained: every parameter is touched inside its forward."""
+
+    def __init__(self, trunk: "PreTrainedModel", head: ValueHead, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.dtype = dtype
+
+    def forward(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """``(values, last_values)``: before each token in the response mask, 0 elsewhere; behind the last token."""
+        ids, response_start = to_left_margin(sequences)
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head.read(hidden, sequences, response_start)
+
+
+class SharedModule(nn.Module):
+    """Actor and critic on one trunk: the module that is wrapped and trained."""
+
+    def __init__(self, policy: PolicyModule, head: ValueHead) -> None:
+        super().__init__()
+        self.policy = policy
+        self.head = head
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The actor, which engines sample from."""
+        return self.policy.model
+
+    def forward(
+        self, sequences: Sequences
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """``(logprobs, entropy, values, last_values)`` in one pass."""
+        ids, response_start = to_left_margin(sequences)
+        hidden = self.policy.hidden(ids)
+        return *self.policy.read(hidden, sequences, response_start), *self.head.read(hidden, sequences, response_start)
+
+
+class TransformersValueFunction:
+    """`ValueFunction` over a `ValueModule`, wrapped or not. Without gradient it forms its own microbatches."""
+
+    def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
+        self.module = module
+        self.microbatch_tokens = microbatch_tokens
+
+    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """See `ValueFunction`."""
+        if torch.is_grad_enabled():
+            return self.module(sequences)
+        values, last_values = in_microbatches(
+            self.module, sequences, self.microbatch_tokens, num_per_token=1, num_per_row=1
+        )
+        return values, last_values
+
+
+class SeparateNetworks:
+    """`ActorCritic` of two networks."""
+
+    share_trunk = False
+
+    def __init__(self, actor: Policy, critic: ValueFunction) -> None:
+        self.logprobs = actor.logprobs
+        self.values = critic.values
+
+    def both(
+        self, sequences: Sequences
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """See `ActorCritic`."""
+        return *self.logprobs(sequences), *self.values(sequences)
+
+
+class SharedTrunk:
+    """`ActorCritic` over a `SharedModule`, wrapped or not. Without gradient it forms its own microbatches."""
+
+    share_trunk = True
+
+    def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
+        self.module = module
+        self.microbatch_tokens = microbatch_tokens
+
+    def both(
+        self, sequences: Sequences
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """See `ActorCritic`."""
+        if torch.is_grad_enabled():
+            return self.module(sequences)
+        logprobs, entropy, values, last_values = in_microbatches(
+            self.module, sequences, self.microbatch_tokens, num_per_token=3, num_per_row=1
+        )
+        return logprobs, entropy, values, last_values
+
+    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """See `Policy`."""
+        logprobs, entropy, _, _ = self.both(sequences)
+        return logprobs, entropy
+
+    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+        """See `ValueFunction`."""
+        _, _, values, last_values = self.both(sequences)
+        return values, last_values
