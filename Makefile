@@ -34,7 +34,7 @@ quickstart-rlhf: $(REVIEWS) $(REWARD_MODEL)
 	$(BIN)/llmrl evaluate $(RLHF) model.path=runs/reviews_tiny/ppo/final \
 	    --output runs/reviews_tiny/after.json --compare runs/reviews_tiny/before.json
 	@echo "score/model is what the reward model says, score/true_warmth the hidden truth; what it cost is kl/sequence, in nats:"
-	@tail -n 1 runs/reviews_tiny/ppo/metrics.jsonl | grep -o '"kl/sequence": [0-9.]*'
+	@tail -n 1 runs/reviews_tiny/ppo/metrics.jsonl | grep -o '"kl/sequence": [-0-9.e]*'
 	@echo "report card $(REWARD_MODEL)/report_card.json, samples runs/reviews_tiny/ppo/samples.jsonl"
 	@echo "ask it:  $(BIN)/llmrl generate runs/reviews_tiny/ppo/final 'the little cafe by the sea:' --temperature 1"
 

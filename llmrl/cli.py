@@ -127,21 +127,28 @@ def score(
     prompt_column: Annotated[str, typer.Option(help="Column of the prompt: a text or messages.")] = "prompt",
     response_column: Annotated[str, typer.Option(help="Column of the response.")] = "response",
     normalize: Annotated[bool, typer.Option(help="By the mean and the spread that are stored with the model.")] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
+    ] = False,
 ) -> None:
     """Scores responses by a reward model."""
-    with bad_input_ends_with_status_2():
+    with bad_input_ends_with_status_2(), _options_for_settings():
         from llmrl.build import check_scorer, score_rows
         from llmrl.data.supervised import SupervisedDataConfig, load_supervised_rows
         from llmrl.rewards.config import LearnedRewardConfig
 
-        config = LearnedRewardConfig(path=model, normalize=normalize)
+        if output is not None and output.is_dir():
+            raise SettingError(f"--output ({output}) is a folder; name a file in it")
+        config = LearnedRewardConfig(path=model, normalize=normalize, trust_remote_code=trust_remote_code)
         check_scorer(config)
         data = SupervisedDataConfig(path=file, prompt_column=prompt_column, response_column=response_column)
         rows = load_supervised_rows(data)
+        if any("score" in row for row in rows):
+            raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
     with failures_in_one_line():
         _quiet()
         scores = score_rows(config, rows, data)
-    lines = [json.dumps({**row, "score": value}) for row, value in zip(rows, scores, strict=True)]
+    lines = [json.dumps({**row, "score": value}, default=str) for row, value in zip(rows, scores, strict=True)]
     if output is None:
         print("\n".join(lines))
     else:
@@ -256,6 +263,16 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
         yield
     except ValueError as error:
         _fail(error, 2)
+
+
+@contextmanager
+def _options_for_settings() -> Iterator[None]:
+    """Around the checks of a command that has options in place of a recipe: its errors name the option."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error).replace("set reward.model.trust_remote_code=true", "add --trust-remote-code")
+        raise SettingError(told) from error
 
 
 @contextmanager

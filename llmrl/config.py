@@ -157,6 +157,15 @@ class RLRun:
         nearest = sorted(fitting, key=lambda size: abs(size - self.update.minibatch_size))[:2]
         return " or ".join(str(size) for size in sorted(nearest))
 
+    def warnings(self) -> list[str]:
+        """What is allowed, but seldom meant."""
+        return self.algorithm.warnings()
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Iterations at the start in which the model does not learn yet."""
+        return 0
+
     @property
     def num_responses(self) -> int:
         """Of one rollout, over all ranks."""
@@ -194,7 +203,10 @@ class PPORun(RLRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.critic.network == "adapter" and self.model.lora is None:
-            raise ValueError("critic.network adapter needs model.lora: it is an adapter on the actor's frozen base")
+            raise ValueError(
+                "critic.network adapter needs model.lora: it is an adapter on the actor's frozen base; where model.path"
+                " is an adapter, so that there is no model.lora, set critic.network to own, or merge that adapter first"
+            )
         if self.critic.body == "reward_model" and self.reward.model is None:
             raise ValueError("critic.body reward_model needs reward.model; name one, or set critic.body to actor")
         if self.critic.warmup_iterations >= self.run.num_iterations:
@@ -202,6 +214,25 @@ class PPORun(RLRun):
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
                 f"({self.run.num_iterations}), or the actor never learns"
             )
+        if self.algorithm.kl_target is not None and self.algorithm.kl_horizon < self.num_responses:
+            raise ValueError(
+                f"algorithm.kl_horizon ({self.algorithm.kl_horizon}) must be at least the {self.num_responses} "
+                "responses of a rollout, or one rollout could change algorithm.kl_coef by more than a fifth"
+            )
+
+    @property
+    def warmup_iterations(self) -> int:
+        return self.critic.warmup_iterations
+
+    def warnings(self) -> list[str]:
+        """What is allowed, but seldom meant."""
+        warnings, is_shared = super().warnings(), self.critic.network == "shared"
+        rate = self.critic_optimizer.learning_rate
+        if is_shared and self.critic_optimizer != OptimizerConfig(learning_rate=rate):
+            warnings.append("critic.network shared reads nothing of critic_optimizer but its learning_rate")
+        if not is_shared and self.critic.value_coef != CriticConfig.value_coef:
+            warnings.append("critic.value_coef is read only where critic.network is shared")
+        return warnings
 
     @property
     def num_actor_steps(self) -> int:

@@ -14,6 +14,7 @@ from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.distributed.trainable import OptimizerConfig
 from llmrl.models.critic import CriticConfig
 from llmrl.models.loading import LoraSettings, ModelConfig
 from llmrl.reports.samples import SampleWriter
@@ -183,7 +184,12 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
         ),
         (
             {"critic": CriticConfig(network="adapter")},
-            r"critic\.network adapter needs model\.lora: it is an adapter on the actor's frozen base$",
+            r"critic\.network adapter needs model\.lora: it is an adapter on the actor's frozen base; "
+            r"where model\.path is an adapter, .* set critic\.network to own, or merge that adapter first$",
+        ),
+        (
+            {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=127)},
+            r"algorithm\.kl_horizon \(127\) must be at least the 128 responses of a rollout",
         ),
         (
             {
@@ -220,10 +226,32 @@ def test_sections_of_ppo_that_do_not_fit_are_refused(sections: dict[str, Any], m
         {"critic": CriticConfig(body="reward_model", warmup_iterations=3)},
         {"reward": ON_BASE, "model": LORA},
         {"update": UpdateConfig(minibatch_size=1)},
+        {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=128)},
+        {"algorithm": PPOConfig(kl_horizon=1)},
     ],
 )
 def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
     ppo(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({}, []),
+        ({"algorithm": PPOConfig(kl_horizon=1)}, ["kl_horizon is read only where"]),
+        ({"critic": CriticConfig(value_coef=0.1)}, ["critic.value_coef is read only where critic.network is shared"]),
+        ({"critic": CriticConfig(network="shared", value_coef=0.1)}, []),
+        ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),
+        (
+            {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(beta1=0.5)},
+            ["critic.network shared reads nothing of critic_optimizer but its learning_rate"],
+        ),
+    ],
+)
+def test_settings_of_ppo_that_nothing_reads_are_told(sections: dict[str, Any], told: list[str]):
+    warnings = ppo(**sections).warnings()
+    assert len(warnings) == len(told)
+    assert all(part in warning for part, warning in zip(told, warnings, strict=True))
 
 
 def test_the_actor_takes_no_step_in_the_warm_up():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ def normalization_of(folder):
 def test_a_run_leaves_models_with_a_report_card_beside_each(trained):
     entries = lines(trained / "metrics.jsonl")
     assert [entry["iteration"] for entry in entries] == list(range(8))  # 60 pairs by 8; the repeated one is dropped
-    assert entries[-1]["eval/accuracy"] > 0.9 > entries[0]["eval/accuracy"] - 0.2
+    assert entries[-1]["eval/accuracy"] > 0.9
+    assert entries[-1]["eval/loss"] < entries[0]["eval/loss"] - 0.1
     best = json.loads((trained / "best" / "best.json").read_text())
     assert best["value"] == max(entry.get("eval/accuracy", 0) for entry in entries)
     for name in ("final", "best"):
@@ -127,7 +129,11 @@ def test_a_run_leaves_models_with_a_report_card_beside_each(trained):
         assert model.config.num_labels == 1
         card = json.loads((trained / name / "report_card.json").read_text())
         assert card["num_pairs"] == 20
-        assert card["checks"] == dict.fromkeys(card["checks"], True)
+        assert card["checks"] == {
+            "end token scored": True,
+            "padding inert": True,
+            "template free of today's date": True,
+        }
         assert (card["normalization"]["mean"], card["normalization"]["std"]) == normalization_of(trained / name)
         assert [row["source"] for row in card["by_source"]] == ["even", "odd"]
     assert json.loads((trained / "final" / "report_card.json").read_text())["accuracy"] == entries[-1]["eval/accuracy"]
@@ -257,7 +263,41 @@ def test_a_score_that_is_no_finite_number_fails_in_one_line(trained, tmp_path):
     status, output, error = llmrl("score", tmp_path / "broken", file)
     assert (status, output) == (1, "")
     assert error.startswith("error: the reward model's score of response 0 ")
+    assert "reward.model.dtype" not in error
     assert len(error.splitlines()) == 1
+
+
+def test_rows_with_a_date_are_written(trained, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": "1:", "response": "a", "day": date(2026, 1, 2)}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    status, output, error = llmrl("score", trained / "final", tmp_path / "rows.parquet")
+    assert status == 0, error
+    assert json.loads(output)["day"] == "2026-01-02"
+
+
+def test_scores_that_could_not_be_written_are_told_before_anything_loads(trained, tmp_path, monkeypatch):
+    refuse_to_load(monkeypatch)
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1:", "response": "a", "score": 1}])
+    status, _, error = llmrl("score", trained / "final", file)
+    assert (status, error.splitlines()) == (
+        2,
+        [f"error: {file} already has a column 'score', which would be lost; rename it or take it out"],
+    )
+    status, _, error = llmrl("score", trained / "final", file, "--output", tmp_path)
+    assert (status, error) == (2, f"error: --output ({tmp_path}) is a folder; name a file in it\n")
+
+
+def test_code_of_a_model_runs_only_where_it_is_allowed(trained, tmp_path):
+    shutil.copytree(trained / "final", tmp_path / "code")
+    config = json.loads((tmp_path / "code" / "config.json").read_text())
+    (tmp_path / "code" / "config.json").write_text(json.dumps({**config, "auto_map": {}}))
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1:", "response": "a"}])
+    status, _, error = llmrl("score", tmp_path / "code", file)
+    assert status == 2
+    assert "read it, then add --trust-remote-code" in error
+    status, _, error = llmrl("score", tmp_path / "code", file, "--trust-remote-code")
+    assert status == 0, error
 
 
 # --- in the loop ------------------------------------------------------------------------------------------------------
@@ -416,7 +456,7 @@ def folders(tmp_path):
         ),
         ("headless", "has no score head; train one with `llmrl reward-model`"),
         ("two", "has 2 labels; a reward model has exactly one"),
-        ("code", "reward.model.trust_remote_code=true"),
+        ("code", "brings its own Python code"),
     ],
 )
 @pytest.mark.parametrize("command", ["grpo", "grpo dry", "evaluate", "score"])
@@ -435,6 +475,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_loads(
     assert error.startswith(f"error: reward.model.path ({folders / name}) ")
     assert told in error
     assert "from_scratch" not in error  # which reward.model does not have
+    assert ("reward.model.trust_remote_code=true" in error) == (name == "code" and command != "score")
     assert len(error.splitlines()) == 1
 
 

@@ -326,6 +326,10 @@ class Critic:
     critic_optimizer: Optimizer = Optimizer()
     """How it learns."""
 
+    def __post_init__(self) -> None:
+        if self.minibatch < 1:
+            raise ValueError(f"minibatch ({self.minibatch}) must be at least 1")
+
 
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
@@ -349,6 +353,7 @@ def test_the_run_is_the_one_whose_settings_are_named(write: Write, text: str, ov
         ("{size: 4, minbatch: 4}", "minbatch is not a setting; did you mean minibatch?"),
         ("{size: 3}", "minibatch (8) must be a multiple of size (3)"),
         ("minibatch: x", "minibatch: 'x' is not a whole number"),
+        ("minibatch: -4", "minibatch (-4) must be a multiple of size (8)"),  # told by the first, where none takes it
     ],
 )
 def test_what_is_wrong_is_told_of_that_run(write: Write, text: str, said: str):

@@ -52,7 +52,8 @@ class GRPOConfig:
     dual_clip: float | None = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference in the loss; 0 keeps no reference model."""
+    """Weight of the KL to the reference in the loss. 0 keeps no reference model, and then no kl/* is measured, unless
+    model.lora is set, where a reference takes no memory."""
     kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
     """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
     alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
@@ -143,7 +144,7 @@ class GRPO:
             clip_high=self.config.clip_high,
             dual_clip=self.config.dual_clip,
         )
-        if self.reference is not None:
+        if self.reference is not None and self.config.kl_coef:
             live, ref = (torch.where(counted, x, 0.0) for x in (logprobs, batch.ref_logprobs))
             kl = self._kl(live, ref, importance_ratio(logprobs, batch.old_logprobs, counted))
             loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)

@@ -8,6 +8,9 @@ from typing import Any
 
 BAND = 1.5
 """Of `StepKLControl`: how far from its target, as a factor, the KL may be before the coefficient moves, and by what."""
+FURTHEST = 1000.0
+"""Of `StepKLControl`: how far from the first coefficient, as a factor, it may come. Else a target that a run cannot
+reach would let it vanish, and the target would mean nothing for as long again once it can."""
 LARGEST_ERROR = 0.2
 """Of `KLControl`: bounds how much one iteration can change the coefficient, relatively, per horizon."""
 
@@ -49,6 +52,7 @@ class StepKLControl:
 
         coef = coef * 1.5  where  kl > 1.5 * target
         coef = coef / 1.5  where  kl < target / 1.5
+        coef = clip(coef, first / 1000, first * 1000)
 
     Reference: Schulman et al. 2017, arXiv:1707.06347, section 4, whose factor is 2 where this is 1.5.
     """
@@ -57,12 +61,16 @@ class StepKLControl:
     target: float
     """Nats per token."""
 
+    def __post_init__(self) -> None:
+        self.first = self.coef
+
     def update(self, kl: float) -> None:
         """After the updates of an iteration, which moved the actor by `kl` on average over its tokens."""
         if kl > self.target * BAND:
             self.coef *= BAND
         elif kl < self.target / BAND:
             self.coef /= BAND
+        self.coef = min(max(self.coef, self.first / FURTHEST), self.first * FURTHEST)
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}

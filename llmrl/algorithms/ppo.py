@@ -60,18 +60,20 @@ class PPOConfig:
     aggregation: Aggregation = "token"
     """How token losses become one number: each token counts the same, each response does, or a constant divides."""
     kl_coef: float = 0.05
-    """Price, in score, of a nat between actor and reference; 0 keeps no reference model. The first one, if steered."""
+    """Price, in score, of a nat between actor and reference; the first one, if steered. 0 keeps no reference model, and
+    then no kl/* is measured, unless model.lora is set, where a reference takes no memory."""
     kl_target: float | None = None
     """Steers kl_coef so that kl/sequence comes to so many nats (Ziegler et al. 2019, arXiv:1909.08593); null: none."""
     kl_horizon: int = 10_000
-    """Responses in which kl_coef can change by a fifth at most."""
+    """Responses in which kl_coef can change by a fifth at most; at least those of a rollout. Read with kl_target."""
     step_kl_target: float | None = None
     """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by so many
     nats per token (penalized TRPO); null for no such penalty."""
     step_kl_coef: float = 1.0
     """The first price of that."""
     stop_kl: float | None = None
-    """Ends an iteration's updates after a minibatch with more KL(old, current) per token than this; null never does."""
+    """Ends an iteration's updates after a minibatch with more KL(old, current) per token than this; null never does.
+    Learning-rate schedules count the steps that were taken."""
     score_clip: float | None = None
     """Scores are clipped at plus and minus this before anything else; null for no clip."""
     normalize_scores: bool = False
@@ -105,11 +107,12 @@ class PPOConfig:
             raise ValueError(
                 "algorithm.kl_target steers algorithm.kl_coef by factors, so that must not begin at 0; try 0.05"
             )
-        if self.bootstrap_truncated and self.missing_eos_penalty:
-            raise ValueError(
-                "algorithm.bootstrap_truncated gives a response that was cut a value in place of a score, from which "
-                "algorithm.missing_eos_penalty could be subtracted; choose one of them"
-            )
+        for name in ("missing_eos_penalty", "overlong_buffer_tokens"):
+            if self.bootstrap_truncated and getattr(self, name):
+                raise ValueError(
+                    "algorithm.bootstrap_truncated gives a response that was cut a value in place of a score, from "
+                    f"which algorithm.{name} could be subtracted; choose one of them"
+                )
 
     @property
     def group_size(self) -> int:
@@ -118,9 +121,12 @@ class PPOConfig:
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
-        if self.step_kl_target is None and self.step_kl_coef != 1.0:
-            return ["algorithm.step_kl_coef is read only where algorithm.step_kl_target is set"]
-        return []
+        pairs = (("step_kl_coef", "step_kl_target"), ("kl_horizon", "kl_target"))
+        return [
+            f"algorithm.{name} is read only where algorithm.{target} is set"
+            for name, target in pairs
+            if getattr(self, target) is None and getattr(self, name) != getattr(type(self), name)
+        ]
 
 
 class PPO:
@@ -193,21 +199,24 @@ class PPO:
         return experience, metrics
 
     def _shape_scores(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
-        """Clipped, then normalized, then less the penalties; 0 for what a critic's value stands for."""
-        scored, lengths = ~scores.isnan(), rollout.sequences.response_lengths
+        """Clipped, then normalized, then less the penalties; 0 where the critic's value stands for a score."""
+        replaced = ~rollout.finished & self.config.bootstrap_truncated
         if self.config.score_clip is not None:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
         if self.config.normalize_scores:
-            batch = self._global(masked_moments(scores, scored))
-            self.score_moments = tuple(x + float(y) for x, y in zip(self.score_moments, batch, strict=True))
-            scores = standardize(
-                scores, scored, moments=torch.tensor(self.score_moments, dtype=torch.float64).to(scores.device)
-            )
+            scores = self._normalize(scores, ~scores.isnan() & ~replaced)
         scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
         if self.config.overlong_buffer_tokens:
             limit, buffer = self.max_response_tokens, self.config.overlong_buffer_tokens
-            scores = scores + overlong_penalty(lengths, limit=limit, buffer=buffer)
-        return torch.where(~rollout.finished & self.config.bootstrap_truncated, 0.0, scores)
+            scores = scores + overlong_penalty(rollout.sequences.response_lengths, limit=limit, buffer=buffer)
+        return torch.where(replaced, 0.0, scores)
+
+    def _normalize(self, scores: Float[Tensor, " B"], scored: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """By the moments of every score so far, on all ranks, these included."""
+        batch = self._global(masked_moments(scores, scored))
+        count, total, square = (x + float(y) for x, y in zip(self.score_moments, batch, strict=True))
+        self.score_moments = (count, total, square)
+        return standardize(scores, scored, moments=batch.new_tensor(self.score_moments))
 
     def _estimate(
         self,
@@ -276,11 +285,12 @@ class PPO:
     # --- what steers itself -------------------------------------------------------------------------------------------
 
     def should_stop(self, update: Metrics) -> bool:
-        """Whether a minibatch has found the actor further from the old one than `stop_kl` allows."""
+        """Whether a minibatch, on all ranks, has found the actor further from the old one than `stop_kl` allows."""
         kl = update.statistics.get("policy/approx_kl")
         if self.config.stop_kl is None or not isinstance(kl, Mean):
             return False
-        return bool(kl.total > self.config.stop_kl * kl.num)
+        total, num = self.collectives.sum(torch.stack([torch.as_tensor(x).double() for x in kl]))
+        return bool(total > self.config.stop_kl * num)
 
     def finish(self, experience: PPOExperience) -> Metrics:
         """After the updates. The price of a step moves by how far they took the actor, which is measured for that."""

@@ -11,7 +11,7 @@ from llmrl.build.rows import EVALUATION, read_rows
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
 from llmrl.data.preferences import load_preference_rows
 from llmrl.data.prompts import load_prompt_rows
-from llmrl.data.rerender import same_tokens
+from llmrl.data.rerender import same_ids
 from llmrl.data.rows import check_rows, column_names
 from llmrl.data.supervised import load_supervised_rows
 from llmrl.experience import Row
@@ -103,7 +103,7 @@ def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
     """Refuses a reward model as the critic's body that reads other tokens than the policy writes."""
     with naming("reward.model"):
         theirs = load_tokenizer(reward_model_config(reward_model))
-    if not same_tokens(load_tokenizer(model), theirs):
+    if not same_ids(load_tokenizer(model), theirs):
         raise ModelError(
             f"critic.body reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
             f"model.path ({model.path}), and the critic reads the policy's; set critic.body to actor"

@@ -1,7 +1,7 @@
 """Actor and critic together: two networks, two adapters on one base, or two heads on one trunk."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from llmrl.models.critic import (
     ValueHead,
     ValueModule,
 )
-from llmrl.models.loading import base_of, lora_config, turn_dropout_off
+from llmrl.models.loading import ModelError, base_of, lora_config, turn_dropout_off
 from llmrl.models.reward_model import load_reward_model
 from llmrl.roles import ActorCritic, Trainable
 
@@ -31,20 +31,19 @@ class Networks:
 
     both: ActorCritic
     trained: Mapping[str, Trainable]
+    critic: "PreTrainedModel"
+    """The model below the value head."""
 
 
 def load_networks(config: PPORun, actor: Actor) -> Networks:
     """The critic that the config names, beside a loaded actor."""
-    head = ValueHead(actor.model.config.get_text_config().hidden_size, init=config.critic.head_init).to(
-        actor.model.device
-    )
     if config.critic.network == "shared":
-        return _share_trunk(config, actor, head)
+        return _share_trunk(config, actor)
     trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
     trunk.to(actor.model.device).train()  # type: ignore[arg-type]
     if config.model.gradient_checkpointing:
         trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = ValueModule(trunk, head, dtype=actor.dtype)
+    module = ValueModule(trunk, _head_on(trunk, config), dtype=actor.dtype)
     critic = TransformersValueFunction(module, microbatch_tokens=config.update.microbatch_tokens)
     return Networks(
         both=SeparateNetworks(actor.policy, critic),
@@ -52,11 +51,18 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
             "actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.num_actor_steps),
             "critic": LocalTrainable(module, config.critic_optimizer, num_steps=config.num_optimizer_steps),
         },
+        critic=trunk,
     )
 
 
-def _share_trunk(config: PPORun, actor: Actor, head: ValueHead) -> Networks:
-    module = SharedModule(actor.module, head)
+def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
+    """As wide as the hidden states that it reads."""
+    head = ValueHead(trunk.config.get_text_config().hidden_size, init=config.critic.head_init)
+    return head.to(trunk.device)
+
+
+def _share_trunk(config: PPORun, actor: Actor) -> Networks:
+    module = SharedModule(actor.module, _head_on(actor.model, config))
     trainable = LocalTrainable(
         module,
         config.optimizer,
@@ -64,7 +70,7 @@ def _share_trunk(config: PPORun, actor: Actor, head: ValueHead) -> Networks:
         peaks={"head.weight": config.critic_optimizer.learning_rate},
     )
     both = SharedTrunk(module, microbatch_tokens=config.update.microbatch_tokens)
-    return Networks(both=both, trained={"actor": trainable})
+    return Networks(both=both, trained={"actor": trainable}, critic=actor.model)
 
 
 def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
@@ -86,6 +92,17 @@ def _adapter_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
     assert actor.adapted is not None, "checked with the settings"
     assert config.model.lora is not None, "checked with the settings"
     trunk: PreTrainedModel = base_of(actor.adapted).base_model  # type: ignore[assignment]
+    _check_targets(config.model.lora.targets, trunk)
     get_peft_model(trunk, lora_config(config.model.lora, task_type="FEATURE_EXTRACTION"))
     turn_dropout_off(trunk)
     return trunk
+
+
+def _check_targets(targets: Sequence[str], trunk: "PreTrainedModel") -> None:
+    """Refuses names of layers that the actor has and its trunk has not: the LM head."""
+    layers = [f".{name}" for name, _ in trunk.named_modules()]
+    if targets and not any(layer.endswith(f".{target}") for layer in layers for target in targets):
+        raise ModelError(
+            f"model.lora.targets ({', '.join(targets)}) names no layer of the critic, which has no LM head; name one "
+            "that it has, or set critic.network to own"
+        )

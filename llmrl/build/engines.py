@@ -1,7 +1,7 @@
 """What draws responses."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +43,13 @@ def build_engine(
     return NativeEngine(model, max_rows=config.max_rows, **common)
 
 
-def check_room(model: "PreTrainedModel", prompts: Prompts, config: RolloutConfig) -> None:
-    """Refuses before the first rollout what the engine would refuse when the longest prompt comes up."""
-    check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens)
+def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, config: RolloutConfig) -> None:
+    """Refuses before the first rollout what would fail when the longest prompt comes up.
+
+    `readers` are all models that read prompts with their responses, by what an error calls them.
+    """
+    for whose, model in readers.items():
+        check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens, whose=whose)
 
 
 def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":

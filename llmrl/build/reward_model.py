@@ -1,5 +1,6 @@
 """The training of reward models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,18 +9,21 @@ import torch
 
 from llmrl.build.checks import Checked
 from llmrl.config import RewardModelRun
-from llmrl.data.preferences import PairSource
+from llmrl.data.preferences import PairSource, PreferenceDataConfig
+from llmrl.data.rows import DataError
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.trainable import LocalTrainable
-from llmrl.experience import PreferencePairs
-from llmrl.models.loading import DTYPES, ModelConfig, ModelError, load_tokenizer
-from llmrl.models.reward_checks import sanity_checks
+from llmrl.experience import PreferencePairs, Sequences
+from llmrl.models.loading import DTYPES, ModelConfig, load_tokenizer
+from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_model import (
     Normalization,
     RewardModule,
+    TextForm,
     TransformersRewardModel,
     adapt,
+    check_vocabulary,
     choose_pad,
     load_reward_model,
     normalization_on,
@@ -29,6 +33,7 @@ from llmrl.models.saving import save_policy
 from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
+from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.run import Run, RunConfig
@@ -36,6 +41,12 @@ from llmrl.trainers.run import Run, RunConfig
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+PAD_NOTE = (
+    "pad equals EOS and the vocabulary has no known spare token: plain transformers reads the score one token before "
+    "the end, llmrl at the end"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +74,7 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
     model = load_reward_model(config, head_init=settings.head_init)
-    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[union-attr]
-        raise ModelError(
-            f"model.path ({config.path}): its tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the "
-            f"model has {model.get_input_embeddings().num_embeddings} embeddings; they do not belong together"  # type: ignore[union-attr]
-        )
+    check_vocabulary(config, model, tokenizer)
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
     model.to(pick_device()).train()  # type: ignore[arg-type]
@@ -92,11 +99,18 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed)
     pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
     held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
-    for section, source in (("data", pairs), ("evaluation_data", held_out)):
+    for section, source, data in (
+        ("data", pairs, config.data),
+        ("evaluation_data", held_out, config.evaluation_data),
+    ):
         for line in source.counts.lines():
             progress.message(f"{section}: {line}")
+        _check_positions(source, data, section, limit=position_limit(loaded.model))
+    if not loaded.has_own_pad:
+        progress.message(PAD_NOTE)
+    TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
     device = loaded.model.device
-    reference = pairs.all().select(torch.arange(min(settings.num_reference_pairs, pairs.num_rows))).to(device)
+    reference = pairs.evenly_spaced(settings.num_reference_pairs).to(device)
     num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
     trainer = RewardModelTrainer(
         settings,
@@ -117,7 +131,16 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
             adapted=loaded.adapted,
             tokenizer=loaded.tokenizer,
             dtype=torch.float32,  # so that the folder scores as the model that was trained
-            records={"report_card.json": _report_card(loaded, trainer, held_out, normalization)},
+            records={
+                "report_card.json": _report_card(
+                    loaded,
+                    trainer,
+                    sources=held_out.sources,
+                    counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
+                    may_be_cut=config.evaluation_data.truncate,
+                    normalization=normalization,
+                )
+            },
         )
 
     return Run(
@@ -132,28 +155,43 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     )
 
 
+def _check_positions(source: PairSource, data: PreferenceDataConfig, section: str, *, limit: int | None) -> None:
+    """Refuses sequences longer than a table of absolute positions."""
+    if limit is not None and source.longest > limit:
+        raise DataError(
+            f"{data.path}: a sequence of {source.longest} tokens exceeds the {limit} positions of the model; "
+            f"set {section}.max_tokens ({data.max_tokens}) to at most {limit}"
+        )
+
+
 def _report_card(
-    loaded: LoadedRewardModel, trainer: RewardModelTrainer, held_out: PairSource, normalization: Normalization
+    loaded: LoadedRewardModel,
+    trainer: RewardModelTrainer,
+    *,
+    sources: tuple[str | None, ...],
+    counts: Mapping[str, Mapping[str, int]],
+    may_be_cut: bool,
+    normalization: Normalization,
 ) -> Card:
     pairs = trainer.held_out
     chosen, rejected = trainer.held_out_scores()
-    notes = []
-    if not loaded.has_own_pad:
-        notes.append(
-            "pad equals EOS and the vocabulary has no token to spare: plain transformers reads the score one token "
-            "before the end, llmrl at the end"
-        )
+    notes = [] if loaded.has_own_pad else [PAD_NOTE]
+    both = Sequences.cat([pairs.chosen, pairs.rejected])
+    checks = sanity_checks(loaded.scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
+    if may_be_cut and not checks[END_CHECK]:
+        del checks[END_CHECK]
+        notes.append("evaluation_data.truncate cut some responses, which are scored at their last token, not at an EOS")
     return make_report_card(
         PairResults(
             chosen_scores=chosen,
             rejected_scores=rejected,
             chosen_lengths=pairs.chosen.response_lengths,
             rejected_lengths=pairs.rejected.response_lengths,
-            sources=held_out.sources,
+            sources=sources,
         ),
         loss=trainer.evaluate()["eval/loss"],
-        counts=vars(held_out.counts),
-        checks=sanity_checks(loaded.scorer, pairs.chosen, loaded.tokenizer, dtype=loaded.module.dtype),
+        counts=counts,
+        checks=checks,
         normalization=(normalization.mean, normalization.std),
         notes=notes,
     )

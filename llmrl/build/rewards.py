@@ -1,28 +1,32 @@
 """What scores responses: programs, and models that are only asked."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from llmrl.build.checks import naming, reward_model_config
-from llmrl.data.chat import as_sequences
+from llmrl.data.chat import as_sequences, uses_chat
+from llmrl.data.preferences import split_open_transcript
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
-from llmrl.data.rows import column_names
-from llmrl.data.supervised import SupervisedDataConfig, encode_examples
+from llmrl.data.rows import check_rows, column_names
+from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
 from llmrl.distributed.device import pick_device
 from llmrl.experience import Rollout, Row, Sequences
 from llmrl.models.loading import DTYPES, base_of, load_tokenizer, shrink_linear_layers
 from llmrl.models.reward_model import (
     Normalization,
     RewardModule,
+    TextForm,
     TransformersRewardModel,
+    check_vocabulary,
     load_reward_model,
     load_reward_on_base,
     saved_normalization,
+    saved_text_form,
     score_layer,
 )
 from llmrl.rewards.combine import CombinedReward
@@ -31,6 +35,7 @@ from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function
 from llmrl.roles import RewardFunction
+from llmrl.rollout.support import position_limit
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,6 +84,10 @@ class RewardScorer:
     tokenizer: "PreTrainedTokenizerBase"
     normalize: Callable[[Tensor], Tensor]
     weight: float
+    text_form: TextForm
+    """For prompts that bring no settings of their own."""
+    position_limit: int | None
+    """Tokens of the longest sequence that it can read."""
 
     def reward_for(
         self, policy_tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
@@ -107,6 +116,7 @@ def load_scorer(config: LearnedRewardConfig, adapted: "PeftModel | None" = None)
         else:
             model = load_reward_model(model_config, head_init=None).to(pick_device())  # type: ignore[arg-type]
             shrink_linear_layers(model, DTYPES[config.dtype], head=score_layer(model))
+        check_vocabulary(model_config, model, tokenizer)
     model.eval().requires_grad_(False)
     normalization = saved_normalization(model.config) if config.normalize else None
     return RewardScorer(
@@ -118,14 +128,38 @@ def load_scorer(config: LearnedRewardConfig, adapted: "PeftModel | None" = None)
         tokenizer=tokenizer,
         normalize=normalization or Normalization(mean=0.0, std=1.0),
         weight=config.weight,
+        text_form=saved_text_form(model.config),
+        position_limit=position_limit(model),
     )
 
 
 def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: SupervisedDataConfig) -> list[float]:
-    """The score of each row's response by a reward model, through the model's own chat template."""
+    """The score of each row's response by a reward model, which reads prompts as it did in training.
+
+    Of `data` the path and the columns count: template and system prompt are those that are stored with the model.
+    """
     scorer = load_scorer(config)
-    examples = encode_examples(rows, scorer.tokenizer, data)
+    data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
+    as_messages = uses_chat(scorer.tokenizer, data)
+    examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
+    check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
     sequences = as_sequences(*zip(*examples, strict=True)).to(scorer.scorer.device)
     scores = scorer.normalize(scorer.scorer.scores(sequences))
-    check_finite(scores)
+    check_finite(scores, way_out="train it again")
     return scores.tolist()
+
+
+def _as_in_training(row: Row, data: SupervisedDataConfig, as_messages: bool) -> Row:
+    """A row whose prompt is an open transcript, as pairs of such are read."""
+    prompt = row[data.prompt_column]
+    if not isinstance(prompt, str):
+        return row
+    prompt, response = split_open_transcript(prompt, row[data.response_column], as_messages=as_messages)
+    return {**row, data.prompt_column: prompt, data.response_column: response}
+
+
+def _length_problem(example: EncodedExample, limit: int | None) -> str | None:
+    num_tokens = sum(map(len, example))
+    if limit is None or num_tokens <= limit:
+        return None
+    return f"it has {num_tokens} tokens, and the model has {limit} positions; take it out or make it shorter"

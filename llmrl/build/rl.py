@@ -14,12 +14,13 @@ from llmrl.build.rewards import Rewards
 from llmrl.build.rows import EVALUATION, tell_dropped
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
+from llmrl.data.rerender import same_tokens
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.trainable import LocalTrainable
 from llmrl.experience import Prompts
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Algorithm, Progress, RolloutEngine, Trainable
+from llmrl.roles import Algorithm, Policy, Progress, RolloutEngine, Trainable
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.evaluate import Evaluator
@@ -33,25 +34,21 @@ if TYPE_CHECKING:
 def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
     actor = _load_actor(config)
-    reference = None
-    if config.algorithm.kl_coef > 0:
-        reference = reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
     algorithm = GRPO(
         config.algorithm,
         actor=actor.policy,
-        reference=reference,
+        reference=_reference_of(actor, config, kl_coef=config.algorithm.kl_coef),
         max_response_tokens=config.rollout.max_response_tokens,
     )
     trained = {"actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.num_optimizer_steps)}
-    return _build_run(config, checked, actor, algorithm, trained, progress=progress, trackers=trackers)
+    readers = {"the model": actor.model}
+    return _build_run(config, checked, actor, algorithm, trained, readers, progress=progress, trackers=trackers)
 
 
 def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
     actor = _load_actor(config)
-    reference = None
-    if config.algorithm.kl_coef > 0:
-        reference = reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
+    reference = _reference_of(actor, config, kl_coef=config.algorithm.kl_coef)
     networks = load_networks(config, actor)
     algorithm = PPO(
         config.algorithm,
@@ -62,7 +59,8 @@ def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers:
         value_coef=config.critic.value_coef,
         collectives=OneProcess(),
     )
-    return _build_run(config, checked, actor, algorithm, networks.trained, progress=progress, trackers=trackers)
+    trained, readers = networks.trained, {"the model": actor.model, "the critic": networks.critic}
+    return _build_run(config, checked, actor, algorithm, trained, readers, progress=progress, trackers=trackers)
 
 
 def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
@@ -82,26 +80,35 @@ def _load_actor(config: RLRun) -> Actor:
     )
 
 
+def _reference_of(actor: Actor, config: RLRun, *, kl_coef: float) -> Policy | None:
+    """Where a nat has its price, and where a reference takes no memory: then the KL is measured all the same."""
+    if kl_coef == 0 and actor.adapted is None:
+        return None
+    return reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
+
+
 def _build_run(
     config: RLRun,
     checked: Checked,
     actor: Actor,
     algorithm: Algorithm,
     trained: Mapping[str, Trainable],
+    readers: Mapping[str, "PreTrainedModel"],
     *,
     progress: Progress,
     trackers: Trackers,
 ) -> Run:
-    """A run of any algorithm: all that is left is the same for each."""
-    for warning in config.algorithm.warnings():
+    """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
+    for warning in config.warnings():
         progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
-    if position_limit(actor.model) is not None:
-        check_room(actor.model, _one_epoch(prompts), config.rollout)
     engine = build_engine(config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress)
     rewards = Rewards(config.reward, checked.functions, actor.tokenizer, actor.adapted)
+    readers = {**readers, **_scorer_of(rewards)}
+    if any(position_limit(model) is not None for model in readers.values()):
+        check_room(readers, _one_epoch(prompts), config.rollout)
     trainer = RLTrainer(
         algorithm=algorithm,
         engine=engine,
@@ -124,7 +131,7 @@ def _build_run(
     evaluator = None
     if config.evaluation.every:
         evaluator = _evaluator(config, checked, actor.tokenizer, actor.model, engine, rewards, progress)
-    return Run(
+    run = Run(
         config.run,
         settings=to_dict(config),
         trainer=trainer,
@@ -134,6 +141,15 @@ def _build_run(
         progress=progress,
         sink=trackers,
     )
+    run.warmup_iterations = config.warmup_iterations
+    return run
+
+
+def _scorer_of(rewards: Rewards) -> dict[str, "PreTrainedModel"]:
+    """The reward model where it reads the policy's own tokens; of others the length is not known before."""
+    if rewards.scorer is None or not same_tokens(rewards.tokenizer, rewards.scorer.tokenizer):
+        return {}
+    return {"the reward model": rewards.scorer.scorer.module.model}  # type: ignore[dict-item]
 
 
 def _one_epoch(source: PromptSource) -> Prompts:
@@ -157,7 +173,7 @@ def _evaluator(
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
     prompts, num_dropped = encode_prompts(checked.evaluation_rows, tokenizer, config.evaluation_data)
     tell_dropped(num_dropped, EVALUATION, "max_prompt_tokens", progress)
-    check_room(model, prompts, config.rollout)
+    check_room({"the model": model, **_scorer_of(rewards)}, prompts, config.rollout)
     return Evaluator(
         config.evaluation,
         engine=engine,

@@ -50,6 +50,8 @@ def kind(value: Any) -> str:
 def _ending_problem(messages: Sequence[Message]) -> str | None:
     if messages[-1]["role"] == "assistant":
         return "ends with the assistant's message; end with one that asks for a response"
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        return "ends with an empty message of the user"
     return None
 
 

@@ -219,6 +219,16 @@ class PairSource(ShuffledSource[EncodedPair]):
         """Every pair once, in data order; what `next` deals is not changed by it."""
         return _batch(self._examples)
 
+    def evenly_spaced(self, num_pairs: int) -> PreferencePairs:
+        """So many pairs, spread over the data from the first to the last; all where there are no more."""
+        places = torch.linspace(0, self.num_rows - 1, min(num_pairs, self.num_rows), dtype=torch.float64).round()
+        return _batch([self._examples[n] for n in places.long().tolist()])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its responses."""
+        return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self._examples)
+
 
 def _batch(pairs: Sequence[EncodedPair]) -> PreferencePairs:
     prompts = [pair.prompt_ids for pair in pairs]
@@ -375,7 +385,18 @@ def _transcript_messages(prompt: str) -> list[dict[str, str]]:
     ]
 
 
+def split_open_transcript(prompt: str, response: str, *, as_messages: bool) -> tuple[Prompt, str]:
+    """``(prompt, response)`` as training reads them where the prompt is an open transcript; others stay as they are."""
+    if not _is_open_transcript(prompt):
+        return prompt, response
+    end = len(prompt.rstrip())
+    prompt, response = prompt[:end], prompt[end:] + response
+    return (_transcript_messages(prompt), response.strip()) if as_messages else (prompt, response)
+
+
 def _split_texts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+    if chosen == rejected:
+        return "", chosen, rejected  # dropped as identical, wherever its prompt ends
     prompt = _common_beginning(chosen, rejected)
     if not prompt.strip():
         raise _BadPair(

@@ -16,9 +16,13 @@ PROBE = "Is  1+2 = 3?\n Él said: 'naïve', don't."
 
 def same_tokens(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers write a conversation with the same ids."""
+    return left.chat_template == right.chat_template and same_ids(left, right)
+
+
+def same_ids(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
+    """Whether an id means the same to two tokenizers, however they write a conversation."""
     return (
         left.get_vocab() == right.get_vocab()
-        and left.chat_template == right.chat_template
         and left.eos_token_id == right.eos_token_id
         and left(PROBE)["input_ids"] == right(PROBE)["input_ids"]
     )

@@ -103,7 +103,7 @@ class LocalTrainable:
         if self.num_skipped >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
-                "resume from the last checkpoint with a lower optimizer.learning_rate"
+                "resume from the last checkpoint with a lower learning_rate of its optimizer"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.share_of_peak(self.num_steps_done + 1)

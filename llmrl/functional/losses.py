@@ -206,7 +206,9 @@ def bradley_terry_loss(
     check_shapes(**shapes, **({} if margin is None else {"margin": (margin, "B")}))
     difference = chosen_scores - rejected_scores
     lead = difference if margin is None else difference - margin
-    losses = softplus(-lead) + center_coef * (chosen_scores + rejected_scores).square()
+    losses = softplus(-lead)
+    if center_coef != 0:  # 0 times the square of a large score may be 0 times infinity
+        losses = losses + center_coef * (chosen_scores + rejected_scores).square()
     denominator = _as_double(num_pairs, losses)
     loss = losses.sum() * torch.where(denominator > 0, 1.0 / denominator, 0.0).to(losses.dtype)
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()

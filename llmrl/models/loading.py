@@ -156,12 +156,27 @@ def _check_cached(config: ModelConfig) -> str | None:
 
 
 def _check_remote_code(files: Sequence[Path], config: ModelConfig) -> None:
-    brings_code = any("auto_map" in json.loads(file.read_text()) for file in files if file.is_file())
+    brings_code = any("auto_map" in json_object(file, config) for file in files if file.is_file())
     if brings_code and not config.trust_remote_code:
         raise ModelError(
             f"model.path ({config.path}) brings its own Python code, which would run here; "
             "read it, then set model.trust_remote_code=true, or choose another model"
         )
+
+
+def json_object(file: Path, config: ModelConfig) -> dict[str, Any]:
+    """What a file of the model folder says.
+
+    Raises:
+        ModelError: It is no JSON object.
+    """
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ModelError(f"model.path ({config.path}) has a {file.name} that is no JSON object; save the model again")
+    return settings
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":

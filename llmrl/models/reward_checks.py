@@ -10,6 +10,7 @@ from llmrl.models.reward_model import TransformersRewardModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+END_CHECK = "end token scored"
 NUM_PROBED = 8
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far scores of the same sequence may be apart, in parts of the largest: rounding."""
@@ -28,7 +29,7 @@ def sanity_checks(
     """
     few = responses.select(torch.arange(min(NUM_PROBED, len(responses.response_lengths))))
     return {
-        "end token scored": _ends_with(responses, tokenizer.eos_token_id),
+        END_CHECK: _ends_with(responses, tokenizer.eos_token_id),
         "padding inert": _padding_is_inert(scorer, few, TOLERANCE[dtype]),
         "template free of today's date": "strftime_now" not in str(tokenizer.chat_template),
     }

@@ -25,6 +25,7 @@ from llmrl.models.loading import (
     ModelError,
     is_adapter,
     is_local_model,
+    json_object,
     lora_config,
     reading,
     resolved,
@@ -38,8 +39,21 @@ if TYPE_CHECKING:
 
 HeadInit = Literal["zero", "normal"]
 MEAN_KEY, STD_KEY = "llmrl_score_mean", "llmrl_score_std"
-PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<unk>")
+TEMPLATE_KEY, SYSTEM_PROMPT_KEY = "llmrl_template", "llmrl_system_prompt"
+PAD_NAMES = (
+    "<pad>",
+    "[PAD]",
+    "<PAD>",
+    "<|pad|>",
+    "<|padding|>",
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<unk>",
+)
 """Tokens that a vocabulary may have to spare for padding."""
+OLD_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias")
+"""Ends of names of causal masks, which folders of GPT-2 and GPT-Neo once held beside the weights."""
 PROBE_TOLERANCE = 1e-4
 
 
@@ -69,6 +83,26 @@ def saved_normalization(config: "PretrainedConfig") -> Normalization | None:
     """What was stored with a model; None for one that llmrl did not train."""
     mean, std = getattr(config, MEAN_KEY, None), getattr(config, STD_KEY, None)
     return None if mean is None or std is None else Normalization(mean=mean, std=std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextForm:
+    """How texts became tokens in training, as `data` said it. Stored in the model's config.json."""
+
+    template: Literal["auto", "chat", "none"] = "auto"
+    system_prompt: str | None = None
+
+    def write(self, config: "PretrainedConfig") -> None:
+        """Puts both where `saved_text_form` finds them."""
+        setattr(config, TEMPLATE_KEY, self.template)
+        setattr(config, SYSTEM_PROMPT_KEY, self.system_prompt)
+
+
+def saved_text_form(config: "PretrainedConfig") -> TextForm:
+    """What was stored with a model; the defaults of data for one that llmrl did not train."""
+    return TextForm(
+        template=getattr(config, TEMPLATE_KEY, "auto"), system_prompt=getattr(config, SYSTEM_PROMPT_KEY, None)
+    )
 
 
 class RewardModule(nn.Module):
@@ -209,8 +243,9 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> None:
         )
     if not is_local_model(config.path) or not file.is_file():
         return
-    settings = json.loads(file.read_text())
-    num_labels = len(settings.get("id2label") or {0: "", 1: ""})
+    settings = json_object(file, config)
+    labels = settings.get("id2label")
+    num_labels = len(labels) if labels else settings.get("num_labels", 2)
     if not _classifies(config, settings.get("architectures"), num_labels) and needs_head:
         raise ModelError(
             f"model.path ({config.path}) has no score head; train one with `llmrl reward-model`, or name a folder of "
@@ -232,7 +267,8 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
 
     Args:
         config: A folder or a hub name.
-        head_init: How a head that the folder lacks begins; None refuses such a folder.
+        head_init: How the head of a causal language model begins; None refuses a folder without a head, and so does
+            a sequence classification model, which should have one.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -240,7 +276,8 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
     report: dict[str, Any] = {"missing_keys": {"score.weight"}, "unexpected_keys": (), "mismatched_keys": ()}
     with reading(config), _no_table():
         shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        if not _classifies(config, shape.architectures, shape.num_labels):
+        classifies = _classifies(config, shape.architectures, shape.num_labels)
+        if not classifies:
             shape.num_labels = 1
         if config.from_scratch:
             model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=trust)
@@ -255,7 +292,8 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
                 ignore_mismatched_sizes=True,  # they are told in the report, and refused
             )
     head = score_layer(model)
-    _check_weights(config, model, report, new_head=head_init is not None)
+    new_head = head_init is not None and (config.from_scratch or not classifies)
+    _check_weights(config, model, report, new_head=new_head)
     if "score.weight" in report["missing_keys"]:
         _initialize(head, head_init)
     turn_dropout_off(model)
@@ -279,7 +317,8 @@ def _check_weights(config: ModelConfig, model: "PreTrainedModel", report: Mappin
     """Refuses weights that do not fit, by what transformers reports of them. Heads of other kinds are left out."""
     ours = (f"{model.base_model_prefix}.", "score.")
     lacking = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
-    foreign = {name for name in report["unexpected_keys"] if name.startswith(ours)}
+    unexpected = {name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS)}
+    foreign = {name for name in unexpected if name.startswith(ours)}
     misshapen = {name for name, *_ in report["mismatched_keys"]}
     kind = type(model).__name__
     for names, problem in (
@@ -292,6 +331,22 @@ def _check_weights(config: ModelConfig, model: "PreTrainedModel", report: Mappin
                 f"model.path ({config.path}): {len(names)} weights, such as {min(names)}, {problem}; choose a model "
                 "that is complete"
             )
+
+
+def check_vocabulary(config: ModelConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a tokenizer that has ids without an embedding.
+
+    Raises:
+        ModelError: It belongs to another model.
+    """
+    highest = max(tokenizer.get_vocab().values())
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    if highest >= len(embeddings):
+        raise ModelError(
+            f"model.path ({config.path}): its tokenizer has ids up to {highest}, but the model has {len(embeddings)} "
+            "embeddings; they do not belong together"
+        )
 
 
 def check_shared_base(config: ModelConfig, actor: ModelConfig) -> None:

@@ -139,6 +139,8 @@ class PlainProgress:
         self.pace = Pace(1)
         self.name, self.done, self.total = "", 0, 0
         self.last_line = monotonic()
+        self.last_iteration = self.last_line
+        """When the last line on an iteration was written."""
 
     def __enter__(self) -> "PlainProgress":
         return self
@@ -163,8 +165,9 @@ class PlainProgress:
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
         """Iteration `number`, counted from 1, is done."""
         seconds, left = self.pace.lap(number)
-        if monotonic() - self.last_line < BREATH_S and number < self.pace.num_iterations:
+        if monotonic() - self.last_iteration < BREATH_S and number < self.pace.num_iterations:
             return
+        self.last_iteration = monotonic()
         parts = [f"iteration {number}/{self.pace.num_iterations}", format_headlines(values)]
         parts += [f"{seconds:.1f} s", f"left {format_duration(left)}"]
         self.message("  ".join(part for part in parts if part))

@@ -81,7 +81,7 @@ def make_report_card(
     results: PairResults,
     *,
     loss: float,
-    counts: Mapping[str, int],
+    counts: Mapping[str, Mapping[str, int]],
     checks: Mapping[str, bool],
     normalization: tuple[float, float] | None,
     notes: Sequence[str] = (),
@@ -90,8 +90,8 @@ def make_report_card(
 
     Args:
         results: Of the held-out pairs, none included.
-        loss: Of the same pairs.
-        counts: What happened to the rows of the data on the way to pairs.
+        loss: Of the same pairs, as training minimizes it: with margins and centring where they are set.
+        counts: What happened to rows on the way to pairs, by section: "data" and "evaluation_data".
         checks: Whether each of the sanity checks passed, by a name such as "padding inert".
         normalization: Mean and standard deviation that are stored with the model; None: not normalized.
         notes: Plain sentences that a reader of the numbers should know.
@@ -113,7 +113,7 @@ def make_report_card(
         "length_correlation": _length_correlation(pairs),
         "scores": _scores(pairs),
         "normalization": None if normalization is None else _normalization(*normalization),
-        "counts": {name: int(count) for name, count in counts.items()},
+        "counts": {section: dict(of_section) for section, of_section in counts.items()},
         "checks": {name: bool(passed) for name, passed in checks.items()},
         "notes": list(notes),
     }
@@ -383,7 +383,7 @@ def _summary(card: Card) -> Table:
         "scores": _listed({name: scores[name] for name in ("mean", "std")}),
         "means of scores": _listed({"chosen": scores["chosen_mean"], "rejected": scores["rejected_mean"]}),
         "normalization": "none" if stored is None else _listed(stored),
-        "data": _listed(card["counts"]) or "–",
+        **{section.replace("_", " "): _listed(counts) for section, counts in card["counts"].items()},
     }
     table = Table(title="Report card", show_header=False, title_justify="left")
     for name, line in lines.items():

@@ -38,8 +38,8 @@ class RewardFunctionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedRewardConfig:
-    """A reward model that scores responses: what `llmrl reward-model` leaves, or any sequence classification model with
-    one label."""
+    """A reward model that scores responses: what `llmrl reward-model` leaves, or a decoder with a linear score head
+    (one label)."""
 
     path: str
     """A folder, or a name on the Hugging Face hub."""

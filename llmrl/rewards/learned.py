@@ -50,11 +50,13 @@ class LearnedReward:
         )
 
 
-def check_finite(scores: Float[Tensor, " B"]) -> None:
+def check_finite(
+    scores: Float[Tensor, " B"], *, way_out: str = "set reward.model.dtype=float32, or train it again"
+) -> None:
     """Raises FloatingPointError, which names the first response whose score is no finite number, if there is one."""
     if not bool(scores.isfinite().all()):
         row = int((~scores.isfinite()).nonzero()[0])
         raise FloatingPointError(
             f"the reward model's score of response {row} (counted from 0) is not finite: its weights are damaged, "
-            "or overflow in this precision; set reward.model.dtype=float32, or train it again"
+            f"or overflow in this precision; {way_out}"
         )

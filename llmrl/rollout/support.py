@@ -38,13 +38,15 @@ def check_cache(model: "PreTrainedModel") -> None:
     )
 
 
-def check_length(model: "PreTrainedModel", prompt_tokens: int, max_response_tokens: int) -> None:
-    """Refuses sequences longer than a table of absolute positions."""
+def check_length(
+    model: "PreTrainedModel", prompt_tokens: int, max_response_tokens: int, *, whose: str = "the model"
+) -> None:
+    """Refuses sequences longer than a table of absolute positions; `whose` it is, the error says."""
     limit = position_limit(model)
     if limit is not None and prompt_tokens + max_response_tokens > limit:
         raise RolloutError(
             f"rollout.max_response_tokens ({max_response_tokens}) with a prompt of {prompt_tokens} tokens exceeds the "
-            f"{limit} positions of the model; try at most {limit - prompt_tokens}, or shorter prompts"
+            f"{limit} positions of {whose}; try at most {limit - prompt_tokens}, or shorter prompts"
         )
 
 

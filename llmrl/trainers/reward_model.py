@@ -38,7 +38,7 @@ class RewardModelConfig:
     evaluate_every: int = 0
     """Iterations between evaluations on `evaluation_data`; before the first and after the last too; 0 for none."""
     num_reference_pairs: int = 512
-    """Scores have mean 0 and standard deviation 1 on both responses of so many pairs of the data."""
+    """Scores have mean 0 and standard deviation 1 on both responses of so many pairs, spread over the data."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "microbatch_tokens", "num_reference_pairs"):

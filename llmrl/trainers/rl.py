@@ -35,6 +35,9 @@ from llmrl.roles import (
 from llmrl.trainers.optimize import UpdateConfig, optimizer_step
 from llmrl.trainers.resumable import Resumable
 
+FIRST_ONLY = "policy/ratio_max_deviation"
+"""Told of the first minibatch that is learned from: before that step the policy is still the one that sampled."""
+
 
 class FlatGroupsError(RuntimeError):
     """No scores to learn from: every redraw was used up and groups of equal scores remain."""
@@ -97,9 +100,10 @@ class RLTrainer(Resumable):
                 experience, described = self.algorithm.experience(rollout, scores)
         metrics = metrics.merge(described)
         self.observe(self.iteration, experience)
-        for number, minibatch in enumerate(self.minibatches(experience)):
+        for minibatch in self.minibatches(experience):
             update = self.update(minibatch)
-            metrics = metrics.merge(update if number == 0 else update.without("policy/ratio_max_deviation"))
+            is_first = FIRST_ONLY not in metrics.statistics
+            metrics = metrics.merge(update if is_first else update.without(FIRST_ONLY))
             if self.algorithm.should_stop(update):
                 break
         with torch.no_grad():
@@ -173,9 +177,14 @@ class RLTrainer(Resumable):
                 yield experience.select(groups[chosen].flatten())
 
     def update(self, minibatch: Experience) -> Metrics:
-        """One optimizer step of every trained module."""
+        """One optimizer step of every trained module; none where not one response could be scored, on any rank.
+
+        A step on a gradient of zero would still move the weights, by what the optimizer remembers.
+        """
         mask = minibatch.response_mask
         num_tokens, num_responses = self.collectives.sum(torch.stack([mask.sum(), mask.any(dim=1).sum()]))
+        if not num_tokens:
+            return Metrics()
 
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
             part = minibatch.select(index)

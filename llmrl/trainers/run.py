@@ -135,6 +135,8 @@ class Run:
         self.evaluate_every = evaluate_every
         self.progress = progress
         self.sink = sink
+        self.warmup_iterations = 0
+        """Iterations at the start that lack metrics of later ones; whoever builds such a run says so."""
         self.folder = Path(config.output_dir)
         self.best = self.folder / "best"
         self.stop_signal: int | None = None
@@ -254,7 +256,8 @@ class Run:
         if name is None:
             return
         if name not in values:
-            self.check_measured(name, values, record)
+            if name.startswith("eval/") or iteration > self.warmup_iterations:
+                self.check_measured(name, values, record)
         elif self.better(values[name], record["value"] if record else None):
             new, old = self.folder / ".best.new", self.folder / ".best.old"
             self.save_model(new)

@@ -6,6 +6,7 @@ the whole response so far. Token 0 ends a response.
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -189,7 +190,17 @@ def make_trainer(algorithm, engine, reward, trained, *, update, prompts_per_iter
     )
 
 
-def make_ppo(config, networks, *, reference=None, max_response_tokens, warmup_iterations=0, value_coef=0.5):
+def make_ppo(
+    config,
+    networks,
+    *,
+    reference=None,
+    max_response_tokens,
+    warmup_iterations=0,
+    value_coef=0.5,
+    collectives: Any = None,
+) -> Any:
+    """In one process, unless told otherwise."""
     return PPO(
         config,
         networks=networks,
@@ -197,5 +208,5 @@ def make_ppo(config, networks, *, reference=None, max_response_tokens, warmup_it
         max_response_tokens=max_response_tokens,
         warmup_iterations=warmup_iterations,
         value_coef=value_coef,
-        collectives=OneProcess(),
+        collectives=collectives or OneProcess(),
     )

@@ -112,6 +112,18 @@ def test_up_and_down_again_is_where_it_was():
     assert control.coef == pytest.approx(1.0, rel=1e-12)
 
 
+@pytest.mark.parametrize(("kl", "furthest"), [(0.0, 0.3 / 1000), (7.0, 0.3 * 1000)])
+def test_the_step_coefficient_stays_within_three_orders_of_magnitude(kl, furthest):
+    control = StepKLControl(coef=0.3, target=0.02)
+    for _ in range(100):
+        control.update(kl)
+    assert control.coef == pytest.approx(furthest, rel=1e-12)
+    continued = StepKLControl(coef=0.3, target=0.02)
+    continued.load_state_dict(control.state_dict())
+    continued.update(kl)
+    assert continued.coef == control.coef
+
+
 def test_the_step_coefficient_is_saved_and_restored():
     first = StepKLControl(coef=1.0, target=0.01)
     first.update(1.0)

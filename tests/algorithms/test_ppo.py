@@ -1,4 +1,4 @@
-"""What PPO learns from a rollout and the two losses, by hand and by definition; `test_ppo_update.py` has a whole update.
+"""What PPO learns from a rollout and its losses, by hand and by definition; `test_ppo_update.py` has a whole update.
 
 Where gamma is 0, a return is nothing but the token's own reward, and so shows how rewards are shaped. Where gamma and
 lambda are 1, it is the sum of all rewards from the token on.
@@ -8,6 +8,7 @@ import json
 import math
 import re
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 from llmrl.algorithms.ppo import PPOConfig
 from llmrl.experience import Rollout, Scores, Sequences
-from llmrl.functional.losses import token_weights
+from llmrl.functional.losses import Aggregation, token_weights
 from llmrl.functional.statistics import Mean
 from llmrl.metrics import Metrics
 from tests import oracles
@@ -150,7 +151,8 @@ def final(*scores):
         ({"score_clip": 0.0}, "algorithm.score_clip (0.0) must be greater than 0, or null"),
         ({"missing_eos_penalty": -1.0}, "algorithm.missing_eos_penalty (-1.0) must be 0 or greater"),
         ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1) must be 0 or greater"),
-        ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "choose one of them"),
+        ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty could be subtracted; choose"),
+        ({"bootstrap_truncated": True, "overlong_buffer_tokens": 3}, "overlong_buffer_tokens could be subtracted"),
     ],
 )
 def test_settings_that_make_no_sense(settings, told):
@@ -167,7 +169,7 @@ def test_settings_that_make_no_sense(settings, told):
         {"clip_low": 1.0, "clip_high": 5.0, "dual_clip": 1.5, "value_clip": None},
         {"kl_coef": 0.0},
         {"kl_coef": 0.1, "kl_target": 6.0, "kl_horizon": 1},
-        {"bootstrap_truncated": True, "overlong_buffer_tokens": 3},
+        {"bootstrap_truncated": True, "score_clip": 1.0},
     ],
 )
 def test_settings_at_the_edge_of_sense(settings):
@@ -184,6 +186,8 @@ def test_ppo_compares_with_a_critic_and_not_with_siblings():
 def test_a_price_that_nothing_reads_warns():
     assert "read only where algorithm.step_kl_target" in PPOConfig(step_kl_coef=2.0).warnings()[0]
     assert PPOConfig(step_kl_coef=2.0, step_kl_target=0.01).warnings() == []
+    assert "kl_horizon is read only where algorithm.kl_target" in PPOConfig(kl_horizon=9).warnings()[0]
+    assert PPOConfig(kl_horizon=9, kl_target=1.0).warnings() == []
     assert PPOConfig().warnings() == []
 
 
@@ -263,6 +267,12 @@ def test_running_normalization_over_two_rollouts():
     assert ppo.state_dict()["score_moments"] == [8.0, 8.0, 66.0]
 
 
+def test_a_score_that_the_critic_stands_for_is_in_no_moments():
+    settings = {"kl_coef": 0.0, "normalize_scores": True, "bootstrap_truncated": True}
+    rewards = rewards_of(settings, [1.0, 3.0, 9.0, NAN], finished=[True, True, False, True])
+    assert_close(rewards, final(-1.0, 1.0, 0.0, 0.0))  # mean 2, spread 1
+
+
 def test_equal_scores_are_normalized_to_nothing():
     assert (rewards_of({"normalize_scores": True, "kl_coef": 0.0}, [0.9] * 4) == 0).all()
 
@@ -288,7 +298,7 @@ def test_the_order_is_clip_normalize_penalties_kl():
 
 
 def test_returns_and_advantages_by_hand():
-    """gamma 1, lambda 1: what is still to come, and that less the value; over the tokens of all rows mean 0, spread 1."""
+    """gamma and lambda 1: what is still to come, and that less the value; over all tokens mean 0 and spread 1."""
     values = torch.tensor([[0.5, 0.0, 1.0, NAN], [0.5, NAN, NAN, NAN], [1.0, 1.0, 1.0, 1.0], [0.25, -0.75, NAN, NAN]])
     kl = torch.tensor([[1.0, 2.0, 3.0, NAN], [0.0, NAN, NAN, NAN], [-1.0, 0.0, 0.0, 1.0], [0.0, 5.0, NAN, NAN]])
     experience, _ = collect({"kl_coef": 0.1, "gae_lambda": 1.0}, values=values, kl=kl)
@@ -353,11 +363,11 @@ def test_a_cut_response_is_worth_what_the_critic_says_of_its_end():
 
 
 def test_a_cut_response_loses_nothing_but_its_score():
-    """No penalty for its length, since there is no score to take it from; rewards of tokens stay."""
+    """Rewards of tokens stay."""
     per_token = torch.full((4, LIMIT), 0.5)
-    settings = {"kl_coef": 0.0, "bootstrap_truncated": True, "overlong_buffer_tokens": 3}
+    settings = {"kl_coef": 0.0, "bootstrap_truncated": True}
     rewards = rewards_of(settings, finished=[True, True, False, True], per_token=per_token)
-    assert_close(rewards, torch.where(mask_of(), final(1.0 - 2 / 3, -0.5, 0.0, 0.25 - 1 / 3) + 0.5, 0.0))
+    assert_close(rewards, torch.where(mask_of(), final(1.0, -0.5, 0.0, 0.25) + 0.5, 0.0))
 
 
 def test_exact_values_leave_no_advantage():
@@ -385,7 +395,7 @@ EVERYTHING = {
 }
 
 
-def run_update(rows, scores, *, poison):
+def run_update(rows, scores, *, poison) -> Any:
     """An update on some of the four responses: experience, metrics, gradients and the state that it leaves."""
     index = torch.tensor(rows)
     tables = [OLD, random_table(5).exp(), OLD_VALUES]
@@ -413,7 +423,7 @@ def run_update(rows, scores, *, poison):
     return experience, metrics.values(), [table.grad for table in live], ppo.state_dict()
 
 
-def weights_of(experience, *, aggregation="token", whole=None):
+def weights_of(experience, *, aggregation: Aggregation = "token", whole=None):
     mask = experience.response_mask if whole is None else whole
     return token_weights(
         experience.response_mask,
@@ -463,7 +473,9 @@ def make_experience(settings, *, scores=SCORES):
     return experience
 
 
-def losses_of(settings, *, share_trunk=False, new=NEW, values=NEW_VALUES, entropy=None, cut=((0, 1, 2, 3),), **more):
+def losses_of(
+    settings, *, share_trunk=False, new=NEW, values=NEW_VALUES, entropy=None, cut=((0, 1, 2, 3),), **more
+) -> Any:
     """Names in the order of their losses, the sums of those over the microbatches, gradients and metrics."""
     experience = make_experience(settings)
     live = [table.clone().requires_grad_() for table in (new, ZEROS if entropy is None else entropy, values)]
@@ -478,7 +490,7 @@ def losses_of(settings, *, share_trunk=False, new=NEW, values=NEW_VALUES, entrop
             loss.backward()
             losses[name] = losses.get(name, 0.0) + loss.item()
             metrics = metrics.merge(told)
-    return losses, [None if table.grad is None else table.grad for table in live], metrics.values(), networks.asked
+    return losses, [table.grad for table in live], metrics.values(), networks.asked
 
 
 def policy_by_definition(settings, new=NEW):
@@ -554,6 +566,18 @@ def test_each_network_is_run_for_its_own_loss_and_the_actor_comes_first():
     losses, _, _, asked = losses_of({})
     assert list(losses) == ["actor", "critic"]
     assert asked == ["logprobs", "values"]
+
+
+def test_the_critic_is_run_only_after_the_actor_has_been_run_backward():
+    """Of two networks, only one holds activations at a time."""
+    networks = FixedNetworks(NEW.clone().requires_grad_(), NEW_VALUES)
+    experience = make_experience({})
+    losses = make_ppo(PPOConfig(), networks, max_response_tokens=LIMIT).losses(experience, weights_of(experience))
+    name, loss, _ = next(losses)
+    assert (name, networks.asked) == ("actor", ["logprobs"])
+    loss.backward()
+    assert next(losses)[0] == "critic"
+    assert networks.asked == ["logprobs", "values"]
 
 
 def test_the_warm_up_trains_the_critic_alone():
@@ -807,49 +831,56 @@ def test_returns_that_do_not_vary_are_explained_by_nobody(score):
     assert "value/explained_variance" not in metrics.values()
 
 
-def test_metrics_of_two_ranks_are_those_of_the_whole():
-    """Advantages, scores and prices use the moments of both; what each tells pools to what one process would."""
+class TwoRanks:
+    """`Collectives` of one of two ranks: adds what the other one said at the same place."""
 
-    class Two:
-        """Adds what the other rank said at the same place."""
+    rank, world_size = 0, 2
 
-        rank, world_size = 0, 2
+    def __init__(self, heard):
+        self.said, self.heard = [], heard
 
-        def __init__(self):
-            self.said, self.heard = [], None
+    def sum(self, x):
+        self.said.append(x)
+        return x + self.heard[len(self.said) - 1] if self.heard else x
 
-        def sum(self, x):
-            self.said.append(x)
-            return x if self.heard is None else x + self.heard[len(self.said) - 1]
+    def max(self, x):
+        return x
 
-        def max(self, x):
-            return x
 
-    settings = {**EVERYTHING, "step_kl_target": None}
+def iteration_of(rows, heard=()):
+    """Experience, metrics, state and what was said to the other rank; no other rank where nothing was heard."""
+    ppo = make_ppo(
+        PPOConfig(**EVERYTHING),
+        FixedNetworks(OLD, OLD_VALUES),
+        reference=FixedNetworks(REF),
+        max_response_tokens=LIMIT,
+        collectives=TwoRanks(heard),
+    )
+    index = torch.tensor(rows)
+    experience, metrics = ppo.experience(make_rollout().select(index), make_scores(SCORES).select(index))
+    ppo.networks = FixedNetworks(torch.cat([OLD[:2], NEW[2:]]))
+    metrics = metrics.merge(ppo.finish(experience))
+    return experience, metrics, ppo.state_dict(), ppo.collectives.said
 
-    def half(rows, heard):
-        ppo = make_ppo(
-            PPOConfig(**settings),
-            FixedNetworks(OLD, OLD_VALUES),
-            reference=FixedNetworks(REF),
-            max_response_tokens=LIMIT,
-        )
-        ppo.collectives = Two()
-        ppo.collectives.heard = heard
-        index = torch.tensor(rows)
-        experience, metrics = ppo.experience(make_rollout().select(index), make_scores(SCORES).select(index))
-        return ppo, experience, metrics
 
-    whole, experience, metrics = half([0, 1, 2, 3], None)
-    said = []
-    for _ in range(3):  # what the other says may depend on what it heard before: until nothing changes
-        right, *_ = half([2, 3], said or None)
-        left, ours, told = half([0, 1], right.collectives.said)
-        said = left.collectives.said
-    right, theirs, also = half([2, 3], said)
-    assert_close(torch.cat([ours.advantages, theirs.advantages]), experience.advantages)
-    assert_close(torch.cat([ours.returns, theirs.returns]), experience.returns)
-    assert left.state_dict() == right.state_dict()
-    assert left.state_dict()["score_moments"] == pytest.approx(whole.state_dict()["score_moments"])
-    assert left.kl_control.coef == pytest.approx(whole.kl_control.coef)
-    assert told.merge(also).values() == pytest.approx(metrics.values(), rel=1e-5)
+@pytest.mark.parametrize(("elsewhere", "stops"), [(0.9, True), (0.1, False)])
+def test_two_ranks_stop_together(elsewhere, stops):
+    """At 0.05 nats a token: this rank has found 0.4 in 10 tokens, the other one so much in 10."""
+    collectives = TwoRanks([torch.tensor([elsewhere, 10.0], dtype=torch.float64)])
+    ppo = make_ppo(PPOConfig(stop_kl=0.05), FixedNetworks(OLD), max_response_tokens=LIMIT, collectives=collectives)
+    assert ppo.should_stop(Metrics({"policy/approx_kl": Mean(torch.tensor(0.4), torch.tensor(10))})) is stops
+
+
+def test_two_ranks_come_to_what_one_would():
+    """Advantages, scores and prices take the moments of both; what each tells pools to what one process tells."""
+    ours, theirs = iteration_of([0, 1]), iteration_of([2, 3])
+    for _ in range(6):  # what a rank says depends on what it heard before: until nothing changes
+        ours, theirs = iteration_of([0, 1], theirs[3]), iteration_of([2, 3], ours[3])
+    whole, metrics, state, _ = iteration_of([0, 1, 2, 3])
+    assert_close(torch.cat([ours[0].advantages, theirs[0].advantages]), whole.advantages)
+    assert_close(torch.cat([ours[0].returns, theirs[0].returns]), whole.returns)
+    assert ours[1].merge(theirs[1]).values() == pytest.approx(metrics.values(), rel=1e-5)
+    for told in (ours[2], theirs[2]):
+        assert told["score_moments"] == pytest.approx(state["score_moments"])
+        assert told["kl"] == pytest.approx(state["kl"])
+        assert told["step_kl"] == state["step_kl"] == {"coef": 1.5}  # though the first two did not move at all

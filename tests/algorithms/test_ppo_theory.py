@@ -9,6 +9,7 @@ and so is the value of each state under any policy: the mean of what can still c
 
 import copy
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def optimum(reference, scores, kl_coef):
     return {y: weight / sum(weights.values()) for y, weight in weights.items()}
 
 
-def optimizers(networks, rates, *, num_steps, schedule="linear"):
+def optimizers(networks, rates, *, num_steps, schedule: Literal["constant", "linear"] = "linear"):
     """Adam without weight decay, a learning rate for each network."""
     return {
         name: LocalTrainable(
@@ -138,17 +139,18 @@ def weighted_variance(x, reach):
 
 @pytest.mark.parametrize("lambdas", [{"gae_lambda": 1.0}, {"gae_lambda": 0.5, "value_lambda": 1.0}])
 def test_the_critic_of_a_frozen_actor_learns_the_values_of_its_policy(lambdas):
-    scores = pair_scores()
+    scores = {y: 1 + 2 * score for y, score in pair_scores().items()}
     actor, reference = (TabularActor(random_logits(4, 2, seed=seed)) for seed in (1, 2))
     critic, before = critic_for(actor), copy.deepcopy(actor)
-    known = values_by_enumeration(actor, reference, scores, kl_coef=0.1, gamma=0.9)
+    known = values_by_enumeration(actor, reference, scores, kl_coef=0.3, gamma=0.7)
     reach, true = ({state: pair[k] for state, pair in known.items()} for k in (0, 1))
-    config = PPOConfig(kl_coef=0.1, gamma=0.9, **lambdas)
+    config = PPOConfig(kl_coef=0.3, gamma=0.7, **lambdas)
     train(config, actor, critic, scores, num_iterations=30, reference=reference, actor_rate=0.0)
     assert torch.equal(actor.logits, before.logits)
-    missed = {state: float(critic.table[state].detach()) - value for state, value in true.items()}
+    learned = critic.table.tolist()
+    missed = {state: learned[state] - value for state, value in true.items()}
     assert 1 - weighted_variance(missed, reach) / weighted_variance(true, reach) >= 0.95
-    assert all(abs(missed[state]) < 0.1 for state in missed if reach[state] > 0.02)  # no common shift either
+    assert max(map(abs, missed.values())) < 0.06  # no common shift either
 
 
 def ninety_percent():

@@ -13,6 +13,7 @@ the order in which the minibatches came is the only thing that it is told.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ class Paper:
 def descent(module, rate, *, adam):
     """The real trainable, with Adam or with plain gradient descent in its place."""
     config = OptimizerConfig(learning_rate=0.1 * rate if adam else rate, max_grad_norm=MAX_GRAD_NORM)
-    trainable = LocalTrainable(module, config, num_steps=4)
+    trainable: Any = LocalTrainable(module, config, num_steps=4)
     if not adam:
         groups = [{"params": list(module.parameters()), "peak": rate}]
         trainable.optimizer = torch.optim.SGD(groups, lr=rate)

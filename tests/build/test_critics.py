@@ -25,18 +25,29 @@ from transformers import (
 )
 
 from llmrl.algorithms.ppo import PPOConfig
-from llmrl.build import build_ppo, build_reward_model, check_ppo, check_reward_run, load_actor, load_scorer
+from llmrl.build import (
+    build_evaluator,
+    build_ppo,
+    build_reward_model,
+    check_ppo,
+    check_reward_run,
+    check_rl,
+    load_actor,
+    load_scorer,
+)
 from llmrl.config import PPORun, RewardModelRun
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.distributed.trainable import OptimizerConfig
 from llmrl.models.critic import CriticConfig, SharedTrunk, TransformersValueFunction, ValueModule
 from llmrl.models.loading import LoraSettings, ModelConfig, ModelError, lora_config
+from llmrl.reports.progress import Silent
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.support import RolloutError
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, Run, RunConfig
+from llmrl.trainers.run import OutputConfig, RunConfig
 from tests.models.tiny import assert_same_gradients
 from tests.rollout.tiny import SIZES
 from tests.test_cli import refuse_to_load, write_jsonl
@@ -44,7 +55,8 @@ from tests.test_cli import refuse_to_load, write_jsonl
 from .conftest import TINY, roles_of
 
 LORA = LoraSettings(rank=2)
-OTHER_LORA = LoraSettings(rank=3, alpha=5)  # of the reward model: nothing asks for the actor's
+OTHER_LORA = LoraSettings(rank=3, alpha=5, targets=("q_proj", "down_proj", "c_attn"))
+"""Of the reward model: nothing asks for the actor's, and there are layers that only the actor adapts."""
 
 
 def llama() -> LlamaForCausalLM:
@@ -79,7 +91,7 @@ def train_reward_model(folder: Path, base: Path, lora: LoraSettings | None) -> P
     return Path(config.run.output_dir) / "final"
 
 
-@pytest.fixture(scope="module", params=[llama, gpt2], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=[llama, pytest.param(gpt2, marks=pytest.mark.slow)], ids=["llama", "gpt2"])
 def folders(request, tmp_path_factory) -> SimpleNamespace:
     """A language model, and two reward models that began as it: one trained by LoRA, the other whole."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
@@ -127,19 +139,18 @@ def one_base(config, folders) -> PPORun:
     return with_reward(adapters, path=str(folders.lora), on_actor_base=True)
 
 
-def build_run(config: PPORun) -> Run:
+def build_run(config: PPORun) -> Any:
     run = build_ppo(config, check_ppo(config, dry=False), **roles_of(config))
     Path(config.run.output_dir).mkdir(exist_ok=True)
     return run
 
 
-def modules_of(run: Run) -> SimpleNamespace:
+def modules_of(run: Any) -> SimpleNamespace:
     """Whoever plays a part, as a module; the actor is its language model."""
-    trainer: Any = run.trainer
     return SimpleNamespace(
-        actor=trainer.trained["actor"].module.model,
-        critic=trainer.trained["critic"].module,
-        reward=trainer.reward.scorer.module,
+        actor=run.trainer.trained["actor"].module.model,
+        critic=run.trainer.trained["critic"].module,
+        reward=run.trainer.reward.scorer.module,
     )
 
 
@@ -168,16 +179,16 @@ def storage(module: nn.Module) -> set[int]:
     return {p.data_ptr() for p in module.parameters()}
 
 
-def rollout_of(run: Run) -> Any:
-    trainer: Any = run.trainer
+def rollout_of(run: Any) -> Any:
+    trainer = run.trainer
     trainer.engine.load_weights(trainer.trained["actor"])
     with torch.no_grad():
         return trainer.collect(trainer.prompts.next(8))[:2]
 
 
-def losses_of(run: Run) -> Any:
+def losses_of(run: Any) -> Any:
     """The losses of one rollout as the algorithm yields them, every token counting the same."""
-    algorithm: Any = run.trainer.algorithm  # type: ignore[attr-defined]
+    algorithm = run.trainer.algorithm
     with torch.no_grad():
         experience, _ = algorithm.experience(*rollout_of(run))
     mask = experience.response_mask
@@ -318,11 +329,13 @@ def test_saving_the_actor_leaves_no_trace_of_the_others(one_base, folders, tmp_p
     assert changed(roles.actor, before["actor"]) >= learning(roles.actor)
 
 
-@pytest.mark.parametrize("network", ["own", "adapter", "shared"])
-def test_gradient_checkpointing_changes_memory_alone(one_base, config, network):
+@pytest.mark.parametrize(
+    ("network", "body"), [("own", "actor"), ("own", "reward_model"), ("adapter", "actor"), ("shared", "actor")]
+)
+def test_gradient_checkpointing_changes_memory_alone(one_base, network, body):
     grads, num_forwards = [], []
     for checkpointing in (False, True):
-        settings = with_critic(one_base, network=network)
+        settings = with_critic(one_base, network=network, body=body)
         run = build_run(with_model(settings, gradient_checkpointing=checkpointing))
         trained = {name: trainable.module for name, trainable in run.trainer.trained.items()}
         calls = []
@@ -345,9 +358,10 @@ def test_gradient_checkpointing_changes_memory_alone(one_base, config, network):
 # --- a critic of its own ----------------------------------------------------------------------------------------------
 
 
-def assert_apart(run: Run) -> None:
-    """The critic's weights are its own memory, and every one of them learns."""
+def assert_apart(run: Any) -> None:
+    """The critic's weights are its own memory, and every one of them learns; the reward model's do not."""
     roles = modules_of(run)
+    assert learning(roles.reward) == set()
     assert not storage(roles.critic) & (storage(roles.actor) | storage(roles.reward))
     assert learning(roles.critic) == {name for name, _ in roles.critic.named_parameters()}
     assert {p.dtype for p in roles.critic.parameters()} == {torch.float32}
@@ -399,6 +413,50 @@ def test_a_body_from_the_reward_model_is_the_reward_model_bit_for_bit(config, fo
     start = AutoModelForCausalLM.from_pretrained(folders.base).base_model
     assert any(not torch.equal(ours[name], p) for name, p in weights_of(start).items())
     assert_apart(run)
+
+
+def save_scorer(folder: Path, config: Any) -> str:
+    """A reward model with random weights that reads the policy's tokens."""
+    config.num_labels = 1
+    return str(save_base(folder, AutoModelForSequenceClassification.from_config(config)))
+
+
+def test_the_head_is_as_wide_as_its_trunk(config, tmp_path):
+    wide = LlamaConfig(**(SIZES | {"vocab_size": 99, "hidden_size": 48, "pad_token_id": 0, "eos_token_id": 1}))
+    body = with_critic(with_reward(config, path=save_scorer(tmp_path / "wide", wide)), body="reward_model")
+    run = build_run(body)
+    roles = modules_of(run)
+    assert roles.critic.head.weight.shape == (1, 48)
+    before = snapshot(roles.critic)
+    run.trainer.iterate()
+    assert changed(roles.critic, before) == learning(roles.critic)
+
+
+@pytest.mark.parametrize(("body", "whose"), [("reward_model", "critic"), ("actor", "reward model")])
+def test_every_model_that_reads_a_response_must_have_room_for_it(config, tmp_path, body, whose):
+    """Prompts of up to 4 tokens with responses of 6. Whatever the policy's own positions are."""
+    short = GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1, n_positions=9, pad_token_id=0, eos_token_id=1)
+    limited = with_critic(with_reward(config, path=save_scorer(tmp_path / "short", short)), body=body)
+    told = rf"rollout\.max_response_tokens \(6\) with a prompt of \d+ tokens exceeds the 9 positions of the {whose};"
+    with pytest.raises(RolloutError, match=told):
+        build_run(limited)
+    build_run(dataclasses.replace(limited, rollout=dataclasses.replace(config.rollout, max_response_tokens=2)))
+
+
+def test_an_evaluation_must_leave_its_reward_model_room_too(config, tmp_path):
+    short = GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1, n_positions=9, pad_token_id=0, eos_token_id=1)
+    limited = with_reward(config, path=save_scorer(tmp_path / "short", short))
+    limited = dataclasses.replace(limited, evaluation_data=config.data)
+    with pytest.raises(RolloutError, match="exceeds the 9 positions of the reward model"):
+        build_evaluator(limited, check_rl(limited, dry=False, trains=False), progress=Silent())
+
+
+def test_targets_that_the_critic_lacks_are_refused(one_base):
+    """The LM head is the actor's alone; a tied one is refused whoever has it."""
+    head = with_model(one_base, lora=LoraSettings(rank=2, targets=("lm_head",)))
+    told = r"^model\.lora\.targets \(lm_head\) names no layer of the critic|one matrix for its input and its output"
+    with pytest.raises(ModelError, match=told):
+        build_run(head)
 
 
 @pytest.mark.parametrize("body", ["actor", "reward_model"])
@@ -475,6 +533,24 @@ def test_a_shared_trunk_is_one_module_whose_head_has_a_rate_of_its_own(config, l
     assert any(name.startswith("policy.model.") for name in moved)
 
 
+def test_the_weight_of_the_critics_loss_is_the_one_named(config):
+    assert build_run(with_critic(config, network="shared", value_coef=0.125)).trainer.algorithm.value_coef == 0.125
+
+
+def test_the_best_metric_may_be_one_of_the_actor_behind_a_warm_up(config):
+    best = dataclasses.replace(config.run, best_metric="actor/grad_norm")
+    run = build_run(with_critic(dataclasses.replace(config, run=best), warmup_iterations=1))
+    run.train()
+    assert run.best_record()["iteration"] > 1
+
+
+def test_settings_that_nothing_reads_are_told(config):
+    roles = roles_of(config)
+    idle = with_critic(config, value_coef=0.125)
+    build_ppo(idle, check_ppo(idle, dry=False), **roles)
+    assert "warning: critic.value_coef is read only where critic.network is shared" in roles["progress"].messages
+
+
 # --- what is refused before anything loads ----------------------------------------------------------------------------
 
 
@@ -487,12 +563,25 @@ def refusal(config: PPORun, monkeypatch: pytest.MonkeyPatch, *, dry: bool = Fals
 
 @pytest.fixture
 def foreign(folders, tmp_path) -> Path:
-    """The reward model with a chat template that the policy's tokenizer does not have."""
-    shutil.copytree(folders.whole, tmp_path / "foreign")
+    """The reward model with an end of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folders.base)
+    tokenizer.eos_token = "a"
+    return retokenized(folders.whole, tmp_path / "foreign", tokenizer)
+
+
+def retokenized(model: Path, folder: Path, tokenizer: Any) -> Path:
+    shutil.copytree(model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_body_may_have_another_chat_template(config, folders, monkeypatch, tmp_path):
+    """The critic reads ids alone."""
     tokenizer = AutoTokenizer.from_pretrained(folders.base)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "foreign")
-    return tmp_path / "foreign"
+    other = retokenized(folders.whole, tmp_path / "other", tokenizer)
+    refuse_to_load(monkeypatch)
+    check_ppo(with_reward(with_critic(config, body="reward_model"), path=str(other)), dry=False)
 
 
 @pytest.mark.parametrize("dry", [False, True])

@@ -1,18 +1,24 @@
 """Which reward a run gets; what a learned one says is tested in tests/rewards/test_learned.py."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from llmrl.build import load_scorer, score_rows
 from llmrl.build.rewards import Rewards
+from llmrl.data.preferences import split_open_transcript
 from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.rows import DataError
 from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.models.loading import ModelError
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward
-from tests.data.conftest import make_tokenizer, spell
+from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer, spell
 from tests.models.tiny import SIZES
 
 ROWS = [{"prompt": "ab", "response": "cd"}, {"prompt": "e", "response": "f"}]
@@ -57,3 +63,67 @@ def test_rows_are_scored_by_their_text_and_the_eos(folder):
     ]
     scores = score_rows(folder, ROWS, SupervisedDataConfig(path="d.jsonl"))
     assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def change(folder, **settings):
+    """Other settings in the model's config.json."""
+    file = Path(folder.path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def raw_score(folder, text):
+    model = load_scorer(folder).scorer.module.model
+    return model(input_ids=torch.tensor([[*spell(text), 1]])).logits.item()
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "read"),
+    [
+        ({}, {"prompt": "a"}, "user:a|assistant:x"),
+        ({"llmrl_system_prompt": "s"}, {"prompt": "a"}, "system:s|user:a|assistant:x"),
+        ({"llmrl_template": "none"}, {"prompt": "a"}, "ax"),
+    ],
+)
+def test_rows_are_read_as_in_training(folder, form, row, read):
+    """Whatever else the data says."""
+    make_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ bos_token }}", "")).save_pretrained(folder.path)
+    change(folder, **form)
+    scores = score_rows(folder, [{**row, "response": "x"}], SupervisedDataConfig(path="d.jsonl"))
+    assert scores == pytest.approx([(raw_score(folder, read) - 0.5) / 2.0], abs=1e-5)
+
+
+def test_an_open_transcript_is_read_as_the_pairs_of_training_are(folder):
+    make_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ bos_token }}", "")).save_pretrained(folder.path)
+    rows = [
+        {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: ", "response": " x"},
+        {"prompt": [{"role": "user", "content": "a"}], "response": "x"},
+    ]
+    scores = score_rows(folder, rows, SupervisedDataConfig(path="d.jsonl"))
+    read = "user:a|assistant:b|user:c|assistant:x", "user:a|assistant:x"
+    assert scores == pytest.approx([(raw_score(folder, text) - 0.5) / 2.0 for text in read], abs=1e-5)
+
+
+def test_an_open_transcript_stays_a_text_without_a_template():
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    assert split_open_transcript(prompt + " ", "x", as_messages=False) == (prompt, " x")
+    assert split_open_transcript("a ", " x", as_messages=True) == ("a ", " x")
+
+
+def test_a_row_longer_than_the_model_has_positions_is_named(tmp_path):
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=8, n_layer=1, n_head=1, num_labels=1, pad_token_id=39)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    rows, data = [{"prompt": "ab", "response": "c" * n} for n in (5, 6)], SupervisedDataConfig(path="d.jsonl")
+    model = LearnedRewardConfig(path=str(tmp_path))
+    assert len(score_rows(model, rows[:1], data)) == 1
+    with pytest.raises(DataError, match=r"line 2: it has 9 tokens, and the model has 8 positions"):
+        score_rows(model, rows, data)
+
+
+def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{n}>" for n in range(20)])
+    tokenizer.save_pretrained(folder.path)
+    told = r"^reward\.model\.path .* its tokenizer has ids up to 50, but the model has 40 embeddings"
+    with pytest.raises(ModelError, match=told):
+        load_scorer(folder)

@@ -10,7 +10,7 @@ from transformers import GPT2Config
 
 from llmrl.build import build_evaluator, check_rl
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.models.loading import ModelConfig
+from llmrl.models.loading import LoraSettings, ModelConfig
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.generate import TransformersEngine
@@ -51,6 +51,20 @@ def test_one_temperature_for_sampling_and_for_log_probabilities(config):
 
 def test_no_kl_no_reference(config):
     assert build_run(config)[0].trainer.algorithm.reference is None
+
+
+def test_an_adapted_model_measures_its_kl_at_no_price(config):
+    """There the reference takes no memory."""
+    adapted = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraSettings(rank=2)))
+    run, _ = build_run(adapted)
+    Path(config.run.output_dir).mkdir()
+    assert run.trainer.iterate().values()["kl/sequence"] == pytest.approx(0.0, abs=1e-5)
+    trained = run.trainer.trained["actor"]
+    with torch.no_grad():
+        for p in trained.parameters.values():
+            p.add_(0.1)
+    run.trainer.engine.load_weights(trained)
+    assert abs(run.trainer.iterate().values()["kl/mean"]) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "engine"), [("native", NativeEngine), ("transformers", TransformersEngine)])

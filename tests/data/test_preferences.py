@@ -218,12 +218,13 @@ def test_duplicates_of_messages():
 def test_identical_sides_without_a_prompt_column_are_no_error():
     rows = [
         {"chosen": "is it? no", "rejected": "is it? no"},
+        {"chosen": "no", "rejected": "no"},
         {"chosen": [USER, YES], "rejected": [USER, YES]},
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"},
     ]
     pairs, counts = read_preferences(rows, config())
     assert pairs == []
-    assert counted(counts) == {"identical": 3}
+    assert counted(counts) == {"identical": 4}
 
 
 def test_longer_pairs_are_dropped_and_counted(plain: PreTrainedTokenizerFast):
@@ -348,6 +349,22 @@ def test_all_is_in_data_order_and_moves_nothing(plain: PreTrainedTokenizerFast):
     assert [prompt for prompt, _, _ in read_pairs(pairs.all())] == [spell(row["prompt"]) for row in ROWS]
 
 
+@pytest.mark.parametrize(
+    ("count", "places"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
+)
+def test_some_pairs_are_spread_over_the_data(plain: PreTrainedTokenizerFast, count: int, places: list):
+    pairs = source([texts(letter, "x" * (n + 1), "y") for n, letter in enumerate("abcde")], plain)
+    every = read_pairs(pairs.all())
+    assert read_pairs(pairs.evenly_spaced(count)) == [every[n] for n in places]
+    assert pairs.evenly_spaced(count).chosen.response_ids.shape[1] == max(places) + 2  # no wider than they are
+    assert pairs.epoch == 0
+
+
+def test_the_longest_sequence(plain: PreTrainedTokenizerFast):
+    assert source(ROWS, plain).longest == 3 + 4 + 1
+    assert source([texts("a", "xyz", "z")], plain).longest == 1 + 3 + 1
+
+
 def test_source_resumes(plain: PreTrainedTokenizerFast):
     rows = [texts(letter, "x", "y") for letter in "abcdefgh"]
     first, resumed = source(rows, plain, seed=5), source(rows, plain, seed=5)
@@ -392,6 +409,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({"prompt": "a", "chosen": [YES], "rejected": [NO, USER]}, "'rejected' ends with a message of the role 'user'"),
         ({"prompt": "a", "chosen": [USER, YES], "rejected": [NO]}, "'chosen' begins with other messages than 'prompt'"),
         ({"prompt": "a", "chosen": [YES], "rejected": [USER, NO]}, "'rejected' begins with other messages than 'prom"),
+        ({**texts("", "b", "c"), "prompt": [{**USER, "content": " "}]}, "'prompt' ends with an empty message of the u"),
         ({**texts("a", "b", "c"), "margin": -1}, "'margin' (-1) must be a number that is 0 or greater"),
         ({**texts("a", "b", "c"), "margin": True}, "'margin' (True) must be a number"),
         ({**texts("a", "b", "c"), "margin": "big"}, "'margin' ('big') must be a number"),
@@ -414,6 +432,7 @@ def test_bad_rows(row: dict, problem: str):
         ({"chosen": [USER, YES], "rejected": [NO, NO]}, "its sides must share all messages but the last"),
         ({"chosen": [USER, YES, YES], "rejected": [USER, YES, NO]}, "what its sides share ends with the assistant's"),
         ({"chosen": [USER, USER], "rejected": [USER, NO]}, "'chosen' ends with a message of the role 'user'"),
+        ({"chosen": [{**USER, "content": ""}, YES], "rejected": [{**USER, "content": ""}, NO]}, "what its sides share"),
         ({"chosen": "yes", "rejected": "no"}, "its sides have no common beginning that could be the prompt; put it"),
         ({"chosen": "nothing", "rejected": "no"}, "its sides have no common beginning"),
         ({"chosen": "is it? ", "rejected": "is it? no"}, "one side holds nothing but the prompt, so its response"),

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import as_sequences
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
+from llmrl.data.rerender import Rerenderer, ended_by, same_ids, same_tokens
 from llmrl.data.rows import DataError
 from llmrl.experience import Rollout
 from tests.data.conftest import ALPHABET, CHAT_TEMPLATE, EOS, make_tokenizer, spell
@@ -99,6 +99,13 @@ def test_what_differs_in_any_way_is_another_tokenizer(left, right):
     assert not same_tokens(left, right)
     assert same_tokens(left, left)
     assert same_tokens(right, right)
+
+
+def test_ids_mean_the_same_whatever_the_template():
+    ours, theirs = make_tokenizer(), make_tokenizer(chat_template=CHAT_TEMPLATE)
+    assert same_ids(ours, theirs)
+    assert not same_ids(ours, make_other(None))
+    assert not same_ids(make_other(), make_other(eos_token="<unk>"))
 
 
 def test_what_ended_by_itself_ends_with_this_eos_and_all_else_stays():

@@ -1,8 +1,7 @@
 """Inputs that the tests of the mathematics share: ragged rows, and what must not matter."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -43,11 +42,3 @@ def poison(mask: Tensor) -> Callable[[Tensors], Tensors]:
         }
 
     return poisoned
-
-
-@pytest.fixture
-def production() -> Iterator[None]:
-    """Switches the runtime shape checks of the test run off, so that ours are what is tested."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

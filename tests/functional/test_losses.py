@@ -415,6 +415,15 @@ def test_pairs_may_be_cut_into_microbatches(number):
         assert pooled == pytest.approx([float(x) for x in statistic])
 
 
+def test_large_scores_are_no_nan_where_nothing_is_centred():
+    """Their square would be infinite."""
+    scores = torch.tensor([1e20, -1e20], requires_grad=True)
+    loss, _ = bradley_terry_loss(scores, torch.zeros(2), num_pairs=2)
+    loss.backward()
+    assert loss.item() == pytest.approx(5e19)
+    assert_close(scores.grad, torch.tensor([0.0, -0.5]))
+
+
 def test_no_pairs_give_a_loss_of_0():
     assert bradley_terry_loss(torch.ones(2), torch.zeros(2), num_pairs=0)[0] == 0
 
@@ -432,6 +441,8 @@ def test_shapes_are_checked_at_the_door():
             clipped_value_loss(*tensors, value_clip=0.2)
     with pytest.raises(ValueError, match=r"margin \(1,\)"):
         bradley_terry_loss(x[0], x[0], margin=torch.zeros(1), num_pairs=3)
+    with pytest.raises(ValueError, match=r"margin \(3, 1\)"):
+        bradley_terry_loss(x[0], x[0], margin=torch.zeros(3, 1), num_pairs=3)
     with pytest.raises(ValueError, match=r"chosen_scores \(3,\), rejected_scores \(2,\)"):
         bradley_terry_loss(x[0], x[0, :2], num_pairs=3)
 

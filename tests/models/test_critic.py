@@ -35,7 +35,7 @@ def head_of(seed: int = 5) -> ValueHead:
     return ValueHead(HIDDEN, init="normal")
 
 
-def critic_of(family: str, *, microbatch_tokens: int = 10_000, dtype=torch.float32) -> TransformersValueFunction:
+def critic_of(family: str, *, microbatch_tokens: int = 10_000, dtype=torch.float32) -> Any:
     """In train mode without dropout, as a run has it; the same weights each time."""
     trunk = build(family).base_model
     turn_dropout_off(trunk)
@@ -44,7 +44,7 @@ def critic_of(family: str, *, microbatch_tokens: int = 10_000, dtype=torch.float
     )
 
 
-def shared_of(family: str, *, microbatch_tokens: int = 10_000) -> SharedTrunk:
+def shared_of(family: str, *, microbatch_tokens: int = 10_000) -> Any:
     return SharedTrunk(SharedModule(module_of(build(family)), head_of()), microbatch_tokens=microbatch_tokens)
 
 

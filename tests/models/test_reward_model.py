@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils.logging import get_verbosity
 
 from llmrl.experience import PreferencePairs, Sequences
-from llmrl.models.loading import LoraSettings, ModelConfig, ModelError, turn_dropout_off
+from llmrl.models.loading import LoraSettings, ModelConfig, ModelError, check_model, turn_dropout_off
 from llmrl.models.reward_model import (
     Normalization,
     PairRow,
@@ -523,6 +523,46 @@ def test_weights_that_do_not_fit_are_refused_whatever_becomes_of_the_head(causal
     assert table == []
 
 
+@pytest.mark.parametrize("name", ["transformer.h.0.attn.masked_bias", "transformer.h.0.attn.attention.bias"])
+def test_causal_masks_of_old_folders_are_left_out(tmp_path, name):
+    path = save_folder(tmp_path, gpt2())
+    file = Path(path) / "model.safetensors"
+    save_file({**load_file(file), name: torch.zeros(3)}, file, metadata={"format": "pt"})
+    load_reward_model(ModelConfig(path=path), head_init="normal")
+
+
+@pytest.mark.parametrize("head_init", ["normal", None])
+def test_a_classifier_that_lost_its_head_is_refused(tmp_path, head_init):
+    path = save_folder(tmp_path, reward_model("llama"))
+    file = Path(path) / "model.safetensors"
+    weights = load_file(file)
+    del weights["score.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert refusal(load_reward_model, ModelConfig(path=path), head_init=head_init) == (
+        f"model.path ({path}): 1 weights, such as score.weight, are missing for a LlamaForSequenceClassification and "
+        "would be random; choose a model that is complete"
+    )
+    load_reward_model(ModelConfig(path=path, from_scratch=True), head_init="normal")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_broken_config_is_named(tmp_path, text):
+    path = save_folder(tmp_path, reward_model("llama"))
+    (tmp_path / "config.json").write_text(text)
+    told = f"model.path ({path}) has a config.json that is no JSON object; save the model again"
+    assert refusal(check_reward_model, ModelConfig(path=path), needs_head=True) == told
+    assert refusal(check_model, ModelConfig(path=path)) == told
+
+
+def test_one_label_by_its_number(tmp_path):
+    path = save_folder(tmp_path, reward_model("llama"))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in ("id2label", "label2id")}
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_labels": 1}))
+    check_reward_model(ModelConfig(path=path), needs_head=True)
+    assert load_reward_model(ModelConfig(path=path), head_init=None).config.num_labels == 1
+
+
 def test_heads_of_other_kinds_are_left_out(causal):
     file = Path(causal) / "model.safetensors"
     save_file({**load_file(file), "v_head.summary.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
@@ -638,6 +678,9 @@ def test_the_merged_folder_and_the_adapter_score_alike(adapted, causal, tmp_path
         (["<eos>", "<unk>", "<pad>"], None, "<pad>", True),
         (["<eos>", "<unk>"], "<eos>", "<unk>", True),
         (["<eos>", "<|endoftext|>"], "<eos>", "<eos>", False),  # which begins every text
+        (["<eos>", "<|padding|>"], None, "<|padding|>", True),
+        (["<eos>", "<PAD>"], "<eos>", "<PAD>", True),
+        (["<eos>", "<|reserved_special_token_0|>"], "<eos>", "<|reserved_special_token_0|>", True),
         (["<eos>"], "<eos>", "<eos>", False),
         (["<eos>"], None, "<eos>", False),
     ],

@@ -99,6 +99,18 @@ def test_quick_iterations_share_a_line_a_second_and_the_last_has_its_own(clock: 
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["4/13", "8/13", "12/13", "13/13"]
 
 
+def test_a_line_in_between_takes_no_iteration_its_own(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream) as plain:
+        plain.begin(3)
+        plain.phase("update", 2)
+        clock.now += 40.0
+        plain.advance(2)
+        clock.now += 0.25
+        plain.iteration(1, {})
+    assert [line.split()[:2] for line in stream.getvalue().splitlines()] == [["update", "2/2"], ["iteration", "1/3"]]
+
+
 def test_a_resumed_run_is_timed_by_its_own_iterations(clock: Clock):
     stream = io.StringIO()
     with PlainProgress(stream) as plain:

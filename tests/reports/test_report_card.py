@@ -37,7 +37,7 @@ def card_of(
     normalization: tuple[float, float] | None = (0.5, 2.0),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    counts = {"rows": 500, "kept": 480}
+    counts = {"data": {"rows": 500, "kept": 480}, "evaluation_data": {"rows": 9, "kept": 4}}
     return make_report_card(
         results, loss=loss, counts=counts, checks=checks or {}, normalization=normalization, notes=notes
     )
@@ -137,7 +137,7 @@ def test_means_and_spread_of_scores():
 def test_what_is_handed_in_is_kept():
     card = card_of(FOUR, loss=0.25, checks={"padding inert": True, "end token scored": False}, notes=["pad is eos"])
     assert card["loss"] == 0.25
-    assert card["counts"] == {"rows": 500, "kept": 480}
+    assert card["counts"] == {"data": {"rows": 500, "kept": 480}, "evaluation_data": {"rows": 9, "kept": 4}}
     assert card["checks"] == {"padding inert": True, "end token scored": False}
     assert card["normalization"] == {"mean": 0.5, "std": 2.0}
     assert card["notes"] == ["pad is eos"]
@@ -352,6 +352,7 @@ def test_the_screen_shows_the_card():
         "means of scores chosen 1.000, rejected 0.250",
         "normalization mean 0.500, std 2.000",
         "data rows 500, kept 480",
+        "evaluation data rows 9, kept 4",
         "end token scored FAILED",
         "padding inert passed",
         "note: pad is eos",

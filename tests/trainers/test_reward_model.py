@@ -177,6 +177,7 @@ def test_the_loss_of_a_head_of_zeros_by_hand():
     assert values["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
+@pytest.mark.usefixtures("production")
 @pytest.mark.parametrize("shares_prompts", [True, False])
 def test_margins_are_one_a_pair(shares_prompts: bool):
     """Of shape (B,), as both scores are: a column of them would make a square of differences."""
@@ -184,9 +185,8 @@ def test_margins_are_one_a_pair(shares_prompts: bool):
     pairs = as_pairs(RAGGED)
     chosen, rejected = trainer.scorer.pair_scores(pairs)
     assert chosen.shape == rejected.shape == pairs.margin.shape == (5,)
-    object.__setattr__(pairs, "margin", pairs.margin[:, None])  # which no constructor lets pass
-    with pytest.raises(Exception, match="margin"):
-        trainer.loss(pairs, torch.tensor(5))
+    with pytest.raises(ValueError, match=r"margin \(5, 1\)"):
+        trainer.loss(chosen, rejected, pairs.margin[:, None], torch.tensor(5))
 
 
 def test_an_iteration_takes_the_next_pairs():

@@ -348,6 +348,36 @@ def test_a_rollout_that_nothing_could_score_is_told():
     assert said == ["warning: none of 24 responses could be scored: nothing is learned"]
 
 
+def test_what_nothing_could_score_moves_nothing_by_what_the_optimizer_remembers():
+    """Not even after iterations that did learn; where some could be scored, the others are no reason to wait."""
+    unscored = torch.zeros(24, dtype=torch.bool)
+    total = torch.arange(24) % 5
+    trainer = make_trainer(reward=lambda rollout: scored(rollout, torch.where(unscored, torch.nan, total)))
+    trainer.iterate()
+    before, trained = weights_of(trainer), trainer.trained["actor"]
+    unscored[:] = True
+    values = trainer.iterate().values()
+    assert distance(before, weights_of(trainer)) == 0
+    assert trained.num_steps_done == 2
+    assert "actor/learning_rate" not in values
+    unscored[8:] = False
+    values = trainer.iterate().values()
+    assert trained.num_steps_done == 4
+    assert distance(before, weights_of(trainer)) > 0
+
+
+def test_the_ratio_deviation_is_that_of_the_first_minibatch_that_is_learned_from(monkeypatch):
+    unscored = torch.arange(24) < 8
+    total = torch.arange(24) % 5
+    trainer = make_trainer(
+        reward=lambda rollout: scored(rollout, torch.where(unscored, torch.nan, total)), minibatch_size=8
+    )
+    in_order = torch.arange(6)
+    monkeypatch.setattr("llmrl.trainers.rl.permutation", lambda *_, **__: in_order)
+    assert trainer.iterate().values()["policy/ratio_max_deviation"] < 1e-5
+    assert trainer.trained["actor"].num_steps_done == 2
+
+
 # --- an algorithm that has a state of its own -------------------------------------------------------------------------
 
 STEERED = PPOConfig(

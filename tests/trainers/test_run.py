@@ -279,6 +279,22 @@ def test_a_best_metric_that_is_not_measured_ends_the_run_at_once(bench: Bench, n
     assert not (bench.folder / "best").exists()
 
 
+@pytest.mark.parametrize(("name", "warmup_iterations", "iteration"), [("los", 2, 3), ("eval/y", 2, 0)])
+def test_a_best_metric_may_be_one_that_a_warm_up_lacks(bench: Bench, name: str, warmup_iterations: int, iteration: int):
+    """Of evaluations there is none, so their names are judged at once."""
+    run = bench.make(
+        9,
+        losses=[1.0] * 9,
+        evaluate=lambda: {"eval/x": 1.0},
+        evaluate_every=1,
+        best_metric=name,
+    )
+    run.warmup_iterations = warmup_iterations
+    with pytest.raises(RunError, match="is not measured"):
+        run.train()
+    assert bench.trainer.iteration == iteration
+
+
 def test_the_best_is_swapped_whole_with_its_record(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     run = bench.make(3, losses=[1.0, 2.0, 3.0], best_metric="loss")
     save = run.save_model
