@@ -4,9 +4,10 @@ Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n s
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,11 @@ DryRun = Annotated[
 
 def main() -> None:
     """Entry point of the command `llmrl`."""
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        _end_at_once(done)
+        raise
 
 
 @app.command()
@@ -111,12 +116,15 @@ def evaluate(
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         before = json.loads(_existing(compare).read_text()) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
-    with failures_in_one_line(), _progress() as progress:
+    with failures_in_one_line(), _ranks() as is_first, _progress(is_first) as progress:
         values = build_evaluator(config, checked, progress=progress).evaluate()
+    if not is_first:
+        raise typer.Exit()
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"model": config.model.path, **values}, indent=1) + "\n")
     _print_evaluation(config.model.path, values, before)
+    print(f"Accuracy is the share of responses with {config.reward.labels[0]} > {config.evaluation.correct_above:g}.")
 
 
 @app.command()
@@ -230,23 +238,47 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.reports.trackers import Trackers
+    from llmrl.reports.trackers import TrackerConfig, Trackers
 
-    trackers = Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
-    with failures_in_one_line(way_out), _progress() as progress:
+    with failures_in_one_line(way_out), _ranks() as is_first, _progress(is_first) as progress:
         progress.message(sentence)
+        trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=Path(config.run.output_dir))
         run = build(progress=progress, trackers=trackers)
         with trackers:
             run.train()
+    if not is_first:
+        raise typer.Exit()
     print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
 
 
-def _progress() -> Any:
-    from llmrl.reports.progress import make_progress
+@contextmanager
+def _ranks() -> Iterator[bool]:
+    """Around what all ranks of a launch do together. Whether this one is the first, which speaks and writes."""
+    from llmrl.distributed.collectives import join_ranks, leave_ranks
+
+    collectives = join_ranks()
+    try:
+        yield collectives.rank == 0
+        collectives.gather(None)  # nobody hangs up while others still talk
+    finally:
+        leave_ranks()
+
+
+def _end_at_once(done: SystemExit) -> None:
+    """Of a launch of several processes, each ends without its interpreter's farewell: threads that gloo leaves behind
+    would now and then abort it there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(done.code, int | None):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(done.code or 0)
+
+
+def _progress(is_first: bool = True) -> Any:
+    from llmrl.reports.progress import Silent, make_progress
 
     _quiet()
-    return make_progress()
+    return make_progress() if is_first else nullcontext(Silent())
 
 
 def _quiet() -> None:

@@ -200,3 +200,15 @@ def by_token_budget(num_tokens: Int[Tensor, " B"], max_tokens: int) -> list[Int[
             parts.append(order[first:last])
             first = last
     return [*parts, order[first:]] if len(order) else []
+
+
+def dealt(num_tokens: Int[Tensor, " B"], rank: int, world_size: int) -> Int[Tensor, " part"]:
+    """The rows of one rank: the longest first, each goes to the rank that has the fewest tokens so far."""
+    lengths, order = num_tokens.sort(descending=True, stable=True)
+    loads, mine = [0] * world_size, []
+    for row, length in zip(order.tolist(), lengths.tolist(), strict=True):
+        least = loads.index(min(loads))
+        loads[least] += length
+        if least == rank:
+            mine.append(row)
+    return torch.tensor(mine, dtype=torch.long)

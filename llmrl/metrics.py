@@ -29,6 +29,11 @@ class Metrics:
         """The same without the statistics of these names."""
         return Metrics({name: statistic for name, statistic in self.statistics.items() if name not in names})
 
+    def in_floats(self) -> "Metrics":
+        """The same in Python's numbers, to be sent to other ranks."""
+        flat = iter(_flatten(self.statistics))
+        return Metrics({name: type(s)(*(next(flat) for _ in s)) for name, s in self.statistics.items()})
+
     def per_step(self) -> "Metrics":
         """Every `Total` of one optimizer step as the first observation of a mean over optimizer steps."""
         return Metrics(

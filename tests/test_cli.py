@@ -279,6 +279,7 @@ def test_sft_grpo_evaluate_generate(sft_recipe, grpo_recipe, data):
     status, output, error = llmrl("evaluate", grpo_recipe, *final, "--output", after, "--compare", before)
     assert status == 0, error
     assert "accuracy" in output
+    assert "Accuracy is the share of responses with" in output
     assert json.loads(after.read_text())["eval/accuracy"] == entries[2]["eval/accuracy"]  # the same weights, reloaded
 
     enable_progress_bar()  # as in a fresh process

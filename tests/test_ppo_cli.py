@@ -421,7 +421,7 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         ),
         (["critic_optimizer.learning_rate=-1"], ["critic_optimizer.learning_rate (-1.0) must be 0 or greater"]),
         (["algorithm.kl_coef=0", "algorithm.kl_target=1"], ["algorithm.kl_target steers algorithm.kl_coef by factors"]),
-        (["algorithm.bootstrap_truncated=true"], ["algorithm.missing_eos_penalty could be subtracted; choose one"]),
+        (["algorithm.bootstrap_truncated=true"], ["algorithm.missing_eos_penalty could be subtracted; set that to 0"]),
         (["reward.model.path=/nowhere/rm"], ["reward.model.path (/nowhere/rm) is no folder"]),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,

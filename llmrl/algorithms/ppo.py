@@ -31,7 +31,7 @@ from llmrl.functional.masking import masked_moments, masked_sum, standardize
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Explained, Mean, Moments, Statistic, Total
 from llmrl.metrics import Metrics
-from llmrl.roles import ActorCritic, Collectives, Policy
+from llmrl.roles import ActorCritic, Policy
 
 Losses = Iterator[tuple[str, Tensor, Metrics]]
 
@@ -111,7 +111,7 @@ class PPOConfig:
             if self.bootstrap_truncated and getattr(self, name):
                 raise ValueError(
                     "algorithm.bootstrap_truncated gives a response that was cut a value in place of a score, from "
-                    f"which algorithm.{name} could be subtracted; choose one of them"
+                    f"which algorithm.{name} could be subtracted; set that to 0 or this to false"
                 )
 
     @property
@@ -139,7 +139,6 @@ class PPO:
         max_response_tokens: Length limit of a response.
         warmup_iterations: So many iterations train the critic alone.
         value_coef: Weight of the critic's loss where both share a trunk, and so one loss.
-        collectives: Moments are those of all ranks.
     """
 
     def __init__(
@@ -151,7 +150,6 @@ class PPO:
         max_response_tokens: int,
         warmup_iterations: int,
         value_coef: float,
-        collectives: Collectives,
     ) -> None:
         self.config = config
         self.networks = networks
@@ -161,7 +159,6 @@ class PPO:
         self.max_response_tokens = max_response_tokens
         self.warmup_iterations = warmup_iterations
         self.value_coef = value_coef
-        self.collectives = collectives
         self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self.step_kl_control = None
         if config.step_kl_target is not None:
@@ -189,7 +186,7 @@ class PPO:
             rollout=rollout,
             scores=scores,
             old_logprobs=old_logprobs,
-            advantages=standardize(advantages, mask, moments=self._global(masked_moments(advantages, mask))),
+            advantages=standardize(advantages, mask, moments=masked_moments(advantages, mask)),
             old_values=values,
             returns=returns,
         )
@@ -212,11 +209,11 @@ class PPO:
         return torch.where(replaced, 0.0, scores)
 
     def _normalize(self, scores: Float[Tensor, " B"], scored: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """By the moments of every score so far, on all ranks, these included."""
-        batch = self._global(masked_moments(scores, scored))
+        """By the moments of every score so far, these included."""
+        batch = masked_moments(scores, scored)
         count, total, square = (x + float(y) for x, y in zip(self.score_moments, batch, strict=True))
         self.score_moments = (count, total, square)
-        return standardize(scores, scored, moments=batch.new_tensor(self.score_moments))
+        return standardize(scores, scored, moments=batch[0].new_tensor(self.score_moments))
 
     def _estimate(
         self,
@@ -285,12 +282,11 @@ class PPO:
     # --- what steers itself -------------------------------------------------------------------------------------------
 
     def should_stop(self, update: Metrics) -> bool:
-        """Whether a minibatch, on all ranks, has found the actor further from the old one than `stop_kl` allows."""
+        """Whether a minibatch has found the actor further from the old one than `stop_kl` allows."""
         kl = update.statistics.get("policy/approx_kl")
         if self.config.stop_kl is None or not isinstance(kl, Mean):
             return False
-        total, num = self.collectives.sum(torch.stack([torch.as_tensor(x).double() for x in kl]))
-        return bool(total > self.config.stop_kl * num)
+        return bool(kl.total > self.config.stop_kl * kl.num)
 
     def finish(self, experience: PPOExperience) -> Metrics:
         """After the updates. The price of a step moves by how far they took the actor, which is measured for that."""
@@ -300,8 +296,7 @@ class PPO:
             return Metrics()
         logprobs, _ = self.networks.logprobs(experience.sequences)
         mask = experience.response_mask
-        moved = masked_sum(_step_kl(experience, logprobs), mask)
-        total, num = self.collectives.sum(torch.stack([moved.double(), mask.sum().double()]))
+        total, num = masked_sum(_step_kl(experience, logprobs), mask), mask.sum()
         metrics = Metrics(
             {"policy/step_kl": Mean(total, num), "policy/step_kl_coef": Mean(self.step_kl_control.coef, 1.0)}
         )
@@ -316,8 +311,7 @@ class PPO:
 
     def _pay(self, kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Metrics:
         """The KL to the reference in numbers, by which its price then moves, unless the actor does not."""
-        counts = torch.stack([masked_sum(kl, mask).double(), mask.sum().double(), mask.any(dim=1).sum().double()])
-        total, num_tokens, num_responses = self.collectives.sum(counts)
+        total, num_tokens, num_responses = masked_sum(kl, mask).double(), mask.sum(), mask.any(dim=1).sum()
         metrics = Metrics(
             {
                 "kl/mean": Mean(total, num_tokens),
@@ -346,10 +340,6 @@ class PPO:
             ),
         }
         return Metrics(statistics)
-
-    def _global(self, moments: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Moments over all ranks."""
-        return self.collectives.sum(torch.stack(moments))
 
     def state_dict(self) -> dict[str, Any]:
         """Prices, moments of the scores, and how many iterations are done."""

@@ -19,7 +19,7 @@ from llmrl.models.critic import (
 )
 from llmrl.models.loading import ModelError, base_of, lora_config, turn_dropout_off
 from llmrl.models.reward_model import load_reward_model
-from llmrl.roles import ActorCritic, Trainable
+from llmrl.roles import ActorCritic, Collectives, Trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +35,10 @@ class Networks:
     """The model below the value head."""
 
 
-def load_networks(config: PPORun, actor: Actor) -> Networks:
+def load_networks(config: PPORun, actor: Actor, collectives: Collectives) -> Networks:
     """The critic that the config names, beside a loaded actor."""
     if config.critic.network == "shared":
-        return _share_trunk(config, actor)
+        return _share_trunk(config, actor, collectives)
     trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
     trunk.to(actor.model.device).train()  # type: ignore[arg-type]
     if config.model.gradient_checkpointing:
@@ -48,8 +48,12 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
     return Networks(
         both=SeparateNetworks(actor.policy, critic),
         trained={
-            "actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.num_actor_steps),
-            "critic": LocalTrainable(module, config.critic_optimizer, num_steps=config.num_optimizer_steps),
+            "actor": LocalTrainable(
+                actor.module, config.optimizer, num_steps=config.num_actor_steps, collectives=collectives
+            ),
+            "critic": LocalTrainable(
+                module, config.critic_optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
+            ),
         },
         critic=trunk,
     )
@@ -61,12 +65,13 @@ def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
     return head.to(trunk.device)
 
 
-def _share_trunk(config: PPORun, actor: Actor) -> Networks:
+def _share_trunk(config: PPORun, actor: Actor, collectives: Collectives) -> Networks:
     module = SharedModule(actor.module, _head_on(actor.model, config))
     trainable = LocalTrainable(
         module,
         config.optimizer,
         num_steps=config.num_optimizer_steps,
+        collectives=collectives,
         peaks={"head.weight": config.critic_optimizer.learning_rate},
     )
     both = SharedTrunk(module, microbatch_tokens=config.update.microbatch_tokens)

@@ -11,7 +11,7 @@ from llmrl.build.checks import Checked
 from llmrl.config import RewardModelRun
 from llmrl.data.preferences import PairSource, PreferenceDataConfig
 from llmrl.data.rows import DataError
-from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.trainable import LocalTrainable
 from llmrl.experience import PreferencePairs, Sequences
@@ -95,7 +95,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     """The training of a reward model. Each model that it saves has its report card beside it."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
-    settings = config.reward_model
+    settings, collectives = config.reward_model, join_ranks()
     loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed)
     pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
     held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
@@ -115,10 +115,14 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     trainer = RewardModelTrainer(
         settings,
         scorer=loaded.scorer,
-        trained={"reward_model": LocalTrainable(loaded.module, config.optimizer, num_steps=num_iterations)},
+        trained={
+            "reward_model": LocalTrainable(
+                loaded.module, config.optimizer, num_steps=num_iterations, collectives=collectives
+            )
+        },
         pairs=pairs,
         held_out=held_out.all().to(device),
-        collectives=OneProcess(),
+        collectives=collectives,
         progress=progress,
     )
 
@@ -150,6 +154,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         save_model=save,
         evaluate=trainer.evaluate,
         evaluate_every=settings.evaluate_every,
+        collectives=collectives,
         progress=progress,
         sink=trackers,
     )

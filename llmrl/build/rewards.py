@@ -15,6 +15,7 @@ from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names
 from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
 from llmrl.distributed.device import pick_device
+from llmrl.distributed.sharing import shared_reward
 from llmrl.experience import Rollout, Row, Sequences
 from llmrl.models.loading import DTYPES, base_of, load_tokenizer, shrink_linear_layers
 from llmrl.models.reward_model import (
@@ -34,7 +35,7 @@ from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function
-from llmrl.roles import RewardFunction
+from llmrl.roles import Collectives, RewardFunction
 from llmrl.rollout.support import position_limit
 
 if TYPE_CHECKING:
@@ -50,12 +51,14 @@ class Rewards:
         config: RewardConfig,
         functions: Sequence[Function],
         tokenizer: "PreTrainedTokenizerBase",
+        collectives: Collectives,
         adapted: "PeftModel | None" = None,
     ) -> None:
         """`adapted` is the actor, where its frozen base may serve the reward model too."""
         self.config = config
         self.functions = functions
         self.tokenizer = tokenizer
+        self.collectives = collectives
         self.scorer = None if config.model is None else load_scorer(config.model, adapted)
 
     def on(self, data: PromptDataConfig, rows: Sequence[Row]) -> RewardFunction:
@@ -73,7 +76,8 @@ class Rewards:
             )
         if self.scorer is not None:
             rewards.append(self.scorer.reward_for(self.tokenizer, data, rows))
-        return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
+        reward = rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
+        return shared_reward(reward, self.collectives)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
@@ -15,12 +15,13 @@ from llmrl.build.rows import EVALUATION, tell_dropped
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
 from llmrl.data.rerender import same_tokens
-from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.collectives import join_ranks
+from llmrl.distributed.sharing import shared_engine, shared_networks, shared_policy
 from llmrl.distributed.trainable import LocalTrainable
 from llmrl.experience import Prompts
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Algorithm, Policy, Progress, RolloutEngine, Trainable
+from llmrl.roles import Algorithm, Collectives, Policy, Progress, RolloutEngine, Trainable
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.evaluate import Evaluator
@@ -33,41 +34,49 @@ if TYPE_CHECKING:
 
 def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
+    collectives = join_ranks()
     actor = _load_actor(config)
     algorithm = GRPO(
         config.algorithm,
-        actor=actor.policy,
-        reference=_reference_of(actor, config, kl_coef=config.algorithm.kl_coef),
+        actor=shared_policy(actor.policy, collectives),
+        reference=_reference_of(actor, config, collectives),
         max_response_tokens=config.rollout.max_response_tokens,
     )
-    trained = {"actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.num_optimizer_steps)}
+    trained = {
+        "actor": LocalTrainable(
+            actor.module, config.optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
+        )
+    }
     readers = {"the model": actor.model}
-    return _build_run(config, checked, actor, algorithm, trained, readers, progress=progress, trackers=trackers)
+    roles: dict[str, Any] = {"collectives": collectives, "progress": progress, "trackers": trackers}
+    return _build_run(config, checked, actor, algorithm, trained, readers, **roles)
 
 
 def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
+    collectives = join_ranks()
     actor = _load_actor(config)
-    reference = _reference_of(actor, config, kl_coef=config.algorithm.kl_coef)
-    networks = load_networks(config, actor)
+    networks = load_networks(config, actor, collectives)
     algorithm = PPO(
         config.algorithm,
-        networks=networks.both,
-        reference=reference,
+        networks=shared_networks(networks.both, collectives),
+        reference=_reference_of(actor, config, collectives),
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
         value_coef=config.critic.value_coef,
-        collectives=OneProcess(),
     )
     trained, readers = networks.trained, {"the model": actor.model, "the critic": networks.critic}
-    return _build_run(config, checked, actor, algorithm, trained, readers, progress=progress, trackers=trackers)
+    roles: dict[str, Any] = {"collectives": collectives, "progress": progress, "trackers": trackers}
+    return _build_run(config, checked, actor, algorithm, trained, readers, **roles)
 
 
 def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
     """An evaluation of the model that a recipe names, without anything that trains."""
     tokenizer, model = load_for_sampling(config.model)
+    collectives = join_ranks()
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
-    rewards = Rewards(config.reward, checked.functions, tokenizer)
+    engine = shared_engine(engine, collectives)
+    rewards = Rewards(config.reward, checked.functions, tokenizer, collectives)
     return _evaluator(config, checked, tokenizer, model, engine, rewards, progress)
 
 
@@ -80,11 +89,12 @@ def _load_actor(config: RLRun) -> Actor:
     )
 
 
-def _reference_of(actor: Actor, config: RLRun, *, kl_coef: float) -> Policy | None:
+def _reference_of(actor: Actor, config: GRPORun | PPORun, collectives: Collectives) -> Policy | None:
     """Where a nat has its price, and where a reference takes no memory: then the KL is measured all the same."""
-    if kl_coef == 0 and actor.adapted is None:
+    if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
-    return reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
+    reference = reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
+    return shared_policy(reference, collectives)
 
 
 def _build_run(
@@ -95,6 +105,7 @@ def _build_run(
     trained: Mapping[str, Trainable],
     readers: Mapping[str, "PreTrainedModel"],
     *,
+    collectives: Collectives,
     progress: Progress,
     trackers: Trackers,
 ) -> Run:
@@ -105,7 +116,8 @@ def _build_run(
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
     engine = build_engine(config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress)
-    rewards = Rewards(config.reward, checked.functions, actor.tokenizer, actor.adapted)
+    engine = shared_engine(engine, collectives)
+    rewards = Rewards(config.reward, checked.functions, actor.tokenizer, collectives, actor.adapted)
     readers = {**readers, **_scorer_of(rewards)}
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, _one_epoch(prompts), config.rollout)
@@ -120,11 +132,11 @@ def _build_run(
         group_size=config.algorithm.group_size,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
-        collectives=OneProcess(),
+        collectives=collectives,
         progress=progress,
         observe=SampleWriter(
             Path(config.run.output_dir) / "samples.jsonl",
-            num_samples=config.run.samples_per_iteration,
+            num_samples=config.run.samples_per_iteration if collectives.rank == 0 else 0,
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
     )
@@ -138,6 +150,7 @@ def _build_run(
         save_model=actor.save,
         evaluate=evaluator.evaluate if evaluator is not None else None,
         evaluate_every=config.evaluation.every,
+        collectives=collectives,
         progress=progress,
         sink=trackers,
     )

@@ -5,7 +5,7 @@ from llmrl.build.checks import Checked
 from llmrl.build.rows import EVALUATION, tell_dropped
 from llmrl.config import SFTRun
 from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource
-from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.trainable import LocalTrainable
 from llmrl.experience import Row, Sequences
 from llmrl.reports.trackers import Trackers
@@ -18,6 +18,7 @@ from llmrl.trainers.sft import SFTTrainer
 def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A supervised run, ready to train."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
+    collectives = join_ranks()
     actor = load_actor(
         config.model, temperature=1.0, microbatch_tokens=config.sft.microbatch_tokens, seed=config.run.seed
     )
@@ -26,10 +27,14 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     trainer = SFTTrainer(
         config.sft,
         actor=actor.policy,
-        trained={"actor": LocalTrainable(actor.module, config.optimizer, num_steps=config.run.num_iterations)},
+        trained={
+            "actor": LocalTrainable(
+                actor.module, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives
+            )
+        },
         examples=examples,
         held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
-        collectives=OneProcess(),
+        collectives=collectives,
         progress=progress,
     )
     return Run(
@@ -39,6 +44,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         save_model=actor.save,
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,
         evaluate_every=config.sft.evaluate_every,
+        collectives=collectives,
         progress=progress,
         sink=trackers,
     )

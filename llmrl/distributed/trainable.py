@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from llmrl.roles import StateMismatch
+from llmrl.roles import Collectives, StateMismatch
 
 MAX_SKIPPED_STEPS = 5
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -51,7 +51,7 @@ class OptimizerConfig:
 
 
 class LocalTrainable:
-    """`Trainable` for a module that lives whole in this process."""
+    """`Trainable` for a module that lives whole in this process, and in every other one."""
 
     def __init__(
         self,
@@ -59,12 +59,15 @@ class LocalTrainable:
         config: OptimizerConfig,
         *,
         num_steps: int,
+        collectives: Collectives | None = None,
         peaks: Mapping[str, float] | None = None,
     ) -> None:
-        """`peaks` gives parameters, by name, a peak learning rate of their own."""
+        """`collectives` reach the ranks that hold the same weights; None where there is one process. `peaks` gives
+        parameters, by name, a peak learning rate of their own."""
         from transformers import get_scheduler
 
         self.module = module
+        self.collectives = collectives
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
@@ -97,6 +100,7 @@ class LocalTrainable:
         Raises:
             FloatingPointError: That happened several times in a row, so it will not pass by itself.
         """
+        self._add_up_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         finite = bool(norm.isfinite())
         self.num_skipped = 0 if finite else self.num_skipped + 1
@@ -112,6 +116,18 @@ class LocalTrainable:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()
+
+    def _add_up_gradients(self) -> None:
+        """Over ranks. A parameter that has none on any rank keeps none; a rank without one adds nothing."""
+        if self.collectives is None or self.collectives.world_size == 1:
+            return
+        parameters = list(self.parameters.values())
+        device = parameters[0].device
+        has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        anywhere = self.collectives.sum(has_gradient).tolist()
+        for p, num_ranks in zip(parameters, anywhere, strict=True):
+            if num_ranks:
+                p.grad = self.collectives.sum(torch.zeros_like(p) if p.grad is None else p.grad)
 
     @property
     def learning_rate(self) -> float:

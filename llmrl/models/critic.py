@@ -52,7 +52,7 @@ class CriticConfig:
         if self.network != "own" and self.body == "reward_model":
             raise ValueError(
                 f"critic.body reward_model goes with critic.network own; critic.network {self.network} is on the "
-                "actor's weights"
+                "actor's weights; set critic.body to actor, or critic.network to own"
             )
 
 

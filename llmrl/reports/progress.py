@@ -14,10 +14,11 @@ HEADLINES = (
     "loss",
     "pairs/accuracy",
     "score/mean",
-    "kl/mean",
+    "kl/sequence",
     "response/length",
     "policy/entropy",
     "policy/clip_fraction",
+    "value/explained_variance",
     "tokens/per_s",
 )
 """The metrics that an iteration's line shows, in this order, those that it has."""
@@ -56,7 +57,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_headlines(values: Mapping[str, float]) -> str:
-    """``score/mean 0.412  kl/mean 0.01``: the headlines among the metrics of an iteration."""
+    """``score/mean 0.412  kl/sequence 0.01``: the headlines among the metrics of an iteration."""
     return "  ".join(f"{name} {format_number(values[name])}" for name in HEADLINES if name in values)
 
 

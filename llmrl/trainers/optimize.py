@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from jaxtyping import Int
 from torch import Tensor
 
+from llmrl.experience import by_token_budget, dealt
 from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
-from llmrl.roles import Progress, Trainable
+from llmrl.roles import Collectives, Progress, Trainable
 
 Part = TypeVar("Part")
 
@@ -34,20 +36,23 @@ def optimizer_step(
     trained: Mapping[str, Trainable],
     microbatches: Iterable[Part],
     losses: Callable[[Part], Iterator[tuple[str, Tensor, Metrics]]],
+    collectives: Collectives,
     progress: Progress,
 ) -> Metrics:
-    """Adds up the gradients of all microbatches, then steps every trained module once that any loss was for.
+    """Adds up the gradients of all microbatches of all ranks, then steps every trained module that any loss was for.
 
     The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how
-    the minibatch was cut does not show in the result. Each loss is run backward before the next forward.
+    the minibatch was cut, and how it was dealt to ranks, does not show in the result. Each loss is run backward before
+    the next forward.
     """
-    metrics, learning = Metrics(), set()
+    metrics, learning = Metrics(), set[str]()
     for microbatch in microbatches:
         for name, loss, statistics in losses(microbatch):
             trained[name].backward(loss)
             learning.add(name)
             metrics = metrics.merge(statistics)
         progress.advance()
+    metrics, learning = _of_all_ranks(metrics, learning, collectives)
     metrics = metrics.per_step()
     for name in sorted(learning):
         trainable = trained[name]
@@ -62,3 +67,19 @@ def optimizer_step(
         }
         metrics = metrics.merge(Metrics(steps))
     return metrics
+
+
+def own_parts(num_tokens: Int[Tensor, " B"], max_tokens: int, collectives: Collectives) -> list[Int[Tensor, " part"]]:
+    """The microbatches of this rank: the rows that are dealt to it, cut by the token budget."""
+    mine = dealt(num_tokens, collectives.rank, collectives.world_size)
+    return [mine[part] for part in by_token_budget(num_tokens[mine], max_tokens)]
+
+
+def _of_all_ranks(metrics: Metrics, learning: set[str], collectives: Collectives) -> tuple[Metrics, set[str]]:
+    """Statistics and names of modules with a loss; a rank without a microbatch has neither."""
+    if collectives.world_size == 1:
+        return metrics, learning
+    pooled = Metrics()
+    for part, names in collectives.gather((metrics.in_floats(), learning)):
+        pooled, learning = pooled.merge(part), learning | names
+    return pooled, learning

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmrl.experience import PreferencePairs, by_token_budget
+from llmrl.experience import PreferencePairs
 from llmrl.functional.intervals import wilson_interval
 from llmrl.functional.losses import bradley_terry_loss
 from llmrl.functional.statistics import Mean, Statistic, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, PairSource, Progress, Scorer, Trainable
-from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.optimize import optimizer_step, own_parts
 from llmrl.trainers.resumable import Resumable
 
 
@@ -78,16 +78,16 @@ class RewardModelTrainer(Resumable):
         """One optimizer step on the next pairs."""
         started = time.perf_counter()
         batch = self.pairs.next(self.config.batch_size).to(self.device)
-        num_pairs = self.collectives.sum(torch.tensor(len(batch.margin), device=self.device))
+        num_pairs = torch.tensor(len(batch.margin), device=self.device)
 
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
             part = batch.select(index)
             loss, statistics = self.loss(*self.scorer.pair_scores(part), part.margin, num_pairs)
             yield "reward_model", loss, Metrics({"loss": Total(loss.detach()), **statistics})
 
-        parts = by_token_budget(self.scorer.pair_tokens(batch), self.config.microbatch_tokens)
+        parts = own_parts(self.scorer.pair_tokens(batch), self.config.microbatch_tokens, self.collectives)
         self.progress.phase("update", len(parts))
-        metrics = optimizer_step(self.trained, parts, losses, self.progress)
+        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}

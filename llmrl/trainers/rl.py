@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.experience import Experience, Prompts, Rollout, Scores, by_token_budget
+from llmrl.experience import Experience, Prompts, Rollout, Scores
 from llmrl.functional.advantages import flat_groups
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
@@ -32,7 +32,7 @@ from llmrl.roles import (
     Sampling,
     Trainable,
 )
-from llmrl.trainers.optimize import UpdateConfig, optimizer_step
+from llmrl.trainers.optimize import UpdateConfig, optimizer_step, own_parts
 from llmrl.trainers.resumable import Resumable
 
 FIRST_ONLY = "policy/ratio_max_deviation"
@@ -182,7 +182,7 @@ class RLTrainer(Resumable):
         A step on a gradient of zero would still move the weights, by what the optimizer remembers.
         """
         mask = minibatch.response_mask
-        num_tokens, num_responses = self.collectives.sum(torch.stack([mask.sum(), mask.any(dim=1).sum()]))
+        num_tokens, num_responses = mask.sum(), mask.any(dim=1).sum()
         if not num_tokens:
             return Metrics()
 
@@ -197,9 +197,9 @@ class RLTrainer(Resumable):
             )
             yield from self.algorithm.losses(part, weights)
 
-        parts = by_token_budget(minibatch.sequences.num_tokens, self.config.microbatch_tokens)
+        parts = own_parts(minibatch.sequences.num_tokens, self.config.microbatch_tokens, self.collectives)
         with self.phase("update", len(parts)):
-            return optimizer_step(self.trained, parts, losses, self.progress)
+            return optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:

@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from llmrl.roles import Progress, Trainer
+from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
@@ -124,10 +124,14 @@ class Run:
         save_model: Callable[[Path], None],
         evaluate: Callable[[], dict[str, float]] | None,
         evaluate_every: int,
+        collectives: Collectives,
         progress: Progress,
         sink: MetricsSink,
     ) -> None:
         self.config = config
+        self.collectives = collectives
+        self.keeps_records = collectives.rank == 0
+        """Every rank trains; one of them writes."""
         self.settings = settings
         self.trainer = trainer
         self.save_model = save_model
@@ -156,7 +160,7 @@ class Run:
         try:
             with self.signals():
                 self.catch_up()
-                while self.trainer.iteration < self.config.num_iterations and self.stop_signal is None:
+                while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
                     last = self.iterate()
         except BaseException:
             if self.trainer.rewind():
@@ -165,8 +169,15 @@ class Run:
         if self.stop_signal is not None:
             self.checkpoint()
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
-        self.save_model(self.folder / "final")
+        if self.keeps_records:
+            self.save_model(self.folder / "final")
+        self.collectives.gather(None)  # nobody leaves before it is saved
         return last
+
+    def is_stopped(self) -> bool:
+        """Whether any rank got a signal; then all have."""
+        self.stop_signal = max(self.collectives.gather(self.stop_signal or 0)) or None
+        return self.stop_signal is not None
 
     def iterate(self) -> dict[str, float]:
         """One iteration, its evaluation, its line of metrics and its checkpoint."""
@@ -204,7 +215,8 @@ class Run:
         if any(name.startswith("eval/") for name in last) or not (values := self.evaluation(number)):
             return
         last.pop("iteration", None)
-        keep_iterations(file, number - 1)
+        if self.keeps_records:
+            keep_iterations(file, number - 1)
         self.log(number, last | values)
         if (self.config.best_metric or "").startswith("eval/"):
             self.keep_best(number, values)
@@ -215,16 +227,27 @@ class Run:
         A run that stands at iteration 0 begins anew: nothing of what it left is kept.
         """
         check_output(self.config)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.collectives.gather(None)  # nobody writes before all have looked
         checkpoints = list_checkpoints(self.folder / "checkpoints")
         if checkpoints:
             self.tell_changes()
             self.trainer.load_state_dict(load_checkpoint(checkpoints[-1]))
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {checkpoints[-1]}")
+        if self.keeps_records:
+            self.begin_records()
+        self.collectives.gather(None)  # nobody reads before these are in order
+
+    def begin_records(self) -> None:
+        """Makes the folder, or removes what came after the checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_iterations(self.folder / name, self.trainer.iteration or -1)
         if (record := self.best_record()) and record["iteration"] > self.trainer.iteration:
             shutil.rmtree(self.best)
+        if self.trainer.iteration >= self.config.num_iterations:
+            done = f"{self.trainer.iteration} of {self.config.num_iterations} iterations are done"
+            self.progress.message(f"nothing is left to learn: {done}; run.num_iterations says how many there are to be")
+            return  # and these settings have had no part in it
         write_atomically(self.folder / "config.json", {"settings": self.settings, **provenance()})
 
     def tell_changes(self) -> None:
@@ -237,10 +260,14 @@ class Run:
         now = _leaves(json.loads(json.dumps(self.settings)))
         for path in sorted(before.keys() | now.keys()):
             if before.get(path) != now.get(path) and path != "run.resume":
-                self.progress.message(f"changed since the run began: {path} was {before.get(path)}, is {now.get(path)}")
+                self.progress.message(
+                    f"changed since the run was last started: {path} was {before.get(path)}, is {now.get(path)}"
+                )
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
+        if not self.keeps_records:
+            return
         line = {"iteration": iteration, **{name: x if math.isfinite(x) else None for name, x in values.items()}}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -253,7 +280,7 @@ class Run:
             RunError: There is no such metric.
         """
         name, record = self.config.best_metric, self.best_record()
-        if name is None:
+        if name is None or not self.keeps_records:
             return
         if name not in values:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
@@ -293,7 +320,7 @@ class Run:
     def checkpoint(self) -> None:
         """The state between two iterations, unless it is saved already."""
         folder = self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
-        if not folder.exists():
+        if self.keeps_records and not folder.exists():
             save_checkpoint(folder, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
 
     @contextmanager

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmrl.experience import Sequences, by_token_budget
+from llmrl.experience import Sequences
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, ExampleSource, Policy, Progress, Trainable
-from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.optimize import optimizer_step, own_parts
 from llmrl.trainers.resumable import Resumable
 
 
@@ -63,7 +63,7 @@ class SFTTrainer(Resumable):
         """One optimizer step on the next examples."""
         started = time.perf_counter()
         batch = self.examples.next(self.config.batch_size).to(self.device)
-        num_tokens = self.collectives.sum(batch.response_mask.sum())
+        num_tokens = batch.response_mask.sum()
 
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
             part = batch.select(index)
@@ -74,9 +74,9 @@ class SFTTrainer(Resumable):
             loss = -masked_sum(weights * logprobs, part.response_mask)
             yield "actor", loss, Metrics({"loss": self._mean_loss(part, logprobs.detach())})
 
-        parts = by_token_budget(batch.num_tokens, self.config.microbatch_tokens)
+        parts = own_parts(batch.num_tokens, self.config.microbatch_tokens, self.collectives)
         self.progress.phase("update", len(parts))
-        metrics = optimizer_step(self.trained, parts, losses, self.progress)
+        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}

@@ -198,9 +198,8 @@ def make_ppo(
     max_response_tokens,
     warmup_iterations=0,
     value_coef=0.5,
-    collectives: Any = None,
 ) -> Any:
-    """In one process, unless told otherwise."""
+    """PPO on these networks."""
     return PPO(
         config,
         networks=networks,
@@ -208,5 +207,4 @@ def make_ppo(
         max_response_tokens=max_response_tokens,
         warmup_iterations=warmup_iterations,
         value_coef=value_coef,
-        collectives=collectives or OneProcess(),
     )

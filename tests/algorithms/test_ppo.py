@@ -151,7 +151,7 @@ def final(*scores):
         ({"score_clip": 0.0}, "algorithm.score_clip (0.0) must be greater than 0, or null"),
         ({"missing_eos_penalty": -1.0}, "algorithm.missing_eos_penalty (-1.0) must be 0 or greater"),
         ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1) must be 0 or greater"),
-        ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty could be subtracted; choose"),
+        ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty could be subtracted; set"),
         ({"bootstrap_truncated": True, "overlong_buffer_tokens": 3}, "overlong_buffer_tokens could be subtracted"),
     ],
 )
@@ -829,58 +829,3 @@ def test_returns_that_do_not_vary_are_explained_by_nobody(score):
     """Their variance is rounding, and a share of it would be noise."""
     _, metrics = collect({"gae_lambda": 1.0}, [score] * 4, values=random_table(3))
     assert "value/explained_variance" not in metrics.values()
-
-
-class TwoRanks:
-    """`Collectives` of one of two ranks: adds what the other one said at the same place."""
-
-    rank, world_size = 0, 2
-
-    def __init__(self, heard):
-        self.said, self.heard = [], heard
-
-    def sum(self, x):
-        self.said.append(x)
-        return x + self.heard[len(self.said) - 1] if self.heard else x
-
-    def max(self, x):
-        return x
-
-
-def iteration_of(rows, heard=()):
-    """Experience, metrics, state and what was said to the other rank; no other rank where nothing was heard."""
-    ppo = make_ppo(
-        PPOConfig(**EVERYTHING),
-        FixedNetworks(OLD, OLD_VALUES),
-        reference=FixedNetworks(REF),
-        max_response_tokens=LIMIT,
-        collectives=TwoRanks(heard),
-    )
-    index = torch.tensor(rows)
-    experience, metrics = ppo.experience(make_rollout().select(index), make_scores(SCORES).select(index))
-    ppo.networks = FixedNetworks(torch.cat([OLD[:2], NEW[2:]]))
-    metrics = metrics.merge(ppo.finish(experience))
-    return experience, metrics, ppo.state_dict(), ppo.collectives.said
-
-
-@pytest.mark.parametrize(("elsewhere", "stops"), [(0.9, True), (0.1, False)])
-def test_two_ranks_stop_together(elsewhere, stops):
-    """At 0.05 nats a token: this rank has found 0.4 in 10 tokens, the other one so much in 10."""
-    collectives = TwoRanks([torch.tensor([elsewhere, 10.0], dtype=torch.float64)])
-    ppo = make_ppo(PPOConfig(stop_kl=0.05), FixedNetworks(OLD), max_response_tokens=LIMIT, collectives=collectives)
-    assert ppo.should_stop(Metrics({"policy/approx_kl": Mean(torch.tensor(0.4), torch.tensor(10))})) is stops
-
-
-def test_two_ranks_come_to_what_one_would():
-    """Advantages, scores and prices take the moments of both; what each tells pools to what one process tells."""
-    ours, theirs = iteration_of([0, 1]), iteration_of([2, 3])
-    for _ in range(6):  # what a rank says depends on what it heard before: until nothing changes
-        ours, theirs = iteration_of([0, 1], theirs[3]), iteration_of([2, 3], ours[3])
-    whole, metrics, state, _ = iteration_of([0, 1, 2, 3])
-    assert_close(torch.cat([ours[0].advantages, theirs[0].advantages]), whole.advantages)
-    assert_close(torch.cat([ours[0].returns, theirs[0].returns]), whole.returns)
-    assert ours[1].merge(theirs[1]).values() == pytest.approx(metrics.values(), rel=1e-5)
-    for told in (ours[2], theirs[2]):
-        assert told["score_moments"] == pytest.approx(state["score_moments"])
-        assert told["kl"] == pytest.approx(state["kl"])
-        assert told["step_kl"] == state["step_kl"] == {"coef": 1.5}  # though the first two did not move at all

@@ -1,14 +1,10 @@
 import pytest
 import torch
 
-from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.collectives import OneProcess, join_ranks, leave_ranks
 
 
-@pytest.mark.parametrize("world_size", [None, "1"])
-def test_one_process_talks_to_itself(monkeypatch, world_size):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size is not None:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
+def test_one_process_talks_to_itself():
     collectives = OneProcess()
     x = torch.tensor([1.0, -2.0])
     assert (collectives.rank, collectives.world_size) == (0, 1)
@@ -16,7 +12,14 @@ def test_one_process_talks_to_itself(monkeypatch, world_size):
     assert torch.equal(collectives.max(x), torch.tensor([1.0, -2.0]))
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"launched as 2 processes.*start it with `llmrl` alone"):
-        OneProcess()
+def test_what_one_process_gathers_is_its_own():
+    assert OneProcess().gather({"a": 1}) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("world_size", [None, "1"])
+def test_without_a_launch_there_is_one_process(monkeypatch, world_size):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert isinstance(join_ranks(), OneProcess)
+    leave_ranks()  # which has nothing to end

@@ -68,8 +68,8 @@ def test_format_duration(seconds: float, text: str):
 
 
 def test_headlines_come_in_their_own_order_and_nothing_else_does():
-    values = {"policy/loss": 1.0, "tokens/per_s": 12345.0, "kl/mean": 0.01, "score/mean": 0.41234}
-    assert format_headlines(values) == "score/mean 0.412  kl/mean 0.01  tokens/per_s 12,345"
+    values = {"policy/loss": 1.0, "tokens/per_s": 12345.0, "kl/sequence": 0.01, "score/mean": 0.41234}
+    assert format_headlines(values) == "score/mean 0.412  kl/sequence 0.01  tokens/per_s 12,345"
 
 
 # --- plain ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
 from llmrl.algorithms.ppo import PPO, PPOConfig
 from llmrl.data.chat import as_sequences
-from llmrl.distributed.collectives import OneProcess
 from llmrl.experience import Rollout
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
@@ -341,7 +340,6 @@ def test_ppo_rewards_the_very_tokens():
         max_response_tokens=6,
         warmup_iterations=0,
         value_coef=1.0,
-        collectives=OneProcess(),
     )
     experience, _ = ppo.experience(rollout, scores)
     # by lambda 0 and values of 0 the return of a token is its reward; the score is clipped, and these numbers are not

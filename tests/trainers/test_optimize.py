@@ -1,5 +1,6 @@
 """One optimizer step: sums over microbatches, means over steps."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
-from llmrl.trainers.optimize import UpdateConfig, optimizer_step
+from llmrl.trainers.optimize import UpdateConfig, optimizer_step, own_parts
+from tests.distributed.threads import on_ranks
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0], [1.0, 1.0]])
 Y = torch.tensor([1.0, 0.0, 2.0, -1.0, 3.0, 0.5])
@@ -53,7 +56,7 @@ class Problem:
 
     def step(self, *microbatches: list[int]) -> dict[str, float]:
         parts = [torch.tensor(rows) for rows in microbatches]
-        return optimizer_step(self.trained, parts, self.losses, self.counter).values()
+        return optimizer_step(self.trained, parts, self.losses, OneProcess(), self.counter).values()
 
 
 CUTS = ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[5, 3], [0], [1, 2, 4]], [[0], [1], [2], [3], [4], [5]])
@@ -83,7 +86,7 @@ def test_a_total_becomes_a_mean_over_steps():
         def losses(part: float) -> Iterator[tuple[str, Tensor, Metrics]]:
             yield "actor", part * problem.module.w.sum(), Metrics({"loss": Total(part)})
 
-        return optimizer_step(problem.trained, [loss / 2, loss / 2], losses, Silent())
+        return optimizer_step(problem.trained, [loss / 2, loss / 2], losses, OneProcess(), Silent())
 
     values = step(1.0).merge(step(4.0)).values()
     assert values["loss"] == pytest.approx(2.5)
@@ -99,9 +102,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(bad: float):
     def losses(factor: float) -> Iterator[tuple[str, Tensor, Metrics]]:
         yield "actor", factor * problem.module.w.sum(), Metrics()
 
-    broken = optimizer_step(problem.trained, [bad], losses, Silent())
+    broken = optimizer_step(problem.trained, [bad], losses, OneProcess(), Silent())
     assert_close(problem.module.w.detach(), torch.tensor([0.5, -0.25]), rtol=0.0, atol=0.0)
-    values = broken.merge(optimizer_step(problem.trained, [3.0], losses, Silent())).values()
+    values = broken.merge(optimizer_step(problem.trained, [3.0], losses, OneProcess(), Silent())).values()
     assert values["actor/skipped_steps"] == 1.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)  # of the step that was taken
     assert not torch.tensor(values["actor/grad_norm_max"]).isfinite()
@@ -136,7 +139,7 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
             yield name, torch.tensor(float(loss)), Metrics({f"{name}/loss": Total(float(loss))})
 
     trained = {name: Recorder(name) for name in ("actor", "critic")}
-    values = optimizer_step(trained, [1, 2], losses, Silent()).values()
+    values = optimizer_step(trained, [1, 2], losses, OneProcess(), Silent()).values()
     assert happened == [
         "actor forward 1",
         "actor backward 1",
@@ -165,16 +168,16 @@ def test_a_module_that_no_loss_was_for_is_left_alone():
     def weights(name: str) -> Tensor:
         return networks[name].module.w.detach().clone()
 
-    optimizer_step(trained, [("actor", "critic")], losses, Silent())
+    optimizer_step(trained, [("actor", "critic")], losses, OneProcess(), Silent())
     before = {name: weights(name) for name in trained}
-    values = optimizer_step(trained, [("critic",), ("critic",)], losses, Silent()).values()
+    values = optimizer_step(trained, [("critic",), ("critic",)], losses, OneProcess(), Silent()).values()
     assert torch.equal(weights("actor"), before["actor"])
     assert not torch.equal(weights("critic"), before["critic"])
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 1, "critic": 2}
     assert {name.split("/")[0] for name in values} == {"critic"}
 
     # one microbatch is enough
-    values = optimizer_step(trained, [("critic",), ("actor", "critic")], losses, Silent()).values()
+    values = optimizer_step(trained, [("critic",), ("actor", "critic")], losses, OneProcess(), Silent()).values()
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 2, "critic": 3}
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)
     assert values["critic/grad_norm"] == pytest.approx(6.0 * 2**0.5)
@@ -185,3 +188,35 @@ def test_a_setting_out_of_range_is_refused(name: str):
     assert getattr(UpdateConfig(**{name: 1}), name) == 1
     with pytest.raises(ValueError, match=rf"^update\.{name} \(0\) must be at least 1$"):
         UpdateConfig(**{name: 0})
+
+
+def test_own_parts_are_every_row_once_in_even_shares():
+    num_tokens = torch.tensor([5, 1, 9, 3, 7, 2, 8])
+
+    def parts(ranks):
+        return own_parts(num_tokens, 10, ranks)
+
+    shares = on_ranks(3, parts)
+    assert sorted(row for parts in shares for part in parts for row in part.tolist()) == list(range(7))
+    totals = [sum(int(num_tokens[part].sum()) for part in parts) for parts in shares]
+    assert sorted(totals) == [11, 12, 12]  # 9 2 1, 8 3 and 7 5
+    assert all(len(part) * int(num_tokens[part].max()) <= 10 for parts in shares for part in parts)
+
+
+def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
+    def step(ranks):
+        torch.manual_seed(0)
+        module = nn.Linear(2, 1)
+        trained = {"actor": LocalTrainable(module, OptimizerConfig(learning_rate=0.1), num_steps=2, collectives=ranks)}
+
+        def losses(part):
+            yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
+
+        values = optimizer_step(trained, [3.0] if ranks.rank == 0 else [], losses, ranks, Silent()).values()
+        return values, module.weight.detach().clone()
+
+    (values, weight), (others, same) = on_ranks(2, step)
+    assert values == others
+    assert values["loss"] == 3.0
+    assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
+    assert torch.equal(weight, same)

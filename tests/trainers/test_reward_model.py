@@ -16,9 +16,11 @@ from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.experience import PreferencePairs, Sequences
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.reports.progress import Silent
+from llmrl.roles import Collectives
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.run import Run, RunConfig
 from tests import oracles
+from tests.distributed.threads import on_ranks
 
 from .test_sft import Counter, Keeper, Nobody, batch, metrics, saved
 
@@ -197,10 +199,16 @@ def test_an_iteration_takes_the_next_pairs():
     assert trainer.cursor() == {"iteration": 2, "source": {"position": 4}}
 
 
-def test_pairs_of_other_ranks_count_in_the_denominator(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(OneProcess, "sum", lambda _, x: 2 * x)
-    loss = make_trainer(RAGGED, microbatch_tokens=25).iterate().values()["loss"]
-    assert loss == pytest.approx(plain_loss(tiny(), RAGGED).item() / 2, rel=1e-5)
+def test_what_ranks_learn_together_is_what_one_process_learns():
+    models = [tiny(), tiny()]
+
+    def learn(ranks: Collectives) -> float:
+        trainer = make_trainer(RAGGED, model=models[ranks.rank], microbatch_tokens=25)
+        trainer.collectives = ranks
+        return trainer.iterate().values()["loss"]
+
+    for loss in on_ranks(2, learn):
+        assert loss == pytest.approx(plain_loss(tiny(), RAGGED).item(), rel=1e-5)
 
 
 def test_what_an_iteration_reports():
@@ -319,6 +327,7 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
         settings={},
         trainer=trainer,
+        collectives=OneProcess(),
         save_model=lambda _: None,
         evaluate=trainer.evaluate,
         evaluate_every=2,

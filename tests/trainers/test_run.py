@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import llmrl
+from llmrl.distributed.collectives import OneProcess
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
@@ -136,6 +137,7 @@ class Bench:
             RunConfig(output_dir=str(self.folder), num_iterations=num_iterations, **config),
             settings=settings or {},
             trainer=trainer,
+            collectives=OneProcess(),
             save_model=save_model,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
@@ -174,6 +176,25 @@ def test_iterations_come_in_order_and_each_leaves_a_line(bench: Bench):
     assert bench.said.iterations == [1, 2, 3]
     assert last == {"weight": 18.0}
     assert bench.model() == 18.0
+
+
+def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
+    run = bench.make(3, best_metric="weight", checkpoint_every=1)
+
+    class Second(OneProcess):
+        rank, world_size = 1, 2
+
+    run.collectives, run.keeps_records = Second(), False
+    assert run.train() == {"weight": 18.0}
+    assert not bench.folder.exists()
+    assert bench.sink.logged == []
+
+
+def test_what_is_done_already_leaves_the_record_of_its_settings(bench: Bench):
+    bench.make(3, settings={"rate": 1.0}).train()
+    bench.make(3, settings={"rate": 2.0}, resume=True).train()
+    assert json.loads((bench.folder / "config.json").read_text())["settings"] == {"rate": 1.0}
+    assert any("nothing is left to learn: 3 of 3 iterations are done" in text for text in bench.said.messages)
 
 
 def test_numbers_that_json_cannot_hold_become_null(bench: Bench):
@@ -424,9 +445,9 @@ def test_changed_settings_are_told(bench: Bench):
     bench.make(1, settings=before).train()
     bench.make(2, settings=now, resume=True).train()
     assert bench.said.messages[:-1] == [
-        "changed since the run began: also was None, is 2",
-        "changed since the run began: only.before was 1, is None",
-        "changed since the run began: run.seed was 0, is 1",
+        "changed since the run was last started: also was None, is 2",
+        "changed since the run was last started: only.before was 1, is None",
+        "changed since the run was last started: run.seed was 0, is 1",
     ]
     assert json.loads((bench.folder / "config.json").read_text())["settings"]["run"]["seed"] == 1
 

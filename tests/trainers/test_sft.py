@@ -231,6 +231,7 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
         settings={},
         trainer=trainer,
+        collectives=OneProcess(),
         save_model=lambda _: None,
         evaluate=trainer.evaluate,
         evaluate_every=2,

@@ -1,0 +1,209 @@
+"""Shared roles answer on every rank as the role itself does in one process."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.sharing import (
+    SharedEngine,
+    SharedNetworks,
+    SharedPolicy,
+    SharedReward,
+    block,
+    share_rows,
+    shared_engine,
+    shared_networks,
+    shared_policy,
+    shared_reward,
+)
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.experience import Prompts, Rollout, Scores, Sequences
+from llmrl.functional.streams import Purpose
+from llmrl.roles import Sampling
+from tests.distributed.threads import on_ranks
+
+SAMPLING = Sampling(
+    temperature=1.0,
+    num_responses=2,
+    max_response_tokens=9,
+    greedy=False,
+    seed=0,
+    purpose=Purpose.TRAINING,
+    first_response=10,
+)
+WORLD_SIZES = [2, 3, 5]
+
+
+class NumberingEngine:
+    """Responds with the global number of the response, as often as that says, modulo 4."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
+        self.asked.append(len(prompts.rows))
+        count = len(prompts.rows) * sampling.num_responses
+        numbers = sampling.first_response + torch.arange(count)
+        lengths = numbers % 4 + 1
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        index = torch.arange(len(prompts.rows)).repeat_interleave(sampling.num_responses)
+        asked = prompts.select(index)
+        return Rollout(
+            sequences=Sequences(
+                prompt_ids=asked.ids,
+                prompt_mask=asked.mask,
+                response_ids=torch.where(mask, numbers[:, None], 0),
+                response_mask=mask,
+                response_lengths=lengths,
+            ),
+            rollout_logprobs=torch.where(mask, -0.5, 0.0),
+            finished=numbers % 2 == 0,
+            group_ids=numbers // sampling.num_responses,
+            rows=asked.rows,
+        )
+
+    def load_weights(self, trained):
+        self.asked.append(trained)
+
+
+class Lookup:
+    """Actor and critic whose answers depend on the row alone; counts the rows that it is asked about."""
+
+    share_trunk = True
+
+    def __init__(self):
+        self.num_rows = 0
+
+    def _answer(self, sequences, scale):
+        self.num_rows += len(sequences.response_ids)
+        return scale * sequences.response_ids.float(), scale + sequences.response_ids.float()
+
+    def logprobs(self, sequences):
+        return self._answer(sequences, 2.0)
+
+    def values(self, sequences):
+        values, _ = self._answer(sequences, 3.0)
+        return values, values.sum(dim=1)
+
+    def both(self, sequences):
+        return *self.logprobs(sequences), *self.values(sequences)
+
+
+@pytest.fixture
+def prompts() -> Prompts:
+    lengths = torch.tensor([1, 3, 2, 4])
+    mask = torch.arange(4) >= 4 - lengths[:, None]
+    ids = torch.arange(16).view(4, 4).where(mask, 0)
+    return Prompts(ids=ids, mask=mask, rows=tuple({"n": n} for n in range(4)))
+
+
+@pytest.fixture
+def rollout(prompts: Prompts) -> Rollout:
+    return NumberingEngine().generate(prompts, SAMPLING)
+
+
+def assert_same(left: Rollout, right: Rollout):
+    assert left.rows == right.rows
+    for name in ("rollout_logprobs", "finished", "group_ids"):
+        assert_close(getattr(left, name), getattr(right, name))
+    for name, ours in vars(left.sequences).items():
+        assert_close(ours, vars(right.sequences)[name])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_rollout_is_that_of_one_process(world_size, prompts, rollout):
+    """The same global numbers, so the same random numbers; a rank may have nothing to do."""
+    engines = [NumberingEngine() for _ in range(world_size)]
+    shared = on_ranks(world_size, lambda ranks: SharedEngine(engines[ranks.rank], ranks).generate(prompts, SAMPLING))
+    for each in shared:
+        assert_same(each, rollout)
+    asked = [sum(engine.asked) for engine in engines]
+    assert sum(asked) == 4
+    assert max(asked) - min(asked) <= 1
+
+
+def test_weights_are_loaded_by_every_engine():
+    engine = NumberingEngine()
+    weights = LocalTrainable(nn.Linear(1, 1), OptimizerConfig(), num_steps=1)
+    SharedEngine(engine, OneProcess()).load_weights(weights)
+    assert engine.asked == [weights]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_scores_are_those_of_one_process(world_size, rollout):
+    def reward(part: Rollout) -> Scores:
+        total = part.group_ids.float() + len(part.rows[0])
+        return Scores(total=total, per_token=part.rollout_logprobs * 2, parts={"n": total * 3})
+
+    expected = reward(rollout)
+    for scores in on_ranks(world_size, lambda ranks: SharedReward(reward, ranks)(rollout)):
+        assert_close(scores.total, expected.total)
+        assert_close(scores.per_token, expected.per_token)
+        assert_close(scores.parts["n"], expected.parts["n"])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 11])
+@pytest.mark.parametrize("question", ["logprobs", "values", "both"])
+def test_without_gradient_each_row_is_asked_about_once(world_size, question, rollout):
+    networks = [Lookup() for _ in range(world_size)]
+
+    @torch.no_grad()
+    def ask(ranks):
+        return getattr(SharedNetworks(networks[ranks.rank], ranks), question)(rollout.sequences)
+
+    expected = getattr(Lookup(), question)(rollout.sequences)
+    for answers in on_ranks(world_size, ask):
+        assert len(answers) == len(expected)
+        for answer, right in zip(answers, expected, strict=True):
+            assert_close(answer, right)
+    asked = [each.num_rows for each in networks]
+    assert sum(asked) == len(rollout.rows) * (2 if question == "both" else 1)
+
+
+def test_with_gradient_a_rank_is_asked_about_what_it_is_given(rollout):
+    policy = Lookup()
+    logprobs, _ = SharedPolicy(policy, OneProcess()).logprobs(rollout.sequences)
+    assert policy.num_rows == len(logprobs) == len(rollout.rows)
+
+
+def test_answers_of_a_row_stay_with_it(rollout):
+    """Rows are dealt by length and come back in their own order."""
+    number = rollout.sequences.response_ids[:, :1].float()
+
+    @torch.no_grad()
+    def ask(ranks):
+        return share_rows(lambda s: (s.response_ids[:, :1].float(),), rollout.sequences, ranks)
+
+    for (answer,) in on_ranks(3, ask):
+        assert_close(answer, number)
+
+
+def no_reward(rollout: Rollout) -> Scores:
+    raise AssertionError("nobody asks")
+
+
+ROLES = [
+    (shared_engine, SharedEngine, NumberingEngine()),
+    (shared_policy, SharedPolicy, Lookup()),
+    (shared_reward, SharedReward, no_reward),
+    (shared_networks, SharedNetworks, Lookup()),
+]
+
+
+@pytest.mark.parametrize(("share", "kind", "role"), ROLES)
+def test_roles_are_shared_where_there_are_several_ranks(share, kind, role):
+    assert share(role, OneProcess()) is role
+    assert all(isinstance(shared, kind) for shared in on_ranks(2, lambda ranks: share(role, ranks)))
+
+
+def test_shared_networks_say_whether_they_share_a_trunk():
+    assert on_ranks(2, lambda ranks: SharedNetworks(Lookup(), ranks).share_trunk) == [True, True]
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(7, 3), (2, 4), (8, 2)])
+def test_blocks_are_everything_in_order(count, world_size):
+    blocks = on_ranks(world_size, lambda ranks: list(range(*block(count, ranks))))
+    assert [n for each in blocks for n in each] == list(range(count))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1

@@ -1,0 +1,44 @@
+"""Ranks as threads of one process, so that what ranks do together can be tested in milliseconds."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmrl.roles import Collectives
+
+Result = TypeVar("Result")
+
+
+class ThreadGroup:
+    """`Collectives` of one of several threads."""
+
+    def __init__(self, rank: int, barrier: Barrier, board: list[Any]) -> None:
+        self.rank = rank
+        self.world_size = barrier.parties
+        self.barrier = barrier
+        self.board = board
+
+    def gather(self, x: Any) -> list[Any]:
+        self.board[self.rank] = x
+        self.barrier.wait(timeout=20)
+        gathered = list(self.board)
+        self.barrier.wait(timeout=20)
+        return gathered
+
+    def sum(self, x: Tensor) -> Tensor:
+        return torch.stack(self.gather(x.clone())).sum(dim=0)
+
+    def max(self, x: Tensor) -> Tensor:
+        return torch.stack(self.gather(x.clone())).amax(dim=0)
+
+
+def on_ranks(world_size: int, work: Callable[[Collectives], Result]) -> list[Result]:
+    """What `work` returns on each rank."""
+    barrier, board = Barrier(world_size), [None] * world_size
+    with ThreadPoolExecutor(world_size) as threads:
+        waiting = [threads.submit(work, ThreadGroup(rank, barrier, board)) for rank in range(world_size)]
+        return [each.result() for each in waiting]
