@@ -152,3 +152,12 @@ def test_a_signal_stops_both_with_a_checkpoint(folder: Path):
     running.communicate(timeout=60)
     last = lines(metrics)[-1]["iteration"]
     assert (folder / "stopped" / "checkpoints" / f"step_{last:06d}").exists()
+
+
+@pytest.mark.parametrize(("name", "num_processes"), [("cpu_two_processes", 2), ("gpu_eight", 8)])
+def test_accelerate_reads_the_launch_files(name: str, num_processes: int):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert (config.num_processes, config.distributed_type.value) == (num_processes, "MULTI_GPU")
+    assert config.use_cpu is name.startswith("cpu")
