@@ -186,7 +186,7 @@ class PPO:
             rollout=rollout,
             scores=scores,
             old_logprobs=old_logprobs,
-            advantages=standardize(advantages, mask, moments=masked_moments(advantages, mask)),
+            advantages=standardize(advantages, mask),
             old_values=values,
             returns=returns,
         )

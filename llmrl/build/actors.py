@@ -18,6 +18,7 @@ from llmrl.models.loading import (
     load_adapted,
     load_tokenizer,
     num_token_ids,
+    ready_to_train,
     shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
@@ -51,9 +52,7 @@ def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: in
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config)
-    model.to(pick_device()).train()  # type: ignore[arg-type]
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ready_to_train(model, pick_device(), gradient_checkpointing=config.gradient_checkpointing)
     dtype = DTYPES[config.dtype]
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)

@@ -17,7 +17,7 @@ from llmrl.models.critic import (
     ValueHead,
     ValueModule,
 )
-from llmrl.models.loading import ModelError, base_of, lora_config, turn_dropout_off
+from llmrl.models.loading import ModelError, base_of, lora_config, ready_to_train, turn_dropout_off
 from llmrl.models.reward_model import load_reward_model
 from llmrl.roles import ActorCritic, Collectives, Trainable
 
@@ -40,9 +40,7 @@ def load_networks(config: PPORun, actor: Actor, collectives: Collectives) -> Net
     if config.critic.network == "shared":
         return _share_trunk(config, actor, collectives)
     trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
-    trunk.to(actor.model.device).train()  # type: ignore[arg-type]
-    if config.model.gradient_checkpointing:
-        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ready_to_train(trunk, actor.model.device, gradient_checkpointing=config.model.gradient_checkpointing)
     module = ValueModule(trunk, _head_on(trunk, config), dtype=actor.dtype)
     critic = TransformersValueFunction(module, microbatch_tokens=config.update.microbatch_tokens)
     return Networks(

@@ -15,7 +15,7 @@ from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.trainable import LocalTrainable
 from llmrl.experience import PreferencePairs, Sequences
-from llmrl.models.loading import DTYPES, ModelConfig, load_tokenizer
+from llmrl.models.loading import DTYPES, ModelConfig, load_tokenizer, ready_to_train
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_model import (
     Normalization,
@@ -77,9 +77,7 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
     check_vocabulary(config, model, tokenizer)
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
-    model.to(pick_device()).train()  # type: ignore[arg-type]
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ready_to_train(model, pick_device(), gradient_checkpointing=config.gradient_checkpointing)
     module = RewardModule(model, dtype=DTYPES[config.dtype])
     scorer = TransformersRewardModel(
         module,

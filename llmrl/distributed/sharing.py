@@ -7,14 +7,17 @@ same result.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmrl.distributed.device import pick_device
-from llmrl.experience import Prompts, Rollout, Scores, Sequences, dealt
+from llmrl.experience import Batch, Prompts, Rollout, Scores, Sequences, dealt
 from llmrl.roles import ActorCritic, Collectives, Policy, RewardFunction, RolloutEngine, Sampling, Trainable
+
+Part = TypeVar("Part", bound=Batch)
 
 
 def shared_engine(engine: RolloutEngine, collectives: Collectives) -> RolloutEngine:
@@ -46,14 +49,12 @@ class SharedEngine:
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """See `RolloutEngine`. The whole rollout, on every rank."""
-        first, last = block(len(prompts.rows), self.collectives)
-        part = None
-        if first < last:
-            begins = sampling.first_response + first * sampling.num_responses
-            mine = prompts.select(torch.arange(first, last))
-            part = self.engine.generate(mine, replace(sampling, first_response=begins)).to("cpu")
-        parts = [part for part in self.collectives.gather(part) if part is not None]
-        return Rollout.cat(parts).to(pick_device())
+
+        def respond(mine: Int[Tensor, " n"]) -> Rollout:
+            begins = sampling.first_response + int(mine[0]) * sampling.num_responses
+            return self.engine.generate(prompts.select(mine), replace(sampling, first_response=begins))
+
+        return Rollout.cat(share_blocks(respond, len(prompts.rows), self.collectives)).to(pick_device())
 
     def load_weights(self, trained: Trainable) -> None:
         """See `RolloutEngine`."""
@@ -69,11 +70,7 @@ class SharedReward:
 
     def __call__(self, rollout: Rollout) -> Scores:
         """See `RewardFunction`. The scores of the whole rollout, on every rank."""
-        first, last = block(len(rollout.rows), self.collectives)
-        part = None
-        if first < last:
-            part = self.reward(rollout.select(torch.arange(first, last))).to("cpu")
-        parts = [part for part in self.collectives.gather(part) if part is not None]
+        parts = share_blocks(lambda mine: self.reward(rollout.select(mine)), len(rollout.rows), self.collectives)
         return Scores.cat(parts).to(rollout.rollout_logprobs.device)
 
 
@@ -129,6 +126,13 @@ def share_rows(
 def _in_order(x: Tensor, order: Int[Tensor, " B"]) -> Tensor:
     """Row i goes to place order[i]."""
     return torch.empty_like(x).index_copy(0, order, x)
+
+
+def share_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:
+    """What `work` makes of each rank's block of so many things, in order, on the CPU; a rank may have none."""
+    first, last = block(count, collectives)
+    part = work(torch.arange(first, last)).to("cpu") if first < last else None
+    return [part for part in collectives.gather(part) if part is not None]
 
 
 def block(count: int, collectives: Collectives) -> tuple[int, int]:

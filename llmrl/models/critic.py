@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmrl.experience import Sequences
+from llmrl.models.loading import HeadInit, initialize_head
 from llmrl.models.policy import PolicyModule, in_microbatches, to_left_margin
 from llmrl.roles import Policy, ValueFunction
 
@@ -59,10 +60,9 @@ class CriticConfig:
 class ValueHead(nn.Linear):
     """From a hidden state to a value, in float32 whatever the precision of the trunk."""
 
-    def __init__(self, hidden_size: int, *, init: Literal["zero", "normal"]) -> None:
+    def __init__(self, hidden_size: int, *, init: HeadInit) -> None:
         super().__init__(hidden_size, 1, bias=False)
-        with torch.no_grad():
-            self.weight.zero_() if init == "zero" else self.weight.normal_(std=1 / math.sqrt(hidden_size + 1))
+        initialize_head(self, init)
 
     def forward(self, input: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
         """Values of hidden states."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HeadInit = Literal["zero", "normal"]
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CODE_FILES = ("config.json", "tokenizer_config.json")
 """What may name Python code that comes with a model."""
@@ -320,6 +322,19 @@ def as_loaded(adapted: "PeftModel") -> Iterator[None]:
         yield
     finally:
         adapted.set_adapter("default")
+
+
+def initialize_head(head: nn.Linear, init: HeadInit) -> None:
+    """A new head of one number: zeros, or normal with variance 1 / (hidden size + 1)."""
+    with torch.no_grad():
+        head.weight.zero_() if init == "zero" else head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))
+
+
+def ready_to_train(model: "PreTrainedModel", device: torch.device, *, gradient_checkpointing: bool) -> None:
+    """On the device and in train mode, which gradient checkpointing needs."""
+    model.to(device).train()  # type: ignore[arg-type]
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def turn_dropout_off(model: nn.Module) -> None:

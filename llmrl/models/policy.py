@@ -108,7 +108,7 @@ def to_left_margin(sequences: Sequences) -> tuple[Int[Tensor, "B S"], Int[Tensor
     Columns behind the last token hold id 0, which exists in every vocabulary and which nothing reads.
     """
     ids = torch.cat([sequences.prompt_ids, sequences.response_ids], dim=1)
-    mask = torch.cat([sequences.prompt_mask, _attended(sequences)], dim=1)
+    mask = torch.cat([sequences.prompt_mask, attended(sequences)], dim=1)
     lengths = mask.sum(dim=1)
     columns = torch.arange(int(lengths.max()), device=ids.device)
     filled = columns < lengths[:, None]
@@ -116,6 +116,7 @@ def to_left_margin(sequences: Sequences) -> tuple[Int[Tensor, "B S"], Int[Tensor
     return packed, sequences.prompt_mask.sum(dim=1)
 
 
-def _attended(sequences: Sequences) -> Bool[Tensor, "B T"]:
+def attended(sequences: Sequences) -> Bool[Tensor, "B T"]:
+    """True on every response token, tool output included."""
     columns = torch.arange(sequences.response_ids.shape[1], device=sequences.response_ids.device)
     return columns < sequences.response_lengths[:, None]

@@ -8,7 +8,6 @@ A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 
 from llmrl.experience import PreferencePairs, Sequences, by_token_budget
 from llmrl.models.loading import (
+    HeadInit,
     ModelConfig,
     ModelError,
+    initialize_head,
     is_adapter,
     is_local_model,
     json_object,
@@ -31,13 +32,12 @@ from llmrl.models.loading import (
     resolved,
     turn_dropout_off,
 )
-from llmrl.models.policy import to_left_margin
+from llmrl.models.policy import attended, to_left_margin
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HeadInit = Literal["zero", "normal"]
 MEAN_KEY, STD_KEY = "llmrl_score_mean", "llmrl_score_std"
 TEMPLATE_KEY, SYSTEM_PROMPT_KEY = "llmrl_template", "llmrl_system_prompt"
 PAD_NAMES = (
@@ -171,12 +171,6 @@ class PairRow:
         self.last: Int[Tensor, "B 2"] = torch.stack([ends[:, 1], lengths], dim=1) - 1
 
 
-def attended(sequences: Sequences) -> Bool[Tensor, "B T"]:
-    """True on every response token, tool output included."""
-    columns = torch.arange(sequences.response_ids.shape[1], device=sequences.response_ids.device)
-    return columns < sequences.response_lengths[:, None]
-
-
 class TransformersRewardModel:
     """Scores of sequences and of pairs, by a `RewardModule`, wrapped or not.
 
@@ -295,7 +289,9 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
     new_head = head_init is not None and (config.from_scratch or not classifies)
     _check_weights(config, model, report, new_head=new_head)
     if "score.weight" in report["missing_keys"]:
-        _initialize(head, head_init)
+        assert isinstance(head, nn.Linear)
+        assert head_init is not None, "a folder without a head was refused"
+        initialize_head(head, head_init)
     turn_dropout_off(model)
     return model
 
@@ -412,12 +408,6 @@ def score_layer(model: "PreTrainedModel") -> nn.Module:
         )
     assert isinstance(layer, nn.Module)
     return layer
-
-
-def _initialize(head: nn.Module, init: HeadInit | None) -> None:
-    assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        head.weight.zero_() if init == "zero" else head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))
 
 
 def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
