@@ -388,19 +388,18 @@ def test_gradients_of_ranks_add_up_before_they_are_clipped():
     """As one process with the sum of their losses; a parameter without a gradient anywhere keeps none."""
     losses = [lambda m: (m.a.weight * 3.0).sum(), lambda m: (m.a.weight * 1.0).sum() + (m.b.weight * 2.0).sum()]
 
-    def build():
-        torch.manual_seed(0)
-        return nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("a", "b", "idle")})
+    initial = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("a", "b", "idle")})
 
-    def step(module, losses, collectives):
+    def step(losses, collectives):
+        module = copy.deepcopy(initial)
         config = OptimizerConfig(learning_rate=PEAK, max_grad_norm=0.5, weight_decay=0.1)
         trainable = LocalTrainable(module, config, num_steps=2, collectives=collectives)
         for loss in losses:
             trainable.backward(loss(SimpleNamespace(**module)))
         return trainable.optimizer_step(), [p.detach().clone() for p in module.parameters()]
 
-    norm, expected = step(build(), losses, None)
-    for each_norm, weights in on_ranks(2, lambda ranks: step(build(), [losses[ranks.rank]], ranks)):
+    norm, expected = step(losses, None)
+    for each_norm, weights in on_ranks(2, lambda ranks: step([losses[ranks.rank]], ranks)):
         assert_close(each_norm, norm)
         assert_close(weights, expected)
-    assert torch.equal(expected[2], build()["idle"].weight)
+    assert torch.equal(expected[2], initial["idle"].weight)

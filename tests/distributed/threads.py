@@ -37,7 +37,7 @@ class ThreadGroup:
 
 
 def on_ranks(world_size: int, work: Callable[[Collectives], Result]) -> list[Result]:
-    """What `work` returns on each rank."""
+    """What `work` returns on each rank. It must not draw from the random numbers of torch, which the threads share."""
     barrier, board = Barrier(world_size), [None] * world_size
     with ThreadPoolExecutor(world_size) as threads:
         waiting = [threads.submit(work, ThreadGroup(rank, barrier, board)) for rank in range(world_size)]

@@ -1,5 +1,6 @@
 """One optimizer step: sums over microbatches, means over steps."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -204,9 +205,10 @@ def test_own_parts_are_every_row_once_in_even_shares():
 
 
 def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
+    initial = nn.Linear(2, 1)
+
     def step(ranks):
-        torch.manual_seed(0)
-        module = nn.Linear(2, 1)
+        module = copy.deepcopy(initial)
         trained = {"actor": LocalTrainable(module, OptimizerConfig(learning_rate=0.1), num_steps=2, collectives=ranks)}
 
         def losses(part):
