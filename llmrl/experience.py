@@ -212,3 +212,17 @@ def dealt(num_tokens: Int[Tensor, " B"], rank: int, world_size: int) -> Int[Tens
         if least == rank:
             mine.append(row)
     return torch.tensor(mine, dtype=torch.long)
+
+
+def parts_of_rank(
+    num_tokens: Int[Tensor, " B"], max_tokens: int, rank: int, world_size: int
+) -> tuple[list[Int[Tensor, " part"]], list[Int[Tensor, " 1"]]]:
+    """``(parts, idle)`` of one rank: the rows dealt to it, cut by the token budget; and one row for each pass that it
+    has nothing for while another rank is still at work.
+
+    Where weights are sharded, a pass is something that all ranks do together, so each makes as many as the busiest.
+    """
+    rows = [dealt(num_tokens, each, world_size) for each in range(world_size)]
+    parts = [[mine[part] for part in by_token_budget(num_tokens[mine], max_tokens)] for mine in rows]
+    idle = max(map(len, parts)) - len(parts[rank])
+    return parts[rank], [num_tokens.argmin().view(1)] * idle

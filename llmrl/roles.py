@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -112,9 +113,16 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-    """A module with its optimizer: the only place that knows how gradients are summed over ranks."""
+    """A module with its optimizer: the only place that knows how gradients are summed over ranks, and how weights lie
+    on them."""
 
     module: nn.Module
+    wrapped: nn.Module
+    """What is called in place of the module."""
+    device: torch.device
+    """Where it computes."""
+    holds_all: bool
+    """Whether this rank has the whole state by itself. If not, all ranks must ask for it together."""
     num_steps_done: int
     """Optimizer steps begun so far in this run."""
 
@@ -131,7 +139,14 @@ class Trainable(Protocol):
         """Clips, steps, clears the gradient and advances the learning rate. Returns the global norm before clipping."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def whole(self, part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of a part of the module, by their names in it, one after another and whole: on every rank, and
+        each only until the next is asked for. All ranks must ask together."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, at least on the first rank."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateMismatch, and changes nothing, where the state is of other weights."""
@@ -262,6 +277,11 @@ class Trainer(Protocol):
 
     iteration: int
     """Iterations done so far."""
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has the whole state by itself; if not, all ranks must ask for it together."""
+        ...
 
     def iterate(self) -> Metrics:
         """The next iteration."""

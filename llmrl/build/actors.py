@@ -1,15 +1,16 @@
 """The policy that is trained, and the reference that it started from."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from llmrl.distributed.device import pick_device
+from llmrl.distributed.wrapping import loading_device
+from llmrl.experience import Sequences
 from llmrl.models.heads import choose_head
 from llmrl.models.loading import (
     DTYPES,
@@ -22,7 +23,6 @@ from llmrl.models.loading import (
     shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
-from llmrl.models.saving import save_policy
 from llmrl.roles import Policy
 
 if TYPE_CHECKING:
@@ -38,21 +38,16 @@ class Actor:
     adapted: "PeftModel | None"
     tokenizer: "PreTrainedTokenizerBase"
     module: PolicyModule
-    policy: Policy
+    policy: TransformersPolicy
     dtype: torch.dtype
-
-    @property
-    def save(self) -> Callable[[Path], None]:
-        """Writes the policy to a folder."""
-        return partial(save_policy, model=self.model, adapted=self.adapted, tokenizer=self.tokenizer, dtype=self.dtype)
 
 
 def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: int, seed: int) -> Actor:
-    """The model to be trained, on the device, ready for log-probabilities."""
+    """The model to be trained, ready for log-probabilities; on the CPU where its weights are to be split over ranks."""
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config)
-    ready_to_train(model, pick_device(), gradient_checkpointing=config.gradient_checkpointing)
+    ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
     dtype = DTYPES[config.dtype]
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
@@ -60,12 +55,28 @@ def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: in
     return Actor(model=model, adapted=adapted, tokenizer=tokenizer, module=module, policy=policy, dtype=dtype)
 
 
-def reference_of(actor: Actor, *, microbatch_tokens: int) -> Policy:
-    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy."""
+class AsLoaded:
+    """`Policy`: the actor as it was loaded, its adapter switched off for the while."""
+
+    def __init__(self, actor: Policy, adapted: "PeftModel") -> None:
+        self.actor = actor
+        self.adapted = adapted
+
+    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """See `Policy`."""
+        with as_loaded(self.adapted):
+            return self.actor.logprobs(sequences)
+
+
+def reference_of(actor: Actor) -> Policy:
+    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy, on the device.
+
+    To be taken before the actor's weights are split over ranks.
+    """
     if actor.adapted is not None:
-        context = partial(as_loaded, actor.adapted)
-        return TransformersPolicy(actor.module, microbatch_tokens=microbatch_tokens, context=context)
+        return AsLoaded(actor.policy, actor.adapted)
     frozen = copy.deepcopy(actor.model).requires_grad_(False)
     shrink_linear_layers(frozen, actor.dtype, head=frozen.get_output_embeddings())
+    frozen.to(pick_device())  # type: ignore[arg-type]
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
-    return TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
+    return TransformersPolicy(module, microbatch_tokens=actor.policy.microbatch_tokens)

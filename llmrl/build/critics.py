@@ -1,14 +1,14 @@
 """Actor and critic together: two networks, two adapters on one base, or two heads on one trunk."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmrl.build.actors import Actor
 from llmrl.build.checks import naming, reward_model_config
 from llmrl.config import PPORun
-from llmrl.distributed.trainable import LocalTrainable
+from llmrl.distributed.wrapping import train
 from llmrl.models.critic import (
     SeparateNetworks,
     SharedModule,
@@ -18,6 +18,7 @@ from llmrl.models.critic import (
     ValueModule,
 )
 from llmrl.models.loading import ModelError, base_of, lora_config, ready_to_train, turn_dropout_off
+from llmrl.models.policy import TransformersPolicy
 from llmrl.models.reward_model import load_reward_model
 from llmrl.roles import ActorCritic, Collectives, Trainable
 
@@ -30,31 +31,35 @@ class Networks:
     """What PPO reads, and what learns."""
 
     both: ActorCritic
-    trained: Mapping[str, Trainable]
+    actor: TransformersPolicy | SharedTrunk
+    value: TransformersValueFunction | None
+    """None where the actor's trunk bears the critic."""
     critic: "PreTrainedModel"
     """The model below the value head."""
 
+    def train(self, config: PPORun, collectives: Collectives) -> dict[str, Trainable]:
+        """Actor and critic with their optimizers, as the launch asks for them; both are then called as wrapped."""
+        if self.value is None:
+            peaks = {"head.weight": config.critic_optimizer.learning_rate}
+            steps = {"num_steps": config.num_optimizer_steps, "collectives": collectives, "peaks": peaks}
+            return {"actor": train(self.actor, config.optimizer, **steps)}
+        return {
+            "actor": train(self.actor, config.optimizer, num_steps=config.num_actor_steps, collectives=collectives),
+            "critic": train(
+                self.value, config.critic_optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
+            ),
+        }
 
-def load_networks(config: PPORun, actor: Actor, collectives: Collectives) -> Networks:
+
+def load_networks(config: PPORun, actor: Actor) -> Networks:
     """The critic that the config names, beside a loaded actor."""
     if config.critic.network == "shared":
-        return _share_trunk(config, actor, collectives)
+        return _share_trunk(config, actor)
     trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
     ready_to_train(trunk, actor.model.device, gradient_checkpointing=config.model.gradient_checkpointing)
     module = ValueModule(trunk, _head_on(trunk, config), dtype=actor.dtype)
-    critic = TransformersValueFunction(module, microbatch_tokens=config.update.microbatch_tokens)
-    return Networks(
-        both=SeparateNetworks(actor.policy, critic),
-        trained={
-            "actor": LocalTrainable(
-                actor.module, config.optimizer, num_steps=config.num_actor_steps, collectives=collectives
-            ),
-            "critic": LocalTrainable(
-                module, config.critic_optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
-            ),
-        },
-        critic=trunk,
-    )
+    value = TransformersValueFunction(module, microbatch_tokens=config.update.microbatch_tokens)
+    return Networks(both=SeparateNetworks(actor.policy, value), actor=actor.policy, value=value, critic=trunk)
 
 
 def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
@@ -63,17 +68,10 @@ def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
     return head.to(trunk.device)
 
 
-def _share_trunk(config: PPORun, actor: Actor, collectives: Collectives) -> Networks:
+def _share_trunk(config: PPORun, actor: Actor) -> Networks:
     module = SharedModule(actor.module, _head_on(actor.model, config))
-    trainable = LocalTrainable(
-        module,
-        config.optimizer,
-        num_steps=config.num_optimizer_steps,
-        collectives=collectives,
-        peaks={"head.weight": config.critic_optimizer.learning_rate},
-    )
     both = SharedTrunk(module, microbatch_tokens=config.update.microbatch_tokens)
-    return Networks(both=both, trained={"actor": trainable}, critic=actor.model)
+    return Networks(both=both, actor=both, value=None, critic=actor.model)
 
 
 def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":

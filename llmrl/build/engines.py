@@ -8,6 +8,7 @@ import torch
 
 from llmrl.data.prompts import PromptDataConfig, encode_prompts
 from llmrl.distributed.device import pick_device
+from llmrl.distributed.launch import read_launch
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.models.loading import DTYPES, ModelConfig, end_ids, load_model, load_tokenizer, num_token_ids
@@ -30,12 +31,15 @@ def build_engine(
     *,
     dtype: torch.dtype,
     progress: Progress,
+    trains: bool = False,
 ) -> RolloutEngine:
-    """The engine that the config names, over a loaded model."""
+    """The engine that the config names, over a loaded model; one that trains may be about to have its weights split."""
     common: dict[str, Any] = {
         "eos_ids": end_ids(tokenizer, model),
         "vocab_size": num_token_ids(tokenizer, model),
         "dtype": dtype,
+        "device": pick_device(),
+        "apart": trains and read_launch().splits_weights,
         "progress": progress,
     }
     if config.engine == "transformers":

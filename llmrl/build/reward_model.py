@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmrl.build.checks import Checked
+from llmrl.build.saving import Saver
 from llmrl.config import RewardModelRun
 from llmrl.data.preferences import PairSource, PreferenceDataConfig
 from llmrl.data.rows import DataError
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import pick_device
-from llmrl.distributed.trainable import LocalTrainable
+from llmrl.distributed.sharing import shared_scorer
+from llmrl.distributed.wrapping import loading_device, train
 from llmrl.experience import PreferencePairs, Sequences
 from llmrl.models.loading import DTYPES, ModelConfig, load_tokenizer, ready_to_train
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
@@ -29,10 +31,9 @@ from llmrl.models.reward_model import (
     normalization_on,
     shares_prompts_exactly,
 )
-from llmrl.models.saving import save_policy
 from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Progress
+from llmrl.roles import Progress, Scorer
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
@@ -61,10 +62,11 @@ class LoadedRewardModel:
     has_own_pad: bool
     """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
 
-    def normalize(self, pairs: PreferencePairs) -> Normalization:
-        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1."""
+    def normalize(self, pairs: PreferencePairs, scorer: Scorer) -> Normalization:
+        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1. `scorer` is the
+        model's own, or that of all ranks."""
         with torch.no_grad():
-            normalization = normalization_on(torch.cat(self.scorer.pair_scores(pairs)))
+            normalization = normalization_on(torch.cat(scorer.pair_scores(pairs)))
         normalization.write(self.model.config)
         return normalization
 
@@ -77,7 +79,7 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
     check_vocabulary(config, model, tokenizer)
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
-    ready_to_train(model, pick_device(), gradient_checkpointing=config.gradient_checkpointing)
+    ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
     module = RewardModule(model, dtype=DTYPES[config.dtype])
     scorer = TransformersRewardModel(
         module,
@@ -107,17 +109,22 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     if not loaded.has_own_pad:
         progress.message(PAD_NOTE)
     TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
-    device = loaded.model.device
+    device = pick_device()
     reference = pairs.evenly_spaced(settings.num_reference_pairs).to(device)
     num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
+    saver = Saver(
+        loaded.model,
+        loaded.adapted,
+        loaded.tokenizer,
+        dtype=torch.float32,  # so that the folder scores as the model that was trained
+        collectives=collectives,
+    )
+    trained = train(loaded.scorer, config.optimizer, num_steps=num_iterations, collectives=collectives)
+    scorer = shared_scorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
     trainer = RewardModelTrainer(
         settings,
-        scorer=loaded.scorer,
-        trained={
-            "reward_model": LocalTrainable(
-                loaded.module, config.optimizer, num_steps=num_iterations, collectives=collectives
-            )
-        },
+        scorer=scorer,
+        trained={"reward_model": trained},
         pairs=pairs,
         held_out=held_out.all().to(device),
         collectives=collectives,
@@ -126,24 +133,16 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
 
     def save(folder: Path) -> None:
         progress.phase("report card", 1)
-        normalization = loaded.normalize(reference)
-        save_policy(
-            folder,
-            model=loaded.model,
-            adapted=loaded.adapted,
-            tokenizer=loaded.tokenizer,
-            dtype=torch.float32,  # so that the folder scores as the model that was trained
-            records={
-                "report_card.json": _report_card(
-                    loaded,
-                    trainer,
-                    sources=held_out.sources,
-                    counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
-                    may_be_cut=config.evaluation_data.truncate,
-                    normalization=normalization,
-                )
-            },
+        normalization = loaded.normalize(reference, scorer)
+        card = _report_card(
+            loaded,
+            trainer,
+            sources=held_out.sources,
+            counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
+            may_be_cut=config.evaluation_data.truncate,
+            normalization=normalization,
         )
+        saver.save(folder, trained, {"report_card.json": card})
 
     return Run(
         RunConfig(num_iterations=num_iterations, **vars(config.run)),
@@ -180,7 +179,7 @@ def _report_card(
     chosen, rejected = trainer.held_out_scores()
     notes = [] if loaded.has_own_pad else [PAD_NOTE]
     both = Sequences.cat([pairs.chosen, pairs.rejected])
-    checks = sanity_checks(loaded.scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
+    checks = sanity_checks(trainer.scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
     if may_be_cut and not checks[END_CHECK]:
         del checks[END_CHECK]
         notes.append("evaluation_data.truncate cut some responses, which are scored at their last token, not at an EOS")

@@ -15,7 +15,7 @@ from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names
 from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
 from llmrl.distributed.device import pick_device
-from llmrl.distributed.sharing import shared_reward
+from llmrl.distributed.sharing import shared_reward, shared_scorer
 from llmrl.experience import Rollout, Row, Sequences
 from llmrl.models.loading import DTYPES, base_of, load_tokenizer, shrink_linear_layers
 from llmrl.models.reward_model import (
@@ -65,19 +65,17 @@ class Rewards:
         """The reward of responses to these prompts."""
         rewards: list[RewardFunction] = []
         if self.functions:
-            rewards.append(
-                FunctionReward(
-                    self.config,
-                    functions=self.functions,
-                    tokenizer=self.tokenizer,
-                    prompt_column=data.prompt_column,
-                    columns=column_names(rows),
-                )
+            reward = FunctionReward(
+                self.config,
+                functions=self.functions,
+                tokenizer=self.tokenizer,
+                prompt_column=data.prompt_column,
+                columns=column_names(rows),
             )
+            rewards.append(shared_reward(reward, self.collectives))
         if self.scorer is not None:
-            rewards.append(self.scorer.reward_for(self.tokenizer, data, rows))
-        reward = rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
-        return shared_reward(reward, self.collectives)
+            rewards.append(self.scorer.reward_for(self.tokenizer, data, rows, self.collectives))
+        return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +92,21 @@ class RewardScorer:
     """Tokens of the longest sequence that it can read."""
 
     def reward_for(
-        self, policy_tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
+        self,
+        policy_tokenizer: "PreTrainedTokenizerBase",
+        data: PromptDataConfig,
+        rows: Sequence[Row],
+        collectives: Collectives,
     ) -> LearnedReward:
-        """The reward of responses to these prompts: on the policy's own ids where both have the same tokens."""
+        """The reward of responses to these prompts: on the policy's own ids where both have the same tokens. The ranks
+        share the work."""
         eos_id: Any = self.tokenizer.eos_token_id
         encode: Callable[[Rollout], Sequences] = partial(ended_by, eos_id=eos_id)
         if not same_tokens(policy_tokenizer, self.tokenizer):
             encode = Rerenderer(data, policy_tokenizer=policy_tokenizer, tokenizer=self.tokenizer)
             encode.check(rows)
-        return LearnedReward(self.scorer, encode=encode, normalize=self.normalize, weight=self.weight)
+        scorer = shared_scorer(self.scorer, collectives, microbatch_tokens=self.scorer.microbatch_tokens)
+        return LearnedReward(scorer, encode=encode, normalize=self.normalize, weight=self.weight)
 
 
 def load_scorer(config: LearnedRewardConfig, adapted: "PeftModel | None" = None) -> RewardScorer:
@@ -147,7 +151,7 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
     check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
-    sequences = as_sequences(*zip(*examples, strict=True)).to(scorer.scorer.device)
+    sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
     scores = scorer.normalize(scorer.scorer.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()

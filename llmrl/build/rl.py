@@ -1,8 +1,9 @@
 """Runs of reinforcement learning: one function an algorithm, and what all of them share."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
@@ -12,12 +13,13 @@ from llmrl.build.critics import load_networks
 from llmrl.build.engines import build_engine, check_room, load_for_sampling
 from llmrl.build.rewards import Rewards
 from llmrl.build.rows import EVALUATION, tell_dropped
+from llmrl.build.saving import Saver
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
 from llmrl.data.rerender import same_tokens
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.sharing import shared_engine, shared_networks, shared_policy
-from llmrl.distributed.trainable import LocalTrainable
+from llmrl.distributed.wrapping import train
 from llmrl.experience import Prompts
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
@@ -34,40 +36,39 @@ if TYPE_CHECKING:
 
 def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
-    collectives = join_ranks()
-    actor = _load_actor(config)
+    whole = _load_whole(config, checked, progress)
+    actor, collectives = whole.actor, whole.collectives
+    reference = _reference_of(actor, config, collectives)
+    trained = {
+        "actor": train(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, collectives=collectives)
+    }
     algorithm = GRPO(
         config.algorithm,
-        actor=shared_policy(actor.policy, collectives),
-        reference=_reference_of(actor, config, collectives),
+        actor=shared_policy(actor.policy, collectives, microbatch_tokens=config.update.microbatch_tokens),
+        reference=reference,
         max_response_tokens=config.rollout.max_response_tokens,
     )
-    trained = {
-        "actor": LocalTrainable(
-            actor.module, config.optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
-        )
-    }
     readers = {"the model": actor.model}
-    roles: dict[str, Any] = {"collectives": collectives, "progress": progress, "trackers": trackers}
-    return _build_run(config, checked, actor, algorithm, trained, readers, **roles)
+    return _build_run(config, checked, whole, algorithm, trained, readers, progress=progress, trackers=trackers)
 
 
 def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
-    collectives = join_ranks()
-    actor = _load_actor(config)
-    networks = load_networks(config, actor, collectives)
+    whole = _load_whole(config, checked, progress)
+    actor, collectives = whole.actor, whole.collectives
+    reference = _reference_of(actor, config, collectives)
+    networks = load_networks(config, actor)
+    trained = networks.train(config, collectives)
     algorithm = PPO(
         config.algorithm,
-        networks=shared_networks(networks.both, collectives),
-        reference=_reference_of(actor, config, collectives),
+        networks=shared_networks(networks.both, collectives, microbatch_tokens=config.update.microbatch_tokens),
+        reference=reference,
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
         value_coef=config.critic.value_coef,
     )
-    trained, readers = networks.trained, {"the model": actor.model, "the critic": networks.critic}
-    roles: dict[str, Any] = {"collectives": collectives, "progress": progress, "trackers": trackers}
-    return _build_run(config, checked, actor, algorithm, trained, readers, **roles)
+    readers = {"the model": actor.model, "the critic": networks.critic}
+    return _build_run(config, checked, whole, algorithm, trained, readers, progress=progress, trackers=trackers)
 
 
 def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
@@ -80,12 +81,34 @@ def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> E
     return _evaluator(config, checked, tokenizer, model, engine, rewards, progress)
 
 
-def _load_actor(config: RLRun) -> Actor:
-    return load_actor(
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What is made of whole weights, before they are split over ranks."""
+
+    collectives: Collectives
+    actor: Actor
+    engine: RolloutEngine
+    rewards: Rewards
+    saver: Saver
+
+
+def _load_whole(config: RLRun, checked: Checked, progress: Progress) -> Whole:
+    collectives = join_ranks()
+    actor = load_actor(
         config.model,
         temperature=config.rollout.temperature,
         microbatch_tokens=config.update.microbatch_tokens,
         seed=config.run.seed,
+    )
+    engine = build_engine(
+        config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress, trains=True
+    )
+    return Whole(
+        collectives=collectives,
+        actor=actor,
+        engine=shared_engine(engine, collectives),
+        rewards=Rewards(config.reward, checked.functions, actor.tokenizer, collectives, actor.adapted),
+        saver=Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives),
     )
 
 
@@ -93,31 +116,27 @@ def _reference_of(actor: Actor, config: GRPORun | PPORun, collectives: Collectiv
     """Where a nat has its price, and where a reference takes no memory: then the KL is measured all the same."""
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
-    reference = reference_of(actor, microbatch_tokens=config.update.microbatch_tokens)
-    return shared_policy(reference, collectives)
+    return shared_policy(reference_of(actor), collectives, microbatch_tokens=config.update.microbatch_tokens)
 
 
 def _build_run(
     config: RLRun,
     checked: Checked,
-    actor: Actor,
+    whole: Whole,
     algorithm: Algorithm,
     trained: Mapping[str, Trainable],
     readers: Mapping[str, "PreTrainedModel"],
     *,
-    collectives: Collectives,
     progress: Progress,
     trackers: Trackers,
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
+    actor, engine, rewards, collectives = whole.actor, whole.engine, whole.rewards, whole.collectives
     for warning in config.warnings():
         progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
-    engine = build_engine(config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress)
-    engine = shared_engine(engine, collectives)
-    rewards = Rewards(config.reward, checked.functions, actor.tokenizer, collectives, actor.adapted)
     readers = {**readers, **_scorer_of(rewards)}
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, _one_epoch(prompts), config.rollout)
@@ -147,7 +166,7 @@ def _build_run(
         config.run,
         settings=to_dict(config),
         trainer=trainer,
-        save_model=actor.save,
+        save_model=lambda folder: whole.saver.save(folder, trained["actor"]),
         evaluate=evaluator.evaluate if evaluator is not None else None,
         evaluate_every=config.evaluation.every,
         collectives=collectives,

@@ -3,10 +3,13 @@
 from llmrl.build.actors import Actor, load_actor
 from llmrl.build.checks import Checked
 from llmrl.build.rows import EVALUATION, tell_dropped
+from llmrl.build.saving import Saver
 from llmrl.config import SFTRun
 from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource
 from llmrl.distributed.collectives import join_ranks
-from llmrl.distributed.trainable import LocalTrainable
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.sharing import shared_policy
+from llmrl.distributed.wrapping import train
 from llmrl.experience import Row, Sequences
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
@@ -24,14 +27,12 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     )
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives)
+    trained = train(actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives)
     trainer = SFTTrainer(
         config.sft,
-        actor=actor.policy,
-        trained={
-            "actor": LocalTrainable(
-                actor.module, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives
-            )
-        },
+        actor=shared_policy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens),
+        trained={"actor": trained},
         examples=examples,
         held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
         collectives=collectives,
@@ -41,7 +42,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         config.run,
         settings=to_dict(config),
         trainer=trainer,
-        save_model=actor.save,
+        save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,
         evaluate_every=config.sft.evaluate_every,
         collectives=collectives,
@@ -57,4 +58,4 @@ def _held_out(
         return None
     examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
     tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", progress)
-    return examples.next(examples.num_rows).to(actor.model.device)
+    return examples.next(examples.num_rows).to(pick_device())

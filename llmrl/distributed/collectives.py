@@ -1,14 +1,18 @@
 """What ranks say to each other. One process has nobody to talk to."""
 
-import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.launch import read_launch
 from llmrl.roles import Collectives
+
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+"""Ranks may wait so long for each other. How long is too long is for the heartbeat to say, which names who is late."""
 
 
 class OneProcess:
@@ -52,10 +56,20 @@ class ProcessGroup:
 
 
 def join_ranks() -> Collectives:
-    """The process group that a launcher such as `accelerate launch` asks for, or this process alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The process group that a launcher such as `accelerate launch` asks for, or this process alone.
+
+    What lies on GPUs goes through NCCL, everything else through gloo. A single process has a group too where it was
+    launched for DeepSpeed or FSDP, which need one.
+    """
+    launch = read_launch()
+    if launch.world_size == 1 and launch.sharding == "none":
         return OneProcess()
-    PartialState(cpu=not torch.cuda.is_available())
+    if not dist.is_initialized():
+        device = pick_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return ProcessGroup()
 
 

@@ -14,8 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmrl.distributed.device import pick_device
-from llmrl.experience import Batch, Prompts, Rollout, Scores, Sequences, dealt
-from llmrl.roles import ActorCritic, Collectives, Policy, RewardFunction, RolloutEngine, Sampling, Trainable
+from llmrl.experience import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, parts_of_rank
+from llmrl.roles import (
+    ActorCritic,
+    Collectives,
+    Policy,
+    RewardFunction,
+    RolloutEngine,
+    Sampling,
+    Scorer,
+    Trainable,
+)
 
 Part = TypeVar("Part", bound=Batch)
 
@@ -30,14 +39,25 @@ def shared_reward(reward: RewardFunction, collectives: Collectives) -> RewardFun
     return reward if collectives.world_size == 1 else SharedReward(reward, collectives)
 
 
-def shared_policy(policy: Policy, collectives: Collectives) -> Policy:
+def shared_policy(policy: Policy, collectives: Collectives, *, microbatch_tokens: int) -> Policy:
     """The policy itself, where there is one process."""
-    return policy if collectives.world_size == 1 else SharedPolicy(policy, collectives)
+    if collectives.world_size == 1:
+        return policy
+    return SharedPolicy(policy, collectives, microbatch_tokens=microbatch_tokens)
 
 
-def shared_networks(networks: ActorCritic, collectives: Collectives) -> ActorCritic:
+def shared_networks(networks: ActorCritic, collectives: Collectives, *, microbatch_tokens: int) -> ActorCritic:
     """The networks themselves, where there is one process."""
-    return networks if collectives.world_size == 1 else SharedNetworks(networks, collectives)
+    if collectives.world_size == 1:
+        return networks
+    return SharedNetworks(networks, collectives, microbatch_tokens=microbatch_tokens)
+
+
+def shared_scorer(scorer: Scorer, collectives: Collectives, *, microbatch_tokens: int) -> Scorer:
+    """The scorer itself, where there is one process."""
+    if collectives.world_size == 1:
+        return scorer
+    return SharedScorer(scorer, collectives, microbatch_tokens=microbatch_tokens)
 
 
 class SharedEngine:
@@ -77,50 +97,95 @@ class SharedReward:
 class SharedPolicy:
     """`Policy`: without gradient each rank takes its part of the rows; with gradient they are dealt already."""
 
-    def __init__(self, policy: Policy, collectives: Collectives) -> None:
+    def __init__(self, policy: Policy, collectives: Collectives, *, microbatch_tokens: int) -> None:
         self.policy = policy
         self.collectives = collectives
+        self.microbatch_tokens = microbatch_tokens
 
     def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """See `Policy`."""
-        logprobs, entropy = share_rows(self.policy.logprobs, sequences, self.collectives)
+        logprobs, entropy = self.share(self.policy.logprobs, sequences)
         return logprobs, entropy
+
+    def share(self, ask: Callable[[Sequences], tuple[Tensor, ...]], sequences: Sequences) -> tuple[Tensor, ...]:
+        """Answers about all rows, each rank asked about its part."""
+        return share_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
 
 class SharedNetworks(SharedPolicy):
     """`ActorCritic`, likewise."""
 
-    def __init__(self, networks: ActorCritic, collectives: Collectives) -> None:
-        super().__init__(networks, collectives)
+    def __init__(self, networks: ActorCritic, collectives: Collectives, *, microbatch_tokens: int) -> None:
+        super().__init__(networks, collectives, microbatch_tokens=microbatch_tokens)
         self.networks = networks
         self.share_trunk = networks.share_trunk
 
     def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
         """See `ValueFunction`."""
-        values, last_values = share_rows(self.networks.values, sequences, self.collectives)
+        values, last_values = self.share(self.networks.values, sequences)
         return values, last_values
 
     def both(
         self, sequences: Sequences
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
         """See `ActorCritic`."""
-        logprobs, entropy, values, last_values = share_rows(self.networks.both, sequences, self.collectives)
+        logprobs, entropy, values, last_values = self.share(self.networks.both, sequences)
         return logprobs, entropy, values, last_values
 
 
+class SharedScorer:
+    """`Scorer`, likewise."""
+
+    def __init__(self, scorer: Scorer, collectives: Collectives, *, microbatch_tokens: int) -> None:
+        self.scorer = scorer
+        self.collectives = collectives
+        self.microbatch_tokens = microbatch_tokens
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
+        """See `Scorer`."""
+        (scores,) = share_rows(
+            lambda part: (self.scorer.scores(part),),
+            sequences,
+            sequences.num_tokens,
+            self.microbatch_tokens,
+            self.collectives,
+        )
+        return scores
+
+    def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """See `Scorer`."""
+        chosen, rejected = share_rows(
+            self.scorer.pair_scores, pairs, self.pair_tokens(pairs), self.microbatch_tokens, self.collectives
+        )
+        return chosen, rejected
+
+    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
+        """See `Scorer`."""
+        return self.scorer.pair_tokens(pairs)
+
+
 def share_rows(
-    ask: Callable[[Sequences], tuple[Tensor, ...]], sequences: Sequences, collectives: Collectives
+    ask: Callable[[Part], tuple[Tensor, ...]],
+    batch: Part,
+    num_tokens: Int[Tensor, " B"],
+    max_tokens: int,
+    collectives: Collectives,
 ) -> tuple[Tensor, ...]:
-    """Answers about each row, each rank asked about its part; with gradient about all that are given."""
+    """Answers about each row, each rank asked about its part; with gradient about all that are given.
+
+    Every rank asks as often as every other: where weights are sharded, they come together for each forward pass.
+    """
     if torch.is_grad_enabled():
-        return ask(sequences)
-    mine = dealt(sequences.num_tokens, collectives.rank, collectives.world_size)
-    answers = ask(sequences.select(mine)) if len(mine) else ()
-    gathered = collectives.gather((mine.cpu(), tuple(answer.cpu() for answer in answers)))
-    parts = [part for part in gathered if len(part[0])]
-    order = torch.cat([index for index, _ in parts])
-    device = sequences.response_ids.device
-    return tuple(_in_order(torch.cat(pieces), order).to(device) for pieces in zip(*(a for _, a in parts), strict=True))
+        return ask(batch)
+    parts, idle = parts_of_rank(num_tokens, max_tokens, collectives.rank, collectives.world_size)
+    mine = [(part.cpu(), tuple(answer.cpu() for answer in ask(batch.select(part)))) for part in parts]
+    for row in idle:
+        ask(batch.select(row))
+    answered = [pair for pairs in collectives.gather(mine) for pair in pairs]
+    order = torch.cat([index for index, _ in answered])
+    pieces = zip(*(answers for _, answers in answered), strict=True)
+    return tuple(_in_order(torch.cat(each), order).to(num_tokens.device) for each in pieces)
 
 
 def _in_order(x: Tensor, order: Int[Tensor, " B"]) -> Tensor:

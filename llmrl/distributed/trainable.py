@@ -1,12 +1,14 @@
-"""A module with its optimizer and learning-rate schedule, in one process."""
+"""A module with its optimizer and learning-rate schedule: the settings of both, and how they are where every process
+holds all weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llmrl.roles import Collectives, StateMismatch
@@ -50,8 +52,66 @@ class OptimizerConfig:
             )
 
 
-class LocalTrainable:
+class Stepping:
+    """How far an optimizer is on its learning-rate schedule, and how often it had to pass over a gradient."""
+
+    def __init__(self, config: OptimizerConfig, num_steps: int) -> None:
+        from transformers import get_scheduler
+
+        nobody = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_scheduler(
+            SCHEDULES[config.schedule],
+            nobody,
+            num_warmup_steps=config.warmup_steps + 1,  # its step 0, where the rate is 0, is never taken
+            num_training_steps=num_steps + 1,
+        )
+        assert isinstance(scheduler, LambdaLR), "constant, linear and cosine are functions of the step"
+        self.peak_learning_rate = config.learning_rate
+        self.share_of_peak = scheduler.lr_lambdas[0]
+        self.num_steps_done = 0
+        self.num_skipped = 0
+        """Steps skipped one after another because the gradient was not finite."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return self.peak_learning_rate * self.share_of_peak(self.num_steps_done + 1)
+
+    def begin_step(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Sets the learning rate of the groups of an optimizer; from here on the step counts as begun."""
+        for group in groups:
+            group["lr"] = group["peak"] * self.share_of_peak(self.num_steps_done + 1)
+        self.num_steps_done += 1
+
+    def judge(self, norm: Tensor) -> bool:
+        """Whether a gradient of this norm can be used.
+
+        Raises:
+            FloatingPointError: Several in a row could not, so it will not pass by itself.
+        """
+        finite = bool(norm.isfinite())
+        self.num_skipped = 0 if finite else self.num_skipped + 1
+        if self.num_skipped >= MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
+                "resume from the last checkpoint with a lower learning_rate of its optimizer"
+            )
+        return finite
+
+    def steps(self) -> dict[str, int]:
+        """What `set_steps` goes on from."""
+        return {"num_steps_done": self.num_steps_done, "num_skipped": self.num_skipped}
+
+    def set_steps(self, state: Mapping[str, Any]) -> None:
+        """On the schedule configured now."""
+        self.num_steps_done = state["num_steps_done"]
+        self.num_skipped = state["num_skipped"]
+
+
+class LocalTrainable(Stepping):
     """`Trainable` for a module that lives whole in this process, and in every other one."""
+
+    holds_all = True
 
     def __init__(
         self,
@@ -64,30 +124,13 @@ class LocalTrainable:
     ) -> None:
         """`collectives` reach the ranks that hold the same weights; None where there is one process. `peaks` gives
         parameters, by name, a peak learning rate of their own."""
-        from transformers import get_scheduler
-
-        self.module = module
+        super().__init__(config, num_steps)
+        self.module = self.wrapped = module
         self.collectives = collectives
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = learning_parameters(module)
+        self.device = next(iter(self.parameters.values())).device
         self.max_grad_norm = config.max_grad_norm
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.parameters, config, peaks or {}),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-        scheduler = get_scheduler(
-            SCHEDULES[config.schedule],
-            self.optimizer,
-            num_warmup_steps=config.warmup_steps + 1,  # its step 0, where the rate is 0, is never taken
-            num_training_steps=num_steps + 1,
-        )
-        assert isinstance(scheduler, LambdaLR), "constant, linear and cosine are functions of the step"
-        self.peak_learning_rate = config.learning_rate
-        self.share_of_peak = scheduler.lr_lambdas[0]
-        self.num_steps_done = 0
-        self.num_skipped = 0
-        """Steps skipped one after another because the gradient was not finite."""
+        self.optimizer = adamw(self.parameters, config, peaks or {})
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -100,39 +143,30 @@ class LocalTrainable:
         Raises:
             FloatingPointError: That happened several times in a row, so it will not pass by itself.
         """
-        self._add_up_gradients()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
-        finite = bool(norm.isfinite())
-        self.num_skipped = 0 if finite else self.num_skipped + 1
-        if self.num_skipped >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
-                "resume from the last checkpoint with a lower learning_rate of its optimizer"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.share_of_peak(self.num_steps_done + 1)
-        self.num_steps_done += 1  # before the step, so that one that fails halfway counts as begun
+        self.add_up_gradients()
+        norm = whole_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).detach())
+        finite = self.judge(norm)
+        self.begin_step(self.optimizer.param_groups)  # before the step, so that one that fails halfway counts as begun
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+        return norm
 
-    def _add_up_gradients(self) -> None:
+    def add_up_gradients(self) -> None:
         """Over ranks. A parameter that has none on any rank keeps none; a rank without one adds nothing."""
         if self.collectives is None or self.collectives.world_size == 1:
             return
         parameters = list(self.parameters.values())
-        device = parameters[0].device
-        has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
         anywhere = self.collectives.sum(has_gradient).tolist()
         for p, num_ranks in zip(parameters, anywhere, strict=True):
             if num_ranks:
                 p.grad = self.collectives.sum(torch.zeros_like(p) if p.grad is None else p.grad)
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next optimizer step."""
-        return self.peak_learning_rate * self.share_of_peak(self.num_steps_done + 1)
+    def whole(self, part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainable`."""
+        for name, p in part.named_parameters():
+            yield name, p.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, by name, so that safetensors and JSON can hold them."""
@@ -141,12 +175,8 @@ class LocalTrainable:
             for name, p in self.parameters.items()
             if p in self.optimizer.state
         }
-        return {
-            "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": moments,
-            "num_steps_done": self.num_steps_done,
-            "num_skipped": self.num_skipped,
-        }
+        parameters = {name: p.detach() for name, p in self.parameters.items()}
+        return {"parameters": parameters, "optimizer": moments, **self.steps()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state of the same parameters; the learning rate continues on the schedule configured now.
@@ -154,23 +184,52 @@ class LocalTrainable:
         Raises:
             StateMismatch: Names or shapes differ. Nothing has changed then.
         """
-        _check_same(state["parameters"], self.parameters)
+        check_same(shapes_of(state["parameters"]), shapes_of(self.parameters))
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(state["parameters"][name])
+                p.copy_(self.laid_out(state["parameters"][name], p))
         self.optimizer.state.clear()
         for name, moments in state["optimizer"].items():
             p = self.parameters[name]
-            self.optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in moments.items()}
-        self.num_steps_done = state["num_steps_done"]
-        self.num_skipped = state["num_skipped"]
+            self.optimizer.state[p] = {key: self.laid_out(value, p) for key, value in moments.items()}
+        self.set_steps(state)
+
+    def laid_out(self, value: Tensor, like: Tensor) -> Tensor:
+        """A copy of a whole weight, or of what the optimizer remembers of it, where and how such are kept."""
+        return value.to(like.device, copy=True)
 
 
-def _check_same(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    shapes = [{name: tuple(p.shape) for name, p in parameters.items()} for parameters in (saved, ours)]
-    differing = sorted(name for name in saved.keys() | ours.keys() if len({of.get(name) for of in shapes}) == 2)
+def learning_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that are not frozen, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def adamw(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peaks: Mapping[str, float]
+) -> torch.optim.AdamW:
+    """AdamW, its groups marked with their peak learning rates."""
+    groups = _parameter_groups(parameters, config, peaks)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def whole_tensor(x: Tensor) -> Tensor:
+    """One that may be spread over ranks, put together; on all of them at once."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in parameters.items()}
+
+
+def check_same(saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses shapes that differ.
+
+    Raises:
+        StateMismatch: Names or shapes differ.
+    """
+    differing = sorted(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
     if differing:
-        was, now = (of.get(differing[0], "not trained") for of in shapes)
+        was, now = (of.get(differing[0], "not trained") for of in (saved, ours))
         raise StateMismatch(
             f"the saved state is of other weights: {len(differing)} differ, such as {differing[0]}, which was {was} "
             f"and is {now}; resume with the model and the model.lora that the run began with, or start a new run"

@@ -8,8 +8,6 @@ what they saw in training.
 The shift from logits to labels exists here and nowhere else: the hidden state *before* response token t predicts it.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,26 +65,18 @@ class TransformersPolicy:
     decides, because the activations stay until the backward pass.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        microbatch_tokens: int,
-        context: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
+    def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
         self.module = module
         self.microbatch_tokens = microbatch_tokens
-        self.context = context
-        """Entered around every forward: how one base model with adapters plays the reference."""
 
     def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        with self.context():
-            if torch.is_grad_enabled():
-                return self.module(sequences)
-            logprobs, entropy = in_microbatches(
-                self.module, sequences, self.microbatch_tokens, num_per_token=2, num_per_row=0
-            )
-            return logprobs, entropy
+        """See `Policy`."""
+        if torch.is_grad_enabled():
+            return self.module(sequences)
+        logprobs, entropy = in_microbatches(
+            self.module, sequences, self.microbatch_tokens, num_per_token=2, num_per_row=0
+        )
+        return logprobs, entropy
 
 
 def in_microbatches(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.experience import Sequences, pad_columns
-from llmrl.models.reward_model import TransformersRewardModel
+from llmrl.roles import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def sanity_checks(
-    scorer: TransformersRewardModel, responses: Sequences, tokenizer: "PreTrainedTokenizerBase", *, dtype: torch.dtype
+    scorer: Scorer, responses: Sequences, tokenizer: "PreTrainedTokenizerBase", *, dtype: torch.dtype
 ) -> dict[str, bool]:
     """Each check by its name, and whether it passed.
 
@@ -41,7 +41,7 @@ def _ends_with(responses: Sequences, eos_id: Any) -> bool:
     return bool((last == eos_id).all())
 
 
-def _padding_is_inert(scorer: TransformersRewardModel, few: Sequences, tolerance: float) -> bool:
+def _padding_is_inert(scorer: Scorer, few: Sequences, tolerance: float) -> bool:
     """The same scores alone as in a batch with more padding, whatever ids stand in it."""
     together = scorer.scores(_widened(few, by=7, filled_with=1))
     alone = torch.cat([scorer.scores(few.select(torch.tensor([row]))) for row in range(len(together))])

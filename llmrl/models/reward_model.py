@@ -181,7 +181,6 @@ class TransformersRewardModel:
         self.module = module
         self.microbatch_tokens = microbatch_tokens
         self.shares_prompts = shares_prompts
-        self.device = next(module.parameters()).device
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
@@ -210,9 +209,9 @@ class TransformersRewardModel:
     def _in_microbatches(
         self, batch: Any, num_tokens: Int[Tensor, " B"], score: Callable[[Any], Tensor], *sides: int
     ) -> Tensor:
-        scores = torch.empty(len(num_tokens), *sides, device=self.device)
+        scores = torch.empty(len(num_tokens), *sides, device=num_tokens.device)
         for index in by_token_budget(num_tokens, self.microbatch_tokens):
-            scores[index.to(self.device)] = score(batch.select(index))
+            scores[index.to(scores.device)] = score(batch.select(index))
         return scores
 
 

@@ -8,10 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Blueprint:
+    """The modules of a model around weights that take no memory, copied before its own are split over ranks."""
+
+    def __init__(self, model: "PreTrainedModel", adapted: "PeftModel | None") -> None:
+        """`adapted` is peft's view of the same model, if there is one. Both keep the model's own config."""
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+        self.config = memo[id(model.config)] = model.config
+        self.modules: tuple[PreTrainedModel, PeftModel | None] = copy.deepcopy((model, adapted), memo)
+
+    def filled(self, weights: Mapping[str, Tensor]) -> "tuple[PreTrainedModel, PeftModel | None]":
+        """Model and peft's view of it, whole, around these weights, by their names in the model."""
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(weights[name], p.requires_grad) for name, p in self.modules[0].named_parameters()
+        }
+        memo[id(self.config)] = self.config
+        return copy.deepcopy(self.modules, memo)
 
 
 def save_policy(

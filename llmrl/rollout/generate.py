@@ -29,6 +29,8 @@ class TransformersEngine:
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
+        device: Where it samples.
+        apart: Whether the trained weights will be split over ranks, so that every one of them is copied.
         progress: Advanced by one for each complete response.
     """
 
@@ -39,9 +41,11 @@ class TransformersEngine:
         eos_ids: tuple[int, ...],
         vocab_size: int,
         dtype: torch.dtype,
+        device: torch.device,
+        apart: bool,
         progress: Progress,
     ) -> None:
-        self.weights = SamplingWeights(model, dtype)
+        self.weights = SamplingWeights(model, dtype, apart=apart, device=device)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.progress = progress
@@ -64,7 +68,7 @@ class TransformersEngine:
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
-        self.weights.load(cast("PreTrainedModel", trained.module.model))
+        self.weights.load(trained)
 
 
 class DrawingProcessor(LogitsProcessor):

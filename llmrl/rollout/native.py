@@ -38,6 +38,8 @@ class NativeEngine:
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
+        device: Where it samples.
+        apart: Whether the trained weights will be split over ranks, so that every one of them is copied.
         max_rows: Responses decoded at once.
         progress: Advanced by one for each complete response.
     """
@@ -49,11 +51,13 @@ class NativeEngine:
         eos_ids: tuple[int, ...],
         vocab_size: int,
         dtype: torch.dtype,
+        device: torch.device,
+        apart: bool,
         max_rows: int,
         progress: Progress,
     ) -> None:
         check_cache(model)
-        self.weights = SamplingWeights(model, dtype)
+        self.weights = SamplingWeights(model, dtype, apart=apart, device=device)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_rows = max_rows
@@ -79,7 +83,7 @@ class NativeEngine:
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
-        self.weights.load(cast("PreTrainedModel", trained.module.model))
+        self.weights.load(trained)
 
     def _new_cache(self, num_responses: int, group_size: int, columns: int) -> SlotCache:
         """Room for a rollout. It lives no longer than that: the update needs the memory."""

@@ -1,12 +1,14 @@
 """The model that an engine runs: the one being trained, or a copy of it in another precision."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from llmrl.roles import Trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,44 +17,55 @@ if TYPE_CHECKING:
 class SamplingWeights:
     """Weights in the precision of sampling.
 
-    Parameters that have it already are the trained ones themselves and always live. The others are copied, and the copy
-    is refreshed in place by `load`. A copy that has fallen behind is noticed by the version that torch counts on every
-    in-place change of a parameter.
+    Parameters that have it already are the trained ones themselves and always live, unless they are to be split over
+    ranks. The others are copied, and the copy is refreshed in place by `load`. One that has fallen behind is noticed by
+    the number of optimizer steps since.
     """
 
-    def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype) -> None:
+    def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype, *, apart: bool, device: torch.device) -> None:
+        """`apart` copies every parameter, to `device`: what is trained is about to be split over ranks."""
         self.trained = trained
-        self._sources = [p for p in trained.parameters() if p.is_floating_point() and p.dtype != dtype]
-        self._copies = [p.detach().to(dtype) for p in self._sources]
-        self._model = self._in_sampling_dtype() if self._sources else trained
-        self._loaded_version = self._version()
+        self._copies = {
+            name: _copied(p, dtype, device)
+            for name, p in trained.named_parameters()
+            if apart or (p.is_floating_point() and p.dtype != dtype)
+        }
+        self._model = rebuilt(trained, self._copies, device) if self._copies else trained
+        self._trainable: Trainable | None = None
+        self._num_steps = 0
 
-    def load(self, trained: "PreTrainedModel") -> None:
-        """Brings the copy up to date with the trained model, which must be the one that it was made of."""
-        if trained is not self.trained:
+    @torch.no_grad()
+    def load(self, trainable: Trainable) -> None:
+        """Brings the copy up to date with the trained model, which must be the one that it was made of. A collective of
+        all ranks: weights that are split over them come together once for a whole rollout."""
+        if trainable.module.model is not self.trained:
             raise ValueError("load_weights got another model than the one that the engine was built over")
-        with torch.no_grad():
-            if self._copies:
-                torch._foreach_copy_(self._copies, [source.detach() for source in self._sources])
-        self._loaded_version = self._version()
+        if self._copies:
+            for name, weight in trainable.whole(self.trained):
+                if name in self._copies:
+                    self._copies[name].copy_(weight)
+        self._trainable, self._num_steps = trainable, trainable.num_steps_done
 
     def fresh(self) -> "PreTrainedModel":
         """The model to sample with; refuses to hand out one that has fallen behind."""
-        if self._version() != self._loaded_version:
+        if self._copies and self._trainable is not None and self._trainable.num_steps_done != self._num_steps:
             raise RuntimeError(
                 "the trained weights have changed since load_weights: the engine would sample from old ones"
             )
         return self._model
 
-    def _version(self) -> int:
-        return sum(source._version for source in self._sources)
 
-    def _in_sampling_dtype(self) -> "PreTrainedModel":
-        """The trained model's modules anew, around the copies, and around the same tensors where there is none."""
-        memo: dict[int, Tensor] = {id(t): t for t in (*self.trained.parameters(), *self.trained.buffers())}
-        copies = (nn.Parameter(c, requires_grad=False) for c in self._copies)
-        memo.update({id(source): parameter for source, parameter in zip(self._sources, copies, strict=True)})
-        return copy.deepcopy(self.trained, memo)
+def _copied(p: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    dtype = dtype if p.is_floating_point() else p.dtype
+    return nn.Parameter(p.detach().to(device, dtype, copy=True), requires_grad=False)
+
+
+def rebuilt(model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device) -> "PreTrainedModel":
+    """The modules of a model anew, around these parameters, and around its own tensors where there is none."""
+    memo: dict[int, Tensor] = {id(t): t for t in model.parameters()}
+    memo |= {id(b): b.to(device) for b in model.buffers()}
+    memo |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
+    return copy.deepcopy(model, memo)  # type: ignore[return-value]
 
 
 @contextmanager

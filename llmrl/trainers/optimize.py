@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jaxtyping import Int
 from torch import Tensor
 
-from llmrl.experience import by_token_budget, dealt
 from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, Progress, Trainable
@@ -34,7 +32,7 @@ class UpdateConfig:
 
 def optimizer_step(
     trained: Mapping[str, Trainable],
-    microbatches: Iterable[Part],
+    parts: tuple[Iterable[Part], Iterable[Part]],
     losses: Callable[[Part], Iterator[tuple[str, Tensor, Metrics]]],
     collectives: Collectives,
     progress: Progress,
@@ -44,14 +42,22 @@ def optimizer_step(
     The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how
     the minibatch was cut, and how it was dealt to ranks, does not show in the result. Each loss is run backward before
     the next forward.
+
+    Args:
+        parts: ``(microbatches, idle)`` of this rank, as `parts_of_rank` gives them. Passes on what is idle keep step
+            with other ranks and count for nothing.
     """
     metrics, learning = Metrics(), set[str]()
+    microbatches, idle = parts
     for microbatch in microbatches:
         for name, loss, statistics in losses(microbatch):
             trained[name].backward(loss)
             learning.add(name)
             metrics = metrics.merge(statistics)
         progress.advance()
+    for row in idle:
+        for name, loss, _ in losses(row):
+            trained[name].backward(0.0 * loss)
     metrics, learning = _of_all_ranks(metrics, learning, collectives)
     metrics = metrics.per_step()
     for name in sorted(learning):
@@ -67,12 +73,6 @@ def optimizer_step(
         }
         metrics = metrics.merge(Metrics(steps))
     return metrics
-
-
-def own_parts(num_tokens: Int[Tensor, " B"], max_tokens: int, collectives: Collectives) -> list[Int[Tensor, " part"]]:
-    """The microbatches of this rank: the rows that are dealt to it, cut by the token budget."""
-    mine = dealt(num_tokens, collectives.rank, collectives.world_size)
-    return [mine[part] for part in by_token_budget(num_tokens[mine], max_tokens)]
 
 
 def _of_all_ranks(metrics: Metrics, learning: set[str], collectives: Collectives) -> tuple[Metrics, set[str]]:

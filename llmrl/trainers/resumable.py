@@ -39,6 +39,11 @@ class Resumable:
         self.go_to(self.start)
         return True
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has the whole state by itself; if not, all ranks must ask for it together."""
+        return all(trainable.holds_all for trainable in self.trained.values())
+
     def cursor(self) -> dict[str, Any]:
         """Where the run stands, but for the weights."""
         return {"iteration": self.iteration, "source": self.source.state_dict()}

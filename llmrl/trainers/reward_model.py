@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmrl.experience import PreferencePairs
+from llmrl.experience import PreferencePairs, parts_of_rank
 from llmrl.functional.intervals import wilson_interval
 from llmrl.functional.losses import bradley_terry_loss
 from llmrl.functional.statistics import Mean, Statistic, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, PairSource, Progress, Scorer, Trainable
-from llmrl.trainers.optimize import optimizer_step, own_parts
+from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
 
 
@@ -69,7 +69,7 @@ class RewardModelTrainer(Resumable):
         self.held_out = held_out
         self.collectives = collectives
         self.progress = progress
-        self.device = next(trained["reward_model"].module.parameters()).device
+        self.device = trained["reward_model"].device
         self.scored: tuple[int, tuple[Tensor, Tensor]] | None = None
         """Scores of the held-out pairs, and after how many iterations."""
         super().__init__(trained, pairs)
@@ -85,8 +85,13 @@ class RewardModelTrainer(Resumable):
             loss, statistics = self.loss(*self.scorer.pair_scores(part), part.margin, num_pairs)
             yield "reward_model", loss, Metrics({"loss": Total(loss.detach()), **statistics})
 
-        parts = own_parts(self.scorer.pair_tokens(batch), self.config.microbatch_tokens, self.collectives)
-        self.progress.phase("update", len(parts))
+        parts = parts_of_rank(
+            self.scorer.pair_tokens(batch),
+            self.config.microbatch_tokens,
+            self.collectives.rank,
+            self.collectives.world_size,
+        )
+        self.progress.phase("update", len(parts[0]))
         metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.experience import Experience, Prompts, Rollout, Scores
+from llmrl.experience import Experience, Prompts, Rollout, Scores, parts_of_rank
 from llmrl.functional.advantages import flat_groups
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
@@ -32,7 +32,7 @@ from llmrl.roles import (
     Sampling,
     Trainable,
 )
-from llmrl.trainers.optimize import UpdateConfig, optimizer_step, own_parts
+from llmrl.trainers.optimize import UpdateConfig, optimizer_step
 from llmrl.trainers.resumable import Resumable
 
 FIRST_ONLY = "policy/ratio_max_deviation"
@@ -80,6 +80,7 @@ class RLTrainer(Resumable):
         """Where the global numbers of responses go on: every response so far, on every rank, has a smaller one."""
         self.seconds: dict[str, float] = {}
         super().__init__(trained, prompts)
+        self.engine.load_weights(trained["actor"])
 
     def iterate(self) -> Metrics:
         """The next iteration, on the next prompts."""
@@ -197,8 +198,13 @@ class RLTrainer(Resumable):
             )
             yield from self.algorithm.losses(part, weights)
 
-        parts = own_parts(minibatch.sequences.num_tokens, self.config.microbatch_tokens, self.collectives)
-        with self.phase("update", len(parts)):
+        parts = parts_of_rank(
+            minibatch.sequences.num_tokens,
+            self.config.microbatch_tokens,
+            self.collectives.rank,
+            self.collectives.world_size,
+        )
+        with self.phase("update", len(parts[0])):
             return optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
 
     @contextmanager

@@ -163,14 +163,12 @@ class Run:
                 while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
                     last = self.iterate()
         except BaseException:
-            if self.trainer.rewind():
-                self.checkpoint()
+            self.rescue()
             raise
         if self.stop_signal is not None:
             self.checkpoint()
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
-        if self.keeps_records:
-            self.save_model(self.folder / "final")
+        self.save_model(self.folder / "final")
         self.collectives.gather(None)  # nobody leaves before it is saved
         return last
 
@@ -279,21 +277,27 @@ class Run:
         Raises:
             RunError: There is no such metric.
         """
-        name, record = self.config.best_metric, self.best_record()
-        if name is None or not self.keeps_records:
+        name = self.config.best_metric
+        if name is None:
             return
+        record = self.collectives.gather(self.best_record())[0]  # as the rank sees it that writes it
         if name not in values:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self.check_measured(name, values, record)
         elif self.better(values[name], record["value"] if record else None):
-            new, old = self.folder / ".best.new", self.folder / ".best.old"
-            self.save_model(new)
-            write_atomically(new / "best.json", {"metric": name, "value": values[name], "iteration": iteration})
-            shutil.rmtree(old, ignore_errors=True)
-            if self.best.exists():
-                self.best.rename(old)
-            new.rename(self.best)
-            shutil.rmtree(old, ignore_errors=True)
+            self.save_model(self.folder / ".best.new")
+            if self.keeps_records:
+                self.replace_best({"metric": name, "value": values[name], "iteration": iteration})
+
+    def replace_best(self, record: dict[str, Any]) -> None:
+        """The model that was just saved becomes the best, with a record of why."""
+        new, old = self.folder / ".best.new", self.folder / ".best.old"
+        write_atomically(new / "best.json", record)
+        shutil.rmtree(old, ignore_errors=True)
+        if self.best.exists():
+            self.best.rename(old)
+        new.rename(self.best)
+        shutil.rmtree(old, ignore_errors=True)
 
     def best_record(self) -> dict[str, Any] | None:
         """Which metric made the model in best/ the best, its value and its iteration; None where there is none."""
@@ -318,10 +322,23 @@ class Run:
         return value > best if self.config.best_mode == "max" else value < best
 
     def checkpoint(self) -> None:
-        """The state between two iterations, unless it is saved already."""
-        folder = self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
-        if self.keeps_records and not folder.exists():
-            save_checkpoint(folder, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
+        """The state between two iterations, unless it is saved already. All ranks bring it together, one writes."""
+        if self.collectives.gather(self.next_checkpoint.exists())[0]:
+            return
+        state = self.trainer.state_dict()
+        if self.keeps_records:
+            save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
+
+    def rescue(self) -> None:
+        """After a failure: the state where the iteration began, if this rank has all of it. Others may answer no more."""
+        is_savable = self.trainer.rewind() and self.trainer.holds_all
+        if is_savable and self.keeps_records and not self.next_checkpoint.exists():
+            save_checkpoint(self.next_checkpoint, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
+
+    @property
+    def next_checkpoint(self) -> Path:
+        """The folder of a checkpoint taken now."""
+        return self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
 
     @contextmanager
     def signals(self) -> Iterator[None]:

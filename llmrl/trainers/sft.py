@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmrl.experience import Sequences
+from llmrl.experience import Sequences, parts_of_rank
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, ExampleSource, Policy, Progress, Trainable
-from llmrl.trainers.optimize import optimizer_step, own_parts
+from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
 
 
@@ -56,7 +56,7 @@ class SFTTrainer(Resumable):
         self.held_out = held_out
         self.collectives = collectives
         self.progress = progress
-        self.device = next(trained["actor"].module.parameters()).device
+        self.device = trained["actor"].device
         super().__init__(trained, examples)
 
     def iterate(self) -> Metrics:
@@ -74,8 +74,10 @@ class SFTTrainer(Resumable):
             loss = -masked_sum(weights * logprobs, part.response_mask)
             yield "actor", loss, Metrics({"loss": self._mean_loss(part, logprobs.detach())})
 
-        parts = own_parts(batch.num_tokens, self.config.microbatch_tokens, self.collectives)
-        self.progress.phase("update", len(parts))
+        parts = parts_of_rank(
+            batch.num_tokens, self.config.microbatch_tokens, self.collectives.rank, self.collectives.world_size
+        )
+        self.progress.phase("update", len(parts[0]))
         metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started

@@ -1,0 +1,48 @@
+"""Modules as the launch asks for them: whole in every process, or split over ranks."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.launch import read_launch
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.roles import Collectives, Trainable
+
+
+def loading_device() -> torch.device:
+    """Where models that learn are loaded: where they compute, or on the CPU if no device has to hold them whole."""
+    return torch.device("cpu") if read_launch().splits_weights else pick_device()
+
+
+class Caller(Protocol):
+    """A role that calls a module: a policy, a critic, a scorer."""
+
+    module: nn.Module
+
+
+def train(
+    caller: Caller,
+    config: OptimizerConfig,
+    *,
+    num_steps: int,
+    collectives: Collectives,
+    peaks: Mapping[str, float] | None = None,
+) -> Trainable:
+    """The module of a role with its optimizer: under DeepSpeed, under FSDP or by itself. The role calls it as it is
+    wrapped then. See `LocalTrainable` for the arguments.
+
+    The module may hold no more than parts of its weights afterwards: it is copied, or tried, before.
+    """
+    match read_launch().sharding:
+        case "deepspeed":
+            from llmrl.distributed.deepspeed import DeepSpeedTrainable as Kind
+        case "fsdp":
+            from llmrl.distributed.fsdp import ShardedTrainable as Kind
+        case _:
+            Kind = LocalTrainable
+    trainable = Kind(caller.module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
+    caller.module = trainable.wrapped
+    return trainable
