@@ -164,8 +164,8 @@ def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
 @pytest.mark.parametrize(
     ("place", "extras"),
     [
-        ({"under": "llmrl"}, ["math", "tensorboard", "wandb", "trackio"]),
-        ({"under": "", "but_not_under": "llmrl"}, ["math", "tensorboard", "wandb", "trackio", "dev"]),
+        ({"under": "llmrl"}, ["deepspeed", "math", "tensorboard", "wandb", "trackio"]),
+        ({"under": "", "but_not_under": "llmrl"}, ["deepspeed", "math", "tensorboard", "wandb", "trackio", "dev"]),
     ],
     ids=["package", "everything else"],
 )

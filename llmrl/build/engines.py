@@ -38,9 +38,8 @@ def build_engine(
         "eos_ids": end_ids(tokenizer, model),
         "vocab_size": num_token_ids(tokenizer, model),
         "dtype": dtype,
-        "device": pick_device(),
-        "apart": trains and read_launch().splits_weights,
         "progress": progress,
+        "apart": pick_device() if trains and read_launch().splits_weights else None,
     }
     if config.engine == "transformers":
         return TransformersEngine(model, **common)

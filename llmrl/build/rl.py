@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
-    whole = _load_whole(config, checked, progress)
-    actor, collectives = whole.actor, whole.collectives
+    actor, collectives = _load_actor(config), join_ranks()
     reference = _reference_of(actor, config, collectives)
+    whole = _around(actor, config, checked, collectives, progress)
     trained = {
         "actor": train(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, collectives=collectives)
     }
@@ -54,10 +54,10 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
 
 def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
-    whole = _load_whole(config, checked, progress)
-    actor, collectives = whole.actor, whole.collectives
-    reference = _reference_of(actor, config, collectives)
+    actor, collectives = _load_actor(config), join_ranks()
     networks = load_networks(config, actor)
+    reference = _reference_of(actor, config, collectives)
+    whole = _around(actor, config, checked, collectives, progress)
     trained = networks.train(config, collectives)
     algorithm = PPO(
         config.algorithm,
@@ -92,14 +92,16 @@ class Whole:
     saver: Saver
 
 
-def _load_whole(config: RLRun, checked: Checked, progress: Progress) -> Whole:
-    collectives = join_ranks()
-    actor = load_actor(
+def _load_actor(config: RLRun) -> Actor:
+    return load_actor(
         config.model,
         temperature=config.rollout.temperature,
         microbatch_tokens=config.update.microbatch_tokens,
         seed=config.run.seed,
     )
+
+
+def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collectives, progress: Progress) -> Whole:
     engine = build_engine(
         config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress, trains=True
     )

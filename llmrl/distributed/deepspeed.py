@@ -105,7 +105,9 @@ class DeepSpeedTrainable(Stepping):
             if self.collectives.rank == 0:
                 parameters[name] = cast(Tensor, weight).cpu()
                 if moments:
-                    optimizer[name] = {key: cast(Tensor, x).cpu() for key, x in moments.items()} | {"step": self._num_updates}
+                    optimizer[name] = {key: cast(Tensor, x).cpu() for key, x in moments.items()} | {
+                        "step": self._num_updates
+                    }
         return {"parameters": parameters, "optimizer": optimizer, **self.steps()}
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Modules as the launch asks for them: whole in every process, or split over ranks."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ def loading_device() -> torch.device:
     return torch.device("cpu") if read_launch().splits_weights else pick_device()
 
 
+@runtime_checkable
 class Caller(Protocol):
     """A role that calls a module: a policy, a critic, a scorer."""
 

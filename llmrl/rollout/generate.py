@@ -29,9 +29,8 @@ class TransformersEngine:
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
-        device: Where it samples.
-        apart: Whether the trained weights will be split over ranks, so that every one of them is copied.
         progress: Advanced by one for each complete response.
+        apart: Where to sample from copies of all weights, if those that are trained are about to be split over ranks.
     """
 
     def __init__(
@@ -41,11 +40,10 @@ class TransformersEngine:
         eos_ids: tuple[int, ...],
         vocab_size: int,
         dtype: torch.dtype,
-        device: torch.device,
-        apart: bool,
         progress: Progress,
+        apart: torch.device | None = None,
     ) -> None:
-        self.weights = SamplingWeights(model, dtype, apart=apart, device=device)
+        self.weights = SamplingWeights(model, dtype, apart)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.progress = progress

@@ -38,10 +38,9 @@ class NativeEngine:
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
-        device: Where it samples.
-        apart: Whether the trained weights will be split over ranks, so that every one of them is copied.
         max_rows: Responses decoded at once.
         progress: Advanced by one for each complete response.
+        apart: Where to sample from copies of all weights, if those that are trained are about to be split over ranks.
     """
 
     def __init__(
@@ -51,13 +50,12 @@ class NativeEngine:
         eos_ids: tuple[int, ...],
         vocab_size: int,
         dtype: torch.dtype,
-        device: torch.device,
-        apart: bool,
         max_rows: int,
         progress: Progress,
+        apart: torch.device | None = None,
     ) -> None:
         check_cache(model)
-        self.weights = SamplingWeights(model, dtype, apart=apart, device=device)
+        self.weights = SamplingWeights(model, dtype, apart)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_rows = max_rows

@@ -22,15 +22,15 @@ class SamplingWeights:
     the number of optimizer steps since.
     """
 
-    def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype, *, apart: bool, device: torch.device) -> None:
-        """`apart` copies every parameter, to `device`: what is trained is about to be split over ranks."""
+    def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype, apart: torch.device | None) -> None:
+        """`apart` is where every parameter is copied to, if those that are trained are about to be split over ranks."""
         self.trained = trained
         self._copies = {
-            name: _copied(p, dtype, device)
+            name: _copied(p, dtype, apart or p.device)
             for name, p in trained.named_parameters()
-            if apart or (p.is_floating_point() and p.dtype != dtype)
+            if apart is not None or (p.is_floating_point() and p.dtype != dtype)
         }
-        self._model = rebuilt(trained, self._copies, device) if self._copies else trained
+        self._model = rebuilt(trained, self._copies, apart) if self._copies else trained
         self._trainable: Trainable | None = None
         self._num_steps = 0
 
@@ -60,10 +60,11 @@ def _copied(p: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter
     return nn.Parameter(p.detach().to(device, dtype, copy=True), requires_grad=False)
 
 
-def rebuilt(model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device) -> "PreTrainedModel":
-    """The modules of a model anew, around these parameters, and around its own tensors where there is none."""
+def rebuilt(model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device | None) -> "PreTrainedModel":
+    """The modules of a model anew, around these parameters, and around its own tensors where there is none. What is no
+    parameter may be copied to a device."""
     memo: dict[int, Tensor] = {id(t): t for t in model.parameters()}
-    memo |= {id(b): b.to(device) for b in model.buffers()}
+    memo |= {id(b): b.to(device or b.device) for b in model.buffers()}
     memo |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
     return copy.deepcopy(model, memo)  # type: ignore[return-value]
 

@@ -32,10 +32,12 @@ class UpdateConfig:
 
 def optimizer_step(
     trained: Mapping[str, Trainable],
-    parts: tuple[Iterable[Part], Iterable[Part]],
+    microbatches: Iterable[Part],
     losses: Callable[[Part], Iterator[tuple[str, Tensor, Metrics]]],
     collectives: Collectives,
     progress: Progress,
+    *,
+    idle: Iterable[Part] = (),
 ) -> Metrics:
     """Adds up the gradients of all microbatches of all ranks, then steps every trained module that any loss was for.
 
@@ -43,12 +45,9 @@ def optimizer_step(
     the minibatch was cut, and how it was dealt to ranks, does not show in the result. Each loss is run backward before
     the next forward.
 
-    Args:
-        parts: ``(microbatches, idle)`` of this rank, as `parts_of_rank` gives them. Passes on what is idle keep step
-            with other ranks and count for nothing.
+    Passes on what is `idle` keep step with ranks that have more to do, and count for nothing.
     """
     metrics, learning = Metrics(), set[str]()
-    microbatches, idle = parts
     for microbatch in microbatches:
         for name, loss, statistics in losses(microbatch):
             trained[name].backward(loss)

@@ -85,14 +85,14 @@ class RewardModelTrainer(Resumable):
             loss, statistics = self.loss(*self.scorer.pair_scores(part), part.margin, num_pairs)
             yield "reward_model", loss, Metrics({"loss": Total(loss.detach()), **statistics})
 
-        parts = parts_of_rank(
+        parts, idle = parts_of_rank(
             self.scorer.pair_tokens(batch),
             self.config.microbatch_tokens,
             self.collectives.rank,
             self.collectives.world_size,
         )
-        self.progress.phase("update", len(parts[0]))
-        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
+        self.progress.phase("update", len(parts))
+        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}

@@ -198,14 +198,14 @@ class RLTrainer(Resumable):
             )
             yield from self.algorithm.losses(part, weights)
 
-        parts = parts_of_rank(
+        parts, idle = parts_of_rank(
             minibatch.sequences.num_tokens,
             self.config.microbatch_tokens,
             self.collectives.rank,
             self.collectives.world_size,
         )
-        with self.phase("update", len(parts[0])):
-            return optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
+        with self.phase("update", len(parts)):
+            return optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:

@@ -330,7 +330,7 @@ class Run:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
 
     def rescue(self) -> None:
-        """After a failure: the state where the iteration began, if this rank has all of it. Others may answer no more."""
+        """After a failure: the state where the iteration began, if this rank has it all. Others may answer no more."""
         is_savable = self.trainer.rewind() and self.trainer.holds_all
         if is_savable and self.keeps_records and not self.next_checkpoint.exists():
             save_checkpoint(self.next_checkpoint, self.trainer.state_dict(), keep=self.config.keep_checkpoints)

@@ -74,11 +74,11 @@ class SFTTrainer(Resumable):
             loss = -masked_sum(weights * logprobs, part.response_mask)
             yield "actor", loss, Metrics({"loss": self._mean_loss(part, logprobs.detach())})
 
-        parts = parts_of_rank(
+        parts, idle = parts_of_rank(
             batch.num_tokens, self.config.microbatch_tokens, self.collectives.rank, self.collectives.world_size
         )
-        self.progress.phase("update", len(parts[0]))
-        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress)
+        self.progress.phase("update", len(parts))
+        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}

@@ -41,6 +41,7 @@ from llmrl.data.prompts import PromptDataConfig
 from llmrl.distributed.trainable import OptimizerConfig
 from llmrl.models.critic import CriticConfig, SharedTrunk, TransformersValueFunction, ValueModule
 from llmrl.models.loading import LoraSettings, ModelConfig, ModelError, lora_config
+from llmrl.models.saving import save_policy
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rollout.config import RolloutConfig
@@ -211,7 +212,7 @@ def test_four_roles_stand_on_the_same_weights(one_base):
             assert (p.data_ptr() in shared) != owned, name
     assert storage(roles.critic) & storage(roles.reward) == shared & storage(roles.critic)
     assert storage(roles.critic) | storage(roles.actor) | storage(roles.reward) > shared
-    assert run.trainer.algorithm.reference.module is run.trainer.trained["actor"].module
+    assert run.trainer.algorithm.reference.actor.module is run.trainer.trained["actor"].module
     # every weight of the trunk is shared, not just some
     trunk = {p.data_ptr() for name, p in roles.actor.base_model.named_parameters() if "lora_" not in name}
     assert trunk <= storage(roles.critic)
@@ -388,7 +389,8 @@ def test_a_body_from_an_actor_that_came_with_an_adapter_has_it_merged(config, fo
         ModelConfig(path=str(folders.base), lora=LORA), temperature=1.0, microbatch_tokens=10_000, seed=0
     )
     move(actor.model)
-    actor.save(tmp_path / "earlier")
+    parts = {"model": actor.model, "adapted": actor.adapted, "tokenizer": actor.tokenizer, "dtype": actor.dtype}
+    save_policy(tmp_path / "earlier", **parts)
     run = build_run(with_model(config, path=str(tmp_path / "earlier" / "adapter")))
     ids = torch.tensor([[7, 8, 9, 20, 21]])
     roles = modules_of(run)

@@ -1,5 +1,7 @@
 """Shared roles answer on every rank as the role itself does in one process."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -11,15 +13,17 @@ from llmrl.distributed.sharing import (
     SharedNetworks,
     SharedPolicy,
     SharedReward,
+    SharedScorer,
     block,
     share_rows,
     shared_engine,
     shared_networks,
     shared_policy,
     shared_reward,
+    shared_scorer,
 )
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import Prompts, Rollout, Scores, Sequences
+from llmrl.experience import PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Sampling
 from tests.distributed.threads import on_ranks
@@ -75,9 +79,15 @@ class Lookup:
 
     def __init__(self):
         self.num_rows = 0
+        self.tokens = []
+
+    @property
+    def num_calls(self):
+        return len(self.tokens)
 
     def _answer(self, sequences, scale):
         self.num_rows += len(sequences.response_ids)
+        self.tokens.append(len(sequences.num_tokens) * int(sequences.num_tokens.max()))
         return scale * sequences.response_ids.float(), scale + sequences.response_ids.float()
 
     def logprobs(self, sequences):
@@ -146,25 +156,26 @@ def test_scores_are_those_of_one_process(world_size, rollout):
 
 @pytest.mark.parametrize("world_size", [2, 3, 11])
 @pytest.mark.parametrize("question", ["logprobs", "values", "both"])
-def test_without_gradient_each_row_is_asked_about_once(world_size, question, rollout):
+def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, question, rollout):
     networks = [Lookup() for _ in range(world_size)]
 
     @torch.no_grad()
     def ask(ranks):
-        return getattr(SharedNetworks(networks[ranks.rank], ranks), question)(rollout.sequences)
+        shared = SharedNetworks(networks[ranks.rank], ranks, microbatch_tokens=15)
+        return getattr(shared, question)(rollout.sequences)
 
     expected = getattr(Lookup(), question)(rollout.sequences)
     for answers in on_ranks(world_size, ask):
         assert len(answers) == len(expected)
         for answer, right in zip(answers, expected, strict=True):
             assert_close(answer, right)
-    asked = [each.num_rows for each in networks]
-    assert sum(asked) == len(rollout.rows) * (2 if question == "both" else 1)
+    assert len({each.num_calls for each in networks}) == 1  # where weights are split, all must come
+    assert all(asked <= 15 for each in networks for asked in each.tokens)
 
 
 def test_with_gradient_a_rank_is_asked_about_what_it_is_given(rollout):
     policy = Lookup()
-    logprobs, _ = SharedPolicy(policy, OneProcess()).logprobs(rollout.sequences)
+    logprobs, _ = SharedPolicy(policy, OneProcess(), microbatch_tokens=1).logprobs(rollout.sequences)
     assert policy.num_rows == len(logprobs) == len(rollout.rows)
 
 
@@ -174,10 +185,45 @@ def test_answers_of_a_row_stay_with_it(rollout):
 
     @torch.no_grad()
     def ask(ranks):
-        return share_rows(lambda s: (s.response_ids[:, :1].float(),), rollout.sequences, ranks)
+        sequences = rollout.sequences
+        return share_rows(lambda s: (s.response_ids[:, :1].float(),), sequences, sequences.num_tokens, 12, ranks)
 
     for (answer,) in on_ranks(3, ask):
         assert_close(answer, number)
+
+
+class Ids:
+    """`Scorer` that scores by ids; counts the calls."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def scores(self, sequences):
+        self.num_calls += 1
+        return sequences.response_ids[:, 0].float()
+
+    def pair_scores(self, pairs):
+        return self.scores(pairs.chosen), -self.scores(pairs.rejected)
+
+    def pair_tokens(self, pairs):
+        return pairs.num_tokens
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 11])
+def test_a_scorer_of_all_ranks_scores_as_one(world_size, rollout):
+    sequences = rollout.sequences
+    pairs = PreferencePairs(chosen=sequences, rejected=sequences, margin=torch.zeros(len(rollout.rows)))
+    scorers = [Ids() for _ in range(world_size)]
+
+    @torch.no_grad()
+    def ask(ranks):
+        shared = SharedScorer(scorers[ranks.rank], ranks, microbatch_tokens=20)
+        return shared.scores(sequences), *shared.pair_scores(pairs)
+
+    first = sequences.response_ids[:, 0].float()
+    for scores, chosen, rejected in on_ranks(world_size, ask):
+        assert_close((scores, chosen, rejected), (first, first, -first))
+    assert len({scorer.num_calls for scorer in scorers}) == 1
 
 
 def no_reward(rollout: Rollout) -> Scores:
@@ -186,9 +232,10 @@ def no_reward(rollout: Rollout) -> Scores:
 
 ROLES = [
     (shared_engine, SharedEngine, NumberingEngine()),
-    (shared_policy, SharedPolicy, Lookup()),
+    (partial(shared_policy, microbatch_tokens=8), SharedPolicy, Lookup()),
     (shared_reward, SharedReward, no_reward),
-    (shared_networks, SharedNetworks, Lookup()),
+    (partial(shared_networks, microbatch_tokens=8), SharedNetworks, Lookup()),
+    (partial(shared_scorer, microbatch_tokens=8), SharedScorer, Ids()),
 ]
 
 
@@ -199,7 +246,10 @@ def test_roles_are_shared_where_there_are_several_ranks(share, kind, role):
 
 
 def test_shared_networks_say_whether_they_share_a_trunk():
-    assert on_ranks(2, lambda ranks: SharedNetworks(Lookup(), ranks).share_trunk) == [True, True]
+    def share_trunk(ranks):
+        return SharedNetworks(Lookup(), ranks, microbatch_tokens=8).share_trunk
+
+    assert on_ranks(2, share_trunk) == [True, True]
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(7, 3), (2, 4), (8, 2)])

@@ -1,4 +1,3 @@
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -108,22 +107,6 @@ def test_bfloat16_is_the_arithmetic_and_not_the_result(head):
     assert_close(rough, exact, rtol=0.05, atol=0.15)
     rough.sum().backward()
     assert {p.grad.dtype for p in policy.module.parameters() if p.grad is not None} == {torch.float32}
-
-
-def test_the_context_is_entered_around_the_forward():
-    state = []
-
-    @contextmanager
-    def context():
-        state.append("in")
-        yield
-        state.append("out")
-
-    module = module_of(build("llama"))
-    module.register_forward_pre_hook(lambda *_: state.append("forward"))
-    with torch.no_grad():
-        TransformersPolicy(module, microbatch_tokens=10_000, context=context).logprobs(make_sequences())
-    assert state == ["in", "forward", "out"]
 
 
 def test_left_margin_by_hand():

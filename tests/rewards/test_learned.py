@@ -16,6 +16,7 @@ from transformers import (
 from llmrl.build import load_scorer
 from llmrl.data.chat import as_sequences
 from llmrl.data.prompts import PromptDataConfig
+from llmrl.distributed.collectives import OneProcess
 from llmrl.experience import Rollout
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
@@ -46,7 +47,7 @@ def learned(path, **settings):
 
 def reward_of(config, rollout, *, policy=None, data=DATA):
     """As a run wires it, from the folder on."""
-    return load_scorer(config).reward_for(policy or make_tokenizer(), data, rollout.rows)
+    return load_scorer(config).reward_for(policy or make_tokenizer(), data, rollout.rows, OneProcess())
 
 
 def rollout_of(responses=RESPONSES):
@@ -177,7 +178,7 @@ def test_what_the_reward_model_cannot_read_is_told_before_any_response(tmp_path,
     folder = save(tmp_path / "plain", make_other(None))
     chat = [{"role": "user", "content": "a"}]
     with pytest.raises(ValueError, match=r"^the reward model cannot read these prompts: .* no chat template"):
-        load_scorer(learned(folder)).reward_for(make_tokenizer(), DATA, [{"prompt": chat}])
+        load_scorer(learned(folder)).reward_for(make_tokenizer(), DATA, [{"prompt": chat}], OneProcess())
 
 
 # --- frozen -----------------------------------------------------------------------------------------------------------

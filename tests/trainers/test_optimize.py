@@ -15,7 +15,7 @@ from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
-from llmrl.trainers.optimize import UpdateConfig, optimizer_step, own_parts
+from llmrl.trainers.optimize import UpdateConfig, optimizer_step
 from tests.distributed.threads import on_ranks
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0], [1.0, 1.0]])
@@ -117,10 +117,15 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
     class Recorder:
         learning_rate = 0.0
         num_steps_done = 0
+        device = torch.device("cpu")
+        holds_all = True
 
         def __init__(self, name: str) -> None:
             self.name = name
-            self.module: nn.Module = nn.Identity()
+            self.module = self.wrapped = nn.Identity()
+
+        def whole(self, part: nn.Module) -> Any:
+            raise AssertionError("nobody samples from it")
 
         def backward(self, loss: Tensor) -> None:
             happened.append(f"{self.name} backward {loss:g}")
@@ -191,17 +196,19 @@ def test_a_setting_out_of_range_is_refused(name: str):
         UpdateConfig(**{name: 0})
 
 
-def test_own_parts_are_every_row_once_in_even_shares():
-    num_tokens = torch.tensor([5, 1, 9, 3, 7, 2, 8])
+def test_an_idle_pass_runs_backward_and_counts_for_nothing():
+    """Where weights are split over ranks, all have to make it; its gradient is 0, and nothing of it is told."""
+    module, backward = nn.Linear(2, 1), []
+    trained = {"actor": LocalTrainable(module, OptimizerConfig(learning_rate=0.1), num_steps=2)}
+    module.weight.register_hook(lambda grad: backward.append(grad.tolist()))
 
-    def parts(ranks):
-        return own_parts(num_tokens, 10, ranks)
+    def losses(part):
+        yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-    shares = on_ranks(3, parts)
-    assert sorted(row for parts in shares for part in parts for row in part.tolist()) == list(range(7))
-    totals = [sum(int(num_tokens[part].sum()) for part in parts) for parts in shares]
-    assert sorted(totals) == [11, 12, 12]  # 9 2 1, 8 3 and 7 5
-    assert all(len(part) * int(num_tokens[part].max()) <= 10 for parts in shares for part in parts)
+    values = optimizer_step(trained, [3.0], losses, OneProcess(), Silent(), idle=[5.0, 7.0]).values()
+    assert backward == [[[3.0, 3.0]], [[0.0, 0.0]], [[0.0, 0.0]]]
+    assert values["loss"] == 3.0
+    assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
 
 
 def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
