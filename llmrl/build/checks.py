@@ -14,6 +14,7 @@ from llmrl.data.prompts import load_prompt_rows
 from llmrl.data.rerender import same_ids
 from llmrl.data.rows import check_rows, column_names
 from llmrl.data.supervised import load_supervised_rows
+from llmrl.distributed.launch import Launch, LaunchError, read_launch
 from llmrl.experience import Row
 from llmrl.models.loading import ModelConfig, ModelError, check_model, load_tokenizer
 from llmrl.models.reward_model import check_reward_model, check_shared_base
@@ -36,6 +37,7 @@ class Checked:
 
 def check_sft(config: SFTRun, *, dry: bool) -> Checked:
     """Checks a supervised run. A dry one may name what does not exist yet; see `read_rows`."""
+    read_launch()
     check_output(config.run)
     unchecked = _check_model(config.model, dry=dry)
     rows = read_rows(config.data, load_supervised_rows, unchecked, dry=dry)
@@ -50,6 +52,7 @@ def check_sft(config: SFTRun, *, dry: bool) -> Checked:
 
 def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     """Checks the training of a reward model."""
+    read_launch()
     check_output(config.run)
     unchecked = _check_model(config.model, dry=dry, needs_head=False)
     rows = read_rows(config.data, load_preference_rows, unchecked, dry=dry)
@@ -60,6 +63,8 @@ def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
 
 def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
+    if trains:
+        _check_one_base(config, read_launch())
     unchecked = _check_model(config.model, dry=dry)
     if config.reward.model is not None:
         missing = check_scorer(config.reward.model, dry=dry)
@@ -85,6 +90,21 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
+
+
+def _check_one_base(config: RLRun, launch: Launch) -> None:
+    """Refuses roles that read the actor's own base where no process holds it whole."""
+    shared = {
+        "reward.model.on_actor_base": config.reward.model is not None and config.reward.model.on_actor_base,
+        "critic.network adapter": isinstance(config, PPORun) and config.critic.network == "adapter",
+    }
+    if launch.splits_weights and any(shared.values()):
+        names = " and ".join(name for name, asked in shared.items() if asked)
+        raise LaunchError(
+            f"{names}: roles on one base need it whole in every process, and the launch splits weights over processes "
+            "(ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set reward.model.on_actor_base to false "
+            "and critic.network to own or shared"
+        )
 
 
 def check_ppo(config: PPORun, *, dry: bool) -> Checked:

@@ -65,9 +65,9 @@ class DeepSpeedTrainable(Stepping):
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         self.splits_weights = settings["zero_optimization"]["stage"] == 3
         self.holds_all = collectives.world_size == 1
+        optimizer = adamw(self.parameters, config, peaks or {})  # which asks for shapes: before weights are split
         if self.splits_weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
-        optimizer = adamw(self.parameters, config, peaks or {})
         super().__init__(config, num_steps)
         self.wrapped: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
 
@@ -97,6 +97,7 @@ class DeepSpeedTrainable(Stepping):
         """The state of `LocalTrainable`, put together; on ranks but the first it is left empty."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._link_moments()
         parameters: dict[str, Tensor] = {}
         optimizer: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
@@ -150,9 +151,14 @@ class DeepSpeedTrainable(Stepping):
             step = torch.tensor(num_updates, device=weights.device)
             zeros = {key: torch.zeros_like(weights) for key in ("exp_avg", "exp_avg_sq")}
             self._flat_state[weights] = {"step": step, **zeros}
-        if not self.splits_weights:  # the views of each weight's part are made once, of the state that there was
-            inner._hp_optimizer_states_linked = False
-            inner._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Shows each weight its part of the state. The engine does so once, in the step of its first group, when there
+        is no state of the other groups yet."""
+        if self._flat_state and not self.splits_weights:
+            self.wrapped.optimizer._hp_optimizer_states_linked = False
+            self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_weight(self, p: nn.Parameter, value: Tensor) -> None:
         """In the module, and in the optimizer, which may hold parts of its own."""

@@ -1,0 +1,39 @@
+"""DeepSpeed's ZeRO in a group of one. Several ranks: tests/test_split_weights.py."""
+
+import pytest
+
+from llmrl.distributed.deepspeed import DeepSpeedTrainable, read_settings
+from llmrl.distributed.trainable import OptimizerConfig
+
+from .one_rank import group  # noqa: F401
+from .sharded import LikeLocal, network
+
+pytestmark = [pytest.mark.usefixtures("group"), pytest.mark.slow]
+OFFLOADED = {"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+
+
+@pytest.fixture(
+    params=[("1", {}), ("2", {}), ("3", {}), ("2", OFFLOADED), ("3", OFFLOADED | {"OFFLOAD_PARAM_DEVICE": "cpu"})],
+    ids=["zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"],
+    autouse=True,
+)
+def launch(request, monkeypatch):
+    stage, offload = request.param
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    for name, value in offload.items():
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+
+
+class TestDeepSpeedTrainable(LikeLocal):
+    kind = DeepSpeedTrainable
+
+
+def test_the_launch_says_the_stage_and_the_recipe_the_clipping(group):  # noqa: F811
+    stage = read_settings()["zero_optimization"]["stage"]
+    for max_norm, clipping in ((0.25, 0.25), (float("inf"), 0.0)):
+        config = OptimizerConfig(max_grad_norm=max_norm)
+        engine = DeepSpeedTrainable(network(), config, num_steps=1, collectives=group).wrapped
+        assert engine.zero_optimization_stage() == stage
+        assert engine.gradient_clipping() == clipping
