@@ -1,6 +1,7 @@
 """What ranks say to each other. One process has nobody to talk to."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -8,7 +9,12 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from llmrl.distributed.activity import HERE
+from llmrl.distributed.config import DistributedConfig
 from llmrl.roles import Collectives
+
+MARGIN_S = 60.0
+"""What a collective may last beyond the longest phase: whoever ends a run that is stuck is to be quicker than torch."""
 
 
 class OneProcess:
@@ -42,20 +48,26 @@ class ProcessGroup:
 
     def gather(self, x: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, x)
+        with HERE.waiting():
+            dist.all_gather_object(gathered, x)
         return gathered
 
     def _reduced(self, x: Tensor, operation: Any) -> Tensor:
         reduced = x.clone()
-        dist.all_reduce(reduced, operation)
+        with HERE.waiting():
+            dist.all_reduce(reduced, operation)
         return reduced
 
 
-def join_ranks() -> Collectives:
-    """The process group that a launcher such as `accelerate launch` asks for, or this process alone."""
+def join_ranks(config: DistributedConfig | None = None) -> Collectives:
+    """The process group that a launcher such as `accelerate launch` asks for, or this process alone.
+
+    The first call makes the group, and needs its settings.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return OneProcess()
-    PartialState(cpu=not torch.cuda.is_available())
+    limit = {} if config is None else {"timeout": timedelta(seconds=config.phase_timeout_s + MARGIN_S)}
+    PartialState(cpu=not torch.cuda.is_available(), **limit)
     return ProcessGroup()
 
 
