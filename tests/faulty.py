@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmrl.cli import main
 from llmrl.distributed.activity import HERE, FollowedProgress
+from llmrl.distributed.heartbeat import BEAT_S
 
 
 def fail() -> None:
@@ -15,10 +16,12 @@ def fail() -> None:
 
 
 def kill() -> None:
+    time.sleep(2 * BEAT_S)  # until the others know where this rank is
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def freeze() -> None:
+    time.sleep(2 * BEAT_S)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -35,7 +38,6 @@ def phase(self: FollowedProgress, name: str, total: int) -> None:
     HEALTHY(self, name, total)
     if os.environ["RANK"] == "1" and (HERE.phase, str(HERE.iteration)) == (place, iteration):
         Path("rank1.pid").write_text(str(os.getpid()))
-        Path("rank1.time").write_text(str(time.time()))
         FAULTS[fault]()
 
 

@@ -14,7 +14,7 @@ class Activity:
 
     def __init__(self) -> None:
         self.iteration = 0
-        """The current one, counted from 1; 0 before the first."""
+        """The current one, counted from 1; 0 where there is none."""
         self.phase = "start"
         self.num_phases = 0
         """Phases begun so far: tells a phase from the next one of the same name."""
@@ -46,7 +46,8 @@ class FollowedProgress:
     def __init__(self, progress: Progress, activity: Activity = HERE) -> None:
         self.progress = progress
         self.activity = activity
-        self.num_done = 0
+        self.num_done: int | None = None
+        """Iterations; None where there are none, or not yet."""
 
     def begin(self, num_iterations: int, num_done: int = 0) -> None:
         """See `Progress`."""
@@ -55,7 +56,8 @@ class FollowedProgress:
 
     def phase(self, name: str, total: int) -> None:
         """See `Progress`."""
-        self.activity.enter(name, self.num_done + (name not in BETWEEN_ITERATIONS))
+        is_next = name not in BETWEEN_ITERATIONS
+        self.activity.enter(name, 0 if self.num_done is None else self.num_done + is_next)
         self.progress.phase(name, total)
 
     def advance(self, amount: int = 1) -> None:

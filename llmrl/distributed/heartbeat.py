@@ -46,7 +46,7 @@ LOOK_S = 6.0
 """How long such an error waits for one of the others to turn out to be its cause."""
 WORKING_S = 20.0
 """How long a main thread may go on after another rank failed: it comes to a collective, which fails, and may save."""
-WAITING_S = 5.0
+WAITING_S = 3.0
 """How long of that in one collective."""
 HEARD_S = 3.0
 """How long a rank that ends stays, so that the others hear why before its connections close."""
@@ -74,7 +74,7 @@ class Beat:
         return f"the phase {self.phase}" + (f" of iteration {self.iteration}" if self.iteration else "")
 
     def __str__(self) -> str:
-        return f"{'waits for others' if self.is_waiting else 'works'} for {self.seconds:.0f} s in {self.place}"
+        return f"{'waits for others' if self.is_waiting else 'works'}, {self.seconds:.0f} s in {self.place}"
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,15 @@ class Heartbeat:
             while self.failure is None and not self.is_stopped:
                 self.beat()
                 self.wake.wait(BEAT_S if self.error is None else BEAT_S / 4)
-        except RuntimeError as error:
+            if self.failure is not None:
+                self.tell(self.failure)
+                self._wait_until_heard()
+        except RuntimeError:
             if self.is_leaving and self.error is None:
                 return
-            self.failure = self._without_store(f"is gone ({error})")
+            if self.failure is None:
+                self.failure = self._without_store("is gone")
+                self.tell(self.failure)
         if self.failure is not None:
             self.end(self.failure)
 
@@ -265,9 +270,7 @@ class Heartbeat:
         return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
 
     def end(self, failure: Failure) -> None:
-        """Tells it, waits until the others have heard it, then ends this process, unless its main thread does."""
-        self.tell(failure)
-        self._wait_until_heard()
+        """Ends this process, unless its main thread does so in a while."""
         left_s = 0.0 if failure.is_stuck else WORKING_S
         waiting_s = 0.0
         while self.error is None and left_s > 0 and waiting_s < WAITING_S:
@@ -294,13 +297,10 @@ class Heartbeat:
 
     def _wait_until_heard(self) -> None:
         num_alive = sum(silent_s < SUSPECT_S for silent_s in self.silent_s)
-        try:
-            num_heard, waited_s = self.store.add("heard", 1), 0.0
-            while num_heard < num_alive and waited_s < HEARD_S:
-                time.sleep(BEAT_S / 10)
-                num_heard, waited_s = self.store.add("heard", 0), waited_s + BEAT_S / 10
-        except RuntimeError:
-            return  # the store has gone with the others
+        num_heard, waited_s = self.store.add("heard", 1), 0.0
+        while num_heard < num_alive and waited_s < HEARD_S:
+            time.sleep(BEAT_S / 10)
+            num_heard, waited_s = self.store.add("heard", 0), waited_s + BEAT_S / 10
 
 
 def _may_be_anothers_fault(error: BaseException) -> bool:
