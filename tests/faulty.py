@@ -1,5 +1,6 @@
 """`llmrl` with a fault planted on rank 1: python faulty.py FAULT PHASE ITERATION ARGUMENTS_OF_LLMRL"""
 
+import json
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ HEALTHY = FollowedProgress.phase
 def phase(self: FollowedProgress, name: str, total: int) -> None:
     HEALTHY(self, name, total)
     if os.environ["RANK"] == "1" and (HERE.phase, str(HERE.iteration)) == (place, iteration):
-        Path("rank1.pid").write_text(str(os.getpid()))
+        Path("fault.json").write_text(json.dumps({"pid": os.getpid(), "time": time.time()}))
         FAULTS[fault]()
 
 

@@ -74,7 +74,9 @@ def test_a_signal_stops_both_with_a_checkpoint(folder: Path):
             break
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=60)
+    output, _ = running.communicate(timeout=60)
+    assert output.count(b"error: stopped by SIGTERM") == 1
+    assert b" ends: " not in output
     last = lines(metrics)[-1]["iteration"]
     assert (folder / "stopped" / "checkpoints" / f"step_{last:06d}").exists()
 

@@ -46,7 +46,7 @@ LOOK_S = 6.0
 """How long such an error waits for one of the others to turn out to be its cause."""
 WORKING_S = 20.0
 """How long a main thread may go on after another rank failed: it comes to a collective, which fails, and may save."""
-WAITING_S = 3.0
+WAITING_S = 5.0
 """How long of that in one collective."""
 HEARD_S = 3.0
 """How long a rank that ends stays, so that the others hear why before its connections close."""
@@ -145,11 +145,19 @@ class Heartbeat:
         self.wake.set()
 
     def failed_first(self, error: BaseException) -> bool:
-        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then heard."""
+        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then heard.
+
+        An error of its own that is not the first is told in a line too.
+        """
         self.error = error
         self.wake.set()
         self.threads[0].join(LOOK_S + HEARD_S + self.config.silent_after_s)
-        return self.failure is None or self._is_mine(self.failure)
+        if self.failure is None or self._is_mine(self.failure):
+            return True
+        own = self._own(error)
+        if own.error != self.failure.error and not _may_be_anothers_fault(error):
+            _say(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
+        return False
 
     def terminate(self, *_: object) -> None:
         """A handler of SIGTERM: a launcher sends it when a rank has failed, and then this one first tells which."""
@@ -250,6 +258,7 @@ class Heartbeat:
             if self.failure is None:
                 self.failure = self._without_store("is gone")
                 self.tell(self.failure)
+                signal.raise_signal(signal.SIGTERM)  # where only the launcher is gone, a run can still stop in order
         if self.failure is not None:
             self.end(self.failure)
 
@@ -284,12 +293,10 @@ class Heartbeat:
         """One line; none where this rank's own traceback tells it, or would tell the same again."""
         if self._is_mine(failure) or (self.error is not None and self._own(self.error).error == failure.error):
             return
-        told = f"rank {self.rank} ends: {failure.text}\n"
+        _say(f"rank {self.rank} ends: {failure.text}")
         if failure.is_stuck and not self.beats[self.rank].is_waiting:
             stack = traceback.format_stack(sys._current_frames()[main_thread().ident or 0])
-            told += f"rank {self.rank} is at:\n{''.join(stack)}"
-        sys.stderr.write(told)
-        sys.stderr.flush()
+            _say(f"rank {self.rank} is at:\n{''.join(stack)}")
 
     def _is_mine(self, failure: Failure) -> bool:
         """Whether it is the error by which this rank ends."""
@@ -301,6 +308,12 @@ class Heartbeat:
         while num_heard < num_alive and waited_s < HEARD_S:
             time.sleep(BEAT_S / 10)
             num_heard, waited_s = self.store.add("heard", 0), waited_s + BEAT_S / 10
+
+
+def _say(text: str) -> None:
+    """In one piece, so that what several ranks say at once stays legible."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _may_be_anothers_fault(error: BaseException) -> bool:
