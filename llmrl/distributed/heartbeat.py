@@ -291,7 +291,7 @@ class Heartbeat:
 
     def tell(self, failure: Failure) -> None:
         """One line; none where this rank's own traceback tells it, or would tell the same again."""
-        if self._is_mine(failure) or (self.error is not None and self._own(self.error).error == failure.error):
+        if self.error is not None and self._own(self.error).error == failure.error:
             return
         _say(f"rank {self.rank} ends: {failure.text}")
         if failure.is_stuck and not self.beats[self.rank].is_waiting:

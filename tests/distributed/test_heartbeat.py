@@ -11,7 +11,7 @@ from llmrl.distributed import heartbeat
 from llmrl.distributed.activity import Activity
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.config import DistributedConfig
-from llmrl.distributed.heartbeat import LOOK_S, SUSPECT_S, Heartbeat, watched
+from llmrl.distributed.heartbeat import LOOK_S, SUSPECT_S, Failure, Heartbeat, watched
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:2987")
 BROKEN = AssertionError("planted")
@@ -146,6 +146,13 @@ def test_the_first_failure_is_everybodys():
     ranks.hearts[2].beat()
     ranks.pass_s(1)
     assert ranks.told == ["rank 2 failed in the phase update of iteration 4: AssertionError: planted"] * 3
+
+
+def test_of_two_that_are_seen_at_once_one_is_the_first():
+    ranks = Ranks(2)
+    first, second = (Failure(rank, f"rank {rank} failed") for rank in (0, 1))
+    assert ranks.hearts[0]._record(first) == first
+    assert ranks.hearts[1]._record(second) == first
 
 
 def test_a_lost_connection_is_put_down_to_whoever_is_gone():
@@ -289,11 +296,12 @@ def test_one_that_ends_by_itself_is_left_to_it(quick):
 
 
 def test_where_a_phase_does_not_end_nobody_is_waited_for(monkeypatch):
-    monkeypatch.setattr(heartbeat, "WORKING_S", 1e6)
-    ranks = Ranks(2, phase_timeout_s=2)
+    monkeypatch.setattr(heartbeat, "WORKING_S", 5.0)
+    ranks, started = Ranks(2, phase_timeout_s=2), time.monotonic()
     ranks.pass_s(5)
     ranks.hearts[0].end(ranks.hearts[0].failure)
     assert ranks.exits == [1]
+    assert time.monotonic() - started < 4.0
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
