@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n s
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,7 +34,11 @@ def main() -> None:
     try:
         app()
     except SystemExit as done:
-        _end_at_once(done)
+        if isinstance(done.code, int | None):
+            _end_at_once(done.code or 0)
+        raise
+    except BaseException:
+        _end_at_once(1, traceback.format_exc())
         raise
 
 
@@ -116,7 +121,7 @@ def evaluate(
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         before = json.loads(_existing(compare).read_text()) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
-    with failures_in_one_line(), _ranks() as is_first, _progress(is_first) as progress:
+    with failures_in_one_line(), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
         values = build_evaluator(config, checked, progress=progress).evaluate()
     if not is_first:
         raise typer.Exit()
@@ -241,7 +246,7 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.reports.trackers import TrackerConfig, Trackers
 
     way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
-    with failures_in_one_line(way_out), _ranks() as is_first, _progress(is_first) as progress:
+    with failures_in_one_line(way_out), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
         progress.message(sentence)
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=Path(config.run.output_dir))
         run = build(progress=progress, trackers=trackers)
@@ -253,32 +258,42 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def _ranks() -> Iterator[bool]:
+def _ranks(config: Any) -> Iterator[bool]:
     """Around what all ranks of a launch do together. Whether this one is the first, which speaks and writes."""
     from llmrl.distributed.collectives import join_ranks, leave_ranks
+    from llmrl.distributed.heartbeat import watched
+    from llmrl.trainers.run import Stopped
 
     collectives = join_ranks()
-    try:
-        yield collectives.rank == 0
-        collectives.gather(None)  # nobody hangs up while others still talk
-    finally:
-        leave_ranks()
+    stopped = None
+    with watched(collectives, config):
+        try:
+            yield collectives.rank == 0
+        except Stopped as error:
+            stopped = error  # which is no failure: all ranks stop together
+    leave_ranks()
+    if stopped is not None:
+        raise stopped if collectives.rank == 0 else typer.Exit(stopped.status)
 
 
-def _end_at_once(done: SystemExit) -> None:
+def _end_at_once(status: int, told: str = "") -> None:
     """Of a launch of several processes, each ends without its interpreter's farewell: threads that gloo leaves behind
-    would now and then abort it there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(done.code, int | None):
+    would now and then abort it there, and NCCL would wait there for a rank that is gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
+        sys.stderr.write(told)
         sys.stderr.flush()
-        os._exit(done.code or 0)
+        os._exit(status)
 
 
-def _progress(is_first: bool = True) -> Any:
+@contextmanager
+def _progress(is_first: bool) -> Iterator[Any]:
+    from llmrl.distributed.activity import FollowedProgress
     from llmrl.reports.progress import Silent, make_progress
 
     _quiet()
-    return make_progress() if is_first else nullcontext(Silent())
+    with make_progress() if is_first else nullcontext(Silent()) as progress:
+        yield FollowedProgress(progress)
 
 
 def _quiet() -> None:
@@ -311,6 +326,7 @@ def _options_for_settings() -> Iterator[None]:
 def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
     from llmrl.data.rows import DataError
+    from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.models.loading import ModelError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
@@ -326,7 +342,9 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     except (RewardError, FlatGroupsError, FloatingPointError) as error:
         _fail(error, 1, way_out)
     except Stopped as stopped:
-        _fail(stopped, 128 + stopped.signal_number)
+        _fail(stopped, stopped.status)
+    except AnotherRankFailed as error:
+        raise typer.Exit(1) from error
 
 
 def _fail(error: Exception, status: int, way_out: str = "") -> None:

@@ -8,6 +8,7 @@ from llmrl.algorithms.ppo import PPOConfig
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.trainable import OptimizerConfig
 from llmrl.models.critic import CriticConfig
 from llmrl.models.loading import ModelConfig
@@ -39,6 +40,8 @@ class SFTRun:
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else is told the metrics."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """What several processes do together."""
 
     def __post_init__(self) -> None:
         if self.sft.evaluate_every and self.evaluation_data is None:
@@ -67,6 +70,8 @@ class RewardModelRun:
     """How the weights move."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else is told the metrics."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """What several processes do together."""
 
     def __post_init__(self) -> None:
         _check_best(self.run, evaluates=self.reward_model.evaluate_every > 0, way_out="reward_model.evaluate_every")
@@ -117,6 +122,8 @@ class RLRun:
     """Held-out prompts."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else is told the metrics."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """What several processes do together."""
 
     def __post_init__(self) -> None:
         group, size = self.algorithm.group_size, self.update.minibatch_size

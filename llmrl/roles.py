@@ -177,8 +177,8 @@ class Collectives(Protocol):
 class Progress(Protocol):
     """Who is told how far the run is."""
 
-    def begin(self, num_iterations: int) -> None:
-        """The first of so many iterations, or after a resume the next of them, begins now."""
+    def begin(self, num_iterations: int, num_done: int = 0) -> None:
+        """The first of so many iterations, or after a resume the one behind those that are done, begins now."""
         ...
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
@@ -190,7 +190,8 @@ class Progress(Protocol):
         ...
 
     def phase(self, name: str, total: int) -> None:
-        """A new phase of the iteration begins: rollout, reward, logprobs, update, evaluation; `total` units of work."""
+        """A new phase of the iteration begins: rollout, reward, logprobs, update, evaluation, and behind
+        it checkpoint or saving; `total` units of work."""
         ...
 
     def advance(self, amount: int = 1) -> None:

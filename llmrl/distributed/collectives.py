@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmrl.distributed.activity import HERE
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import read_launch
 from llmrl.roles import Collectives
@@ -46,12 +47,14 @@ class ProcessGroup:
 
     def gather(self, x: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, x)
+        with HERE.waiting():
+            dist.all_gather_object(gathered, x)
         return gathered
 
     def _reduced(self, x: Tensor, operation: Any) -> Tensor:
         reduced = x.clone()
-        dist.all_reduce(reduced, operation)
+        with HERE.waiting():
+            dist.all_reduce(reduced, operation)
         return reduced
 
 

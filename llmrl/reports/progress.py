@@ -106,10 +106,10 @@ class LiveProgress:
     def __exit__(self, *exception: object) -> None:
         self.live.stop()
 
-    def begin(self, num_iterations: int) -> None:
-        """The first of so many iterations, or the next of them, begins now."""
+    def begin(self, num_iterations: int, num_done: int = 0) -> None:
+        """The first of so many iterations, or the one behind those that are done, begins now."""
         self.pace = Pace(num_iterations)
-        self.iterations.update(self.bar, total=num_iterations)
+        self.iterations.update(self.bar, total=num_iterations, completed=num_done)
 
     def phase(self, name: str, total: int) -> None:
         """A new phase begins: `total` units of work."""
@@ -149,8 +149,8 @@ class PlainProgress:
     def __exit__(self, *exception: object) -> None:
         self.stream.flush()
 
-    def begin(self, num_iterations: int) -> None:
-        """The first of so many iterations, or the next of them, begins now."""
+    def begin(self, num_iterations: int, num_done: int = 0) -> None:
+        """The first of so many iterations, or the one behind those that are done, begins now."""
         self.pace = Pace(num_iterations)
 
     def phase(self, name: str, total: int) -> None:
@@ -182,7 +182,7 @@ class PlainProgress:
 class Silent:
     """Says nothing."""
 
-    def begin(self, num_iterations: int) -> None: ...
+    def begin(self, num_iterations: int, num_done: int = 0) -> None: ...
 
     def phase(self, name: str, total: int) -> None: ...
 

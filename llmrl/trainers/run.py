@@ -41,7 +41,7 @@ class Stopped(Exception):
             f"stopped by {signal.Signals(signal_number).name} after iteration {iteration}; "
             f"the same command with run.resume=true goes on from {output_dir}"
         )
-        self.signal_number = signal_number
+        self.status = 128 + signal_number
 
 
 @runtime_checkable
@@ -155,7 +155,7 @@ class Run:
             Stopped: By SIGINT or SIGTERM. A second SIGINT raises KeyboardInterrupt at once.
         """
         self.prepare()
-        self.progress.begin(self.config.num_iterations)
+        self.progress.begin(self.config.num_iterations, self.trainer.iteration)
         last: dict[str, float] = {}
         try:
             with self.signals():
@@ -168,6 +168,7 @@ class Run:
         if self.stop_signal is not None:
             self.checkpoint()
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
+        self.progress.phase("saving", 1)
         self.save_model(self.folder / "final")
         self.collectives.gather(None)  # nobody leaves before it is saved
         return last
@@ -189,6 +190,7 @@ class Run:
         self.keep_best(number, values)
         last = number == self.config.num_iterations
         if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
+            self.progress.phase("checkpoint", 1)
             self.checkpoint()
         return values
 

@@ -165,6 +165,12 @@ def test_live_shows_iterations_phase_and_headlines(terminal: Console, clock: Clo
     assert "policy/loss" not in last
 
 
+def test_live_shows_where_a_resumed_run_begins(terminal: Console):
+    with LiveProgress(terminal) as live:
+        live.begin(40, 12)
+    assert "12/40" in shown(terminal)
+
+
 def test_live_messages_stay_and_are_taken_literally(terminal: Console):
     with LiveProgress(terminal) as live:
         live.begin(1)

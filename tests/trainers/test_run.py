@@ -90,6 +90,14 @@ class Said(Silent):
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.iterations: list[int] = []
+        self.begun: list[tuple[int, int]] = []
+        self.phases: list[str] = []
+
+    def begin(self, num_iterations: int, num_done: int = 0) -> None:
+        self.begun.append((num_iterations, num_done))
+
+    def phase(self, name: str, total: int) -> None:
+        self.phases.append(name)
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -177,6 +185,21 @@ def test_iterations_come_in_order_and_each_leaves_a_line(bench: Bench):
     assert bench.said.iterations == [1, 2, 3]
     assert last == {"weight": 18.0}
     assert bench.model() == 18.0
+
+
+def test_progress_is_told_of_checkpoints_and_of_what_is_done_already(bench: Bench):
+    bench.make(4, checkpoint_every=2).train()
+    bench.make(5, checkpoint_every=2, resume=True).train()
+    assert bench.said.begun == [(4, 0), (5, 4)]
+    assert bench.said.phases == ["checkpoint", "checkpoint", "saving", "checkpoint", "saving"]
+
+
+def test_a_failure_stays_in_the_phase_in_which_it_happened(bench: Bench):
+    """Though a checkpoint is written."""
+    with pytest.raises(Failure):
+        bench.make(hooks={(2, "early"): fail}).train()
+    assert bench.steps() == ["step_000001"]
+    assert bench.said.phases == []
 
 
 def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
@@ -547,7 +570,7 @@ def test_a_signal_ends_the_run_after_the_iteration(bench: Bench, hook: Any, name
     assert str(stopped.value) == (
         f"stopped by {name} after iteration 2; the same command with run.resume=true goes on from {bench.folder}"
     )
-    assert stopped.value.signal_number == number
+    assert stopped.value.status == 128 + number
     assert bench.said.messages == ["stops after this iteration; interrupt again to stop at once"]
     assert bench.iterations() == [1, 2]
     assert bench.steps() == ["step_000002"]

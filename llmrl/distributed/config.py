@@ -1,0 +1,24 @@
+"""Settings of what several processes do together."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How ranks, the processes of one launch, see that one of them has failed. One process reads none of it."""
+
+    silent_after_s: float = 60.0
+    """A rank that gave no sign of life for so many seconds is taken for gone, and the others end."""
+    phase_timeout_s: float = 3600.0
+    """The longest that one phase may last on any rank, in seconds; then all ranks end and say where each one is."""
+
+    def __post_init__(self) -> None:
+        if not self.silent_after_s >= 3:
+            raise ValueError(
+                f"distributed.silent_after_s ({self.silent_after_s}) must be at least 3: a rank gives a sign of life "
+                "every second"
+            )
+        if not 0 < self.phase_timeout_s <= 1e8:
+            raise ValueError(
+                f"distributed.phase_timeout_s ({self.phase_timeout_s}) must be greater than 0 and at most 1e8"
+            )

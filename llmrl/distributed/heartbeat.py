@@ -1,0 +1,362 @@
+"""Signs of life: every rank learns within seconds that another has failed, fallen silent or is stuck, and ends too.
+
+    main thread of a rank       start, rollout, reward, ...                  its error, if it ends by one
+                                       |                                               |
+    its heartbeat, a thread     beat: say where this rank is, hear where the others are; see and record a failure
+                                       |                        |
+    the launcher's store        beat/0, beat/1, ...         failure: the first one, written once and never over
+
+What happens once there is a failure: each rank tells it in one line, but for the one whose traceback tells it; its main
+thread has a while to end by itself, so that a run whose weights have not moved can still be saved; then the thread ends
+the process, whatever its main thread hangs in.
+
+Ranks compare counters with their own clock, never the clocks of two hosts; and time in which this process did not run,
+because a terminal or a host suspended it, counts for nobody. Silence is told from failure only: a rank that is frozen
+and one that was killed look the same.
+
+Seen to work between CPUs, by gloo. Between GPUs it is only reasoned about: a collective of NCCL that waits for a rank
+that is gone waits on, so the main thread does not end by itself, and is ended while it waits.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from threading import Event, Thread, main_thread
+from typing import Any
+
+import torch.distributed as dist
+
+from llmrl.distributed.activity import HERE, Activity
+from llmrl.distributed.config import DistributedConfig
+from llmrl.roles import Collectives
+
+BEAT_S = 1.0
+"""Between two signs of life."""
+SUSPECT_S = 4.0
+"""After an error that may come of a lost connection, a rank is taken for gone when it was silent for so long."""
+LOOK_S = 6.0
+"""How long such an error waits for one of the others to turn out to be its cause."""
+WORKING_S = 20.0
+"""How long a main thread may go on after another rank failed: it comes to a collective, which fails, and may save."""
+WAITING_S = 5.0
+"""How long of that in one collective."""
+HEARD_S = 3.0
+"""How long a rank that ends stays, so that the others hear why before its connections close."""
+
+OF_A_CONNECTION = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
+
+
+class AnotherRankFailed(Exception):
+    """This rank ends because of another, which it has told."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life: where a rank is."""
+
+    count: int = 0
+    iteration: int = 0
+    phase: str = "start"
+    seconds: float = 0.0
+    """In the phase so far."""
+    is_waiting: bool = False
+
+    @property
+    def place(self) -> str:
+        return f"the phase {self.phase}" + (f" of iteration {self.iteration}" if self.iteration else "")
+
+    def __str__(self) -> str:
+        return f"{'waits for others' if self.is_waiting else 'works'}, {self.seconds:.0f} s in {self.place}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why all ranks end."""
+
+    by: int
+    """The rank that recorded it."""
+    text: str
+    error: str = ""
+    """The exception by which the recording rank ends."""
+    is_stuck: bool = False
+    """A phase lasts too long: nobody can be waited for."""
+    status: int = 1
+
+
+class Heartbeat:
+    """The signs of life of this rank, and what it makes of those of the others."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        config: DistributedConfig,
+        activity: Activity,
+        clock: Callable[[], float] = time.monotonic,
+        exit_now: Callable[[int], object] = os._exit,
+    ) -> None:
+        self.store = store
+        self.rank = rank
+        self.ranks = range(world_size)
+        self.config = config
+        self.activity = activity
+        self.clock = clock
+        self.exit_now = exit_now
+        self.last_tick = clock()
+        self.beats = [Beat() for _ in self.ranks]
+        """The newest sign of life of each rank."""
+        self.silent_s = [0.0 for _ in self.ranks]
+        """Since a rank's counter last moved."""
+        self.num_phases = activity.num_phases
+        self.error: BaseException | None = None
+        """By which the main thread ends."""
+        self.error_s = 0.0
+        """Since then."""
+        self.terminated_s: float | None = None
+        """Since the launcher asked this process to end, outside of iterations."""
+        self.failure: Failure | None = None
+        self.is_leaving = False
+        """This rank is done, and waits for the others to be. Whoever is first may then take the store along."""
+        self.is_stopped = False
+        self.wake = Event()
+        for key in ("failure", *(f"beat/{rank}" for rank in self.ranks)):
+            store.compare_set(key, "", "{}")  # reading a key that is missing would wait for it
+        self.threads = [Thread(target=work, daemon=True) for work in (self._live, self._guard)]
+
+    # --- the main thread ---
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Everybody is done."""
+        self.is_stopped = True
+        self.wake.set()
+
+    def failed_first(self, error: BaseException) -> bool:
+        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then heard.
+
+        An error of its own that is not the first is told in a line too.
+        """
+        self.error = error
+        self.wake.set()
+        self.threads[0].join(LOOK_S + HEARD_S + self.config.silent_after_s)
+        if self.failure is None or self._is_mine(self.failure):
+            return True
+        own = self._own(error)
+        if own.error != self.failure.error and not _may_be_anothers_fault(error):
+            _say(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
+        return False
+
+    def terminate(self, *_: object) -> None:
+        """A handler of SIGTERM: a launcher sends it when a rank has failed, and then this one first tells which."""
+        self.terminated_s = self.terminated_s or 0.0
+
+    # --- one beat ---
+
+    def beat(self) -> None:
+        """Says where this rank is, hears where the others are, and records a failure that it sees."""
+        elapsed = self._tick()
+        failure, *heard = (json.loads(text) for text in self.store.multi_get(self._keys))
+        self._hear([Beat(**beat) for beat in heard], elapsed)
+        self.store.set(f"beat/{self.rank}", json.dumps(asdict(self.beats[self.rank])))
+        if failure:
+            self.failure = Failure(**failure)
+        elif seen := self._see():
+            self.failure = self._record(seen)
+
+    @property
+    def _keys(self) -> list[str]:
+        return ["failure", *(f"beat/{rank}" for rank in self.ranks)]
+
+    def _tick(self) -> float:
+        """Seconds since the last beat; no more than two beats, or this process was suspended."""
+        now = self.clock()
+        elapsed, self.last_tick = min(now - self.last_tick, 2 * BEAT_S), now
+        self.error_s += elapsed if self.error else 0.0
+        if self.terminated_s is not None:
+            self.terminated_s += elapsed
+        return elapsed
+
+    def _hear(self, heard: list[Beat], elapsed: float) -> None:
+        for rank in self.ranks:
+            has_moved = heard[rank].count != self.beats[rank].count
+            self.silent_s[rank] = 0.0 if has_moved else self.silent_s[rank] + elapsed
+        own, activity = self.beats[self.rank], self.activity
+        is_new = activity.num_phases != self.num_phases
+        self.num_phases = activity.num_phases
+        self.beats = heard
+        self.beats[self.rank] = Beat(
+            count=own.count + 1,
+            iteration=activity.iteration,
+            phase=activity.phase,
+            seconds=0.0 if is_new else own.seconds + elapsed,
+            is_waiting=activity.is_waiting,
+        )
+        self.silent_s[self.rank] = 0.0
+
+    def _see(self) -> Failure | None:
+        """A failure that nobody has recorded yet."""
+        if self.error is not None and not _may_be_anothers_fault(self.error):
+            return self._own(self.error)
+        is_looking = self.error is not None or self.terminated_s is not None
+        limit = min(SUSPECT_S, self.config.silent_after_s) if is_looking else self.config.silent_after_s
+        if silent := [rank for rank in self.ranks if self.silent_s[rank] >= limit]:
+            return Failure(self.rank, "; ".join(self._silence(rank) for rank in silent))
+        if self.error is not None and self.error_s > LOOK_S:
+            return self._own(self.error)
+        if self.terminated_s is not None and self.terminated_s > LOOK_S:
+            return Failure(self.rank, "SIGTERM came, and no rank has failed", status=128 + signal.SIGTERM)
+        if any(beat.seconds > self.config.phase_timeout_s for beat in self.beats):
+            return Failure(self.rank, self._stuck(), is_stuck=True)
+        return None
+
+    def _own(self, error: BaseException) -> Failure:
+        told = traceback.format_exception_only(error)[0].splitlines()[0]
+        return Failure(self.rank, f"rank {self.rank} failed in {self.beats[self.rank].place}: {told}", told)
+
+    def _silence(self, rank: int) -> str:
+        said = f"rank {rank} gave no sign of life for {self.silent_s[rank]:.0f} s"
+        return f"{said}; it was last seen in {self.beats[rank].place}" if self.beats[rank].count else said
+
+    def _stuck(self) -> str:
+        """With the place of every rank, so that one sees who keeps the others waiting."""
+        places = "; ".join(f"rank {rank} {self.beats[rank]}" for rank in self.ranks)
+        return (
+            f"a phase has lasted longer than distributed.phase_timeout_s ({self.config.phase_timeout_s:g} s): {places}"
+        )
+
+    def _record(self, seen: Failure) -> Failure:
+        """The first failure of all ranks: this one, unless another was quicker."""
+        return Failure(**json.loads(self.store.compare_set("failure", "{}", json.dumps(asdict(seen)))))
+
+    # --- the threads ---
+
+    def _live(self) -> None:
+        """Beats until everybody is done or there is a failure, which it then sees through."""
+        try:
+            while self.failure is None and not self.is_stopped:
+                self.beat()
+                self.wake.wait(BEAT_S if self.error is None else BEAT_S / 4)
+            if self.failure is not None:
+                self.tell(self.failure)
+                self._wait_until_heard()
+        except RuntimeError:
+            if self.is_leaving and self.error is None:
+                return
+            if self.failure is None:
+                self.failure = self._without_store("is gone")
+                self.tell(self.failure)
+                signal.raise_signal(signal.SIGTERM)  # where only the launcher is gone, a run can still stop in order
+        if self.failure is not None:
+            self.end(self.failure)
+
+    def _guard(self) -> None:
+        """Ends a rank whose store is frozen: what one asks of it then never returns, whatever the time limit."""
+        silent_s, count = 0.0, -1
+        while self.failure is None and not self.is_leaving:
+            time.sleep(BEAT_S)
+            own = self.beats[self.rank].count
+            silent_s, count = (silent_s + BEAT_S if own == count else 0.0), own
+            if silent_s >= self.config.silent_after_s and not self.is_leaving:
+                self.failure = self._without_store(f"has not answered for {silent_s:.0f} s")
+                self.tell(self.failure)
+                self.exit_now(1)
+
+    def _without_store(self, what: str) -> Failure:
+        host = f"rank 0, last seen in {self.beats[0].place}"
+        return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
+
+    def end(self, failure: Failure) -> None:
+        """Ends this process, unless its main thread does so in a while."""
+        left_s = 0.0 if failure.is_stuck else WORKING_S
+        waiting_s = 0.0
+        while self.error is None and left_s > 0 and waiting_s < WAITING_S:
+            time.sleep(BEAT_S / 4)
+            left_s -= BEAT_S / 4
+            waiting_s = waiting_s + BEAT_S / 4 if self.activity.is_waiting else 0.0
+        if self.error is None:
+            self.exit_now(failure.status)
+
+    def tell(self, failure: Failure) -> None:
+        """One line; none where this rank's own traceback tells it, or would tell the same again."""
+        if self.error is not None and self._own(self.error).error == failure.error:
+            return
+        _say(f"rank {self.rank} ends: {failure.text}")
+        if failure.is_stuck and not self.beats[self.rank].is_waiting:
+            stack = traceback.format_stack(sys._current_frames()[main_thread().ident or 0])
+            _say(f"rank {self.rank} is at:\n{''.join(stack)}")
+
+    def _is_mine(self, failure: Failure) -> bool:
+        """Whether it is the error by which this rank ends."""
+        return failure.by == self.rank and failure.error != ""
+
+    def _wait_until_heard(self) -> None:
+        num_alive = sum(silent_s < SUSPECT_S for silent_s in self.silent_s)
+        num_heard, waited_s = self.store.add("heard", 1), 0.0
+        while num_heard < num_alive and waited_s < HEARD_S:
+            time.sleep(BEAT_S / 10)
+            num_heard, waited_s = self.store.add("heard", 0), waited_s + BEAT_S / 10
+
+
+def _say(text: str) -> None:
+    """In one piece, so that what several ranks say at once stays legible."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _may_be_anothers_fault(error: BaseException) -> bool:
+    """Whether it looks like the end of a connection to a rank that is gone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and OF_A_CONNECTION.search(str(error)) is not None
+    )
+
+
+@contextmanager
+def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[None]:
+    """Around what ranks do together: each ends soon after another did.
+
+    Raises:
+        AnotherRankFailed: In place of the error by which this rank ends, if that is not the first.
+    """
+    if collectives.world_size == 1:
+        yield
+        return
+    heartbeat = Heartbeat(
+        _own_connection(config.silent_after_s),
+        rank=collectives.rank,
+        world_size=collectives.world_size,
+        config=config,
+        activity=HERE,
+    )
+    before = signal.signal(signal.SIGTERM, heartbeat.terminate)
+    heartbeat.start()
+    try:
+        yield
+        heartbeat.is_leaving = True
+        collectives.gather(None)  # nobody hangs up while others still talk
+    except BaseException as error:
+        if heartbeat.failed_first(error):
+            raise
+        raise AnotherRankFailed from None
+    heartbeat.stop()
+    signal.signal(signal.SIGTERM, before)
+
+
+def _own_connection(timeout_s: float) -> dist.Store:
+    """To the store by which the ranks found each other: on the old one a thread would wait behind the main thread."""
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore("heartbeat", shared.clone())
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
