@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -297,10 +298,15 @@ def _progress(is_first: bool) -> Iterator[Any]:
 
 
 def _quiet() -> None:
-    """No bars of transformers between our lines."""
+    """Between our lines no bars of transformers, nothing for the authors of libraries, and no word of DeepSpeed, which
+    announces what it computes on as soon as anybody looks whether it is installed."""
     from transformers.utils.logging import disable_progress_bar
 
+    from llmrl.distributed.device import pick_device
+
     disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("DS_ACCELERATOR", pick_device().type)
 
 
 @contextmanager

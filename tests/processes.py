@@ -1,11 +1,14 @@
 """Runs of `llmrl` in several processes on the CPU, small enough for tests."""
 
 import json
+import math
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
+
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "recipes" / "models" / "tiny_char_llama")
@@ -26,15 +29,6 @@ def command(*arguments: str, num_processes: int, program: tuple[str, ...] = ("-m
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def run(folder: Path, *arguments: str, num_processes: int) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*arguments, num_processes=num_processes),
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def lines(file: Path) -> list[dict]:
@@ -70,3 +64,18 @@ def write_recipes(folder: Path) -> None:
         "update: {minibatch_size: 3, num_epochs: 2}\ncritic: {warmup_iterations: 1}\n"
         "critic_optimizer: {learning_rate: 2.0e-4}\n"
     )
+
+
+def assert_same_run(left: Path, right: Path):
+    """The same responses; weights within 1e-5, and metrics as far as float32 sums in another order allow."""
+    weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (left, right))
+    assert_close(weights, others, atol=1e-5, rtol=0)
+    for ours, theirs in zip(lines(left / "metrics.jsonl"), lines(right / "metrics.jsonl"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if not name.startswith("time/") and name != "tokens/per_s":
+                assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=1e-5), name
+    if (left / "samples.jsonl").exists():
+        told = ("iteration", "prompt", "response", "group")
+        for ours, theirs in zip(lines(left / "samples.jsonl"), lines(right / "samples.jsonl"), strict=True):
+            assert [ours[name] for name in told] == [theirs[name] for name in told]

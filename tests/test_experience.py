@@ -4,7 +4,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from llmrl.experience import Batch, Experience, GRPOExperience, Prompts, Rollout, Scores, Sequences, by_token_budget
+from llmrl.experience import (
+    Batch,
+    Experience,
+    GRPOExperience,
+    Prompts,
+    Rollout,
+    Scores,
+    Sequences,
+    by_token_budget,
+    parts_of_rank,
+)
 
 
 def tensor(*rows, dtype=torch.long):
@@ -172,3 +182,26 @@ def test_every_row_is_in_one_part_that_holds_the_budget():
     assert all(len(part) * lengths[part].max() <= 100 for part in parts)
     following = itertools.pairwise(parts)  # the first row of the next part would not have fitted
     assert all((len(part) + 1) * lengths[after[0]] > 100 for part, after in following)
+
+
+# --- parts_of_rank ----------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_ranks_by_hand():
+    """Dealt: 9 and 2 and 1 to rank 0, 8 and 3 to rank 1, 7 and 5 to rank 2; each cut at 10 tokens, padded."""
+    parts = [parts_of_rank(torch.tensor([5, 1, 9, 3, 7, 2, 8]), 10, rank, 3) for rank in range(3)]
+    assert [[part.tolist() for part in mine] for mine, _ in parts] == [[[1, 5], [2]], [[3], [6]], [[0], [4]]]
+    assert [idle for _, idle in parts] == [[], [], []]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
+def test_all_ranks_make_equally_many_passes_over_every_row_once(world_size):
+    lengths = torch.randint(1, 60, (30,), generator=torch.Generator().manual_seed(0))
+    ranks = [parts_of_rank(lengths, 100, rank, world_size) for rank in range(world_size)]
+    assert len({len(mine) + len(idle) for mine, idle in ranks}) == 1
+    assert any(not idle for _, idle in ranks)
+    assert sorted(row for mine, _ in ranks for part in mine for row in part.tolist()) == list(range(30))
+    assert all(len(part) * lengths[part].max() <= 100 for mine, _ in ranks for part in mine)
+    idle = [row for _, idle in ranks for row in idle]
+    assert all(lengths[row].tolist() == [int(lengths.min())] for row in idle)
+    assert len(idle) >= max(0, world_size - 30)

@@ -1,113 +1,195 @@
-"""Every command in two processes on the CPU: the same responses, numbers and weights as in one."""
+"""Every algorithm in two processes, launched by the files of recipes/accelerate/: the same responses, numbers and
+weights as in one process, plain and under DeepSpeed and FSDP."""
 
-import math
-import signal
+import json
+import shutil
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
-from tests.processes import ROOT, command, environment, free_port, lines, run, write_recipes
+from tests.processes import ROOT, TINY, assert_same_run, environment, free_port, write_recipes
 
 pytestmark = pytest.mark.slow
 
+HALF = {"grpo": "run.num_iterations=2", "ppo": "run.num_iterations=2", "reward-model": "reward_model.num_epochs=1"}
+"""What makes a run half as long, so that resuming it goes on."""
+SHARED = ("critic.network=shared", "critic.warmup_iterations=0")
+LORA = ("model.lora.rank=2", "model.gradient_checkpointing=true")
+"""With the adapter off as the reference."""
+LEARNED = (
+    "reward.functions=[]",
+    "reward.model.path=reward-model/final",
+    "run.num_iterations=2",
+    "optimizer.learning_rate=2.0e-5",
+)
+"""A gradient that is all rounding moves a weight by the whole learning rate in Adam's first steps."""
+ADAPTER = ("critic.network=adapter", "critic.warmup_iterations=0", "model.lora.rank=2")
+SPLIT = ("distributed.frozen=split",)
 
-def assert_same_run(left: Path, right: Path):
-    weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (left, right))
-    assert_close(weights, others, atol=1e-5, rtol=0)
-    for ours, theirs in zip(lines(left / "metrics.jsonl"), lines(right / "metrics.jsonl"), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            if not name.startswith("time/") and name != "tokens/per_s":
-                assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=1e-5), name
-    if (left / "samples.jsonl").exists():
-        told = ("iteration", "prompt", "response", "group")
-        for ours, theirs in zip(lines(left / "samples.jsonl"), lines(right / "samples.jsonl"), strict=True):
-            assert [ours[name] for name in told] == [theirs[name] for name in told]
+
+def tied(folder: Path) -> tuple[str, ...]:
+    """A GPT-2: tied embeddings, absolute positions."""
+    path = folder / "gpt2"
+    if not path.exists():
+        shutil.copytree(TINY, path)
+        config = json.loads((path / "config.json").read_text())
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "tie_word_embeddings": True}
+        kept = {name: config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id") if name in config}
+        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **shape, **kept}
+        (path / "config.json").write_text(json.dumps(config))
+    return (f"model.path={path}", "run.num_iterations=2")
+
+
+def command(algorithm: str, output: str, *settings: str) -> list[str]:
+    return [algorithm, f"{algorithm}.yaml", f"run.output_dir={output}", *settings]
+
+
+def halves(algorithm: str, output: str) -> list[list[str]]:
+    return [command(algorithm, output, HALF[algorithm]), command(algorithm, output, "run.resume=true")]
+
+
+def do(folder: Path, launcher: list[str], commands: list[list[str]]) -> None:
+    """Runs the commands in the processes of one launch."""
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests" / "several.py"), json.dumps(commands)],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launcher(file: str, *options: str) -> list[str]:
+    config = str(ROOT / "recipes" / "accelerate" / f"{file}.yaml")
+    common = ["--config_file", config, "--num_processes", "2", "--main_process_port", str(free_port())]
+    return ["-m", "accelerate.commands.launch", *common, *options]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
+    """With what one process makes of each run, and of the first half of one."""
+    folder = tmp_path_factory.mktemp("split")
     write_recipes(folder)
+    recipe = folder / "reward-model.yaml"
+    recipe.write_text(recipe.read_text().replace("evaluate_every: 2", "evaluate_every: 2, num_epochs: 2"))
+    alone = [
+        *(command(algorithm, algorithm) for algorithm in ("sft", *HALF)),
+        command("ppo", "half", HALF["ppo"]),
+        command("ppo", "adapter", *ADAPTER),
+        command("grpo", "lora", *LORA),
+        command("ppo", "shared", *SHARED),
+        command("ppo", "learned", *LEARNED),
+        command("grpo", "tied", *tied(folder)),
+    ]
+    do(folder, [], alone)
     return folder
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "reward-model", "grpo", "ppo"])
-def test_two_processes_do_what_one_does(algorithm: str, folder: Path):
-    for number in (1, 2):
-        output = f"run.output_dir={algorithm}{number}"
-        done = run(folder, algorithm, f"{algorithm}.yaml", output, num_processes=number)
-        assert done.stdout.count("The model is in") == 1
-    assert_same_run(folder / f"{algorithm}1", folder / f"{algorithm}2")
+@pytest.mark.parametrize("file", ["cpu_two_processes", "gpu_eight_zero2", "gpu_eight_zero3", "gpu_eight_fsdp2"])
+def test_two_processes_do_what_one_does(folder: Path, file: str):
+    """Each algorithm stopped and resumed; taking up what one process left, and leaving what one takes up."""
+    ours = folder / file
+    shutil.copytree(folder / "half", ours / "taken_up")
+    splits_weights = file in ("gpu_eight_zero3", "gpu_eight_fsdp2")
+    commands = [
+        command("sft", f"{file}/sft"),
+        *(step for algorithm in ("grpo", "reward-model") for step in halves(algorithm, f"{file}/{algorithm}")),
+        command("ppo", f"{file}/taken_up", "run.resume=true"),
+        command("ppo", f"{file}/left", HALF["ppo"]),
+        command("grpo", f"{file}/lora", *LORA),
+        command("ppo", f"{file}/shared", *SHARED, *SPLIT),
+        command("ppo", f"{file}/learned", *LEARNED),
+        command("ppo", f"{file}/learned_split", *LEARNED, *SPLIT),
+        command("grpo", f"{file}/tied", *tied(folder)),
+        *([] if splits_weights else [command("ppo", f"{file}/adapter", *ADAPTER)]),
+    ]
+    do(folder, launcher(file), commands)
+    do(folder, [], [command("ppo", f"{file}/left", "run.resume=true")])
+    pairs = {"taken_up": "ppo", "left": "ppo", "learned_split": "learned"}
+    names = [path.name for path in ours.iterdir()]
+    assert len(names) == (10 if splits_weights else 11)
+    for name in names:
+        assert_same_run(folder / pairs.get(name, name), ours / name)
+    model = AutoModelForCausalLM.from_pretrained(ours / "tied" / "final")
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_two_processes_go_on_where_one_stopped(folder: Path):
-    whole, parts = "run.output_dir=ppo_whole", "run.output_dir=ppo_parts"
-    run(folder, "ppo", "ppo.yaml", whole, num_processes=1)
-    run(folder, "ppo", "ppo.yaml", parts, "run.num_iterations=2", num_processes=1)
-    run(folder, "ppo", "ppo.yaml", parts, "run.resume=true", num_processes=2)
-    assert_same_run(folder / "ppo_whole", folder / "ppo_parts")
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("gpu_eight_zero2", ("--zero_stage", "1")),
+        ("gpu_eight_zero2", ("--offload_optimizer_device", "cpu")),
+        ("gpu_eight_zero3", ("--offload_optimizer_device", "cpu", "--offload_param_device", "cpu")),
+    ],
+    ids=["zero1", "zero2-offload", "zero3-offload"],
+)
+def test_what_the_launch_file_says_of_deepspeed_changes_no_number(folder: Path, file: str, options: tuple[str, ...]):
+    output = "_".join([file, *options])
+    do(folder, launcher(file, *options), halves("grpo", output))
+    assert_same_run(folder / "grpo", folder / output)
 
 
-def test_a_shared_trunk_and_an_adapter_learn_in_two_processes(folder: Path):
-    for setting in ("critic.network=shared", "critic.network=adapter"):
-        name = setting.rpartition("=")[2]
-        settings = [setting, "critic.warmup_iterations=0", *(["model.lora.rank=2"] if name == "adapter" else [])]
-        for number in (1, 2):
-            run(folder, "ppo", "ppo.yaml", f"run.output_dir={name}{number}", *settings, num_processes=number)
-        assert_same_run(folder / f"{name}1", folder / f"{name}2")
-
-
-def until_it_learns(metrics: Path) -> None:
-    for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
-            return
-        time.sleep(0.1)
-
-
-def test_a_signal_stops_both_with_a_checkpoint(folder: Path):
-    settings = ["run.output_dir=stopped", "run.num_iterations=100000", "evaluation.every=0"]
-    running = subprocess.Popen(
-        command("grpo", "grpo.yaml", *settings, num_processes=2),
-        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        (("critic.network=adapter",), "critic.network adapter"),
+        (("model.from_scratch=false", "reward.model.on_actor_base=true"), "reward.model.on_actor_base"),
+    ],
+)
+def test_roles_on_one_base_are_refused_where_it_is_split(tmp_path: Path, setting: tuple[str, ...], named: str):
+    write_recipes(tmp_path)
+    settings = ["model.lora.rank=2", "reward.model.path=nowhere", "run.output_dir=never", *setting]
+    split = environment() | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmrl", "ppo", "ppo.yaml", *settings],
+        cwd=tmp_path, env=split, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    metrics = folder / "stopped" / "metrics.jsonl"
-    until_it_learns(metrics)
-    running.send_signal(signal.SIGTERM)
-    output, _ = running.communicate(timeout=60)
-    assert output.count(b"error: stopped by SIGTERM") == 1
-    assert b" ends: " not in output
-    last = lines(metrics)[-1]["iteration"]
-    assert (folder / "stopped" / "checkpoints" / f"step_{last:06d}").exists()
+    assert done.returncode == 2
+    assert f"{named}: roles on one base need it whole in every process" in done.stderr
+    assert "launch with plain data parallel or ZeRO-2" in done.stderr
 
 
-def test_a_signal_to_one_rank_stops_both_with_its_status(folder: Path):
-    """Here without a launcher, so that each has a status to be seen."""
-    settings = ["run.output_dir=alone", "run.num_iterations=100000", "evaluation.every=0"]
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
+def test_two_machines_are_two_launchers(folder: Path):
+    """Here both on this one, with a process each."""
+    start = [*launcher("two_nodes_zero3"), "-m", "llmrl", *command("grpo", "nodes", HALF["grpo"])]
+    running = [
         subprocess.Popen(
-            command("grpo", "grpo.yaml", *settings, num_processes=1),
-            cwd=folder, env=environment() | meeting | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE,
+            [sys.executable, *start[:2], "--machine_rank", str(machine), *start[2:]],
+            cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in ("0", "1")
+        for machine in range(2)
     ]  # fmt: skip
-    until_it_learns(folder / "alone" / "metrics.jsonl")
-    ranks[1].send_signal(signal.SIGTERM)
-    told = [rank.communicate(timeout=60)[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [128 + signal.SIGTERM] * 2
-    assert told[0].startswith("error: stopped by SIGTERM after iteration ")
-    assert told[1] == ""
+    told = [each.communicate(timeout=300)[0] for each in running]
+    assert [each.returncode for each in running] == [0, 0], told
+    do(folder, [], [command("grpo", "nodes", "run.resume=true")])
+    assert_same_run(folder / "grpo", folder / "nodes")
 
 
-@pytest.mark.parametrize(("name", "num_processes"), [("cpu_two_processes", 2), ("gpu_eight", 8)])
-def test_accelerate_reads_the_launch_files(name: str, num_processes: int):
+FILES = {
+    "cpu_one": ("NO", 1, 1),
+    "cpu_two_processes": ("MULTI_GPU", 1, 2),
+    "gpu_one": ("NO", 1, 1),
+    "gpu_eight_ddp": ("MULTI_GPU", 1, 8),
+    "gpu_eight_zero2": ("DEEPSPEED", 1, 8),
+    "gpu_eight_zero3": ("DEEPSPEED", 1, 8),
+    "gpu_eight_fsdp2": ("FSDP", 1, 8),
+    "two_nodes_ddp": ("MULTI_GPU", 2, 16),
+    "two_nodes_zero3": ("DEEPSPEED", 2, 16),
+}
+
+
+def test_every_launch_file_is_what_its_name_says():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
-    assert (config.num_processes, config.distributed_type.value) == (num_processes, "MULTI_GPU")
-    assert config.use_cpu is name.startswith("cpu")
+    folder = ROOT / "recipes" / "accelerate"
+    assert {file.stem for file in folder.glob("*.yaml")} == FILES.keys()
+    for name, (kind, num_machines, num_processes) in FILES.items():
+        config = load_config_from_file(str(folder / f"{name}.yaml"))
+        assert (config.distributed_type.value, config.num_machines, config.num_processes) == (
+            kind,
+            num_machines,
+            num_processes,
+        )
+        assert config.use_cpu is name.startswith("cpu")
+        assert config.mixed_precision == "no"

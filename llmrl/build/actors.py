@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmrl.distributed.device import pick_device
-from llmrl.distributed.wrapping import loading_device
+from llmrl.distributed.config import DistributedConfig
+from llmrl.distributed.wrapping import loading_device, place_frozen
 from llmrl.experience import Sequences
 from llmrl.models.heads import choose_head
 from llmrl.models.loading import (
@@ -23,7 +23,7 @@ from llmrl.models.loading import (
     shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
-from llmrl.roles import Policy
+from llmrl.roles import Collectives, Policy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,8 +68,8 @@ class AsLoaded:
             return self.actor.logprobs(sequences)
 
 
-def reference_of(actor: Actor) -> Policy:
-    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy, on the device.
+def reference_of(actor: Actor, config: DistributedConfig, collectives: Collectives) -> Policy:
+    """The actor as it is now, frozen: its adapter switched off where it has one, else a copy, placed as config says.
 
     To be taken before the actor's weights are split over ranks.
     """
@@ -77,6 +77,6 @@ def reference_of(actor: Actor) -> Policy:
         return AsLoaded(actor.policy, actor.adapted)
     frozen = copy.deepcopy(actor.model).requires_grad_(False)
     shrink_linear_layers(frozen, actor.dtype, head=frozen.get_output_embeddings())
-    frozen.to(pick_device())  # type: ignore[arg-type]
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
+    place_frozen(module, config, collectives)
     return TransformersPolicy(module, microbatch_tokens=actor.policy.microbatch_tokens)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmrl.build.checks import naming, reward_model_config
 from llmrl.data.chat import as_sequences, uses_chat
@@ -14,8 +14,10 @@ from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names
 from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
+from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_reward, shared_scorer
+from llmrl.distributed.wrapping import place_frozen
 from llmrl.experience import Rollout, Row, Sequences
 from llmrl.models.loading import DTYPES, base_of, load_tokenizer, shrink_linear_layers
 from llmrl.models.reward_model import (
@@ -51,6 +53,7 @@ class Rewards:
         config: RewardConfig,
         functions: Sequence[Function],
         tokenizer: "PreTrainedTokenizerBase",
+        distributed: DistributedConfig,
         collectives: Collectives,
         adapted: "PeftModel | None" = None,
     ) -> None:
@@ -59,7 +62,11 @@ class Rewards:
         self.functions = functions
         self.tokenizer = tokenizer
         self.collectives = collectives
-        self.scorer = None if config.model is None else load_scorer(config.model, adapted)
+        self.scorer = None
+        if config.model is not None:
+            self.scorer = load_scorer(
+                config.model, adapted, place=lambda module: place_frozen(module, distributed, collectives)
+            )
 
     def on(self, data: PromptDataConfig, rows: Sequence[Row]) -> RewardFunction:
         """The reward of responses to these prompts."""
@@ -109,30 +116,36 @@ class RewardScorer:
         return LearnedReward(scorer, encode=encode, normalize=self.normalize, weight=self.weight)
 
 
-def load_scorer(config: LearnedRewardConfig, adapted: "PeftModel | None" = None) -> RewardScorer:
+def load_scorer(
+    config: LearnedRewardConfig,
+    adapted: "PeftModel | None" = None,
+    *,
+    place: Callable[[nn.Module], object] = lambda module: module.to(pick_device()),
+) -> RewardScorer:
     """The reward model that a recipe or a command names, in eval mode and without gradient.
 
     Args:
         config: Which one, and how.
         adapted: The actor, on whose base it stands if the config says so.
+        place: Puts a module where it computes; not one on the actor's base, which is there.
     """
     model_config = reward_model_config(config)
+    base = adapted if config.on_actor_base else None
     with naming("reward.model"):
         tokenizer = load_tokenizer(model_config)
-        if config.on_actor_base and adapted is not None:
-            model = load_reward_on_base(model_config, base_of(adapted))
+        if base is not None:
+            model = load_reward_on_base(model_config, base_of(base))
         else:
-            model = load_reward_model(model_config, head_init=None).to(pick_device())  # type: ignore[arg-type]
+            model = load_reward_model(model_config, head_init=None)
             shrink_linear_layers(model, DTYPES[config.dtype], head=score_layer(model))
         check_vocabulary(model_config, model, tokenizer)
     model.eval().requires_grad_(False)
     normalization = saved_normalization(model.config) if config.normalize else None
+    module = RewardModule(model, dtype=DTYPES[config.dtype])
+    if base is None:
+        place(module)
     return RewardScorer(
-        scorer=TransformersRewardModel(
-            RewardModule(model, dtype=DTYPES[config.dtype]),
-            microbatch_tokens=config.microbatch_tokens,
-            shares_prompts=False,
-        ),
+        scorer=TransformersRewardModel(module, microbatch_tokens=config.microbatch_tokens, shares_prompts=False),
         tokenizer=tokenizer,
         normalize=normalization or Normalization(mean=0.0, std=1.0),
         weight=config.weight,

@@ -77,7 +77,7 @@ def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> E
     collectives = join_ranks()
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
     engine = shared_engine(engine, collectives)
-    rewards = Rewards(config.reward, checked.functions, tokenizer, collectives)
+    rewards = Rewards(config.reward, checked.functions, tokenizer, config.distributed, collectives)
     return _evaluator(config, checked, tokenizer, model, engine, rewards, progress)
 
 
@@ -109,7 +109,9 @@ def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collecti
         collectives=collectives,
         actor=actor,
         engine=shared_engine(engine, collectives),
-        rewards=Rewards(config.reward, checked.functions, actor.tokenizer, collectives, actor.adapted),
+        rewards=Rewards(
+            config.reward, checked.functions, actor.tokenizer, config.distributed, collectives, actor.adapted
+        ),
         saver=Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives),
     )
 
@@ -118,7 +120,8 @@ def _reference_of(actor: Actor, config: GRPORun | PPORun, collectives: Collectiv
     """Where a nat has its price, and where a reference takes no memory: then the KL is measured all the same."""
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
-    return shared_policy(reference_of(actor), collectives, microbatch_tokens=config.update.microbatch_tokens)
+    reference = reference_of(actor, config.distributed, collectives)
+    return shared_policy(reference, collectives, microbatch_tokens=config.update.microbatch_tokens)
 
 
 def _build_run(

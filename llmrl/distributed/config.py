@@ -1,12 +1,17 @@
 """Settings of what several processes do together."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How ranks, the processes of one launch, see that one of them has failed. One process reads none of it."""
+    """How ranks, the processes of one launch, share what is frozen, and see that one of them has failed. One process
+    reads none of it."""
 
+    frozen: Literal["replicated", "split"] = "replicated"
+    """Weights that never learn, those of the reference and of the reward model: whole on every rank, or split over
+    ranks, which come together for each layer of each forward pass."""
     silent_after_s: float = 60.0
     """A rank that gave no sign of life for so many seconds is taken for gone, and the others end."""
     phase_timeout_s: float = 3600.0

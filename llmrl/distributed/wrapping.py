@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import read_launch
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
@@ -15,6 +16,16 @@ from llmrl.roles import Collectives, Trainable
 def loading_device() -> torch.device:
     """Where models that learn are loaded: where they compute, or on the CPU if no device has to hold them whole."""
     return torch.device("cpu") if read_launch().splits_weights else pick_device()
+
+
+def place_frozen(module: nn.Module, config: DistributedConfig, collectives: Collectives) -> None:
+    """Puts a module that never learns where it computes: whole on every rank, or split over them."""
+    if config.frozen == "replicated" or collectives.world_size == 1:
+        module.to(pick_device())
+        return
+    from llmrl.distributed.fsdp import shard
+
+    shard(module)
 
 
 @runtime_checkable

@@ -3,6 +3,8 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.build import load_actor, reference_of
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.config import DistributedConfig
 from llmrl.models.loading import LoraSettings, ModelConfig
 from tests.models.tiny import FAMILIES, assert_same_gradients, build, dense, gradients, make_sequences, save_folder
 
@@ -38,7 +40,7 @@ def test_gradient_checkpointing_changes_memory_alone(folder, lora):
 def test_the_reference_stays_where_the_actor_started(folder, lora, dtype):
     actor = actor_of(folder, lora=lora, dtype=dtype)
     assert actor.model.training
-    reference = reference_of(actor)
+    reference = reference_of(actor, DistributedConfig(), OneProcess())
     with torch.no_grad():
         start, _ = actor.policy.logprobs(make_sequences())
         for p in actor.model.parameters():
@@ -50,7 +52,7 @@ def test_the_reference_stays_where_the_actor_started(folder, lora, dtype):
 
 def test_a_bfloat16_reference_is_smaller_than_its_actor(folder):
     actor = actor_of(folder, dtype="bfloat16")
-    reference = reference_of(actor).module
+    reference = reference_of(actor, DistributedConfig(), OneProcess()).module
     sizes = [sum(p.nbytes for p in module.parameters()) for module in (actor.module, reference)]
     assert sizes[1] < 0.8 * sizes[0]
 

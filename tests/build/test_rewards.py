@@ -14,6 +14,7 @@ from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rows import DataError
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.config import DistributedConfig
 from llmrl.models.loading import ModelError
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
@@ -41,7 +42,9 @@ def folder(tmp_path):
 
 
 def reward_on(config, functions=()):
-    return Rewards(config, functions, make_tokenizer(), OneProcess()).on(PromptDataConfig(path="d.jsonl"), ROWS)
+    return Rewards(config, functions, make_tokenizer(), DistributedConfig(), OneProcess()).on(
+        PromptDataConfig(path="d.jsonl"), ROWS
+    )
 
 
 def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
@@ -51,7 +54,7 @@ def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
 
 
 def test_a_reward_model_is_loaded_once_for_all_data(folder):
-    rewards = Rewards(RewardConfig(model=folder), (), make_tokenizer(), OneProcess())
+    rewards = Rewards(RewardConfig(model=folder), (), make_tokenizer(), DistributedConfig(), OneProcess())
     first, second = (rewards.on(PromptDataConfig(path="d.jsonl"), rows) for rows in (ROWS, ROWS[:1]))
     assert first.scorer is second.scorer
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO in a group of one. Several ranks: tests/test_split_weights.py."""
+"""DeepSpeed's ZeRO in a group of one. Several ranks: tests/test_many_processes.py."""
 
 import pytest
 

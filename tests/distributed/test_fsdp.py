@@ -1,4 +1,4 @@
-"""FSDP2 in a group of one. Several ranks: tests/test_split_weights.py."""
+"""FSDP2 in a group of one. Several ranks: tests/test_many_processes.py."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrl.models.loading import LoraSettings, ModelConfig, check_model, load_adapted, load_tokenizer
-from llmrl.models.saving import save_policy
+from llmrl.models.saving import Blueprint, save_policy
 
 from .tiny import FAMILIES, build, llama, make_tokenizer, save_folder
 
@@ -157,3 +157,45 @@ def test_a_saved_adapter_can_be_continued(adapted, tmp_path):
     again, _ = load_adapted(ModelConfig(path=str(folder / "adapter")))
     assert torch.equal(logits(again), logits(continued))
     assert not torch.allclose(logits(again), logits(model), atol=0.1)
+
+
+# --- weights that are elsewhere ---------------------------------------------------------------------------------------
+
+
+def test_a_blueprint_takes_no_memory_and_leaves_the_model_alone(family):
+    model = build(family)
+    before = state_of(model)
+    blueprint = Blueprint(model, None)
+    assert {p.device.type for p in blueprint.modules[0].parameters()} == {"meta"}
+    assert_untouched(model, before)
+
+
+def test_a_filled_blueprint_is_the_model_with_other_weights(family):
+    """Tied ones stay tied, and what is written to the model's config later is in the filled one's."""
+    model = build(family)
+    blueprint = Blueprint(model, None)
+    expected = logits(model)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    model.config.a_note = "later"
+    filled, none = blueprint.filled(weights)
+    assert none is None
+    assert_close(logits(filled), expected, rtol=0, atol=0)
+    assert filled.config.a_note == "later"
+    same = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, filled)]
+    assert same[0] == same[1]
+    again, _ = blueprint.filled({name: 2 * w for name, w in weights.items()})
+    assert_close(logits(filled), expected, rtol=0, atol=0)
+    assert not torch.equal(logits(again), expected)
+
+
+def test_a_blueprint_of_an_adapted_model_has_both_views(adapted, tmp_path):
+    model, view = adapted
+    blueprint = Blueprint(model, view)
+    whole, whole_view = blueprint.filled({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert whole_view.get_base_model() is whole
+    for ours, theirs in ((save(tmp_path / "a", model, adapted=view), save(tmp_path / "b", whole, adapted=whole_view)),):
+        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes()

@@ -4,6 +4,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.testing import assert_close
 
+from llmrl.rollout.weights import SamplingWeights
+
 from .tiny import build, full_forward_logprobs, make_sampling, rows_of
 
 
@@ -118,3 +120,21 @@ def test_a_frozen_base_in_the_dtype_of_sampling_is_shared(model, native, prompts
     for name, parameter in model.named_parameters():
         assert (copied[name] is parameter) == ("lora" not in name)
     engine.generate(prompts, make_sampling())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_will_be_split_are_copied_all(dtype):
+    """From then on the copy follows what comes together, whatever stands in the trained model."""
+    model = build("gemma3")  # tied
+    weights = SamplingWeights(model, dtype, torch.device("cpu"))
+    copied = weights.fresh()
+    assert copied is not model
+    assert {p.dtype for p in copied.parameters()} == {dtype}
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in copied.parameters()}
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    trained = Trained(model)
+    whole = {name: torch.full_like(p, 2.0) for name, p in model.named_parameters()}
+    trained.whole = lambda part: iter(whole.items()) if part is model else None
+    weights.load(trained)
+    assert all(bool((p == 2.0).all()) for p in copied.parameters())
+    assert not any(bool((p == 2.0).all()) for p in model.parameters())

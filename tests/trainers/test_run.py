@@ -202,6 +202,34 @@ def test_a_failure_stays_in_the_phase_in_which_it_happened(bench: Bench):
     assert bench.said.phases == []
 
 
+def test_a_failure_saves_nothing_that_other_ranks_would_have_to_bring(bench: Bench):
+    """They may be the ones that failed."""
+    run = bench.make(hooks={(2, "early"): fail})
+    bench.trainer.holds_all = False
+    with pytest.raises(Failure):
+        run.train()
+    assert bench.steps() == []
+
+
+def test_the_best_is_what_the_writing_rank_has_seen(bench: Bench):
+    """Another may look before it is written."""
+
+    seen_by_the_first = {"metric": "loss", "value": 5.0, "iteration": 1}
+
+    class Second(OneProcess):
+        rank, world_size = 1, 2
+
+        def gather(self, x: Any) -> list[Any]:
+            return [seen_by_the_first if x is None else x, x]
+
+    run = bench.make(2, losses=[4.0, 6.0], best_metric="loss")
+    run.collectives, run.keeps_records = Second(), False
+    saved: list[str] = []
+    run.save_model = lambda folder: saved.append(folder.name)
+    run.train()
+    assert saved == [".best.new", "final"]  # 6 beats 5, 4 did not
+
+
 def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
     run = bench.make(3, best_metric="weight", checkpoint_every=1)
 

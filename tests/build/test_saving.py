@@ -1,0 +1,38 @@
+"""What all ranks save together."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmrl.build.saving import Saver
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from tests.models.tiny import FAMILIES, make_tokenizer
+
+
+class Second(OneProcess):
+    rank, world_size = 1, 2
+
+
+@pytest.fixture(params=["none", "fsdp"])
+def launch(request, monkeypatch):
+    if request.param == "fsdp":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+
+
+@pytest.mark.usefixtures("launch")
+@pytest.mark.parametrize(("ranks", "writes"), [(OneProcess(), True), (Second(), False)])
+def test_the_first_rank_writes_the_weights_as_they_are_by_then(ranks, writes, tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES["gpt2"]()
+    saver = Saver(model, None, make_tokenizer(), dtype=torch.float32, collectives=ranks)
+    trained = LocalTrainable(model, OptimizerConfig(), num_steps=1)
+    with torch.no_grad():
+        model.transformer.wte.weight += 1.0
+    saver.save(tmp_path / "final", trained, {"record.json": {"a": 1}})
+    assert (tmp_path / "final").exists() == writes
+    if writes:
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+        assert torch.equal(saved.transformer.wte.weight, model.transformer.wte.weight)
+        assert (tmp_path / "final" / "record.json").read_text() == '{\n "a": 1\n}\n'
