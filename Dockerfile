@@ -1,6 +1,8 @@
 # The GPU image:
 #     docker build -t llmrl .
 #     docker run --gpus all -v "$PWD/runs:/llmrl/runs" llmrl grpo recipes/...
+#     docker run --gpus all --ipc=host -v "$PWD/runs:/llmrl/runs" --entrypoint accelerate llmrl \
+#         launch --config_file recipes/accelerate/gpu_eight_zero3.yaml -m llmrl ppo recipes/...
 # torch is the image's own, built for its CUDA; whatever else pyproject.toml names has the version of constraints.txt, as
 # in the Makefile.
 FROM pytorch/pytorch:2.10.0-cuda13.0-cudnn9-runtime
@@ -12,7 +14,7 @@ RUN useradd --create-home llmrl
 WORKDIR /llmrl
 COPY . .
 RUN grep -v '^torch==' constraints.txt > no-torch.txt \
-    && python -m pip install -e ".[math,tensorboard,wandb]" -c no-torch.txt \
+    && python -m pip install -e ".[deepspeed,math,tensorboard,wandb]" -c no-torch.txt \
     && mkdir -p runs \
     && chown -R llmrl:llmrl /llmrl
 
