@@ -11,6 +11,7 @@ by gloo on the CPU. What DeepSpeed offloads is in the memory of the CPU either w
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import socket
@@ -25,8 +26,16 @@ import torch
 from common import MIB, memory, reset_memory, store
 from live_tensors import LiveTensors
 
-from llmrl.build import build_grpo, build_ppo, build_reward_model, build_sft, check_ppo, check_reward_run, check_rl
-from llmrl.build import check_sft
+from llmrl.build import (
+    build_grpo,
+    build_ppo,
+    build_reward_model,
+    build_sft,
+    check_ppo,
+    check_reward_run,
+    check_rl,
+    check_sft,
+)
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.distributed.collectives import join_ranks, leave_ranks
 from llmrl.distributed.launch import read_launch
@@ -63,18 +72,17 @@ CASES = {
     "PPO, adapters on one base": ("ppo", (LORA, "critic.network=adapter")),
 }
 ON_TWO = ("GRPO, bfloat16, reference", "PPO")
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
-STRATEGIES = {
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+STRATEGIES: dict[str, dict[str, Any]] = {
     "one process": {},
     "replicated": {},
-    "ZeRO 1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
-    "ZeRO 2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "ZeRO 2, offload": ZERO
-    | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-    "ZeRO 3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "ZeRO 1": {"stage": 1},
+    "ZeRO 2": {"stage": 2},
+    "ZeRO 2, offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "ZeRO 3": {"stage": 3},
+    "FSDP2": {},
 }
-"""What `accelerate launch` tells its processes."""
+"""What a file of DeepSpeed says in its section zero_optimization."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +113,14 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measured memory beside the estimate of llmrl.memory.")
     parser.add_argument("model", type=Path, help="folder with config.json and tokenizer; weights are random")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--response-tokens", type=int, default=64)
-    parser.add_argument("--microbatch-tokens", type=int, default=1024)
-    parser.add_argument("--responses", type=int, default=32, help="of an iteration, all of them one optimizer step")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--response-tokens", type=int, default=32)
+    parser.add_argument("--microbatch-tokens", type=int, default=512)
+    parser.add_argument("--responses", type=int, default=16, help="of an iteration, all of them one optimizer step")
+    parser.add_argument("--bucket-elements", type=int, default=20_000_000, help="reduce_bucket_size of DeepSpeed")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--cases", nargs="+", choices=CASES, help="others than those that are usual for a strategy")
-    parser.add_argument("--together", action="store_true", help="all cases of a strategy in the same processes")
+    parser.add_argument("--together", action="store_true", help="cases share a process, but for DeepSpeed's")
     parser.add_argument("--output", type=Path, help="writes the rows there instead of to the results")
     parser.add_argument("--worker", type=Path, help="measure in this process and write rows to this file")
     parser.set_defaults(device="cpu", dtype="float32")
@@ -121,7 +130,8 @@ def parse() -> argparse.Namespace:
 def measure_strategy(args: argparse.Namespace, strategy: str) -> list[dict[str, Any]]:
     """The rows of each case, by processes of their own."""
     cases = args.cases or (CASES if strategy == "one process" else ON_TWO)
-    groups = [list(cases)] if args.together else [[case] for case in cases]
+    together = args.together and "stage" not in STRATEGIES[strategy]  # engines of DeepSpeed live as long as a process
+    groups = [list(cases)] if together else [[case] for case in cases]
     return [row for group in groups for row in run_worker(args, strategy, group)]
 
 
@@ -129,15 +139,27 @@ def run_worker(args: argparse.Namespace, strategy: str, cases: list[str]) -> lis
     """What this program measures when it is started again, under the launcher where it takes two."""
     launcher = [] if strategy == "one process" else ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     port = [f"--master_port={free_port()}"] if launcher else []
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        chosen = ["--strategies", strategy, "--worker", file.name, "--cases", *cases]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        chosen = ["--strategies", strategy, "--worker", str(file), "--cases", *cases]
         lengths = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in LENGTHS]
         command = [sys.executable, *launcher, *port, __file__, str(args.model), *lengths, *chosen]
-        environment = os.environ | STRATEGIES[strategy] | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | launch_settings(args, strategy, Path(folder)) | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
-        return json.loads(Path(file.name).read_text())
+        return json.loads(file.read_text())
+
+
+def launch_settings(args: argparse.Namespace, strategy: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` would tell the processes, in the environment."""
+    zero = STRATEGIES[strategy]
+    if not zero:
+        return FSDP if strategy == "FSDP2" else {}
+    file = folder / "deepspeed.json"
+    zero = zero | {"reduce_bucket_size": args.bucket_elements}
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
 LENGTHS = ("prompt-tokens", "response-tokens", "microbatch-tokens", "responses")
@@ -172,9 +194,12 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     """One case: two iterations, so that the optimizer has its states in the second."""
     algorithm, settings = CASES[case]
     kind, check, build = KINDS[algorithm]
+    launch = read_launch()
     recipe = write_recipe(algorithm, args.model, lengths, folder)
     config = read_recipe(kind, recipe, list(settings))
     checked = check(config, dry=False)
+    if launch.sharding == "deepspeed":
+        importlib.import_module("deepspeed")
     baseline = reset_memory("cpu")
     live = LiveTensors()
     progress, trackers = TellsPhase(live), Trackers(config.trackers, output_dir=folder)
@@ -186,16 +211,15 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     resident = memory("cpu")[1] - baseline
     shape = read_shape(config.model)
     assert shape is not None, "the model is a folder"
-    estimate = estimate_memory(config, shape, launched_strategy(read_launch()))
+    estimate = estimate_memory(config, shape, launched_strategy(launch))
     phases = {name: live.peaks[name] for name in PHASES.values() if name in live.peaks}
     return {
         "case": case,
         "strategy": args.strategies[0],
         "measured": phases,
-        "estimated": {name: estimate.of(name) for name in phases},
+        "estimated": {name: estimate.of(name) + estimate.host_training for name in phases},
         "resident": resident,
-        "estimated_peak": estimate.peak,
-        "host_training": estimate.host_training,
+        "estimated_peak": estimate.peak + estimate.host_training,
     }
 
 

@@ -133,7 +133,7 @@ class _Parts:
             frozen=frozen,
             layer=self.shape.num_layer,
             root=num_model - self.shape.num_linear,
-            small=self.shape.num_small,
+            largest=self.shape.largest,
         )
 
     def learning(self) -> Iterator[Item]:
@@ -144,12 +144,22 @@ class _Parts:
                 totals[name] = totals.get(name, 0) + num_bytes
         for name, num_bytes in totals.items():
             yield Item(name=name, num_bytes=num_bytes)
-        updates: dict[str, int] = {"gradients": sum(gradients(split, self.strategy) for split in self.splits())}
+        num_bytes = sum(gradients(split, self.strategy) for split in self.splits())
+        yield Item(name="gradients", num_bytes=num_bytes, phases=("update",))
+        for name, num_bytes in self.passing().items():
+            yield Item(
+                name=name, num_bytes=num_bytes, phases=("scoring", "update") if "weights" in name else ("update",)
+            )
+
+    def passing(self) -> dict[str, int]:
+        """Of the modules that learn: DeepSpeed keeps whole weights of each, everything else one after another."""
+        totals: dict[str, int] = {}
         for split in self.splits():
             for name, num_bytes in passing(split, self.strategy):
-                updates[name] = max(updates.get(name, 0), num_bytes)
-        for name, num_bytes in updates.items():
-            yield Item(name=name, num_bytes=num_bytes, phases=("update",))
+                adds_up = self.strategy.zero_stage == 3 and "weights" in name
+                before = totals.get(name, 0)
+                totals[name] = before + num_bytes if adds_up else max(before, num_bytes)
+        return totals
 
     def work(self, *, budget: int, length: int, response_tokens: int) -> Pass:
         """A microbatch of rows as long as they get."""
@@ -199,9 +209,7 @@ class _Preferences(_Parts):
 
 
 class _Reinforcement(_Parts):
-    def __init__(
-        self, config: RLRun, shape: ModelShape, strategy: Strategy, reward_shape: ModelShape | None
-    ) -> None:
+    def __init__(self, config: RLRun, shape: ModelShape, strategy: Strategy, reward_shape: ModelShape | None) -> None:
         super().__init__(config, shape, strategy)
         self.config, self.reward_shape = config, reward_shape
         self.critic = config.critic.network if isinstance(config, PPORun) else None
@@ -292,9 +300,6 @@ class _Reinforcement(_Parts):
             work = replace(work, bfloat16=reward.dtype == "bfloat16", learns=False)
             works.append(activations.read_only(self.reward_shape, work))
         yield Item(name="a pass without gradient", num_bytes=max(works), phases=("scoring",))
-        if self.strategy.splits_weights:
-            whole = max(num for split in self.splits() for name, num in passing(split, self.strategy) if "weights" in name)
-            yield Item(name="whole weights of the moment", num_bytes=whole, phases=("scoring",))
 
     def _work(self, *, budget: int | None = None, response_tokens: int | None = None) -> Pass:
         response = self.config.rollout.max_response_tokens

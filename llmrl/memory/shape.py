@@ -14,9 +14,6 @@ from llmrl.models.loading import ModelConfig, is_adapter, is_local_model, json_o
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SMALL_PARAMETER = 100_000
-"""DeepSpeed's stage 3 leaves parameters of fewer elements whole on every rank."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -37,8 +34,6 @@ class ModelShape:
     """In the input embedding."""
     num_head: int
     """In an LM head of its own; 0 where the input embedding serves."""
-    num_small: int
-    """In parameters of fewer than `SMALL_PARAMETER` elements."""
     largest: int
     """In the largest parameter."""
     linears: tuple[Linear, ...]
@@ -122,7 +117,6 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         num_parameters=sum(sizes),
         num_embedding=embedding.numel(),
         num_head=0 if head is embedding else head.numel(),
-        num_small=sum(size for size in sizes if size < SMALL_PARAMETER),
         largest=max(sizes),
         linears=tuple(_linears(model.base_model)),
         num_layers=text.num_hidden_layers,

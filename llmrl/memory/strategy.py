@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrl.distributed.launch import Launch
-from llmrl.memory.shape import SMALL_PARAMETER
 
 FLOAT32 = 4
 ADAM = 8
 """Bytes of AdamW's two running means of a weight."""
+HOST_COPIES = 4
+"""Of an offloaded weight: the optimizer's own, one on its way back, its gradient, and the sum of gradients so far."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default for `reduce_bucket_size`: gradients that are added up over ranks at once."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default for `stage3_max_live_parameters`: weights that stay whole at once."""
-
-assert SMALL_PARAMETER < BUCKET_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,8 @@ class Split:
     """Parameters of one layer."""
     root: int
     """Parameters outside of the layers."""
-    small: int
-    """Parameters that stage 3 leaves whole."""
+    largest: int
+    """In the largest parameter."""
 
 
 def launched_strategy(launch: Launch) -> Strategy:
@@ -86,9 +85,10 @@ def held(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
     parts = strategy.num_devices if strategy.splits_weights else 1
     weights = FLOAT32 * (split.trained + split.frozen) // parts
     if strategy.zero_stage == 3:
-        weights += FLOAT32 * split.small
+        yield "DeepSpeed's bucket", FLOAT32 * strategy.bucket_elements
     yield "weights", 0 if strategy.offloads_weights else weights
     if strategy.offloads_optimizer:
+        yield "a gradient on its way to the CPU", FLOAT32 * split.largest
         return
     parts = 1 if strategy.sharding == "none" else strategy.num_devices
     if strategy.sharding == "deepspeed":
@@ -112,15 +112,16 @@ def passing(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
     if strategy.sharding == "fsdp":
         yield "whole weights of the moment", FLOAT32 * (split.root + 3 * split.layer)
         yield "whole gradients of the moment", FLOAT32 * min(split.root + 2 * split.layer, 2 * split.trained)
-    if strategy.sharding == "deepspeed":
+    if strategy.zero_stage in (1, 2):
         yield "DeepSpeed's bucket", FLOAT32 * strategy.bucket_elements
     if strategy.zero_stage == 3:
-        yield "whole weights of the moment", FLOAT32 * (min(num_all, LIVE_ELEMENTS) - split.small)
+        yield "whole weights of the moment", FLOAT32 * min(num_all, LIVE_ELEMENTS)
         yield "whole gradients of the moment", 2 * FLOAT32 * min(split.trained, strategy.bucket_elements)
 
 
 def host(split: Split, strategy: Strategy) -> int:
     """What each process keeps in the memory of the CPU while it trains."""
-    trained, num_all = split.trained // strategy.num_devices, (split.trained + split.frozen) // strategy.num_devices
-    optimizer = (2 * FLOAT32 + ADAM) * trained if strategy.offloads_optimizer else 0
-    return optimizer + (FLOAT32 * num_all if strategy.offloads_weights else 0)
+    weights = FLOAT32 * (split.trained + split.frozen) // strategy.num_devices if strategy.offloads_weights else 0
+    if not strategy.offloads_optimizer:
+        return weights
+    return weights + (HOST_COPIES * FLOAT32 + ADAM) * split.trained // strategy.num_devices + FLOAT32 * split.largest
