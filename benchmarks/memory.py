@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,14 +101,11 @@ def main() -> None:
     if args.worker is not None:
         work(args)
         return
-    load_before = os.getloadavg()
-    rows = [row for strategy in args.strategies for row in measure_strategy(args, strategy)]
-    print_table(rows)
-    if args.output is not None:
-        args.output.write_text(json.dumps(rows))
-    else:
-        record = {"rows": rows, "load_average_before": load_before}
-        store("memory", args, record, packages=("torch", "transformers", "accelerate", "deepspeed", "peft"))
+    rows: list[dict[str, Any]] = []
+    for row in measure_all(args):
+        rows.append(row)
+        print_row(row)
+        keep(args, rows)
 
 
 def parse() -> argparse.Namespace:
@@ -115,8 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder with config.json and tokenizer; weights are random")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=32)
-    parser.add_argument("--microbatch-tokens", type=int, default=512)
-    parser.add_argument("--responses", type=int, default=16, help="of an iteration, all of them one optimizer step")
+    parser.add_argument("--microbatch-tokens", type=int, default=256)
+    parser.add_argument("--responses", type=int, default=8, help="of an iteration, all of them one optimizer step")
     parser.add_argument("--bucket-elements", type=int, default=20_000_000, help="reduce_bucket_size of DeepSpeed")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--cases", nargs="+", choices=CASES, help="others than those that are usual for a strategy")
@@ -127,12 +125,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_strategy(args: argparse.Namespace, strategy: str) -> list[dict[str, Any]]:
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of each case, by processes of their own."""
-    cases = args.cases or (CASES if strategy == "one process" else ON_TWO)
-    together = args.together and "stage" not in STRATEGIES[strategy]  # engines of DeepSpeed live as long as a process
-    groups = [list(cases)] if together else [[case] for case in cases]
-    return [row for group in groups for row in run_worker(args, strategy, group)]
+    for strategy in args.strategies:
+        cases = args.cases or (CASES if strategy == "one process" else ON_TWO)
+        together = args.together and "stage" not in STRATEGIES[strategy]  # engines of DeepSpeed live as long as it does
+        for group in [list(cases)] if together else [[case] for case in cases]:
+            yield from run_worker(args, strategy, group)
+
+
+def keep(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Writes what there is so far."""
+    if args.output is not None:
+        args.output.write_text(json.dumps(rows))
+    else:
+        store("memory", args, {"rows": rows}, packages=("torch", "transformers", "accelerate", "deepspeed", "peft"))
 
 
 def run_worker(args: argparse.Namespace, strategy: str, cases: list[str]) -> list[dict[str, Any]]:
@@ -277,15 +284,15 @@ def texts(model: Path, lengths: Lengths) -> tuple[str, str, str]:
     return prompt, response, response[: -len(" the")] + " a"
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_row(row: dict[str, Any]) -> None:
     """Each phase in MiB: measured, estimated, and the one over the other."""
-    for row in rows:
-        print(f"{row['strategy']}: {row['case']}")
-        for phase, measured in row["measured"].items():
-            estimated = row["estimated"][phase]
-            ratio = f"estimate x {estimated / measured:.2f}"
-            print(f"    {phase:8s} measured {measured / MIB:8.1f}  estimated {estimated / MIB:8.1f}  {ratio}")
-        print(f"    resident size grew by {row['resident'] / MIB:.1f}, estimated {row['estimated_peak'] / MIB:.1f}")
+    print(f"{row['strategy']}: {row['case']}")
+    for phase, measured in row["measured"].items():
+        estimated = row["estimated"][phase]
+        ratio = f"estimate x {estimated / measured:.2f}"
+        print(f"    {phase:8s} measured {measured / MIB:8.1f}  estimated {estimated / MIB:8.1f}  {ratio}")
+    resident = f"    resident size grew by {row['resident'] / MIB:.1f}, estimated {row['estimated_peak'] / MIB:.1f}"
+    print(resident, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How much memory a run takes, before it begins: an estimate from a recipe, a model's config.json and a launch."""
 
 from llmrl.memory.estimate import Estimate, Item, estimate_memory
+from llmrl.memory.report import describe_memory
 from llmrl.memory.shape import ModelShape, read_shape, shape_of
 from llmrl.memory.strategy import Strategy, launched_strategy
 
@@ -9,6 +10,7 @@ __all__ = [
     "Item",
     "ModelShape",
     "Strategy",
+    "describe_memory",
     "estimate_memory",
     "launched_strategy",
     "read_shape",

@@ -12,7 +12,6 @@ from llmrl.memory.strategy import Split, Strategy, gradients, held, host, passin
 
 Phase = Literal["rollout", "scoring", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update")
-GIB = 2**30
 
 SLACK_COLUMNS = 64
 """Of the cache of keys and values, where there are more responses than it has rows."""
@@ -54,22 +53,6 @@ class Estimate:
     @property
     def peak(self) -> int:
         return self.of(self.peak_phase)
-
-    def lines(self) -> list[str]:
-        """For a person: the phases, and the items from the largest on."""
-        listed = sorted((item for item in self.items if item.num_bytes), key=lambda item: -item.num_bytes)
-        parts = "; ".join(f"{item.name} {_gib(item.num_bytes)}" for item in listed)
-        phases = ", ".join(f"{phase} {_gib(self.of(phase))}" for phase in PHASES if self.of(phase))
-        return [
-            f"Memory of each device, estimated: {_gib(self.peak)} GiB at the peak, in the {self.peak_phase} ({phases}).",
-            f"  of it: {parts}",
-            f"  of the CPU, each process: {_gib(self.host_loading)} GiB while it loads, "
-            f"{_gib(self.host_training)} GiB kept for what is offloaded.",
-        ]
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 100 else f"{num_bytes / GIB:.4f}"
 
 
 def estimate_memory(

@@ -73,7 +73,8 @@ class ModelShape:
 
 
 def read_shape(config: ModelConfig) -> ModelShape | None:
-    """The shape of a model in a folder or in the local cache of the hub; None where its config.json is in neither."""
+    """The shape of a model in a folder or in the local cache of the hub; None where its config.json is in neither, or
+    means no causal language model that transformers knows."""
     if is_local_model(config.path) and is_adapter(config.path):
         return _read_adapted(config)
     file = _config_file(config.path)
@@ -81,7 +82,10 @@ def read_shape(config: ModelConfig) -> ModelShape | None:
         return None
     from transformers import AutoConfig
 
-    return shape_of(AutoConfig.from_pretrained(file.parent))
+    try:
+        return shape_of(AutoConfig.from_pretrained(file.parent))
+    except ValueError:  # an architecture that transformers does not know, or no causal language model
+        return None
 
 
 def _read_adapted(config: ModelConfig) -> ModelShape | None:
