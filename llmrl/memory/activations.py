@@ -60,12 +60,26 @@ class Pass:
 def saved(shape: ModelShape, work: Pass) -> int:
     """What lives at the end of the forward pass through the trunk, for its backward pass."""
     hidden, ends = FLOAT32 * shape.hidden_size, 3 if work.learns else 2  # the last norm, and what it returns
-    whole = work.num_tokens * hidden * ends + _mask(work)
-    cast = BFLOAT16 * shape.num_linear if work.bfloat16 else 0
+    of_layers = hidden if work.checkpoints else of_layer(shape, work)
+    cast = 0 if work.checkpoints else _cast(shape, work)
+    return work.num_tokens * (hidden * ends + shape.num_layers * of_layers) + _mask(work) + cast
+
+
+def moment(shape: ModelShape, work: Pass) -> int:
+    """The most that comes on top for a while: at the end of the trunk, in the head, or in a layer computed again."""
+    in_head = head(shape, work) + head_gradient(shape, work)
     if not work.checkpoints:
-        return whole + work.num_tokens * shape.num_layers * of_layer(shape, work) + cast
+        return in_head
+    cast = _cast(shape, work)
     again = work.num_tokens * of_layer(shape, work) + cast // shape.num_layers
-    return whole + work.num_tokens * shape.num_layers * hidden + max(again, cast if work.learns else 0)
+    return max(
+        in_head, again, cast if work.learns else 0
+    )  # autocast keeps copies of what may learn till the trunk ends
+
+
+def _cast(shape: ModelShape, work: Pass) -> int:
+    """Linear layers in the precision that autocast computes in."""
+    return BFLOAT16 * shape.num_linear if work.bfloat16 else 0
 
 
 def of_layer(shape: ModelShape, work: Pass) -> int:
@@ -101,7 +115,7 @@ def head_gradient(shape: ModelShape, work: Pass) -> int:
 def read_only(shape: ModelShape, work: Pass) -> int:
     """The peak of a forward pass without gradient: in a layer, or in the head."""
     hidden = FLOAT32 * shape.hidden_size * work.num_tokens
-    cast = BFLOAT16 * shape.num_linear if work.bfloat16 and work.learns else 0  # autocast keeps those of what may learn
+    cast = _cast(shape, work) if work.learns else 0  # autocast keeps those of what may learn
     layer = 2 * hidden + work.num_tokens * work.size * (3 * shape.feed_forward_size + shape.hidden_size)
     return _mask(work) + max(layer + cast, hidden + head(shape, work))
 

@@ -127,8 +127,6 @@ class _Parts:
                 totals[name] = totals.get(name, 0) + num_bytes
         for name, num_bytes in totals.items():
             yield Item(name=name, num_bytes=num_bytes)
-        num_bytes = sum(gradients(split, self.strategy) for split in self.splits())
-        yield Item(name="gradients", num_bytes=num_bytes, phases=("update",))
         for name, num_bytes in self.passing().items():
             yield Item(
                 name=name, num_bytes=num_bytes, phases=("scoring", "update") if "weights" in name else ("update",)
@@ -144,10 +142,10 @@ class _Parts:
                 totals[name] = before + num_bytes if adds_up else max(before, num_bytes)
         return totals
 
-    def work(self, *, budget: int, length: int, response_tokens: int) -> Pass:
-        """A microbatch of rows as long as they get."""
+    def work(self, *, budget: int, length: int, response_tokens: int, num_rows: int) -> Pass:
+        """A microbatch of rows as long as they get; there are so many in all."""
         return Pass(
-            rows=max(1, budget // length),
+            rows=max(1, min(budget // length, num_rows)),
             length=length,
             response_tokens=response_tokens,
             bfloat16=self.bfloat16,
@@ -156,11 +154,16 @@ class _Parts:
             checkpoints=self.model.gradient_checkpointing,
         )
 
-    def updating(self, work: Pass) -> Iterator[Item]:
-        yield Item(name="activations", num_bytes=activations.saved(self.shape, work), phases=("update",))
-        yield Item(name="logits of a chunk", num_bytes=activations.head(self.shape, work), phases=("update",))
-        gradient = activations.head_gradient(self.shape, work)
-        yield Item(name="the LM head's gradient of the moment", num_bytes=gradient, phases=("update",))
+    def updating(self, work: Pass, num_rows: int) -> Iterator[Item]:
+        """A pass, and the gradients of those before it. There are so many rows in all: the first pass through the last
+        of the models that learn has no gradients of that model before it."""
+        saved, moment = activations.saved(self.shape, work), activations.moment(self.shape, work)
+        yield Item(name="activations", num_bytes=saved, phases=("update",))
+        yield Item(name="the fullest moment of a pass", num_bytes=moment, phases=("update",))
+        *first, last = (gradients(split, self.strategy) for split in self.splits())
+        if num_rows <= work.rows:
+            last = max(0, last - saved - moment)  # they take the place of what they are made of
+        yield Item(name="gradients", num_bytes=sum(first) + last, phases=("update",))
 
 
 class _Supervised(_Parts):
@@ -169,11 +172,12 @@ class _Supervised(_Parts):
         self.config = config
 
     def items(self) -> Iterator[Item]:
-        length = self.config.data.max_tokens
         yield from self.learning()
-        yield from self.updating(
-            self.work(budget=self.config.sft.microbatch_tokens, length=length, response_tokens=length)
-        )
+        settings, length = self.config.sft, self.config.data.max_tokens
+        num_rows = -(-settings.batch_size // self.strategy.num_devices)
+        budget = settings.microbatch_tokens
+        work = self.work(budget=budget, length=length, response_tokens=length, num_rows=num_rows)
+        yield from self.updating(work, num_rows)
 
 
 class _Preferences(_Parts):
@@ -186,9 +190,10 @@ class _Preferences(_Parts):
 
     def items(self) -> Iterator[Item]:
         yield from self.learning()
-        budget, length = self.config.reward_model.microbatch_tokens, self.config.data.max_tokens
-        work = self.work(budget=budget, length=length, response_tokens=0)
-        yield from self.updating(replace(work, masked=True))
+        settings, length = self.config.reward_model, self.config.data.max_tokens
+        num_rows = -(-settings.batch_size // self.strategy.num_devices)
+        work = self.work(budget=settings.microbatch_tokens, length=length, response_tokens=0, num_rows=num_rows)
+        yield from self.updating(replace(work, masked=True), num_rows)
 
 
 class _Reinforcement(_Parts):
@@ -214,14 +219,13 @@ class _Reinforcement(_Parts):
         yield from self.frozen()
         yield from self.rollout()
         yield from self.scoring()
-        work = self._work()
-        yield from self.updating(work)
+        work, num_rows = self._work(), -(-self.config.update.minibatch_size // self.strategy.num_devices)
+        yield from self.updating(work, num_rows)
         if self.critic == "own" and self.num_adapter:
-            more = activations.saved(self.shape, replace(work, learns=True, rank=0)) - activations.saved(
-                self.shape, work
-            )
-            more -= activations.head(self.shape, work)
-            yield Item(name="activations of the critic beyond the actor's", num_bytes=max(0, more), phases=("update",))
+            critic = replace(work, learns=True, rank=0, response_tokens=0)
+            sizes = [activations.saved(self.shape, x) + activations.moment(self.shape, x) for x in (critic, work)]
+            more = max(0, sizes[0] - sizes[1])
+            yield Item(name="activations of the critic beyond the actor's", num_bytes=more, phases=("update",))
 
     def host_loading(self) -> int:
         loading = super().host_loading()
@@ -289,6 +293,5 @@ class _Reinforcement(_Parts):
         length = self.config.data.max_prompt_tokens + response
         budget = self.config.update.microbatch_tokens if budget is None else budget
         response = response if response_tokens is None else response_tokens
-        work = self.work(budget=budget, length=length, response_tokens=response)
-        count = self.config.num_responses // self.strategy.num_devices
-        return replace(work, rows=max(1, min(work.rows, count)))
+        num_rows = -(-self.config.update.minibatch_size // self.strategy.num_devices)
+        return self.work(budget=budget, length=length, response_tokens=response, num_rows=num_rows)

@@ -20,8 +20,12 @@ def test_a_layer_by_hand(shape):
 
 def test_a_pass_by_hand(shape):
     assert activations.saved(shape, WORK) == 30 * (4 * 8 * 3 + 2 * 552)
-    kept = 30 * 4 * 8 * (3 + 2) + 30 * 552
-    assert activations.saved(shape, replace(WORK, checkpoints=True)) == kept
+    checkpoints = replace(WORK, checkpoints=True)
+    assert activations.saved(shape, checkpoints) == 30 * 4 * 8 * (3 + 2)
+    assert activations.moment(shape, checkpoints) == 30 * 552
+    assert activations.moment(shape, WORK) == activations.head(shape, WORK) + activations.head_gradient(shape, WORK)
+    cast = activations.saved(shape, HALF) - 30 * (4 * 8 * 3 + 2 * activations.of_layer(shape, HALF))
+    assert cast == 2 * 2 * 576
     logits = 3 * 4 * 12 * 32
     assert activations.head(shape, WORK) == 2 * 4 * 12 * 8 + logits
     assert activations.head_gradient(shape, WORK) == 2 * 4 * 256

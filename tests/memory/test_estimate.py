@@ -53,8 +53,7 @@ def test_supervised_by_hand(shape):
         "AdamW's states": 8 * 1704,
         "gradients": 4 * 1704,
         "activations": 30 * (96 + 2 * 552),
-        "logits of a chunk": 2 * 4 * 30 * 8 + 3 * 4 * 30 * 32,
-        "the LM head's gradient of the moment": 2 * 4 * 256,
+        "the fullest moment of a pass": 2 * 4 * 30 * 8 + 3 * 4 * 30 * 32 + 2 * 4 * 256,
     }
     assert estimate.peak_phase == "update"
     assert estimate.host_loading == 4 * 1704
@@ -118,7 +117,7 @@ def test_pairs_have_no_logits(shape):
         "reward_model": {"microbatch_tokens": 40},
     }  # fmt: skip
     estimate = estimate_memory(TypeAdapter(RewardModelRun).validate_python(settings), shape, Strategy())
-    assert item(estimate, "logits of a chunk") == 0
+    assert item(estimate, "the fullest moment of a pass") == 0
     assert item(estimate, "weights") == 4 * (1704 - 256 + 8)
 
 
@@ -137,3 +136,10 @@ def test_longer_microbatches_and_no_checkpointing_take_more(shape):
     assert estimate_memory(checkpoints, shape, Strategy()).peak < plain.peak
     longer = replace(sft(), sft=replace(sft().sft, microbatch_tokens=60))
     assert item(estimate_memory(longer, shape, Strategy()), "activations") == 2 * item(plain, "activations")
+
+
+def test_a_single_microbatch_never_meets_its_gradients(shape):
+    once = replace(sft(), sft=replace(sft().sft, batch_size=3))
+    estimate = estimate_memory(once, shape, Strategy())
+    assert item(estimate, "gradients") == 0
+    assert estimate.peak < estimate_memory(sft(), shape, Strategy()).peak
