@@ -116,7 +116,19 @@ def test_every_recipe_of_the_repository_dry_runs(recipe, monkeypatch, tmp_path):
     settings, _, sentence = output.partition("\nEach ")
     assert yaml.safe_load(settings)["run"]["output_dir"] == str(tmp_path / "run")
     assert "iteration" in sentence
+    assert "Memory, estimated with every weight on 1 device:" in sentence or "Memory is not estimated" in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_the_memory_of_the_launch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    status, output, _ = llmrl("grpo", "recipes/quickstart_grpo.yaml", f"model.path={TINY}", "--dry-run")
+    assert status == 0
+    assert "Memory, estimated with every weight on each of 8 devices:" in output
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    status, output, error = llmrl("grpo", "recipes/quickstart_grpo.yaml", f"model.path={TINY}", "--dry-run")
+    assert (status, output) == (2, "")
+    assert "mixed_precision (bf16)" in error
 
 
 def test_a_dry_run_says_what_it_could_not_check(monkeypatch, tmp_path):
