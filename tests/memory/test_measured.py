@@ -60,8 +60,7 @@ def assert_close_to_measured(rows: list[dict[str, Any]]):
 
 def test_one_process_takes_what_was_estimated(model, tmp_path):
     cases = [
-        "SFT, bfloat16, checkpointing", "reward model", "GRPO", "GRPO, bfloat16, reference", "PPO",
-        "PPO, shared trunk", "PPO, adapters on one base",
+        "SFT, bfloat16, checkpointing", "reward model", "GRPO, bfloat16, reference", "PPO", "PPO, adapters on one base",
     ]  # fmt: skip
     rows = measure(model, tmp_path, "--together", "--strategies", "one process", "--cases", *cases)
     assert [row["case"] for row in rows] == cases
