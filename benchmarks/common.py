@@ -80,7 +80,7 @@ def store(benchmark: str, args: argparse.Namespace, results: dict[str, Any], *, 
     settings = {
         name: value.name if isinstance(value, Path) else value
         for name, value in vars(args).items()
-        if name not in ("model", "worker")
+        if name not in ("model", "worker", "output")
     }
     machine = {
         "processor": platform.processor() or platform.machine(),

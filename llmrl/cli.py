@@ -26,7 +26,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that replace the recipe's: key=value, as in run.seed=1.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Checks everything and prints the resolved recipe; loads no model.")
+    bool,
+    typer.Option("--dry-run", help="Checks everything and prints the recipe and the memory it takes; loads no model."),
 ]
 
 
@@ -369,8 +370,13 @@ def _epochs(num_used: int, rows: list | None) -> str:
 
 
 def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
+    from llmrl.memory import describe_memory
+
+    with bad_input_ends_with_status_2():
+        memory = describe_memory(config)
     print(to_yaml(config))
     print(sentence)
+    print("\n".join(memory))
     for what in unchecked:
         print(f"not checked: {what}")
 

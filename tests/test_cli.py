@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 from transformers.utils.logging import enable_progress_bar
@@ -90,9 +91,18 @@ def grpo_recipe(data):
 
 
 def refuse_to_load(monkeypatch):
+    """A shape without weights is no model."""
     for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        for method in ("from_pretrained", "from_config"):
-            monkeypatch.setattr(kind, method, lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(kind, "from_config", without_weights(kind.from_config))
+
+
+def without_weights(make):
+    def make_shape(*arguments, **settings):
+        assert torch.get_default_device().type == "meta", "a model was loaded"
+        return make(*arguments, **settings)
+
+    return make_shape
 
 
 def lines(path):
@@ -116,7 +126,20 @@ def test_every_recipe_of_the_repository_dry_runs(recipe, monkeypatch, tmp_path):
     settings, _, sentence = output.partition("\nEach ")
     assert yaml.safe_load(settings)["run"]["output_dir"] == str(tmp_path / "run")
     assert "iteration" in sentence
+    assert "Memory, estimated with every weight on 1 device:" in sentence or "Memory is not estimated" in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_the_memory_of_the_launch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    recipe = ("recipes/quickstart_grpo.yaml", f"model.path={TINY}", "model.from_scratch=true")
+    status, output, _ = llmrl("grpo", *recipe, "--dry-run")
+    assert status == 0
+    assert "Memory, estimated with every weight on each of 8 devices:" in output
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    status, output, error = llmrl("grpo", *recipe, "--dry-run")
+    assert (status, output) == (2, "")
+    assert "mixed_precision (bf16)" in error
 
 
 def test_a_dry_run_says_what_it_could_not_check(monkeypatch, tmp_path):

@@ -1,0 +1,13 @@
+"""The tables of the sizing guide are those that its script computes."""
+
+import runpy
+
+from tests.test_cli import ROOT
+
+
+def test_the_guide_has_the_tables_that_its_script_computes():
+    script = runpy.run_path(str(ROOT / "docs" / "sizing.py"))
+    guide = (ROOT / "docs" / "sizing.md").read_text()
+    assert script["filled"](guide) == guide
+    for name in script["tables"]():
+        assert f"<!-- begin {name} -->\n| model |" in guide
