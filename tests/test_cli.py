@@ -130,9 +130,10 @@ def test_every_recipe_of_the_repository_dry_runs(recipe, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_tells_the_memory_of_the_launch(monkeypatch):
+def test_a_dry_run_tells_the_memory_of_the_launch(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    recipe = ("recipes/quickstart_grpo.yaml", f"model.path={TINY}", "model.from_scratch=true")
+    new = f"run.output_dir={tmp_path / 'run'}"
+    recipe = (ROOT / "recipes" / "quickstart_grpo.yaml", f"model.path={TINY}", "model.from_scratch=true", new)
     status, output, _ = llmrl("grpo", *recipe, "--dry-run")
     assert status == 0
     assert "Memory, estimated with every weight on each of 8 devices:" in output

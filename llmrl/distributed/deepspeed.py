@@ -20,6 +20,10 @@ from llmrl.roles import Collectives
 OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
 """Sections of a DeepSpeed file for which a recipe has settings."""
 
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are added up over ranks at once, unless a DeepSpeed file says how many. DeepSpeed's own default is ten
+times as many, 2 GB in float32, which stage 3 keeps for each engine all the time."""
+
 
 def read_settings() -> dict[str, Any]:
     """DeepSpeed's settings, as the launch file gives them: its own lines, or the file of DeepSpeed that it names.
@@ -36,9 +40,11 @@ def read_settings() -> dict[str, Any]:
                 f"{name} in the DeepSpeed file of the launch: that is for the recipe to say (optimizer, model.dtype); "
                 f"take it out there; {WAY_OUT}"
             )
+    zero = settings["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
-        if settings["zero_optimization"].get(name, {}).get("device") == "nvme":
+        if (zero.get(name) or {}).get("device") == "nvme":
             raise LaunchError(f"{name}_device (nvme) of the launch file is not supported; choose cpu or none")
+    zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
     return settings
 
 

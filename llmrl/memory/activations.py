@@ -70,11 +70,7 @@ def moment(shape: ModelShape, work: Pass) -> int:
     in_head = head(shape, work) + head_gradient(shape, work)
     if not work.checkpoints:
         return in_head
-    cast = _cast(shape, work)
-    again = work.num_tokens * of_layer(shape, work) + cast // shape.num_layers
-    return max(
-        in_head, again, cast if work.learns else 0
-    )  # autocast keeps copies of what may learn till the trunk ends
+    return max(in_head, work.num_tokens * of_layer(shape, work) + _cast(shape, work) // shape.num_layers)
 
 
 def _cast(shape: ModelShape, work: Pass) -> int:
@@ -115,7 +111,7 @@ def head_gradient(shape: ModelShape, work: Pass) -> int:
 def read_only(shape: ModelShape, work: Pass) -> int:
     """The peak of a forward pass without gradient: in a layer, or in the head."""
     hidden = FLOAT32 * shape.hidden_size * work.num_tokens
-    cast = _cast(shape, work) if work.learns else 0  # autocast keeps those of what may learn
+    cast = _cast(shape, work) // shape.num_layers if work.learns else 0  # what is frozen is kept in that precision
     layer = 2 * hidden + work.num_tokens * work.size * (3 * shape.feed_forward_size + shape.hidden_size)
     return _mask(work) + max(layer + cast, hidden + head(shape, work))
 

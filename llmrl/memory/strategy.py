@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from llmrl.distributed.deepspeed import BUCKET_ELEMENTS, read_settings
 from llmrl.distributed.launch import Launch
 
 FLOAT32 = 4
@@ -11,8 +12,6 @@ ADAM = 8
 """Bytes of AdamW's two running means of a weight."""
 HOST_COPIES = 4
 """Of an offloaded weight: the optimizer's own, one on its way back, its gradient, and the sum of gradients so far."""
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default for `reduce_bucket_size`: gradients that are added up over ranks at once."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default for `stage3_max_live_parameters`: weights that stay whole at once."""
 
@@ -66,8 +65,6 @@ def launched_strategy(launch: Launch) -> Strategy:
     """How this process was launched."""
     if launch.sharding != "deepspeed":
         return Strategy(sharding=launch.sharding, num_devices=launch.world_size)
-    from llmrl.distributed.deepspeed import read_settings
-
     zero = read_settings()["zero_optimization"]
     on_cpu = {name: (zero.get(name) or {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")}
     return Strategy(
@@ -76,7 +73,7 @@ def launched_strategy(launch: Launch) -> Strategy:
         num_devices=launch.world_size,
         offloads_optimizer=on_cpu["offload_optimizer"],
         offloads_weights=on_cpu["offload_param"],
-        bucket_elements=int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)),
+        bucket_elements=int(zero["reduce_bucket_size"]),
     )
 
 

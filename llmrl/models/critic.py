@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmrl.experience import Sequences
 from llmrl.models.loading import HeadInit, initialize_head
-from llmrl.models.policy import PolicyModule, in_microbatches, to_left_margin
+from llmrl.models.policy import PolicyModule, computing_in, in_microbatches, to_left_margin
 from llmrl.roles import Policy, ValueFunction
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ValueModule(nn.Module):
     def forward(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
         """``(values, last_values)``: before each token in the response mask, 0 elsewhere; behind the last token."""
         ids, response_start = to_left_margin(sequences)
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+        with computing_in(self.dtype, ids.device):
             hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
         return self.head.read(hidden, sequences, response_start)
 

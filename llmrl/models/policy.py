@@ -38,7 +38,7 @@ class PolicyModule(nn.Module):
 
     def hidden(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S H"]:
         """The last hidden states of rows at the left margin."""
-        with self._autocast(ids.device):
+        with computing_in(self.dtype, ids.device):
             return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def read(
@@ -48,14 +48,11 @@ class PolicyModule(nn.Module):
         mask = sequences.response_mask
         row, token = mask.nonzero(as_tuple=True)
         before = hidden[row, response_start[row] + token - 1]
-        with self._autocast(hidden.device):
+        with computing_in(self.dtype, hidden.device):
             chosen, chosen_entropy = self.head(self.model, before, sequences.response_ids[mask], self.temperature)
         logprobs = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, chosen.float())
         entropy = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, chosen_entropy.float())
         return logprobs, entropy
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
 
 class TransformersPolicy:
@@ -77,6 +74,12 @@ class TransformersPolicy:
             self.module, sequences, self.microbatch_tokens, num_per_token=2, num_per_row=0
         )
         return logprobs, entropy
+
+
+def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16, or nothing. Its cache is off: a pass reads each weight once, and the cache would keep a
+    copy of every one of them to its end."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def in_microbatches(

@@ -32,7 +32,7 @@ from llmrl.models.loading import (
     resolved,
     turn_dropout_off,
 )
-from llmrl.models.policy import attended, to_left_margin
+from llmrl.models.policy import attended, computing_in, to_left_margin
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,7 +129,7 @@ class RewardModule(nn.Module):
 
     def _hidden(self, ids: Int[Tensor, "B S"], context: dict[str, Tensor], at: Int[Tensor, "B K"]) -> Tensor:
         """Last hidden states (B, K, H) at these columns; `context` is what attention is told beyond the ids."""
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+        with computing_in(self.dtype, ids.device):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **context).last_hidden_state
         return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 

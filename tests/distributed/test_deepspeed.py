@@ -1,9 +1,13 @@
 """DeepSpeed's ZeRO in a group of one. Several ranks: tests/test_many_processes.py."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from llmrl.distributed.deepspeed import DeepSpeedTrainable, read_settings
 from llmrl.distributed.trainable import OptimizerConfig
+from llmrl.distributed.wrapping import train
 
 from .one_rank import group  # noqa: F401
 from .sharded import LikeLocal, network
@@ -37,3 +41,19 @@ def test_the_launch_says_the_stage_and_the_recipe_the_clipping(group):  # noqa: 
         engine = DeepSpeedTrainable(network(), config, num_steps=1, collectives=group).wrapped
         assert engine.zero_optimization_stage() == stage
         assert engine.gradient_clipping() == clipping
+
+
+def test_a_role_calls_the_engine(group):  # noqa: F811
+    role = SimpleNamespace(module=network())
+    trainable = train(role, OptimizerConfig(), num_steps=1, collectives=group)
+    assert isinstance(trainable, DeepSpeedTrainable)
+    assert role.module is trainable.wrapped is not trainable.module
+    assert role.module(torch.ones(1, 3)).requires_grad
+
+
+def test_what_ranks_send_at_once_is_little_unless_the_file_says_so(monkeypatch, tmp_path):
+    assert read_settings()["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 7, "offload_optimizer": null}}')
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert read_settings()["zero_optimization"]["reduce_bucket_size"] == 7
