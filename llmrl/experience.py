@@ -222,6 +222,7 @@ def parts_of_rank(
 
     Where weights are sharded, a pass is something that all ranks do together, so each makes as many as the busiest.
     """
+    num_tokens = num_tokens.cpu()
     rows = [dealt(num_tokens, each, world_size) for each in range(world_size)]
     parts = [[mine[part] for part in by_token_budget(num_tokens[mine], max_tokens)] for mine in rows]
     idle = max(map(len, parts)) - len(parts[rank])

@@ -164,10 +164,6 @@ class Collectives(Protocol):
         """The elementwise sum over ranks, the same on every rank."""
         ...
 
-    def max(self, x: Tensor) -> Tensor:
-        """The elementwise maximum over ranks, the same on every rank."""
-        ...
-
     def gather(self, x: Any) -> list[Any]:
         """What every rank has, in the order of ranks, on every rank. Nobody is past it before all have come to it."""
         ...

@@ -74,7 +74,7 @@ def assert_same_run(left: Path, right: Path):
         assert ours.keys() == theirs.keys()
         for name in ours:
             if not name.startswith("time/") and name != "tokens/per_s":
-                assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=1e-5), name
+                assert math.isclose(ours[name], theirs[name], rel_tol=1e-5, abs_tol=2e-6), name
     if (left / "samples.jsonl").exists():
         told = ("iteration", "prompt", "response", "group")
         for ours, theirs in zip(lines(left / "samples.jsonl"), lines(right / "samples.jsonl"), strict=True):

@@ -25,9 +25,6 @@ class OneProcess:
     def sum(self, x: Tensor) -> Tensor:
         return x
 
-    def max(self, x: Tensor) -> Tensor:
-        return x
-
     def gather(self, x: Any) -> list[Any]:
         return [x]
 
@@ -40,22 +37,16 @@ class ProcessGroup:
         self.world_size = dist.get_world_size()
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._reduced(x, dist.ReduceOp.SUM)
-
-    def max(self, x: Tensor) -> Tensor:
-        return self._reduced(x, dist.ReduceOp.MAX)
+        total = x.clone()
+        with HERE.waiting():
+            dist.all_reduce(total)
+        return total
 
     def gather(self, x: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
         with HERE.waiting():
             dist.all_gather_object(gathered, x)
         return gathered
-
-    def _reduced(self, x: Tensor, operation: Any) -> Tensor:
-        reduced = x.clone()
-        with HERE.waiting():
-            dist.all_reduce(reduced, operation)
-        return reduced
 
 
 def join_ranks() -> Collectives:

@@ -74,6 +74,8 @@ class DeepSpeedTrainable(Stepping):
         optimizer = adamw(self.parameters, config, peaks or {})  # which asks for shapes: before weights are split
         if self.splits_weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            for buffer in module.buffers():  # which the engine leaves where they are, if weights are split already
+                buffer.data = buffer.to(self.device)
         super().__init__(config, num_steps)
         self.wrapped: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
 

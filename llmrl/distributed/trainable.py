@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -123,7 +124,13 @@ class LocalTrainable(Stepping):
         peaks: Mapping[str, float] | None = None,
     ) -> None:
         """`collectives` reach the ranks that hold the same weights; None where there is one process. `peaks` gives
-        parameters, by name, a peak learning rate of their own."""
+        parameters, by name, a peak learning rate of their own.
+
+        Raises:
+            ValueError: There are other ranks, and nothing reaches them.
+        """
+        if collectives is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError("one of several ranks cannot learn without collectives: each would learn another model")
         super().__init__(config, num_steps)
         self.module = self.wrapped = module
         self.collectives = collectives

@@ -32,9 +32,6 @@ class ThreadGroup:
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack(self.gather(x.clone())).sum(dim=0)
 
-    def max(self, x: Tensor) -> Tensor:
-        return torch.stack(self.gather(x.clone())).amax(dim=0)
-
 
 def on_ranks(world_size: int, work: Callable[[Collectives], Result]) -> list[Result]:
     """What `work` returns on each rank. It must not draw from the random numbers of torch, which the threads share."""
