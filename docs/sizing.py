@@ -11,6 +11,7 @@ from llmrl.algorithms.grpo import GRPOConfig
 from llmrl.algorithms.ppo import PPOConfig
 from llmrl.config import GRPORun, PPORun
 from llmrl.data.prompts import PromptDataConfig
+from llmrl.distributed.config import DistributedConfig
 from llmrl.memory import Estimate, ModelShape, Strategy, estimate_memory, shape_of
 from llmrl.models.critic import CriticConfig
 from llmrl.models.loading import LoraSettings, ModelConfig
@@ -127,10 +128,20 @@ def ways(machine: Machine) -> Iterator[tuple[str, Strategy]]:
     yield "ZeRO 3, optimizer and weights on the CPU", replace(zero, offloads_optimizer=True, offloads_weights=True)
 
 
+def shares_base(run: GRPORun | PPORun) -> bool:
+    """Whether several roles read one frozen base."""
+    return isinstance(run, PPORun) and run.critic.network == "adapter"
+
+
 def choices(run: GRPORun | PPORun, machine: Machine, shape: ModelShape) -> Iterator[tuple[str, Estimate]]:
     """Every way in order; after those of full fine-tuning, those of adapters."""
     for name, strategy in ways(machine):
+        if shares_base(run) and strategy.splits_weights:
+            continue  # which llmrl refuses
         yield name, estimate_memory(run, shape, strategy, reward_shape=shape)
+        if isinstance(run, PPORun) and not shares_base(run) and machine.num_devices > 1:
+            split = replace(run, distributed=DistributedConfig(frozen="split"))
+            yield f"{name}, frozen split", estimate_memory(split, shape, strategy, reward_shape=shape)
     if run.model.lora is None:
         for name, estimate in choices(adapted(run), machine, shape):
             yield f"LoRA, {name}", estimate

@@ -316,6 +316,8 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if not _speaks():
+            raise typer.Exit(2) from error
         _fail(error, 2)
 
 
@@ -334,6 +336,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
     from llmrl.data.rows import DataError
     from llmrl.distributed.heartbeat import AnotherRankFailed
+    from llmrl.distributed.launch import LaunchError
     from llmrl.models.loading import ModelError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
@@ -344,7 +347,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
 
     try:
         yield
-    except (DataError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
+    except (DataError, LaunchError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
         _fail(error, 2)
     except (RewardError, FlatGroupsError, FloatingPointError) as error:
         _fail(error, 1, way_out)
@@ -357,6 +360,11 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
 def _fail(error: Exception, status: int, way_out: str = "") -> None:
     print(f"error: {error}{way_out}", file=sys.stderr)
     raise typer.Exit(status) from error
+
+
+def _speaks() -> bool:
+    """Whether what all processes of a launch find before they meet is for this one to tell: its machine's first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _existing(file: Path) -> Path:
@@ -374,6 +382,8 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
 
     with bad_input_ends_with_status_2():
         memory = describe_memory(config)
+    if not _speaks():
+        return
     print(to_yaml(config))
     print(sentence)
     print("\n".join(memory))

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def broken(folder: Path, fault: str, place: str, *settings: str) -> Outcome:
+def broken(folder: Path, fault: str, place: str, *settings: str, launch: dict[str, str] | None = None) -> Outcome:
     """A run in which rank 1 comes to a place, as in "reward 2", and something happens to it."""
     arguments = ["ppo", "ppo.yaml", "run.output_dir=out", "distributed.silent_after_s=3", *settings]
     program = (str(ROOT / "tests" / "faulty.py"), fault, *place.split())
@@ -44,7 +44,7 @@ def broken(folder: Path, fault: str, place: str, *settings: str) -> Outcome:
     with output.open("w") as stream:
         launched = subprocess.Popen(
             command(*arguments, num_processes=2, program=program),
-            cwd=folder, env=environment(), stdout=stream, stderr=subprocess.STDOUT,
+            cwd=folder, env=environment() | (launch or {}), stdout=stream, stderr=subprocess.STDOUT,
         )  # fmt: skip
         until(lambda: launched.poll() is not None or LAUNCHER_SAW_AN_END in output.read_text())
         begun = json.loads(started.read_text())
@@ -117,6 +117,21 @@ def test_a_rank_that_gives_no_sign_of_life_is_named(fault: str, place: str, fold
     assert told.endswith(f" s; it was last seen in {in_words(place)}")
     assert outcome.lines_of("gloo") == []
     assert checkpoints(folder) == (["step_000001"] if fault == "is killed" else [])
+
+
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(("launch", "fault"), [(ZERO3, "fails"), (FSDP, "freezes")], ids=["zero3", "fsdp"])
+def test_where_weights_are_split_all_end_too(launch: dict[str, str], fault: str, folder: Path):
+    """And nothing is saved, for which all ranks would be needed."""
+    outcome = broken(folder, fault, "update 2", launch=launch)
+    assert outcome.status != 0
+    assert outcome.seconds < 30
+    (told,) = outcome.lines_of("rank 0 ends: rank 1 ")
+    assert told.split("phase ")[1].startswith("update of iteration 2")
+    assert checkpoints(folder) == []
 
 
 def test_a_phase_that_never_ends_shows_who_keeps_the_others_waiting(folder: Path):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from llmrl.roles import Progress
 
-BETWEEN_ITERATIONS = ("checkpoint", "saving")
+BETWEEN_ITERATIONS = ("report card", "checkpoint", "saving")
 """Phases that come after the iteration whose number they are told with."""
 
 

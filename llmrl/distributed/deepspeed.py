@@ -44,7 +44,8 @@ def read_settings() -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "nvme":
             raise LaunchError(f"{name}_device (nvme) of the launch file is not supported; choose cpu or none")
-    zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
+    if zero.get("reduce_bucket_size", "auto") == "auto":
+        zero["reduce_bucket_size"] = BUCKET_ELEMENTS
     return settings
 
 
@@ -63,6 +64,7 @@ class DeepSpeedTrainable(Stepping):
         """Splits the weights of `module`, which stand on the CPU at stage 3; see `LocalTrainable` for the arguments."""
         import deepspeed
 
+        collectives.gather(None)  # which waits longer for a rank that is still loading than what comes next would
         settings = _of_engine(config.max_grad_norm)
         self.module = module
         self.collectives = collectives

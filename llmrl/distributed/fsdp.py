@@ -5,7 +5,7 @@ Zhao et al. 2023, arXiv:2304.11277, in the form of `torch.distributed.fsdp.fully
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig, whole_tensor
 from llmrl.roles import Collectives
-
-if TYPE_CHECKING:
-    pass
 
 
 class ShardedTrainable(LocalTrainable):
@@ -35,6 +32,7 @@ class ShardedTrainable(LocalTrainable):
         peaks: Mapping[str, float] | None = None,
     ) -> None:
         """Splits the weights of `module`; see `LocalTrainable` for the arguments."""
+        collectives.gather(None)  # which waits longer for a rank that is still loading than what comes next would
         shard(module)
         super().__init__(module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
         self.first = collectives.rank == 0
@@ -67,13 +65,17 @@ class ShardedTrainable(LocalTrainable):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shard(module: nn.Module) -> None:
+def shard(module: nn.Module, *, is_frozen: bool = False) -> None:
     """Spreads the weights of a module over all ranks, on the device of each: the layers of the models in it one by one,
-    what is left of it at once. Gradients are added up over ranks."""
+    what is left of it at once. Gradients are added up over ranks.
+
+    What is left, embeddings and head, stays whole from a forward pass to its backward pass; of a module that is frozen,
+    for which none comes, only as long as the forward pass lasts.
+    """
     mesh = init_device_mesh(pick_device().type, (dist.get_world_size(),))
     for layer in list(_layers(module)):
         fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True if is_frozen else None)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)

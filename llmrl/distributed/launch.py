@@ -44,11 +44,11 @@ def read_launch() -> Launch:
             f"mixed_precision ({precision}) of the launch file: precision is the recipe's; set mixed_precision to "
             '"no" there and model.dtype to bfloat16 in the recipe'
         )
-    if _is_on("ACCELERATE_USE_MEGATRON_LM"):
+    if is_on("ACCELERATE_USE_MEGATRON_LM"):
         raise LaunchError(f"Megatron-LM of the launch file is not supported; choose DeepSpeed or FSDP: {WAY_OUT}")
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+    if is_on("ACCELERATE_USE_DEEPSPEED"):
         return Launch(world_size=world_size, sharding="deepspeed", zero_stage=_zero_stage())
-    if _is_on("ACCELERATE_USE_FSDP"):
+    if is_on("ACCELERATE_USE_FSDP"):
         _check_fsdp()
         return Launch(world_size=world_size, sharding="fsdp")
     return Launch(world_size=world_size, sharding="none")
@@ -68,12 +68,13 @@ def _zero_stage() -> int:
 def _check_fsdp() -> None:
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise LaunchError(f"fsdp_version ({version}) of the launch file must be 2; {WAY_OUT}")
-    if _is_on("FSDP_OFFLOAD_PARAMS"):
+    if is_on("FSDP_OFFLOAD_PARAMS"):
         raise LaunchError(
             "fsdp_offload_params of the launch file is not supported; set it to false, or choose DeepSpeed, which can "
             f"keep optimizer states and weights in the memory of the CPU: {WAY_OUT}"
         )
 
 
-def _is_on(name: str) -> bool:
+def is_on(name: str) -> bool:
+    """Whether a variable of the environment says yes."""
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")

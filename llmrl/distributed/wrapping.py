@@ -25,7 +25,7 @@ def place_frozen(module: nn.Module, config: DistributedConfig, collectives: Coll
         return
     from llmrl.distributed.fsdp import shard
 
-    shard(module)
+    shard(module, is_frozen=True)
 
 
 @runtime_checkable

@@ -234,7 +234,7 @@ class _Reinforcement(_Parts):
         return loading
 
     def frozen(self) -> Iterator[Item]:
-        """Copies for sampling, the reference and the reward model: whole on every device."""
+        """Copies for sampling, whole on every device; the reference and the reward model, which may be split."""
         num = self.shape.num_parameters + self.num_adapter
         if self.bfloat16 or self.strategy.splits_weights:
             yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
@@ -254,7 +254,8 @@ class _Reinforcement(_Parts):
     def _read_only_model(self, shape: ModelShape, num: int, *, bfloat16: bool | None = None) -> int:
         """Linear layers in the precision that they compute in, all else in float32."""
         bfloat16 = self.bfloat16 if bfloat16 is None else bfloat16
-        return FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * bfloat16
+        whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * bfloat16
+        return whole // (self.strategy.num_devices if self.config.distributed.frozen == "split" else 1)
 
     def rollout(self) -> Iterator[Item]:
         """Keys and values, the pass over the prompts, and the logits of one token of each row."""

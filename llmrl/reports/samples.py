@@ -21,6 +21,8 @@ class SampleWriter:
 
     def __call__(self, iteration: int, experience: Experience) -> None:
         """Writes samples of the iteration that is under way: `iteration` are done."""
+        if not self.num_samples:
+            return
         num_responses = len(experience.rollout.rows)
         chosen = torch.linspace(0, num_responses - 1, min(self.num_samples, num_responses)).long().tolist()
         with self.file.open("a") as stream:

@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
-VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
+VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "safetensors")
 
 
 class RunError(ValueError):
@@ -162,11 +162,12 @@ class Run:
                 self.catch_up()
                 while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
                     last = self.iterate()
+                if self.stop_signal is not None:
+                    self.checkpoint()
         except BaseException:
             self.rescue()
             raise
         if self.stop_signal is not None:
-            self.checkpoint()
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
         self.progress.phase("saving", 1)
         self.save_model(self.folder / "final")
@@ -212,7 +213,8 @@ class Run:
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         last = json.loads(lines[-1]) if lines else {}
-        if any(name.startswith("eval/") for name in last) or not (values := self.evaluation(number)):
+        is_known = self.collectives.gather(any(name.startswith("eval/") for name in last))[0]
+        if is_known or not (values := self.evaluation(number)):
             return
         last.pop("iteration", None)
         if self.keeps_records:
@@ -228,14 +230,30 @@ class Run:
         """
         check_output(self.config)
         self.collectives.gather(None)  # nobody writes before all have looked
-        checkpoints = list_checkpoints(self.folder / "checkpoints")
-        if checkpoints:
+        newest = self.newest_checkpoint()
+        if newest is not None:
             self.tell_changes()
-            self.trainer.load_state_dict(load_checkpoint(checkpoints[-1]))
-            self.progress.message(f"goes on after iteration {self.trainer.iteration} from {checkpoints[-1]}")
+            self.trainer.load_state_dict(load_checkpoint(newest))
+            self.progress.message(f"goes on after iteration {self.trainer.iteration} from {newest}")
         if self.keeps_records:
             self.begin_records()
         self.collectives.gather(None)  # nobody reads before these are in order
+
+    def newest_checkpoint(self) -> Path | None:
+        """What all ranks continue from.
+
+        Raises:
+            RunError: They do not see the same.
+        """
+        seen = [path.name for path in list_checkpoints(self.folder / "checkpoints")[-1:]]
+        for rank, other in enumerate(self.collectives.gather(seen)):
+            if other != seen:
+                mine, its = (names[0] if names else "no checkpoint" for names in (seen, other))
+                raise RunError(
+                    f"run.output_dir ({self.folder}) must be one folder for all ranks, on a file system that their "
+                    f"machines share: rank {rank} sees {its} there, and rank {self.collectives.rank} {mine}"
+                )
+        return self.folder / "checkpoints" / seen[0] if seen else None
 
     def begin_records(self) -> None:
         """Makes the folder, or removes what came after the checkpoint."""
@@ -282,14 +300,14 @@ class Run:
         name = self.config.best_metric
         if name is None:
             return
-        record = self.collectives.gather(self.best_record())[0]  # as the rank sees it that writes it
-        if name not in values:
+        record, value = self.collectives.gather((self.best_record(), values.get(name)))[0]  # as rank 0 sees them
+        if value is None:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self.check_measured(name, values, record)
-        elif self.better(values[name], record["value"] if record else None):
+        elif self.better(value, record["value"] if record else None):
             self.save_model(self.folder / ".best.new")
             if self.keeps_records:
-                self.replace_best({"metric": name, "value": values[name], "iteration": iteration})
+                self.replace_best({"metric": name, "value": value, "iteration": iteration})
 
     def replace_best(self, record: dict[str, Any]) -> None:
         """The model that was just saved becomes the best, with a record of why."""

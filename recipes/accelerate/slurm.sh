@@ -2,21 +2,22 @@
 # Two machines with eight GPUs each under Slurm:
 #   sbatch recipes/accelerate/slurm.sh ppo RECIPE [key=value ...]
 #   LAUNCH=recipes/accelerate/two_nodes_ddp.yaml sbatch recipes/accelerate/slurm.sh grpo RECIPE
-# Where a job is requeued or resubmitted, run.resume=true goes on from the newest checkpoint. Slurm sends SIGTERM two minutes
-# before the time is up, and the run ends with a checkpoint after its iteration.
+# Where a job is requeued or resubmitted, run.resume=true goes on from the newest checkpoint. Slurm sends SIGTERM a minute
+# before the time is up: an iteration that ends within 30 s is saved, a longer one is lost back to run.checkpoint_every.
 #SBATCH --job-name=llmrl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@60
 #SBATCH --requeue
 set -euo pipefail
 
 LAUNCH=${LAUNCH:-recipes/accelerate/two_nodes_zero3.yaml}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export LAUNCH HOST
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # One launcher a machine; each reads its own number where it runs.
 # shellcheck disable=SC2016

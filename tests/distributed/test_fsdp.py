@@ -43,3 +43,13 @@ def test_layers_are_split_one_by_one_and_answers_stay(model: nn.Module):
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == isinstance(
         model, GPT2LMHeadModel
     )
+
+
+def test_of_what_is_frozen_nothing_stays_whole():
+    """No backward pass comes that would need it."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=4, num_hidden_layers=2, num_attention_heads=2))
+    model.requires_grad_(False)
+    shard(model, is_frozen=True)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    assert all(isinstance(p, DTensor) for p in model.parameters())

@@ -88,7 +88,6 @@ def test_a_sample_says_everything_about_a_response(tmp_path: Path):
 @pytest.mark.parametrize(
     ("num_samples", "num_responses", "rows"),
     [
-        (0, 8, []),
         (1, 8, [0]),
         (2, 8, [0, 7]),
         (4, 10, [0, 3, 6, 9]),
@@ -102,6 +101,12 @@ def test_samples_are_spread_evenly_and_never_more_than_there_are(
 ):
     samples = write(tmp_path, num_samples, experience(num_responses))
     assert [len(sample["response"]) - 1 for sample in samples] == rows
+
+
+def test_where_none_is_asked_for_no_file_is_touched(tmp_path: Path):
+    """Nor by a rank that leaves writing to the first."""
+    SampleWriter(tmp_path / "samples.jsonl", num_samples=0, decode=decode)(0, experience(3))
+    assert not (tmp_path / "samples.jsonl").exists()
 
 
 def test_a_tool_result_in_a_response_is_shown(tmp_path: Path):

@@ -220,7 +220,7 @@ def test_the_best_is_what_the_writing_rank_has_seen(bench: Bench):
         rank, world_size = 1, 2
 
         def gather(self, x: Any) -> list[Any]:
-            return [seen_by_the_first if x is None else x, x]
+            return [(seen_by_the_first, x[1]) if isinstance(x, tuple) else x, x]
 
     run = bench.make(2, losses=[4.0, 6.0], best_metric="loss")
     run.collectives, run.keeps_records = Second(), False
@@ -228,6 +228,39 @@ def test_the_best_is_what_the_writing_rank_has_seen(bench: Bench):
     run.save_model = lambda folder: saved.append(folder.name)
     run.train()
     assert saved == [".best.new", "final"]  # 6 beats 5, 4 did not
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(bench: Bench):
+    """A folder that their machines do not share."""
+    bench.make(2, checkpoint_every=1).train()
+
+    class First(OneProcess):
+        rank, world_size = 0, 2
+
+        def gather(self, x: Any) -> list[Any]:
+            return [x, [] if isinstance(x, list) else x]
+
+    run = bench.make(4, resume=True)
+    run.collectives = First()
+    with pytest.raises(
+        RunError, match=r"one folder for all ranks.*: rank 1 sees no checkpoint there, and rank 0 step_"
+    ):
+        run.train()
+
+
+def test_the_best_goes_by_the_number_of_the_writing_rank(bench: Bench):
+    """Others may have measured another, such as a time."""
+
+    class Second(OneProcess):
+        rank, world_size = 1, 2
+
+        def gather(self, x: Any) -> list[Any]:
+            return [(x[0], -1.0) if isinstance(x, tuple) else x, x]
+
+    run = bench.make(1, losses=[4.0], best_metric="loss")
+    run.collectives, run.keeps_records = Second(), True
+    run.train()
+    assert bench.best()["value"] == -1.0
 
 
 def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
