@@ -245,11 +245,15 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
+    from llmrl.distributed.device import pick_device
+    from llmrl.distributed.launch import read_launch
+    from llmrl.memory import launched_strategy
     from llmrl.reports.trackers import TrackerConfig, Trackers
 
     way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
     with failures_in_one_line(way_out), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
         progress.message(sentence)
+        progress.message(f"Computes on {pick_device().type}, {launched_strategy(read_launch()).name}.")
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=Path(config.run.output_dir))
         run = build(progress=progress, trackers=trackers)
         with trackers:

@@ -38,6 +38,7 @@ def test_a_signal_stops_both_with_a_checkpoint(folder: Path):
     output, _ = running.communicate(timeout=60)
     assert output.count(b"error: stopped by SIGTERM") == 1
     assert b" ends: " not in output
+    assert output.count(b"every weight on each of 2 devices.") == 1
     last = lines(metrics)[-1]["iteration"]
     assert (folder / "stopped" / "checkpoints" / f"step_{last:06d}").exists()
 

@@ -21,7 +21,8 @@ def describe_memory(config: SFTRun | RewardModelRun | RLRun) -> list[str]:
         return [f"Memory is not estimated: the config.json of model.path ({config.model.path}) cannot be read here."]
     reward_shape, unknown = _reward_shape(config)
     estimate = estimate_memory(config, shape, strategy, reward_shape=reward_shape)
-    return [f"Memory, estimated with {strategy.name}:", *_lines(estimate), *unknown]
+    has_rollouts = isinstance(config, RLRun)
+    return [f"Memory, estimated with {strategy.name}:", *_lines(estimate, has_rollouts), *unknown]
 
 
 def _reward_shape(config: SFTRun | RewardModelRun | RLRun) -> tuple[ModelShape | None, list[str]]:
@@ -34,9 +35,10 @@ def _reward_shape(config: SFTRun | RewardModelRun | RLRun) -> tuple[ModelShape |
     ]
 
 
-def _lines(estimate: Estimate) -> list[str]:
+def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
     """The phases, then the items from the largest on."""
-    phases = ", ".join(f"{phase} {in_units(estimate.of(phase))}" for phase in PHASES if estimate.of(phase))
+    told = PHASES if has_rollouts else ("update",)
+    phases = ", ".join(f"{phase} {in_units(estimate.of(phase))}" for phase in told)
     listed = sorted(estimate.items, key=lambda item: -item.num_bytes)
     of_peak = (item for item in listed if estimate.peak_phase in item.phases)
     lines = [

@@ -67,7 +67,7 @@ class ValueHead(nn.Linear):
     def forward(self, input: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
         """Values of hidden states."""
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).squeeze(-1)
+            return torch.squeeze_copy(super().forward(input.float()), -1)  # FSDP warns of a view, which its hooks mark
 
     def read(
         self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]

@@ -117,7 +117,7 @@ class RewardModule(nn.Module):
         """Scores (B,) of sequences; (B, 2) of pairs, chosen and rejected, their prompt encoded once."""
         last = self.last_hidden(batch)
         with torch.autocast(last.device.type, enabled=False):
-            return score_layer(self.model)(last.float()).squeeze(-1)
+            return torch.squeeze_copy(score_layer(self.model)(last.float()), -1)
 
     def last_hidden(self, batch: Sequences | PreferencePairs) -> Tensor:
         """Hidden states (B, H) behind the last token of sequences; (B, 2, H) of pairs."""

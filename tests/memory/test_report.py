@@ -2,9 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from llmrl.config import PPORun
+from llmrl.config import PPORun, RewardModelRun
+from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.memory import describe_memory
 from llmrl.memory.report import in_units
+from llmrl.models.loading import ModelConfig
+from llmrl.trainers.run import OutputConfig
 from tests.memory.test_estimate import REWARD_MODEL, rl
 
 TINY = str(Path(__file__).parents[2] / "recipes" / "models" / "tiny_char_llama")
@@ -44,3 +47,14 @@ def test_a_model_that_is_not_here_is_told():
 def test_a_reward_model_that_is_not_here_is_told():
     told = describe_memory(rl(PPORun, path=TINY, reward=REWARD_MODEL))
     assert "The reward model is not counted" in told[-1]
+
+
+def test_a_run_without_rollouts_has_no_phase_for_them():
+    data = PreferenceDataConfig(path="pairs.jsonl")
+    config = RewardModelRun(
+        model=ModelConfig(path=TINY), data=data, evaluation_data=data, run=OutputConfig(output_dir="out")
+    )
+    told = "\n".join(describe_memory(config))
+    assert "Phases: update " in told
+    assert "rollout" not in told
+    assert "scoring" not in told
