@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import WAY_OUT, LaunchError
-from llmrl.distributed.trainable import OptimizerConfig, Stepping, adamw, check_same, learning_parameters
+from llmrl.distributed.trainable import OptimizerConfig, Stepping, adamw, check_same, learning_parameters, shapes_of
 from llmrl.roles import Collectives
 
 OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
@@ -70,7 +70,7 @@ class DeepSpeedTrainable(Stepping):
         self.collectives = collectives
         self.device = pick_device()
         self.parameters = learning_parameters(module)
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.shapes = shapes_of(self.parameters)
         self.splits_weights = settings["zero_optimization"]["stage"] == 3
         self.holds_all = collectives.world_size == 1
         optimizer = adamw(self.parameters, config, peaks or {})  # which asks for shapes: before weights are split
@@ -124,7 +124,7 @@ class DeepSpeedTrainable(Stepping):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `LocalTrainable.load_state_dict`."""
-        check_same({name: tuple(x.shape) for name, x in state["parameters"].items()}, self.shapes)
+        check_same(shapes_of(state["parameters"]), self.shapes)
         self._begin_moments(state["optimizer"])
         for name, p in self.parameters.items():
             self._set_weight(p, state["parameters"][name])

@@ -1,6 +1,6 @@
 """What the launcher asks for: how many processes, and how the weights that learn lie on them.
 
-`accelerate launch` tells its processes by environment variables, which are read here and nowhere else.
+`accelerate launch` tells its processes by environment variables.
 """
 
 import os

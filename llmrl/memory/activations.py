@@ -12,11 +12,10 @@ queries, keys and of the feed-forward layer. Of each token, a layer keeps for it
 from dataclasses import dataclass
 
 from llmrl.memory.shape import ModelShape
+from llmrl.models.heads import CHUNK_TOKENS
 
 FLOAT32 = 4
 BFLOAT16 = 2
-CHUNK_TOKENS = 256
-"""Tokens whose logits the head makes at once."""
 CHUNKS_AT_ONCE = 3
 """Logits of a chunk, their exponentials, and the chunk before."""
 LORA_LAYERS = 7

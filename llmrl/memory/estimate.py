@@ -1,5 +1,6 @@
 """The memory of a run, item by item: what a device holds in each phase, and what a process holds while it loads."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,12 +10,11 @@ from llmrl.memory import activations
 from llmrl.memory.activations import BFLOAT16, FLOAT32, Pass
 from llmrl.memory.shape import ModelShape
 from llmrl.memory.strategy import Split, Strategy, gradients, held, host, passing
+from llmrl.rollout.native import SLACK_COLUMNS
 
 Phase = Literal["rollout", "scoring", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update")
 
-SLACK_COLUMNS = 64
-"""Of the cache of keys and values, where there are more responses than it has rows."""
 LOGIT_COPIES = 5
 """Logits of the rows being decoded, tempered, their log-softmax, its exponential and the running sum."""
 BYTES_PER_PROMPT_TOKEN = 9
@@ -83,7 +83,7 @@ def estimate_memory(
     )
 
 
-class _Parts:
+class _Parts(ABC):
     """What all runs have: modules that learn."""
 
     def __init__(self, config: SFTRun | RewardModelRun | RLRun, shape: ModelShape, strategy: Strategy) -> None:
@@ -94,9 +94,9 @@ class _Parts:
         self.rank = rank or 0
         self.num_adapter = 0 if rank is None else shape.num_adapter(rank, targets)
 
+    @abstractmethod
     def items(self) -> Iterator[Item]:
         """What a device holds."""
-        raise NotImplementedError
 
     def splits(self) -> list[Split]:
         """The modules that learn, one for each optimizer."""

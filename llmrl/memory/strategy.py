@@ -6,8 +6,8 @@ from typing import Literal
 
 from llmrl.distributed.deepspeed import BUCKET_ELEMENTS, read_settings
 from llmrl.distributed.launch import Launch
+from llmrl.memory.activations import FLOAT32
 
-FLOAT32 = 4
 ADAM = 8
 """Bytes of AdamW's two running means of a weight."""
 HOST_COPIES = 4
