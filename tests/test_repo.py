@@ -56,6 +56,17 @@ def violations(rule: re.Pattern[str], *, under: str = "", but_not_under: str | N
     ]
 
 
+# --- tests ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_tracked_test_file_is_collected():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = {str(path) for path in tracked_files() if path.match("tests/**/test_*.py") or path.match("tests/test_*.py")}
+    assert files
+    assert not files - {line.partition(":")[0] for line in collected.splitlines()}, "pytest does not look there"
+
+
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 
