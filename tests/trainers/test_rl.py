@@ -515,3 +515,15 @@ def test_a_group_of_one_is_never_called_flat():
     values = told(make_ppo_trainer())
     assert "group/flat_fraction" not in values
     assert {"kl/sequence", "kl/mean", "kl/coef", "value/explained_variance", "value/clip_fraction"} <= values.keys()
+
+
+def test_a_phase_ends_when_the_gpu_has_done_what_it_asked_for(monkeypatch):
+    """Else its time would be the next one's."""
+    seen, trainer = [], make_trainer()
+    now = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append(next(now)))
+    with trainer.phase("update", 1):
+        pass
+    assert (seen, trainer.seconds) == ([1], {"update": 2})
