@@ -482,6 +482,22 @@ def test_new_weights_come_from_the_seed(one_base):
     assert "head.weight" in changed(modules_of(build_run(other)).critic, first)
 
 
+@pytest.mark.parametrize("network", ["own", "adapter", "shared"])
+def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
+    lora = LORA if network == "adapter" else None
+    run = build_run(with_critic(with_model(config, dtype="bfloat16", lora=lora), network=network))
+    networks, seen = run.trainer.algorithm.networks, []
+    trunk = networks.module.policy.model.base_model if network == "shared" else modules_of(run).critic.trunk
+    trunk.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    rollout, _ = rollout_of(run)
+    seen.clear()
+    with torch.no_grad():
+        values, _ = networks.values(rollout.sequences)
+    assert seen
+    assert all(seen)
+    assert values.dtype == torch.float32
+
+
 def test_the_head_begins_at_zero_by_default(config):
     run = build_run(dataclasses.replace(config, critic=CriticConfig()))
     values, last_values = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences)

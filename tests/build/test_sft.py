@@ -43,6 +43,18 @@ def test_the_loss_is_measured_where_there_are_held_out_examples(config):
     assert build_run(without)[0].evaluate is None
 
 
+def test_the_order_of_the_examples_comes_from_the_seed(config, tmp_path):
+    rows = "".join(f"{n}+1=,{n + 1}\n" for n in range(12))
+    (tmp_path / "train.csv").write_text("prompt,response\n" + rows)
+
+    def order(seed):
+        run, _ = build_run(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed)))
+        return run.trainer.examples.next(12).prompt_ids.tolist()
+
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+
+
 def test_the_schedule_ends_with_the_run(config):
     optimizer = dataclasses.replace(config.optimizer, schedule="linear", learning_rate=1.0)
     trained = build_run(dataclasses.replace(config, optimizer=optimizer))[0].trainer.trained["actor"]
