@@ -16,6 +16,13 @@ from tests.models.tiny import gpt2, llama, qwen2
 
 from .conftest import TINY, build_run
 
+OPEN = replace(TINY, dtype=None)
+
+
+@pytest.fixture
+def config(config):
+    return replace(config, model=OPEN)
+
 
 @pytest.fixture
 def on(monkeypatch):
@@ -86,6 +93,6 @@ def test_float32_with_shared_keys_on_a_gpu_is_told(model, dtype, device, told):
 
 def test_an_actor_on_its_own_computes_in_what_suits_the_device(on):
     on("cuda")
-    actor = load_actor(TINY, temperature=1.0, microbatch_tokens=64, seed=0)
+    actor = load_actor(OPEN, temperature=1.0, microbatch_tokens=64, seed=0)
     assert actor.dtype == actor.module.dtype == torch.bfloat16
     assert {p.dtype for p in actor.model.parameters()} == {torch.float32}

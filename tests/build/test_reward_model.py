@@ -31,6 +31,22 @@ def build(folder, model=TINY, **data_settings):
     return run, roles["progress"].messages
 
 
+def test_the_order_of_the_pairs_comes_from_the_seed(tmp_path):
+    (tmp_path / "pairs.csv").write_text(
+        "prompt,chosen,rejected\n" + "".join(f"{n}+1=,{n + 1},{n}\n" for n in range(12))
+    )
+    data = PreferenceDataConfig(path=str(tmp_path / "pairs.csv"))
+
+    def order(seed):
+        output = OutputConfig(output_dir=str(tmp_path / "run"), seed=seed)
+        config = RewardModelRun(model=TINY, data=data, evaluation_data=data, run=output)
+        run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
+        return run.trainer.pairs.next(12).chosen.prompt_ids.tolist()
+
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+
+
 def card_of(run, folder):
     run.save_model(folder / "final")
     return json.loads((folder / "final" / "report_card.json").read_text())
