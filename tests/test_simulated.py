@@ -1,5 +1,6 @@
 """Whole iterations on a simulated device: no tensor of the CPU meets one of it, and the numbers are the CPU's."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from llmrl.build import (
     check_reward_run,
     check_rl,
     check_sft,
+    respond,
+    score_rows,
 )
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.data.preferences import PreferenceDataConfig
@@ -206,6 +209,20 @@ def test_an_evaluation_and_a_state_come_from_the_device_and_go_there(data):
         for ours, theirs in zip(*weights, strict=True):
             assert ours.device == theirs.device == NAME
             assert torch.equal(ours, theirs)
+
+
+def test_texts_are_answered_and_scored_on_the_device(scorer):
+    limits = {"temperature": 0.7, "num_responses": 2, "max_response_tokens": 3, "seed": 1, "system_prompt": None}
+    rows = [{"prompt": "1+1=", "response": "2"}, {"prompt": "12+2=", "response": "14"}]
+    data = SupervisedDataConfig(path="rows.jsonl")
+    answers, scores = [], []
+    for place in (nullcontext(), Simulated()):
+        torch.manual_seed(0)
+        with place:
+            answers.append(respond(TINY, ["1+1=", "12+2="], **limits))
+            scores.append(score_rows(scorer, rows, data))
+    assert answers[0] == answers[1]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 # --- that it would show -----------------------------------------------------------------------------------------------
