@@ -102,10 +102,11 @@ def test_responses_that_truncation_cut_are_a_note_and_no_failure(tmp_path):
     assert card["notes"] == []
 
 
-def test_how_texts_were_read_is_saved_with_the_model(tmp_path):
-    card_of(build(tmp_path, template="none")[0], tmp_path)
+@pytest.mark.parametrize("template", ["none", "auto"])
+def test_how_texts_were_read_is_saved_with_the_model(tmp_path, template):
+    card_of(build(tmp_path, template=template)[0], tmp_path)
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert (settings["llmrl_template"], settings["llmrl_system_prompt"]) == ("none", None)
+    assert (settings["llmrl_template"], settings["llmrl_system_prompt"]) == (template, None)
 
 
 def test_a_model_is_saved_with_its_card_or_not_at_all(run, tmp_path, monkeypatch):
