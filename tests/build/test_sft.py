@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from transformers import AutoTokenizer
 
 from llmrl.build import build_sft, check_sft
 from llmrl.config import SFTRun
@@ -60,3 +61,17 @@ def test_the_schedule_ends_with_the_run(config):
     trained = build_run(dataclasses.replace(config, optimizer=optimizer))[0].trainer.trained["actor"]
     trained.num_steps_done = 2
     assert trained.learning_rate == pytest.approx(1 / 3)
+
+
+def test_the_loop_is_what_the_recipe_asks_for(config):
+    """Held out are rows of the other file, and log-probabilities are those of temperature 1."""
+    settings = SFTConfig(batch_size=2, microbatch_tokens=77, evaluate_every=2)
+    run, _ = build_run(dataclasses.replace(config, sft=settings))
+    trainer = run.trainer
+    assert (trainer.config, trainer.actor.microbatch_tokens, run.evaluate_every) == (settings, 77, 2)
+    assert trainer.trained["actor"].module.temperature == 1.0
+    tokenizer = AutoTokenizer.from_pretrained(TINY.path)
+    held_out = trainer.held_out
+    assert [
+        tokenizer.decode(ids[mask]) for ids, mask in zip(held_out.prompt_ids, held_out.prompt_mask, strict=True)
+    ] == ["3+3="]
