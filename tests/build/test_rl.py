@@ -54,6 +54,18 @@ def test_no_kl_no_reference(config):
     assert build_run(config)[0].trainer.algorithm.reference is None
 
 
+def test_a_nat_that_has_a_price_is_counted_from_a_reference(config):
+    """The actor as it was loaded, at its temperature."""
+    algorithm = dataclasses.replace(config.algorithm, kl_coef=0.1, scale="none")
+    run, _ = build_run(dataclasses.replace(config, algorithm=algorithm))
+    reference, actor = run.trainer.algorithm.reference.module, run.trainer.trained["actor"].module
+    assert reference.temperature == actor.temperature == 0.5
+    assert not any(p.requires_grad for p in reference.parameters())
+    for ours, theirs in zip(reference.parameters(), actor.parameters(), strict=True):
+        assert ours is not theirs
+        assert torch.equal(ours, theirs)
+
+
 def test_an_adapted_model_measures_its_kl_at_no_price(config):
     """There the reference takes no memory."""
     adapted = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraSettings(rank=2)))

@@ -63,10 +63,12 @@ def test_the_schedule_ends_with_the_run(config):
     assert trained.learning_rate == pytest.approx(1 / 3)
 
 
-def test_the_loop_is_what_the_recipe_asks_for(config):
-    """Held out are rows of the other file, and log-probabilities are those of temperature 1."""
+def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
+    """Held out are rows of another file with columns of their own; log-probabilities are those of temperature 1."""
+    (tmp_path / "test.csv").write_text("question,response\n3+3=,6\n")
+    held_out = dataclasses.replace(config.evaluation_data, prompt_column="question")
     settings = SFTConfig(batch_size=2, microbatch_tokens=77, evaluate_every=2)
-    run, _ = build_run(dataclasses.replace(config, sft=settings))
+    run, _ = build_run(dataclasses.replace(config, sft=settings, evaluation_data=held_out))
     trainer = run.trainer
     assert (trainer.config, trainer.actor.microbatch_tokens, run.evaluate_every) == (settings, 77, 2)
     assert trainer.trained["actor"].module.temperature == 1.0
