@@ -4,7 +4,7 @@
 #     docker run --gpus all --ipc=host -v "$PWD/runs:/llmrl/runs" --entrypoint accelerate llmrl \
 #         launch --config_file recipes/accelerate/gpu_eight_zero3.yaml -m llmrl ppo recipes/...
 # torch is the image's own, built for its CUDA; whatever else pyproject.toml names has the version of constraints.txt, as
-# in the Makefile.
+# in the Makefile. docs/gpu.md says what llmrl sets on a GPU; attention by cuDNN, at fault in torch 2.10, is off.
 FROM pytorch/pytorch:2.10.0-cuda13.0-cudnn9-runtime
 
 # The image is the environment: there is no other Python in it to protect.

@@ -37,7 +37,7 @@ from transformers import TrainerCallback
 from llmrl.build.reward_model import LoadedRewardModel, load_trained_reward_model
 from llmrl.data.preferences import EncodedPair, PairSource, PreferenceDataConfig, load_preference_rows
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.device import pick_device
+from llmrl.distributed.device import pick_device, prepare_device
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.models.loading import ModelConfig
 from llmrl.reports.progress import Silent
@@ -113,6 +113,7 @@ class Clock:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    prepare_device()  # for both sides
     settings = RewardModelConfig(
         batch_size=args.batch_size,
         microbatch_tokens=2 * args.max_tokens * args.batch_size,  # the whole batch

@@ -22,6 +22,7 @@ from common import MIB, compare, memory, reset_memory, store, take_turns
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from llmrl.distributed.device import prepare_device
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
+    prepare_device()  # for both engines
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     generator = torch.Generator().manual_seed(args.seed)
     lengths = torch.randint(1, args.max_response_tokens + 1, (args.prompts * args.group,), generator=generator)

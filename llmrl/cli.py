@@ -33,6 +33,8 @@ DryRun = Annotated[
 
 def main() -> None:
     """Entry point of the command `llmrl`."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported; lengths differ from batch to batch
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except SystemExit as done:
@@ -117,12 +119,14 @@ def evaluate(
     with bad_input_ends_with_status_2():
         from llmrl.build import build_evaluator, check_rl
         from llmrl.config import GRPORun, PPORun
+        from llmrl.distributed.device import prepare_device
 
         config = read_either((GRPORun, PPORun), recipe, overrides or [])
         if config.evaluation_data is None:
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         before = json.loads(_existing(compare).read_text()) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
+    prepare_device(deterministic=config.run.deterministic)
     with failures_in_one_line(), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
         values = build_evaluator(config, checked, progress=progress).evaluate()
     if not is_first:
@@ -150,6 +154,7 @@ def score(
     with bad_input_ends_with_status_2(), _options_for_settings():
         from llmrl.build import check_scorer, score_rows
         from llmrl.data.supervised import SupervisedDataConfig, load_supervised_rows
+        from llmrl.distributed.device import prepare_device
         from llmrl.rewards.config import LearnedRewardConfig
 
         if output is not None and output.is_dir():
@@ -160,6 +165,7 @@ def score(
         rows = load_supervised_rows(data)
         if any("score" in row for row in rows):
             raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
+    prepare_device()
     with failures_in_one_line():
         _quiet()
         scores = score_rows(config, rows, data)
@@ -185,6 +191,7 @@ def generate(
     """Responds to prompts."""
     with bad_input_ends_with_status_2():
         from llmrl.build import respond
+        from llmrl.distributed.device import prepare_device
         from llmrl.models.loading import ModelConfig, check_model
 
         if temperature < 0:
@@ -193,6 +200,7 @@ def generate(
             raise SettingError(f"--num-responses ({num_responses}) would all be the likeliest one; set --temperature")
         config = ModelConfig(path=model)
         check_model(config)
+    prepare_device()
     with failures_in_one_line():
         _quiet()
         responses = respond(
@@ -245,15 +253,18 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.distributed.device import pick_device
+    from llmrl.build import with_dtypes
+    from llmrl.distributed.device import pick_device, prepare_device
     from llmrl.distributed.launch import read_launch
     from llmrl.memory import launched_strategy
     from llmrl.reports.trackers import TrackerConfig, Trackers
 
     way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
+    prepare_device(deterministic=config.run.deterministic)
     with failures_in_one_line(way_out), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
         progress.message(sentence)
-        progress.message(f"Computes on {pick_device().type}, {launched_strategy(read_launch()).name}.")
+        dtype = with_dtypes(config).model.dtype
+        progress.message(f"Computes on {pick_device().type} in {dtype}, {launched_strategy(read_launch()).name}.")
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=Path(config.run.output_dir))
         run = build(progress=progress, trackers=trackers)
         with trackers:
@@ -339,8 +350,10 @@ def _options_for_settings() -> Iterator[None]:
 def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
     from llmrl.data.rows import DataError
+    from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.distributed.launch import LaunchError
+    from llmrl.memory.full import describe_full_memory
     from llmrl.models.loading import ModelError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
@@ -359,6 +372,10 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         _fail(stopped, stopped.status)
     except AnotherRankFailed as error:
         raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if (told := describe_full_memory(error, HERE.phase)) is None:
+            raise
+        _fail(RuntimeError(told), 1, way_out)
 
 
 def _fail(error: Exception, status: int, way_out: str = "") -> None:
@@ -382,9 +399,11 @@ def _epochs(num_used: int, rows: list | None) -> str:
 
 
 def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
+    from llmrl.build import with_dtypes
     from llmrl.memory import describe_memory
 
     with bad_input_ends_with_status_2():
+        config = with_dtypes(config)
         memory = describe_memory(config)
     if not _speaks():
         return

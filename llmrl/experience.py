@@ -211,7 +211,7 @@ def dealt(num_tokens: Int[Tensor, " B"], rank: int, world_size: int) -> Int[Tens
         loads[least] += length
         if least == rank:
             mine.append(row)
-    return torch.tensor(mine, dtype=torch.long)
+    return torch.tensor(mine, dtype=torch.long, device=num_tokens.device)
 
 
 def parts_of_rank(

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
+from llmrl import cli
 from llmrl.cli import app
+from llmrl.distributed.activity import HERE
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "models" / "tiny_char_llama"
@@ -388,3 +390,69 @@ def test_python_m_llmrl_works():
         [sys.executable, "-m", "llmrl", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert "grpo" in process.stdout
+
+
+# --- the device -------------------------------------------------------------------------------------------------------
+
+
+class Prepared(Exception):
+    """The device was set up before anything was loaded."""
+
+
+@pytest.mark.parametrize("command", ["grpo", "evaluate", "score", "generate"])
+def test_every_command_sets_the_device_up_before_it_loads(command, grpo_recipe, data, monkeypatch):
+    def prepare(*, deterministic=False):
+        raise Prepared(deterministic)
+
+    monkeypatch.setattr("llmrl.distributed.device.prepare_device", prepare)
+    monkeypatch.setattr("llmrl.build.check_scorer", lambda config: [])
+    monkeypatch.setattr("llmrl.models.loading.check_model", lambda config: None)
+    recipe = (grpo_recipe, "run.deterministic=true")
+    arguments = {"grpo": recipe, "evaluate": recipe, "score": (TINY, data / "sft.jsonl"), "generate": (TINY, "1+1=")}
+    with pytest.raises(Prepared, match=str(command in ("grpo", "evaluate"))):
+        llmrl(command, *arguments[command])
+
+
+def test_full_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(HERE, "phase", "rollout")
+    with pytest.raises(cli.typer.Exit) as ended, cli.failures_in_one_line("\nmend it"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    assert ended.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: the GPU is out of memory, in the phase rollout: lower rollout.max_rows")
+    assert told.endswith("\nmend it\n")
+    with pytest.raises(RuntimeError, match="a bug of ours"), cli.failures_in_one_line():
+        raise RuntimeError("a bug of ours")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, "backend:cudaMallocAsync"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, None),
+    ],
+)
+def test_the_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(given, expected, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    cli.main()
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    assert seen == [expected]
+
+
+def test_that_is_said_before_torch_is_there_to_read_it():
+    command = "import sys; import llmrl.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], timeout=60).returncode == 0
+
+
+def test_a_dry_run_prints_the_dtype_that_the_device_gets(grpo_recipe, monkeypatch):
+    monkeypatch.setattr("llmrl.build.precision.pick_device", lambda: torch.device("cuda"))
+    status, printed, _ = llmrl("grpo", grpo_recipe, "--dry-run")
+    assert status == 0
+    assert "  dtype: bfloat16\n" in printed

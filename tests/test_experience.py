@@ -205,3 +205,10 @@ def test_all_ranks_make_equally_many_passes_over_every_row_once(world_size):
     idle = [row for _, idle in ranks for row in idle]
     assert all(lengths[row].tolist() == [int(lengths.min())] for row in idle)
     assert len(idle) >= max(0, world_size - 30)
+
+
+def test_rows_are_dealt_on_the_cpu_wherever_tensors_are_made_by_default():
+    lengths = torch.tensor([3, 1, 2])
+    with torch.device("meta"):  # which holds no numbers
+        parts, _ = parts_of_rank(lengths, 100, rank=0, world_size=2)
+    assert [part.tolist() for part in parts] == [[0]]

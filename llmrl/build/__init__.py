@@ -6,6 +6,7 @@ Everything that can be wrong is found by `check_*` before any weights load; `bui
 from llmrl.build.actors import Actor, load_actor, reference_of
 from llmrl.build.checks import Checked, check_ppo, check_reward_run, check_rl, check_scorer, check_sft
 from llmrl.build.engines import build_engine, load_for_sampling, respond
+from llmrl.build.precision import with_dtypes
 from llmrl.build.reward_model import build_reward_model, load_trained_reward_model
 from llmrl.build.rewards import load_scorer, score_rows
 from llmrl.build.rl import build_evaluator, build_grpo, build_ppo
@@ -32,4 +33,5 @@ __all__ = [
     "reference_of",
     "respond",
     "score_rows",
+    "with_dtypes",
 ]

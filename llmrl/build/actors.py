@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llmrl.build.precision import dtype_of
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.wrapping import loading_device, place_frozen
 from llmrl.experience import Sequences
 from llmrl.models.heads import choose_head
 from llmrl.models.loading import (
-    DTYPES,
     ModelConfig,
     as_loaded,
     load_adapted,
@@ -48,7 +48,7 @@ def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: in
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config)
     ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
-    dtype = DTYPES[config.dtype]
+    dtype = dtype_of(config)
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
     policy = TransformersPolicy(module, microbatch_tokens=microbatch_tokens)

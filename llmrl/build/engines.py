@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrl.build.precision import dtype_of
 from llmrl.data.prompts import PromptDataConfig, encode_prompts
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import read_launch
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
-from llmrl.models.loading import DTYPES, ModelConfig, end_ids, load_model, load_tokenizer, num_token_ids
+from llmrl.models.loading import ModelConfig, end_ids, load_model, load_tokenizer, num_token_ids
 from llmrl.reports.progress import Silent
 from llmrl.rewards.functions import decode_responses
 from llmrl.roles import Progress, RolloutEngine, Sampling
@@ -58,7 +59,7 @@ def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, confi
 def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     """Tokenizer and model in the precision that it computes in, on the device."""
     tokenizer = load_tokenizer(config)
-    model = load_model(config, dtype=DTYPES[config.dtype])
+    model = load_model(config, dtype=dtype_of(config))
     return tokenizer, model.to(pick_device())  # type: ignore[arg-type,return-value]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmrl.build.checks import Checked
+from llmrl.build.precision import dtype_of, precision_warnings, with_dtypes
 from llmrl.build.saving import Saver
 from llmrl.config import RewardModelRun
 from llmrl.data.preferences import PairSource, PreferenceDataConfig
@@ -17,7 +18,7 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_scorer
 from llmrl.distributed.wrapping import loading_device, train
 from llmrl.experience import PreferencePairs, Sequences
-from llmrl.models.loading import DTYPES, ModelConfig, load_tokenizer, ready_to_train
+from llmrl.models.loading import ModelConfig, load_tokenizer, ready_to_train
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_model import (
     Normalization,
@@ -80,7 +81,7 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
     ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
-    module = RewardModule(model, dtype=DTYPES[config.dtype])
+    module = RewardModule(model, dtype=dtype_of(config))
     scorer = TransformersRewardModel(
         module,
         microbatch_tokens=settings.microbatch_tokens,
@@ -108,6 +109,8 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         _check_positions(source, data, section, limit=position_limit(loaded.model))
     if not loaded.has_own_pad:
         progress.message(PAD_NOTE)
+    for warning in precision_warnings(loaded.model, loaded.module.dtype):
+        progress.message(f"warning: {warning}")
     TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
     device = pick_device()
     reference = pairs.evenly_spaced(settings.num_reference_pairs).to(device)
@@ -146,7 +149,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
 
     return Run(
         RunConfig(num_iterations=num_iterations, **vars(config.run)),
-        settings=to_dict(config),
+        settings=to_dict(with_dtypes(config)),
         trainer=trainer,
         save_model=save,
         evaluate=trainer.evaluate,

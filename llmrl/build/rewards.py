@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llmrl.build.checks import naming, reward_model_config
+from llmrl.build.precision import dtype_of
 from llmrl.data.chat import as_sequences, uses_chat
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.prompts import PromptDataConfig
@@ -19,7 +20,7 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_reward, shared_scorer
 from llmrl.distributed.wrapping import place_frozen
 from llmrl.experience import Rollout, Row, Sequences
-from llmrl.models.loading import DTYPES, base_of, load_tokenizer, shrink_linear_layers
+from llmrl.models.loading import base_of, load_tokenizer, shrink_linear_layers
 from llmrl.models.reward_model import (
     Normalization,
     RewardModule,
@@ -137,11 +138,11 @@ def load_scorer(
             model = load_reward_on_base(model_config, base_of(base))
         else:
             model = load_reward_model(model_config, head_init=None)
-            shrink_linear_layers(model, DTYPES[config.dtype], head=score_layer(model))
+            shrink_linear_layers(model, dtype_of(config), head=score_layer(model))
         check_vocabulary(model_config, model, tokenizer)
     model.eval().requires_grad_(False)
     normalization = saved_normalization(model.config) if config.normalize else None
-    module = RewardModule(model, dtype=DTYPES[config.dtype])
+    module = RewardModule(model, dtype=dtype_of(config))
     if base is None:
         place(module)
     return RewardScorer(

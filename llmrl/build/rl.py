@@ -11,6 +11,7 @@ from llmrl.build.actors import Actor, load_actor, reference_of
 from llmrl.build.checks import Checked
 from llmrl.build.critics import load_networks
 from llmrl.build.engines import build_engine, check_room, load_for_sampling
+from llmrl.build.precision import precision_warnings, with_dtypes
 from llmrl.build.rewards import Rewards
 from llmrl.build.rows import EVALUATION, tell_dropped
 from llmrl.build.saving import Saver
@@ -137,7 +138,7 @@ def _build_run(
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
     actor, engine, rewards, collectives = whole.actor, whole.engine, whole.rewards, whole.collectives
-    for warning in config.warnings():
+    for warning in (*config.warnings(), *precision_warnings(actor.model, actor.dtype)):
         progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
@@ -169,7 +170,7 @@ def _build_run(
         evaluator = _evaluator(config, checked, actor.tokenizer, actor.model, engine, rewards, progress)
     run = Run(
         config.run,
-        settings=to_dict(config),
+        settings=to_dict(with_dtypes(config)),
         trainer=trainer,
         save_model=lambda folder: whole.saver.save(folder, trained["actor"]),
         evaluate=evaluator.evaluate if evaluator is not None else None,

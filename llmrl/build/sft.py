@@ -2,6 +2,7 @@
 
 from llmrl.build.actors import Actor, load_actor
 from llmrl.build.checks import Checked
+from llmrl.build.precision import precision_warnings, with_dtypes
 from llmrl.build.rows import EVALUATION, tell_dropped
 from llmrl.build.saving import Saver
 from llmrl.config import SFTRun
@@ -27,6 +28,8 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     )
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    for warning in precision_warnings(actor.model, actor.dtype):
+        progress.message(f"warning: {warning}")
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives)
     trained = train(actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives)
     trainer = SFTTrainer(
@@ -40,7 +43,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     )
     return Run(
         config.run,
-        settings=to_dict(config),
+        settings=to_dict(with_dtypes(config)),
         trainer=trainer,
         save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,

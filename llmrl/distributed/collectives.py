@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmrl.distributed.activity import HERE
-from llmrl.distributed.device import pick_device
+from llmrl.distributed.device import pick_device, synchronize
 from llmrl.distributed.launch import read_launch
 from llmrl.roles import Collectives
 
@@ -40,6 +40,7 @@ class ProcessGroup:
         total = x.clone()
         with HERE.waiting():
             dist.all_reduce(total)
+            synchronize(total.device)  # NCCL only queues it, and whoever waits would not be seen to
         return total
 
     def gather(self, x: Any) -> list[Any]:

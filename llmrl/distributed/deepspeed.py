@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import WAY_OUT, LaunchError
-from llmrl.distributed.trainable import OptimizerConfig, Stepping, adamw, check_same, learning_parameters, shapes_of
+from llmrl.distributed.trainable import (
+    BUCKET_ELEMENTS,
+    OptimizerConfig,
+    Stepping,
+    adamw,
+    check_same,
+    learning_parameters,
+    shapes_of,
+)
 from llmrl.roles import Collectives
 
 OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
 """Sections of a DeepSpeed file for which a recipe has settings."""
-
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are added up over ranks at once, unless a DeepSpeed file says how many. DeepSpeed's own default is ten
-times as many, 2 GB in float32, which stage 3 keeps for each engine all the time."""
 
 
 def read_settings() -> dict[str, Any]:
@@ -44,7 +48,7 @@ def read_settings() -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "nvme":
             raise LaunchError(f"{name}_device (nvme) of the launch file is not supported; choose cpu or none")
-    if zero.get("reduce_bucket_size", "auto") == "auto":
+    if zero.get("reduce_bucket_size", "auto") == "auto":  # their own is ten times as many: 2 GB for each engine
         zero["reduce_bucket_size"] = BUCKET_ELEMENTS
     return settings
 

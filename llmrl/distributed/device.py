@@ -1,4 +1,4 @@
-"""The device of this process."""
+"""The device of this process, and how it is set up."""
 
 import os
 
@@ -23,3 +23,26 @@ def pick_device() -> torch.device:
             f'--num_processes {count}, or on the CPU with CUDA_VISIBLE_DEVICES="" before the command'
         )
     return torch.device("cuda", number)
+
+
+def prepare_device(*, deterministic: bool = False) -> None:
+    """Sets how this process computes; to be called before anything does. On a CPU only `deterministic` has an effect.
+
+    Attention never goes through cuDNN, which torch tries first on an H100 and its successors: there it makes a plan for
+    each new shape, tens of milliseconds of the host at every decoded token and every microbatch, and its gradient under
+    a mask can be NaN (pytorch issue 196678).
+
+    Args:
+        deterministic: Makes every operator give the same bits each time, and refuse where it cannot.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products of matrices
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU has been asked to do; a CPU has done it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from llmrl.roles import Collectives, StateMismatch
 
 MAX_SKIPPED_STEPS = 5
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are added up over ranks at once, unless a DeepSpeed file says how many."""
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -166,9 +168,13 @@ class LocalTrainable(Stepping):
         parameters = list(self.parameters.values())
         has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
         anywhere = self.collectives.sum(has_gradient).tolist()
-        for p, num_ranks in zip(parameters, anywhere, strict=True):
-            if num_ranks:
-                p.grad = self.collectives.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        learning = [p for p, num_ranks in zip(parameters, anywhere, strict=True) if num_ranks]
+        for bucket in in_buckets(learning, BUCKET_ELEMENTS):
+            own = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            for p in bucket:
+                p.grad = None  # makes room for the sum
+            for p, total in zip(bucket, self.collectives.sum(own).split([p.numel() for p in bucket]), strict=True):
+                p.grad = total.view_as(p)
 
     def whole(self, part: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """See `Trainable`."""
@@ -217,6 +223,19 @@ def adamw(
     """AdamW, its groups marked with their peak learning rates."""
     groups = _parameter_groups(parameters, config, peaks)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def in_buckets(parameters: Iterable[nn.Parameter], max_elements: int) -> Iterator[list[nn.Parameter]]:
+    """Parameters in their order, together so long as they have no more elements than that; a larger one alone."""
+    bucket, num_elements = list[nn.Parameter](), 0
+    for p in parameters:
+        if bucket and num_elements + p.numel() > max_elements:
+            yield bucket
+            bucket, num_elements = [], 0
+        bucket.append(p)
+        num_elements += p.numel()
+    if bucket:
+        yield bucket
 
 
 def whole_tensor(x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def group_relative(
     if scale == "std":
         std = (_group_sums(deviation.square(), group) / count).sqrt()
         deviation = torch.where(scored, deviation / (std + STD_FLOOR), 0.0)
-    return deviation.to(scores.dtype)
+    return deviation.to(scores)
 
 
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -100,13 +100,13 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
     scored, shifted, group = _by_group(scores, group_ids)
     num_others = _group_sums(scored.double(), group) - 1
     others_mean = (_group_sums(shifted, group) - shifted) / num_others
-    return torch.where(scored & (num_others > 0), shifted - others_mean, 0.0).to(scores.dtype)
+    return torch.where(scored & (num_others > 0), shifted - others_mean, 0.0).to(scores)
 
 
 def flat_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
     """For each response whether its group teaches nothing: one score shared by all that are scored, or none scored."""
     _, shifted, group = _by_group(scores, group_ids)
-    return _group_sums(shifted, group) == 0
+    return (_group_sums(shifted, group) == 0).to(scores.device)
 
 
 def _next_chosen(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -138,9 +138,11 @@ def _by_group(
 ) -> tuple[Bool[Tensor, " B"], Float64[Tensor, " B"], Int[Tensor, " B"]]:
     """Which are scored; scores minus the lowest of their group, 0 where unscored; and groups numbered from 0.
 
-    The shift makes a flat group all zeros, which no rounding of a mean can disturb.
+    The shift makes a flat group all zeros, which no rounding of a mean can disturb. All three are on the CPU: a GPU
+    adds up in another order each time.
     """
     check_shapes(scores=(scores, "B"), group_ids=(group_ids, "B"))
+    scores, group_ids = scores.cpu(), group_ids.cpu()
     ids, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
     alone = ids[sizes < 2]
     if len(alone):

@@ -43,7 +43,7 @@ def _search(
 ) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
     """The first positive mass at which the cumulative sum exceeds the target, else the last one; and what is left of
     the target there."""
-    cumulative = masses.cumsum(dim=1)
+    cumulative = _running_sums(masses)
     position = torch.arange(masses.shape[1], device=masses.device)
     positive = masses > 0
     exceeds = positive & (cumulative > target[:, None])
@@ -52,3 +52,11 @@ def _search(
     index = torch.minimum(first, last)
     before = pad(cumulative, (1, 0)).gather(1, index[:, None]).squeeze(1)
     return index, target - before
+
+
+def _running_sums(masses: Float64[Tensor, "B K"]) -> Float64[Tensor, "B K"]:
+    """Cumulative sums of each row. On a GPU torch has none that it vouches for as deterministic: there a product with
+    a triangle of ones stands for them where that is asked for."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return masses.cumsum(dim=1)
+    return masses @ torch.ones(masses.shape[1], masses.shape[1], dtype=masses.dtype, device=masses.device).triu()

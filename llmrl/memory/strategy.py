@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llmrl.distributed.deepspeed import BUCKET_ELEMENTS, read_settings
+from llmrl.distributed.deepspeed import read_settings
 from llmrl.distributed.launch import Launch
+from llmrl.distributed.trainable import BUCKET_ELEMENTS
 from llmrl.memory.activations import FLOAT32
 
 ADAM = 8

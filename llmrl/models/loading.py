@@ -54,8 +54,9 @@ class ModelConfig:
     path: str
     """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues
     that adapter."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of forward passes and sampling. Trained weights are always kept in float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of forward passes and sampling; null: bfloat16 on a GPU, float32 on a CPU. Trained weights are always
+    kept in float32."""
     lora: LoraSettings | None = None
     """Trains low-rank adapters and freezes the model; null trains every weight."""
     gradient_checkpointing: bool = False

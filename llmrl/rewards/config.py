@@ -47,8 +47,8 @@ class LearnedRewardConfig:
     """What its scores are multiplied by before they are summed."""
     normalize: bool = True
     """Takes off the mean and divides by the standard deviation that are stored with the model, if they are."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of its forward passes; the head computes in float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of its forward passes; null: bfloat16 on a GPU, float32 on a CPU. The head computes in float32."""
     microbatch_tokens: int = 16384
     """Tokens per forward pass, padding included. Changes memory, never the result."""
     on_actor_base: bool = False

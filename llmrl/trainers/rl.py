@@ -213,6 +213,8 @@ class RLTrainer(Resumable):
         self.progress.phase(name, total)
         started = time.perf_counter()
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # or the next phase would be charged for what this one has queued
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def cursor(self) -> dict[str, Any]:

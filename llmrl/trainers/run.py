@@ -71,6 +71,8 @@ class OutputConfig:
     """Which direction of `best_metric` is better."""
     samples_per_iteration: int = 4
     """Responses of an iteration that are written to samples.jsonl."""
+    deterministic: bool = False
+    """Makes a GPU compute the same bits each time, which it otherwise does not; slower. A CPU always does."""
 
     def __post_init__(self) -> None:
         if not self.output_dir:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -255,6 +256,37 @@ def test_the_overlong_penalty_reaches_the_advantages():
     assert described.values()["score/overlong_penalty"] == pytest.approx(sum(penalties) / 6)
     assert_close(experience.advantages[:3, 0], torch.tensor([0.0, 0.5, -0.5]))
     assert_close(experience.scores.total, torch.zeros(6))  # the score itself stays what the reward said
+
+
+def test_what_tokens_got_counts_in_the_comparison():
+    """Each response's tokens may have rewards of their own; its siblings are compared by the sum of all."""
+    scores = make_scores([1.0, 0.0, 0.25, 0.0, 0.0, 2.0])
+    per_token = torch.zeros(6, LIMIT)
+    per_token[0, :3] = torch.tensor([0.5, -1.0, 0.25])  # -0.25 in all
+    per_token[1, 0] = 3.0
+    config = GRPOConfig(group_size=3, scale="none")
+    algorithm = GRPO(config, actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
+    experience, _ = algorithm.experience(make_rollout(), replace(scores, per_token=per_token))
+    expected = torch.tensor([0.75 - 4 / 3, 3.0 - 4 / 3, 0.25 - 4 / 3, -2 / 3, -2 / 3, 4 / 3])
+    assert_close(experience.advantages[:, 0], expected)
+
+
+def test_tool_output_is_no_part_of_the_ratio_of_a_response():
+    """GSPO's mean is over the tokens that the actor chose, however many stand between them."""
+    mask = torch.tensor([[True, False, False, True], [True, True, False, False]])
+    rollout = make_rollout([4, 2], [3, 3])
+    rollout = replace(rollout, sequences=replace(rollout.sequences, response_mask=mask))
+    old = torch.tensor([[-1.0, -9.0, -7.0, -2.0], [-1.0, -1.0, 0.0, 0.0]])
+    new = torch.tensor([[-0.9, -1.0, -1.0, -2.2], [-1.1, -1.3, 5.0, 5.0]])  # on average -0.05 and -0.2
+    config = GRPOConfig(group_size=2, scale="none", aggregation="sequence", ratio="sequence")
+    before = GRPO(config, actor=FixedPolicy(old), reference=None, max_response_tokens=LIMIT)
+    experience, _ = before.experience(rollout, make_scores([1.0, 0.0]))  # advantages 1/2 and -1/2
+    weights = token_weights(
+        mask, aggregation="sequence", num_tokens=mask.sum(), num_responses=torch.tensor(2), max_response_tokens=LIMIT
+    )
+    after = GRPO(config, actor=FixedPolicy(new), reference=None, max_response_tokens=LIMIT)
+    ((_, loss, _),) = after.losses(experience, weights)
+    assert loss.item() == pytest.approx(-(math.exp(-0.05) - math.exp(-0.2)) / 4, rel=1e-5)
 
 
 def test_kl_metrics_are_per_token_and_per_response():

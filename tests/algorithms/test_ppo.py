@@ -294,6 +294,12 @@ def test_the_order_is_clip_normalize_penalties_kl():
     assert_close(rewards, torch.where(mask_of(), expected, 0.0))
 
 
+def test_what_is_clipped_off_is_in_no_moments():
+    """Clipped at 4, scores have mean 2 and variance 5/2; of the scores themselves they are 13/4 and 195/16."""
+    rewards = rewards_of({"score_clip": 4.0, "normalize_scores": True, "kl_coef": 0.0}, [0.0, 1.0, 3.0, 9.0])
+    assert_close(rewards, final(*(x / math.sqrt(2.5) for x in (-2.0, -1.0, 1.0, 2.0))))
+
+
 # --- advantages and returns -------------------------------------------------------------------------------------------
 
 

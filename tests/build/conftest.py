@@ -16,7 +16,9 @@ from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.run import RunConfig
 
 ROOT = Path(__file__).parents[2]
-TINY = ModelConfig(path=str(ROOT / "recipes" / "models" / "tiny_char_llama"), from_scratch=True)
+TINY = ModelConfig(
+    path=str(ROOT / "recipes" / "models" / "tiny_char_llama"), from_scratch=True, dtype="float32"
+)  # on a GPU too
 
 
 @pytest.fixture

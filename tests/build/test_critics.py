@@ -81,7 +81,7 @@ def train_reward_model(folder: Path, base: Path, lora: LoraSettings | None) -> P
     rows = [{"prompt": f"{n}:", "chosen": "aab"[: 2 + n % 2], "rejected": "b" * (1 + n % 3)} for n in range(16)]
     data = PreferenceDataConfig(path=str(write_jsonl(folder / "pairs.jsonl", rows)))
     config = RewardModelRun(
-        model=ModelConfig(path=str(base), lora=lora),
+        model=ModelConfig(path=str(base), lora=lora, dtype="float32"),
         data=data,
         evaluation_data=data,
         reward_model=RewardModelConfig(batch_size=8),
@@ -107,9 +107,9 @@ def folders(request, tmp_path_factory) -> SimpleNamespace:
 def config(folders, tmp_path) -> PPORun:
     """Full fine-tuning with a critic of its own."""
     return PPORun(
-        model=ModelConfig(path=str(folders.base)),
+        model=ModelConfig(path=str(folders.base), dtype="float32"),
         data=PromptDataConfig(path=str(folders.prompts)),
-        reward=RewardConfig(model=LearnedRewardConfig(path=str(folders.whole), microbatch_tokens=40)),
+        reward=RewardConfig(model=LearnedRewardConfig(path=str(folders.whole), dtype="float32", microbatch_tokens=40)),
         rollout=RolloutConfig(prompts_per_iteration=8, max_response_tokens=6),
         algorithm=PPOConfig(kl_coef=0.05),
         update=UpdateConfig(minibatch_size=4, num_epochs=1, microbatch_tokens=40),
@@ -482,6 +482,22 @@ def test_new_weights_come_from_the_seed(one_base):
     assert "head.weight" in changed(modules_of(build_run(other)).critic, first)
 
 
+@pytest.mark.parametrize("network", ["own", "adapter", "shared"])
+def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
+    lora = LORA if network == "adapter" else None
+    run = build_run(with_critic(with_model(config, dtype="bfloat16", lora=lora), network=network))
+    networks, seen = run.trainer.algorithm.networks, []
+    trunk = networks.module.policy.model.base_model if network == "shared" else modules_of(run).critic.trunk
+    trunk.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    rollout, _ = rollout_of(run)
+    seen.clear()
+    with torch.no_grad():
+        values, _ = networks.values(rollout.sequences)
+    assert seen
+    assert all(seen)
+    assert values.dtype == torch.float32
+
+
 def test_the_head_begins_at_zero_by_default(config):
     run = build_run(dataclasses.replace(config, critic=CriticConfig()))
     values, last_values = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences)
@@ -515,6 +531,33 @@ def test_schedules_end_with_the_run_of_each(config):
         run.trainer.trained[name].num_steps_done = num_steps - 1
         rates[name] = run.trainer.trained[name].learning_rate
     assert rates == {"actor": pytest.approx(1 / 4), "critic": pytest.approx(1 / 6)}
+
+
+def test_the_settings_of_ppo_reach_it(config):
+    """Each of them is another number than its default."""
+    settings = dataclasses.replace(
+        with_critic(config, warmup_iterations=2, value_coef=0.3),
+        algorithm=PPOConfig(kl_coef=0.07, overlong_buffer_tokens=2, gamma=0.9),
+        optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.3, weight_decay=0.1),
+        critic_optimizer=OptimizerConfig(learning_rate=2e-3, max_grad_norm=0.7, weight_decay=0.2),
+    )
+    trainer = build_run(settings).trainer
+    algorithm = trainer.algorithm
+    assert algorithm.config == settings.algorithm
+    assert (algorithm.max_response_tokens, algorithm.warmup_iterations, algorithm.value_coef) == (6, 2, 0.3)
+    assert (trainer.group_size, trainer.config) == (1, settings.update)
+    for name, expected in (("actor", settings.optimizer), ("critic", settings.critic_optimizer)):
+        trained = trainer.trained[name]
+        assert trained.peak_learning_rate == expected.learning_rate
+        assert trained.max_grad_norm == expected.max_grad_norm
+        assert {group["weight_decay"] for group in trained.optimizer.param_groups} == {0.0, expected.weight_decay}
+
+
+@pytest.mark.parametrize("init", ["zero", "normal"])
+def test_the_head_begins_as_the_recipe_says(config, init):
+    assert bool(modules_of(build_run(with_critic(config, head_init=init))).critic.head.weight.any()) == (
+        init == "normal"
+    )
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

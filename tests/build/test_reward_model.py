@@ -1,11 +1,13 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from llmrl.build import build_reward_model, check_reward_run, load_trained_reward_model
 from llmrl.build import reward_model as under_test
@@ -29,6 +31,44 @@ def build(folder, model=TINY, **data_settings):
     roles = roles_of(config)
     run = build_reward_model(config, check_reward_run(config, dry=False), **roles)
     return run, roles["progress"].messages
+
+
+def test_the_order_of_the_pairs_comes_from_the_seed(tmp_path):
+    (tmp_path / "pairs.csv").write_text(
+        "prompt,chosen,rejected\n" + "".join(f"{n}+1=,{n + 1},{n}\n" for n in range(12))
+    )
+    data = PreferenceDataConfig(path=str(tmp_path / "pairs.csv"))
+
+    def order(seed):
+        output = OutputConfig(output_dir=str(tmp_path / "run"), seed=seed)
+        config = RewardModelRun(model=TINY, data=data, evaluation_data=data, run=output)
+        run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
+        return run.trainer.pairs.next(12).chosen.prompt_ids.tolist()
+
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+
+
+def test_the_loop_is_what_the_recipe_asks_for(tmp_path):
+    """Each of the settings is another one than its default; the held-out pairs have columns of their own."""
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n" + "".join(f"{n}+1=,{n + 1},{n}\n" for n in range(6)))
+    (tmp_path / "held_out.csv").write_text("question,good,bad\n12+3=,15,51\n")
+    settings = RewardModelConfig(num_epochs=3, batch_size=2, microbatch_tokens=77, evaluate_every=4, center_coef=0.01)
+    config = RewardModelRun(
+        model=replace(TINY, dtype="bfloat16"),
+        data=PreferenceDataConfig(path=str(tmp_path / "pairs.csv")),
+        evaluation_data=PreferenceDataConfig(
+            path=str(tmp_path / "held_out.csv"), prompt_column="question", chosen_column="good", rejected_column="bad"
+        ),
+        reward_model=settings,
+        run=OutputConfig(output_dir=str(tmp_path / "run")),
+    )
+    run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
+    trainer = run.trainer
+    assert (run.config.num_iterations, run.evaluate_every, trainer.config) == (9, 4, settings)
+    assert (trainer.scorer.microbatch_tokens, trainer.scorer.module.dtype) == (77, torch.bfloat16)
+    tokenizer, (prompt,) = AutoTokenizer.from_pretrained(TINY.path), trainer.held_out.chosen.prompt_ids
+    assert tokenizer.decode(prompt) == "12+3="
 
 
 def card_of(run, folder):
@@ -86,10 +126,11 @@ def test_responses_that_truncation_cut_are_a_note_and_no_failure(tmp_path):
     assert card["notes"] == []
 
 
-def test_how_texts_were_read_is_saved_with_the_model(tmp_path):
-    card_of(build(tmp_path, template="none")[0], tmp_path)
+@pytest.mark.parametrize("template", ["none", "auto"])
+def test_how_texts_were_read_is_saved_with_the_model(tmp_path, template):
+    card_of(build(tmp_path, template=template)[0], tmp_path)
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert (settings["llmrl_template"], settings["llmrl_system_prompt"]) == ("none", None)
+    assert (settings["llmrl_template"], settings["llmrl_system_prompt"]) == (template, None)
 
 
 def test_a_model_is_saved_with_its_card_or_not_at_all(run, tmp_path, monkeypatch):

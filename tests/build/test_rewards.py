@@ -1,6 +1,7 @@
 """Which reward a run gets; what a learned one says is tested in tests/rewards/test_learned.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def folder(tmp_path):
     config = LlamaConfig(**(SIZES | {"num_labels": 1, "pad_token_id": 39}), llmrl_score_mean=0.5, llmrl_score_std=2.0)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    return LearnedRewardConfig(path=str(tmp_path))
+    return LearnedRewardConfig(path=str(tmp_path), dtype="float32")
 
 
 def reward_on(config, functions=()):
@@ -67,6 +68,24 @@ def test_rows_are_scored_by_their_text_and_the_eos(folder):
     ]
     scores = score_rows(folder, ROWS, SupervisedDataConfig(path="d.jsonl"))
     assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_scorer_is_what_the_recipe_asks_for(folder):
+    data = PromptDataConfig(path="d.jsonl")
+    settings = {"weight": 3.0, "microbatch_tokens": 77, "dtype": "bfloat16"}
+    scorer = load_scorer(replace(folder, **settings))
+    assert scorer.weight == scorer.reward_for(make_tokenizer(), data, ROWS, OneProcess()).weight == 3.0
+    assert scorer.scorer.microbatch_tokens == 77
+    assert scorer.scorer.module.dtype == torch.bfloat16
+    x = torch.tensor([0.5, 4.5])
+    assert scorer.normalize(x).tolist() == [0.0, 2.0]
+    assert load_scorer(replace(folder, normalize=False)).normalize(x).tolist() == [0.5, 4.5]
+
+
+def test_the_head_of_a_scorer_stays_in_float32(folder):
+    model = load_scorer(replace(folder, dtype="bfloat16")).scorer.module.model
+    assert model.score.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def change(folder, **settings):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config
 
 from llmrl.build import build_evaluator, check_rl
@@ -51,6 +52,18 @@ def test_one_temperature_for_sampling_and_for_log_probabilities(config):
 
 def test_no_kl_no_reference(config):
     assert build_run(config)[0].trainer.algorithm.reference is None
+
+
+def test_a_nat_that_has_a_price_is_counted_from_a_reference(config):
+    """The actor as it was loaded, at its temperature."""
+    algorithm = dataclasses.replace(config.algorithm, kl_coef=0.1, scale="none")
+    run, _ = build_run(dataclasses.replace(config, algorithm=algorithm))
+    reference, actor = run.trainer.algorithm.reference.module, run.trainer.trained["actor"].module
+    assert reference.temperature == actor.temperature == 0.5
+    assert not any(p.requires_grad for p in reference.parameters())
+    for ours, theirs in zip(reference.parameters(), actor.parameters(), strict=True):
+        assert ours is not theirs
+        assert torch.equal(ours, theirs)
 
 
 def test_an_adapted_model_measures_its_kl_at_no_price(config):
@@ -138,3 +151,109 @@ def test_a_column_of_a_later_row_reaches_the_reward(config, tmp_path):
     )
     run.prepare()
     assert run.trainer.iterate().values()["score/mean"] == 0.5
+
+
+# --- what of the recipe reaches which part ----------------------------------------------------------------------------
+
+
+def with_held_out(config, tmp_path, *, settings=None, **evaluation):
+    """The run with an evaluation before and after each iteration."""
+    (tmp_path / "test.csv").write_text("question,answer\n1+1=,2\n3+4=,7\n")
+    held_out = PromptDataConfig(path=str(tmp_path / "test.csv"), prompt_column="question", **settings or {})
+    return dataclasses.replace(
+        config, evaluation_data=held_out, evaluation=EvaluationConfig(**({"every": 1} | evaluation))
+    )
+
+
+def with_run(config, **changes):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
+
+
+def with_rollout(config, **changes):
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **changes))
+
+
+def test_the_order_of_the_data_comes_from_the_seed(config, tmp_path):
+    rows = "".join(f"{a}+{b}=,{a + b}\n" for a in range(6) for b in range(6))
+    (tmp_path / "train.csv").write_text("prompt,answer\n" + rows)
+
+    def order(seed):
+        run, _ = build_run(with_run(config, seed=seed))
+        return [row["prompt"] for row in run.trainer.prompts.next(36).rows]
+
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+    assert sorted(order(3)) == sorted(order(4))
+
+
+def test_what_is_sampled_comes_from_the_seed(config, tmp_path):
+    settings = with_held_out(config, tmp_path, num_responses=2)
+    for seed in (3, 4):
+        run, _ = build_run(with_run(settings, seed=seed))
+        assert run.trainer.seed == seed
+        assert run.evaluate.__self__.sampling.seed == seed
+    first, second = (build_evaluator(s, check_rl(s, dry=False), progress=Silent()) for s in (settings, settings))
+    assert first.evaluate() == second.evaluate()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["in training", "alone"])
+def test_an_evaluation_is_what_the_recipe_asks_for(config, tmp_path, alone):
+    settings = with_held_out(config, tmp_path, num_responses=6, temperature=0.3, pass_at=(2,))
+    settings = with_rollout(settings, max_response_tokens=17)
+    if alone:
+        evaluator = build_evaluator(settings, check_rl(settings, dry=False), progress=Silent())
+    else:
+        evaluator = build_run(settings)[0].evaluate.__self__
+    sampling = evaluator.sampling
+    assert (sampling.max_response_tokens, sampling.temperature, sampling.num_responses) == (17, 0.3, 6)
+    assert evaluator.config.pass_at == (2,)
+    assert [row["question"] for row in evaluator.prompts.rows] == ["1+1=", "3+4="]
+
+
+def test_an_evaluation_reads_its_own_columns_and_its_own_system_prompt(config, tmp_path):
+    """The prompt is in another column than that of the data, and the reward is told of it by that."""
+    (tmp_path / "rule.py").write_text(
+        "def knows_its_prompt(prompts, responses):\n    return [float('+' in prompt) for prompt in prompts]\n"
+    )
+    rule = RewardConfig(functions=(RewardFunctionConfig(name=f"{tmp_path}/rule.py:knows_its_prompt"),))
+    settings = dataclasses.replace(with_held_out(config, tmp_path, settings={"max_prompt_tokens": 9}), reward=rule)
+    assert build_run(settings)[0].evaluate()["eval/accuracy"] == 1.0
+    evaluator = build_evaluator(settings, check_rl(settings, dry=False), progress=Silent())
+    assert evaluator.evaluate()["eval/accuracy"] == 1.0
+    assert evaluator.reward.prompt_column == "question"
+
+
+def test_what_is_correct_is_said_by_the_first_reward(config, tmp_path):
+    (tmp_path / "rules.py").write_text(
+        "def right(responses):\n    return [1.0] * len(responses)\n\n\n"
+        "def wrong(responses):\n    return [0.0] * len(responses)\n"
+    )
+    names = [RewardFunctionConfig(name=f"{tmp_path}/rules.py:{name}") for name in ("right", "wrong")]
+    for functions, expected in ((names, 1.0), (names[::-1], 0.0)):
+        settings = dataclasses.replace(with_held_out(config, tmp_path), reward=RewardConfig(functions=tuple(functions)))
+        assert build_run(settings)[0].evaluate()["eval/accuracy"] == expected
+
+
+def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
+    algorithm = dataclasses.replace(config.algorithm, group_size=4, overlong_buffer_tokens=2)
+    update = dataclasses.replace(config.update, minibatch_size=16, num_epochs=3, microbatch_tokens=77)
+    settings = dataclasses.replace(with_held_out(config, tmp_path, every=2), algorithm=algorithm, update=update)
+    settings = with_run(with_rollout(settings, prompts_per_iteration=8, max_rows=11), samples_per_iteration=1)
+    run, _ = build_run(settings)
+    trainer = run.trainer
+    assert (trainer.prompts_per_iteration, trainer.group_size, trainer.config) == (8, 4, update)
+    assert (trainer.engine.max_rows, run.evaluate_every, trainer.observe.num_samples) == (11, 2, 1)
+    assert trainer.algorithm.max_response_tokens == 3
+    assert trainer.algorithm.actor.microbatch_tokens == 77
+    assert trainer.algorithm.config == algorithm
+
+
+def test_the_actor_samples_and_is_saved_in_the_arithmetic_of_the_recipe(config, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        model = dataclasses.replace(config.model, dtype=name)
+        run, _ = build_run(with_run(dataclasses.replace(config, model=model), output_dir=str(tmp_path / name)))
+        assert {p.dtype for p in run.trainer.engine.weights.fresh().parameters()} == {dtype}
+        run.save_model(tmp_path / name / "final")
+        saved = load_file(tmp_path / name / "final" / "model.safetensors")
+        assert {weight.dtype for weight in saved.values()} == {dtype}

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from transformers import AutoTokenizer
 
 from llmrl.build import build_sft, check_sft
 from llmrl.config import SFTRun
@@ -43,8 +44,36 @@ def test_the_loss_is_measured_where_there_are_held_out_examples(config):
     assert build_run(without)[0].evaluate is None
 
 
+def test_the_order_of_the_examples_comes_from_the_seed(config, tmp_path):
+    rows = "".join(f"{n}+1=,{n + 1}\n" for n in range(12))
+    (tmp_path / "train.csv").write_text("prompt,response\n" + rows)
+
+    def order(seed):
+        run, _ = build_run(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed)))
+        return run.trainer.examples.next(12).prompt_ids.tolist()
+
+    assert order(3) == order(3)
+    assert order(3) != order(4)
+
+
 def test_the_schedule_ends_with_the_run(config):
     optimizer = dataclasses.replace(config.optimizer, schedule="linear", learning_rate=1.0)
     trained = build_run(dataclasses.replace(config, optimizer=optimizer))[0].trainer.trained["actor"]
     trained.num_steps_done = 2
     assert trained.learning_rate == pytest.approx(1 / 3)
+
+
+def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
+    """Held out are rows of another file with columns of their own; log-probabilities are those of temperature 1."""
+    (tmp_path / "test.csv").write_text("question,response\n3+3=,6\n")
+    held_out = dataclasses.replace(config.evaluation_data, prompt_column="question")
+    settings = SFTConfig(batch_size=2, microbatch_tokens=77, evaluate_every=2)
+    run, _ = build_run(dataclasses.replace(config, sft=settings, evaluation_data=held_out))
+    trainer = run.trainer
+    assert (trainer.config, trainer.actor.microbatch_tokens, run.evaluate_every) == (settings, 77, 2)
+    assert trainer.trained["actor"].module.temperature == 1.0
+    tokenizer = AutoTokenizer.from_pretrained(TINY.path)
+    held_out = trainer.held_out
+    assert [
+        tokenizer.decode(ids[mask]) for ids, mask in zip(held_out.prompt_ids, held_out.prompt_mask, strict=True)
+    ] == ["3+3="]

@@ -1,14 +1,16 @@
 import pytest
 import torch
 
-from llmrl.distributed.collectives import OneProcess, join_ranks, leave_ranks
+from llmrl.distributed import collectives
+from llmrl.distributed.activity import HERE
+from llmrl.distributed.collectives import OneProcess, ProcessGroup, join_ranks, leave_ranks
 
 
 def test_one_process_talks_to_itself():
-    collectives = OneProcess()
+    alone = OneProcess()
     x = torch.tensor([1.0, -2.0])
-    assert (collectives.rank, collectives.world_size) == (0, 1)
-    assert torch.equal(collectives.sum(x), torch.tensor([1.0, -2.0]))
+    assert (alone.rank, alone.world_size) == (0, 1)
+    assert torch.equal(alone.sum(x), torch.tensor([1.0, -2.0]))
 
 
 def test_what_one_process_gathers_is_its_own():
@@ -22,3 +24,17 @@ def test_without_a_launch_there_is_one_process(monkeypatch, world_size):
         monkeypatch.setenv("WORLD_SIZE", world_size)
     assert isinstance(join_ranks(), OneProcess)
     leave_ranks()  # which has nothing to end
+
+
+def test_a_rank_waits_until_the_sum_is_there(monkeypatch):
+    """NCCL only queues it: others have to see that this rank waits for them."""
+    seen = []
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(collectives.dist, "all_reduce", lambda x: x.mul_(2))
+    monkeypatch.setattr(collectives, "synchronize", lambda device: seen.append((device.type, HERE.is_waiting)))
+    x = torch.tensor([1.0, 3.0])
+    assert ProcessGroup().sum(x).tolist() == [2.0, 6.0]
+    assert x.tolist() == [1.0, 3.0]
+    assert seen == [("cpu", True)]
+    assert not HERE.is_waiting

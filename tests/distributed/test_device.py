@@ -1,7 +1,9 @@
+import os
+
 import pytest
 import torch
 
-from llmrl.distributed.device import pick_device
+from llmrl.distributed.device import pick_device, prepare_device
 from llmrl.distributed.launch import LaunchError
 
 
@@ -31,3 +33,36 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(LaunchError, match="process 1 of this machine needs a GPU of its own, and there are 1"):
         pick_device()
+
+
+@pytest.fixture
+def as_before(monkeypatch):
+    """What the whole process computes by is put back after the test."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    fills, by_cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.mark.usefixtures("as_before")
+def test_attention_never_goes_through_cudnn():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    prepare_device()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.usefixtures("as_before")
+def test_the_same_bits_each_time_where_that_is_asked_for():
+    prepare_device(deterministic=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention then keeps adding by atomics
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory

@@ -10,7 +10,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.testing import assert_close
 
-from llmrl.distributed.trainable import MAX_SKIPPED_STEPS, LocalTrainable, OptimizerConfig
+from llmrl.distributed import trainable as module_under_test
+from llmrl.distributed.trainable import MAX_SKIPPED_STEPS, LocalTrainable, OptimizerConfig, in_buckets
 from llmrl.roles import StateMismatch
 from tests.distributed.threads import on_ranks
 
@@ -410,3 +411,40 @@ def test_one_of_several_ranks_cannot_learn_alone(monkeypatch):
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="cannot learn without collectives"):
         LocalTrainable(network(), OptimizerConfig(), num_steps=1)
+
+
+class Joined:
+    """`Collectives` of one of two ranks, of which the other has twice the gradient; counts what they do together."""
+
+    rank, world_size = 0, 2
+
+    def __init__(self):
+        self.num_sums = 0
+
+    def sum(self, x):
+        self.num_sums += 1
+        return x + 2 * x
+
+    def gather(self, x):
+        return [x, x]
+
+
+@pytest.mark.parametrize(("max_elements", "num_buckets"), [(1, 4), (8, 3), (16, 2), (21, 1)])
+def test_gradients_are_added_up_in_buckets(monkeypatch, max_elements, num_buckets):
+    """Of 12, 4, 4 and 1 elements; bit for bit as one by one."""
+    monkeypatch.setattr(module_under_test, "BUCKET_ELEMENTS", max_elements)
+    module, ranks = network(), Joined()
+    together = LocalTrainable(module, OptimizerConfig(), num_steps=2, collectives=ranks)
+    together.backward(module(torch.randn(5, 3)).square().sum())
+    own = [p.grad.clone() for p in module.parameters()]
+    together.add_up_gradients()
+    assert ranks.num_sums == 1 + num_buckets  # first of all who has a gradient
+    for p, grad in zip(module.parameters(), own, strict=True):
+        assert torch.equal(p.grad, grad + 2 * grad)
+
+
+def test_a_bucket_is_full_before_the_next_begins():
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 9, 2, 2, 1, 4)]
+    sizes = [[p.numel() for p in bucket] for bucket in in_buckets(parameters, 5)]
+    assert sizes == [[3], [9], [2, 2, 1], [4]]
+    assert list(in_buckets([], 5)) == []

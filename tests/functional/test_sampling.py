@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.functional.sampling import BLOCK, _search, inverse_cdf
+from llmrl.functional.sampling import BLOCK, _running_sums, _search, inverse_cdf
 from llmrl.functional.streams import Purpose, uniforms
 from tests import oracles
 
@@ -99,3 +99,15 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_shapes_are_checked_at_the_door():
     with pytest.raises(ValueError, match=r"probabilities \(2, 5\), uniforms \(3,\)"):
         inverse_cdf(torch.ones(2, 5), torch.zeros(3))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_where_algorithms_have_to_be_deterministic_no_cumulative_sum_is_asked_for(rows, monkeypatch):
+    """Torch refuses that on a GPU."""
+    masses = torch.rand(rows, 600, dtype=torch.float64)
+    expected, p, u = masses.cumsum(dim=1), torch.rand(rows, 2000), torch.rand(rows)
+    drawn = inverse_cdf(p, u)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "cumsum", None)
+    assert_close(_running_sums(masses), expected, rtol=1e-13, atol=0.0)
+    assert torch.equal(inverse_cdf(p, u), drawn)

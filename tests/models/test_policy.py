@@ -109,6 +109,20 @@ def test_bfloat16_is_the_arithmetic_and_not_the_result(head):
     assert {p.grad.dtype for p in policy.module.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize(("dtype", "product"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_the_head_multiplies_in_the_arithmetic_of_the_rest(dtype, product):
+    module, seen = module_of(build("llama"), dtype=dtype), []
+    head = module.head
+
+    def watched(model, hidden, ids, temperature):
+        seen.append((hidden @ model.get_output_embeddings().weight.T).dtype)
+        return head(model, hidden, ids, temperature)
+
+    module.head = watched
+    module(make_sequences())
+    assert seen == [product]
+
+
 def test_left_margin_by_hand():
     ids, response_start = to_left_margin(make_sequences(ROWS[1:4], prompt_padding=(36,), response_padding=(35,)))
     assert ids.tolist() == [

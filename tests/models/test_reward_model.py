@@ -348,6 +348,7 @@ def test_the_head_computes_in_float32():
         scores = scorer.module(sequences())
     ((last, output),) = seen
     assert last.dtype == output.dtype == torch.float32
+    assert torch.equal(last, scorer.module.last_hidden(sequences()))  # which the last norm has left unrounded
     exact = last.double() @ scorer.module.model.score.weight[0].double()
     assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
 

@@ -78,7 +78,9 @@ class Recorder:
         self.seen.append((iteration, experience))
 
 
-def make_trainer(kind="rotary", *, config=None, reward=length_reward, learning_rate=0.01, **update):
+def make_trainer(
+    kind="rotary", *, config=None, reward=length_reward, learning_rate=0.01, sampled_in=torch.float32, **update
+):
     torch.manual_seed(0)
     model = MODELS[kind]().train()
     for module in model.modules():
@@ -93,9 +95,7 @@ def make_trainer(kind="rotary", *, config=None, reward=length_reward, learning_r
             reference=None,
             max_response_tokens=LIMIT,
         ),
-        engine=NativeEngine(
-            model, eos_ids=(EOS,), vocab_size=VOCAB, dtype=torch.float32, max_rows=8, progress=Silent()
-        ),
+        engine=NativeEngine(model, eos_ids=(EOS,), vocab_size=VOCAB, dtype=sampled_in, max_rows=8, progress=Silent()),
         reward=reward,
         prompts=Counting(),
         trained={"actor": LocalTrainable(module, OptimizerConfig(learning_rate=learning_rate), num_steps=100)},
@@ -284,6 +284,32 @@ def test_state_continues_bit_for_bit():
     for _ in range(2):
         second.iterate()
     assert distance(weights_of(straight), weights_of(second)) == 0
+
+
+def assert_engine_has_the_weights_of(trainer):
+    """Of float32, rounded to what is sampled in."""
+    copy_of = dict(trainer.engine.weights._model.named_parameters())
+    for name, p in trainer.trained["actor"].module.model.named_parameters():
+        assert copy_of[name] is not p
+        assert torch.equal(copy_of[name], p.to(torch.bfloat16)), name
+
+
+def test_an_engine_with_a_copy_samples_from_what_was_just_learned():
+    trainer = make_trainer(sampled_in=torch.bfloat16)
+    before = weights_of(trainer)
+    for _ in range(2):
+        trainer.iterate()
+        assert_engine_has_the_weights_of(trainer)
+    assert distance(before, weights_of(trainer)) > 0.01
+
+
+def test_an_engine_with_a_copy_samples_from_what_was_loaded():
+    learned, resumed = (make_trainer(sampled_in=torch.bfloat16) for _ in range(2))
+    learned.iterate()
+    resumed.load_state_dict(learned.state_dict())
+    assert_engine_has_the_weights_of(resumed)
+    ours, theirs = (trainer.iterate().values()["score/mean"] for trainer in (resumed, learned))
+    assert ours == theirs
 
 
 def test_a_group_is_one_prompt_though_its_size_changed_on_the_way():
@@ -515,3 +541,15 @@ def test_a_group_of_one_is_never_called_flat():
     values = told(make_ppo_trainer())
     assert "group/flat_fraction" not in values
     assert {"kl/sequence", "kl/mean", "kl/coef", "value/explained_variance", "value/clip_fraction"} <= values.keys()
+
+
+def test_a_phase_ends_when_the_gpu_has_done_what_it_asked_for(monkeypatch):
+    """Else its time would be the next one's."""
+    seen, trainer = [], make_trainer()
+    now = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append(next(now)))
+    with trainer.phase("update", 1):
+        pass
+    assert (seen, trainer.seconds) == ([1], {"update": 2})
