@@ -254,7 +254,7 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     with failures_in_one_line(way_out), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
         progress.message(sentence)
         progress.message(f"Computes on {pick_device().type}, {launched_strategy(read_launch()).name}.")
-        trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=Path(config.run.output_dir))
+        trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
         run = build(progress=progress, trackers=trackers)
         with trackers:
             run.train()
@@ -340,8 +340,10 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
     from llmrl.data.rows import DataError
     from llmrl.distributed.heartbeat import AnotherRankFailed
+    from llmrl.files import WriteError
     from llmrl.distributed.launch import LaunchError
     from llmrl.models.loading import ModelError
+    from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
     from llmrl.rollout.support import RolloutError
@@ -351,9 +353,18 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
 
     try:
         yield
-    except (DataError, LaunchError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
+    except (
+        DataError,
+        LaunchError,
+        ModelError,
+        RolloutError,
+        RunError,
+        CheckpointError,
+        StateMismatch,
+        TrackerError,
+    ) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError) as error:
+    except (RewardError, FlatGroupsError, FloatingPointError, WriteError) as error:
         _fail(error, 1, way_out)
     except Stopped as stopped:
         _fail(stopped, stopped.status)
