@@ -340,8 +340,8 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
     from llmrl.data.rows import DataError
     from llmrl.distributed.heartbeat import AnotherRankFailed
-    from llmrl.files import WriteError
     from llmrl.distributed.launch import LaunchError
+    from llmrl.files import WriteError
     from llmrl.models.loading import ModelError
     from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError

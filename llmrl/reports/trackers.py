@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 from uuid import uuid4
 
 from llmrl.files import read_object, write_atomically
@@ -42,6 +42,7 @@ class TrackerConfig:
     """Project at Weights & Biases and Trackio; the run is called by the last part of its output folder."""
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One tracker, open."""
 
@@ -67,7 +68,8 @@ class Trackers:
         self.folder = output_dir.absolute()
         self.names = tuple(dict.fromkeys(config.names))
         self.open: dict[str, Tracker] = {}
-        self.ids: dict[str, str] = {}
+        self.record: dict[str, Any] = {}
+        """Of each tracker: which run it has, and the last iteration that it was sent. It stays where one fails."""
         self.tell: Callable[[str], None] = print
         for name in self.names:
             spec = find_spec(name)
@@ -93,10 +95,9 @@ class Trackers:
             TrackerError: One does not start.
         """
         self.tell = tell
-        record = read_object(self.folder / "trackers.json") or {}
+        self.record = read_object(self.folder / "trackers.json") or {}
         for name in self.names:
-            known = record.get(name) or {"id": uuid4().hex[:8], "last": -1}
-            self.ids[name] = known["id"]
+            known = self.record.setdefault(name, {"id": uuid4().hex[:8], "last": -1})
             try:
                 self.open[name] = self._start(name, known["id"], known["last"], num_done, dict(settings))
             except Exception as error:  # a library's, whatever it is
@@ -133,11 +134,11 @@ class Trackers:
         return Trackio(self.folder, self.project, run_id, last, settings)
 
     def _note(self) -> None:
-        """What a resumed run continues from. Of a tracker that failed, what it had before stays noted."""
+        """Writes the record, which a resumed run continues from."""
+        for name, tracker in self.open.items():
+            self.record[name]["last"] = tracker.last
         if self.open:
-            record = read_object(self.folder / "trackers.json") or {}
-            open_now = {name: {"id": self.ids[name], "last": tracker.last} for name, tracker in self.open.items()}
-            write_atomically(self.folder / "trackers.json", record | open_now)
+            write_atomically(self.folder / "trackers.json", self.record)
 
 
 class TensorBoard:
@@ -146,10 +147,11 @@ class TensorBoard:
     def __init__(self, folder: Path, last: int, settings: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.last = last
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
+        events = folder / "tensorboard"
+        self.last = last if events.exists() else -1
+        self.writer = SummaryWriter(str(events), purge_step=self.last + 1)
         indented = json.dumps(settings, indent=1).replace("\n", "\n    ")
-        self.writer.add_text("settings", f"    {indented}", global_step=last + 1)
+        self.writer.add_text("settings", f"    {indented}", global_step=self.last + 1)
         self.writer.flush()
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:

@@ -154,8 +154,8 @@ class Alarms:
         if values["policy/approx_kl"] <= EXPLODED_STEP_KL:
             return None
         return (
-            f"one iteration moves the policy by {values['policy/approx_kl']:.3g} nats per token (policy/approx_kl), and "
-            "learns from responses that it would no longer give; lower optimizer.learning_rate or update.num_epochs"
+            f"one iteration moves the policy by {values['policy/approx_kl']:.3g} nats per token (policy/approx_kl), so "
+            "it learns from responses that it would no longer give; lower optimizer.learning_rate or update.num_epochs"
         )
 
     def _loss(self, values: Values) -> str | None:

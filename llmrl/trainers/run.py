@@ -117,9 +117,9 @@ class RLRunConfig(RunConfig):
             raise ValueError(f"run.samples_per_iteration ({self.samples_per_iteration}) must be at least 0")
 
 
-def check_output(config: OutputConfig, inputs: Mapping[str, str] | None = None) -> None:
+def check_output(config: OutputConfig, inputs: Mapping[str, str]) -> None:
     """See `check_folder`."""
-    check_folder(Path(config.output_dir), resume=config.resume, inputs=inputs or {})
+    check_folder(Path(config.output_dir), resume=config.resume, inputs=inputs)
 
 
 class Run:
@@ -275,7 +275,7 @@ class Run:
 
         A run that stands at iteration 0 begins anew: nothing of what it left is kept.
         """
-        check_output(self.config)
+        check_output(self.config, {})
         is_new = not is_run(self.folder)
         self.collectives.gather(None)  # nobody writes before all have looked
         newest = self.newest_checkpoint()

@@ -17,7 +17,8 @@ from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.trainers.checkpoint import CheckpointError
-from llmrl.trainers.run import Run, RunConfig, RunError, Stopped, check_output, keep_iterations
+from llmrl.trainers.output import keep_iterations
+from llmrl.trainers.run import RLRunConfig, Run, RunConfig, RunError, Stopped, check_output
 
 Hooks = dict[tuple[int, str], Callable[[], object]]
 
@@ -50,17 +51,21 @@ class Numbers:
         self.iteration = 0
         self.dealt = 0
         self.weight = torch.zeros(())
-        self.moved = False
+        self.has_moved = False
+        self.is_cut_short = False
         self.holds_all = True
+
+    def cut_short(self) -> None:
+        self.is_cut_short = True
 
     def iterate(self) -> Metrics:
         self.dealt += 1
         self.call("early")
-        self.moved = True
+        self.has_moved = True
         self.weight = 3 * self.weight + self.dealt
         self.call("late")
         self.iteration += 1
-        self.moved = False
+        self.has_moved = self.is_cut_short = False
         values: dict[str, Any] = {"weight": Total(self.weight)}
         if self.losses is not None:
             values["loss"] = Total(self.losses[self.iteration - 1])
@@ -70,9 +75,9 @@ class Numbers:
         self.hooks.get((self.iteration + 1, moment), lambda: None)()
 
     def rewind(self) -> bool:
-        if not self.moved:
+        if not self.has_moved:
             self.dealt = self.iteration
-        return not self.moved
+        return not self.has_moved
 
     def state_dict(self) -> dict[str, Any]:
         return {"iteration": self.iteration, "dealt": self.dealt, "weight": self.weight}
@@ -111,6 +116,10 @@ class Sink:
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.begun: list[tuple[int, Any]] = []
+
+    def begin(self, num_done: int, settings: Any, tell: Any) -> None:
+        self.begun.append((num_done, settings))
 
     def log(self, iteration: int, values: Any) -> None:
         self.logged.append((iteration, dict(values)))
@@ -459,13 +468,13 @@ def test_a_folder_that_holds_a_run_is_refused(bench: Bench):
     assert (bench.folder / "metrics.jsonl").read_text() == before
     (bench.folder / "config.json").unlink()
     with pytest.raises(RunError, match="already holds a run"):
-        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1))
+        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1), {})
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
     (tmp_path / "run").touch()
     with pytest.raises(RunError, match=r"run\.output_dir \(.*run\) is a file; name a folder"):
-        check_output(RunConfig(output_dir=str(tmp_path / "run"), num_iterations=1))
+        check_output(RunConfig(output_dir=str(tmp_path / "run"), num_iterations=1), {})
 
 
 def test_resume_goes_on_where_the_run_ended(bench: Bench):
@@ -632,7 +641,7 @@ def test_a_signal_ends_the_run_after_the_iteration(bench: Bench, hook: Any, name
         f"stopped by {name} after iteration 2; the same command with run.resume=true goes on from {bench.folder}"
     )
     assert stopped.value.status == 128 + number
-    assert bench.said.messages == ["stops after this iteration; interrupt again to stop at once"]
+    assert bench.said.messages == ["stops after this iteration; interrupt again to stop sooner"]
     assert bench.iterations() == [1, 2]
     assert bench.steps() == ["step_000002"]
     assert not (bench.folder / "final").exists()
@@ -706,7 +715,7 @@ def test_the_handlers_are_given_back(bench: Bench, hooks: Hooks):
 )
 def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: str):
     with pytest.raises(ValueError, match=f"^{message}"):
-        RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
+        RLRunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
 
 
 @pytest.mark.parametrize(
@@ -714,5 +723,5 @@ def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: st
     [("seed", 0), ("seed", 2**32 - 1), ("num_iterations", 1), ("checkpoint_every", 0), ("samples_per_iteration", 0)],
 )
 def test_the_ends_of_the_ranges_are_allowed(setting: str, value: Any):
-    config = RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
+    config = RLRunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
     assert getattr(config, setting) == value
