@@ -207,8 +207,10 @@ class Trackio:
 
     def finish(self, *, failed: bool) -> None:
         """Writes what is queued."""
+        import trackio
+
         with redirect_stdout(io.StringIO()):
-            self.run.finish()
+            trackio.finish()  # the run's own method would be called again, and heard, as the process ends
 
 
 def _first_line(error: Exception) -> str:

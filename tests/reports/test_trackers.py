@@ -61,7 +61,7 @@ def test_tensorboard_is_on_disk_after_every_iteration(tmp_path: Path):
 def test_tensorboard_drops_what_came_after_the_checkpoint(tmp_path: Path):
     first = make(tmp_path, "tensorboard")
     for number in range(5):
-        first.log(number, {"x": number})
+        first.log(number, {"x": float(number)})
     with make(tmp_path, "tensorboard", num_done=2) as again:
         for number in range(6):  # a run replays all that is done
             again.log(number, {"x": 10.0 * number})
@@ -73,7 +73,7 @@ def test_a_tracker_that_is_added_later_gets_what_was_before(tmp_path: Path):
         pass
     with make(tmp_path, "tensorboard", num_done=2) as added:
         for number in (1, 2, 3):
-            added.log(number, {"x": number})
+            added.log(number, {"x": float(number)})
     assert scalars(tmp_path)["x"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -113,7 +113,7 @@ with Trackers(TrackerConfig(names=(name,), project="p"), output_dir=folder) as t
 
 
 def in_process(name: str, folder: Path, *numbers: int, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROCESS, name, str(folder), *map(str, numbers)]
+    command = [sys.executable, "-c", PROCESS, name, str(folder), *(str(int(n)) for n in numbers)]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     return subprocess.run(command, capture_output=True, text=True, env=kept | environment, cwd=Path.cwd())
 
