@@ -76,6 +76,14 @@ def ppo(**sections: Any) -> PPORun:
 # --- checks where two sections meet -----------------------------------------------------------------------------------
 
 
+def test_only_runs_that_write_samples_have_a_setting_of_them():
+    name = "run.samples_per_iteration"
+    has = {
+        kind: name in {setting.path for setting in describe(kind)} for kind in (SFTRun, RewardModelRun, GRPORun, PPORun)
+    }
+    assert has == {SFTRun: False, RewardModelRun: False, GRPORun: True, PPORun: True}
+
+
 def test_the_defaults_fit_together():
     assert sft().evaluation_data is None
     for config in (grpo(), ppo()):

@@ -210,8 +210,8 @@ class Alarms:
         if not num:
             return None
         return (
-            f"{num:.0f} optimizer steps of the {module.replace('_', ' ')} were skipped, as their gradient was not "
-            f"finite; lower {optimizer}.learning_rate if there are more"
+            f"optimizer steps of the {module.replace('_', ' ')} that were skipped, as their gradient was not finite: "
+            f"{num:.0f}; lower {optimizer}.learning_rate if there are more"
         )
 
     def _is_flat(self, values: Values) -> bool:

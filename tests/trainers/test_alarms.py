@@ -125,7 +125,7 @@ def test_a_critic_whose_loss_rises_with_the_rewards_is_healthy():
 def test_steps_that_were_skipped_are_counted_by_module():
     seen = told(HEALTHY, HEALTHY | {"actor/skipped_steps": 2.0}, HEALTHY | {"critic/skipped_steps": 1.0}, HEALTHY)
     assert [len(new) for new in seen] == [0, 1, 1, 0, 2]
-    assert seen[1][0].startswith("2 optimizer steps of the actor were skipped")
+    assert seen[1][0].startswith("optimizer steps of the actor that were skipped, as their gradient was not finite: 2;")
     assert "; lower optimizer.learning_rate" in seen[1][0]
     assert "; lower critic_optimizer.learning_rate" in seen[2][0]
 
