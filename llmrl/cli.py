@@ -265,7 +265,7 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
         progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
         progress.message(f"Computes on {pick_device().type} in {dtype}, {launched_strategy(read_launch()).name}.")
-        trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=Path(config.run.output_dir))
+        trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
         run = build(progress=progress, trackers=trackers)
         with trackers:
             run.train()
@@ -354,7 +354,9 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.distributed.launch import LaunchError
     from llmrl.memory.full import describe_full_memory
+    from llmrl.files import WriteError
     from llmrl.models.loading import ModelError
+    from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
     from llmrl.rollout.support import RolloutError
@@ -364,9 +366,18 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
 
     try:
         yield
-    except (DataError, LaunchError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
+    except (
+        DataError,
+        LaunchError,
+        ModelError,
+        RolloutError,
+        RunError,
+        CheckpointError,
+        StateMismatch,
+        TrackerError,
+    ) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError) as error:
+    except (RewardError, FlatGroupsError, FloatingPointError, WriteError) as error:
         _fail(error, 1, way_out)
     except Stopped as stopped:
         _fail(stopped, stopped.status)

@@ -18,7 +18,7 @@ from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.evaluate import EvaluationConfig
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RunConfig
+from llmrl.trainers.run import OutputConfig, RLRunConfig, RunConfig
 from llmrl.trainers.sft import SFTConfig
 
 
@@ -106,7 +106,7 @@ class RLRun:
     """Prompts."""
     reward: RewardConfig
     """What scores the responses."""
-    run: RunConfig
+    run: RLRunConfig
     """How long, and where to."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are drawn."""

@@ -284,6 +284,20 @@ class Trainer(Protocol):
         """The next iteration."""
         ...
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether the current iteration has begun an optimizer step: there is no way back to its start."""
+        ...
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the current iteration is to end after the optimizer step under way."""
+        ...
+
+    def cut_short(self) -> None:
+        """The current iteration ends after the optimizer step under way."""
+        ...
+
     def rewind(self) -> bool:
         """After a failure: back to the start of the iteration. False if weights have moved: there is no way back."""
         ...

@@ -25,7 +25,7 @@ from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.rl import RLTrainer
-from llmrl.trainers.run import OutputConfig, Run, RunConfig
+from llmrl.trainers.run import OutputConfig, RLRunConfig, Run, RunConfig
 from llmrl.trainers.sft import SFTConfig, SFTTrainer
 
 RUNS = (SFTRun, RewardModelRun, GRPORun, PPORun)
@@ -58,7 +58,7 @@ def grpo(**sections: Any) -> GRPORun:
         "model": ModelConfig(path="m"),
         "data": PromptDataConfig(path="d.jsonl"),
         "reward": RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),)),
-        "run": RunConfig(output_dir="runs/x", num_iterations=1),
+        "run": RLRunConfig(output_dir="runs/x", num_iterations=1),
     }
     return GRPORun(**(required | sections))
 
@@ -68,12 +68,20 @@ def ppo(**sections: Any) -> PPORun:
         "model": ModelConfig(path="m"),
         "data": PromptDataConfig(path="d.jsonl"),
         "reward": LEARNED,
-        "run": RunConfig(output_dir="runs/x", num_iterations=4),
+        "run": RLRunConfig(output_dir="runs/x", num_iterations=4),
     }
     return PPORun(**(required | sections))
 
 
 # --- checks where two sections meet -----------------------------------------------------------------------------------
+
+
+def test_only_runs_that_write_samples_have_a_setting_of_them():
+    name = "run.samples_per_iteration"
+    has = {
+        kind: name in {setting.path for setting in describe(kind)} for kind in (SFTRun, RewardModelRun, GRPORun, PPORun)
+    }
+    assert has == {SFTRun: False, RewardModelRun: False, GRPORun: True, PPORun: True}
 
 
 def test_the_defaults_fit_together():
@@ -141,7 +149,7 @@ def test_the_best_reward_model_needs_evaluations():
             r"evaluation\.every \(10\) needs evaluation_data; name held-out prompts, or set it to 0$",
         ),
         (
-            {"run": RunConfig(output_dir="o", num_iterations=1, best_metric="eval/accuracy")},
+            {"run": RLRunConfig(output_dir="o", num_iterations=1, best_metric="eval/accuracy")},
             r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation\.every, or name another metric$",
         ),
     ],

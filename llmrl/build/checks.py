@@ -1,8 +1,9 @@
 """What can be known to be wrong before any weights load."""
 
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ class Checked:
 def check_sft(config: SFTRun, *, dry: bool) -> Checked:
     """Checks a supervised run. A dry one may name what does not exist yet; see `read_rows`."""
     read_launch()
-    check_output(config.run)
+    check_output(config.run, _inputs(config))
     unchecked = _check_model(config.model, dry=dry)
     rows = read_rows(config.data, load_supervised_rows, unchecked, dry=dry)
     evaluation_rows = None
@@ -53,7 +54,7 @@ def check_sft(config: SFTRun, *, dry: bool) -> Checked:
 def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     """Checks the training of a reward model."""
     read_launch()
-    check_output(config.run)
+    check_output(config.run, _inputs(config))
     unchecked = _check_model(config.model, dry=dry, needs_head=False)
     rows = read_rows(config.data, load_preference_rows, unchecked, dry=dry)
     evaluation_rows = read_rows(config.evaluation_data, load_preference_rows, unchecked, dry=dry, section=EVALUATION)
@@ -73,7 +74,10 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
                 check_shared_base(reward_model_config(config.reward.model), config.model)
         unchecked += missing
     if trains:
-        check_output(config.run)
+        inputs = _inputs(config)
+        if config.reward.model is not None:
+            inputs["reward.model.path"] = config.reward.model.path
+        check_output(config.run, inputs)
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     rows = read_rows(config.data, load_prompt_rows, unchecked, dry=dry) if trains else None
     evaluation_rows = None
@@ -84,12 +88,21 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     functions: tuple[Function, ...] = ()
     for data, some_rows in ((config.data, rows), (config.evaluation_data, evaluation_rows)):
         if data is not None and some_rows is not None:
-            functions = load_functions(config.reward, column_names(some_rows))
+            with chdir(os.curdir):  # a file of rules that changes the working directory does so for itself
+                functions = load_functions(config.reward, column_names(some_rows))
             required = required_columns(config.reward, functions)
             check_rows(data.path, some_rows, partial(row_problem, required=required))
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
+
+
+def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
+    """What a run reads, by setting."""
+    inputs = {"model.path": config.model.path, "data.path": str(config.data.path)}
+    if config.evaluation_data is not None:
+        inputs["evaluation_data.path"] = str(config.evaluation_data.path)
+    return inputs
 
 
 def _check_one_base(config: RLRun, launch: Launch) -> None:

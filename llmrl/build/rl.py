@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrl.algorithms.grpo import GRPO
@@ -27,6 +26,7 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Algorithm, Collectives, Policy, Progress, RolloutEngine, Trainable
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
@@ -160,7 +160,7 @@ def _build_run(
         collectives=collectives,
         progress=progress,
         observe=SampleWriter(
-            Path(config.run.output_dir) / "samples.jsonl",
+            config.run.folder / "samples.jsonl",
             num_samples=config.run.samples_per_iteration if collectives.rank == 0 else 0,
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
@@ -180,6 +180,7 @@ def _build_run(
         sink=trackers,
     )
     run.warmup_iterations = config.warmup_iterations
+    run.alarms = Alarms(str(actor.dtype).removeprefix("torch."))
     return run
 
 

@@ -53,7 +53,7 @@ class PromptSource(ShuffledSource[EncodedPrompt]):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig, *, seed: int
     ) -> None:
         kept = _encode(rows, tokenizer, config)
-        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed)
+        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed, rows=rows)
 
     def next(self, num_prompts: int) -> Prompts:
         """The next prompts as one batch."""

@@ -1,13 +1,16 @@
 """Which examples come next: a walk through the data in a new random order each epoch, resumed exactly."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from llmrl.data.rows import DataError
+from llmrl.experience import Row
 from llmrl.functional.streams import Purpose, permutation
 
 Example = TypeVar("Example")
@@ -22,9 +25,10 @@ class ShuffledSource(Generic[Example]):
         examples: Encoded once, so that dealing them is cheap.
         num_dropped: How many rows were too long to be among the examples.
         seed: Of the run.
+        rows: What the examples were made of; a resumed run must have the same.
     """
 
-    def __init__(self, examples: Sequence[Example], *, num_dropped: int, seed: int) -> None:
+    def __init__(self, examples: Sequence[Example], *, num_dropped: int, seed: int, rows: Sequence[Row] = ()) -> None:
         def order(epoch: int) -> Tensor:
             return permutation(len(examples), seed, Purpose.DATA, epoch=epoch)
 
@@ -32,6 +36,7 @@ class ShuffledSource(Generic[Example]):
         self._examples = examples
         self._order = lru_cache(maxsize=2)(order)  # a batch seldom touches more than two epochs
         self._position = 0
+        self._fingerprint = fingerprint(rows)
 
     @property
     def num_rows(self) -> int:
@@ -51,13 +56,27 @@ class ShuffledSource(Generic[Example]):
         self._position += count
         return [self._examples[n] for n in order[first_place : first_place + count].tolist()]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self._position, "num_rows": self.num_rows}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position, "num_rows": self.num_rows, "fingerprint": self._fingerprint}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["num_rows"] != self.num_rows:
             raise DataError(
                 f"the checkpoint was made with {state['num_rows']} usable rows, but the data now has {self.num_rows}; "
                 "resume with the same data and settings, or start a new run"
             )
+        if state.get("fingerprint", self._fingerprint) != self._fingerprint:
+            raise DataError(
+                f"the checkpoint was made with other data: there are {self.num_rows} usable rows as before, but their "
+                "content or their order has changed; resume with the same data, or start a new run"
+            )
         self._position = state["position"]
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Of the content and the order of rows. Of a value that JSON lacks only its type counts."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -56,7 +56,7 @@ class SupervisedSource(ShuffledSource[EncodedExample]):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig, *, seed: int
     ) -> None:
         kept = _encode(rows, tokenizer, config)
-        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed)
+        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed, rows=rows)
 
     def next(self, num_examples: int) -> Sequences:
         """The next examples as one batch."""

@@ -10,18 +10,28 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+PARTS = "score/*"
+"""Stands for the parts of the score, which are shown where there are several."""
+NO_PARTS = ("score/mean", "score/std", "score/unscored")
 HEADLINES = (
     "loss",
     "pairs/accuracy",
     "score/mean",
+    "score/std",
+    PARTS,
+    "group/flat_fraction",
     "kl/sequence",
     "response/length",
+    "response/finished_fraction",
     "policy/entropy",
     "policy/clip_fraction",
     "value/explained_variance",
+    "actor/grad_norm",
+    "reward_model/grad_norm",
     "tokens/per_s",
 )
-"""The metrics that an iteration's line shows, in this order, those that it has."""
+"""The metrics that an iteration's line shows, in this order, those that it has: what it learned, and what a dead or
+broken run shows."""
 
 HEARTBEAT_S = 30.0
 """The longest that plain progress is silent while work is being done."""
@@ -58,7 +68,11 @@ def format_duration(seconds: float) -> str:
 
 def format_headlines(values: Mapping[str, float]) -> str:
     """``score/mean 0.412  kl/sequence 0.01``: the headlines among the metrics of an iteration."""
-    return "  ".join(f"{name} {format_number(values[name])}" for name in HEADLINES if name in values)
+    parts = [name for name in values if name.startswith("score/") and name not in NO_PARTS]
+    shown = [name for headline in HEADLINES for name in (parts if headline == PARTS else [headline])]
+    if len(parts) == 1:
+        shown.remove(parts[0])
+    return "  ".join(f"{name} {format_number(values[name])}" for name in shown if name in values)
 
 
 class Pace:
@@ -77,11 +91,19 @@ class Pace:
         return seconds, (now - self.started) / self.num_done * (self.num_iterations - number)
 
 
-class SpeedColumn(ProgressColumn):
-    """Units per second of the phase."""
+def format_pace(num_done: int, total: int, seconds: float) -> str:
+    """``0.4/s  2:10 left in this phase``: units per second, and the time for those that are left at that pace."""
+    rate = num_done / seconds if seconds > 0 else 0.0
+    if not rate:
+        return ""
+    return f"{format_number(rate)}/s  {format_duration((total - num_done) / rate)} left in this phase"
+
+
+class PaceColumn(ProgressColumn):
+    """The pace of the phase: before the first iteration is done there is no other."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{format_number(task.speed)}/s" if task.speed else "", style="cyan")
+        return Text(format_pace(int(task.completed), int(task.total or 0), task.elapsed or 0.0), style="cyan")
 
 
 class LiveProgress:
@@ -95,7 +117,7 @@ class LiveProgress:
         columns = TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn()
         self.iterations = Progress(*columns, TextColumn("{task.fields[left]}", style="cyan"))
         self.bar = self.iterations.add_task("iteration", total=1, left="")
-        self.phases = Progress(*columns, SpeedColumn())
+        self.phases = Progress(*columns, PaceColumn())
         self.headlines = Text()
         self.live = Live(Group(self.iterations, self.phases, self.headlines), console=console, refresh_per_second=4)
 
@@ -139,7 +161,9 @@ class PlainProgress:
         self.stream = stream
         self.pace = Pace(1)
         self.name, self.done, self.total = "", 0, 0
-        self.last_line = monotonic()
+        self.num_done: int | None = None
+        """Iterations; None where there are none."""
+        self.last_line = self.phase_began = monotonic()
         self.last_iteration = self.last_line
         """When the last line on an iteration was written."""
 
@@ -152,20 +176,25 @@ class PlainProgress:
     def begin(self, num_iterations: int, num_done: int = 0) -> None:
         """The first of so many iterations, or the one behind those that are done, begins now."""
         self.pace = Pace(num_iterations)
+        self.num_done = num_done
 
     def phase(self, name: str, total: int) -> None:
         """A new phase begins: `total` units of work."""
         self.name, self.done, self.total = name, 0, total
+        self.phase_began = monotonic()
 
     def advance(self, amount: int = 1) -> None:
         """So many more units of the current phase are done."""
         self.done += amount
         if monotonic() - self.last_line >= HEARTBEAT_S:
-            self.message(f"{self.name} {self.done}/{self.total}")
+            where = "" if self.num_done is None else f" in iteration {self.num_done + 1}/{self.pace.num_iterations}"
+            pace = format_pace(self.done, self.total, monotonic() - self.phase_began)
+            self.message(f"{self.name} {self.done}/{self.total}{where}  {pace}".rstrip())
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
         """Iteration `number`, counted from 1, is done."""
         seconds, left = self.pace.lap(number)
+        self.num_done = number
         if monotonic() - self.last_iteration < BREATH_S and number < self.pace.num_iterations:
             return
         self.last_iteration = monotonic()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llmrl.experience import Experience
+from llmrl.files import writing
 from llmrl.functional.masking import masked_mean
 
 
@@ -25,7 +26,7 @@ class SampleWriter:
             return
         num_responses = len(experience.rollout.rows)
         chosen = torch.linspace(0, num_responses - 1, min(self.num_samples, num_responses)).long().tolist()
-        with self.file.open("a") as stream:
+        with writing(self.file), self.file.open("a") as stream:
             for row in chosen:
                 stream.write(json.dumps({"iteration": iteration + 1, **self._describe(experience, row)}) + "\n")
 

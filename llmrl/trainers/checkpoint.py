@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 import llmrl
+from llmrl.files import writing
 
 STATE_FILES = ("state.safetensors", "state.json")
 
@@ -28,25 +29,34 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
-    """Writes the state to a new folder, then removes all but the newest `keep` beside it."""
+    """Writes the state to a new folder, then removes all but the newest `keep` beside it.
+
+    Raises:
+        WriteError: The file system refused; older checkpoints are as they were.
+    """
     from safetensors.torch import save_file
 
     partial = folder.with_name(f".{folder.name}.partial")
-    for torn in folder.parent.glob(".step_*.partial"):
-        shutil.rmtree(torn)
-    partial.mkdir(parents=True)
     tensors, rest = split_state(state)
-    save_file(in_own_memory(tensors), partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(rest, indent=1))
-    files = {name: _fingerprint(partial / name) for name in STATE_FILES}
-    (partial / "manifest.json").write_text(json.dumps({"llmrl": llmrl.__version__, "files": files}, indent=1))
-    for path in (*partial.iterdir(), partial):
-        _flush_to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _flush_to_disk(folder.parent)
-    for old in list_checkpoints(folder.parent)[:-keep]:
-        shutil.rmtree(old)
+    with writing(folder):
+        for torn in folder.parent.glob(".step_*.partial"):
+            shutil.rmtree(torn)
+        partial.mkdir(parents=True)
+        try:
+            save_file(in_own_memory(tensors), partial / "state.safetensors")
+            (partial / "state.json").write_text(json.dumps(rest, indent=1))
+            files = {name: _fingerprint(partial / name) for name in STATE_FILES}
+            (partial / "manifest.json").write_text(json.dumps({"llmrl": llmrl.__version__, "files": files}, indent=1))
+            for path in (*partial.iterdir(), partial):
+                _flush_to_disk(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _flush_to_disk(folder.parent)
+        for old in list_checkpoints(folder.parent)[:-keep]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -64,7 +74,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{folder / name} is not what was saved; remove {folder} to continue from what is older"
                 )
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is no complete checkpoint ({error}); remove it to continue from what is older"
         ) from error

@@ -18,6 +18,8 @@ class Resumable:
         self.source = source
         self.iteration = 0
         """Iterations done so far."""
+        self.is_cut_short = False
+        """Whether the current iteration is to end after the optimizer step under way."""
         self.finish_iteration(0)
 
     def finish_iteration(self, number: int) -> None:
@@ -25,6 +27,16 @@ class Resumable:
         self.iteration = number
         self.start = self.cursor()
         self.steps_at_start = self._optimizer_steps()
+        self.is_cut_short = False
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the current iteration has begun an optimizer step: there is no way back to its start."""
+        return self._optimizer_steps() != self.steps_at_start
+
+    def cut_short(self) -> None:
+        """The current iteration ends after the optimizer step under way."""
+        self.is_cut_short = True
 
     def rewind(self) -> bool:
         """After a failure: back to where the iteration began, unless weights have moved since.
@@ -32,7 +44,7 @@ class Resumable:
         Returns:
             Whether the trainer now stands between two iterations, so that its state is worth saving.
         """
-        if self._optimizer_steps() != self.steps_at_start:
+        if self.has_moved:
             return False
         for trainable in self.trained.values():
             trainable.module.zero_grad(set_to_none=True)

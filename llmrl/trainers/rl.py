@@ -99,9 +99,13 @@ class RLTrainer(Resumable):
             rollout, scores, metrics = self.collect(prompts)
             with self.phase("logprobs", 1):
                 experience, described = self.algorithm.experience(rollout, scores)
+                self.progress.advance()
         metrics = metrics.merge(described)
         self.observe(self.iteration, experience)
         for minibatch in self.minibatches(experience):
+            if any(self.collectives.gather(self.is_cut_short)):
+                metrics = metrics.merge(Metrics({"update/cut_short": Total(1.0)}))
+                break
             update = self.update(minibatch)
             is_first = FIRST_ONLY not in metrics.statistics
             metrics = metrics.merge(update if is_first else update.without(FIRST_ONLY))
@@ -165,8 +169,6 @@ class RLTrainer(Resumable):
             rollout = self.engine.generate(prompts, sampling)
         with self.phase("reward", num_responses):
             scores = self.reward(rollout)
-        if bool(scores.total.isnan().all()):
-            self.progress.message(f"warning: none of {num_responses} responses could be scored: nothing is learned")
         return rollout, scores
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:

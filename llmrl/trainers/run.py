@@ -3,6 +3,7 @@
 config.json         every setting resolved, versions, git state
 metrics.jsonl       one line an iteration
 samples.jsonl       some responses of each iteration
+trackers.json       which runs of trackers belong to it
 checkpoints/        what resume continues from
 best/               the model with the best value of `run.best_metric`
 final/              the model at the end
@@ -23,14 +24,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from llmrl.files import WriteError, read_object, write_atomically, writing
 from llmrl.roles import Collectives, Progress, Trainer
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from llmrl.trainers.output import RunError, check_folder, is_run, keep_iterations
 
 VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "safetensors")
-
-
-class RunError(ValueError):
-    """A run that cannot start as it was asked to."""
 
 
 class Stopped(Exception):
@@ -46,9 +46,15 @@ class Stopped(Exception):
 
 @runtime_checkable
 class MetricsSink(Protocol):
-    """Who else is told the metrics."""
+    """Who else receives the metrics."""
 
-    def log(self, iteration: int, values: Mapping[str, float]) -> None: ...
+    def begin(self, num_done: int, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+        """Called once, before the first iteration of this process; `num_done` were done before a resume."""
+        ...
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+        """The metrics of an iteration; passed over where it has them already."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +75,6 @@ class OutputConfig:
     """The model with the best value of this metric is kept in best/; null keeps none."""
     best_mode: Literal["max", "min"] = "max"
     """Which direction of `best_metric` is better."""
-    samples_per_iteration: int = 4
-    """Responses of an iteration that are written to samples.jsonl."""
     deterministic: bool = False
     """Makes a GPU compute the same bits each time, which it otherwise does not; slower. A CPU always does."""
 
@@ -79,9 +83,14 @@ class OutputConfig:
             raise ValueError("run.output_dir is empty; name a folder")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed ({self.seed}) must be at least 0 and less than 2**32")
-        for name, least in (("checkpoint_every", 0), ("keep_checkpoints", 1), ("samples_per_iteration", 0)):
+        for name, least in (("checkpoint_every", 0), ("keep_checkpoints", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least {least}")
+
+    @property
+    def folder(self) -> Path:
+        """The output folder, as it stands now: a reward function may change the working directory later."""
+        return Path(self.output_dir).absolute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +106,22 @@ class RunConfig(OutputConfig):
             raise ValueError(f"run.num_iterations ({self.num_iterations}) must be at least 1")
 
 
-def check_output(config: OutputConfig) -> None:
-    """Refuses to write over another run.
+@dataclass(frozen=True, kw_only=True)
+class RLRunConfig(RunConfig):
+    """What a run of reinforcement learning leaves beside that."""
 
-    Raises:
-        RunError: The folder holds a run and `run.resume` is off.
-    """
-    folder = Path(config.output_dir)
-    holds_run = (folder / "config.json").exists() or list_checkpoints(folder / "checkpoints")
-    if holds_run and not config.resume:
-        raise RunError(
-            f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another "
-            "folder, or remove it"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"run.output_dir ({folder}) is a file; name a folder")
+    samples_per_iteration: int = 4
+    """Responses of an iteration that are written to samples.jsonl."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples_per_iteration < 0:
+            raise ValueError(f"run.samples_per_iteration ({self.samples_per_iteration}) must be at least 0")
+
+
+def check_output(config: OutputConfig, inputs: Mapping[str, str]) -> None:
+    """See `check_folder`."""
+    check_folder(Path(config.output_dir), resume=config.resume, inputs=inputs)
 
 
 class Run:
@@ -143,7 +153,9 @@ class Run:
         self.sink = sink
         self.warmup_iterations = 0
         """Iterations at the start that lack metrics of later ones; whoever builds such a run says so."""
-        self.folder = Path(config.output_dir)
+        self.alarms = Alarms()
+        """What tells that a run is dead or broken."""
+        self.folder = config.folder
         self.best = self.folder / "best"
         self.stop_signal: int | None = None
 
@@ -154,7 +166,9 @@ class Run:
         iteration's first optimizer step puts the trainer back to its start, and in both cases a checkpoint is written.
 
         Raises:
-            Stopped: By SIGINT or SIGTERM. A second SIGINT raises KeyboardInterrupt at once.
+            Stopped: By SIGINT or SIGTERM.
+            KeyboardInterrupt: By a further SIGINT, see `signals`.
+            WriteError: A file cannot be written.
         """
         self.prepare()
         self.progress.begin(self.config.num_iterations, self.trainer.iteration)
@@ -162,6 +176,7 @@ class Run:
         try:
             with self.signals():
                 self.catch_up()
+                self.replay()
                 while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
                     last = self.iterate()
                 if self.stop_signal is not None:
@@ -172,9 +187,23 @@ class Run:
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
         self.progress.phase("saving", 1)
-        self.save_model(self.folder / "final")
+        with writing(self.folder / "final"):
+            self.save_model(self.folder / "final")
         self.collectives.gather(None)  # nobody leaves before it is saved
+        self.progress.advance()
+        self.conclude()
         return last
+
+    def conclude(self) -> None:
+        """Repeats at the end what was wrong with the run, and names the model to use instead."""
+        warnings = self.alarms.at_the_end()
+        for warning in warnings:
+            self.progress.message(f"warning: {warning}")
+        if warnings and (record := self.best_record()):
+            self.progress.message(
+                f"{self.best} holds the model with the best {record['metric']}, {record['value']:.4g} after iteration "
+                f"{record['iteration']}: use that rather than {self.folder / 'final'}"
+            )
 
     def is_stopped(self) -> bool:
         """Whether any rank got a signal; then all have."""
@@ -188,13 +217,18 @@ class Run:
         try:
             values |= self.evaluation(number)
         finally:
-            self.log(number, values)
+            self.write_line(number, values)
+        if self.keeps_records:
+            self.sink.log(number, values)
         self.progress.iteration(number, values)
+        for warning in self.alarms.see(values):
+            self.progress.message(f"warning: {warning}")
         self.keep_best(number, values)
         last = number == self.config.num_iterations
         if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
             self.progress.phase("checkpoint", 1)
             self.checkpoint()
+            self.progress.advance()
         return values
 
     def evaluation(self, number: int) -> dict[str, float]:
@@ -212,25 +246,39 @@ class Run:
         """The evaluation of the model as it stands, where it is due and the file of metrics lacks it: that is before
         the first iteration, and where a run ended in the middle of one."""
         number = self.trainer.iteration
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        last = json.loads(lines[-1]) if lines else {}
+        last = dict(self.lines()).get(number, {})
         is_known = self.collectives.gather(any(name.startswith("eval/") for name in last))[0]
         if is_known or not (values := self.evaluation(number)):
             return
-        last.pop("iteration", None)
         if self.keeps_records:
-            keep_iterations(file, number - 1)
-        self.log(number, last | values)
+            keep_iterations(self.folder / "metrics.jsonl", number - 1)
+        self.write_line(number, last | values)
         if (self.config.best_metric or "").startswith("eval/"):
             self.keep_best(number, values)
+
+    def replay(self) -> None:
+        """What earlier processes measured: to trackers that lack it, and to the alarms, which stay silent for now."""
+        for number, values in self.lines():
+            if self.keeps_records:
+                self.sink.log(number, values)
+            self.alarms.see(values)
+
+    def lines(self) -> list[tuple[int, dict[str, float]]]:
+        """metrics.jsonl, as ``(iteration, values)``."""
+        file = self.folder / "metrics.jsonl"
+        entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [
+            (entry.pop("iteration"), {name: math.nan if x is None else x for name, x in entry.items()})
+            for entry in entries
+        ]
 
     def prepare(self) -> None:
         """Makes the folder, or takes up the newest checkpoint in it and removes what came after that.
 
         A run that stands at iteration 0 begins anew: nothing of what it left is kept.
         """
-        check_output(self.config)
+        check_output(self.config, {})
+        is_new = not is_run(self.folder)
         self.collectives.gather(None)  # nobody writes before all have looked
         newest = self.newest_checkpoint()
         if newest is not None:
@@ -238,6 +286,11 @@ class Run:
             self.trainer.load_state_dict(load_checkpoint(newest))
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {newest}")
         if self.keeps_records:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if is_new:  # what lies there is of a run that was removed
+                    (self.folder / "trackers.json").unlink(missing_ok=True)
+            self.sink.begin(self.trainer.iteration, self.settings, self.progress.message)
             self.begin_records()
         self.collectives.gather(None)  # nobody reads before these are in order
 
@@ -258,10 +311,11 @@ class Run:
         return self.folder / "checkpoints" / seen[0] if seen else None
 
     def begin_records(self) -> None:
-        """Makes the folder, or removes what came after the checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Removes what came after the checkpoint, and writes what the run is."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_iterations(self.folder / name, self.trainer.iteration or -1)
+            file = self.folder / name
+            if num_torn := keep_iterations(file, self.trainer.iteration or -1):
+                self.progress.message(f"{file}: {num_torn} lines could not be read and were removed")
         if (record := self.best_record()) and record["iteration"] > self.trainer.iteration:
             shutil.rmtree(self.best)
         if self.trainer.iteration >= self.config.num_iterations:
@@ -272,11 +326,13 @@ class Run:
 
     def tell_changes(self) -> None:
         """Says which settings differ from those that the run was started with."""
-        record = self.folder / "config.json"
-        if not record.exists():
-            self.progress.message(f"{record} is gone: which settings have changed since the run began is not known")
+        file = self.folder / "config.json"
+        record = read_object(file)
+        if record is None:
+            state = "cannot be read" if file.exists() else "is gone"
+            self.progress.message(f"{file} {state}: which settings have changed since the run began is not known")
             return
-        before = _leaves(json.loads(record.read_text())["settings"])
+        before = _leaves(record["settings"])
         now = _leaves(json.loads(json.dumps(self.settings)))
         for path in sorted(before.keys() | now.keys()):
             if before.get(path) != now.get(path) and path != "run.resume":
@@ -284,14 +340,14 @@ class Run:
                     f"changed since the run was last started: {path} was {before.get(path)}, is {now.get(path)}"
                 )
 
-    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+    def write_line(self, iteration: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
         if not self.keeps_records:
             return
         line = {"iteration": iteration, **{name: x if math.isfinite(x) else None for name, x in values.items()}}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self.sink.log(iteration, values)
 
     def keep_best(self, iteration: int, values: Mapping[str, float]) -> None:
         """Saves the model, with a record of why, if it is the best so far by the metric that the config names.
@@ -307,7 +363,8 @@ class Run:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self.check_measured(name, values, record)
         elif self.better(value, record["value"] if record else None):
-            self.save_model(self.folder / ".best.new")
+            with writing(self.best):
+                self.save_model(self.folder / ".best.new")
             if self.keeps_records:
                 self.replace_best({"metric": name, "value": value, "iteration": iteration})
 
@@ -323,8 +380,7 @@ class Run:
 
     def best_record(self) -> dict[str, Any] | None:
         """Which metric made the model in best/ the best, its value and its iteration; None where there is none."""
-        file = self.best / "best.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_object(self.best / "best.json")
 
     def check_measured(self, name: str, values: Mapping[str, float], record: dict[str, Any] | None) -> None:
         """Refuses the name of a metric that was never measured, as soon as it would have been."""
@@ -353,9 +409,21 @@ class Run:
 
     def rescue(self) -> None:
         """After a failure: the state where the iteration began, if this rank has it all. Others may answer no more."""
-        is_savable = self.trainer.rewind() and self.trainer.holds_all
-        if is_savable and self.keeps_records and not self.next_checkpoint.exists():
-            save_checkpoint(self.next_checkpoint, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
+        if not self.keeps_records:
+            return
+        if not self.trainer.rewind():
+            self.progress.message(f"the weights were being changed: {self.what_is_kept()}")
+        elif self.trainer.holds_all and not self.next_checkpoint.exists():
+            try:
+                save_checkpoint(self.next_checkpoint, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
+            except WriteError as error:
+                self.progress.message(f"warning: {error}: {self.what_is_kept()}")
+
+    def what_is_kept(self) -> str:
+        """Of everything learned, where nothing more is saved."""
+        steps = list_checkpoints(self.folder / "checkpoints")
+        newest = int(steps[-1].name.removeprefix("step_")) if steps else 0
+        return f"what was learned after iteration {newest} is lost" if steps else "no checkpoint was written yet"
 
     @property
     def next_checkpoint(self) -> Path:
@@ -364,13 +432,15 @@ class Run:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the run after the current iteration; a second SIGINT at once."""
+        """SIGINT and SIGTERM stop the run after the current iteration. A second SIGINT does so sooner: before the first
+        optimizer step of an iteration at once, after it with the optimizer step under way; a third one at once."""
 
         def stop(number: int, _: object) -> None:
             if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
+                self.hurry()
+                return
             self.stop_signal = number
-            self.progress.message("stops after this iteration; interrupt again to stop at once")
+            self.progress.message("stops after this iteration; interrupt again to stop sooner")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -379,29 +449,15 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-
-def keep_iterations(file: Path, last: int) -> None:
-    """Removes what came after iteration `last` from a file of JSON lines, a torn last line too."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if entry["iteration"] <= last:
-            kept.append(line + "\n")
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(kept))
-    partial.replace(file)
-
-
-def write_atomically(file: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
+    def hurry(self) -> None:
+        """Stops at once where an iteration has not moved the weights, as that can be saved; else ends its updates."""
+        if not self.trainer.has_moved or self.trainer.is_cut_short:
+            raise KeyboardInterrupt
+        self.trainer.cut_short()
+        self.progress.message(
+            "stops after this optimizer step, with a checkpoint; interrupt again to stop at once, without one: "
+            f"{self.what_is_kept()}"
+        )
 
 
 def provenance() -> dict[str, Any]:

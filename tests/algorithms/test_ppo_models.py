@@ -24,7 +24,7 @@ from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RunConfig
+from llmrl.trainers.run import RLRunConfig
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "recipes" / "models" / "tiny_char_llama"
@@ -66,7 +66,7 @@ def build(model, folder, *, learning_rate, network):
         update=UpdateConfig(minibatch_size=8, num_epochs=2, microbatch_tokens=100),
         optimizer=optimizer,
         critic_optimizer=optimizer,
-        run=RunConfig(output_dir=str(folder / "run"), num_iterations=3),
+        run=RLRunConfig(output_dir=str(folder / "run"), num_iterations=3),
     )
     (folder / "run").mkdir()
     trackers = Trackers(TrackerConfig(), output_dir=folder / "run")

@@ -13,7 +13,7 @@ from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RunConfig
+from llmrl.trainers.run import RLRunConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
@@ -31,7 +31,7 @@ def config(tmp_path):
         reward=RewardConfig(functions=(rule,)),
         rollout=RolloutConfig(prompts_per_iteration=16, max_response_tokens=3, temperature=0.5),
         update=UpdateConfig(minibatch_size=32, num_epochs=2),
-        run=RunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
+        run=RLRunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
     )
 
 

@@ -1,10 +1,16 @@
 import dataclasses
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from llmrl.build import check_rl
+from llmrl.build import check_rl, check_sft
+from llmrl.config import SFTRun
 from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.evaluate import EvaluationConfig
+from llmrl.trainers.run import RunError
 
 
 def test_held_out_prompts_are_read_only_where_they_are_used(config):
@@ -25,3 +31,40 @@ def test_rows_that_a_reward_cannot_score_are_listed_before_anything_loads(config
         f"  line 1: no column 'answer', which {rule} reads",
         f"  line 3: no column 'answer', which {rule} reads",
     ]
+
+
+def test_a_run_may_not_write_into_anything_that_it_reads(config, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("prompt,answer\n1+1=,2\n")
+    inside = dataclasses.replace(config.run, output_dir=str(data / "run"), resume=True)
+    for section in ("data", "evaluation_data"):
+        sections = {section: PromptDataConfig(path=str(data))}
+        with pytest.raises(RunError, match=rf"inside {section}\.path"):
+            check_rl(dataclasses.replace(config, run=inside, **sections), dry=True)
+    model = dataclasses.replace(config.model, path=str(data))
+    with pytest.raises(RunError, match=r"inside model\.path"):
+        check_sft(SFTRun(model=model, data=SupervisedDataConfig(path="d.jsonl"), run=inside), dry=True)
+    judged = dataclasses.replace(config.reward, model=LearnedRewardConfig(path=str(data)))
+    with monkeypatched_checks(), pytest.raises(RunError, match=r"inside reward\.model\.path"):
+        check_rl(dataclasses.replace(config, run=inside, reward=judged), dry=True)
+
+
+@contextmanager
+def monkeypatched_checks():
+    """The folder of the reward model is looked at first, and this one is empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmrl.build.checks.check_scorer", lambda *_, **__: [])
+        yield
+
+
+def test_a_file_of_rules_does_not_move_the_run(config, tmp_path, monkeypatch):
+    """It changes the working directory as it is imported."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moving.py").write_text(
+        "import os\nos.chdir('elsewhere')\n\ndef rule(responses):\n    return [0.0] * len(responses)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rule = RewardFunctionConfig(name=f"{tmp_path}/moving.py:rule")
+    check_rl(dataclasses.replace(config, reward=RewardConfig(functions=(rule,))), dry=False)
+    assert Path.cwd() == tmp_path

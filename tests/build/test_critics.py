@@ -48,7 +48,7 @@ from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RunConfig
+from llmrl.trainers.run import OutputConfig, RLRunConfig
 from tests.models.tiny import assert_same_gradients
 from tests.rollout.tiny import SIZES
 from tests.test_cli import refuse_to_load, write_jsonl
@@ -116,7 +116,7 @@ def config(folders, tmp_path) -> PPORun:
         critic=CriticConfig(head_init="normal"),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         critic_optimizer=OptimizerConfig(learning_rate=2e-2),
-        run=RunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
+        run=RLRunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
     )
 
 

@@ -50,6 +50,12 @@ def test_one_temperature_for_sampling_and_for_log_probabilities(config):
     assert run.trainer.iterate().values()["policy/rollout_gap"] < 1e-5
 
 
+def test_rounding_is_judged_by_the_dtype_of_the_model(config):
+    assert build_run(config)[0].alarms.gap_limit == 0.01
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    assert build_run(half)[0].alarms.gap_limit == 0.1
+
+
 def test_no_kl_no_reference(config):
     assert build_run(config)[0].trainer.algorithm.reference is None
 

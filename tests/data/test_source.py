@@ -52,3 +52,30 @@ def test_resume_goes_on_where_it_was(done: int):
 def test_state_of_other_data_is_refused():
     with pytest.raises(DataError, match="made with 8 usable rows, but the data now has 7"):
         source().load_state_dict(source(num_rows=8).state_dict())
+
+
+def resumed(before: list[dict], now: list[dict]) -> None:
+    old, new = (ShuffledSource(rows, num_dropped=0, seed=0, rows=rows) for rows in (before, now))
+    new.load_state_dict(old.state_dict())
+
+
+def test_rows_of_other_content_are_refused_though_they_are_as_many():
+    rows = [{"prompt": f"{n} + 1", "answer": n + 1} for n in range(5)]
+    resumed(rows, [dict(row) for row in rows])
+    for other in (
+        [*rows[:-1], {"prompt": "4 + 1", "answer": 6}],
+        rows[::-1],
+        [{**row, "note": "\ud83d"} for row in rows],
+    ):
+        with pytest.raises(DataError, match=r"made with other data: there are 5 usable rows.*start a new run"):
+            resumed(rows, other)
+
+
+def test_values_that_are_told_by_their_place_in_memory_do_not_differ():
+    resumed([{"image": object(), "prompt": "x"}], [{"image": object(), "prompt": "x"}])
+
+
+def test_a_checkpoint_from_before_rows_were_noted_is_taken():
+    ours = source()
+    ours.load_state_dict({"position": 3, "num_rows": 7})
+    assert ours.epoch == 3 / 7

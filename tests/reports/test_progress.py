@@ -72,6 +72,19 @@ def test_headlines_come_in_their_own_order_and_nothing_else_does():
     assert format_headlines(values) == "score/mean 0.412  kl/sequence 0.01  tokens/per_s 12,345"
 
 
+def test_headlines_show_what_a_dead_run_shows():
+    values = {"actor/grad_norm": 0.0, "response/finished_fraction": 0.5, "group/flat_fraction": 1.0, "score/std": 0.0}
+    told = "score/std 0  group/flat_fraction 1  response/finished_fraction 0.5  actor/grad_norm 0"
+    assert format_headlines(values) == told
+
+
+def test_headlines_show_the_parts_of_the_score_where_there_are_several():
+    whole = {"score/mean": 1.5, "score/std": 0.5, "score/unscored": 0.0}
+    assert format_headlines(whole | {"score/right": 1.5}) == "score/mean 1.5  score/std 0.5"
+    both = format_headlines(whole | {"score/right": 1.0, "score/short": 0.5, "kl/sequence": 2.0})
+    assert both == "score/mean 1.5  score/std 0.5  score/right 1  score/short 0.5  kl/sequence 2"
+
+
 # --- plain ------------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +144,32 @@ def test_plain_says_every_half_minute_how_far_the_phase_is(clock: Clock):
         plain.phase("update", 4)
         clock.now += 30.0
         plain.advance(2)
-    assert stream.getvalue().splitlines() == ["rollout 30/80", "rollout 60/80", "update 2/4"]
+    assert stream.getvalue().splitlines() == [
+        "rollout 30/80 in iteration 1/1  1/s  0:50 left in this phase",
+        "rollout 60/80 in iteration 1/1  1/s  0:20 left in this phase",
+        "update 2/4 in iteration 1/1  0.0667/s  0:30 left in this phase",
+    ]
+
+
+def test_plain_says_how_far_a_phase_is_where_there_are_no_iterations(clock: Clock):
+    """An evaluation."""
+    stream = io.StringIO()
+    with PlainProgress(stream) as plain:
+        plain.phase("evaluation", 8)
+        clock.now += 40.0
+        plain.advance(2)
+    assert stream.getvalue() == "evaluation 2/8  0.05/s  2:00 left in this phase\n"
+
+
+def test_a_phase_of_a_resumed_run_is_of_the_iteration_that_comes_next(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream) as plain:
+        plain.begin(9, 4)
+        plain.iteration(5, {})
+        plain.phase("reward", 2)
+        clock.now += 60.0
+        plain.advance()
+    assert stream.getvalue().splitlines()[-1].startswith("reward 1/2 in iteration 6/9  ")
 
 
 def test_any_line_holds_the_heartbeat_back(clock: Clock):

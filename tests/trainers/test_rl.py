@@ -364,14 +364,13 @@ def test_the_reward_is_learned():
     assert lengths[-1] > lengths[0] + 1
 
 
-def test_a_rollout_that_nothing_could_score_is_told():
+def test_a_rollout_that_nothing_could_score_is_counted_and_teaches_nothing():
     trainer = make_trainer(reward=lambda rollout: scored(rollout, torch.full((24,), torch.nan)))
-    said = []
-    trainer.progress.message = said.append
     before = weights_of(trainer)
-    assert trainer.iterate().values()["score/unscored"] == 24
+    values = trainer.iterate().values()
+    assert values["score/unscored"] == 24
+    assert "score/mean" not in values
     assert distance(before, weights_of(trainer)) == 0
-    assert said == ["warning: none of 24 responses could be scored: nothing is learned"]
 
 
 def test_what_nothing_could_score_moves_nothing_by_what_the_optimizer_remembers():
@@ -553,3 +552,39 @@ def test_a_phase_ends_when_the_gpu_has_done_what_it_asked_for(monkeypatch):
     with trainer.phase("update", 1):
         pass
     assert (seen, trainer.seconds) == ([1], {"update": 2})
+
+
+def test_an_iteration_that_is_cut_short_ends_with_the_step_under_way_and_says_so():
+    """What it learned until then stays, and the next iteration is whole."""
+    trainer = make_trainer(minibatch_size=4)
+    steps = trainer.trained["actor"]
+    assert "update/cut_short" not in trainer.iterate().values()
+    assert steps.num_steps_done == 6
+    real = steps.optimizer_step
+
+    def step_and_be_interrupted():
+        norm = real()
+        if steps.num_steps_done == 8:
+            trainer.cut_short()
+        return norm
+
+    steps.optimizer_step = step_and_be_interrupted
+    assert trainer.iterate().values()["update/cut_short"] == 1
+    assert steps.num_steps_done == 8
+    assert trainer.iteration == 2
+    assert "update/cut_short" not in trainer.iterate().values()
+    assert steps.num_steps_done == 14
+
+
+def test_ranks_end_an_iteration_after_the_same_step():
+    """A signal reaches them one after another."""
+
+    class OtherIsInterrupted(OneProcess):
+        def gather(self, x):
+            return [x, x or steps.num_steps_done == 2] if isinstance(x, bool) else super().gather(x)
+
+    trainer = make_trainer(minibatch_size=4)
+    steps = trainer.trained["actor"]
+    trainer.collectives = OtherIsInterrupted()
+    trainer.iterate()
+    assert steps.num_steps_done == 2

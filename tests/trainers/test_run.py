@@ -1,6 +1,8 @@
 """A run in miniature: the trainer is a number, and everything around it is real."""
 
+import errno
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -13,11 +15,13 @@ import torch
 
 import llmrl
 from llmrl.distributed.collectives import OneProcess
+from llmrl.files import WriteError
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.trainers.checkpoint import CheckpointError
-from llmrl.trainers.run import Run, RunConfig, RunError, Stopped, check_output, keep_iterations
+from llmrl.trainers.output import keep_iterations
+from llmrl.trainers.run import RLRunConfig, Run, RunConfig, RunError, Stopped, check_output
 
 Hooks = dict[tuple[int, str], Callable[[], object]]
 
@@ -50,17 +54,21 @@ class Numbers:
         self.iteration = 0
         self.dealt = 0
         self.weight = torch.zeros(())
-        self.moved = False
+        self.has_moved = False
+        self.is_cut_short = False
         self.holds_all = True
+
+    def cut_short(self) -> None:
+        self.is_cut_short = True
 
     def iterate(self) -> Metrics:
         self.dealt += 1
         self.call("early")
-        self.moved = True
+        self.has_moved = True
         self.weight = 3 * self.weight + self.dealt
         self.call("late")
         self.iteration += 1
-        self.moved = False
+        self.has_moved = self.is_cut_short = False
         values: dict[str, Any] = {"weight": Total(self.weight)}
         if self.losses is not None:
             values["loss"] = Total(self.losses[self.iteration - 1])
@@ -70,9 +78,9 @@ class Numbers:
         self.hooks.get((self.iteration + 1, moment), lambda: None)()
 
     def rewind(self) -> bool:
-        if not self.moved:
+        if not self.has_moved:
             self.dealt = self.iteration
-        return not self.moved
+        return not self.has_moved
 
     def state_dict(self) -> dict[str, Any]:
         return {"iteration": self.iteration, "dealt": self.dealt, "weight": self.weight}
@@ -111,6 +119,10 @@ class Sink:
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.begun: list[tuple[int, Any]] = []
+
+    def begin(self, num_done: int, settings: Any, tell: Any) -> None:
+        self.begun.append((num_done, settings))
 
     def log(self, iteration: int, values: Any) -> None:
         self.logged.append((iteration, dict(values)))
@@ -461,13 +473,13 @@ def test_a_folder_that_holds_a_run_is_refused(bench: Bench):
     assert (bench.folder / "metrics.jsonl").read_text() == before
     (bench.folder / "config.json").unlink()
     with pytest.raises(RunError, match="already holds a run"):
-        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1))
+        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1), {})
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
     (tmp_path / "run").touch()
     with pytest.raises(RunError, match=r"run\.output_dir \(.*run\) is a file; name a folder"):
-        check_output(RunConfig(output_dir=str(tmp_path / "run"), num_iterations=1))
+        check_output(RunConfig(output_dir=str(tmp_path / "run"), num_iterations=1), {})
 
 
 def test_resume_goes_on_where_the_run_ended(bench: Bench):
@@ -634,7 +646,7 @@ def test_a_signal_ends_the_run_after_the_iteration(bench: Bench, hook: Any, name
         f"stopped by {name} after iteration 2; the same command with run.resume=true goes on from {bench.folder}"
     )
     assert stopped.value.status == 128 + number
-    assert bench.said.messages == ["stops after this iteration; interrupt again to stop at once"]
+    assert bench.said.messages == ["stops after this iteration; interrupt again to stop sooner"]
     assert bench.iterations() == [1, 2]
     assert bench.steps() == ["step_000002"]
     assert not (bench.folder / "final").exists()
@@ -666,6 +678,49 @@ def test_a_second_interrupt_stops_at_once(bench: Bench):
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
 
 
+def interrupts(number: int) -> Callable[[], None]:
+    def hook() -> None:
+        for _ in range(number):
+            interrupt()
+
+    return hook
+
+
+def test_a_second_interrupt_after_the_weights_moved_ends_the_updates_and_loses_nothing(bench: Bench):
+    run = bench.make(9, hooks={(3, "late"): interrupts(2)}, checkpoint_every=50)
+    seen = []
+    run.trainer.cut_short = lambda: seen.append(bench.trainer.iteration)  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match="SIGINT after iteration 3"):
+        run.train()
+    assert seen == [2]
+    assert bench.said.messages[1] == (
+        "stops after this optimizer step, with a checkpoint; interrupt again to stop at once, without one: "
+        "no checkpoint was written yet"
+    )
+    assert bench.iterations() == [1, 2, 3]
+    assert bench.steps() == ["step_000003"]
+
+
+def test_a_third_interrupt_stops_at_once_and_says_what_is_lost(bench: Bench):
+    with pytest.raises(KeyboardInterrupt):
+        bench.make(9, hooks={(4, "late"): interrupts(3)}, checkpoint_every=2).train()
+    assert bench.said.messages[1].endswith(": what was learned after iteration 2 is lost")
+    assert bench.said.messages[2] == "the weights were being changed: what was learned after iteration 2 is lost"
+    assert bench.steps() == ["step_000002"]
+
+
+def test_a_second_interrupt_during_an_evaluation_loses_nothing(bench: Bench):
+    def evaluate() -> dict[str, float]:
+        if bench.trainer.iteration == 3:
+            interrupts(2)()
+        return {"eval/x": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.make(9, evaluate=evaluate, evaluate_every=3, checkpoint_every=50).train()
+    assert bench.iterations() == [0, 1, 2, 3]
+    assert bench.steps() == ["step_000003"]
+
+
 def test_a_second_sigterm_waits_for_the_iteration(bench: Bench):
     def twice() -> None:
         terminate()
@@ -691,6 +746,134 @@ def test_the_handlers_are_given_back(bench: Bench, hooks: Hooks):
     assert handlers() == before
 
 
+# --- a file system that refuses ---------------------------------------------------------------------------------------
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_model_that_cannot_be_written_is_one_line_and_is_written_after_a_resume(bench: Bench):
+    run = bench.make(2)
+    run.save_model = full
+    with pytest.raises(WriteError, match=r"run/final cannot be written: No space left on device$"):
+        run.train()
+    assert bench.steps() == ["step_000002"]
+    bench.make(2, resume=True).train()
+    assert bench.model() == 5.0
+
+
+def test_a_failure_is_not_hidden_by_a_checkpoint_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llmrl.trainers.checkpoint._flush_to_disk", full)
+    with pytest.raises(Failure):
+        bench.make(2, hooks={(1, "early"): fail}).train()
+    (said,) = bench.said.messages
+    assert said.startswith("warning: ")
+    assert said.endswith("step_000000 cannot be written: No space left on device: no checkpoint was written yet")
+    assert bench.steps() == []
+
+
+def test_a_line_that_cannot_be_written_is_one_line(bench: Bench):
+    run = bench.make(2, hooks={(1, "late"): lambda: (bench.folder / "metrics.jsonl").mkdir()})
+    with pytest.raises(WriteError, match=r"metrics\.jsonl cannot be written: Is a directory"):
+        run.train()
+
+
+def test_lines_that_cannot_be_read_are_told_before_a_resume(bench: Bench):
+    bench.make(2).train()
+    file = bench.folder / "metrics.jsonl"
+    file.write_bytes(b"\xff\n[]\n" + file.read_bytes())
+    bench.make(3, resume=True).train()
+    assert f"{file}: 2 lines could not be read and were removed" in bench.said.messages
+    assert bench.iterations() == [1, 2, 3]
+
+
+def test_the_record_of_a_run_that_is_torn_is_told(bench: Bench):
+    bench.make(2).train()
+    (bench.folder / "config.json").write_text("{")
+    bench.make(3, resume=True).train()
+    assert "config.json cannot be read: which settings" in bench.said.messages[0]
+
+
+def test_the_folder_stays_the_same_when_a_reward_changes_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    bench = Bench(Path("run"))
+    run = bench.make(3, checkpoint_every=1, hooks={(2, "early"): lambda: os.chdir("elsewhere")})
+    run.train()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "run" / "final").is_dir()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tracker_begins_where_the_run_stands_and_sees_all_that_was_before(bench: Bench):
+    bench.make(2, settings={"rate": 1.0}, evaluate=lambda: {"eval/x": 0.5}, evaluate_every=2).train()
+    bench.sink.logged.clear()
+    bench.make(3, settings={"rate": 2.0}, resume=True).train()
+    assert bench.sink.begun == [(0, {"rate": 1.0}), (2, {"rate": 2.0})]
+    assert [number for number, _ in bench.sink.logged] == [0, 1, 2, 3]
+    assert bench.sink.logged[2] == (2, {"weight": 5.0, "eval/x": 0.5})
+
+
+def test_a_tracker_is_sent_an_iteration_with_its_evaluation_though_that_failed_at_first(bench: Bench):
+    def evaluate() -> dict[str, float]:
+        return fail() or {} if bench.trainer.iteration == 2 else {"eval/x": 1.0}
+
+    with pytest.raises(Failure):
+        bench.make(4, evaluate=evaluate, evaluate_every=2).train()
+    assert [number for number, _ in bench.sink.logged] == [0, 1]
+    bench.make(2, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, resume=True).train()
+    assert bench.sink.logged[-1] == (2, {"weight": 5.0, "eval/x": 1.0})
+
+
+def test_a_tracker_that_does_not_start_leaves_no_run_behind(bench: Bench):
+    run = bench.make(2)
+    run.sink.begin = lambda *_: fail()  # type: ignore[method-assign]
+    with pytest.raises(Failure):
+        run.train()
+    bench.sink = Sink()
+    bench.make(2).train()
+
+
+def test_a_new_run_takes_nothing_from_the_trackers_of_one_that_was_removed(bench: Bench):
+    bench.folder.mkdir()
+    (bench.folder / "trackers.json").write_text("{}")
+    bench.make(1).train()
+    assert not (bench.folder / "trackers.json").exists()
+    (bench.folder / "trackers.json").write_text("{}")
+    bench.make(2, resume=True).train()
+    assert (bench.folder / "trackers.json").exists()
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_broke_says_so_once_and_at_its_end_and_names_the_best_model(bench: Bench):
+    bench.make(6, losses=[2.0, 1.0, 90.0, 91.0, 92.0, 93.0], best_metric="loss", best_mode="min").train()
+    warnings = [text for text in bench.said.messages if text.startswith("warning: the loss has exploded")]
+    assert [text.split(",")[0] for text in warnings] == [
+        "warning: the loss has exploded: 92",
+        "warning: the loss has exploded: 93",
+    ]
+    assert bench.said.messages[-1] == (
+        f"{bench.folder / 'best'} holds the model with the best loss, 1 after iteration 2: use that rather than "
+        f"{bench.folder / 'final'}"
+    )
+
+
+def test_a_resumed_run_does_not_warn_again_before_its_end(bench: Bench):
+    losses = [2.0, 90.0, 91.0, 92.0, 93.0, 94.0]
+    bench.make(5, losses=losses, checkpoint_every=5).train()
+    bench.said.messages.clear()
+    bench.make(6, losses=losses, resume=True).train()
+    assert len([text for text in bench.said.messages if "exploded: 94, 2 at the start" in text]) == 1
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -708,7 +891,7 @@ def test_the_handlers_are_given_back(bench: Bench, hooks: Hooks):
 )
 def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: str):
     with pytest.raises(ValueError, match=f"^{message}"):
-        RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
+        RLRunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
 
 
 @pytest.mark.parametrize(
@@ -716,5 +899,5 @@ def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: st
     [("seed", 0), ("seed", 2**32 - 1), ("num_iterations", 1), ("checkpoint_every", 0), ("samples_per_iteration", 0)],
 )
 def test_the_ends_of_the_ranges_are_allowed(setting: str, value: Any):
-    config = RunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
+    config = RLRunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
     assert getattr(config, setting) == value

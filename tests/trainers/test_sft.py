@@ -248,6 +248,8 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
 class Nobody:
     """A tracker that does not listen."""
 
+    def begin(self, *_): ...
+
     def log(self, iteration: int, values: Any) -> None: ...
 
 

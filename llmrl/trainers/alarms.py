@@ -1,0 +1,229 @@
+"""What tells that a run is dead or broken: one warning of each kind, with the evidence and the likely cause.
+
+Every kind looks at the metrics of one iteration and at those of the start. It is raised when it holds in several
+iterations in a row, so that one odd batch raises nothing, and said again at the end of the run if it still holds then.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+Values = Mapping[str, float]
+
+PATIENCE = 3
+"""Iterations in a row: a batch of hard prompts, or a spike of the loss, is over by then."""
+FLAT_STD = 1e-6
+"""Spread of scores, relative to their size, that is rounding."""
+SOLVED = 0.1
+"""Of what the mean score rose by: batches of solved prompts differ by no more."""
+COLLAPSED_ENTROPY = 1e-4
+"""Nats per token. Tasks with one right answer stay a hundred times above this when they are solved."""
+EXPLODED_KL = 2.0
+"""Nats per token to the reference, in entropies of the start: turning the whole entropy into one certain token costs
+about one of them, so twice that means tokens that the reference hardly ever gives."""
+LEAST_EXPLODED_KL = 1.0
+"""Nats per token to the reference, for models of little entropy; usual runs stay below a third of this."""
+EXPLODED_STEP_KL = 1.0
+"""Nats per token within one iteration; usual runs stay below a tenth of this."""
+EXPLODED_LOSS = (2.0, 1.0)
+"""Times the loss of the start, and nats above it: both. Batches differ by less than either."""
+EXPLODED_VALUE_LOSS = 10.0
+"""Times the mean square of the rewards, and times the loss of the start: both."""
+WORSE_LOSS = 1.05
+"""Times the held-out loss of the start."""
+GAP_LIMITS = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
+"""Mean distance of a token's log-probability in sampling and in training, by dtype: ten times what rounding makes."""
+
+
+class Alarms:
+    """Looks at every iteration of a run, and remembers what it warned of.
+
+    Args:
+        dtype: Of sampling and training, by which rounding is judged.
+    """
+
+    def __init__(self, dtype: str = "float32") -> None:
+        self.gap_limit = GAP_LIMITS[dtype]
+        self.num_seen = 0
+        self.start: dict[str, float] = {}
+        """The first value of every metric."""
+        self.best_score = -math.inf
+        """The highest mean score of an iteration in which scores differed."""
+        self.num_skipped: dict[str, float] = {}
+        """Optimizer steps on gradients that were not finite, by module."""
+        self.streaks: dict[str, int] = {}
+        """In how many iterations, up to the last one, a kind held."""
+        self.current: dict[str, str] = {}
+        """What the last iteration that could tell said, of the kinds that held there."""
+        self.raised: set[str] = set()
+
+    def see(self, values: Values) -> list[str]:
+        """The metrics of the next iteration, or those of an evaluation alone. Returns the warnings that are new."""
+        self.start = {**values, **self.start}
+        self.num_seen += any(not name.startswith("eval/") for name in values)
+        for name, value in values.items():
+            if name.endswith("/skipped_steps"):
+                module = name.removesuffix("/skipped_steps")
+                self.num_skipped[module] = self.num_skipped.get(module, 0.0) + value
+        kinds = self.kinds()
+        for kind, (needed, _, check) in kinds.items():
+            if needed in values:
+                self.note(kind, check(values))
+        if not self._is_flat(values) and "score/mean" in values:
+            self.best_score = max(self.best_score, values["score/mean"])
+        new = [kind for kind in self.current if self.streaks[kind] >= kinds[kind][1] and kind not in self.raised]
+        self.raised.update(new)
+        return [self.current[kind] for kind in new]
+
+    def at_the_end(self) -> list[str]:
+        """What still holds after the last iteration, in short runs too; nothing learned only if it never was."""
+        never = {"nothing to learn": self.num_seen}
+        return [
+            text
+            for kind, text in self.current.items()
+            if kind in self.raised or self.streaks[kind] >= never.get(kind, 1)
+        ]
+
+    def note(self, kind: str, text: str | None) -> None:
+        """A kind holds, and this says it, or it does not."""
+        self.streaks[kind] = 0 if text is None else self.streaks.get(kind, 0) + 1
+        if text is None:
+            self.current.pop(kind, None)
+        else:
+            self.current[kind] = text
+
+    def kinds(self) -> dict[str, tuple[str, int, Callable[[Values], str | None]]]:
+        """Each kind: the metric that it needs, in how many iterations in a row it must hold, and its check."""
+        return {
+            "unscored": ("score/unscored", 1, self._unscored),
+            "nothing to learn": ("score/std", PATIENCE, self._nothing_to_learn),
+            "collapse": ("policy/entropy", PATIENCE, self._collapse),
+            "kl": ("kl/mean", PATIENCE, self._kl),
+            "step kl": ("policy/approx_kl", PATIENCE, self._step_kl),
+            "loss": ("loss", PATIENCE, self._loss),
+            "value loss": ("value/loss", PATIENCE, self._value_loss),
+            "rollout gap": ("policy/rollout_gap", 1, self._gap),
+            "held-out accuracy": ("eval/accuracy", 1, self._held_out_accuracy),
+            "held-out loss": ("eval/loss", 1, self._held_out_loss),
+            **{
+                f"steps of {name}": (f"{name}/skipped_steps", 1, partial(self._skipped, name))
+                for name in self.num_skipped
+            },
+        }
+
+    def _unscored(self, values: Values) -> str | None:
+        if "score/mean" in values or not values["score/unscored"]:
+            return None
+        return (
+            f"none of {values['score/unscored']:.0f} responses could be scored, so nothing is learned: every rule of "
+            "reward.functions returned None; a rule returns None for the rows of another task only, so see which "
+            "column it reads the answer from, and whether it can read the answers that stand there"
+        )
+
+    def _nothing_to_learn(self, values: Values) -> str | None:
+        if not self._is_flat(values) or values.get("score/overlong_penalty") or self._is_solved(values):
+            return None
+        num = self.streaks.get("nothing to learn", 0) + 1
+        alike = "every response to a prompt" if "group/flat_fraction" in values else "every response"
+        return (
+            f"{alike} got the same score in {num} iterations in a row (mean {values['score/mean']:.3g}), so nothing is "
+            "learned from scores: samples.jsonl shows the responses; either the reward never tells them apart (its "
+            "answer column, the form that it expects), or the prompts are too hard for this model, or all responses "
+            "are equal"
+        )
+
+    def _collapse(self, values: Values) -> str | None:
+        entropy, start = values["policy/entropy"], self.start["policy/entropy"]
+        if not entropy < COLLAPSED_ENTROPY:
+            return None
+        return (
+            f"the policy has collapsed: its entropy is {entropy:.2g} nats per token, {start:.2g} at the start, so it "
+            "gives one response only; optimizer.learning_rate is likely too high, or algorithm.kl_coef too low"
+        )
+
+    def _kl(self, values: Values) -> str | None:
+        kl = values["kl/mean"]
+        if kl <= max(LEAST_EXPLODED_KL, EXPLODED_KL * self.start.get("policy/entropy", 0.0)):
+            return None
+        return (
+            f"the policy is far from the reference: kl/mean is {kl:.3g} nats per token, kl/sequence "
+            f"{values['kl/sequence']:.3g}; optimizer.learning_rate is likely too high, or algorithm.kl_coef too low"
+        )
+
+    def _step_kl(self, values: Values) -> str | None:
+        if values["policy/approx_kl"] <= EXPLODED_STEP_KL:
+            return None
+        return (
+            f"one iteration moves the policy by {values['policy/approx_kl']:.3g} nats per token (policy/approx_kl), so "
+            "it learns from responses that it would no longer give; lower optimizer.learning_rate or update.num_epochs"
+        )
+
+    def _loss(self, values: Values) -> str | None:
+        loss, start, (times, more) = values["loss"], self.start["loss"], EXPLODED_LOSS
+        if math.isfinite(loss) and (loss <= times * start or loss <= start + more):
+            return None
+        return (
+            f"the loss has exploded: {loss:.4g}, {start:.4g} at the start; optimizer.learning_rate is likely too high"
+        )
+
+    def _value_loss(self, values: Values) -> str | None:
+        loss, start = values["value/loss"], self.start["value/loss"]
+        square = 1.0 + values.get("reward/mean", 0.0) ** 2 + values.get("reward/std", 0.0) ** 2
+        if math.isfinite(loss) and loss <= EXPLODED_VALUE_LOSS * max(start, square):
+            return None
+        return (
+            f"the critic's loss has exploded: value/loss is {loss:.4g}, {start:.4g} at the start; "
+            "critic_optimizer.learning_rate is likely too high"
+        )
+
+    def _gap(self, values: Values) -> str | None:
+        gap = values["policy/rollout_gap"]
+        if gap <= self.gap_limit:
+            return None
+        return (
+            f"sampling and training do not agree: policy/rollout_gap is {gap:.2g} nats per token, and rounding makes "
+            f"less than {self.gap_limit:g}; the model likely computes other log-probabilities with a cache, with other "
+            "rows beside it or in train mode (noise, a router, positions that depend on the longest row)"
+        )
+
+    def _held_out_accuracy(self, values: Values) -> str | None:
+        now, start = values["eval/accuracy"], self.start["eval/accuracy"]
+        if now >= self.start.get("eval/accuracy_low", start):
+            return None
+        return (
+            f"held-out accuracy fell below the start: {now:.3g}, {start:.3g} at the start; the model is worse than the "
+            "one that it was made from"
+        )
+
+    def _held_out_loss(self, values: Values) -> str | None:
+        now, start = values["eval/loss"], self.start["eval/loss"]
+        if now <= WORSE_LOSS * start:
+            return None
+        return (
+            f"the held-out loss rose above the start: {now:.4g}, {start:.4g} at the start; the learning rate is too "
+            "high, or the rows were seen too often"
+        )
+
+    def _skipped(self, module: str, _: Values) -> str | None:
+        num = self.num_skipped[module]
+        optimizer = "critic_optimizer" if module == "critic" else "optimizer"
+        if not num:
+            return None
+        return (
+            f"optimizer steps of the {module.replace('_', ' ')} that were skipped, as their gradient was not finite: "
+            f"{num:.0f}; lower {optimizer}.learning_rate if there are more"
+        )
+
+    def _is_flat(self, values: Values) -> bool:
+        """Whether no two scores that are compared differ."""
+        if "score/std" not in values:
+            return False
+        if "group/flat_fraction" in values:
+            return values["group/flat_fraction"] == 1.0
+        return values["score/std"] <= FLAT_STD * (1.0 + abs(values["score/mean"]))
+
+    def _is_solved(self, values: Values) -> bool:
+        """Whether scores are equal because all are as good as they ever were: that is the aim, and no failure."""
+        if self.best_score == -math.inf:
+            return False
+        return values["score/mean"] >= self.best_score - SOLVED * abs(self.best_score - self.start["score/mean"])

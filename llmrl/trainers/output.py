@@ -1,0 +1,121 @@
+"""The folder that a run writes: whether it may, and what an earlier run left there."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from llmrl.files import read_object, writing
+from llmrl.trainers.checkpoint import list_checkpoints
+
+RECORDS = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "best", "final")
+"""What a run leaves."""
+MODEL_FILES = ("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.bin", "*.gguf")
+"""What tells the folder of a model, beside its config.json."""
+
+
+class RunError(ValueError):
+    """A run that cannot start as it was asked to."""
+
+
+def check_folder(folder: Path, *, resume: bool, inputs: Mapping[str, str]) -> None:
+    """Refuses to write where nothing can be written, over what a run reads, over another run, and over anything else.
+
+    Args:
+        inputs: Setting paths of what the run reads, with their values: local paths, or names on the hub.
+
+    Raises:
+        RunError: With the reason.
+    """
+    _check_place(folder)
+    for setting, path in inputs.items():
+        place, read = folder.resolve(), Path(path).resolve()
+        if read.is_dir() and (place == read or read in place.parents):
+            raise RunError(
+                f"run.output_dir ({folder}) is {'' if place == read else 'inside '}{setting} ({path}), which the run "
+                "reads; choose another folder"
+            )
+    if is_run(folder):
+        if not resume:
+            raise RunError(
+                f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another "
+                "folder, or remove it"
+            )
+    elif found := _first_found(folder):
+        raise RunError(
+            f"run.output_dir ({folder}) holds {found.name}, which no run of llmrl wrote there, and a run might write "
+            "over it; choose another folder, or move it away"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run made the folder: its config.json says so or, where none is readable, there are checkpoints."""
+    config = read_object(folder / "config.json")
+    if config is not None:
+        return {"settings", "versions"} <= config.keys()
+    return bool(list_checkpoints(folder / "checkpoints"))
+
+
+def keep_iterations(file: Path, last: int) -> int:
+    """Removes what came after iteration `last` from a file of JSON lines, and what cannot be read.
+
+    Returns:
+        How many lines could not be read, except the last one, which a crash may have torn.
+    """
+    if not file.exists():
+        return 0
+    kept, torn = [], []
+    with writing(file):
+        lines = file.read_text(errors="replace").splitlines()
+        for number, line in enumerate(lines):
+            iteration = _iteration(line)
+            if iteration is None:
+                torn.append(number)
+            elif iteration <= last:
+                kept.append(line + "\n")
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(file)
+    return sum(number < len(lines) - 1 for number in torn)
+
+
+def _iteration(line: str) -> int | None:
+    """Which iteration a line is of; None where it is no record of one."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    number = entry.get("iteration") if isinstance(entry, dict) else None
+    return number if isinstance(number, int) else None
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses a folder that can neither be made nor be written to. Leaves nothing behind."""
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        where = "is" if place == folder else f"cannot be made: {place} is"
+        raise RunError(
+            f"run.output_dir ({folder}) {where} {'a file' if place.is_file() else 'no folder'}; name a folder"
+        )
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # which knows names that are too long
+        with TemporaryFile(dir=place):
+            pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(
+            f"run.output_dir ({folder}) cannot be written: {place}: {reason}; choose another folder"
+        ) from error
+
+
+def _first_found(folder: Path) -> Path | None:
+    """A file or folder that is not to be written over; the first of them."""
+    for pattern in (*RECORDS, *MODEL_FILES):
+        for path in sorted(folder.glob(pattern)):
+            return path
+    return None

@@ -1,0 +1,153 @@
+"""What may lie in the folder that a run is to write."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from llmrl.trainers.output import RunError, check_folder, keep_iterations
+
+CONFIG = {"settings": {"run": {}}, "versions": {"torch": "2"}}
+
+
+def check(folder: Path, *, resume: bool = False, **inputs: Path | str) -> None:
+    check_folder(folder, resume=resume, inputs={name: str(path) for name, path in inputs.items()})
+
+
+def tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"x")
+    return folder
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+# --- models and data --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("place", ["model", "model/run/a"])
+def test_the_folder_of_the_model_that_is_read_is_refused(tmp_path: Path, resume: bool, place: str):
+    model = make_model(tmp_path / "model")
+    with pytest.raises(RunError, match=r"model\.path \(.*which the run reads; choose another folder$"):
+        check(tmp_path / place, resume=resume, **{"model.path": model})
+
+
+def test_so_it_is_by_another_name_and_from_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_model(tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(RunError, match=r"is model\.path"):
+        check(Path("."), resume=True, **{"model.path": "../link"})
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_any_other_folder_with_a_model_is_refused_without_advice_to_resume(tmp_path: Path, resume: bool):
+    make_model(tmp_path / "model")
+    with pytest.raises(RunError, match=r"holds config\.json, which no run of llmrl wrote.*; choose") as refused:
+        check(tmp_path / "model", resume=resume)
+    assert "resume" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "w.safetensors", "tokenizer.json", "final", "metrics.jsonl"])
+def test_a_folder_with_anything_that_matters_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    with pytest.raises(RunError, match=f"holds {name}, which no run"):
+        check(tmp_path, resume=True)
+
+
+def test_a_model_in_the_place_of_the_record_of_a_run_makes_it_none(tmp_path: Path):
+    """What an earlier llmrl, or a copy by hand, may have left."""
+    run = make_model(tmp_path / "run")
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"holds config\.json"):
+        check(run, resume=True)
+
+
+def test_other_files_stay_and_data_beside_the_run_is_read(tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
+    data = tmp_path / "train.jsonl"
+    data.touch()
+    check(tmp_path, **{"data.path": data, "model.path": "someone/on-the-hub"})
+
+
+def test_a_folder_of_data_is_refused(tmp_path: Path):
+    with pytest.raises(RunError, match=r"is inside data\.path"):
+        check(tmp_path / "runs" / "x", **{"data.path": tmp_path})
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_or_refused(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    check(run, resume=True)
+    with pytest.raises(RunError, match=r"already holds a run; set run\.resume=true"):
+        check(run)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"settings": {', b"\xff\xfe"])
+def test_a_run_whose_record_is_torn_is_known_by_its_checkpoints(tmp_path: Path, torn: bytes):
+    (tmp_path / "config.json").write_bytes(torn)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(RunError, match=r"holds config\.json"):
+        check(tmp_path, resume=True)
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    check(tmp_path, resume=True)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_that_can_be_made_is_left_as_it_is(tmp_path: Path):
+    check(tmp_path / "a" / "b" / "ein ördner")
+    check(tmp_path)
+    assert tree(tmp_path) == []
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file\) is a file; name a folder"):
+        check(tmp_path / "file")
+    with pytest.raises(RunError, match=r"cannot be made: .*file is a file; name a folder"):
+        check(tmp_path / "file" / "run")
+
+
+def test_a_link_to_nowhere_is_refused(tmp_path: Path):
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(RunError, match="is no folder; name a folder"):
+        check(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0y"])
+def test_a_name_that_the_file_system_refuses(tmp_path: Path, name: str):
+    with pytest.raises(RunError, match=r"cannot be written: .*; choose another folder"):
+        check(tmp_path / name)
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path):
+    place = Path("/proc") if os.geteuid() == 0 else tmp_path / "closed"
+    if place != Path("/proc"):
+        place.mkdir(mode=0o500)
+    with pytest.raises(RunError, match=rf"cannot be written: {place}: .*; choose another folder"):
+        check(place / "run")
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"iteration": 1}\n\xff\xfe\n[3]\n{"iteration": "4"}\n{"iteration": 5}\n{"iteration": 9}\n{"iter')
+    assert keep_iterations(file, 5) == 3  # the last one is torn, as a crash leaves it
+    assert file.read_text() == '{"iteration": 1}\n{"iteration": 5}\n'
