@@ -185,7 +185,8 @@ def generate(
     """Responds to prompts."""
     with bad_input_ends_with_status_2():
         from llmrl.build import respond
-        from llmrl.models.loading import ModelConfig, check_model
+        from llmrl.models.checking import check_model
+        from llmrl.models.loading import ModelConfig
 
         if temperature < 0:
             raise SettingError(f"--temperature ({temperature}) must be 0 or greater")

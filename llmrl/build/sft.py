@@ -1,5 +1,7 @@
 """Supervised runs."""
 
+from collections.abc import Iterator
+
 from llmrl.build.actors import Actor, load_actor
 from llmrl.build.checks import Checked
 from llmrl.build.rows import EVALUATION, tell_dropped
@@ -11,6 +13,7 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_policy
 from llmrl.distributed.wrapping import train
 from llmrl.experience import Row, Sequences
+from llmrl.models.loading import check_ids
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
 from llmrl.settings import to_dict
@@ -27,6 +30,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     )
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives)
     trained = train(actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives)
     trainer = SFTTrainer(
@@ -58,4 +62,9 @@ def _held_out(
         return None
     examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
     tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", progress)
+    check_ids(config.path, _ids(examples), actor.model, actor.tokenizer)
     return examples.next(examples.num_rows).to(pick_device())
+
+
+def _ids(source: SupervisedSource) -> Iterator[list[int]]:
+    return (ids for example in source.examples for ids in example)

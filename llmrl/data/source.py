@@ -34,6 +34,11 @@ class ShuffledSource(Generic[Example]):
         self._position = 0
 
     @property
+    def examples(self) -> Sequence[Example]:
+        """Each once, in data order."""
+        return self._examples
+
+    @property
     def num_rows(self) -> int:
         """Examples per epoch: the rows less the dropped ones."""
         return len(self._examples)
