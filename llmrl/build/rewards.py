@@ -163,7 +163,7 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
     ids = [ids for example in examples for ids in example]
-    check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)
+    check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)  # type: ignore[arg-type]
     check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
     sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
     scores = scorer.normalize(scorer.scorer.scores(sequences))
