@@ -114,12 +114,15 @@ def _is_folder(config: ModelConfig) -> bool:
 def _check_cached(config: ModelConfig, kind: Any) -> list[str]:
     """Checks the settings of a model of the hub, if they are here."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    with reading(config):
+    near = neighbour(config.path)
+    hint = f"; did you mean the folder {near}?" if near else ""
+    try:
         cached = [try_to_load_from_cache(config.path, name) for name in CODE_FILES]
+    except HFValidationError as error:
+        raise ModelError(f"model.path ({config.path}) is neither a folder nor a name of the hub{hint}") from error
     if not isinstance(cached[0], str):
-        near = neighbour(config.path)
-        hint = f"; did you mean the folder {near}?" if near else ""
         return [f"model.path ({config.path}) is a hub name that is not in the local cache{hint}"]
     files = [Path(file) for file in cached if isinstance(file, str)]
     with reading_files(config.path):
@@ -233,9 +236,10 @@ def _try_lora(config: ModelConfig, model: "PreTrainedModel") -> None:
 
     assert config.lora is not None
     check_targets(config.lora, model)
+    speaks = model.get_output_embeddings() is not None
     with reading(config):
-        get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
-    if model.get_output_embeddings() is not None:
+        get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM" if speaks else "SEQ_CLS"))
+    if speaks:
         refuse_tied(model)
 
 
