@@ -192,7 +192,8 @@ def generate(
     with bad_input_ends_with_status_2():
         from llmrl.build import respond
         from llmrl.distributed.device import prepare_device
-        from llmrl.models.loading import ModelConfig, check_model
+        from llmrl.models.checking import check_model
+        from llmrl.models.loading import ModelConfig
 
         if temperature < 0:
             raise SettingError(f"--temperature ({temperature}) must be 0 or greater")

@@ -17,8 +17,10 @@ from llmrl.data.rows import check_rows, column_names
 from llmrl.data.supervised import load_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, read_launch
 from llmrl.experience import Row
-from llmrl.models.loading import ModelConfig, ModelError, check_model, load_tokenizer
-from llmrl.models.reward_model import check_reward_model, check_shared_base
+from llmrl.models.checking import check_model, check_reward_model
+from llmrl.models.folders import ModelError
+from llmrl.models.loading import ModelConfig, load_tokenizer
+from llmrl.models.reward_model import check_shared_base
 from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
@@ -171,10 +173,8 @@ def _check_model(
     if dry and config.made_by and not Path(config.path).exists():
         return [f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
     with naming(section):
-        sentence = check_model(config, may_be_random=not needs_head)
-        if needs_head is not None:
-            check_reward_model(config, needs_head=needs_head)
-    return [_in_section(sentence, section)] if sentence else []
+        unchecked = check_model(config) if needs_head is None else check_reward_model(config, needs_head=needs_head)
+    return [_in_section(sentence, section) for sentence in unchecked]
 
 
 def _in_section(sentence: str, section: str) -> str:

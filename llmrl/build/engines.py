@@ -12,7 +12,7 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import read_launch
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
-from llmrl.models.loading import ModelConfig, end_ids, load_model, load_tokenizer, num_token_ids
+from llmrl.models.loading import ModelConfig, check_ids, end_ids, load_model, load_tokenizer, num_token_ids
 from llmrl.reports.progress import Silent
 from llmrl.rewards.functions import decode_responses
 from llmrl.roles import Progress, RolloutEngine, Sampling
@@ -77,6 +77,7 @@ def respond(
     tokenizer, model = load_for_sampling(config)
     data = PromptDataConfig(path="the command line", system_prompt=system_prompt, max_prompt_tokens=sys.maxsize)
     prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
+    check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
     engine = build_engine(
         RolloutConfig(max_rows=max(num_responses, RolloutConfig.max_rows)),
         model,

@@ -18,7 +18,7 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_scorer
 from llmrl.distributed.wrapping import loading_device, train
 from llmrl.experience import PreferencePairs, Sequences
-from llmrl.models.loading import ModelConfig, load_tokenizer, ready_to_train
+from llmrl.models.loading import ModelConfig, check_ids, check_vocabulary, load_tokenizer, ready_to_train
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_model import (
     Normalization,
@@ -26,7 +26,6 @@ from llmrl.models.reward_model import (
     TextForm,
     TransformersRewardModel,
     adapt,
-    check_vocabulary,
     choose_pad,
     load_reward_model,
     normalization_on,
@@ -107,6 +106,8 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         for line in source.counts.lines():
             progress.message(f"{section}: {line}")
         _check_positions(source, data, section, limit=position_limit(loaded.model))
+        ids = (ids for pair in source.examples for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        check_ids(data.path, ids, loaded.model, loaded.tokenizer)
     if not loaded.has_own_pad:
         progress.message(PAD_NOTE)
     for warning in precision_warnings(loaded.model, loaded.module.dtype):

@@ -20,13 +20,12 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_reward, shared_scorer
 from llmrl.distributed.wrapping import place_frozen
 from llmrl.experience import Rollout, Row, Sequences
-from llmrl.models.loading import base_of, load_tokenizer, shrink_linear_layers
+from llmrl.models.loading import base_of, check_ids, check_vocabulary, load_tokenizer, shrink_linear_layers
 from llmrl.models.reward_model import (
     Normalization,
     RewardModule,
     TextForm,
     TransformersRewardModel,
-    check_vocabulary,
     load_reward_model,
     load_reward_on_base,
     saved_normalization,
@@ -164,6 +163,8 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
+    ids = [ids for example in examples for ids in example]
+    check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)  # type: ignore[arg-type]
     check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
     sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
     scores = scorer.normalize(scorer.scorer.scores(sequences))

@@ -21,6 +21,7 @@ from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.sharing import shared_engine, shared_networks, shared_policy
 from llmrl.distributed.wrapping import train
 from llmrl.experience import Prompts
+from llmrl.models.loading import check_ids
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Algorithm, Collectives, Policy, Progress, RolloutEngine, Trainable
@@ -143,6 +144,7 @@ def _build_run(
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
+    check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
     readers = {**readers, **_scorer_of(rewards)}
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, _one_epoch(prompts), config.rollout)
@@ -212,6 +214,7 @@ def _evaluator(
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
     prompts, num_dropped = encode_prompts(checked.evaluation_rows, tokenizer, config.evaluation_data)
     tell_dropped(num_dropped, EVALUATION, "max_prompt_tokens", progress)
+    check_ids(config.evaluation_data.path, prompts.ids.tolist(), model, tokenizer)
     check_room({"the model": model, **_scorer_of(rewards)}, prompts, config.rollout)
     return Evaluator(
         config.evaluation,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.distributed.launch import read_launch
+from llmrl.models.companions import Companions
 from llmrl.models.saving import Blueprint, save_policy
 from llmrl.roles import Collectives, Trainable
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Saver:
     """Writes a model that is trained: all ranks bring its weights together, the first one writes.
 
-    To be made before the weights are split over ranks.
+    To be made before the weights are split over ranks. What stands beside the weights is tried out at once.
     """
 
     def __init__(
@@ -35,6 +36,9 @@ class Saver:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.is_first = collectives.rank == 0
+        self.companions = Companions(model, tokenizer)
+        if self.is_first:
+            self.companions.try_out(model, adapted, tokenizer)
         self.blueprint = None if read_launch().sharding == "none" else Blueprint(model, adapted)
 
     def save(self, folder: Path, trained: Trainable, records: Mapping[str, Any] | None = None) -> None:
@@ -49,5 +53,11 @@ class Saver:
                 model, adapted = self.blueprint.filled(whole)
         if self.is_first:
             save_policy(
-                folder, model=model, adapted=adapted, tokenizer=self.tokenizer, dtype=self.dtype, records=records
+                folder,
+                model=model,
+                adapted=adapted,
+                tokenizer=self.tokenizer,
+                dtype=self.dtype,
+                companions=self.companions,
+                records=records,
             )

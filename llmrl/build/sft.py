@@ -1,5 +1,7 @@
 """Supervised runs."""
 
+from collections.abc import Iterator
+
 from llmrl.build.actors import Actor, load_actor
 from llmrl.build.checks import Checked
 from llmrl.build.precision import precision_warnings, with_dtypes
@@ -12,6 +14,7 @@ from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_policy
 from llmrl.distributed.wrapping import train
 from llmrl.experience import Row, Sequences
+from llmrl.models.loading import check_ids
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
 from llmrl.settings import to_dict
@@ -30,6 +33,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
     for warning in precision_warnings(actor.model, actor.dtype):
         progress.message(f"warning: {warning}")
+    check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives)
     trained = train(actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives)
     trainer = SFTTrainer(
@@ -61,4 +65,9 @@ def _held_out(
         return None
     examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
     tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", progress)
+    check_ids(config.path, _ids(examples), actor.model, actor.tokenizer)
     return examples.next(examples.num_rows).to(pick_device())
+
+
+def _ids(source: SupervisedSource) -> Iterator[list[int]]:
+    return (ids for example in source.examples for ids in example)

@@ -39,6 +39,11 @@ class ShuffledSource(Generic[Example]):
         self._fingerprint = fingerprint(rows)
 
     @property
+    def examples(self) -> Sequence[Example]:
+        """Each once, in data order."""
+        return self._examples
+
+    @property
     def num_rows(self) -> int:
         """Examples per epoch: the rows less the dropped ones."""
         return len(self._examples)

@@ -1,6 +1,5 @@
 """What a model is made of, in numbers of parameters: counted on modules without weights."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmrl.models.loading import ModelConfig, is_adapter, is_local_model, json_object, resolved
+from llmrl.models.folders import is_adapter, is_local_model, json_object, resolved
+from llmrl.models.loading import ModelConfig, base_of_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,7 +78,7 @@ def read_shape(config: ModelConfig) -> ModelShape | None:
     if is_local_model(config.path) and is_adapter(config.path):
         return _read_adapted(config)
     file = _config_file(config.path)
-    if file is None or "auto_map" in json_object(file, config):
+    if file is None or "auto_map" in json_object(file, config.path):
         return None
     from transformers import AutoConfig
 
@@ -89,8 +89,8 @@ def read_shape(config: ModelConfig) -> ModelShape | None:
 
 
 def _read_adapted(config: ModelConfig) -> ModelShape | None:
-    adapter = json.loads((Path(resolved(config.path)) / "adapter_config.json").read_text())
-    base = read_shape(ModelConfig(path=adapter["base_model_name_or_path"]))
+    adapter = json_object(Path(resolved(config.path)) / "adapter_config.json", config.path)
+    base = read_shape(base_of_adapter(config))
     targets = adapter["target_modules"]
     named = tuple(targets) if isinstance(targets, list) else ()
     return None if base is None else replace(base, adapter_rank=adapter["r"], adapter_targets=named)

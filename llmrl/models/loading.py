@@ -1,9 +1,8 @@
-"""Transformers models and tokenizers from a folder or a hub name: checked first, then loaded."""
+"""Transformers models and tokenizers from a folder or a hub name."""
 
 import copy
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +11,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from llmrl.models.folders import (
+    ModelError,
+    has_vocabulary_file,
+    is_adapter,
+    is_local_model,
+    json_object,
+    neighbour,
+    resolved,
+)
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HeadInit = Literal["zero", "normal"]
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-CODE_FILES = ("config.json", "tokenizer_config.json")
-"""What may name Python code that comes with a model."""
 HUB_TIMEOUT_S = 5.0
 """For the hub to say whether it has a model that is not in the local cache."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be used, and what to do about it."""
+PLAIN_FORWARD = {"output_router_logits": False, "output_attentions": False, "output_hidden_states": False}
+"""Outputs that nothing here reads. A config that asks for them keeps that in the folder that is saved."""
+OLD_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias")
+"""Ends of names of causal masks, which folders of GPT-2 and GPT-Neo once held beside the weights."""
+RESIZE = "give them embeddings with model.resize_token_embeddings(len(tokenizer)) and save the model, or leave them out"
+MAX_REASON = 300
+"""Characters of a library's own words in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +46,12 @@ class LoraSettings:
     """Rank of each update."""
     alpha: int = 32
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ()
-    """Names of the layers that get an adapter; none named: every linear layer but the LM head."""
+    targets: tuple[str, ...] | Literal["all-linear"] = ()
+    """Names of the layers that get an adapter; none named, or all-linear: every linear layer but the LM head."""
 
     def __post_init__(self) -> None:
+        if "all-linear" in self.targets:
+            object.__setattr__(self, "targets", ())
         if self.rank < 1:
             raise ValueError(f"model.lora.rank ({self.rank}) must be at least 1")
         if self.alpha <= 0:
@@ -69,160 +80,146 @@ class ModelConfig:
     """The command that makes the folder, told to whoever misses it."""
 
 
-def is_local_model(path: str) -> bool:
-    """Whether a path means a folder.
-
-    A hub name has no dot, slash or tilde in front and at most one slash, and what stands before that is no folder here.
-    """
-    owner, slash, _ = path.partition("/")
-    in_a_folder_here = slash and Path(owner).is_dir()
-    return bool(Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_a_folder_here)
-
-
-def check_model(config: ModelConfig, *, may_be_random: bool = True) -> str | None:
-    """Checks everything that can be known before any weights load.
-
-    Args:
-        config: Which model.
-        may_be_random: Whether `from_scratch` would be a way out where there are no weights.
-
-    Returns:
-        None, or a sentence on what could not be checked: a hub name that is not in the local cache.
+def base_of_adapter(config: ModelConfig) -> ModelConfig:
+    """The model that an adapter stands on: where its folder says, read from here, else from the adapter's folder.
 
     Raises:
-        ModelError: The folder is missing or incomplete, or it brings code that was not allowed.
+        ModelError: The folder does not say.
     """
-    if config.made_by is None and not is_local_model(config.path):
-        return _check_cached(config)
     folder = Path(config.path).expanduser()
-    if not folder.is_dir():
-        hint = f"; make it with `{config.made_by}`" if config.made_by else "; give a folder or a hub name"
-        raise ModelError(f"model.path ({config.path}) is no folder{hint}")
-    if is_adapter(config.path):
-        return _check_adapter(config)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.path ({config.path}) holds no config.json: is it a transformers model folder?")
-    if not config.from_scratch and not any((folder / name).is_file() for name in WEIGHT_FILES):
-        or_random = ", or set model.from_scratch=true to start from random ones" if may_be_random else ""
-        raise ModelError(
-            f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
-            f"save them as safetensors{or_random}"
-        )
-    _check_remote_code([folder / name for name in CODE_FILES], config)
-    return None
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a folder holds a peft adapter rather than a whole model."""
-    return (Path(path).expanduser() / "adapter_config.json").is_file()
-
-
-def _check_adapter(config: ModelConfig) -> str | None:
-    for name, unset in (("lora", None), ("from_scratch", False)):
-        if getattr(config, name) != unset:
-            raise ModelError(
-                f"model.{name} is set, but model.path ({config.path}) already brings a peft adapter, which is then "
-                f"continued; leave model.{name} out, or merge the adapter into its base first"
-            )
-    if not (Path(config.path).expanduser() / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"model.path ({config.path}) holds no adapter_model.safetensors; save the adapter as safetensors"
-        )
-    _check_remote_code([Path(config.path).expanduser() / name for name in CODE_FILES], config)
-    base = _base_of_adapter(config)
-    try:
-        return check_model(base, may_be_random=False)
-    except ModelError as error:
-        raise ModelError(f"model.path ({config.path}) is an adapter whose base cannot be used: {error}") from error
-
-
-def _base_of_adapter(config: ModelConfig) -> ModelConfig:
-    adapter = json.loads((Path(config.path).expanduser() / "adapter_config.json").read_text())
-    base = adapter.get("base_model_name_or_path")
-    if not base:
+    base = json_object(folder / "adapter_config.json", config.path).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ModelError(f"model.path ({config.path}) is an adapter that does not name its base model")
+    if not Path(base).expanduser().exists() and (folder / base).is_dir():
+        base = str(folder / base)
     return ModelConfig(path=base, trust_remote_code=config.trust_remote_code)
 
 
-def resolved(path: str) -> str:
-    return str(Path(path).expanduser()) if is_local_model(path) else path
-
-
-def _check_cached(config: ModelConfig) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = [try_to_load_from_cache(config.path, name) for name in CODE_FILES]
-    if not isinstance(cached[0], str):
-        return f"model.path ({config.path}) is a hub name that is not in the local cache"
-    _check_remote_code([Path(file) for file in cached if isinstance(file, str)], config)
-    return None
-
-
-def _check_remote_code(files: Sequence[Path], config: ModelConfig) -> None:
-    brings_code = any("auto_map" in json_object(file, config) for file in files if file.is_file())
-    if brings_code and not config.trust_remote_code:
-        raise ModelError(
-            f"model.path ({config.path}) brings its own Python code, which would run here; "
-            "read it, then set model.trust_remote_code=true, or choose another model"
-        )
-
-
-def json_object(file: Path, config: ModelConfig) -> dict[str, Any]:
-    """What a file of the model folder says.
-
-    Raises:
-        ModelError: It is no JSON object.
-    """
+@contextmanager
+def naming_adapter(config: ModelConfig) -> Iterator[None]:
+    """Around what checks or loads the base of an adapter."""
     try:
-        settings = json.loads(file.read_text())
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ModelError(f"model.path ({config.path}) has a {file.name} that is no JSON object; save the model again")
-    return settings
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"model.path ({config.path}) is an adapter whose base cannot be used: {error}; the base is "
+            "base_model_name_or_path in adapter_config.json"
+        ) from error
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the model folder, with its chat template."""
+    """The tokenizer of the model folder, with its chat template; of the base where an adapter brings none."""
     from transformers import AutoTokenizer
 
+    if is_adapter(config.path) and not has_vocabulary_file(config.path):
+        return load_tokenizer(base_of_adapter(config))
     with reading(config):
         return AutoTokenizer.from_pretrained(resolved(config.path), trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """The causal language model, its weights in `dtype`, its dropout off; adapters are for `load_adapted`."""
-    with reading(config):
-        model = _read_model(config, dtype)
+    from transformers import AutoModelForCausalLM
+
+    model, report = read_model(config, AutoModelForCausalLM, read_config(config), dtype=dtype)
+    refuse_weights(config, model, report)
     turn_dropout_off(model)
     return model
 
 
-def _read_model(config: ModelConfig, dtype: torch.dtype) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(config: ModelConfig) -> "PretrainedConfig":
+    """The settings of the model, less the outputs that it would give beyond what is read here."""
+    from transformers import AutoConfig
 
-    path = resolved(config.path)
-    if config.from_scratch:
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-    )  # type: ignore[misc]
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"model.path ({config.path}) lacks {len(missing)} weights of a {type(model).__name__}, such as "
-            f"{missing[0]}, which would be random; choose a causal language model that is complete"
+    with reading(config):
+        settings = AutoConfig.from_pretrained(resolved(config.path), trust_remote_code=config.trust_remote_code)
+    for part in (settings, settings.get_text_config()):
+        for name, value in PLAIN_FORWARD.items():
+            if getattr(part, name, value) != value:
+                setattr(part, name, value)
+    return settings
+
+
+def read_model(
+    config: ModelConfig, kind: Any, settings: "PretrainedConfig", *, dtype: torch.dtype, on_meta: bool = False
+) -> "tuple[PreTrainedModel, Mapping[str, Any]]":
+    """``(model, report)``: what transformers reports of weights that are missing, unexpected or of another shape.
+
+    Args:
+        config: Which model.
+        kind: The class of transformers that picks the model's own, such as `AutoModelForCausalLM`.
+        settings: By which the model is built.
+        dtype: Of the weights.
+        on_meta: Takes shapes alone: no weight is read.
+    """
+    device, trust = torch.device("meta" if on_meta else "cpu"), config.trust_remote_code
+    with reading(config), _no_table():
+        if config.from_scratch:
+            with device:
+                return kind.from_config(settings, dtype=dtype, trust_remote_code=trust), {}
+        return kind.from_pretrained(
+            resolved(config.path),
+            config=settings,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            **({"device_map": device} if on_meta else {}),
         )
-    return model
+
+
+def refuse_weights(
+    config: ModelConfig, model: "PreTrainedModel", report: Mapping[str, Any], *, has_score: bool = False
+) -> None:
+    """Refuses weights that do not fit, by what transformers reports of them.
+
+    Args:
+        config: Which model.
+        model: As it was built.
+        report: Empty for random weights.
+        has_score: Whether the score head of a sequence classification model must be among them. Of such a model,
+            weights that it does not know are refused too, save heads of other kinds.
+    """
+    if not report:
+        return
+    scores = hasattr(model, "score")
+    new = {"score.weight"} if scores and not has_score else set()
+    ours = (f"{model.base_model_prefix}.", "score.") if scores else ()
+    unexpected = {name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS)}
+    foreign = {name for name in unexpected if name.startswith(ours)}
+    kind = type(model).__name__
+    for names, problem in (
+        ({name for name, *_ in report["mismatched_keys"]}, "are of another shape than its config.json says"),
+        (set(report["missing_keys"]) - new, f"are missing for a {kind} and would be random"),
+        (foreign, f"are not those of a {kind}"),
+    ):
+        if names:
+            raise ModelError(
+                f"model.path ({config.path}): {len(names)} weights, such as {min(names)}, {problem}; choose a model "
+                "that is complete"
+            )
+
+
+@contextmanager
+def _no_table() -> Iterator[None]:
+    """Keeps off the screen the table that transformers prints of weights that do not fit; `refuse_weights` reads it."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 @contextmanager
 def reading(config: ModelConfig) -> Iterator[None]:
-    """Around whatever reads the folder or asks the hub for it: that it is not there is an error of the input.
+    """Around one call of a library that reads the folder or asks the hub for it: whatever it raises is about the input.
 
     Transformers asks a hub that does not answer again and again, for most of a minute; so it is asked once before.
     """
@@ -232,9 +229,19 @@ def reading(config: ModelConfig) -> Iterator[None]:
         if not local:
             _ask_hub(config.path)
         yield
-    except OSError as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise ModelError(f"model.path ({config.path}) {what}: {reason}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # each library and file format has classes of its own
+        near = None if local else neighbour(config.path)
+        hint = f"; did you mean the folder {near}?" if near else ""
+        raise ModelError(f"model.path ({config.path}) {what}: {reason_of(error)}{hint}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """A library's error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    first = lines[0] if len(lines[0]) <= MAX_REASON else f"{lines[0][:MAX_REASON]} ..."
+    return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
 
 
 def _ask_hub(name: str) -> None:
@@ -258,18 +265,38 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
     from peft import PeftModel, get_peft_model
 
     if is_adapter(config.path):
-        model = load_model(_base_of_adapter(config))
+        base = base_of_adapter(config)
+        with naming_adapter(config):
+            model = load_model(base)
         path, device = resolved(config.path), str(model.device)  # peft would read by way of any accelerator it finds
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
-        adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
+        with reading(config):
+            adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
+            adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
+        adapted.peft_config["default"].base_model_name_or_path = resolved(base.path)
     elif config.lora is not None:
         model = load_model(config)
-        adapted = get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
+        check_targets(config.lora, model)
+        with reading(config):
+            adapted = get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
     else:
         return load_model(config), None
-    _check_tied(model)
+    refuse_tied(model)
     turn_dropout_off(model)
     return model, adapted  # type: ignore[return-value]
+
+
+def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
+    """Refuses names of layers that a model lacks, or that an adapter cannot stand on."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)}
+    unknown = [x for x in lora.targets if not any(f".{name}".endswith(f".{x}") for name in layers)]
+    if unknown:
+        there = sorted({name.rpartition(".")[2] for name in layers})
+        raise ModelError(
+            f"model.lora.targets ({', '.join(unknown)}) names no layer of a {type(model).__name__} that can have an "
+            f"adapter; there are {', '.join(there)}; name some of them, or leave it out for every linear layer"
+        )
 
 
 def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list[str] | None = None) -> "LoraConfig":
@@ -295,8 +322,12 @@ def base_of(adapted: "PeftModel") -> "PreTrainedModel":
     return view.unload()  # type: ignore[operator]
 
 
-def _check_tied(model: "PreTrainedModel") -> None:
-    """Refuses what cannot be saved: merged into one of two tied layers, an adapter would change the other."""
+def refuse_tied(model: "PreTrainedModel") -> None:
+    """Refuses what cannot be saved: merged into one of two tied layers, an adapter would change the other.
+
+    Raises:
+        ModelError: An adapter, or a whole copy that is trained beside it, is on one of them.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -304,7 +335,8 @@ def _check_tied(model: "PreTrainedModel") -> None:
     if model.config.tie_word_embeddings and any(isinstance(x, BaseTunerLayer | ModulesToSaveWrapper) for x in layers):
         raise ModelError(
             f"{type(model).__name__} has one matrix for its input and its output embedding, which an adapter on either "
-            "would pull apart; leave both out of model.lora.targets"
+            "would pull apart; leave both out of model.lora.targets, or out of target_modules and modules_to_save of "
+            "an adapter that is continued"
         )
 
 
@@ -361,6 +393,48 @@ def shrink_linear_layers(model: "PreTrainedModel", dtype: torch.dtype, *, head: 
 def num_token_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> int:
     """Ids that the tokenizer can decode and the model has logits for: what lies beyond is padding of the embedding."""
     return min(max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
+
+
+def check_vocabulary(config: ModelConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a tokenizer with tokens that have no embedding, but for special ones: those of Gemma 3 1B name an image.
+
+    Raises:
+        ModelError: An ordinary text could have such a token.
+    """
+    num_rows, added = _num_embeddings(model), tokenizer.added_tokens_decoder
+    beyond = {
+        id: token
+        for token, id in tokenizer.get_vocab().items()
+        if id >= num_rows and not (id in added and added[id].special)
+    }
+    if beyond:
+        raise ModelError(
+            f"model.path ({config.path}): its tokenizer has {len(beyond)} tokens, such as {beyond[min(beyond)]!r} "
+            f"(id {min(beyond)}), beyond the {num_rows} embeddings of the model; {RESIZE}"
+        )
+
+
+def check_ids(
+    path: str, texts: Iterable[Sequence[int]], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Refuses data with a token that has no embedding.
+
+    Raises:
+        ModelError: `path` has one; the tokenizer has more tokens than the model.
+    """
+    num_rows = _num_embeddings(model)
+    if max(tokenizer.get_vocab().values()) < num_rows:
+        return
+    beyond = sorted({id for ids in texts for id in ids if id >= num_rows})
+    if beyond:
+        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} (id {id})" for id in beyond[:5])
+        raise ModelError(f"{path} has tokens beyond the {num_rows} embeddings of the model: {names}; {RESIZE}")
+
+
+def _num_embeddings(model: "PreTrainedModel") -> int:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.num_embeddings  # its weight may be split over ranks
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> tuple[int, ...]:

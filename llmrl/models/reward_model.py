@@ -7,9 +7,7 @@ position, whatever its id. The head computes in float32.
 A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon et al. 2020, arXiv:2009.01325, app. B.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,17 +17,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llmrl.experience import PreferencePairs, Sequences, by_token_budget
+from llmrl.models.folders import ModelError, is_local_model, json_object, resolved
 from llmrl.models.loading import (
     HeadInit,
     ModelConfig,
-    ModelError,
+    check_targets,
     initialize_head,
-    is_adapter,
-    is_local_model,
-    json_object,
     lora_config,
+    read_config,
+    read_model,
     reading,
-    resolved,
+    refuse_weights,
     turn_dropout_off,
 )
 from llmrl.models.policy import attended, computing_in, to_left_margin
@@ -52,8 +50,6 @@ PAD_NAMES = (
     "<unk>",
 )
 """Tokens that a vocabulary may have to spare for padding."""
-OLD_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias")
-"""Ends of names of causal masks, which folders of GPT-2 and GPT-Neo once held beside the weights."""
 PROBE_TOLERANCE = 1e-4
 
 
@@ -218,43 +214,6 @@ class TransformersRewardModel:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def check_reward_model(config: ModelConfig, *, needs_head: bool) -> None:
-    """Refuses, before weights load, a local folder that is no reward model.
-
-    Args:
-        config: Checked by `check_model` already.
-        needs_head: Whether its head must be there; to train one, a causal language model will do.
-
-    Raises:
-        ModelError: Several labels, or no head where one is needed.
-    """
-    file = Path(resolved(config.path)) / "config.json"
-    if is_local_model(config.path) and is_adapter(config.path):
-        raise ModelError(
-            f"model.path ({config.path}) is a peft adapter, which no reward model is read from; name the folder of a "
-            "whole model, such as the merged one that llmrl saves around its adapter"
-        )
-    if not is_local_model(config.path) or not file.is_file():
-        return
-    settings = json_object(file, config)
-    labels = settings.get("id2label")
-    num_labels = len(labels) if labels else settings.get("num_labels", 2)
-    if not _classifies(config, settings.get("architectures"), num_labels) and needs_head:
-        raise ModelError(
-            f"model.path ({config.path}) has no score head; train one with `llmrl reward-model`, or name a folder of "
-            "a sequence classification model with one label"
-        )
-
-
-def _classifies(config: ModelConfig, architectures: list[str] | None, num_labels: int | None) -> bool:
-    """Whether this is a sequence classification model: refused where it has several labels."""
-    if not any(name.endswith("ForSequenceClassification") for name in architectures or []):
-        return False
-    if num_labels != 1:
-        raise ModelError(f"model.path ({config.path}) has {num_labels} labels; a reward model has exactly one")
-    return True
-
-
 def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "PreTrainedModel":
     """A sequence classification model with one label, in float32, its dropout off.
 
@@ -263,31 +222,15 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
         head_init: How the head of a causal language model begins; None refuses a folder without a head, and so does
             a sequence classification model, which should have one.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    path, trust = resolved(config.path), config.trust_remote_code
-    report: dict[str, Any] = {"missing_keys": {"score.weight"}, "unexpected_keys": (), "mismatched_keys": ()}
-    with reading(config), _no_table():
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        classifies = _classifies(config, shape.architectures, shape.num_labels)
-        if not classifies:
-            shape.num_labels = 1
-        if config.from_scratch:
-            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=trust)
-        else:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                config=shape,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=trust,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told in the report, and refused
-            )
+    settings = read_config(config)
+    classifies = label_settings(config, settings)
+    model, report = read_model(config, AutoModelForSequenceClassification, settings, dtype=torch.float32)
     head = score_layer(model)
     new_head = head_init is not None and (config.from_scratch or not classifies)
-    _check_weights(config, model, report, new_head=new_head)
-    if "score.weight" in report["missing_keys"]:
+    refuse_weights(config, model, report, has_score=not new_head)
+    if config.from_scratch or "score.weight" in report["missing_keys"]:
         assert isinstance(head, nn.Linear)
         assert head_init is not None, "a folder without a head was refused"
         initialize_head(head, head_init)
@@ -295,53 +238,18 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
     return model
 
 
-@contextmanager
-def _no_table() -> Iterator[None]:
-    """Keeps off the screen the table that transformers prints of weights that do not fit; `_check_weights` reads it."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _check_weights(config: ModelConfig, model: "PreTrainedModel", report: Mapping[str, Any], *, new_head: bool) -> None:
-    """Refuses weights that do not fit, by what transformers reports of them. Heads of other kinds are left out."""
-    ours = (f"{model.base_model_prefix}.", "score.")
-    lacking = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
-    unexpected = {name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS)}
-    foreign = {name for name in unexpected if name.startswith(ours)}
-    misshapen = {name for name, *_ in report["mismatched_keys"]}
-    kind = type(model).__name__
-    for names, problem in (
-        (misshapen, "are of another shape than its config.json says"),
-        (lacking, f"are missing for a {kind} and would be random"),
-        (foreign, f"are not those of a {kind}"),
-    ):
-        if names:
-            raise ModelError(
-                f"model.path ({config.path}): {len(names)} weights, such as {min(names)}, {problem}; choose a model "
-                "that is complete"
-            )
-
-
-def check_vocabulary(config: ModelConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuses a tokenizer that has ids without an embedding.
+def label_settings(config: ModelConfig, settings: "PretrainedConfig") -> bool:
+    """Whether these are of a sequence classification model; where not, they get its one label.
 
     Raises:
-        ModelError: It belongs to another model.
+        ModelError: They have several labels.
     """
-    highest = max(tokenizer.get_vocab().values())
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    if highest >= len(embeddings):
-        raise ModelError(
-            f"model.path ({config.path}): its tokenizer has ids up to {highest}, but the model has {len(embeddings)} "
-            "embeddings; they do not belong together"
-        )
+    classifies = any(name.endswith("ForSequenceClassification") for name in settings.architectures or [])
+    if classifies and settings.num_labels != 1:
+        raise ModelError(f"model.path ({config.path}) has {settings.num_labels} labels; a reward model has exactly one")
+    if not classifies:
+        settings.num_labels = 1
+    return classifies
 
 
 def check_shared_base(config: ModelConfig, actor: ModelConfig) -> None:
@@ -356,7 +264,7 @@ def check_shared_base(config: ModelConfig, actor: ModelConfig) -> None:
             f"model.path ({config.path}) holds no adapter/, so it was not trained with model.lora and cannot stand on "
             "the actor's base; leave reward.model.on_actor_base out, or train it with model.lora"
         )
-    trained_from = json.loads(settings.read_text()).get("base_model_name_or_path") or "a model without a name"
+    trained_from = json_object(settings, config.path).get("base_model_name_or_path") or "a model without a name"
     if not _same_model(trained_from, actor.path):
         raise ModelError(
             f"model.path ({config.path}) is an adapter on {trained_from}, and the actor's base is {actor.path}; leave "
@@ -378,15 +286,15 @@ def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTra
         base: The causal language model, without adapters, which becomes part of what is returned.
     """
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     path = resolved(config.path)
+    settings = read_config(config)
+    with reading(config), torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
+    setattr(model, model.base_model_prefix, base.base_model)
+    score_layer(model).to_empty(device=base.device)  # read from beside the adapter
     with reading(config):
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=config.trust_remote_code)
-        setattr(model, model.base_model_prefix, base.base_model)
-        score_layer(model).to_empty(device=base.device)  # read from beside the adapter
         PeftModel.from_pretrained(model, str(Path(path) / "adapter"), torch_device=str(base.device))
     turn_dropout_off(model)
     return model
@@ -415,7 +323,9 @@ def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
         return None
     from peft import get_peft_model
 
-    adapted = get_peft_model(model, lora_config(config.lora, task_type="SEQ_CLS", modules_to_save=["score"]))
+    check_targets(config.lora, model)
+    with reading(config):
+        adapted = get_peft_model(model, lora_config(config.lora, task_type="SEQ_CLS", modules_to_save=["score"]))
     turn_dropout_off(model)
     return adapted  # type: ignore[return-value]
 

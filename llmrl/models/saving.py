@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmrl.models.companions import Companions
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,24 +42,45 @@ def save_policy(
     adapted: "PeftModel | None",
     tokenizer: "PreTrainedTokenizerBase",
     dtype: torch.dtype,
+    companions: Companions | None = None,
     records: Mapping[str, Any] | None = None,
 ) -> None:
     """Model, tokenizer and chat template, loadable with plain transformers; the folder is there whole or not at all.
 
     Adapters are merged into the model that is saved; by themselves they lie in ``adapter/``, to be continued.
-    `records` are written beside the model as JSON, by the name of their file.
+    `records` are written beside the model as JSON, by the name of their file. `companions` are what came with the
+    model; by default they are read now.
     """
+    companions = companions or Companions(model, tokenizer)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if adapted is not None:
-        adapted.save_pretrained(str(partial / "adapter"), selected_adapters=["default"])
-        tokenizer.save_pretrained(partial / "adapter")
-        model = copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
-    elif dtype != model.dtype:
-        model = copy.deepcopy(model)
-    model.to(dtype).save_pretrained(partial)  # type: ignore[arg-type]
-    tokenizer.save_pretrained(partial)
-    for name, record in (records or {}).items():
-        (partial / name).write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        if adapted is not None:
+            adapted.save_pretrained(str(partial / "adapter"), selected_adapters=["default"])
+            companions.write_tokenizer(partial / "adapter", tokenizer)
+            model = copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
+        elif dtype != model.dtype:
+            model = copy.deepcopy(model)
+        _save_model(partial, model.to(dtype))  # type: ignore[arg-type]
+        companions.write(partial, model)
+        companions.write_tokenizer(partial, tokenizer)
+        for name, record in (records or {}).items():
+            (partial / name).write_text(json.dumps(record, indent=1) + "\n")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _save_model(folder: Path, model: "PreTrainedModel") -> None:
+    """Weights and settings. Of generation settings transformers refuses to save some that it loads: they are saved
+    without being judged."""
+    own = model.generation_config
+    model.generation_config = type(own)() if own is not None else None
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
+    if own is not None and model.can_generate():
+        own.to_json_file(folder / "generation_config.json", use_diff=True)

@@ -9,14 +9,14 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from llmrl.models.folders import ModelError
 from llmrl.models.loading import (
     LoraSettings,
     ModelConfig,
-    ModelError,
     as_loaded,
-    check_model,
+    check_ids,
+    check_vocabulary,
     end_ids,
-    is_local_model,
     load_adapted,
     load_model,
     load_tokenizer,
@@ -62,130 +62,14 @@ def trainable(adapted):
     return {name: p.requires_grad for name, p in adapted.named_parameters()}
 
 
-@pytest.fixture
-def no_weights_are_read(monkeypatch, adapter):  # `adapter`: from when the folders are there
-    def refuse(*_, **__):
-        raise AssertionError("checking must not load weights")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", refuse)
-    monkeypatch.setattr(PeftModel, "from_pretrained", refuse)
-    monkeypatch.setattr("safetensors.safe_open", refuse)
-
-
-# --- checking ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_weights_are_read")
-class TestCheck:
-    def change(self, folder, name="config.json", **changes):
-        file = folder / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    def refusal(self, **config) -> str:
-        with pytest.raises(ModelError) as error:
-            check_model(ModelConfig(**config))
-        return str(error.value)
-
-    def test_whole_folders_pass(self, folder, adapter):
-        assert check_model(ModelConfig(path=folder)) is None
-        assert check_model(ModelConfig(path=folder, lora=LoraSettings())) is None
-        assert check_model(ModelConfig(path=adapter)) is None
-
-    def test_no_folder(self, tmp_path):
-        path = str(tmp_path / "nowhere")
-        assert self.refusal(path=path) == f"model.path ({path}) is no folder; give a folder or a hub name"
-
-    def test_no_folder_yet(self):
-        """Whoever names the command that makes the folder means a folder, however few slashes the path has."""
-        refusal = self.refusal(path="models/tiny", made_by="make tiny")
-        assert refusal == "model.path (models/tiny) is no folder; make it with `make tiny`"
-
-    def test_no_config(self, tmp_path):
-        assert "holds no config.json" in self.refusal(path=str(tmp_path))
-
-    def test_no_weights(self, folder, tmp_path):
-        (tmp_path / "model" / "model.safetensors").unlink()
-        assert "holds no weights" in self.refusal(path=folder)
-        assert "model.from_scratch=true" in self.refusal(path=folder)
-        assert check_model(ModelConfig(path=folder, from_scratch=True)) is None
-
-    def test_weights_in_shards(self, folder, tmp_path):
-        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors.index.json")
-        assert check_model(ModelConfig(path=folder)) is None
-
-    def test_pickled_weights_do_not_count(self, folder, tmp_path):
-        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-        assert "save them as safetensors" in self.refusal(path=folder)
-
-    def test_code_of_the_folder_runs_only_when_allowed(self, folder, tmp_path):
-        self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-        assert "model.trust_remote_code=true" in self.refusal(path=folder)
-        assert check_model(ModelConfig(path=folder, trust_remote_code=True)) is None
-
-    def test_code_of_the_tokenizer_counts_too(self, folder, tmp_path):
-        self.change(tmp_path / "model", "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
-        assert "model.trust_remote_code=true" in self.refusal(path=folder)
-        assert check_model(ModelConfig(path=folder, trust_remote_code=True)) is None
-
-    def test_so_does_code_of_the_tokenizer_beside_an_adapter(self, adapter, tmp_path):
-        (tmp_path / "adapter" / "tokenizer_config.json").write_text(
-            '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'
-        )
-        assert f"model.path ({adapter}) brings its own Python code" in self.refusal(path=adapter)
-        assert check_model(ModelConfig(path=adapter, trust_remote_code=True)) is None
-
-    def test_an_adapter_is_continued_as_it_is(self, adapter):
-        assert "leave model.lora out" in self.refusal(path=adapter, lora=LoraSettings())
-        assert "leave model.from_scratch out" in self.refusal(path=adapter, from_scratch=True)
-
-    def test_an_adapter_without_weights(self, adapter, tmp_path):
-        (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
-        assert "holds no adapter_model.safetensors" in self.refusal(path=adapter)
-
-    def test_the_base_of_an_adapter_is_never_random(self, adapter, tmp_path):
-        (tmp_path / "model" / "model.safetensors").unlink()
-        refusal = self.refusal(path=adapter)
-        assert "holds no weights" in refusal
-        assert "from_scratch" not in refusal
-
-    def test_the_base_of_an_adapter_is_checked_too(self, adapter, tmp_path):
-        self.change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-        refusal = self.refusal(path=adapter)
-        assert f"model.path ({adapter}) is an adapter whose base cannot be used" in refusal
-        assert "brings its own Python code" in refusal
-        assert check_model(ModelConfig(path=adapter, trust_remote_code=True)) is None
-
-    def test_an_adapter_without_a_base(self, adapter, tmp_path):
-        self.change(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=None)
-        assert "does not name its base model" in self.refusal(path=adapter)
-
-    def test_a_hub_name_that_is_not_here_is_a_sentence(self):
-        sentence = check_model(ModelConfig(path="nobody/such-a-model"))
-        assert sentence == "model.path (nobody/such-a-model) is a hub name that is not in the local cache"
-
-    def test_a_hub_name_that_is_here(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: f"{folder}/{name}")
-        assert check_model(ModelConfig(path="somebody/model")) is None
-        self.change(tmp_path / "model", "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
-        assert "model.path (somebody/model) brings its own Python code" in self.refusal(path="somebody/model")
-
-    def test_a_path_in_a_folder_that_is_here(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        assert "model.path (model/typo) is no folder" in self.refusal(path="model/typo")
-
-
-def test_folders_and_hub_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "here").mkdir(parents=True)
-    assert all(is_local_model(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here", "owner/typo"))
-    assert not any(is_local_model(path) for path in ("gpt2", "other/model"))
-
-
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}])
 def test_adapter_settings_are_checked(settings):
     with pytest.raises(ValueError, match=rf"model\.lora\.{next(iter(settings))} \(0\)"):
         LoraSettings(**settings)
+
+
+def test_all_linear_is_another_name_for_none():
+    assert LoraSettings(targets="all-linear") == LoraSettings(targets=("all-linear",)) == LoraSettings()
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -248,7 +132,6 @@ def test_from_scratch_takes_the_shape_and_not_the_weights(folder, tmp_path):
 
 def test_home_is_found(folder, adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert check_model(ModelConfig(path="~/model")) is None
     assert len(load_tokenizer(ModelConfig(path="~/model"))) == 37
     assert torch.equal(logits(load_model(ModelConfig(path="~/model"))), logits(load_model(ModelConfig(path=folder))))
     ours, _ = load_adapted(ModelConfig(path="~/adapter"))
@@ -287,6 +170,40 @@ def test_no_module_loses_what_is_not_dropout():
     assert (module.drop_path, module.dropout_layers, module.scale) == (0.0, 2, 0.5)
 
 
+def test_outputs_that_nothing_reads_are_off(tmp_path):
+    torch.manual_seed(0)
+    model = load_model(ModelConfig(path=save_folder(tmp_path, llama(output_hidden_states=True))))
+    assert model(input_ids=IDS).hidden_states is None
+
+
+def test_router_logits_are_off(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"vocab_size": 40, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    loaded = load_model(ModelConfig(path=save_folder(tmp_path, model)))
+    assert not loaded.config.output_router_logits
+    assert loaded(input_ids=IDS).router_logits is None
+
+
+def test_whatever_a_library_raises_is_one_line(folder, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("a name\nand more")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"^model\.path \(.*\) cannot be loaded: KeyError: .*$") as error:
+        load_model(ModelConfig(path=folder))
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_weights_of_another_shape_are_refused_not_drawn(folder, tmp_path):
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 8}))
+    with pytest.raises(ModelError, match=r"9 weights, such as .*mlp\.down_proj.*another shape"):
+        load_model(ModelConfig(path=folder))
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +228,12 @@ def test_a_fresh_adapter_changes_nothing_and_alone_learns(folder):
 def test_targets_are_the_layers_named(folder):
     _, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, targets=("q_proj",))))
     assert {name.split(".")[-4] for name, learns in trainable(adapted).items() if learns} == {"q_proj"}
+
+
+@pytest.mark.parametrize("target", ["query", "mlp", "_proj"])
+def test_targets_that_the_model_lacks_are_refused_by_those_it_has(folder, target):
+    with pytest.raises(ModelError, match=rf"targets \({target}\) .* a LlamaForCausalLM .* gate_proj, k_proj, lm_head"):
+        load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, targets=("q_proj", target))))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -347,6 +270,31 @@ def test_a_brought_adapter_is_continued(adapter, folder):
     assert_close(logits(model), logits(plain))
     for name, learns in trainable(adapted).items():
         assert learns == (".default." in name), name
+
+
+def test_the_base_of_an_adapter_is_named_from_the_root(adapter, tmp_path, monkeypatch):
+    """So that the adapter that is saved is found from any working folder."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "model"}))
+    for config in (ModelConfig(path="adapter"), ModelConfig(path="model", lora=LoraSettings(rank=2))):
+        _, adapted = load_adapted(config)
+        assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+
+
+def test_a_base_is_looked_for_beside_the_adapter_too(adapter, folder, tmp_path, monkeypatch):
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "../model"}))
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "deep")
+    model, _ = load_adapted(ModelConfig(path=adapter))
+    assert torch.equal(
+        model.get_input_embeddings().weight, load_model(ModelConfig(path=folder)).model.embed_tokens.weight
+    )
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapter):
+    assert load_tokenizer(ModelConfig(path=adapter))("t7 t8")["input_ids"] == [7, 8]
 
 
 def test_an_adapter_is_read_to_where_its_model_is(adapter, monkeypatch):
@@ -409,7 +357,7 @@ def test_a_folder_that_lacks_weights_is_refused(folder):
     weights = load_file(file)
     del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, such as lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"1 weights, such as lm_head\.weight, are missing for a LlamaForCausalLM"):
         load_model(ModelConfig(path=folder))
 
 
@@ -418,3 +366,20 @@ def test_token_ids_are_those_that_both_tokenizer_and_head_know():
     assert num_token_ids(tokenizer, model) == 37  # t0 ... t36, fewer than the rows of the head
     tokenizer.add_tokens([f"extra{n}" for n in range(100)])
     assert num_token_ids(tokenizer, model) == model.config.vocab_size
+
+
+def test_ordinary_tokens_without_an_embedding_are_refused():
+    tokenizer, model = make_tokenizer(), llama()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<sound>", "<film>", "<smell>"]})
+    check_vocabulary(ModelConfig(path="m"), model, tokenizer)  # ids 37 to 40, of 40 embeddings
+    tokenizer.add_tokens(["plain"])
+    with pytest.raises(ModelError, match=r"has 1 tokens, such as 'plain' \(id 41\), beyond the 40 embeddings"):
+        check_vocabulary(ModelConfig(path="m"), model, tokenizer)
+
+
+def test_data_with_a_token_without_an_embedding_is_refused():
+    tokenizer, model = make_tokenizer(), llama()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<sound>", "<film>", "<smell>"]})
+    check_ids("rows.jsonl", [[1, 39], []], model, tokenizer)
+    with pytest.raises(ModelError, match=r"^rows\.jsonl has tokens beyond .*: '<smell>' \(id 40\); .*resize_token"):
+        check_ids("rows.jsonl", [[1], [2, 40]], model, tokenizer)

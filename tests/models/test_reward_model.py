@@ -25,14 +25,15 @@ from transformers import (
 from transformers.utils.logging import get_verbosity
 
 from llmrl.experience import PreferencePairs, Sequences
-from llmrl.models.loading import LoraSettings, ModelConfig, ModelError, check_model, turn_dropout_off
+from llmrl.models.checking import check_model, check_reward_model
+from llmrl.models.folders import ModelError
+from llmrl.models.loading import LoraSettings, ModelConfig, turn_dropout_off
 from llmrl.models.reward_model import (
     Normalization,
     PairRow,
     RewardModule,
     TransformersRewardModel,
     adapt,
-    check_reward_model,
     choose_pad,
     load_reward_model,
     normalization_on,

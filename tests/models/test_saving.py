@@ -7,7 +7,8 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmrl.models.loading import LoraSettings, ModelConfig, check_model, load_adapted, load_tokenizer
+from llmrl.models.checking import check_model
+from llmrl.models.loading import LoraSettings, ModelConfig, load_adapted, load_tokenizer
 from llmrl.models.saving import Blueprint, save_policy
 
 from .tiny import FAMILIES, build, llama, make_tokenizer, save_folder
@@ -146,7 +147,7 @@ def test_a_saved_adapter_can_be_continued(adapted, tmp_path):
     """And saved again: the merged model and the adapter are those that learned, not the snapshot they started from."""
     model, peft_model = adapted
     config = ModelConfig(path=str(save(tmp_path / "final", model, adapted=peft_model) / "adapter"))
-    assert check_model(config) is None
+    assert check_model(config) == []
     assert load_tokenizer(config)("t7 t8")["input_ids"] == [7, 8]
     continued, its_adapter = load_adapted(config)
     assert torch.equal(logits(continued), logits(model))

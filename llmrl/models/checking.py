@@ -1,0 +1,303 @@
+"""What can be known of a model before any weights load: from the names and shapes in its files, its settings, its
+tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrl.models.folders import (
+    CODE_FILES,
+    JSON_FILES,
+    WEIGHT_FILES,
+    ModelError,
+    check_safetensors,
+    check_vocabulary_file,
+    find_folder,
+    has_vocabulary_file,
+    is_adapter,
+    is_local_model,
+    json_object,
+    neighbour,
+    reading_files,
+    weight_files,
+)
+from llmrl.models.loading import (
+    ModelConfig,
+    base_of_adapter,
+    check_targets,
+    check_vocabulary,
+    load_tokenizer,
+    lora_config,
+    naming_adapter,
+    read_config,
+    read_model,
+    reading,
+    refuse_tied,
+    refuse_weights,
+)
+from llmrl.models.reward_model import label_settings, score_layer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def check_model(config: ModelConfig) -> list[str]:
+    """Checks a causal language model.
+
+    Returns:
+        Sentences on what could not be checked: a hub name that is not in the local cache.
+
+    Raises:
+        ModelError: The folder is missing or incomplete, holds another kind of model, or brings code that was not
+            allowed.
+    """
+    if not _is_folder(config):
+        return _check_cached(config, _causal())
+    with reading_files(config.path):
+        folder = find_folder(config.path, config.made_by)
+        if is_adapter(config.path):
+            return _check_adapter(config, folder)
+        model = _check_folder(config, folder, _causal(), may_be_random=True)
+        if model is not None:
+            if config.lora is not None:
+                _try_lora(config, model)
+            _check_tokenizer(config, folder, model)
+    return []
+
+
+def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
+    """Checks a reward model as `check_model` does a causal language model.
+
+    Args:
+        config: Which model.
+        needs_head: Whether its head must be there; to train one, a causal language model will do.
+    """
+    if not _is_folder(config):
+        return _check_cached(config, _classifying())
+    with reading_files(config.path):
+        folder = find_folder(config.path, config.made_by)
+        if is_adapter(config.path):
+            raise ModelError(
+                f"model.path ({config.path}) is a peft adapter, which no reward model is read from; name the folder of "
+                "a whole model, such as the merged one that llmrl saves around its adapter"
+            )
+        model = _check_folder(config, folder, _classifying(), may_be_random=not needs_head, needs_head=needs_head)
+        if model is not None:
+            score_layer(model)
+            if config.lora is not None:
+                _try_lora(config, model)
+            _check_tokenizer(config, folder, model)
+    return []
+
+
+def _causal() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _classifying() -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification
+
+
+def _is_folder(config: ModelConfig) -> bool:
+    return config.made_by is not None or is_local_model(config.path)
+
+
+def _check_cached(config: ModelConfig, kind: Any) -> list[str]:
+    """Checks the settings of a model of the hub, if they are here."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    near = neighbour(config.path)
+    hint = f"; did you mean the folder {near}?" if near else ""
+    try:
+        cached = [try_to_load_from_cache(config.path, name) for name in CODE_FILES]
+    except HFValidationError as error:
+        raise ModelError(f"model.path ({config.path}) is neither a folder nor a name of the hub{hint}") from error
+    if not isinstance(cached[0], str):
+        return [f"model.path ({config.path}) is a hub name that is not in the local cache{hint}"]
+    files = [Path(file) for file in cached if isinstance(file, str)]
+    with reading_files(config.path):
+        if not _brings_code(files, config):
+            _check_family(config, json_object(files[0], config.path), kind)
+    return []
+
+
+def _check_folder(
+    config: ModelConfig, folder: Path, kind: Any, *, may_be_random: bool, needs_head: bool = False
+) -> "PreTrainedModel | None":
+    """The model of a folder without its weights, which fit; None where it needs code of the folder's own."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.path ({config.path}) holds no config.json: is it a transformers model folder?")
+    settings = {name: json_object(folder / name, config.path) for name in JSON_FILES if (folder / name).is_file()}
+    if not config.from_scratch and not weight_files(folder, config.path):
+        or_random = ", or set model.from_scratch=true to start from random ones" if may_be_random else ""
+        raise ModelError(
+            f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
+            f"save them as safetensors{or_random}"
+        )
+    if _brings_code([folder / name for name in CODE_FILES], config):
+        return None
+    shape = _check_family(config, settings["config.json"], kind)
+    has_score = kind is _classifying() and label_settings(config, shape)
+    if needs_head and not has_score:
+        raise ModelError(
+            f"model.path ({config.path}) has no score head; train one with `llmrl reward-model`, or name a folder of "
+            "a sequence classification model with one label"
+        )
+    model, report = read_model(config, kind, shape, dtype=torch.float32, on_meta=True)
+    refuse_weights(config, model, report, has_score=has_score)
+    return model
+
+
+def _check_family(config: ModelConfig, settings: dict[str, Any], kind: Any) -> "PretrainedConfig":
+    """Refuses, by config.json alone, what no causal pass over plain weights can be made of."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family = settings.get("model_type")
+    if family is None:
+        raise ModelError(
+            f"model.path ({config.path}) has a config.json without a model_type: is it a transformers model folder?"
+        )
+    if family not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model.path ({config.path}) is of type {family}, which transformers {transformers.__version__} does not "
+            "know; install a newer transformers, or choose another model"
+        )
+    quantized = settings.get("quantization_config") or settings.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise ModelError(
+            f"model.path ({config.path}) is quantized ({method}), and quantized weights cannot be trained; choose the "
+            "model that it was made from, or save a dequantized copy without quantization_config"
+        )
+    shape = read_config(config)
+    text = shape.get_text_config()
+    if getattr(shape, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model.path ({config.path}) is an encoder-decoder ({family}); choose a decoder, which reads prompt and "
+            "response as one sequence"
+        )
+    masks = type(shape) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(shape, "is_decoder", False)
+    if masks or getattr(text, "use_bidirectional_attention", False) is True:
+        raise ModelError(
+            f"model.path ({config.path}) reads in both directions ({family}), so no token could be predicted from "
+            "those before it; choose a decoder"
+        )
+    if type(shape) not in kind._model_mapping:
+        raise ModelError(
+            f"model.path ({config.path}) is of type {family}, of which transformers has no "
+            f"{kind.__name__.removeprefix('AutoModelFor')} model; choose a decoder of text"
+        )
+    return shape
+
+
+def _brings_code(files: Sequence[Path], config: ModelConfig) -> bool:
+    """Whether these settings name code of the folder's own; refused where that is not allowed."""
+    brings_code = any("auto_map" in json_object(file, config.path) for file in files if file.is_file())
+    if brings_code and not config.trust_remote_code:
+        raise ModelError(
+            f"model.path ({config.path}) brings its own Python code, which would run here; "
+            "read it, then set model.trust_remote_code=true, or choose another model"
+        )
+    return brings_code
+
+
+def _check_tokenizer(config: ModelConfig, folder: Path, model: "PreTrainedModel") -> None:
+    """Refuses a tokenizer that cannot be read, has other tokens than the model or never ends a response."""
+    check_vocabulary_file(folder, config.path)
+    tokenizer = load_tokenizer(config)
+    if not tokenizer.get_vocab():
+        raise ModelError(f"model.path ({config.path}) has a tokenizer without tokens; copy its files again")
+    check_vocabulary(config, model, tokenizer)
+    ends = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ends.append(json_object(folder / name, config.path).get("eos_token_id"))
+    if all(end in (None, []) for end in ends):
+        raise ModelError(
+            f"model.path ({config.path}) names no end-of-sequence token, so no response could ever end; set eos_token "
+            "in its tokenizer_config.json"
+        )
+
+
+def _try_lora(config: ModelConfig, model: "PreTrainedModel") -> None:
+    """Puts adapters on a model without weights."""
+    from peft import get_peft_model
+
+    assert config.lora is not None
+    check_targets(config.lora, model)
+    speaks = model.get_output_embeddings() is not None
+    with reading(config):
+        get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM" if speaks else "SEQ_CLS"))
+    if speaks:
+        refuse_tied(model)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def _check_adapter(config: ModelConfig, folder: Path) -> list[str]:
+    for name, unset in (("lora", None), ("from_scratch", False)):
+        if getattr(config, name) != unset:
+            raise ModelError(
+                f"model.{name} is set, but model.path ({config.path}) already brings a peft adapter, which is then "
+                f"continued; leave model.{name} out, or merge the adapter into its base first"
+            )
+    settings = json_object(folder / "adapter_config.json", config.path)
+    if settings.get("peft_type") != "LORA" or settings.get("task_type", "CAUSAL_LM") not in ("CAUSAL_LM", None):
+        raise ModelError(
+            f"model.path ({config.path}) is an adapter of type {settings.get('peft_type')} for "
+            f"{settings.get('task_type')}; only LORA for CAUSAL_LM is continued; merge it into its base first"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"model.path ({config.path}) holds no {ADAPTER_WEIGHTS}; save the adapter as safetensors")
+    check_safetensors(folder / ADAPTER_WEIGHTS, config.path)
+    brings_code = _brings_code([folder / name for name in CODE_FILES], config)
+    base = base_of_adapter(config)
+    with naming_adapter(config):
+        if not _is_folder(base):
+            return _check_cached(base, _causal())
+        base_folder = find_folder(base.path)
+        if is_adapter(base.path):
+            raise ModelError(f"model.path ({base.path}) is an adapter itself; merge it into its base first")
+        model = _check_folder(base, base_folder, _causal(), may_be_random=False)
+        own_tokenizer = has_vocabulary_file(config.path)
+        if not own_tokenizer and model is not None:
+            _check_tokenizer(base, base_folder, model)
+    if model is not None and not brings_code:
+        _try_adapter(config, folder, model)
+        if own_tokenizer:
+            _check_tokenizer(config, folder, model)
+    return []
+
+
+def _try_adapter(config: ModelConfig, folder: Path, model: "PreTrainedModel") -> None:
+    """Refuses an adapter whose weights are not those that its settings make on this base."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with reading(config):
+        adapted: PeftModel = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))  # type: ignore[assignment]
+        wanted = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(adapted).items()}
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    refuse_tied(model)
+    other = sorted(name for name in saved if wanted.get(name) != saved[name])
+    other += sorted(wanted.keys() - saved.keys())
+    if other:
+        name = other[0]
+        raise ModelError(
+            f"model.path ({config.path}): {len(other)} weights of the adapter do not fit its base "
+            f"{model.config.name_or_path}, such as {name}: {saved.get(name, 'none')} where the base has "
+            f"{wanted.get(name, 'none')}; it was made for another model"
+        )

@@ -1,0 +1,140 @@
+"""What stands beside the weights in a saved folder: settings, generation settings, tokenizer.
+
+Whatever read the folder that training began from reads the one that it left, servers with transformers 4.57 too, where
+transformers 5 writes rotary settings in another place and tokenizer classes of other names. So the files of tokenizer
+and generation settings are those that came, and config.json has both forms.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrl.models.folders import VOCABULARY_FILES, ModelError, is_local_model
+from llmrl.models.loading import PLAIN_FORWARD, reason_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+NOT_KEPT = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
+"""Settings of config.json that transformers writes anew, or leaves out for a reason."""
+
+
+class Companions:
+    """Of one model and its tokenizer, as they came; read when it is made, so that the source may go afterwards."""
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        read_from, tokens_from = model.config.name_or_path, tokenizer.name_or_path
+        self.settings = _json(_read(read_from, "config.json"))
+        self.generation = _read(read_from, "generation_config.json")
+        files = {name: _read(tokens_from, name) for name in (*TOKENIZER_FILES, *VOCABULARY_FILES)}
+        self.tokenizer_files = {name: content for name, content in files.items() if content is not None}
+
+    def try_out(
+        self, model: "PreTrainedModel", adapted: "PeftModel | None", tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
+        """Writes everything but weights to a temporary folder.
+
+        Raises:
+            ModelError: It could not be written when training has ended.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                model.config.save_pretrained(folder)
+                if adapted is not None:
+                    adapted.peft_config["default"].save_pretrained(name)
+                self.write(folder, model)
+                self.write_tokenizer(folder, tokenizer)
+            except OSError:
+                raise
+            except Exception as error:  # of transformers and peft, which refuse in classes of their own
+                raise ModelError(
+                    f"model.path ({model.config.name_or_path}) could not be saved after training: {reason_of(error)}; "
+                    "mend its settings, or choose another model"
+                ) from error
+
+    def write(self, folder: Path, model: "PreTrainedModel") -> None:
+        """Generation settings as they came, and config.json in both forms, over what transformers wrote."""
+        if self.generation is not None and model.can_generate():
+            (folder / "generation_config.json").write_bytes(self.generation)
+        file = folder / "config.json"
+        settings = in_both_forms(json.loads(file.read_text()), self.settings)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def write_tokenizer(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Nothing trains it, so its files are those that came; only its padding may have changed."""
+        tokenizer.save_pretrained(folder)
+        for name, content in self.tokenizer_files.items():
+            (folder / name).write_bytes(content)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            file = folder / name
+            if file.is_file():
+                settings = _readable_tokenizer(json.loads(file.read_text(encoding="utf-8")), tokenizer)
+                file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def in_both_forms(saved: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 writes as config.json, with what older readers look for.
+
+    Args:
+        saved: As transformers wrote it.
+        source: The config.json that training began from; what it says and `saved` leaves out is kept.
+    """
+    kept = {
+        name: value
+        for name, value in source.items()
+        if name not in saved and name not in NOT_KEPT and not name.startswith("_")
+    }
+    both = _rope_of_old(saved) | kept | saved
+    if "dtype" in saved:
+        both["torch_dtype"] = saved["dtype"]
+    for name in PLAIN_FORWARD:
+        if name in source:
+            both[name] = source[name]
+    for name, part in saved.items():
+        if isinstance(part, dict) and name.endswith("_config"):
+            both[name] = in_both_forms(part, source.get(name) or {})
+    return both
+
+
+def _rope_of_old(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings where transformers 4 reads them: those of full attention, and the base of windows."""
+    rope = saved.get("rope_parameters") or {}
+    full, windows = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
+    old = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
+    if full.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {name: value for name, value in full.items() if name not in old}
+    if "rope_theta" in windows:
+        old["rope_local_base_freq"] = windows["rope_theta"]
+    return old
+
+
+def _readable_tokenizer(settings: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Settings of a tokenizer with its padding as it is now, and no class or list that transformers 4 does not know."""
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := settings.get("extra_special_tokens"), list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = extra
+    pad = settings.get("pad_token")
+    if (pad["content"] if isinstance(pad, dict) else pad) != tokenizer.pad_token:
+        settings["pad_token"] = tokenizer.pad_token
+    return settings
+
+
+def _read(source: str, name: str) -> bytes | None:
+    """A file of a folder, or of the local cache of the hub; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not source:
+        return None
+    file = Path(source) / name if is_local_model(source) else try_to_load_from_cache(source, name)
+    return Path(file).read_bytes() if isinstance(file, str | Path) and Path(file).is_file() else None
+
+
+def _json(content: bytes | None) -> dict[str, Any]:
+    return {} if content is None else json.loads(content)
