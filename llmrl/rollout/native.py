@@ -17,6 +17,7 @@ from llmrl.experience import Prompts, Rollout
 from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.cache import SlotCache
 from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import RolloutError, check_cache, check_length
 from llmrl.rollout.weights import SamplingWeights, evaluating
@@ -66,6 +67,7 @@ class NativeEngine:
         model = self.weights.fresh()
         longest = int(prompts.mask.sum(dim=1).max())
         check_length(model, longest, sampling.max_response_tokens)
+        pin_rope(model, longest + sampling.max_response_tokens)
         if sampling.num_responses > self.max_rows:
             raise RolloutError(
                 f"rollout.max_rows ({self.max_rows}) must hold a whole group of {sampling.num_responses} responses; "

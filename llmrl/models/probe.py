@@ -1,0 +1,113 @@
+"""Whether the passes over a model agree, tried on a few short rows before it is trained or asked.
+
+The tokens of a rollout are sampled, scored and trained on in batches of other rows, in eval mode and in train mode. Log-
+probabilities, values and scores of a row mean the same in all of them only if a row's hidden states depend on nothing
+but the row, and on no later token. The probe computes in float32, where rounding is far below its tolerance.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llmrl.models.loading import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+PROBE_TOKENS = 12
+TOLERANCE = 1e-4
+"""Of the largest difference between two hidden states of one token, relative to the largest number in them."""
+
+
+@torch.no_grad()
+def probe_trunk(model: "PreTrainedModel", *, longest: int = 0) -> int:
+    """Tries the trunk of a model in the mode that it is in.
+
+    Args:
+        model: In train mode, if it is to be trained.
+        longest: Tokens of the longest sequence that it will read, if known. A neighbour of the probe's row stands at
+            the end of that, so that what depends on the longest row of a batch shows without a long pass.
+
+    Returns:
+        The width of the last hidden states.
+
+    Raises:
+        ModelError: A row's hidden states change from pass to pass, with its neighbours or with later tokens.
+    """
+    rows = probe_rows(model, model.config.get_text_config(decoder=True).vocab_size)
+    alone, part = rows[:1], rows[:1, : rows.shape[1] // 2]
+    with exact_float32():
+        with torch.enable_grad():
+            expected = _hidden(model, rows)
+        compared = [("two passes over the same rows differ", _hidden(model, rows))]
+        if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+            compared.append(("a row changes with how long its neighbours are", _hidden(model, rows, longest=longest)))
+        compared += [
+            ("a row changes with its neighbours", _hidden(model, alone)),
+            ("a later token changes what stands before it, as in models that attend both ways", _hidden(model, part)),
+        ]
+    for what, states in compared:
+        difference = _difference(states[0], expected[0, : states.shape[1]])
+        if not difference <= TOLERANCE:
+            raise ModelError(
+                f"{type(model).__name__} ({model.config.model_type}) cannot be used here: {what}, by {difference:.2g} "
+                f"of its hidden states, so that what is sampled, scored and trained would disagree; {_way_out(model)}"
+            )
+    return expected.shape[-1]
+
+
+def probe_rows(model: "PreTrainedModel", vocab_size: int) -> Int[Tensor, "2 S"]:
+    """Two rows of ids that all differ, as far as the vocabulary goes, no longer than the model's positions."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
+    ids = torch.arange(2 * length, device=model.device).mul(7919).remainder(vocab_size)
+    return ids.view(2, length)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Inside, products of float32 are products of float32, whatever was allowed for the sake of speed."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int = 0) -> Float[Tensor, "B S H"]:
+    """Last hidden states; with `longest`, the rows after the first stand at the end of a sequence of that length."""
+    positions = {}
+    if longest:
+        last = max(min(longest, _num_positions(model.config.get_text_config(decoder=True), longest)), ids.shape[1])
+        columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        positions = {"position_ids": torch.cat([columns[:1], columns[1:] + last - ids.shape[1]])}
+    return model.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state.detach()
+
+
+def _num_positions(config: "PretrainedConfig", longest: int) -> int:
+    """Length of a table of absolute positions, or `longest`: rotary models extrapolate."""
+    if getattr(config, "rope_parameters", None) is not None:
+        return longest
+    return getattr(config, "max_position_embeddings", None) or longest
+
+
+def _difference(states: Float[Tensor, "S H"], expected: Float[Tensor, "S H"]) -> float:
+    return float((states - expected).abs().max() / expected.abs().max())
+
+
+def _way_out(model: "PreTrainedModel") -> str:
+    """What its config.json sets that makes passes random, or another model."""
+    noise = [
+        f"{name} ({value})"
+        for name, value in model.config.to_dict().items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter", "noise"))
+    ]
+    other = "choose another model, a decoder that attends to earlier tokens only"
+    return f"set to 0 in its config.json what is random in training, such as {', '.join(noise)}" if noise else other
