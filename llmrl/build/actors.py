@@ -47,7 +47,7 @@ class Actor:
 
 
 def load_actor(
-    config: ModelConfig, *, temperature: float, microbatch_tokens: int, longest: int, seed: int
+    config: ModelConfig, *, temperature: float, microbatch_tokens: int, seed: int, longest: int = 0
 ) -> Actor:
     """The model to be trained, ready for log-probabilities; on the CPU where its weights are to be split over ranks.
 
@@ -55,8 +55,8 @@ def load_actor(
         config: Which model.
         temperature: Divides the logits.
         microbatch_tokens: Tokens of a pass without gradient.
-        longest: Tokens of the longest sequence of the run.
         seed: Of random weights and fresh adapters.
+        longest: Tokens of the longest sequence of the run, if known.
     """
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own

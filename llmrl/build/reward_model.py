@@ -76,9 +76,9 @@ class LoadedRewardModel:
 
 
 def load_trained_reward_model(
-    config: ModelConfig, settings: RewardModelConfig, *, longest: int, seed: int
+    config: ModelConfig, settings: RewardModelConfig, *, seed: int, longest: int = 0
 ) -> LoadedRewardModel:
-    """The reward model to be trained, on the device. `longest` is of a prompt with one response, in tokens."""
+    """The reward model to be trained, on the device. `longest` is of a prompt with one response, in tokens, if known."""
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
     model = load_reward_model(config, head_init=settings.head_init)
@@ -110,9 +110,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
     settings, collectives = config.reward_model, join_ranks()
-    loaded = load_trained_reward_model(
-        config.model, settings, longest=config.longest_sequence, seed=config.run.seed
-    )
+    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed, longest=config.longest_sequence)
     for warning in loaded.warnings:
         progress.message(f"warning: {warning}")
     pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)

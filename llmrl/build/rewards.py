@@ -59,10 +59,10 @@ class Rewards:
         collectives: Collectives,
         adapted: "PeftModel | None" = None,
         *,
-        longest: int,
+        longest: int = 0,
     ) -> None:
-        """`adapted` is the actor, where its frozen base may serve the reward model too; `longest` a prompt with its
-        response, in tokens."""
+        """`adapted` is the actor, where its frozen base may serve the reward model too; `longest` is of a prompt with
+        its response, in tokens, if known."""
         self.config = config
         self.functions = functions
         self.tokenizer = tokenizer

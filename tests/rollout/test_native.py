@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
+from llmrl.rollout import cache as cache_module
 from llmrl.rollout import native as native_module
 from llmrl.rollout.support import RolloutError
 
@@ -119,7 +120,8 @@ def test_refill_with_a_later_prompt_longer_than_what_is_live(any_model, native):
 @pytest.fixture
 def moves(monkeypatch):
     """How far each move of the window to the front went, with room for few steps between them."""
-    monkeypatch.setattr(native_module, "SLACK_COLUMNS", 1)
+    monkeypatch.setattr(cache_module, "SLACK_COLUMNS", 1)
+    monkeypatch.setattr(cache_module, "COLUMN_STEP", 1)
     shifts = []
     move_columns = native_module.SlotCache.move_columns
     monkeypatch.setattr(
