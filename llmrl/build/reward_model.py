@@ -78,7 +78,7 @@ class LoadedRewardModel:
 def load_trained_reward_model(
     config: ModelConfig, settings: RewardModelConfig, *, seed: int, longest: int = 0
 ) -> LoadedRewardModel:
-    """The reward model to be trained, on the device. `longest` is of a prompt with one response, in tokens, if known."""
+    """The reward model to be trained, on the device. `longest`: tokens of a prompt with one response, if known."""
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
     model = load_reward_model(config, head_init=settings.head_init)

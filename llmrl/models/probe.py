@@ -1,8 +1,9 @@
 """Whether the passes over a model agree, tried on a few short rows before it is trained or asked.
 
-The tokens of a rollout are sampled, scored and trained on in batches of other rows, in eval mode and in train mode. Log-
-probabilities, values and scores of a row mean the same in all of them only if a row's hidden states depend on nothing
-but the row, and on no later token. The probe computes in float32, where rounding is far below its tolerance.
+The tokens of a rollout are sampled, scored and trained on beside different rows, in eval mode and in train mode. Their
+log-probabilities, values and scores mean the same in each of these passes only if a row's hidden states depend on
+nothing but the row, and no token's on a later one. The probe computes in float32, where rounding is far below its
+tolerance.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from torch import Tensor
 from llmrl.models.loading import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 12
 NUM_REPEATS = 8
@@ -81,20 +82,20 @@ def exact_float32() -> Iterator[None]:
 
 
 def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int = 0) -> Float[Tensor, "B S H"]:
-    """Last hidden states; with `longest`, the rows after the first stand at the end of a sequence of that length."""
-    positions = {}
-    if longest and "position_ids" in inspect.signature(model.base_model.forward).parameters:
-        last = max(min(longest, _num_positions(model.config.get_text_config(decoder=True), longest)), ids.shape[1])
+    """Last hidden states; with `longest`, the rows after the first of a rotary model stand at the end of a sequence of
+    that length."""
+    trunk, positions = model.base_model, {}
+    is_rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is not None
+    if longest > ids.shape[1] and is_rotary and "position_ids" in inspect.signature(trunk.forward).parameters:
         columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        positions = {"position_ids": torch.cat([columns[:1], columns[1:] + last - ids.shape[1]])}
-    return model.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state.detach()
-
-
-def _num_positions(config: "PretrainedConfig", longest: int) -> int:
-    """Length of a table of absolute positions, or `longest`: rotary models extrapolate."""
-    if getattr(config, "rope_parameters", None) is not None:
-        return longest
-    return getattr(config, "max_position_embeddings", None) or longest
+        positions = {"position_ids": torch.cat([columns[:1], columns[1:] + longest - ids.shape[1]])}
+    try:
+        return trunk(input_ids=ids, use_cache=False, **positions).last_hidden_state.detach()
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} ({model.config.model_type}) cannot be used here: a plain pass over a few tokens "
+            f"fails ({type(error).__name__}: {error}); choose another model"
+        ) from error
 
 
 def _difference(states: Float[Tensor, "A L H"], expected: Float[Tensor, "B S H"]) -> float:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-
 SLACK_COLUMNS = 64
 """Columns beyond the longest possible row, where new rows replace finished ones: at least this many steps lie between
 two moves of the window to the front."""

@@ -104,8 +104,17 @@ PLANTED = {
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_what_disagrees_is_named(what):
-    with pytest.raises(ModelError, match=f"LlamaForCausalLM .llama. cannot be used here: {what}.* choose another model"):
+    with pytest.raises(
+        ModelError, match=f"LlamaForCausalLM .llama. cannot be used here: {what}.* choose another model"
+    ):
         probe_trunk(changed(PLANTED[what]), longest=5000)
+
+
+def test_a_pass_that_fails_is_told_with_its_reason():
+    with pytest.raises(
+        ModelError, match=r"a plain pass over a few tokens fails \(KeyError: 'experts'\); choose another"
+    ):
+        probe_trunk(changed(lambda *_: {}["experts"]))
 
 
 def test_nothing_but_rounding_is_let_through():

@@ -3,8 +3,16 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PhimoeConfig
-from transformers import Phi3Config, Phi3ForCausalLM, PhimoeForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from llmrl.rollout.rope import pin_rope, switching_limit
 from llmrl.rollout.support import RolloutError
