@@ -1,12 +1,29 @@
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from llmrl.build import load_scorer, load_trained_reward_model
 from llmrl.build.actors import load_actor
+from llmrl.build.critics import load_networks
 from llmrl.build.passes import check_sampling
-from llmrl.models.loading import LoraSettings, ModelConfig
+from llmrl.config import PPORun
+from llmrl.experience import Sequences
+from llmrl.models.critic import CriticConfig
+from llmrl.models.loading import LoraSettings, ModelConfig, ModelError
+from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError
+from llmrl.trainers.reward_model import RewardModelConfig
 
 from .conftest import TINY
 
@@ -97,3 +114,64 @@ def test_the_rope_of_a_run_is_that_of_its_longest_sequence(tmp_path):
         alone = actor.model(short).logits
         beside = actor.model(torch.cat([torch.nn.functional.pad(short, (0, 35)), torch.ones(1, 40).long()])).logits
     torch.testing.assert_close(beside[:1, :5], alone)
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY.path).save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def opt_350m():
+    """As OPT-350m: hidden states of 16 numbers, projected to 8 at the end of the trunk."""
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"word_embed_proj_dim": 8, "max_position_embeddings": 64, "do_layer_norm_before": False}
+    return OPTForCausalLM(OPTConfig(vocab_size=99, **sizes))
+
+
+@pytest.mark.parametrize("network", ["own", "shared"])
+def test_a_critic_is_as_wide_as_what_it_reads(config, tmp_path, network):
+    model = save(tmp_path / "opt", opt_350m())
+    run = PPORun(
+        model=model,
+        data=config.data,
+        reward=config.reward,
+        rollout=config.rollout,
+        critic=CriticConfig(network=network, head_init="normal"),
+        update=config.update,
+        run=config.run,
+    )
+    actor = actor_of(model)
+    networks = load_networks(run, actor)
+    ids = torch.arange(6).view(2, 3)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    sequences = Sequences(
+        prompt_ids=ids, prompt_mask=mask, response_ids=ids, response_mask=mask, response_lengths=torch.tensor([3, 3])
+    )
+    values, last_values = networks.both.values(sequences)
+    assert (values.shape, last_values.shape) == ((2, 3), (2,))
+    assert values.abs().min() > 0
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_reward_model_that_attends_both_ways_is_refused(tmp_path, monkeypatch, trains):
+    """A llama whose mask is taken off: the shape of a reward model, and not its manners."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=99, **sizes, initializer_range=0.3, num_labels=1, pad_token_id=0)
+    folder = save(tmp_path / "scores", LlamaForSequenceClassification(config))
+
+    def load():
+        if trains:
+            return load_trained_reward_model(folder, RewardModelConfig(), seed=0)
+        return load_scorer(LearnedRewardConfig(path=folder.path))
+
+    load()
+    attend = LlamaAttention.forward
+
+    def both_ways(self, *args, attention_mask=None, **kwargs):
+        self.is_causal = False
+        return attend(self, *args, attention_mask=None, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", both_ways)
+    with pytest.raises(ModelError, match="a later token changes"):
+        load()
