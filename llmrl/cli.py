@@ -354,8 +354,8 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.distributed.launch import LaunchError
-    from llmrl.memory.full import describe_full_memory
     from llmrl.files import WriteError
+    from llmrl.memory.full import describe_full_memory
     from llmrl.models.loading import ModelError
     from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError

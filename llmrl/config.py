@@ -51,6 +51,11 @@ class SFTRun:
             )
         _check_best(self.run, evaluates=self.sft.evaluate_every > 0, way_out="sft.evaluate_every")
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest example that the run may have."""
+        return max(data.max_tokens for data in (self.data, self.evaluation_data) if data is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelRun:
@@ -75,6 +80,11 @@ class RewardModelRun:
 
     def __post_init__(self) -> None:
         _check_best(self.run, evaluates=self.reward_model.evaluate_every > 0, way_out="reward_model.evaluate_every")
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one response that the run may have."""
+        return max(self.data.max_tokens, self.evaluation_data.max_tokens)
 
 
 @runtime_checkable
@@ -172,6 +182,12 @@ class RLRun:
     def warmup_iterations(self) -> int:
         """Iterations at the start in which the model does not learn yet."""
         return 0
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with its response that the run may have."""
+        prompts = [data.max_prompt_tokens for data in (self.data, self.evaluation_data) if data is not None]
+        return max(prompts) + self.rollout.max_response_tokens
 
     @property
     def num_responses(self) -> int:

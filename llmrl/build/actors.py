@@ -23,7 +23,9 @@ from llmrl.models.loading import (
     shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.models.probe import probe_trunk
 from llmrl.roles import Collectives, Policy
+from llmrl.rollout.rope import pin_rope
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,19 +42,41 @@ class Actor:
     module: PolicyModule
     policy: TransformersPolicy
     dtype: torch.dtype
+    warnings: tuple[str, ...]
+    """What the user must know of how this model is read."""
 
 
-def load_actor(config: ModelConfig, *, temperature: float, microbatch_tokens: int, seed: int) -> Actor:
-    """The model to be trained, ready for log-probabilities; on the CPU where its weights are to be split over ranks."""
+def load_actor(
+    config: ModelConfig, *, temperature: float, microbatch_tokens: int, seed: int, longest: int = 0
+) -> Actor:
+    """The model to be trained, ready for log-probabilities; on the CPU where its weights are to be split over ranks.
+
+    Args:
+        config: Which model.
+        temperature: Divides the logits.
+        microbatch_tokens: Tokens of a pass without gradient.
+        seed: Of random weights and fresh adapters.
+        longest: Tokens of the longest sequence of the run, if known.
+    """
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config)
     ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
+    warning = pin_rope(model, longest)
+    probe_trunk(model, longest=longest)
     dtype = dtype_of(config)
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
     policy = TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
-    return Actor(model=model, adapted=adapted, tokenizer=tokenizer, module=module, policy=policy, dtype=dtype)
+    return Actor(
+        model=model,
+        adapted=adapted,
+        tokenizer=tokenizer,
+        module=module,
+        policy=policy,
+        dtype=dtype,
+        warnings=(warning,) if warning else (),
+    )
 
 
 class AsLoaded:

@@ -19,8 +19,10 @@ from llmrl.models.critic import (
 )
 from llmrl.models.loading import ModelError, base_of, lora_config, ready_to_train, turn_dropout_off
 from llmrl.models.policy import TransformersPolicy
+from llmrl.models.probe import probe_trunk
 from llmrl.models.reward_model import load_reward_model
 from llmrl.roles import ActorCritic, Collectives, Trainable
+from llmrl.rollout.rope import pin_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +66,8 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
 
 def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
     """As wide as the hidden states that it reads."""
-    head = ValueHead(trunk.config.get_text_config().hidden_size, init=config.critic.head_init)
+    pin_rope(trunk, config.longest_sequence)
+    head = ValueHead(probe_trunk(trunk, longest=config.longest_sequence), init=config.critic.head_init)
     return head.to(trunk.device)
 
 

@@ -19,6 +19,7 @@ from llmrl.distributed.sharing import shared_scorer
 from llmrl.distributed.wrapping import loading_device, train
 from llmrl.experience import PreferencePairs, Sequences
 from llmrl.models.loading import ModelConfig, check_ids, check_vocabulary, load_tokenizer, ready_to_train
+from llmrl.models.probe import probe_trunk
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_model import (
     Normalization,
@@ -34,6 +35,7 @@ from llmrl.models.reward_model import (
 from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress, Scorer
+from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
@@ -61,6 +63,8 @@ class LoadedRewardModel:
     scorer: TransformersRewardModel
     has_own_pad: bool
     """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
+    warnings: tuple[str, ...]
+    """What the user must know of how this model is read."""
 
     def normalize(self, pairs: PreferencePairs, scorer: Scorer) -> Normalization:
         """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1. `scorer` is the
@@ -71,8 +75,10 @@ class LoadedRewardModel:
         return normalization
 
 
-def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, *, seed: int) -> LoadedRewardModel:
-    """The reward model to be trained, on the device."""
+def load_trained_reward_model(
+    config: ModelConfig, settings: RewardModelConfig, *, seed: int, longest: int = 0
+) -> LoadedRewardModel:
+    """The reward model to be trained, on the device. `longest`: tokens of a prompt with one response, if known."""
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
     model = load_reward_model(config, head_init=settings.head_init)
@@ -80,6 +86,8 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
     ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
+    warning = pin_rope(model, longest)
+    probe_trunk(model, longest=longest)
     module = RewardModule(model, dtype=dtype_of(config))
     scorer = TransformersRewardModel(
         module,
@@ -87,7 +95,13 @@ def load_trained_reward_model(config: ModelConfig, settings: RewardModelConfig, 
         shares_prompts=shares_prompts_exactly(module, len(tokenizer)),
     )
     return LoadedRewardModel(
-        model=model, adapted=adapted, tokenizer=tokenizer, module=module, scorer=scorer, has_own_pad=has_own_pad
+        model=model,
+        adapted=adapted,
+        tokenizer=tokenizer,
+        module=module,
+        scorer=scorer,
+        has_own_pad=has_own_pad,
+        warnings=(warning,) if warning else (),
     )
 
 
@@ -96,7 +110,9 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
     settings, collectives = config.reward_model, join_ranks()
-    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed)
+    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed, longest=config.longest_sequence)
+    for warning in loaded.warnings:
+        progress.message(f"warning: {warning}")
     pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
     held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
     for section, source, data in (

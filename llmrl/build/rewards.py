@@ -21,6 +21,7 @@ from llmrl.distributed.sharing import shared_reward, shared_scorer
 from llmrl.distributed.wrapping import place_frozen
 from llmrl.experience import Rollout, Row, Sequences
 from llmrl.models.loading import base_of, check_ids, check_vocabulary, load_tokenizer, shrink_linear_layers
+from llmrl.models.probe import probe_trunk
 from llmrl.models.reward_model import (
     Normalization,
     RewardModule,
@@ -38,6 +39,7 @@ from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function
 from llmrl.roles import Collectives, RewardFunction
+from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 
 if TYPE_CHECKING:
@@ -56,8 +58,11 @@ class Rewards:
         distributed: DistributedConfig,
         collectives: Collectives,
         adapted: "PeftModel | None" = None,
+        *,
+        longest: int = 0,
     ) -> None:
-        """`adapted` is the actor, where its frozen base may serve the reward model too."""
+        """`adapted` is the actor, where its frozen base may serve the reward model too; `longest` is of a prompt with
+        its response, in tokens, if known."""
         self.config = config
         self.functions = functions
         self.tokenizer = tokenizer
@@ -65,7 +70,10 @@ class Rewards:
         self.scorer = None
         if config.model is not None:
             self.scorer = load_scorer(
-                config.model, adapted, place=lambda module: place_frozen(module, distributed, collectives)
+                config.model,
+                adapted,
+                longest=longest,
+                place=lambda module: place_frozen(module, distributed, collectives),
             )
 
     def on(self, data: PromptDataConfig, rows: Sequence[Row]) -> RewardFunction:
@@ -120,6 +128,7 @@ def load_scorer(
     config: LearnedRewardConfig,
     adapted: "PeftModel | None" = None,
     *,
+    longest: int = 0,
     place: Callable[[nn.Module], object] = lambda module: module.to(pick_device()),
 ) -> RewardScorer:
     """The reward model that a recipe or a command names, in eval mode and without gradient.
@@ -127,6 +136,7 @@ def load_scorer(
     Args:
         config: Which one, and how.
         adapted: The actor, on whose base it stands if the config says so.
+        longest: Tokens of the longest sequence, if known.
         place: Puts a module where it computes; not one on the actor's base, which is there.
     """
     model_config = reward_model_config(config)
@@ -137,6 +147,9 @@ def load_scorer(
             model = load_reward_on_base(model_config, base_of(base))
         else:
             model = load_reward_model(model_config, head_init=None)
+        pin_rope(model, longest)
+        probe_trunk(model, longest=longest)
+        if base is None:
             shrink_linear_layers(model, dtype_of(config), head=score_layer(model))
         check_vocabulary(model_config, model, tokenizer)
     model.eval().requires_grad_(False)
@@ -167,6 +180,7 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)  # type: ignore[arg-type]
     check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
     sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
+    pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max()))  # type: ignore[arg-type]
     scores = scorer.normalize(scorer.scorer.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()

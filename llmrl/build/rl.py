@@ -10,6 +10,7 @@ from llmrl.build.actors import Actor, load_actor, reference_of
 from llmrl.build.checks import Checked
 from llmrl.build.critics import load_networks
 from llmrl.build.engines import build_engine, check_room, load_for_sampling
+from llmrl.build.passes import check_sampling
 from llmrl.build.precision import precision_warnings, with_dtypes
 from llmrl.build.rewards import Rewards
 from llmrl.build.rows import EVALUATION, tell_dropped
@@ -25,6 +26,7 @@ from llmrl.models.loading import check_ids
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Algorithm, Collectives, Policy, Progress, RolloutEngine, Trainable
+from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
@@ -76,10 +78,13 @@ def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers:
 def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
     """An evaluation of the model that a recipe names, without anything that trains."""
     tokenizer, model = load_for_sampling(config.model)
+    pin_rope(model, config.longest_sequence)
     collectives = join_ranks()
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
     engine = shared_engine(engine, collectives)
-    rewards = Rewards(config.reward, checked.functions, tokenizer, config.distributed, collectives)
+    rewards = Rewards(
+        config.reward, checked.functions, tokenizer, config.distributed, collectives, longest=config.longest_sequence
+    )
     return _evaluator(config, checked, tokenizer, model, engine, rewards, progress)
 
 
@@ -99,11 +104,13 @@ def _load_actor(config: RLRun) -> Actor:
         config.model,
         temperature=config.rollout.temperature,
         microbatch_tokens=config.update.microbatch_tokens,
+        longest=config.longest_sequence,
         seed=config.run.seed,
     )
 
 
 def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collectives, progress: Progress) -> Whole:
+    check_sampling(actor, config.rollout)
     engine = build_engine(
         config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress, trains=True
     )
@@ -112,7 +119,13 @@ def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collecti
         actor=actor,
         engine=shared_engine(engine, collectives),
         rewards=Rewards(
-            config.reward, checked.functions, actor.tokenizer, config.distributed, collectives, actor.adapted
+            config.reward,
+            checked.functions,
+            actor.tokenizer,
+            config.distributed,
+            collectives,
+            actor.adapted,
+            longest=config.longest_sequence,
         ),
         saver=Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives),
     )
@@ -139,7 +152,7 @@ def _build_run(
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
     actor, engine, rewards, collectives = whole.actor, whole.engine, whole.rewards, whole.collectives
-    for warning in (*config.warnings(), *precision_warnings(actor.model, actor.dtype)):
+    for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)

@@ -27,8 +27,14 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     assert checked.rows is not None, "only a dry run may leave rows unread"
     collectives = join_ranks()
     actor = load_actor(
-        config.model, temperature=1.0, microbatch_tokens=config.sft.microbatch_tokens, seed=config.run.seed
+        config.model,
+        temperature=1.0,
+        microbatch_tokens=config.sft.microbatch_tokens,
+        longest=config.longest_sequence,
+        seed=config.run.seed,
     )
+    for warning in actor.warnings:
+        progress.message(f"warning: {warning}")
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
     for warning in precision_warnings(actor.model, actor.dtype):

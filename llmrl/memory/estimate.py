@@ -10,7 +10,8 @@ from llmrl.memory import activations
 from llmrl.memory.activations import BFLOAT16, FLOAT32, Pass
 from llmrl.memory.shape import ModelShape
 from llmrl.memory.strategy import Split, Strategy, gradients, held, host, passing
-from llmrl.rollout.native import SLACK_COLUMNS
+from llmrl.rollout.cache import num_columns
+from llmrl.rollout.native import PREFILL_TOKENS
 
 Phase = Literal["rollout", "scoring", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update")
@@ -263,11 +264,11 @@ class _Reinforcement(_Parts):
         prompt, response = self.config.data.max_prompt_tokens, rollout.max_response_tokens
         count = -(-rollout.prompts_per_iteration // self.strategy.num_devices) * group
         rows = count if rollout.engine == "transformers" else min(count, rollout.max_rows // group * group)
-        columns = prompt + response + (SLACK_COLUMNS if rows < count else 0)
+        columns = num_columns(prompt + response, refills=rows < count)
         size = BFLOAT16 if self.bfloat16 else FLOAT32
         of_token = 2 * self.shape.num_layers * self.shape.key_size * size
         yield Item(name="keys and values", num_bytes=rows * columns * of_token, phases=("rollout",))
-        prefill = (rows // group) * prompt
+        prefill = min((rows // group) * prompt, max(prompt, PREFILL_TOKENS))
         first = prefill * (of_token + size * (3 * self.shape.feed_forward_size + 3 * self.shape.hidden_size))
         copies = 2 * rows * columns * self.shape.query_size * size
         step = (copies if self.shape.query_size > self.shape.key_size else 0) + self._logits(rows)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmrl.functional.logprobs import entropy, linear_token_logprobs, token_logprobs
 from llmrl.models.loading import ModelError
+from llmrl.models.probe import exact_float32, probe_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,14 +108,14 @@ def input_scaled(module: nn.Module, factor: float | Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
+@exact_float32()
 def choose_head(model: "PreTrainedModel", vocab_size: int) -> Head:
     """The head whose log-probabilities are the model's own, found by trying them on a probe.
 
     Raises:
-        ModelError: No head agrees with the model's logits, or two passes over the same ids differ.
+        ModelError: No head agrees with the model's logits.
     """
-    rows, length = 2, 16
-    ids = torch.arange(rows * length, device=model.device).mul(7919).remainder(vocab_size).view(rows, length)
+    ids = probe_rows(model, vocab_size)
     labels = ids.roll(-1, dims=1)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     logits = model(input_ids=ids, use_cache=False).logits
@@ -146,5 +147,5 @@ def _candidates(model: "PreTrainedModel", vocab_size: int, *, loud: Tensor) -> I
 def _refusal(model: "PreTrainedModel") -> ModelError:
     return ModelError(
         f"{type(model).__name__} ({model.config.model_type}) does something between its last hidden states and its "
-        "logits that cannot be repeated in chunks, or its forward pass is not deterministic; choose another model"
+        "logits that cannot be repeated in chunks; choose another model"
     )

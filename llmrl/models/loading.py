@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HeadInit = Literal["zero", "normal"]
+NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+"""What mixtures of experts call the spread of the random factors that they put on hidden states in train mode."""
+SAMPLING_ROUTER = "router_jitter_noise"
+"""What marks the router of Phi-MoE, which draws its experts in train mode. Eval mode reads the number too: it stays."""
 HUB_TIMEOUT_S = 5.0
 """For the hub to say whether it has a model that is not in the local cache."""
 PLAIN_FORWARD = {"output_router_logits": False, "output_attentions": False, "output_hidden_states": False}
@@ -371,13 +376,22 @@ def ready_to_train(model: "PreTrainedModel", device: torch.device, *, gradient_c
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, so that train mode, which gradient checkpointing needs, is deterministic."""
+    """Sets every dropout probability and every noise to 0, so that train mode, which gradient checkpointing needs, is
+    deterministic."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in name or name in NOISES):
                 setattr(module, name, 0.0)
+        if hasattr(module, SAMPLING_ROUTER):
+            module.train = MethodType(_stay_in_eval_mode, module)
+            module.eval()
+
+
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In the place of `train` of a router that draws experts at random in train mode."""
+    return nn.Module.train(module, False)
 
 
 def shrink_linear_layers(model: "PreTrainedModel", dtype: torch.dtype, *, head: nn.Module | None) -> None:

@@ -16,6 +16,18 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+SLACK_COLUMNS = 64
+"""Columns beyond the longest possible row, where new rows replace finished ones: at least this many steps lie between
+two moves of the window to the front."""
+COLUMN_STEP = 128
+"""Columns are a multiple of this, so that one rollout finds the memory that another one has given back."""
+
+
+def num_columns(longest: int, *, refills: bool) -> int:
+    """Columns for rows of at most `longest` tokens; `refills` where new rows replace finished ones."""
+    needed = longest + (SLACK_COLUMNS if refills else 0)
+    return -(-needed // COLUMN_STEP) * COLUMN_STEP
+
 
 @dataclass
 class Window:

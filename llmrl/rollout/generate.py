@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from llmrl.experience import Prompts, Rollout
 from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import check_length
 from llmrl.rollout.weights import SamplingWeights, evaluating
@@ -53,6 +54,7 @@ class TransformersEngine:
         model = self.weights.fresh()
         longest = int(prompts.mask.sum(dim=1).max())
         check_length(model, longest, sampling.max_response_tokens)
+        pin_rope(model, longest + sampling.max_response_tokens)
         prompts = prompts.to(model.device)
         responses = new_responses(prompts, sampling)
         sampler = Sampler(sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size, progress=self.progress)

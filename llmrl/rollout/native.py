@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from llmrl.experience import Prompts, Rollout
 from llmrl.roles import Progress, Sampling, Trainable
-from llmrl.rollout.cache import SlotCache
+from llmrl.rollout.cache import SlotCache, num_columns
 from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import RolloutError, check_cache, check_length
 from llmrl.rollout.weights import SamplingWeights, evaluating
@@ -24,9 +25,8 @@ from llmrl.rollout.weights import SamplingWeights, evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SLACK_COLUMNS = 64
-"""Columns beyond the longest possible row, where new rows replace finished ones: at least so many steps lie between two
-moves of the window to the front."""
+PREFILL_TOKENS = 16_384
+"""Prompt tokens of one forward pass, padding included."""
 
 
 class NativeEngine:
@@ -66,6 +66,7 @@ class NativeEngine:
         model = self.weights.fresh()
         longest = int(prompts.mask.sum(dim=1).max())
         check_length(model, longest, sampling.max_response_tokens)
+        pin_rope(model, longest + sampling.max_response_tokens)
         if sampling.num_responses > self.max_rows:
             raise RolloutError(
                 f"rollout.max_rows ({self.max_rows}) must hold a whole group of {sampling.num_responses} responses; "
@@ -86,7 +87,7 @@ class NativeEngine:
     def _new_cache(self, num_responses: int, group_size: int, columns: int) -> SlotCache:
         """Room for a rollout. It lives no longer than that: the update needs the memory."""
         slots = min(num_responses, self.max_rows // group_size * group_size)
-        return SlotCache(slots, columns if slots == num_responses else columns + SLACK_COLUMNS)
+        return SlotCache(slots, num_columns(columns, refills=slots < num_responses))
 
 
 @dataclass
@@ -123,15 +124,17 @@ class Decoding:
 
     def run(self) -> None:
         while self.rows or self.waiting:
-            self._admit()
+            while self._admit():
+                pass
             if self.rows:
                 self._step()
 
-    def _admit(self) -> None:
-        """Moves as many waiting prompts in as there are free slots for whole groups, and draws their first tokens."""
-        count = min(len(self.waiting), (self.cache.slots - len(self.rows)) // self.group_size)
+    def _admit(self) -> bool:
+        """Moves waiting prompts in, as many as have free slots for whole groups and fit in one forward pass, and draws
+        their first tokens. Returns whether there were any."""
+        count = self._num_to_admit()
         if count == 0:
-            return
+            return False
         window = self.cache.window
         if not self.rows:
             window.end = self.longest_prompt
@@ -146,6 +149,16 @@ class Decoding:
         self.rows += rows
         self.sampler.extend([row.response for row in rows], logits.repeat_interleave(self.group_size, dim=0))
         self._retire()
+        return True
+
+    def _num_to_admit(self) -> int:
+        free = min(len(self.waiting), (self.cache.slots - len(self.rows)) // self.group_size)
+        width = 0
+        for count in range(free):
+            width = max(width, self.prompt_lengths[self.waiting[count]])
+            if count and (count + 1) * width > PREFILL_TOKENS:
+                return count
+        return free
 
     def _prefill(self, admitted: list[int]) -> tuple[list[DynamicLayer], Tensor]:
         """Keys and values of prompts, padded left to the longest of them, and the logits behind their last tokens."""

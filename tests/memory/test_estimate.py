@@ -60,11 +60,11 @@ def test_supervised_by_hand(shape):
 
 
 def test_a_rollout_by_hand(shape):
-    """16 rows of 10 columns; keys and values of 2 layers; 4 prompts of 6 tokens read once."""
+    """16 rows of 10 columns, rounded up to 128; keys and values of 2 layers; 4 prompts of 6 tokens read once."""
     estimate = estimate_memory(rl(GRPORun), shape, Strategy())
-    assert item(estimate, "keys and values") == 16 * 10 * (2 * 2 * 4 * 4)
+    assert item(estimate, "keys and values") == 16 * 128 * (2 * 2 * 4 * 4)
     first = 24 * (64 + 4 * (3 * 16 + 3 * 8))
-    assert item(estimate, "a step of the rollout") == max(first, 2 * 160 * 8 * 4 + 5 * 4 * 16 * 32)
+    assert item(estimate, "a step of the rollout") == max(first, 2 * 16 * 128 * 8 * 4 + 5 * 4 * 16 * 32)
     assert item(estimate, "copy to sample from") == item(estimate, "reference") == 0
 
 

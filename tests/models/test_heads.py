@@ -4,27 +4,15 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from llmrl.models.heads import CHUNK_TOKENS, LinearHead, OwnHead, choose_head, trunk_replaced
-from llmrl.models.loading import ModelError, turn_dropout_off
+from llmrl.models.loading import ModelError
 from tests.rollout.tiny import SIZES, VOCAB
 
 from .tiny import LINEAR, NOT_LINEAR, TEMPERATURE, build, dense, gemma2, gpt2, llama, make_sequences, module_of
 
 NUM_TOKENS = 2 * CHUNK_TOKENS + 100
-
-
-def falcon(dropout: float):
-    config = FalconConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-        hidden_dropout=dropout,
-    )
-    return FalconForCausalLM(config)
 
 
 class PositionalLlama(LlamaForCausalLM):
@@ -67,15 +55,6 @@ def test_an_adapter_on_the_output_layer_is_part_of_the_head(make):
 def test_logits_that_depend_on_something_else_are_refused():
     with pytest.raises(ModelError, match=r"PositionalLlama \(llama\)"):
         choose_head(PositionalLlama(LlamaConfig(**SIZES)), VOCAB)
-
-
-def test_a_forward_pass_that_stays_random_is_refused():
-    """Falcon reads its dropout from the config in each forward pass."""
-    model = falcon(dropout=0.1)
-    turn_dropout_off(model)
-    with pytest.raises(ModelError, match=r"FalconForCausalLM.*not deterministic"):
-        choose_head(model.train(), VOCAB)
-    assert isinstance(choose_head(falcon(dropout=0.0).train(), VOCAB), LinearHead)
 
 
 def test_a_model_whose_trunk_cannot_be_replaced_is_refused():

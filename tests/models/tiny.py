@@ -48,19 +48,10 @@ def qwen2():
     return Qwen2ForCausalLM(Qwen2Config(**HEAD_SIZES))
 
 
-def gpt2():
+def gpt2(**changes):
     """Positions learned one by one, and the dropout of 0.1 that its config has by default."""
-    config = GPT2Config(
-        vocab_size=40,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        initializer_range=0.3,
-        bos_token_id=2,
-        eos_token_id=2,
-    )
-    return GPT2LMHeadModel(config)
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(**(sizes | changes), bos_token_id=2, eos_token_id=2))
 
 
 def gemma2(**changes):

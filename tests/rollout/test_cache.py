@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 from transformers.cache_utils import DynamicLayer
 
-from llmrl.rollout.cache import SlotCache
+from llmrl.rollout.cache import SLACK_COLUMNS, SlotCache, num_columns
 
 HEADS, HEAD_DIM = 2, 3
 
@@ -48,6 +48,14 @@ def live(cache, layer=0):
 def test_prompts_stand_right_aligned_once_for_every_copy(cache):
     assert live(cache) == [[1, 2], [1, 2], [0, 3], [0, 3]]
     assert live(cache, layer=1) == [[100, 200], [100, 200], [0, 300], [0, 300]]
+
+
+@pytest.mark.parametrize(
+    ("longest", "refills", "columns"),
+    [(1, False, 128), (128, False, 128), (129, False, 256), (128 - SLACK_COLUMNS, True, 128), (65, True, 256)],
+)
+def test_columns_hold_the_longest_row_and_come_in_steps(longest, refills, columns):
+    assert num_columns(longest, refills=refills) == columns
 
 
 def test_later_prompts_stand_behind_the_live_rows(cache):

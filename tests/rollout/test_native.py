@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
+from llmrl.rollout import cache as cache_module
 from llmrl.rollout import native as native_module
 from llmrl.rollout.support import RolloutError
 
@@ -119,7 +120,8 @@ def test_refill_with_a_later_prompt_longer_than_what_is_live(any_model, native):
 @pytest.fixture
 def moves(monkeypatch):
     """How far each move of the window to the front went, with room for few steps between them."""
-    monkeypatch.setattr(native_module, "SLACK_COLUMNS", 1)
+    monkeypatch.setattr(cache_module, "SLACK_COLUMNS", 1)
+    monkeypatch.setattr(cache_module, "COLUMN_STEP", 1)
     shifts = []
     move_columns = native_module.SlotCache.move_columns
     monkeypatch.setattr(
@@ -151,6 +153,50 @@ def test_every_prompt_is_prefilled_once_and_no_finished_row_is_decoded(model, na
     rollout = native(model, max_rows=4).generate(prompts, make_sampling())
     assert work["prompt"] == 9 + 1 + 4 + 3 + 6
     assert work["response"] == int(rollout.sequences.response_lengths.sum()) - 10  # the prefill gives the first tokens
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(1, 5), (12, 4), (20, 3), (10_000, 1)])
+def test_prompts_are_prefilled_within_a_budget_of_tokens(model, native, prompts, monkeypatch, budget, passes):
+    """Prompts of 9, 1, 4, 3 and 6 tokens, in order: a pass is as wide as its longest."""
+    everything = tokens(native(model).generate(prompts, make_sampling()))
+    monkeypatch.setattr(native_module, "PREFILL_TOKENS", budget)
+    sizes = []
+
+    def record(module, args, kwargs):
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        if mask.shape[1] == ids.shape[1]:
+            sizes.append(tuple(ids.shape))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    assert tokens(native(model).generate(prompts, make_sampling())) == everything
+    assert len(sizes) == passes
+    assert all(rows == 1 or rows * width <= budget for rows, width in sizes)
+    assert sum(rows for rows, _ in sizes) == 5
+
+
+def test_every_free_slot_is_filled_before_the_next_step(model, native, prompts, monkeypatch):
+    monkeypatch.setattr(native_module, "PREFILL_TOKENS", 1)
+    widths = []
+
+    def record(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == 1 < kwargs["attention_mask"].shape[1]:
+            widths.append(len(kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    native(model, eos_ids=()).generate(prompts, make_sampling())
+    assert widths == [10] * 11  # five groups of two, the first token of each by its prefill
+
+
+def test_rollouts_of_other_lengths_have_buffers_of_one_size(model, native, monkeypatch):
+    columns = []
+    monkeypatch.setattr(
+        native_module,
+        "SlotCache",
+        lambda slots, count: columns.append(count) or cache_module.SlotCache(slots, count),
+    )
+    for length in (3, 7, 30):
+        native(model).generate(make_prompts([7] * length, [8]), make_sampling())
+    assert columns == [128, 128, 128]
 
 
 def test_attention_reads_no_column_without_a_live_token(model, native, prompts, moves):

@@ -1,0 +1,119 @@
+"""Whether the passes over a model agree, tried on a few short rows before it is trained or asked.
+
+The tokens of a rollout are sampled, scored and trained on beside different rows, in eval mode and in train mode. Their
+log-probabilities, values and scores mean the same in each of these passes only if a row's hidden states depend on
+nothing but the row, and no token's on a later one. The probe computes in float32, where rounding is far below its
+tolerance.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llmrl.models.loading import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 12
+NUM_REPEATS = 8
+"""Passes that tell what is random, and perhaps rarely, from what depends on other tokens."""
+RANDOM = "two passes over the same rows differ"
+TOLERANCE = 1e-4
+"""Of the largest difference between two hidden states of one token, relative to the largest number in them."""
+
+
+@torch.no_grad()
+def probe_trunk(model: "PreTrainedModel", *, longest: int = 0) -> int:
+    """Tries the trunk of a model in the mode that it is in.
+
+    Args:
+        model: In train mode, if it is to be trained.
+        longest: Tokens of the longest sequence that it will read, if known. A neighbour of the probe's row stands at
+            the end of that, so that what depends on the longest row of a batch shows without a long pass.
+
+    Returns:
+        The width of the last hidden states.
+
+    Raises:
+        ModelError: A row's hidden states change from pass to pass, with its neighbours or with later tokens.
+    """
+    rows = probe_rows(model, model.config.get_text_config(decoder=True).vocab_size)
+    alone, part = rows[:1], rows[:1, : rows.shape[1] // 2]
+    with exact_float32():
+        with torch.enable_grad():
+            expected = _hidden(model, rows)
+        for what, states in (
+            (RANDOM, _hidden(model, rows)),
+            ("a row changes with how long its neighbours are", _hidden(model, rows, longest=longest)),
+            ("a row changes with its neighbours", _hidden(model, alone)),
+            ("a later token changes what stands before it, as in models that attend both ways", _hidden(model, part)),
+        ):
+            difference = _difference(states, expected)
+            if not difference <= TOLERANCE:
+                again = [_difference(_hidden(model, rows), expected) for _ in range(NUM_REPEATS)]
+                raise _refusal(model, RANDOM if max(again) > TOLERANCE else what, difference)
+    return expected.shape[-1]
+
+
+def probe_rows(model: "PreTrainedModel", vocab_size: int) -> Int[Tensor, "2 S"]:
+    """Two rows of ids that all differ, as far as the vocabulary goes, no longer than the model's positions."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
+    ids = torch.arange(2 * length, device=model.device).mul(7919).remainder(vocab_size)
+    return ids.view(2, length)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Inside, products of float32 are products of float32, whatever was allowed for the sake of speed."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int = 0) -> Float[Tensor, "B S H"]:
+    """Last hidden states; with `longest`, the rows after the first of a rotary model stand at the end of a sequence of
+    that length."""
+    trunk, positions = model.base_model, {}
+    is_rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is not None
+    if longest > ids.shape[1] and is_rotary and "position_ids" in inspect.signature(trunk.forward).parameters:
+        columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        positions = {"position_ids": torch.cat([columns[:1], columns[1:] + longest - ids.shape[1]])}
+    try:
+        return trunk(input_ids=ids, use_cache=False, **positions).last_hidden_state.detach()
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} ({model.config.model_type}) cannot be used here: a plain pass over a few tokens "
+            f"fails ({type(error).__name__}: {error}); choose another model"
+        ) from error
+
+
+def _difference(states: Float[Tensor, "A L H"], expected: Float[Tensor, "B S H"]) -> float:
+    """Of the first rows, as far as both go."""
+    expected = expected[0, : states.shape[1]]
+    return float((states[0] - expected).abs().max() / expected.abs().max())
+
+
+def _refusal(model: "PreTrainedModel", what: str, difference: float) -> ModelError:
+    noises = [
+        f"{name} ({value})"
+        for name, value in model.config.to_dict().items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter", "noise"))
+    ]
+    way_out = "choose another model, a decoder that attends to earlier tokens only"
+    if what == RANDOM and noises:
+        way_out = f"set to 0 in its config.json what is random in training, such as {', '.join(noises)}"
+    return ModelError(
+        f"{type(model).__name__} ({model.config.model_type}) cannot be used here: {what}, by {difference:.2g} of its "
+        f"hidden states, so that what is sampled, scored and trained would disagree; {way_out}"
+    )
