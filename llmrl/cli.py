@@ -341,6 +341,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.data.rows import DataError
     from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.distributed.launch import LaunchError
+    from llmrl.distributed.watchdog import PhaseTimeout
     from llmrl.models.loading import ModelError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
@@ -353,7 +354,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         yield
     except (DataError, LaunchError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError) as error:
+    except (RewardError, FlatGroupsError, FloatingPointError, PhaseTimeout) as error:
         _fail(error, 1, way_out)
     except Stopped as stopped:
         _fail(stopped, stopped.status)
@@ -361,7 +362,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _fail(error: Exception, status: int, way_out: str = "") -> None:
+def _fail(error: BaseException, status: int, way_out: str = "") -> None:
     print(f"error: {error}{way_out}", file=sys.stderr)
     raise typer.Exit(status) from error
 

@@ -79,8 +79,8 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
 
 
 def check_columns(function: Function, columns: Iterable[str]) -> None:
-    """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column, or that
-    could be either."""
+    """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column, or
+    that could be either."""
     columns = list(columns)
     known = list(dict.fromkeys([*ROLLOUT_COLUMNS, *columns]))
     for name in AMBIGUOUS_COLUMNS:
