@@ -180,9 +180,10 @@ def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, A
             results[name] = _ask(name, function, call)
             if inspect.iscoroutine(results[name]):
                 stack.callback(results[name].close)  # where another function raises, nobody awaits it
-        waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
-        answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]
-        return results | dict(zip(waiting, _run_together(answers, list(waiting)), strict=True))
+        stack.pop_all()
+    waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
+    answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]
+    return results | dict(zip(waiting, _run_together(answers, list(waiting)), strict=True))
 
 
 def read_scores(name: str, result: Any, call: Call) -> GivenScores:

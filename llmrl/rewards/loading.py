@@ -181,8 +181,9 @@ def _read_argument(function: Function, name: str, value: Any, annotation: Any) -
         rule = error.errors()[0]["msg"]
         raise RewardLoadError(f"reward function {_name(function)}: argument {name} ({value!r}): {rule}") from error
     except PydanticUserError as error:
+        kind = inspect.formatannotation(annotation)
         raise RewardLoadError(
-            f"reward function {_name(function)}: argument {name} ({value!r}) cannot be made {annotation}; "
+            f"reward function {_name(function)}: argument {name} ({value!r}) cannot be made {kind}; "
             "annotate the parameter with a plain type, or leave its annotation out"
         ) from error
 
