@@ -354,6 +354,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.distributed.launch import LaunchError
+    from llmrl.distributed.watchdog import PhaseTimeout
     from llmrl.files import WriteError
     from llmrl.memory.full import describe_full_memory
     from llmrl.models.loading import ModelError
@@ -378,7 +379,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         TrackerError,
     ) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError, WriteError) as error:
+    except (RewardError, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
         _fail(error, 1, way_out)
     except Stopped as stopped:
         _fail(stopped, stopped.status)
@@ -390,7 +391,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         _fail(RuntimeError(told), 1, way_out)
 
 
-def _fail(error: Exception, status: int, way_out: str = "") -> None:
+def _fail(error: BaseException, status: int, way_out: str = "") -> None:
     print(f"error: {error}{way_out}", file=sys.stderr)
     raise typer.Exit(status) from error
 

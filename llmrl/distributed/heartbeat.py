@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from threading import Event, Thread, main_thread
@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 from llmrl.distributed.activity import HERE, Activity
 from llmrl.distributed.config import DistributedConfig
+from llmrl.distributed.watchdog import phases_limited
 from llmrl.roles import Collectives
 
 BEAT_S = 1.0
@@ -218,7 +219,7 @@ class Heartbeat:
             return self._own(self.error)
         if self.terminated_s is not None and self.terminated_s > LOOK_S:
             return Failure(self.rank, "SIGTERM came, and no rank has failed", status=128 + signal.SIGTERM)
-        if any(beat.seconds > self.config.phase_timeout_s for beat in self.beats):
+        if any(beat.seconds > self.config.phase_limit_s for beat in self.beats):
             return Failure(self.rank, self._stuck(), is_stuck=True)
         return None
 
@@ -233,9 +234,7 @@ class Heartbeat:
     def _stuck(self) -> str:
         """With the place of every rank, so that one sees who keeps the others waiting."""
         places = "; ".join(f"rank {rank} {self.beats[rank]}" for rank in self.ranks)
-        return (
-            f"a phase has lasted longer than distributed.phase_timeout_s ({self.config.phase_timeout_s:g} s): {places}"
-        )
+        return f"a phase has lasted longer than distributed.phase_timeout_s ({self.config.phase_limit_s:g} s): {places}"
 
     def _record(self, seen: Failure) -> Failure:
         """The first failure of all ranks: this one, unless another was quicker."""
@@ -325,13 +324,15 @@ def _may_be_anothers_fault(error: BaseException) -> bool:
 
 @contextmanager
 def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[None]:
-    """Around what ranks do together: each ends soon after another did.
+    """Around what ranks do together: each ends soon after another did, or when a phase lasts too long.
 
     Raises:
         AnotherRankFailed: In place of the error by which this rank ends, if that is not the first.
+        PhaseTimeout: In a single process.
     """
     if collectives.world_size == 1:
-        yield
+        with nullcontext() if config.phase_timeout_s is None else phases_limited(config.phase_timeout_s):
+            yield
         return
     heartbeat = Heartbeat(
         _own_connection(config.silent_after_s),

@@ -82,7 +82,8 @@ class SharedEngine:
 
 
 class SharedReward:
-    """`RewardFunction`: each rank scores its block of the responses."""
+    """`RewardFunction`: each rank scores its block of the groups, so that a function which compares the responses of a
+    group sees all of them."""
 
     def __init__(self, reward: RewardFunction, collectives: Collectives) -> None:
         self.reward = reward
@@ -90,7 +91,13 @@ class SharedReward:
 
     def __call__(self, rollout: Rollout) -> Scores:
         """See `RewardFunction`. The scores of the whole rollout, on every rank."""
-        parts = share_blocks(lambda mine: self.reward(rollout.select(mine)), len(rollout.rows), self.collectives)
+        sizes = rollout.group_ids.unique_consecutive(return_counts=True)[1].tolist()
+        rows = torch.arange(len(rollout.rows)).split(sizes)
+
+        def score(mine: Int[Tensor, " n"]) -> Scores:
+            return self.reward(rollout.select(torch.cat([rows[group] for group in mine.tolist()])))
+
+        parts = share_blocks(score, len(rows), self.collectives)
         return Scores.cat(parts).to(rollout.rollout_logprobs.device)
 
 

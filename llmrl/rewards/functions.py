@@ -2,29 +2,33 @@
 
 A function is called with keyword arguments, limited to those that its signature names:
 
-    prompts     list, each row's prompt as the user wrote it: text or chat messages
-    responses   list[str], decoded, without special tokens
-    tokens      list[list[str]], each response's tokens, each decoded by itself, special ones by their names
-    <column>    list, for every data column by its name, None for a row that lacks it; no column may be named as the
-                three above, and every row must have the columns whose parameters have no default
+    prompts       list, each row's prompt as the user wrote it: text or chat messages
+    responses     list[str], decoded, without special tokens
+    completions   the same in the form of the prompt: text, or [{"role": "assistant", "content": text}]
+    tokens        list[list[str]], each response's tokens, each decoded by itself, special ones by their names
+    <column>      list, for every data column by its name, None for a row that lacks it; a column named as one of the
+                  above is not handed over, and every row must have the columns whose parameters have no default
 
-All lists have one entry for each response, in the same order. So has what it returns, and an entry is one of these:
+All lists have one entry for each response, in the same order, and are the function's own, however it changes them. All
+responses of a group are in the same call. What a function returns has an entry for each response too, one of these:
 
     0.5                         a number: the score of the response
-    None                        the response cannot be scored
+    None                        the function has nothing to say of this response: it is left out of the response's sum;
+                                a response of which no function with a weight has anything to say is not scored
     [0.0, 0.5, 1.0]             a number for each token of the response, its EOS included
     [(7, 0.5), (19, 1.0)]       pairs of a character offset into the response and a number, for the token that completes
                                 the character there; the offset behind the last character means the last token
 
-What can be awaited, as the result of an ``async def`` function, is awaited together.
+What can be awaited, as the result of an ``async def`` function, is awaited together, in an event loop that is the same
+in all calls of a run: a connection that is kept open stays usable.
 """
 
 import asyncio
 import inspect
 import math
+import time
 import traceback
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +39,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.experience import Rollout, Row, Scores, Sequences
+from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig
+from llmrl.rewards.event_loop import run_in_loop
 from llmrl.rewards.loading import Function, select_columns, source_file, takes
 from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_texts
+
+QUICK_S = 0.1
+"""A function that failed sooner than this is asked again row by row, for the row on which it fails."""
+SEARCH_S = 1.0
+"""The longest that this may last."""
 
 
 class RewardError(RuntimeError):
@@ -119,21 +130,21 @@ class FunctionReward:
         self.num_calls = 0
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """Weighted sums: of scores as `total`, NaN where a function with a weight says None; of numbers for tokens as
-        `per_token`, 0 where the total is NaN. As `parts` what each function gave a response in all, unweighted."""
+        """Weighted sums: of scores as `total`, without the functions that say None, NaN where all with a weight do; of
+        numbers for tokens as `per_token`. As `parts` what each function gave a response in all, unweighted."""
         call = self._next_call(rollout)
         results = call_functions(self.functions, call)
         given = [read_scores(name, results[name], call) for name in self.functions]
         per_token = torch.zeros_like(rollout.sequences.response_ids, dtype=torch.float32)
-        total = per_token.new_zeros(call.num_responses)
+        totals = [per_token.new_full((call.num_responses,), math.nan)]
         for setting, scores in zip(self.config.functions, given, strict=True):
             if setting.weight:
-                total = total + setting.weight * total.new_tensor(scores.whole)
+                totals.append(setting.weight * totals[0].new_tensor(scores.whole))
                 per_token = per_token + setting.weight * _padded(scores.tokens, like=per_token)
-        parts = [total.new_tensor(scores.in_all) for scores in given]
+        parts = [totals[0].new_tensor(scores.in_all) for scores in given]
         return Scores(
-            total=total,
-            per_token=per_token.masked_fill(total.isnan()[:, None], 0.0),
+            total=sum_of_known(totals),
+            per_token=per_token,
             parts=dict(zip(self.config.function_labels, parts, strict=True)),
         )
 
@@ -143,6 +154,10 @@ class FunctionReward:
         columns = {name: [row.get(name) for row in rollout.rows] for name in self.columns}
         columns["prompts"] = [row[self.prompt_column] for row in rollout.rows]
         columns["responses"] = [spelling.text for spelling in spellings]
+        columns["completions"] = [
+            spelling.text if isinstance(prompt, str) else [{"role": "assistant", "content": spelling.text}]
+            for prompt, spelling in zip(columns["prompts"], spellings, strict=True)
+        ]
         if any(takes(function, "tokens") for function in self.functions.values()):
             columns["tokens"] = token_texts([spelling.ids for spelling in spellings], self.tokenizer)
         return Call(number=self.num_calls, rows=rollout.rows, columns=columns, spellings=spellings)
@@ -165,9 +180,10 @@ def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, A
             results[name] = _ask(name, function, call)
             if inspect.iscoroutine(results[name]):
                 stack.callback(results[name].close)  # where another function raises, nobody awaits it
-        waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
-        answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]
-        return results | dict(zip(waiting, _run(_gather(answers)), strict=True)) if waiting else results
+        stack.pop_all()
+    waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
+    answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]
+    return results | dict(zip(waiting, _run_together(answers, list(waiting)), strict=True))
 
 
 def read_scores(name: str, result: Any, call: Call) -> GivenScores:
@@ -198,59 +214,74 @@ def read_scores(name: str, result: Any, call: Call) -> GivenScores:
 
 
 def _ask(name: str, function: Function, call: Call) -> Any:
+    started = time.monotonic()
     try:
         return function(**select_columns(function, call.columns))
-    except Exception as error:
-        raise RewardError(f"{_raised(name, function, error)} {_failing_row(function, call, error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it raises, SystemExit included, is the function's failure
+        is_quick = time.monotonic() - started < QUICK_S
+        place = _failing_row(function, call, error) if is_quick else _in_call(call)
+        raise RewardError(f"{_raised(name, function, error)} {place}") from error
 
 
 async def _await(name: str, function: Function, answer: Awaitable[Any], call: Call) -> Any:
     try:
         return await answer
-    except Exception as error:
-        raise RewardError(f"{_raised(name, function, error)} in call {call.number}; {call.expected}") from error
+    except BaseException as error:
+        raise RewardError(f"{_raised(name, function, error)} {_in_call(call)}") from error
+
+
+def _run_together(answers: Sequence[Awaitable[Any]], names: Sequence[str]) -> list[Any]:
+    if not answers:
+        return []
+    try:
+        return run_in_loop(_gather(answers))
+    except (RewardError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        told = f"{type(error).__name__}: {error}"
+        raise RewardError(f"{told} while reward function {' and '.join(names)} was awaited") from error
 
 
 async def _gather(answers: Sequence[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*answers)
-
-
-def _run(answers: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """In an event loop of its own: in this thread, or in another where this one runs a loop, as in a notebook."""
-    if not _runs_a_loop():
-        return asyncio.run(answers)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, answers).result()
-
-
-def _runs_a_loop() -> bool:
+    tasks = [asyncio.ensure_future(answer) for answer in answers]
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()  # where another one raises
 
 
-def _raised(name: str, function: Function, error: Exception) -> str:
+def _raised(name: str, function: Function, error: BaseException) -> str:
     """Names a function, what it raised, and the last line of its own file on the way there."""
     file = source_file(function)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f" at {file}:{lines[-1]}" if lines else ""
-    return f"reward function {name} raised {type(error).__name__}: {error}{place}"
+    return f"reward function {name} raised {type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
-def _failing_row(function: Function, call: Call, error: Exception) -> str:
+def _in_call(call: Call) -> str:
+    return f"in call {call.number}; {call.expected}"
+
+
+def _failing_row(function: Function, call: Call, error: BaseException) -> str:
     """The first row that raises the like of an error alone: found by asking again, a row at a time."""
+    ends = time.monotonic() + SEARCH_S
     for row in range(call.num_responses):
+        if time.monotonic() > ends:
+            return _in_call(call)
         if _raises(type(error), function, call.only(row)):
             return f"for row {row}; {call.expected}. {call.describe(row)}"
     return f"on the whole batch of call {call.number}, and on no row of it alone; {call.expected}"
 
 
-def _raises(kind: type[Exception], function: Function, call: Call) -> bool:
+def _raises(kind: type[BaseException], function: Function, call: Call) -> bool:
     try:
         function(**select_columns(function, call.columns))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return isinstance(error, kind)
     return False
 

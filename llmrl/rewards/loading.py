@@ -2,19 +2,20 @@
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from llmrl.experience import Row
-from llmrl.rewards.config import ROLLOUT_COLUMNS, RewardConfig
+from llmrl.rewards import files
+from llmrl.rewards.config import AMBIGUOUS_COLUMNS, ROLLOUT_COLUMNS, RewardConfig
 
 Function = Callable[..., Any]
 
@@ -53,6 +54,8 @@ def load_function(name: str) -> Function:
     function = getattr(module, attribute)
     if not callable(function):
         raise RewardLoadError(f"reward function {name}: {attribute!r} is not a function but {type(function).__name__}")
+    if problem := _signature_problem(function):
+        raise RewardLoadError(f"reward function {name}: {attribute!r} {problem}")
     return function
 
 
@@ -63,7 +66,6 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
     """
     if not arguments:
         return function
-    parameters = inspect.signature(function, eval_str=True).parameters
     known = _keyword_parameters(function)
     bound = {}
     for name, value in arguments.items():
@@ -71,14 +73,22 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
             raise RewardLoadError(
                 f"reward function {_name(function)} has no parameter {name!r} for its argument{_nearest(name, known)}"
             )
-        annotation = parameters[name].annotation if name in known else Any
+        annotation = _annotation(function, name) if name in known else Any
         bound[name] = _read_argument(function, name, value, annotation)
     return partial(function, **bound)
 
 
 def check_columns(function: Function, columns: Iterable[str]) -> None:
-    """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column."""
-    known = [*ROLLOUT_COLUMNS, *columns]
+    """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column, or
+    that could be either."""
+    columns = list(columns)
+    known = list(dict.fromkeys([*ROLLOUT_COLUMNS, *columns]))
+    for name in AMBIGUOUS_COLUMNS:
+        if name in columns and name in _keyword_parameters(function):
+            raise RewardLoadError(
+                f"reward function {_name(function)} takes {name!r}, which comes from the rollout, and the data has a "
+                f"column {name!r} too; rename the column"
+            )
     for name in _required(function):
         if name not in known:
             raise RewardLoadError(
@@ -99,9 +109,6 @@ def required_columns(config: RewardConfig, functions: Iterable[Function]) -> dic
 
 def row_problem(row: Row, required: Mapping[str, str]) -> str | None:
     """Why no response to a row can be scored by the functions that `required_columns` speaks of; None if it can."""
-    for column in ROLLOUT_COLUMNS:
-        if column in row:
-            return f"the column {column!r} has the name of an argument of reward functions; rename it"
     for column, name in required.items():
         if column not in row:
             return f"no column {column!r}, which {name} reads"
@@ -115,11 +122,12 @@ def source_file(function: Function) -> str | None:
 
 
 def select_columns(function: Function, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """A fresh copy of each column that a function takes: those that its signature names, or all with ``**kwargs``.
+    """A copy of each column that a function takes: those that its signature names, or all with ``**kwargs``.
 
-    An argument that is filled in already stays, though a column has the same name.
+    What the function does to an entry of one, such as to append to a row's messages, changes no other entry, though the
+    responses to a prompt share its row. An argument that is filled in already stays, though a column has the same name.
     """
-    return {name: list(column) for name, column in columns.items() if takes(function, name)}
+    return {name: [deepcopy(value) for value in column] for name, column in columns.items() if takes(function, name)}
 
 
 def takes(function: Function, column: str) -> bool:
@@ -132,32 +140,36 @@ def _load_module(source: str, name: str) -> ModuleType:
     if source.endswith(".py") and not Path(source).is_file():
         raise RewardLoadError(f"reward function {name}: there is no file {Path(source).resolve()}")
     try:
-        return _load_file(Path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:
+        return files.import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
         way_out = ""
         if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
             way_out = "; a file is named by its path, such as folder/file.py:function"
         raise RewardLoadError(
-            f"reward function {name}: {source} does not load: {type(error).__name__}: {error}{way_out}"
+            f"reward function {name}: {source} does not load: {type(error).__name__}: {_in_one_line(error)}{way_out}"
         ) from error
 
 
-def _load_file(path: Path) -> ModuleType:
-    """Runs a file as a module of its own, under its path as name, so that it can neither hide nor be a known module."""
-    name = str(path)
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+def _signature_problem(function: Function) -> str | None:
+    """Why columns cannot be handed to a function by their names; None if they can."""
+    if inspect.isclass(function):
+        return "is a class, whose call makes an object; make one in the file, such as judge = Judge(), and name that"
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError) as error:
+        return f"does not tell its parameters ({error}); wrap it in a function, such as def score(responses)"
+    unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    return f"takes {unnamed[0]!r} by its position only, and it is handed over by its name" if unnamed else None
+
+
+def _annotation(function: Function, name: str) -> Any:
+    try:
+        return inspect.signature(function, eval_str=True).parameters[name].annotation
+    except Exception as error:  # whatever the text of an annotation raises
+        raise RewardLoadError(
+            f"reward function {_name(function)}: its annotations cannot be read: {type(error).__name__}: "
+            f"{_in_one_line(error)}; import what they name"
+        ) from error
 
 
 def _read_argument(function: Function, name: str, value: Any, annotation: Any) -> Any:
@@ -168,6 +180,16 @@ def _read_argument(function: Function, name: str, value: Any, annotation: Any) -
     except ValidationError as error:
         rule = error.errors()[0]["msg"]
         raise RewardLoadError(f"reward function {_name(function)}: argument {name} ({value!r}): {rule}") from error
+    except PydanticUserError as error:
+        kind = inspect.formatannotation(annotation)
+        raise RewardLoadError(
+            f"reward function {_name(function)}: argument {name} ({value!r}) cannot be made {kind}; "
+            "annotate the parameter with a plain type, or leave its annotation out"
+        ) from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _keyword_parameters(function: Function) -> dict[str, inspect.Parameter]:
@@ -190,7 +212,8 @@ def _unbound(function: Function) -> Function:
 def _name(function: Function) -> str:
     function = _unbound(function)
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+    is_of_file = named.__module__.startswith(f"{files.__name__}.")
+    return f"{source_file(function) if is_of_file else named.__module__}:{named.__qualname__}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

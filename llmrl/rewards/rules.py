@@ -1,16 +1,22 @@
 """Rules that check an answer: pure functions, used by name as in ``llmrl.rewards.rules:exact_answer``.
 
 Each gives 1.0 to a right response and 0.0 to a wrong one, but `right_equations` to places in it. ``answer`` is the data
-column of that name.
+column of that name, of texts or numbers; a row without an answer gets None, which says nothing of it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
+from llmrl.rewards.answers import after_thinking, answer_text, boxed, plain_digits
+
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = rf"((?:(?<![\w)])[-\u2212])?)\$?({_DIGITS})(?:/({_DIGITS}))?"
+_EXPONENT = r"(?:[eE][-+]?\d{1,3}(?!\w))?"
+_NUMBER = rf"((?:(?<![\w)])-)?)\\?\$?((?:{_DIGITS}){_EXPONENT})(?:/({_DIGITS}))?"
+_FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_MIXED = re.compile(r"(?<![\d.,/^}])(\d{1,4}) (\d+)/(\d+)(?![\d/])")
+_POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{?\s*(-?\d{1,3})(?!\d)\s*\}?")
 _LAST_NUMBER = re.compile(_NUMBER)
 _MARKED_NUMBER = re.compile(rf"####\s*{_NUMBER}")
 _TERM = rf"\$?(?:{_DIGITS})"
@@ -21,32 +27,28 @@ _EQUATION = re.compile(rf"{_NOTHING_BEFORE}({_CALCULATION})\s*=\s*({_TERM}){_NOT
 _STEP = re.compile(rf"([-+*/x×]?)\s*\$?({_DIGITS})")
 
 
-def exact_answer(responses: Sequence[str], answer: Sequence[object]) -> list[float]:
+def exact_answer(responses: Sequence[str], answer: Sequence[object]) -> list[float | None]:
     """The whole response is the answer; runs of whitespace count as one blank, and none at the ends."""
-    return [float(_words(response) == _words(str(gold))) for response, gold in zip(responses, answer, strict=True)]
+    return _compared(responses, answer, read=lambda text: " ".join(text.split()))
 
 
 def numeric_answer(responses: Sequence[str], answer: Sequence[object]) -> list[float | None]:
-    """The last number of the response equals the last number of the answer; None where the answer has no number.
+    r"""The last number of the response equals the last number of the answer; None where the answer has no number.
 
-    ``-1,080.50``, ``$72.``, ``.5`` and ``3/4`` are numbers, compared exactly: 0.75 equals 3/4. A percent sign is a unit
-    as any other: 50% equals 50. A minus after a letter, a digit or a bracket is a hyphen or a subtraction.
+    Where there is a ``\boxed{...}`` it is the last number in the last one. ``-1,080.50``, ``10 000``, ``9{,}500``,
+    ``.5``, ``$72.``, ``1.5e3`` and ``3/4`` are numbers, compared exactly: 0.75 equals 3/4. A percent sign is a unit as
+    any other: 50% equals 50. A minus after a letter, a digit or a bracket is a hyphen or a subtraction.
     """
-    return [
-        _equal(_last_number(response), _last_number(str(gold)))
-        for response, gold in zip(responses, answer, strict=True)
-    ]
+    return _compared(responses, answer, read=_last_number)
 
 
-def gsm8k_answer(responses: Sequence[str], answer: Sequence[str]) -> list[float | None]:
+def gsm8k_answer(responses: Sequence[str], answer: Sequence[object]) -> list[float | None]:
     """The number of the response equals that of a GSM8K answer, ``... #### 72``; None where the answer has no number.
 
     It is the first number that stands right after ``####``, so that what a model rambles after its answer is not
-    read, and the last number of the text where there is none. Numbers are those of `numeric_answer`.
+    read, and where there is none the number of `numeric_answer`.
     """
-    return [
-        _equal(_final_number(response), _final_number(gold)) for response, gold in zip(responses, answer, strict=True)
-    ]
+    return _compared(responses, answer, read=_final_number)
 
 
 def matches_pattern(responses: Sequence[str], pattern: re.Pattern[str]) -> list[float]:
@@ -69,22 +71,34 @@ def right_equations(responses: Sequence[str]) -> list[list[tuple[int, float]]]:
     ]
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _equal(number: Fraction | None, gold: Fraction | None) -> float | None:
-    return None if gold is None else float(number == gold)
+def _compared(
+    responses: Sequence[str], answer: Sequence[object], *, read: Callable[[str], object | None]
+) -> list[float | None]:
+    """1.0 where the same is read in a response and in its answer, None where nothing is read in the answer."""
+    texts = map(answer_text, answer)
+    golds = [None if text is None else read(text) for text in texts]
+    return [
+        None if gold is None else float(read(response) == gold) for response, gold in zip(responses, golds, strict=True)
+    ]
 
 
 def _last_number(text: str) -> Fraction | None:
-    matches = list(_LAST_NUMBER.finditer(text))
+    text = after_thinking(text)
+    box = boxed(text)
+    matches = list(_LAST_NUMBER.finditer(_plain(text if box is None else box)))
     return _read_number(matches[-1]) if matches else None
 
 
 def _final_number(text: str) -> Fraction | None:
-    marked = _MARKED_NUMBER.search(text)
+    marked = _MARKED_NUMBER.search(_plain(after_thinking(text)))
     return _read_number(marked) if marked else _last_number(text)
+
+
+def _plain(text: str) -> str:
+    """Numbers as `_NUMBER` reads them: fractions, mixed ones included, with a slash, and powers of ten with an e."""
+    text = _FRACTION.sub(r" \1/\2", plain_digits(text))
+    text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
+    return _POWER_OF_TEN.sub(r"e\1", text)
 
 
 def _read_number(match: re.Match[str]) -> Fraction | None:

@@ -1,5 +1,6 @@
 """Shared roles answer on every rank as the role itself does in one process."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -152,6 +153,25 @@ def test_scores_are_those_of_one_process(world_size, rollout):
         assert_close(scores.total, expected.total)
         assert_close(scores.per_token, expected.per_token)
         assert_close(scores.parts["n"], expected.parts["n"])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_a_function_that_compares_a_group_sees_all_of_it(world_size, rollout):
+    """Groups of unequal sizes, as far as a reward may know; the best of each gets 1."""
+    groups = torch.tensor([5, 5, 5, 2, 7, 7, 7, 7])
+    rollout = replace(rollout, group_ids=groups)
+
+    def best_of_group(part: Rollout) -> Scores:
+        number = part.rollout_logprobs.new_tensor([row["n"] for row in part.rows]) + part.sequences.response_ids[:, 0]
+        best = torch.stack([number[part.group_ids == group].max() for group in part.group_ids])
+        total = (number == best).float()
+        return Scores(total=total, per_token=part.rollout_logprobs, parts={"best": total})
+
+    expected = best_of_group(rollout)
+    assert expected.total.sum() == 3
+    for scores in on_ranks(world_size, lambda ranks: SharedReward(best_of_group, ranks)(rollout)):
+        assert_close(scores.total, expected.total)
+        assert_close(scores.per_token, expected.per_token)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 11])

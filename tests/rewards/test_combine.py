@@ -50,12 +50,17 @@ def test_totals_and_tokens_add_up_and_parts_stay_as_they_are(rollout):
     assert_close(scores.parts["model"], torch.tensor([0.25, 4.0, 8.0]))
 
 
-@pytest.mark.parametrize("unscored_first", [True, False])
-def test_what_one_cannot_score_the_sum_cannot_either(rollout, unscored_first):
+@pytest.mark.parametrize("silent_first", [True, False])
+def test_one_that_has_nothing_to_say_is_left_out_of_the_sum(rollout, silent_first):
     rewards = [giving("rule", [1.0, math.nan, 0.0]), giving("model", [1.0, 2.0, 3.0])]
-    scores = CombinedReward(rewards if unscored_first else rewards[::-1])(rollout)
-    assert_close(scores.total, torch.tensor([2.0, math.nan, 3.0]), equal_nan=True)
-    assert_close(scores.parts["model"], torch.tensor([1.0, 2.0, 3.0]))
+    scores = CombinedReward(rewards if silent_first else rewards[::-1])(rollout)
+    assert_close(scores.total, torch.tensor([2.0, 2.0, 3.0]))
+    assert_close(scores.parts["rule"], torch.tensor([1.0, math.nan, 0.0]), equal_nan=True)
+
+
+def test_what_none_of_them_can_score_the_sum_cannot_either(rollout):
+    rewards = [giving("rule", [1.0, math.nan, math.nan]), giving("other", [math.nan, math.nan, 0.0])]
+    assert_close(CombinedReward(rewards)(rollout).total, torch.tensor([1.0, math.nan, 0.0]), equal_nan=True)
 
 
 def test_every_reward_reads_the_same_rollout(rollout):

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import re
+import time
 from functools import partial
 
 import numpy as np
@@ -76,6 +77,10 @@ def giving(result):
     return lambda responses: result
 
 
+def with_rows(rollout, rows):
+    return Rollout(**{**vars(rollout), "rows": rows})
+
+
 def test_a_function_gets_prompts_as_written_texts_and_columns(score):
     seen = {}
 
@@ -87,8 +92,21 @@ def test_a_function_gets_prompts_as_written_texts_and_columns(score):
     prompts = ["1?", "2?", [{"role": "user", "content": "3?"}]]
     answers = ["one", "two", "three"]
     tokens = [["one", "<eos>"], ["two", "three"], ["<eos>"]]
-    rollout = {"prompts": prompts, "responses": ["one", "two three", ""], "tokens": tokens}
+    completions = ["one", "two three", [{"role": "assistant", "content": ""}]]
+    rollout = {"prompts": prompts, "responses": ["one", "two three", ""], "completions": completions, "tokens": tokens}
     assert seen == {**rollout, "question": prompts, "answer": answers}
+
+
+def test_completions_are_in_the_form_of_the_prompt(score, rollout):
+    def texts(completions):
+        return [float(len(text)) for text in completions]
+
+    def messages(completions, **kwargs):
+        return [float(len(messages[-1]["content"])) for messages in completions]
+
+    chat = tuple({**row, "question": [{"role": "user", "content": "?"}]} for row in ROWS)
+    assert_close(score(texts, rollout=with_rows(rollout, ROWS[:2] + ROWS[:1])).total, torch.tensor([3.0, 9.0, 0.0]))
+    assert_close(score(messages, rollout=with_rows(rollout, chat)).total, torch.tensor([3.0, 9.0, 0.0]))
 
 
 def test_a_column_that_a_row_lacks_is_none_and_a_parameter_gets_it_in_every_call(score, rollout):
@@ -116,11 +134,25 @@ def test_scores_are_weighted_and_parts_are_not(score):
     assert_close(scores.per_token, torch.zeros(3, 3))
 
 
-def test_none_leaves_the_response_without_a_total(score):
-    scores = score(giving([1.0, None, 0.0]), giving([1.0, 1.0, 1.0]))
-    assert_close(scores.total, torch.tensor([2.0, math.nan, 1.0]), equal_nan=True)
-    assert_close(scores.parts["f0"], torch.tensor([1.0, math.nan, 0.0]), equal_nan=True)
-    assert_close(scores.parts["f1"], torch.ones(3))
+def test_none_leaves_a_function_out_of_the_sum_of_a_response(score):
+    scores = score(giving([1.0, None, None]), giving([1.0, 4.0, None]), weights=[1.0, -2.0])
+    assert_close(scores.total, torch.tensor([-1.0, -8.0, math.nan]), equal_nan=True)
+    assert_close(scores.parts["f0"], torch.tensor([1.0, math.nan, math.nan]), equal_nan=True)
+    assert_close(scores.parts["f1"], torch.tensor([1.0, 4.0, math.nan]), equal_nan=True)
+
+
+def test_rules_of_two_tasks_share_a_run(score):
+    def of_task(task, value):
+        return lambda responses, answer: [value if gold in task else None for gold in answer]
+
+    scores = score(of_task(("one", "two"), 1.0), of_task(("three",), 3.0))
+    assert_close(scores.total, torch.tensor([1.0, 1.0, 3.0]))
+
+
+def test_none_beside_numbers_for_tokens_leaves_those(score):
+    scores = score(giving([None, None, None]), giving([[1.0, 2.0], None, [4.0]]))
+    assert_close(scores.total, torch.tensor([0.0, math.nan, 0.0]), equal_nan=True)
+    assert_close(scores.per_token, torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
 
 
 def test_a_function_without_weight_is_only_watched(score):
@@ -235,6 +267,60 @@ def test_an_exception_that_no_row_raises_alone_is_that_of_the_batch(score):
     )
 
 
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, StopIteration, RecursionError, asyncio.CancelledError])
+def test_whatever_a_function_raises_is_its_failure(score, kind):
+    def fails(responses):
+        raise kind("no more")
+
+    async def fails_later(responses):
+        raise kind("no more")
+
+    with pytest.raises(
+        RewardError, match=rf"^reward function rule\.py:f0 raised {kind.__name__}: no more at .* for row 0"
+    ):
+        score(fails)
+    with pytest.raises(RewardError, match="StopIteration" if kind is StopIteration else "no more"):
+        score(fails_later)  # Python makes a RuntimeError of a StopIteration there
+    assert_close(score(Judge()).total, torch.ones(3))  # the event loop has outlived it
+
+
+def test_an_interrupt_of_the_user_is_no_failure_of_a_function(score):
+    def interrupted(responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(interrupted)
+
+
+def test_a_slow_function_that_failed_is_not_asked_again(score):
+    calls = []
+
+    def fails_once(responses):
+        calls.append(len(responses))
+        time.sleep(0.15)
+        raise ConnectionError("429\n  too many requests")
+
+    with pytest.raises(RewardError, match=r"429 too many requests at .* in call 1; expected a list of 3 numbers"):
+        score(fails_once)
+    assert calls == [3]
+
+
+def test_the_search_for_a_row_ends_in_time(score, monkeypatch):
+    calls = []
+
+    def fails_together(responses):
+        calls.append(len(responses))
+        if len(responses) > 1:
+            raise ValueError("too many")
+        time.sleep(0.03)
+        return [0.0]
+
+    monkeypatch.setattr("llmrl.rewards.functions.SEARCH_S", 0.02)
+    with pytest.raises(RewardError, match="in call 1; "):
+        score(fails_together)
+    assert calls == [3, 1]
+
+
 def test_an_exception_of_an_object_shows_its_line(score):
     with pytest.raises(RewardError, match=re.escape(f"down at {line_of(Judge.__call__, 2)} in call 1; ")):
         score(Judge(fails=True))
@@ -339,6 +425,43 @@ def test_coroutines_run_together(score):
     assert_close(score(judge("a", "b"), judge("b", "a")).total, torch.full((3,), 2.0))
 
 
+def test_what_is_kept_open_between_calls_stays_usable(score):
+    """A future, as a connection, belongs to the loop that runs when it is made."""
+    kept = []
+
+    async def judge(responses):
+        if not kept:
+            kept.append(asyncio.get_running_loop().create_future())
+            return [0.0] * 3
+        asyncio.get_running_loop().call_soon(kept[0].set_result, 1.0)
+        return [await asyncio.wait_for(kept[0], timeout=5)] * 3
+
+    async def notebook():
+        return score(judge)
+
+    score(judge)
+    assert_close(asyncio.run(notebook()).total, torch.ones(3))
+
+
+def test_a_judge_whose_neighbour_fails_is_cancelled(score):
+    ended = []
+
+    async def waits(responses):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def fails(responses):
+        await asyncio.sleep(0.01)
+        raise ValueError("down")
+
+    with pytest.raises(RewardError, match="down"):
+        score(waits, fails)
+    score(Judge())  # the loop has gone on
+    assert ended == [True]
+
+
 def test_a_plain_function_may_run_a_loop_of_its_own(score):
     async def judge(responses):
         return [1.0] * 3
@@ -365,6 +488,26 @@ def test_a_function_that_spoils_its_lists_spoils_no_other(score):
         return [float(r == "one" and a == "one") for r, a in zip(responses, answer, strict=True)]
 
     assert_close(score(spoils, reads).total, torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_a_function_that_changes_a_row_changes_it_for_nobody(score, rollout):
+    """The responses to a prompt share its row; so do the calls of all epochs."""
+    row = {"question": [{"role": "user", "content": "?"}], "answer": {"tests": ["a"]}}
+    shared, seen = with_rows(rollout, (row,) * 3), []
+
+    def spoils(prompts, question, answer, completions):
+        for conversation, same, gold, said in zip(prompts, question, answer, completions, strict=True):
+            seen.append((len(conversation), len(same), len(gold["tests"]), len(said)))
+            conversation.append({"role": "assistant", "content": "!"})
+            same.clear()
+            gold["tests"].append("b")
+            said.append("c")
+        return [0.0] * 3
+
+    score(spoils, spoils, rollout=shared)
+    score(spoils, rollout=shared)
+    assert seen == [(1, 1, 1, 1)] * 9
+    assert row == {"question": [{"role": "user", "content": "?"}], "answer": {"tests": ["a"]}}
 
 
 def test_labels_name_the_parts(tokenizer, rollout):

@@ -244,7 +244,7 @@ def test_a_damaged_folder_is_such_an_error_too(tmp_path, rollout):
 # --- with functions ---------------------------------------------------------------------------------------------------
 
 
-def test_functions_and_a_model_add_up_and_none_leaves_no_total(folder, rollout):
+def test_functions_and_a_model_add_up_and_none_leaves_the_model_alone(folder, rollout):
     def rule(responses):
         assert responses == ["ij", "klmnop", ""]
         return [1.0, None, 2.0]
@@ -256,7 +256,7 @@ def test_functions_and_a_model_add_up_and_none_leaves_no_total(folder, rollout):
     model = reward_of(learned(folder, weight=0.5), rollout)
     scores = CombinedReward([functions, model])(rollout)
     part = (plain_scores(folder, own_texts()) - 0.75) / 0.5
-    expected = torch.tensor([3.0, math.nan, 6.0]) + 0.5 * part
-    assert_close(scores.total, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    expected = torch.tensor([3.0, 0.0, 6.0]) + 0.5 * part
+    assert_close(scores.total, expected, rtol=1e-5, atol=1e-5)
     assert tuple(scores.parts) == settings.labels == ("rule", "model")
     assert_close(scores.parts["model"], part, rtol=1e-5, atol=1e-5)

@@ -58,7 +58,7 @@ def test_a_file_is_found_by_its_whole_path(rule):
 
 
 def test_a_module_is_imported():
-    assert load_function("operator:add")(2, 3) == 5
+    assert load_function("json:dumps")([1, 2]) == "[1, 2]"
 
 
 def test_two_functions_of_a_file_share_one_module(rule):
@@ -86,6 +86,12 @@ def test_a_file_does_not_hide_a_module_of_its_name(rule):
         ("rule.py:corect", r"^reward function rule\.py:corect: rule\.py has no 'corect'; did you mean 'correct'\?$"),
         ("rule.py:zzz", r"^reward function rule\.py:zzz: rule\.py has no 'zzz'$"),
         ("rule.py:threshold", r"'threshold' is not a function but int$"),
+        (
+            "rule.py:Pair",
+            r"'Pair' is a class, whose call makes an object; make one in the file, such as judge = Judge\(\)",
+        ),
+        ("builtins:max", r"'max' does not tell its parameters \(no signature .*\); wrap it in a function"),
+        ("operator:add", r"'add' takes 'a' by its position only, and it is handed over by its name$"),
     ],
 )
 def test_what_cannot_be_found_is_said_in_one_line(rule, name, message):
@@ -103,10 +109,47 @@ def test_a_file_that_fails_says_why_and_loads_once_it_is_mended(rule):
     assert load_function("broken.py:score")([]).startswith("mended")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"def score(responses:", r"SyntaxError: '\(' was never closed"),
+        (b"x = '\xff'", "SyntaxError: .*utf-8"),
+        (b"x = 1\x00", "source code string cannot contain null bytes"),
+        (b"import sys\nsys.exit(3)", "SystemExit: 3$"),
+        (b"raise ValueError('two\\nlines')", "ValueError: two lines$"),
+        (b"assert False", "AssertionError: $"),
+    ],
+)
+def test_a_file_that_does_not_load_is_said_in_one_line(rule, text, said):
+    (rule / "broken.py").write_bytes(text)
+    with pytest.raises(
+        RewardLoadError, match=rf"^reward function broken\.py:score: broken\.py does not load: .*{said}"
+    ) as e:
+        load_function("broken.py:score")
+    assert "\n" not in str(e.value)
+
+
+def test_an_annotation_that_means_nothing_here_is_refused(rule):
+    text = "from __future__ import annotations\ndef score(responses, limit: Limit, where: open): return []\n"
+    (rule / "typed.py").write_text(text)
+    with pytest.raises(RewardLoadError, match=r"typed\.py:score: its annotations cannot be read: NameError: .*Limit"):
+        bind_arguments(load_function("typed.py:score"), {"limit": 3})
+    with pytest.raises(RewardLoadError, match=r"argument limit \(3\) cannot be made .*Pattern; annotate the parameter"):
+        bind_arguments(with_a_strange_annotation, {"limit": 3})
+
+
+class Pattern:
+    """A type of which settings make nothing."""
+
+
+def with_a_strange_annotation(responses, limit: Pattern):
+    return []
+
+
 def test_a_required_parameter_without_a_column_is_refused(rule):
     with pytest.raises(RewardLoadError, match=r"rule\.py:correct needs 'answer'.*did you mean 'answers'\?") as error:
         check_columns(load_function("rule.py:correct"), ["question", "answers"])
-    assert "there are prompts, responses, tokens, question, answers;" in str(error.value)
+    assert "there are prompts, responses, completions, tokens, question, answers;" in str(error.value)
 
 
 def test_responses_misspelled_is_refused_with_its_name():
@@ -141,10 +184,18 @@ def test_a_column_that_an_argument_fills_in_is_not_required():
     assert required_columns(settings, functions) == {}
 
 
-@pytest.mark.parametrize("name", ["prompts", "responses", "tokens"])
-def test_a_column_cannot_be_named_like_what_comes_from_the_rollout(name):
-    message = f"the column '{name}' has the name of an argument of reward functions; rename it"
-    assert row_problem({"prompt": "a", name: "b"}, {}) == message
+def test_a_column_may_be_named_like_what_comes_from_the_rollout(rule):
+    columns = ["prompts", "responses", "completions", "tokens", "answer"]
+    check_columns(load_function("rule.py:correct"), columns)
+    check_columns(lambda prompts, responses, **rest: [], columns)
+    assert row_problem(dict.fromkeys(columns), {"answer": "rule.py:correct"}) is None
+
+
+@pytest.mark.parametrize("name", ["completions", "tokens"])
+def test_a_name_that_may_mean_the_column_or_the_rollout_is_refused(name):
+    message = f"takes '{name}', which comes from the rollout, and the data has a column '{name}' too; rename the column"
+    with pytest.raises(RewardLoadError, match=message):
+        check_columns({"tokens": lambda tokens=None: [], "completions": lambda completions: []}[name], [name])
 
 
 def test_the_file_of_a_function_is_known(rule):
@@ -184,6 +235,13 @@ def test_columns_are_copies():
     columns = {"responses": ["r"]}
     select_columns(lambda responses: [], columns)["responses"].append("s")
     assert columns == {"responses": ["r"]}
+
+
+def test_entries_of_columns_are_copies_of_their_own():
+    row = {"role": "user"}
+    given = select_columns(lambda prompts: [], {"prompts": [[row], [row]]})["prompts"]
+    given[0][0]["role"] = "system"
+    assert given[1] == [{"role": "user"}] == [row]
 
 
 def test_an_argument_wins_over_a_column_of_its_name():

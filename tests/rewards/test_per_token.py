@@ -200,11 +200,11 @@ def test_functions_are_weighted_and_add_up_on_the_tokens():
     assert_scores(scores, total=[1.0, 2.0, 3.0], per_token=per_token, **parts)
 
 
-def test_an_unscored_response_gets_nothing_on_its_tokens():
-    scores = score(giving(None, [], 0.0), giving([1.0, 1.0], [1.0] * 3, [1.0]))
-    per_token = [[0.0] * 3, [1.0] * 3, [1.0, 0.0, 0.0]]
-    parts = {"f0": [math.nan, 0.0, 0.0], "f1": [2.0, 3.0, 1.0]}
-    assert_scores(scores, total=[math.nan, 0.0, 0.0], per_token=per_token, **parts)
+def test_a_function_with_nothing_to_say_leaves_the_tokens_to_the_others():
+    scores = score(giving(None, None, 0.0), giving([1.0, 1.0], None, [1.0]))
+    per_token = [[1.0, 1.0, 0.0], [0.0] * 3, [1.0, 0.0, 0.0]]
+    parts = {"f0": [math.nan, math.nan, 0.0], "f1": [2.0, math.nan, 1.0]}
+    assert_scores(scores, total=[0.0, math.nan, 0.0], per_token=per_token, **parts)
 
 
 def test_a_function_without_weight_is_only_watched():
@@ -343,7 +343,7 @@ def test_ppo_rewards_the_very_tokens():
     )
     experience, _ = ppo.experience(rollout, scores)
     # by lambda 0 and values of 0 the return of a token is its reward; the score is clipped, and these numbers are not
-    returns = [[0.0, 0.0, 0.0, 0.0, 0.5, 0.375], [0.0, 0.0, 0.875, 0.0, 0.0, 0.0], [0.0] * 6]
+    returns = [[0.0, 0.0, 0.0, 0.0, 0.5, 0.375], [0.0, 0.0, 0.875, 0.0, 0.0, 0.0], [0.5, 0.25, 0.0, 0.0, 0.0, 0.0]]
     assert_close(experience.returns, torch.tensor(returns))
 
 

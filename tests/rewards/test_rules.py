@@ -77,6 +77,61 @@ def test_numbers_that_differ(response, answer):
     assert numeric_answer([response], [answer]) == [0.0]
 
 
+WILD = [
+    ("She pays 12 400 euros.", 12400, 1.0),
+    (r"That makes \boxed{12\,400}.", "12400", 1.0),
+    (r"$12{,}400$", "12,400", 1.0),
+    ("12\u202f400,", "12400", 1.0),
+    ("12'400 francs", 12400, 1.0),
+    ("12 400", "400", 0.0),
+    ("In 2020 100 people came.", "100", 1.0),
+    ("They are 1 2 3", "3", 1.0),
+    (r"\boxed{48} eggs, in 4 boxes of 12", "48", 1.0),
+    (r"\boxed{48}, no: \boxed{36}", "48", 0.0),
+    (r"\boxed{48}, no: \boxed{36}", "36", 1.0),
+    (r"\boxed{48", "48", 0.0),
+    (r"\boxed{}", "48", 0.0),
+    ("<think>maybe 48</think>It is 36.", "36", 1.0),
+    ("<think>It is 36", "36", 1.0),
+    (r"\$36", r"\$36", 1.0),
+    (r"\boxed{\$36}", 36, 1.0),
+    (r"\boxed{\frac{3}{8}}", "0.375", 1.0),
+    (r"\boxed{2\frac{1}{4}}", "9/4", 1.0),
+    ("2 1/4 cups", "2.25", 1.0),
+    ("2 1/4 cups", "0.25", 0.0),
+    (r"3.2 \times 10^4", "32000", 1.0),
+    ("about 3.2e4", 32000, 1.0),
+    ("3.2e4", "4", 0.0),
+    ("1e999", "1", 0.0),
+    ("1e9999999999", "1", 0.0),
+    ("(-8)", "-8", 1.0),
+    ("it falls by \u20138", "-8", 1.0),
+    ("pages 5\u20138", "8", 1.0),
+    ("It costs $18 or $20.", 20, 1.0),
+    ("between $18 and $20", "18", 0.0),
+    ("75 %", "75", 1.0),
+    ("25.0", 25, 1.0),
+    ("25", 25.0, 1.0),
+    ("25", [25], 1.0),
+    ("25", None, None),
+    ("25", "none of them", None),
+    ("room 101", "110", 0.0),
+    ("24 hours * 60 = 1,440 minutes", "1440", 1.0),
+]
+"""Responses, answers of the data, and what a person says."""
+
+
+@pytest.mark.parametrize("rule", [numeric_answer, gsm8k_answer])
+def test_numbers_are_judged_as_a_person_does(rule):
+    given = rule([response for response, _, _ in WILD], [answer for _, answer, _ in WILD])
+    assert [row for row, score in zip(WILD, given, strict=True) if score != row[2]] == []
+
+
+@pytest.mark.parametrize("rule", [exact_answer, numeric_answer, gsm8k_answer])
+def test_answers_may_be_numbers_and_a_row_without_one_is_not_scored(rule):
+    assert rule(["5", "5", "0.5", "5"], [5, 6, 0.5, None]) == [1.0, 0.0, 1.0, None]
+
+
 def test_every_fraction_equals_itself_and_not_its_neighbour():
     fractions = [Fraction(n, d) for n in range(-20, 21) for d in range(1, 9)]
     texts = [f"so {f.numerator}/{f.denominator}." for f in fractions]
@@ -103,6 +158,10 @@ def test_an_answer_without_a_number_cannot_be_scored(rule, answer):
         ("#### 5, no, 72", 0.0),
         ("72 or 73", 0.0),
         ("#### -72", 0.0),
+        ("#### 7 200", 0.0),
+        (r"#### \$72", 1.0),
+        ("<think>#### 5</think> so #### 72", 1.0),
+        (r"The answer is \boxed{72}, from 3 steps", 1.0),
         ("####", 0.0),
         ("", 0.0),
     ],

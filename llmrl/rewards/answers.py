@@ -1,0 +1,64 @@
+"""Answers as people and models write them: where a text has its answer, and how it is written plainly."""
+
+import re
+from collections.abc import Sequence
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_UNBRACED = re.compile(r"[^\s$]+")
+_BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|[,;]?\s*(?:\\text\{\s*(?:and|or)\s*\}|and|or))[\s$]*")
+_THOUSANDS = r"(?:,?\s?\\[,;:! ]\s?|\{,\}|[ ~'\u2019\u00a0\u2007\u2009\u202f])"
+_SEPARATOR = re.compile(_THOUSANDS)
+_GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!{_THOUSANDS}?\d)")
+_MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]|(?<![\\w)])\u2013(?=[\\d$.])")
+
+
+def answer_text(answer: object) -> str | None:
+    """The text of an entry of the answer column, which may hold numbers or lists; None where there is none."""
+    if answer is None:
+        return None
+    if isinstance(answer, Sequence) and not isinstance(answer, str):
+        return ", ".join(map(str, answer))
+    return str(answer)
+
+
+def after_thinking(response: str) -> str:
+    """What follows ``</think>``, if that is there and anything follows it."""
+    said = response.rpartition("</think>")[2]
+    return said if said.strip() else response
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}`` that is closed; None where there is no box at all.
+
+    Boxes joined by nothing but a comma, "and" or "or" are one answer, as in ``\boxed{2} or \boxed{3}``. Empty where no
+    box is closed: the response was cut within its answer.
+    """
+    boxes = [_read_box(text, match) for match in _BOX.finditer(text)]
+    closed = [box for box in boxes if box is not None]
+    if not closed:
+        return "" if boxes else None
+    first, _, content = closed.pop()
+    while closed and _BETWEEN_BOXES.fullmatch(text, closed[-1][1], first):
+        first, _, earlier = closed.pop()
+        content = f"{earlier}, {content}"
+    return content
+
+
+def plain_digits(text: str) -> str:
+    r"""Numbers with an ASCII minus, and with nothing but commas between thousands: ``10\,000``, ``10 000`` and
+    ``9{,}500`` are joined."""
+    return _GROUPED.sub(lambda match: _SEPARATOR.sub("", match[0]), _MINUS.sub("-", text))
+
+
+def _read_box(text: str, opening: re.Match[str]) -> tuple[int, int, str] | None:
+    """Where a box begins and ends, and its content; None where it is not closed."""
+    begins, depth = opening.end(), 0
+    if not text.startswith("{", begins):
+        word = _UNBRACED.match(text, begins)
+        return (opening.start(), word.end(), word[0].rstrip(".,")) if word else None
+    for place in range(begins, len(text)):
+        if text[place] in "{}" and text[place - 1] != "\\":
+            depth += 1 if text[place] == "{" else -1
+            if depth == 0:
+                return opening.start(), place + 1, text[begins + 1 : place].strip()
+    return None

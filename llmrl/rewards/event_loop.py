@@ -1,0 +1,47 @@
+"""The event loop in which coroutines of rewards run: one for the whole process, in a thread of its own.
+
+So what a function keeps open between calls stays usable, and a loop that runs in the caller's thread, as in a notebook,
+is no obstacle.
+"""
+
+import asyncio
+import atexit
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from functools import cache
+from threading import Thread
+from typing import Any
+
+FAREWELL_S = 5.0
+"""How long tasks that are still there at exit get, to end when they are cancelled."""
+
+
+def run_in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns or raises. Cancelled where the caller is interrupted."""
+    answer = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return answer.result()
+    finally:
+        answer.cancel()  # does nothing once it is done
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Started at the first call, closed at exit."""
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def live() -> None:
+        is_over = asyncio.Event()
+        started.set_result((asyncio.get_running_loop(), is_over))
+        await is_over.wait()
+
+    thread = Thread(target=lambda: asyncio.run(live()), name="event loop of rewards", daemon=True)
+    thread.start()
+    loop, is_over = started.result()
+
+    def close() -> None:
+        loop.call_soon_threadsafe(is_over.set)
+        thread.join(FAREWELL_S)
+
+    atexit.register(close)
+    return loop

@@ -1,0 +1,54 @@
+"""One event loop for the whole process."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from llmrl.rewards.event_loop import run_in_loop
+
+
+async def here():
+    return asyncio.get_running_loop()
+
+
+def test_it_is_the_same_in_every_call_even_inside_another_one():
+    async def notebook():
+        return run_in_loop(here()), asyncio.get_running_loop()
+
+    inside, outside = asyncio.run(notebook())
+    assert run_in_loop(here()) is inside is not outside
+
+
+def test_what_a_coroutine_raises_comes_back():
+    async def fails():
+        raise KeyError("gold")
+
+    with pytest.raises(KeyError, match="gold"):
+        run_in_loop(fails())
+
+
+AT_EXIT = """
+import asyncio
+from llmrl.rewards.event_loop import run_in_loop
+tasks = []
+
+async def keep_alive():
+    try:
+        await asyncio.sleep(60)
+    finally:
+        print("hangs up", flush=True)
+
+async def judge():
+    tasks.append(asyncio.ensure_future(keep_alive()))
+    await asyncio.sleep(0)
+
+run_in_loop(judge())
+"""
+
+
+def test_it_is_closed_at_exit_without_a_word():
+    command = [sys.executable, "-X", "dev", "-c", AT_EXIT]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (process.stdout, process.stderr) == ("hangs up\n", "")

@@ -1,0 +1,81 @@
+"""Files as modules: found by worker processes, beside their neighbours, in nobody's way."""
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from llmrl.rewards import files
+from llmrl.rewards.files import import_file
+
+RULE = "def one(text):\n    return len(text)\n"
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    """What a file adds to the path is gone after the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(files, "_folders", [])
+
+
+def written(folder, name, text=RULE):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["rule.py", "my rule.py", "math.py", "json.py", "v1.2.py", "r\u00e9gle %41.py"])
+def test_a_function_comes_back_from_a_pickle_in_this_process(tmp_path, name):
+    module = import_file(written(tmp_path, name))
+    assert import_file(tmp_path / name) is module
+    assert module.__file__ == str(tmp_path / name)
+    assert pickle.loads(pickle.dumps(module.one)) is module.one  # noqa: S301
+    assert sys.modules.get("math").sqrt(4) == 2
+
+
+def test_a_function_comes_back_from_a_pickle_in_a_process_that_knows_nothing(tmp_path):
+    pickled = pickle.dumps(import_file(written(tmp_path, "my rule.v2.py")).one)
+    code = f"import pickle; print(pickle.loads({pickled!r})('four'))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout == "4\n"
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_function_can_be_sent_to_workers_with_its_neighbours(tmp_path, method):
+    written(tmp_path, "parsing_of_workers.py", "def length(text):\n    return len(text)\n")
+    text = "from parsing_of_workers import length\ndef one(text):\n    return length(text)\n"
+    module = import_file(written(tmp_path, "rule.py", text))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as workers:
+        assert list(workers.map(module.one, ["a", "bc"], timeout=60)) == [1, 2]
+
+
+def test_a_neighbour_is_imported_even_within_a_function(tmp_path):
+    written(tmp_path, "late_neighbour.py", "value = 5")
+    module = import_file(
+        written(tmp_path, "rule.py", "def value():\n    from late_neighbour import value\n    return value")
+    )
+    assert module.value() == 5
+
+
+def test_a_neighbour_does_not_hide_what_is_installed(tmp_path):
+    written(tmp_path, "json.py", "dumps = None")
+    written(tmp_path, "antigravity.py", "raise AssertionError")
+    import_file(written(tmp_path, "rule.py", "import json\nassert json.dumps([]) == '[]'"))
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_two_neighbours_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        written(tmp_path / folder, "twin_parsing.py", f"value = {folder!r}")
+    text = "import twin_parsing\nvalue = twin_parsing.value\n"
+    assert import_file(written(tmp_path / "a", "rule.py", text)).value == "a"
+    with pytest.raises(ImportError, match=r"imports twin_parsing, and gets .*a/twin_parsing\.py, not .*/b; rename one"):
+        import_file(written(tmp_path / "b", "rule.py", text))
+    assert import_file(written(tmp_path / "b", "other.py", "value = 3")).value == 3
+
+
+def test_a_file_that_wraps_a_package_of_its_name_gets_the_package(tmp_path):
+    assert import_file(written(tmp_path, "torch.py", "import torch\nvalue = torch.tensor(2).item()")).value == 2
