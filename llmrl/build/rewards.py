@@ -12,7 +12,7 @@ from llmrl.data.chat import as_sequences, uses_chat
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
-from llmrl.data.rows import check_rows, column_names
+from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.device import pick_device
@@ -163,7 +163,7 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
-    check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
+    check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit), places=places_of(rows))
     sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
     scores = scorer.normalize(scorer.scorer.scores(sequences))
     check_finite(scores, way_out="train it again")

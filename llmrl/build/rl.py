@@ -73,6 +73,7 @@ def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers:
 
 def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
     """An evaluation of the model that a recipe names, without anything that trains."""
+    checked.tell(progress)
     tokenizer, model = load_for_sampling(config.model)
     collectives = join_ranks()
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
@@ -137,6 +138,7 @@ def _build_run(
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
     actor, engine, rewards, collectives = whole.actor, whole.engine, whole.rewards, whole.collectives
+    checked.tell(progress)
     for warning in config.warnings():
         progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"

@@ -139,10 +139,10 @@ class TemplateProblem(Exception):
     """Why a chat template does not render a conversation, in its own words."""
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, for_response: bool = True) -> str:
+def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, for_response: bool = True) -> str:
     """A conversation in the tokenizer's chat template; `for_response` ends it with the generation prompt."""
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=for_response, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=for_response, tokenize=False)
     except Exception as error:  # a template is a program that came with the model, and fails in every way
         raise TemplateProblem(" ".join(str(error).split()) or type(error).__name__) from error
     assert isinstance(text, str), "one conversation renders as one text"

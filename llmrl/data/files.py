@@ -115,7 +115,7 @@ def _read_parquet(path: Path) -> Rows:
         if path.is_file():
             with path.open("rb") as file:
                 _refuse_pointer(path, file.read(len(POINTER)))
-        table = parquet.read_table(path, partitioning=None)
+        table = parquet.read_table(path, partitioning=None)  # type: ignore[arg-type]
         rows = table.to_pylist()
     except DataError:
         raise

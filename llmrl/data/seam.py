@@ -6,6 +6,7 @@ another token than EOS. What differs is said, since it is what a model in use wo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -92,7 +93,8 @@ def _parted(
     trained = before + text
     if written.startswith(trained):
         rest = written[len(trained) :].lstrip()
-        others = tuple(token for token in tokenizer.get_added_vocab() if token != tokenizer.eos_token)
+        added: Any = tokenizer.added_tokens_encoder
+        others = tuple(token for token in added if token != tokenizer.eos_token)
         if not rest.startswith(others):
             return None
         trained += str(tokenizer.eos_token)

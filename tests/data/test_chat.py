@@ -62,7 +62,7 @@ def test_rendering_leaves_messages_alone(chat: PreTrainedTokenizerFast):
         ({"template": "none"}, [USER], r"are messages, but data\.template is \"none\"; use"),
         ({"template": "chat"}, "hi", r"the tokenizer has no chat template; .* set data\.template to \"none\""),
         ({"system_prompt": "x"}, "hi", r"data\.system_prompt needs a chat template, but the tokenizer has none"),
-        ({}, "", r"line 1: the tokenizer makes no tokens of its prompt"),
+        ({}, "", r"row 1: the tokenizer makes no tokens of its prompt"),
     ],
 )
 def test_what_the_tokenizer_cannot_do(plain: PreTrainedTokenizerFast, settings: dict, prompt, message: str):
@@ -73,14 +73,14 @@ def test_what_the_tokenizer_cannot_do(plain: PreTrainedTokenizerFast, settings: 
 @pytest.mark.parametrize("post_processor", [None, "<bos> $A", "<bos> $A <eos>"])
 def test_response_is_its_text_and_one_eos(post_processor: str | None):
     tokenizer = make_tokenizer(post_processor, CHAT_TEMPLATE)
-    assert response_ids(["abc", ""], tokenizer) == [[*spell("abc"), EOS], [EOS]]
+    assert response_ids(["abc", ""], tokenizer, config()) == [[*spell("abc"), EOS], [EOS]]
 
 
 def test_response_needs_an_eos():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="has no EOS token"):
-        response_ids(["abc"], tokenizer)
+        response_ids(["abc"], tokenizer, config())
 
 
 @pytest.mark.parametrize("prompt", ["a", [USER], [USER, ASSISTANT, USER], [{"role": "tool", "content": ""}]])
@@ -94,7 +94,7 @@ def test_prompts_without_a_problem(prompt):
         ("", "is an empty text"),
         (" \n", "is an empty text"),
         ([], "is an empty list of messages"),
-        (7, "must be a text or a list of messages, not a int"),
+        (7, "must be a text or a list of messages, not an int"),
         (None, "must be a text or a list of messages, not null"),
         (["a"], 'has a message 1 that is no object with "role" and "content"'),
         ([USER, {"role": "user"}], 'has a message 2 that is no object with "role" and "content"'),

@@ -385,10 +385,8 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({"prompt": "a", "choosen": "b", "rejected": "c"}, "no column 'chosen'; did you mean 'choosen'?"),
         ({"promt": "a", "chosen": "b", "rejected": "c"}, "no column 'prompt'; did you mean 'promt'?"),
         (texts(" ", "b", "c"), "'prompt' is an empty text"),
-        (texts("a", "", "c"), "'chosen' is an empty text"),
-        (texts("a", "b", " \n"), "'rejected' is an empty text"),
         (texts("a", None, "c"), "'chosen' must be a text or a list of messages, not null"),
-        (texts("a", "b", 7), "'rejected' must be a text or a list of messages, not a int"),
+        (texts("a", "b", 7), "'rejected' must be a text or a list of messages, not an int"),
         ({"prompt": "a", "chosen": [], "rejected": [NO]}, "'chosen' is an empty list of messages"),
         ({"prompt": "a", "chosen": "b", "rejected": [NO]}, "one side is a text and the other is messages"),
         ({**texts("", "b", "c"), "prompt": {}}, "'prompt' must be a text or a list of messages, not a dict"),
@@ -403,9 +401,8 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({"prompt": "a", "chosen": ["b"], "rejected": [NO]}, "'chosen' has a message 1 that is no object with"),
         (
             {"prompt": "a", "chosen": [{**YES, "content": 3}], "rejected": [NO]},
-            "'chosen' has a message 1 that has a content that is no text but a int",
+            "'chosen' has a message 1 that has a content that is no text but an int",
         ),
-        ({"prompt": "a", "chosen": [{**YES, "content": ""}], "rejected": [NO]}, "'chosen' ends with an empty response"),
         ({"prompt": "a", "chosen": [YES], "rejected": [NO, USER]}, "'rejected' ends with a message of the role 'user'"),
         ({"prompt": "a", "chosen": [USER, YES], "rejected": [NO]}, "'chosen' begins with other messages than 'prompt'"),
         ({"prompt": "a", "chosen": [YES], "rejected": [USER, NO]}, "'rejected' begins with other messages than 'prom"),
@@ -416,13 +413,13 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({**texts("a", "b", "c"), "margin": float("nan")}, "'margin' (nan) must be a number"),
         ({**texts("a", "b", "c"), "margin": float("inf")}, "'margin' (inf) must be a number"),
         ({**texts("a", "b", "c"), "margin": [1]}, "'margin' ([1]) must be a number"),
-        ({**texts("a", "b", "c"), "source": 3}, "'source' must be a text, not a int"),
+        ({**texts("a", "b", "c"), "source": 3}, "'source' must be a text, not an int"),
     ],
 )  # fmt: skip
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_preference_rows([ROWS[0], row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  line 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +432,6 @@ def test_bad_rows(row: dict, problem: str):
         ({"chosen": [{**USER, "content": ""}, YES], "rejected": [{**USER, "content": ""}, NO]}, "what its sides share"),
         ({"chosen": "yes", "rejected": "no"}, "its sides have no common beginning that could be the prompt; put it"),
         ({"chosen": "nothing", "rejected": "no"}, "its sides have no common beginning"),
-        ({"chosen": "is it? ", "rejected": "is it? no"}, "one side holds nothing but the prompt, so its response"),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"},
             "its sides are transcripts that do not begin with the same words of the human",
@@ -449,7 +445,7 @@ def test_bad_rows(row: dict, problem: str):
 def test_bad_rows_without_a_prompt_column(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_preference_rows([{"chosen": [USER, YES], "rejected": [USER, NO]}, row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  line 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
 
 
 @pytest.mark.parametrize("setting", ["prompt_column", "margin_column", "source_column"])
@@ -461,7 +457,7 @@ def test_column_that_the_settings_name_and_no_row_has(setting: str):
 
 def test_load_lists_the_first_twenty_lines(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    rows = [texts("a", "b", "c"), *[texts("a", "", "c")] * 25]
+    rows = [texts("a", "b", "c"), *[{**texts("a", "b", "c"), "margin": -n} for n in range(1, 26)]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"path": str(path)}
     assert load_preference_rows(PreferenceDataConfig(**settings, num_rows=1)) == rows[:1]
@@ -469,7 +465,9 @@ def test_load_lists_the_first_twenty_lines(tmp_path: Path):
         load_preference_rows(PreferenceDataConfig(**settings))
     first, *lines = str(error.value).splitlines()
     assert first == f"{path}: 25 bad rows"
-    assert lines == [f"  line {n}: 'chosen' is an empty text" for n in range(2, 22)] + ["  and 5 more"]
+    rule = "must be a number that is 0 or greater"
+    assert lines[:-2] == [f"  line {n + 1}: 'margin' ({-n}) {rule}" for n in range(1, 21)]
+    assert lines[-2:] == ["  and 5 more", "set data.skip_bad_rows=true to drop and count them"]
 
 
 @pytest.mark.parametrize(
