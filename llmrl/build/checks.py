@@ -20,9 +20,9 @@ from llmrl.distributed.launch import Launch, LaunchError, read_launch
 from llmrl.models.loading import ModelConfig, ModelError, check_model, load_tokenizer
 from llmrl.models.reward_model import check_reward_model, check_shared_base
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Progress
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
+from llmrl.roles import Progress
 from llmrl.trainers.run import check_output
 
 if TYPE_CHECKING:

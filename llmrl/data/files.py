@@ -115,14 +115,13 @@ def _read_parquet(path: Path) -> Rows:
         if path.is_file():
             with path.open("rb") as file:
                 _refuse_pointer(path, file.read(len(POINTER)))
-        table = parquet.read_table(path, partitioning=None)  # type: ignore[arg-type]
-        rows = table.to_pylist()
+            _refuse_repeated(path, parquet.read_schema(path).names)
+        rows = parquet.read_table(path, partitioning=None).to_pylist()  # type: ignore[arg-type]
     except DataError:
         raise
     except Exception as error:  # damage shows in whichever class Arrow, or what it makes values by, has for it
         reason = " ".join(str(error).split())
         raise DataError(f"{path} cannot be read as Parquet; it may be cut off: {reason}") from error
-    _refuse_repeated(path, table.column_names)
     return Rows(FileRow(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 

@@ -83,7 +83,9 @@ def test_response_needs_an_eos():
         response_ids(["abc"], tokenizer, config())
 
 
-@pytest.mark.parametrize("prompt", ["a", [USER], [USER, ASSISTANT, USER], [{"role": "tool", "content": ""}]])
+@pytest.mark.parametrize(
+    "prompt", ["a", "[{1}]", '["role"]', "a \0", [USER], [USER, ASSISTANT, USER], [{"role": "tool", "content": ""}]]
+)
 def test_prompts_without_a_problem(prompt):
     assert prompt_problem(prompt) is None
 
@@ -103,6 +105,32 @@ def test_prompts_without_a_problem(prompt):
             "has a message 1 that has the unknown role 'human'; use one of system, user, assistant, tool",
         ),
         ([{"role": "user", "content": None}], "has a message 1 that has a content that is no text but null"),
+        (
+            [{"role": "developer", "content": "a"}, USER],
+            "has a message 1 that has the role 'developer'; write 'system'",
+        ),
+        (
+            [{"from": "human", "value": "a"}],
+            'has a message 1 that has "from" and "value"; '
+            'write "role" (user for human, assistant for gpt) and "content"',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            "has a message 1 that has a content in parts; join their texts to one",
+        ),
+        ("a \ud83d", "holds half of a surrogate pair, which is no character"),
+        (
+            [USER, ASSISTANT, {"role": "user", "content": "a \ud83d"}],
+            "has a message 3 that has half of a surrogate pair, which is no character",
+        ),
+        (
+            '[{"role": "user", "content": "a"}]',
+            "is a text in which messages are written; write the file as .jsonl, where a list of messages is one",
+        ),
+        (
+            " [ {'from': 'human', 'value': 'a'}]",
+            "is a text in which messages are written; write the file as .jsonl, where a list of messages is one",
+        ),
         ([{"role": "user", "content": [1]}], "has a message 1 that has a content that is no text but a list"),
         ([USER, ASSISTANT], "ends with the assistant's message; end with one that asks for a response"),
     ],

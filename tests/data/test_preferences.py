@@ -21,9 +21,11 @@ from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base_test.jsonl.gz"
 
+SYSTEM = {"role": "system", "content": "be kind"}
 USER = {"role": "user", "content": "hi"}
 YES = {"role": "assistant", "content": "yes"}
 NO = {"role": "assistant", "content": "no"}
+SILENT = {"role": "assistant", "content": ""}
 ROWS = [
     {"prompt": "a", "chosen": "xy", "rejected": "z"},
     {"prompt": "bcd", "chosen": "z", "rejected": "uvwx"},
@@ -89,6 +91,15 @@ def read_pairs(pairs: PreferencePairs) -> list[tuple[list[int], list[int], list[
         (
             {"prompt": [USER, NO, USER], "chosen": [USER, NO, USER, YES], "rejected": [NO]},
             ([USER, NO, USER], "yes", "no"),
+        ),
+        # ... with more before it than the prompt column has
+        (
+            {"prompt": "hi", "chosen": [SYSTEM, USER, NO, USER, YES], "rejected": [SYSTEM, USER, NO, USER, NO]},
+            ([SYSTEM, USER, NO, USER], "yes", "no"),
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, {**USER, "name": None}, YES], "rejected": [SYSTEM, USER, NO]},
+            ([SYSTEM, USER], "yes", "no"),
         ),
         # messages that share all but the last
         ({"chosen": [USER, YES], "rejected": [USER, NO]}, ([USER], "yes", "no")),
@@ -161,6 +172,8 @@ def test_prompt_column_that_is_an_open_transcript():
     row = texts("\n\nHuman: a\n\nAssistant:", " b", "c")
     assert read(row) == ([{"role": "user", "content": "a"}], "b", "c")
     assert read(row, template="none") == (row["prompt"], " b", "c")
+    whole = {**row, "chosen": row["prompt"] + " b", "rejected": row["prompt"] + " c"}
+    assert read(whole) == ([{"role": "user", "content": "a"}], "b", "c")
 
 
 def test_transcripts_follow_the_tokenizer(plain: PreTrainedTokenizerFast, chat: PreTrainedTokenizerFast):
@@ -199,6 +212,47 @@ def test_identical_duplicates_and_contradictions():
         "dropped 2 of 9 pairs: they repeat an earlier pair",
         "dropped 2 of 9 pairs: another pair with the same prompt prefers the other way round",
     ]
+
+
+@pytest.mark.parametrize(
+    ("full", "empty"),
+    [
+        (texts("q", "a", "b"), texts("q", "a", " \n")),
+        (texts("q", "a", "b"), texts("q", "", "b")),
+        ({"prompt": "q", "chosen": [YES], "rejected": [NO]}, {"prompt": "q", "chosen": [YES], "rejected": [SILENT]}),
+        ({"chosen": [USER, YES], "rejected": [USER, NO]}, {"chosen": [USER, SILENT], "rejected": [USER, NO]}),
+        ({"chosen": "is it? yes", "rejected": "is it? no"}, {"chosen": "is it? yes", "rejected": "is it? "}),
+    ],
+)
+def test_an_empty_response_drops_its_pair(full: dict, empty: dict):
+    rows = check_preference_rows([empty, full, empty], config())
+    assert len(rows) == 3
+    pairs, counts = read_preferences(rows, config())
+    assert [pair.place for pair in pairs] == ["row 2"]
+    assert counted(counts) == {"empty": 2}
+    assert counts.lines() == ["dropped 2 of 3 pairs: a response is empty"]
+    with pytest.raises(DataError, match=r"^rows\.jsonl: each of the 2 pairs has an empty response$"):
+        check_preference_rows([empty, empty], config())
+
+
+def test_bad_pairs_can_be_dropped():
+    rows = [texts("a", "b", "c"), texts("a", "b", None), {**texts("d", "b", "c"), "margin": -1}]
+    kept = check_preference_rows(rows, config(skip_bad_rows=True))
+    assert kept == rows[:1]
+    (note,) = kept.notes
+    assert note.startswith(
+        "dropped 2 of 3 rows: row 2: 'rejected' must be a text or a list of messages, not null; row 3"
+    )
+
+
+def test_the_prompt_column_can_be_left_out(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]}) + "\n")
+    with pytest.raises(DataError, match=r"leave the prompt out by data\.rename_columns=\{prompt: null\}"):
+        load_preference_rows(PreferenceDataConfig(path=str(path)))
+    settings = PreferenceDataConfig(path=str(path), rename_columns={"prompt": None})
+    (pair,), _ = read_preferences(load_preference_rows(settings), settings)
+    assert (pair.prompt, pair.place) == ([USER], "line 1")
 
 
 def test_first_of_the_duplicates_is_kept():

@@ -6,7 +6,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from llmrl.data.rows import SKIP, DataConfig, DataError, check_rows, column_names, is_local, load_config_rows
+from llmrl.data.rows import (
+    SKIP,
+    DataConfig,
+    DataError,
+    check_rows,
+    column_names,
+    is_local,
+    load_config_rows,
+    places_of,
+    usable_rows,
+)
 
 LINES = [f"line {n}" for n in range(1, 100)]
 ROWS = [
@@ -286,6 +296,7 @@ def test_first_rows_only(tmp_path: Path):
         ({"path": ""}, r"data\.path"),
         ({"path": "a", "num_rows": 0}, r"data\.num_rows \(0\) must be at least 1; leave it out"),
         ({"path": "a", "template": "none", "system_prompt": "x"}, r"data\.system_prompt needs a chat template"),
+        ({"path": "a", "system_prompt": "x \udcff"}, r"data\.system_prompt \('x \\udcff'\) is no Unicode text"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, message: str):
@@ -300,3 +311,63 @@ def test_a_missing_file_names_its_nearest_sibling_and_the_folder(tmp_path: Path,
         with pytest.raises(DataError) as error:
             read(path)
         assert str(error.value) == f"{path} does not exist{way_out}"
+
+
+# --- rows that are dropped, columns of other names --------------------------------------------------------------------
+
+BAD = '{"a": 1}\n\n{"a"\n{"a": -2}\n[]\n{"a": 3}\n{"a": -4}\n'
+
+
+def not_negative(row: dict) -> str | None:
+    return f"{row['a']} is negative" if row["a"] < 0 else None
+
+
+def test_bad_rows_are_dropped_and_counted(tmp_path: Path):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", BAD)), skip_bad_rows=True)
+    rows = usable_rows(load_config_rows(config), config, not_negative)
+    assert rows == [{"a": 1}, {"a": 3}]
+    assert places_of(rows) == ["line 1", "line 6"]
+    unreadable, negative = rows.notes
+    assert unreadable.startswith("dropped 2 of 6 rows: line 3: not valid JSON: ")
+    assert unreadable.endswith("; line 5: must be a JSON object, not a list")
+    assert negative == "dropped 2 of 4 rows: line 4: -2 is negative; line 7: -4 is negative"
+
+
+def test_one_bad_row_refuses_all_by_default(tmp_path: Path):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": -2}\n')))
+    with pytest.raises(DataError) as error:
+        usable_rows(load_config_rows(config), config, not_negative)
+    assert str(error.value) == f"{config.path}: 1 bad rows\n  line 2: -2 is negative\n{SKIP}"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_where_no_row_is_good_none_can_be_skipped(tmp_path: Path, skip: bool):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": -1}\n{"a": -1}\n')), skip_bad_rows=skip)
+    with pytest.raises(DataError) as error:
+        usable_rows(load_config_rows(config), config, not_negative)
+    assert str(error.value) == f"{config.path}: 2 bad rows\n  all 2 rows: -1 is negative"
+
+
+def test_columns_get_other_names_or_are_left_out(tmp_path: Path):
+    path = str(write(tmp_path / "a.csv", "q,prompt,tokens\n1,2,3\n\n4,5,6\n"))
+    rows = load_config_rows(DataConfig(path=path, rename_columns={"q": "prompt", "prompt": "old", "tokens": None}))
+    assert rows == [{"prompt": "1", "old": "2"}, {"prompt": "4", "old": "5"}]
+    assert places_of(rows) == ["line 2", "line 4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"b": "x"}, r"data\.rename_columns: no column 'b'; there are a, c$"),
+        ({"a": "c"}, r"data\.rename_columns \(.*\) makes two columns 'c'; leave the other out by \{c: null\}, or ren"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path: Path, names: dict, told: str):
+    path = str(write(tmp_path / "a.csv", "a,c\n1,2\n"))
+    with pytest.raises(DataError, match=told):
+        load_config_rows(DataConfig(path=path, rename_columns=names))
+
+
+def test_a_user_who_is_not_known():
+    with pytest.raises(DataError, match=r"data\.path \(~nobody-here/a\.jsonl\): "):
+        read("~nobody-here/a.jsonl")
