@@ -60,7 +60,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
         f"{_epochs(config.run.num_iterations * config.sft.batch_size, checked.rows)}."
     )
     if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked)
+        _print_dry_run(config, sentence, checked.unchecked, checked.notes)
     else:
         _train(config, sentence, lambda **roles: build_sft(config, checked, **roles))
 
@@ -78,7 +78,7 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = 
     rows = f" over {len(checked.rows):,} rows" if checked.rows else ""
     sentence = f"Each iteration is one optimizer step on {size} pairs; {epochs} epochs{rows}."
     if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked)
+        _print_dry_run(config, sentence, checked.unchecked, checked.notes)
     else:
         _train(config, sentence, lambda **roles: build_reward_model(config, checked, **roles))
         _print_card(Path(config.run.output_dir))
@@ -248,7 +248,7 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
         f"{_epochs(num_prompts, checked.rows)}."
     )
     if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked)
+        _print_dry_run(config, sentence, checked.unchecked, checked.notes)
     else:
         _train(config, sentence, lambda **roles: build(config, checked, **roles))
 
@@ -340,10 +340,13 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
 @contextmanager
 def _options_for_settings() -> Iterator[None]:
     """Around the checks of a command that has options in place of a recipe: its errors name the option."""
+    from llmrl.data.rows import SKIP
+
     try:
         yield
     except ValueError as error:
         told = str(error).replace("set reward.model.trust_remote_code=true", "add --trust-remote-code")
+        told = told.removesuffix(f"\n{SKIP}")
         raise SettingError(told) from error
 
 
@@ -411,7 +414,7 @@ def _epochs(num_used: int, rows: list | None) -> str:
     return f"; {num_used:,} of them in all, {num_used / len(rows):.2f} epochs of {len(rows):,} rows" if rows else ""
 
 
-def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
+def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list[str]) -> None:
     from llmrl.build import with_dtypes
     from llmrl.memory import describe_memory
 
@@ -422,7 +425,7 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str]) -> None:
         return
     print(to_yaml(config))
     print(sentence)
-    print("\n".join(memory))
+    print("\n".join([*memory, *notes]))
     for what in unchecked:
         print(f"not checked: {what}")
 

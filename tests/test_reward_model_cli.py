@@ -561,13 +561,13 @@ def test_a_classifier_of_two_labels_is_no_start(folders, recipe, monkeypatch):
 def test_bad_rows_are_listed_with_their_lines(recipe, tmp_path, monkeypatch):
     refuse_to_load(monkeypatch)
     rows = make_pairs(0, 3)
-    rows[1]["chosen"], rows[2]["rejected"] = " ", 7
+    rows[1]["chosen"], rows[2]["rejected"] = None, 7
     write_jsonl(tmp_path / "train.jsonl", rows)
     status, _, error = llmrl("reward-model", recipe)
     assert status == 2
     assert "train.jsonl: 2 bad rows" in error
-    assert "line 2: 'chosen' is an empty text" in error
-    assert "line 3: 'rejected' must be a text or a list of messages, not a int" in error
+    assert "line 2: 'chosen' must be a text or a list of messages, not null" in error
+    assert "line 3: 'rejected' must be a text or a list of messages, not an int" in error
 
 
 def test_rows_that_cannot_be_scored_are_listed(trained, tmp_path, monkeypatch):

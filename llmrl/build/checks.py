@@ -2,40 +2,58 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from llmrl.build.rows import EVALUATION, read_rows
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
-from llmrl.data.preferences import load_preference_rows
-from llmrl.data.prompts import load_prompt_rows
+from llmrl.data.files import Rows
+from llmrl.data.preferences import fit_preference_rows, load_preference_rows
+from llmrl.data.prompts import fit_prompt_rows, load_prompt_rows
 from llmrl.data.rerender import same_ids
-from llmrl.data.rows import check_rows, column_names
-from llmrl.data.supervised import load_supervised_rows
+from llmrl.data.rows import DataConfig, column_names, usable_rows
+from llmrl.data.supervised import fit_supervised_rows, load_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, read_launch
-from llmrl.experience import Row
 from llmrl.models.checking import check_model, check_reward_model
 from llmrl.models.folders import ModelError
 from llmrl.models.loading import ModelConfig, load_tokenizer
 from llmrl.models.reward_model import check_shared_base
 from llmrl.reports.trackers import Trackers
-from llmrl.rewards.config import LearnedRewardConfig
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
+from llmrl.roles import Progress
 from llmrl.trainers.run import check_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+C = TypeVar("C", bound=DataConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     """What checking read, so that building need not read it again. None stands for what could not be read yet."""
 
-    rows: list[Row] | None
-    evaluation_rows: list[Row] | None
+    rows: Rows | None
+    evaluation_rows: Rows | None
     functions: tuple[Function, ...]
     unchecked: list[str]
     """Sentences on what could not be checked."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on rows that were dropped, and on what training reads otherwise than it stands there."""
+        sections = {"data": self.rows, EVALUATION: self.evaluation_rows}
+        return [f"{section}: {note}" for section, rows in sections.items() if rows is not None for note in rows.notes]
+
+    def tell(self, progress: Progress) -> None:
+        """Reports the notes."""
+        for note in self.notes:
+            progress.message(note)
 
 
 def check_sft(config: SFTRun, *, dry: bool) -> Checked:
@@ -43,12 +61,14 @@ def check_sft(config: SFTRun, *, dry: bool) -> Checked:
     read_launch()
     check_output(config.run, _inputs(config))
     unchecked = _check_model(config.model, dry=dry)
-    rows = read_rows(config.data, load_supervised_rows, unchecked, dry=dry)
+    fit = _fitting(fit_supervised_rows, config.model, known=not (dry and unchecked))
+    rows = fit(read_rows(config.data, load_supervised_rows, unchecked, dry=dry), config.data)
     evaluation_rows = None
     if config.evaluation_data is not None:
         evaluation_rows = read_rows(
             config.evaluation_data, load_supervised_rows, unchecked, dry=dry, section=EVALUATION
         )
+        evaluation_rows = fit(evaluation_rows, config.evaluation_data)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
 
@@ -58,8 +78,10 @@ def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     read_launch()
     check_output(config.run, _inputs(config))
     unchecked = _check_model(config.model, dry=dry, needs_head=False)
-    rows = read_rows(config.data, load_preference_rows, unchecked, dry=dry)
+    fit = _fitting(fit_preference_rows, config.model, known=not (dry and unchecked))
+    rows = fit(read_rows(config.data, load_preference_rows, unchecked, dry=dry), config.data)
     evaluation_rows = read_rows(config.evaluation_data, load_preference_rows, unchecked, dry=dry, section=EVALUATION)
+    evaluation_rows = fit(evaluation_rows, config.evaluation_data)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
 
@@ -69,6 +91,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     if trains:
         _check_one_base(config, read_launch())
     unchecked = _check_model(config.model, dry=dry)
+    fit = _fitting(fit_prompt_rows, config.model, known=not (dry and unchecked))
     if config.reward.model is not None:
         missing = check_scorer(config.reward.model, dry=dry)
         if trains and config.reward.model.on_actor_base and not (dry and missing):
@@ -81,19 +104,18 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             inputs["reward.model.path"] = config.reward.model.path
         check_output(config.run, inputs)
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    rows = read_rows(config.data, load_prompt_rows, unchecked, dry=dry) if trains else None
+    rows = fit(read_rows(config.data, load_prompt_rows, unchecked, dry=dry), config.data) if trains else None
     evaluation_rows = None
     if config.evaluation_data is not None and (config.evaluation.every or not trains):
         evaluation_rows = read_rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry, section=EVALUATION)
+        evaluation_rows = fit(evaluation_rows, config.evaluation_data)
     elif config.evaluation_data is not None:
         unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
     functions: tuple[Function, ...] = ()
-    for data, some_rows in ((config.data, rows), (config.evaluation_data, evaluation_rows)):
-        if data is not None and some_rows is not None:
-            with chdir(os.curdir):  # a file of rules that changes the working directory does so for itself
-                functions = load_functions(config.reward, column_names(some_rows))
-            required = required_columns(config.reward, functions)
-            check_rows(data.path, some_rows, partial(row_problem, required=required))
+    if rows is not None:
+        functions, rows = _scorable(config.reward, rows, config.data)
+    if config.evaluation_data is not None and evaluation_rows is not None:
+        functions, evaluation_rows = _scorable(config.reward, evaluation_rows, config.evaluation_data)
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
@@ -105,6 +127,22 @@ def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
     return inputs
+
+
+def _fitting(
+    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]", model: ModelConfig, *, known: bool
+) -> Callable[[Rows | None, C], Rows | None]:
+    """What keeps the rows that the model's chat template takes; all of them where the model is not known yet."""
+    tokenizer = load_tokenizer(model) if known else None
+    return lambda rows, config: rows if rows is None or tokenizer is None else fit(rows, tokenizer, config)
+
+
+def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple[Function, ...], Rows]:
+    """The reward functions, and the rows that have the columns which these read."""
+    with chdir(os.curdir):  # a file of rules that changes the working directory does so for itself
+        functions = load_functions(config, column_names(rows))
+    required = required_columns(config, functions)
+    return functions, usable_rows(rows, data, partial(row_problem, required=required))
 
 
 def _check_one_base(config: RLRun, launch: Launch) -> None:

@@ -109,6 +109,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     """The training of a reward model. Each model that it saves has its report card beside it."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
+    checked.tell(progress)
     settings, collectives = config.reward_model, join_ranks()
     loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed, longest=config.longest_sequence)
     for warning in loaded.warnings:

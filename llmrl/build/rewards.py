@@ -13,7 +13,7 @@ from llmrl.data.chat import as_sequences, uses_chat
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
-from llmrl.data.rows import check_rows, column_names
+from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.device import pick_device
@@ -178,7 +178,7 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
     ids = [ids for example in examples for ids in example]
     check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)  # type: ignore[arg-type]
-    check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit))
+    check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit), places=places_of(rows))
     sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
     pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max()))  # type: ignore[arg-type]
     scores = scorer.normalize(scorer.scorer.scores(sequences))

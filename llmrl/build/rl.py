@@ -77,6 +77,7 @@ def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers:
 
 def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
     """An evaluation of the model that a recipe names, without anything that trains."""
+    checked.tell(progress)
     tokenizer, model = load_for_sampling(config.model)
     pin_rope(model, config.longest_sequence)
     collectives = join_ranks()
@@ -152,6 +153,7 @@ def _build_run(
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
     actor, engine, rewards, collectives = whole.actor, whole.engine, whole.rewards, whole.collectives
+    checked.tell(progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"

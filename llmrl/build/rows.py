@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmrl.data.rows import DataConfig, is_local
-from llmrl.experience import Row
 from llmrl.roles import Progress
 
 C = TypeVar("C", bound=DataConfig)
+R = TypeVar("R", bound=list)
 
 EVALUATION = "evaluation_data"
 
 
-def read_rows(
-    config: C, load: Callable[[C], list[Row]], unchecked: list[str], *, dry: bool, section: str = "data"
-) -> list[Row] | None:
+def read_rows(config: C, load: Callable[[C], R], unchecked: list[str], *, dry: bool, section: str = "data") -> R | None:
     """The rows that a config names. A dry run passes over a file that a command is still to make, and over the hub."""
     if dry and not is_local(config.path):
         unchecked.append(f"{section}.path ({config.path}) is a data set on the hub, which a dry run does not fetch")

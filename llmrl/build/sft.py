@@ -1,6 +1,6 @@
 """Supervised runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llmrl.build.actors import Actor, load_actor
 from llmrl.build.checks import Checked
@@ -25,6 +25,7 @@ from llmrl.trainers.sft import SFTTrainer
 def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
     """A supervised run, ready to train."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
+    checked.tell(progress)
     collectives = join_ranks()
     actor = load_actor(
         config.model,
@@ -65,7 +66,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
 
 
 def _held_out(
-    config: SupervisedDataConfig | None, rows: list[Row] | None, actor: Actor, progress: Progress
+    config: SupervisedDataConfig | None, rows: Sequence[Row] | None, actor: Actor, progress: Progress
 ) -> Sequences | None:
     if config is None or rows is None:
         return None

@@ -5,6 +5,7 @@ A plain text gets the special tokens that the tokenizer puts before a text, but 
 A response is tokenized on its own and ends with EOS: what is trained on is what is sampled later.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.data.files import SURROGATE, kind
 from llmrl.data.rows import DataConfig, DataError, check_rows
 from llmrl.experience import Sequences
 
 ROLES = ("system", "user", "assistant", "tool")
+
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""Messages as JSON or as Python writes them, which a column of CSV may hold."""
+
+OPENING = re.compile(r"[<\[][^<>\[\]\s]+[>\]]\s*\Z")
+"""A tag at the end of a generation prompt."""
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -26,12 +34,21 @@ def prompt_problem(prompt: Any) -> str | None:
     """Why a value is no prompt that a model can respond to; None if it is one."""
     match prompt:
         case str():
-            return None if prompt.strip() else "is an empty text"
+            return text_problem(prompt)
         case []:
             return "is an empty list of messages"
         case list():
             return messages_problem(prompt) or _ending_problem(prompt)
     return f"must be a text or a list of messages, not {kind(prompt)}"
+
+
+def text_problem(text: str) -> str | None:
+    """Why a text is none to train on; None if it is one."""
+    if SURROGATE.search(text):
+        return "holds half of a surrogate pair, which is no character"
+    if WRITTEN_MESSAGES.match(text):
+        return "is a text in which messages are written; write the file as .jsonl, where a list of messages is one"
+    return None if text.strip() else "is an empty text"
 
 
 def messages_problem(messages: Sequence[Any]) -> str | None:
@@ -40,11 +57,6 @@ def messages_problem(messages: Sequence[Any]) -> str | None:
         if problem := _message_problem(message):
             return f"has a message {number} that {problem}"
     return None
-
-
-def kind(value: Any) -> str:
-    """What a value is, for a message about it."""
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _ending_problem(messages: Sequence[Message]) -> str | None:
@@ -57,33 +69,108 @@ def _ending_problem(messages: Sequence[Message]) -> str | None:
 
 def _message_problem(message: Any) -> str | None:
     match message:
+        case {"role": "developer"}:
+            return "has the role 'developer'; write 'system'"
         case {"role": role} if role not in ROLES:
             return f"has the unknown role {role!r}; use one of {', '.join(ROLES)}"
-        case {"role": _, "content": str()}:
-            return None
+        case {"role": _, "content": str(content)}:
+            return "has half of a surrogate pair, which is no character" if SURROGATE.search(content) else None
+        case {"role": _, "content": [*_, {"type": "text", "text": str()}]}:
+            return "has a content in parts; join their texts to one"
         case {"role": _, "content": content}:
             return f"has a content that is no text but {kind(content)}"
+        case {"from": _, "value": _}:
+            return 'has "from" and "value"; write "role" (user for human, assistant for gpt) and "content"'
     return 'is no object with "role" and "content"'
 
 
-def prompt_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
-    """Token ids of each prompt, up to the place where the response begins."""
+def prompt_ids(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    places: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Token ids of each prompt, up to the place where the response begins; `places` as in `check_rows`."""
     if uses_chat(tokenizer, config):
-        texts = [_render(prompt, tokenizer, config.system_prompt) for prompt in prompts]
+        texts = _render_all(prompts, tokenizer, config, places)
         ids = _tokenize(texts, tokenizer, add_special_tokens=False)
     else:
         texts = _plain_texts(prompts, config)
         ids = [_open_ended(ids, tokenizer) for ids in _tokenize(texts, tokenizer, add_special_tokens=True)]
-    check_rows(config.path, ids, lambda row: None if row else "the tokenizer makes no tokens of its prompt")
+    check_rows(
+        config.path, ids, lambda row: None if row else "the tokenizer makes no tokens of its prompt", places=places
+    )
     return ids
 
 
-def response_ids(responses: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def response_ids(responses: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
     """Token ids of each response as a model would sample it, its EOS included."""
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise DataError("the tokenizer has no EOS token, so no response could ever end; set its eos_token")
-    return [[*ids, eos] for ids in _tokenize(responses, tokenizer, add_special_tokens=False)]
+    opening = opening_of_response(tokenizer, config)
+    texts = [without_opening(response, opening) for response in responses]
+    return [[*ids, eos] for ids in _tokenize(texts, tokenizer, add_special_tokens=False)]
+
+
+def opening_of_response(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """The tag that the template's generation prompt ends with, such as "<think>\\n" for models that reason first."""
+    if not uses_chat(tokenizer, config):
+        return ""
+    try:
+        text = render([{"role": "user", "content": "x"}], tokenizer)
+    except TemplateProblem:
+        return ""
+    found = OPENING.search(text)
+    return found[0] if found else ""
+
+
+def without_opening(response: str, opening: str) -> str:
+    """A response without what the generation prompt wrote already: a model that goes on from there writes it once."""
+    tag = opening.rstrip()
+    if not tag or not response.lstrip().startswith(tag):
+        return response
+    rest = response.lstrip().removeprefix(tag)
+    return rest.removeprefix(opening[len(tag) :])
+
+
+class TemplateProblem(Exception):
+    """Why a chat template does not render a conversation, in its own words."""
+
+
+def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, for_response: bool = True) -> str:
+    """A conversation in the tokenizer's chat template; `for_response` ends it with the generation prompt."""
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=for_response, tokenize=False)
+    except Exception as error:  # a template is a program that came with the model, and fails in every way
+        raise TemplateProblem(" ".join(str(error).split()) or type(error).__name__) from error
+    assert isinstance(text, str), "one conversation renders as one text"
+    return text
+
+
+def as_messages(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str, Any]]:
+    """A prompt as the messages that the chat template gets. Keys that are null, as Parquet has them, are left out."""
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+    else:
+        messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    if system_prompt is not None and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return messages
+
+
+def template_problem(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str | None:
+    """Why the chat template does not render a prompt, and what to do; None if it does."""
+    messages = as_messages(prompt, config.system_prompt)
+    try:
+        render(messages, tokenizer)
+    except TemplateProblem as problem:
+        roles = [message["role"] for message in messages]
+        return (
+            f"the chat template does not take its messages ({', '.join(roles)}): {problem}; {_way_out(roles, config)}"
+        )
+    return None
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:
@@ -132,13 +219,24 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_s
     return ids
 
 
-def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(text, str), "one conversation renders as one text"
-    return text
+def _render_all(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig, places: Sequence[str] | None
+) -> list[str]:
+    try:
+        return [render(as_messages(prompt, config.system_prompt), tokenizer) for prompt in prompts]
+    except TemplateProblem:
+        check_rows(config.path, prompts, lambda prompt: template_problem(prompt, tokenizer, config), places=places)
+        raise
+
+
+def _way_out(roles: Sequence[str], config: DataConfig) -> str:
+    if "system" in roles and config.system_prompt is not None:
+        return "leave data.system_prompt out, and put what it says into the messages of the user"
+    if "system" in roles:
+        return "put what the system message says into the first message of the user"
+    if roles == ["user"]:
+        return 'mend the template, or set data.template to "none"'
+    return "let user and assistant take turns, the user first"
 
 
 def _plain_texts(prompts: Sequence[Prompt], config: DataConfig) -> list[str]:

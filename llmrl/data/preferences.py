@@ -8,13 +8,16 @@ A row holds the two sides, and the prompt in one of these forms:
                           and that answers the human; messages then, or a text still where no chat template is used
     other texts           the longest common beginning, cut back to white space, which goes to the responses
 
-An empty side is refused, but a transcript may end with an assistant who says nothing: that response is the EOS alone.
+Beside a prompt column the sides may hold the whole conversation, if the prompt is what they share or the end of that.
+A pair with an empty response is dropped and counted, but a transcript may end with an assistant who says nothing: that
+response is the EOS alone.
 """
 
 import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, takewhile
 from typing import Any
@@ -23,16 +26,29 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.chat import (
+    WRITTEN_MESSAGES,
+    Message,
     Prompt,
+    as_messages,
     as_sequences,
-    kind,
     messages_problem,
     prompt_ids,
     prompt_problem,
     response_ids,
+    text_problem,
     uses_chat,
 )
-from llmrl.data.rows import DataConfig, DataError, column_names, load_config_rows, missing_column, refuse_bad_rows
+from llmrl.data.files import Rows, kind
+from llmrl.data.rows import (
+    DataConfig,
+    DataError,
+    column_names,
+    load_config_rows,
+    missing_column,
+    places_of,
+    usable_rows,
+)
+from llmrl.data.seam import notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import PreferencePairs, Row
 
@@ -78,6 +94,8 @@ class Preference:
     margin: float
     """0 where the data does not say."""
     source: str | None
+    place: str
+    """Where its row is found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +104,8 @@ class PairCounts:
 
     rows: int
     kept: int
+    empty: int
+    """A response without words."""
     identical: int
     """Both responses the same."""
     duplicates: int
@@ -99,6 +119,7 @@ class PairCounts:
     def lines(self) -> list[str]:
         """One sentence for each reason for which pairs were dropped."""
         reasons = {
+            "a response is empty": self.empty,
             "both responses are identical": self.identical,
             "they repeat an earlier pair": self.duplicates,
             "another pair with the same prompt prefers the other way round": self.contradictions,
@@ -123,20 +144,36 @@ class _BadPair(Exception):
     """Why one row is no preference pair; collected and listed with the others."""
 
 
-def load_preference_rows(config: PreferenceDataConfig) -> list[Row]:
+class _EmptyResponse(Exception):
+    """A pair of the right form, one response of which is empty."""
+
+
+def load_preference_rows(config: PreferenceDataConfig) -> Rows:
     """The rows that a config names, checked."""
-    rows = load_config_rows(config)
-    check_preference_rows(rows, config)
-    return rows
+    return check_preference_rows(load_config_rows(config), config)
 
 
-def check_preference_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> None:
-    """Raises one `DataError` that lists the rows without a usable pair, unless there are none."""
-    _parse_rows(rows, config)
+def check_preference_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> Rows:
+    """The rows that are pairs; see `usable_rows` for the others."""
+    columns = _present_columns(rows, config)
+    kept = usable_rows(rows, config, lambda row: _row_problem(row, config, columns))
+    if not _parse_rows(kept, config):
+        raise DataError(f"{config.path}: each of the {len(kept)} pairs has an empty response")
+    return kept
+
+
+def fit_preference_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig) -> Rows:
+    """The rows whose prompt the chat template takes, with notes on where prompts and chosen responses meet."""
+    config = _as_read(config, tokenizer)
+    prompts = {pair.place: pair.prompt for pair in _parse_rows(rows, config)}
+    kept = rows_in_template(rows, [prompts.get(place) for place in places_of(rows)], tokenizer, config)
+    kept.notes += notes_on_seams([(pair.prompt, pair.chosen) for pair in _parse_rows(kept, config)], tokenizer, config)
+    return kept
 
 
 def read_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
     """The pairs worth learning from, in data order, and what became of the others."""
+    rows = check_preference_rows(rows, config)
     parsed = _parse_rows(rows, config)
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
     first: dict[tuple[str, str, str], Preference] = {}
@@ -146,6 +183,7 @@ def read_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple
     counts = PairCounts(
         rows=len(rows),
         kept=len(kept),
+        empty=len(rows) - len(parsed),
         identical=len(parsed) - len(different),
         duplicates=len(different) - len(first),
         contradictions=len(first) - len(kept),
@@ -159,11 +197,12 @@ def encode_pairs(
     preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig
 ) -> tuple[list[EncodedPair], int, int]:
     """``(pairs, too_long, equal_when_cut)``: the ids of the pairs that fit, and how many of the others there are."""
+    prompts, places = [pair.prompt for pair in preferences], [pair.place for pair in preferences]
     encoded = zip(
         preferences,
-        prompt_ids([pair.prompt for pair in preferences], tokenizer, config) if preferences else [],
-        response_ids([pair.chosen for pair in preferences], tokenizer) if preferences else [],
-        response_ids([pair.rejected for pair in preferences], tokenizer) if preferences else [],
+        prompt_ids(prompts, tokenizer, config, places=places) if preferences else [],
+        response_ids([pair.chosen for pair in preferences], tokenizer, config) if preferences else [],
+        response_ids([pair.rejected for pair in preferences], tokenizer, config) if preferences else [],
         strict=True,
     )
     pairs: list[EncodedPair] = []
@@ -193,8 +232,7 @@ class PairSource(ShuffledSource[EncodedPair]):
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig, *, seed: int
     ) -> None:
-        if not uses_chat(tokenizer, config):
-            config = replace(config, template="none")  # so that transcripts stay texts
+        config = _as_read(config, tokenizer)
         preferences, counts = read_preferences(rows, config)
         pairs, too_long, equal_when_cut = encode_pairs(preferences, tokenizer, config)
         self.counts = replace(counts, kept=len(pairs), too_long=too_long, equal_when_cut=equal_when_cut)
@@ -244,18 +282,29 @@ def _prompt_key(prompt: Prompt) -> str:
     return json.dumps(prompt, sort_keys=True, default=str)
 
 
+def _as_read(config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceDataConfig:
+    """The config by which rows are parsed for a tokenizer: without a chat template, transcripts stay texts."""
+    return config if uses_chat(tokenizer, config) else replace(config, template="none")
+
+
 def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> list[Preference]:
-    """Every row as a pair."""
+    """The pairs of checked rows, less those with an empty response."""
     columns = _present_columns(rows, config)
     pairs: list[Preference] = []
-    bad: list[tuple[int, str]] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            pairs.append(_parse_row(row, config, columns))
-        except _BadPair as problem:
-            bad.append((number, str(problem)))
-    refuse_bad_rows(config.path, bad)
+    for row, place in zip(rows, places_of(rows), strict=True):
+        with suppress(_EmptyResponse):
+            pairs.append(_parse_row(row, config, columns, place))
     return pairs
+
+
+def _row_problem(row: Row, config: PreferenceDataConfig, present: list[str]) -> str | None:
+    try:
+        _parse_row(row, config, present, place="")
+    except _EmptyResponse:
+        return None
+    except _BadPair as problem:
+        return str(problem)
+    return None
 
 
 def _present_columns(rows: Sequence[Row], config: PreferenceDataConfig) -> list[str]:
@@ -269,14 +318,19 @@ def _present_columns(rows: Sequence[Row], config: PreferenceDataConfig) -> list[
     return present
 
 
-def _parse_row(row: Row, config: PreferenceDataConfig, present: list[str]) -> Preference:
+def _parse_row(row: Row, config: PreferenceDataConfig, present: list[str], place: str) -> Preference:
     has_prompt = config.prompt_column in present
-    for column in (config.chosen_column, config.rejected_column, *([config.prompt_column] if has_prompt else [])):
-        if column not in row:
-            raise _BadPair(missing_column(row, column))
+    for setting in ("chosen_column", "rejected_column", *(["prompt_column"] if has_prompt else [])):
+        if getattr(config, setting) not in row:
+            raise _BadPair(missing_column(row, getattr(config, setting), setting))
     prompt, chosen, rejected = _split_with_prompt(row, config) if has_prompt else _split(row, config)
     return Preference(
-        prompt=prompt, chosen=chosen, rejected=rejected, margin=_margin(row, config), source=_source(row, config)
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        margin=_margin(row, config),
+        source=_source(row, config),
+        place=place,
     )
 
 
@@ -287,15 +341,20 @@ def _split_with_prompt(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, 
         raise _BadPair(f"{config.prompt_column!r} {problem}")
     chosen, rejected = _sides(row, config)
     if isinstance(prompt, str) and isinstance(chosen, str) and _is_open_transcript(prompt):
+        if chosen.startswith(prompt) and rejected.startswith(prompt):
+            return _split_transcripts(chosen, rejected, config)
         return _split_transcripts(prompt + chosen, prompt + rejected, config)
     if isinstance(chosen, str):
         return prompt, chosen, rejected
-    own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    own = as_messages(prompt)
+    shared = chosen[:-1]
+    if len(shared) > len(own) and shared == rejected[:-1] and shared[-len(own) :] == own:
+        return _split_messages(chosen, rejected)
     for column, side in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
         if side[:-1] not in ([], own):
             raise _BadPair(
-                f"{column!r} begins with other messages than {config.prompt_column!r}; "
-                "let it hold the response alone, or take the prompt column out"
+                f"{column!r} begins with other messages than {config.prompt_column!r}; let it hold the response alone, "
+                f"or leave the prompt out by data.rename_columns={{{config.prompt_column}: null}}"
             )
     return prompt, chosen[-1]["content"], rejected[-1]["content"]
 
@@ -318,24 +377,28 @@ def _sides(row: Row, config: PreferenceDataConfig) -> tuple[Any, Any]:
             raise _BadPair(f"{column!r} {problem}")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise _BadPair("one side is a text and the other is messages; make both the same")
-    return chosen, rejected
+    if not all((side if isinstance(side, str) else side[-1]["content"]).strip() for side in (chosen, rejected)):
+        raise _EmptyResponse
+    return (chosen, rejected) if isinstance(chosen, str) else (as_messages(chosen), as_messages(rejected))
 
 
 def _side_problem(side: Any) -> str | None:
     match side:
+        case str() if WRITTEN_MESSAGES.match(side):
+            return text_problem(side)
         case str():
-            return None if side.strip() else "is an empty text"
+            return None
         case []:
             return "is an empty list of messages"
         case list():
-            return messages_problem(side) or _response_problem(side[-1])
+            return messages_problem(side) or _ending_problem(side[-1])
     return f"must be a text or a list of messages, not {kind(side)}"
 
 
-def _response_problem(message: Any) -> str | None:
-    if message["role"] != "assistant":
-        return f"ends with a message of the role {message['role']!r}; end with the assistant's response"
-    return None if message["content"].strip() else "ends with an empty response"
+def _ending_problem(message: Message) -> str | None:
+    if message["role"] == "assistant":
+        return None
+    return f"ends with a message of the role {message['role']!r}; end with the assistant's response"
 
 
 def _split_messages(chosen: list[Any], rejected: list[Any]) -> tuple[Prompt, str, str]:
@@ -405,7 +468,7 @@ def _split_texts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tu
         )
     chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not chosen.strip() or not rejected.strip():
-        raise _BadPair("one side holds nothing but the prompt, so its response is empty")
+        raise _EmptyResponse
     return prompt, chosen, rejected
 
 

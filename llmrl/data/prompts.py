@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.chat import padded, prompt_ids, prompt_problem
-from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows, missing_column
+from llmrl.data.files import Rows
+from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
+from llmrl.data.seam import rows_in_template
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import Prompts, Row
 
@@ -26,16 +28,19 @@ class PromptDataConfig(DataConfig):
             raise ValueError(f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be at least 1")
 
 
-def load_prompt_rows(config: PromptDataConfig) -> list[Row]:
+def load_prompt_rows(config: PromptDataConfig) -> Rows:
     """The rows that a config names, checked."""
-    rows = load_config_rows(config)
-    check_prompt_rows(rows, config)
-    return rows
+    return check_prompt_rows(load_config_rows(config), config)
 
 
-def check_prompt_rows(rows: Sequence[Row], config: PromptDataConfig) -> None:
-    """Raises one `DataError` that lists the rows without a usable prompt, unless there are none."""
-    check_rows(config.path, rows, lambda row: _row_problem(row, config.prompt_column))
+def check_prompt_rows(rows: Sequence[Row], config: PromptDataConfig) -> Rows:
+    """The rows with a usable prompt; see `usable_rows` for the others."""
+    return usable_rows(rows, config, lambda row: _row_problem(row, config.prompt_column))
+
+
+def fit_prompt_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> Rows:
+    """The rows whose prompt the chat template takes."""
+    return rows_in_template(rows, [row[config.prompt_column] for row in rows], tokenizer, config)
 
 
 def encode_prompts(
@@ -62,7 +67,7 @@ class PromptSource(ShuffledSource[EncodedPrompt]):
 
 def _row_problem(row: Row, column: str) -> str | None:
     if column not in row:
-        return missing_column(row, column)
+        return missing_column(row, column, "prompt_column")
     if problem := prompt_problem(row[column]):
         return f"{column!r} {problem}"
     return None
@@ -70,7 +75,8 @@ def _row_problem(row: Row, column: str) -> str | None:
 
 def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> list[EncodedPrompt]:
     """Each row with its prompt's ids, less those that are too long."""
-    encoded = zip(rows, prompt_ids([row[config.prompt_column] for row in rows], tokenizer, config), strict=True)
+    prompts = [row[config.prompt_column] for row in rows]
+    encoded = zip(rows, prompt_ids(prompts, tokenizer, config, places=places_of(rows)), strict=True)
     kept = [(row, ids) for row, ids in encoded if len(ids) <= config.max_prompt_tokens]
     if not kept:
         raise DataError(

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.chat import as_sequences, prompt_ids, response_ids
-from llmrl.data.rows import DataConfig, DataError
+from llmrl.data.rows import DataConfig, DataError, places_of
 from llmrl.experience import Rollout, Row, Sequences
 
 PROBE = "Is  1+2 = 3?\n Él said: 'naïve', don't."
@@ -62,8 +62,9 @@ class Rerenderer:
     def check(self, rows: Sequence[Row]) -> None:
         """Refuses rows whose prompts the other tokenizer cannot write, before there are any responses to them."""
         try:
-            prompt_ids([row[self.data.prompt_column] for row in rows], self.tokenizer, self.data)
-            response_ids([""], self.tokenizer)
+            prompts = [row[self.data.prompt_column] for row in rows]
+            prompt_ids(prompts, self.tokenizer, self.data, places=places_of(rows))
+            response_ids([""], self.tokenizer, self.data)
         except DataError as error:
             raise DataError(f"the reward model cannot read these prompts: {error}") from error
 
@@ -76,7 +77,7 @@ class Rerenderer:
         ]
         texts = self.policy_tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         prompts = prompt_ids([row[self.data.prompt_column] for row in rollout.rows], self.tokenizer, self.data)
-        responses = response_ids(texts, self.tokenizer)
+        responses = response_ids(texts, self.tokenizer, self.data)
         ended = rollout.finished.tolist()
         cut = [response if end else response[:-1] or response for response, end in zip(responses, ended, strict=True)]
         return as_sequences(prompts, cut).to(sequences.response_ids.device)

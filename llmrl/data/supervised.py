@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.chat import as_sequences, prompt_ids, prompt_problem, response_ids
-from llmrl.data.rows import DataConfig, DataError, check_rows, load_config_rows, missing_column
+from llmrl.data.files import Rows, kind
+from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
+from llmrl.data.seam import notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import Row, Sequences
 
@@ -29,16 +31,21 @@ class SupervisedDataConfig(DataConfig):
             raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
 
 
-def load_supervised_rows(config: SupervisedDataConfig) -> list[Row]:
+def load_supervised_rows(config: SupervisedDataConfig) -> Rows:
     """The rows that a config names, checked."""
-    rows = load_config_rows(config)
-    check_supervised_rows(rows, config)
-    return rows
+    return check_supervised_rows(load_config_rows(config), config)
 
 
-def check_supervised_rows(rows: Sequence[Row], config: SupervisedDataConfig) -> None:
-    """Raises one `DataError` that lists the rows without a usable prompt and response, unless there are none."""
-    check_rows(config.path, rows, lambda row: _row_problem(row, config))
+def check_supervised_rows(rows: Sequence[Row], config: SupervisedDataConfig) -> Rows:
+    """The rows with a usable prompt and response; see `usable_rows` for the others."""
+    return usable_rows(rows, config, lambda row: _row_problem(row, config))
+
+
+def fit_supervised_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig) -> Rows:
+    """The rows whose prompt the chat template takes, with notes on where prompts and responses meet."""
+    kept = rows_in_template(rows, [_split(row, config)[0] for row in rows], tokenizer, config)
+    kept.notes += notes_on_seams([_split(row, config) for row in kept], tokenizer, config)
+    return kept
 
 
 def encode_examples(
@@ -46,7 +53,8 @@ def encode_examples(
 ) -> list[EncodedExample]:
     """``(prompt ids, response ids)`` of each row, however long."""
     prompts, responses = zip(*(_split(row, config) for row in rows), strict=True)
-    return list(zip(prompt_ids(prompts, tokenizer, config), response_ids(responses, tokenizer), strict=True))
+    encoded_prompts = prompt_ids(prompts, tokenizer, config, places=places_of(rows))
+    return list(zip(encoded_prompts, response_ids(responses, tokenizer, config), strict=True))
 
 
 class SupervisedSource(ShuffledSource[EncodedExample]):
@@ -65,17 +73,17 @@ class SupervisedSource(ShuffledSource[EncodedExample]):
 
 def _row_problem(row: Row, config: SupervisedDataConfig) -> str | None:
     if config.prompt_column not in row:
-        return missing_column(row, config.prompt_column)
+        return missing_column(row, config.prompt_column, "prompt_column")
     if _brings_response(row, config) and config.response_column in row:
         return f"two responses: {config.prompt_column!r} ends with one and {config.response_column!r} is another"
     if not _brings_response(row, config) and config.response_column not in row:
-        return missing_column(row, config.response_column)
+        return missing_column(row, config.response_column, "response_column")
     prompt, response = _split(row, config)
     if problem := prompt_problem(prompt):
         return f"{config.prompt_column!r} {problem}"
-    if not isinstance(response, str) or not response.strip():
-        return "its response must be a text that is not empty"
-    return None
+    if not isinstance(response, str):
+        return f"its response must be a text, not {kind(response)}"
+    return None if response.strip() else "its response is an empty text"
 
 
 def _brings_response(row: Row, config: SupervisedDataConfig) -> bool:

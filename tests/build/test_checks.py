@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from llmrl.build import check_rl, check_sft
 from llmrl.config import SFTRun
 from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.rows import SKIP, DataError
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.evaluate import EvaluationConfig
@@ -28,9 +30,44 @@ def test_rows_that_a_reward_cannot_score_are_listed_before_anything_loads(config
         check_rl(dataclasses.replace(config, data=ragged), dry=False)
     rule = config.reward.functions[0].name
     assert str(error.value).split("\n")[1:] == [
-        f"  line 1: no column 'answer', which {rule} reads",
-        f"  line 3: no column 'answer', which {rule} reads",
+        f"  line 1, line 3: no column 'answer', which {rule} reads",
+        SKIP,
     ]
+    dropping = dataclasses.replace(ragged, skip_bad_rows=True)
+    checked = check_rl(dataclasses.replace(config, data=dropping), dry=False)
+    assert checked.rows == [{"prompt": "2", "answer": "2"}]
+    assert checked.notes == [f"data: dropped 2 of 3 rows: line 1, line 3: no column 'answer', which {rule} reads"]
+
+
+@pytest.fixture
+def strict(config, tmp_path):
+    """The run with a model folder whose chat template takes no system message."""
+    folder = tmp_path / "strict"
+    shutil.copytree(config.model.path, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_prompts_are_tried_in_the_chat_template_before_anything_loads(strict, tmp_path, dry):
+    (tmp_path / "rows.jsonl").write_text(
+        '\n{"prompt": "1", "answer": "1"}\n'
+        '{"prompt": [{"role": "system", "content": "2"}, {"role": "user", "content": "2"}], "answer": "2"}\n'
+    )
+    data = dataclasses.replace(strict.data, path=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match=r"^.*rows\.jsonl: 1 bad rows\n  line 3: the chat template .*: no system here"):
+        check_rl(dataclasses.replace(strict, data=data), dry=dry)
+    evaluated = dataclasses.replace(strict, evaluation_data=data, evaluation=EvaluationConfig(every=1))
+    with pytest.raises(DataError, match=r"^.*rows\.jsonl: 1 bad rows"):
+        check_rl(evaluated, dry=dry)
+
+
+def test_a_dry_run_tries_no_template_of_a_model_that_is_still_to_be_made(config):
+    model = dataclasses.replace(config.model, path="gone", made_by="make model")
+    assert len(check_rl(dataclasses.replace(config, model=model), dry=True).rows) == 3
 
 
 def test_a_run_may_not_write_into_anything_that_it_reads(config, tmp_path):

@@ -139,7 +139,7 @@ def test_a_row_longer_than_the_model_has_positions_is_named(tmp_path):
     rows, data = [{"prompt": "ab", "response": "c" * n} for n in (5, 6)], SupervisedDataConfig(path="d.jsonl")
     model = LearnedRewardConfig(path=str(tmp_path))
     assert len(score_rows(model, rows[:1], data)) == 1
-    with pytest.raises(DataError, match=r"line 2: it has 9 tokens, and the model has 8 positions"):
+    with pytest.raises(DataError, match=r"row 2: it has 9 tokens, and the model has 8 positions"):
         score_rows(model, rows, data)
 
 

@@ -37,6 +37,13 @@ def test_rows_that_are_too_long_are_told(config):
     ]
 
 
+def test_rows_that_were_dropped_for_another_reason_are_told(config, tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,response\n1+1=,2\n2+2=,\n3+3=,6\n")
+    data = dataclasses.replace(config.data, skip_bad_rows=True)
+    _, told = build_run(dataclasses.replace(config, data=data, evaluation_data=None, sft=SFTConfig(batch_size=2)))
+    assert told == ["data: dropped 1 of 3 rows: line 3: its response is an empty text"]
+
+
 def test_the_loss_is_measured_where_there_are_held_out_examples(config):
     run, _ = build_run(config)
     assert run.evaluate()["eval/loss"] > 0

@@ -62,7 +62,7 @@ def test_rendering_leaves_messages_alone(chat: PreTrainedTokenizerFast):
         ({"template": "none"}, [USER], r"are messages, but data\.template is \"none\"; use"),
         ({"template": "chat"}, "hi", r"the tokenizer has no chat template; .* set data\.template to \"none\""),
         ({"system_prompt": "x"}, "hi", r"data\.system_prompt needs a chat template, but the tokenizer has none"),
-        ({}, "", r"line 1: the tokenizer makes no tokens of its prompt"),
+        ({}, "", r"row 1: the tokenizer makes no tokens of its prompt"),
     ],
 )
 def test_what_the_tokenizer_cannot_do(plain: PreTrainedTokenizerFast, settings: dict, prompt, message: str):
@@ -73,17 +73,19 @@ def test_what_the_tokenizer_cannot_do(plain: PreTrainedTokenizerFast, settings: 
 @pytest.mark.parametrize("post_processor", [None, "<bos> $A", "<bos> $A <eos>"])
 def test_response_is_its_text_and_one_eos(post_processor: str | None):
     tokenizer = make_tokenizer(post_processor, CHAT_TEMPLATE)
-    assert response_ids(["abc", ""], tokenizer) == [[*spell("abc"), EOS], [EOS]]
+    assert response_ids(["abc", ""], tokenizer, config()) == [[*spell("abc"), EOS], [EOS]]
 
 
 def test_response_needs_an_eos():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="has no EOS token"):
-        response_ids(["abc"], tokenizer)
+        response_ids(["abc"], tokenizer, config())
 
 
-@pytest.mark.parametrize("prompt", ["a", [USER], [USER, ASSISTANT, USER], [{"role": "tool", "content": ""}]])
+@pytest.mark.parametrize(
+    "prompt", ["a", "[{1}]", '["role"]', "a \0", [USER], [USER, ASSISTANT, USER], [{"role": "tool", "content": ""}]]
+)
 def test_prompts_without_a_problem(prompt):
     assert prompt_problem(prompt) is None
 
@@ -94,7 +96,7 @@ def test_prompts_without_a_problem(prompt):
         ("", "is an empty text"),
         (" \n", "is an empty text"),
         ([], "is an empty list of messages"),
-        (7, "must be a text or a list of messages, not a int"),
+        (7, "must be a text or a list of messages, not an int"),
         (None, "must be a text or a list of messages, not null"),
         (["a"], 'has a message 1 that is no object with "role" and "content"'),
         ([USER, {"role": "user"}], 'has a message 2 that is no object with "role" and "content"'),
@@ -103,6 +105,32 @@ def test_prompts_without_a_problem(prompt):
             "has a message 1 that has the unknown role 'human'; use one of system, user, assistant, tool",
         ),
         ([{"role": "user", "content": None}], "has a message 1 that has a content that is no text but null"),
+        (
+            [{"role": "developer", "content": "a"}, USER],
+            "has a message 1 that has the role 'developer'; write 'system'",
+        ),
+        (
+            [{"from": "human", "value": "a"}],
+            'has a message 1 that has "from" and "value"; '
+            'write "role" (user for human, assistant for gpt) and "content"',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            "has a message 1 that has a content in parts; join their texts to one",
+        ),
+        ("a \ud83d", "holds half of a surrogate pair, which is no character"),
+        (
+            [USER, ASSISTANT, {"role": "user", "content": "a \ud83d"}],
+            "has a message 3 that has half of a surrogate pair, which is no character",
+        ),
+        (
+            '[{"role": "user", "content": "a"}]',
+            "is a text in which messages are written; write the file as .jsonl, where a list of messages is one",
+        ),
+        (
+            " [ {'from': 'human', 'value': 'a'}]",
+            "is a text in which messages are written; write the file as .jsonl, where a list of messages is one",
+        ),
         ([{"role": "user", "content": [1]}], "has a message 1 that has a content that is no text but a list"),
         ([USER, ASSISTANT], "ends with the assistant's message; end with one that asks for a response"),
     ],

@@ -21,9 +21,11 @@ from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base_test.jsonl.gz"
 
+SYSTEM = {"role": "system", "content": "be kind"}
 USER = {"role": "user", "content": "hi"}
 YES = {"role": "assistant", "content": "yes"}
 NO = {"role": "assistant", "content": "no"}
+SILENT = {"role": "assistant", "content": ""}
 ROWS = [
     {"prompt": "a", "chosen": "xy", "rejected": "z"},
     {"prompt": "bcd", "chosen": "z", "rejected": "uvwx"},
@@ -89,6 +91,15 @@ def read_pairs(pairs: PreferencePairs) -> list[tuple[list[int], list[int], list[
         (
             {"prompt": [USER, NO, USER], "chosen": [USER, NO, USER, YES], "rejected": [NO]},
             ([USER, NO, USER], "yes", "no"),
+        ),
+        # ... with more before it than the prompt column has
+        (
+            {"prompt": "hi", "chosen": [SYSTEM, USER, NO, USER, YES], "rejected": [SYSTEM, USER, NO, USER, NO]},
+            ([SYSTEM, USER, NO, USER], "yes", "no"),
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, {**USER, "name": None}, YES], "rejected": [SYSTEM, USER, NO]},
+            ([SYSTEM, USER], "yes", "no"),
         ),
         # messages that share all but the last
         ({"chosen": [USER, YES], "rejected": [USER, NO]}, ([USER], "yes", "no")),
@@ -161,6 +172,8 @@ def test_prompt_column_that_is_an_open_transcript():
     row = texts("\n\nHuman: a\n\nAssistant:", " b", "c")
     assert read(row) == ([{"role": "user", "content": "a"}], "b", "c")
     assert read(row, template="none") == (row["prompt"], " b", "c")
+    whole = {**row, "chosen": row["prompt"] + " b", "rejected": row["prompt"] + " c"}
+    assert read(whole) == ([{"role": "user", "content": "a"}], "b", "c")
 
 
 def test_transcripts_follow_the_tokenizer(plain: PreTrainedTokenizerFast, chat: PreTrainedTokenizerFast):
@@ -199,6 +212,47 @@ def test_identical_duplicates_and_contradictions():
         "dropped 2 of 9 pairs: they repeat an earlier pair",
         "dropped 2 of 9 pairs: another pair with the same prompt prefers the other way round",
     ]
+
+
+@pytest.mark.parametrize(
+    ("full", "empty"),
+    [
+        (texts("q", "a", "b"), texts("q", "a", " \n")),
+        (texts("q", "a", "b"), texts("q", "", "b")),
+        ({"prompt": "q", "chosen": [YES], "rejected": [NO]}, {"prompt": "q", "chosen": [YES], "rejected": [SILENT]}),
+        ({"chosen": [USER, YES], "rejected": [USER, NO]}, {"chosen": [USER, SILENT], "rejected": [USER, NO]}),
+        ({"chosen": "is it? yes", "rejected": "is it? no"}, {"chosen": "is it? yes", "rejected": "is it? "}),
+    ],
+)
+def test_an_empty_response_drops_its_pair(full: dict, empty: dict):
+    rows = check_preference_rows([empty, full, empty], config())
+    assert len(rows) == 3
+    pairs, counts = read_preferences(rows, config())
+    assert [pair.place for pair in pairs] == ["row 2"]
+    assert counted(counts) == {"empty": 2}
+    assert counts.lines() == ["dropped 2 of 3 pairs: a response is empty"]
+    with pytest.raises(DataError, match=r"^rows\.jsonl: each of the 2 pairs has an empty response$"):
+        check_preference_rows([empty, empty], config())
+
+
+def test_bad_pairs_can_be_dropped():
+    rows = [texts("a", "b", "c"), texts("a", "b", None), {**texts("d", "b", "c"), "margin": -1}]
+    kept = check_preference_rows(rows, config(skip_bad_rows=True))
+    assert kept == rows[:1]
+    (note,) = kept.notes
+    assert note.startswith(
+        "dropped 2 of 3 rows: row 2: 'rejected' must be a text or a list of messages, not null; row 3"
+    )
+
+
+def test_the_prompt_column_can_be_left_out(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]}) + "\n")
+    with pytest.raises(DataError, match=r"leave the prompt out by data\.rename_columns=\{prompt: null\}"):
+        load_preference_rows(PreferenceDataConfig(path=str(path)))
+    settings = PreferenceDataConfig(path=str(path), rename_columns={"prompt": None})
+    (pair,), _ = read_preferences(load_preference_rows(settings), settings)
+    assert (pair.prompt, pair.place) == ([USER], "line 1")
 
 
 def test_first_of_the_duplicates_is_kept():
@@ -385,10 +439,8 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({"prompt": "a", "choosen": "b", "rejected": "c"}, "no column 'chosen'; did you mean 'choosen'?"),
         ({"promt": "a", "chosen": "b", "rejected": "c"}, "no column 'prompt'; did you mean 'promt'?"),
         (texts(" ", "b", "c"), "'prompt' is an empty text"),
-        (texts("a", "", "c"), "'chosen' is an empty text"),
-        (texts("a", "b", " \n"), "'rejected' is an empty text"),
         (texts("a", None, "c"), "'chosen' must be a text or a list of messages, not null"),
-        (texts("a", "b", 7), "'rejected' must be a text or a list of messages, not a int"),
+        (texts("a", "b", 7), "'rejected' must be a text or a list of messages, not an int"),
         ({"prompt": "a", "chosen": [], "rejected": [NO]}, "'chosen' is an empty list of messages"),
         ({"prompt": "a", "chosen": "b", "rejected": [NO]}, "one side is a text and the other is messages"),
         ({**texts("", "b", "c"), "prompt": {}}, "'prompt' must be a text or a list of messages, not a dict"),
@@ -403,9 +455,8 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({"prompt": "a", "chosen": ["b"], "rejected": [NO]}, "'chosen' has a message 1 that is no object with"),
         (
             {"prompt": "a", "chosen": [{**YES, "content": 3}], "rejected": [NO]},
-            "'chosen' has a message 1 that has a content that is no text but a int",
+            "'chosen' has a message 1 that has a content that is no text but an int",
         ),
-        ({"prompt": "a", "chosen": [{**YES, "content": ""}], "rejected": [NO]}, "'chosen' ends with an empty response"),
         ({"prompt": "a", "chosen": [YES], "rejected": [NO, USER]}, "'rejected' ends with a message of the role 'user'"),
         ({"prompt": "a", "chosen": [USER, YES], "rejected": [NO]}, "'chosen' begins with other messages than 'prompt'"),
         ({"prompt": "a", "chosen": [YES], "rejected": [USER, NO]}, "'rejected' begins with other messages than 'prom"),
@@ -416,13 +467,13 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({**texts("a", "b", "c"), "margin": float("nan")}, "'margin' (nan) must be a number"),
         ({**texts("a", "b", "c"), "margin": float("inf")}, "'margin' (inf) must be a number"),
         ({**texts("a", "b", "c"), "margin": [1]}, "'margin' ([1]) must be a number"),
-        ({**texts("a", "b", "c"), "source": 3}, "'source' must be a text, not a int"),
+        ({**texts("a", "b", "c"), "source": 3}, "'source' must be a text, not an int"),
     ],
 )  # fmt: skip
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_preference_rows([ROWS[0], row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  line 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +486,6 @@ def test_bad_rows(row: dict, problem: str):
         ({"chosen": [{**USER, "content": ""}, YES], "rejected": [{**USER, "content": ""}, NO]}, "what its sides share"),
         ({"chosen": "yes", "rejected": "no"}, "its sides have no common beginning that could be the prompt; put it"),
         ({"chosen": "nothing", "rejected": "no"}, "its sides have no common beginning"),
-        ({"chosen": "is it? ", "rejected": "is it? no"}, "one side holds nothing but the prompt, so its response"),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"},
             "its sides are transcripts that do not begin with the same words of the human",
@@ -449,7 +499,7 @@ def test_bad_rows(row: dict, problem: str):
 def test_bad_rows_without_a_prompt_column(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_preference_rows([{"chosen": [USER, YES], "rejected": [USER, NO]}, row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  line 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
 
 
 @pytest.mark.parametrize("setting", ["prompt_column", "margin_column", "source_column"])
@@ -461,7 +511,7 @@ def test_column_that_the_settings_name_and_no_row_has(setting: str):
 
 def test_load_lists_the_first_twenty_lines(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    rows = [texts("a", "b", "c"), *[texts("a", "", "c")] * 25]
+    rows = [texts("a", "b", "c"), *[{**texts("a", "b", "c"), "margin": -n} for n in range(1, 26)]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"path": str(path)}
     assert load_preference_rows(PreferenceDataConfig(**settings, num_rows=1)) == rows[:1]
@@ -469,7 +519,9 @@ def test_load_lists_the_first_twenty_lines(tmp_path: Path):
         load_preference_rows(PreferenceDataConfig(**settings))
     first, *lines = str(error.value).splitlines()
     assert first == f"{path}: 25 bad rows"
-    assert lines == [f"  line {n}: 'chosen' is an empty text" for n in range(2, 22)] + ["  and 5 more"]
+    rule = "must be a number that is 0 or greater"
+    assert lines[:-2] == [f"  line {n + 1}: 'margin' ({-n}) {rule}" for n in range(1, 21)]
+    assert lines[-2:] == ["  and 5 more", "set data.skip_bad_rows=true to drop and count them"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.prompts import PromptDataConfig, PromptSource, check_prompt_rows, encode_prompts, load_prompt_rows
-from llmrl.data.rows import DataError
+from llmrl.data.rows import SKIP, DataError
 from tests.data.conftest import BOS, spell
 
 TEXTS = ["a", "bcd", "ef", "ghijkl", "mn"]
@@ -82,17 +82,21 @@ def test_good_rows_pass():
 def test_missing_column_suggests_the_nearest():
     assert problems({"prompt": "a"}, {"answer": "x", "promt": "a"}, {}) == [
         "rows.jsonl: 2 bad rows",
-        "  line 2: no column 'prompt'; did you mean 'promt'?",
-        "  line 3: no column 'prompt'; there are none",
+        "  row 2: no column 'prompt'; did you mean 'promt'? (data.prompt_column names it)",
+        "  row 3: no column 'prompt'; there are none (data.prompt_column names it)",
+        SKIP,
     ]
-    assert problems({"question": "a", "id": 3}, prompt_column="prompt")[1].endswith("there are question, id")
+    assert problems({"question": "a", "id": 3}, prompt_column="prompt")[1].endswith(
+        "there are question, id (data.prompt_column names it)"
+    )
 
 
 def test_bad_prompts_are_listed_with_their_reason():
     assert problems({"prompt": ""}, {"prompt": "a"}, {"prompt": 3}) == [
         "rows.jsonl: 2 bad rows",
-        "  line 1: 'prompt' is an empty text",
-        "  line 3: 'prompt' must be a text or a list of messages, not a int",
+        "  row 1: 'prompt' is an empty text",
+        "  row 3: 'prompt' must be a text or a list of messages, not an int",
+        SKIP,
     ]
 
 

@@ -6,8 +6,19 @@ from unittest.mock import Mock
 
 import pytest
 
-from llmrl.data.rows import DataConfig, DataError, check_rows, column_names, is_local, load_config_rows, load_rows
+from llmrl.data.rows import (
+    SKIP,
+    DataConfig,
+    DataError,
+    check_rows,
+    column_names,
+    is_local,
+    load_config_rows,
+    places_of,
+    usable_rows,
+)
 
+LINES = [f"line {n}" for n in range(1, 100)]
 ROWS = [
     {"prompt": 'a, "b"\nc\u2028d', "answer": "1"},
     {"prompt": "é", "answer": "2"},
@@ -15,7 +26,7 @@ ROWS = [
 
 
 def read(path: Path | str) -> list:
-    return load_rows(str(path), subset=None, split="train")
+    return load_config_rows(DataConfig(path=str(path)))
 
 
 def write(path: Path, text: str) -> Path:
@@ -87,16 +98,8 @@ def test_csv_with_a_header_only(tmp_path: Path):
 
 def test_missing_file_names_the_command_that_makes_it():
     with pytest.raises(DataError) as error:
-        load_rows("./none.jsonl", subset=None, split="train", made_by="python make.py")
+        load_config_rows(DataConfig(path="./none.jsonl", made_by="python make.py"))
     assert str(error.value) == "none.jsonl does not exist; make it with `python make.py`"
-
-
-@pytest.mark.parametrize("name", ["a.txt", "folder"])
-def test_unknown_kind(tmp_path: Path, name: str):
-    (tmp_path / "folder").mkdir()
-    write(tmp_path / "a.txt", "x")
-    with pytest.raises(DataError, match=r"is not a file of a known kind: \.jsonl, \.jsonl\.gz, \.json, \.csv, \.parq"):
-        read(tmp_path / name)
 
 
 def test_bad_lines_are_listed_with_number_and_reason(tmp_path: Path):
@@ -104,33 +107,49 @@ def test_bad_lines_are_listed_with_number_and_reason(tmp_path: Path):
     with pytest.raises(DataError) as error:
         read(path)
     title, *lines = str(error.value).split("\n")
-    assert title == f"{path}: 4 bad rows"
+    assert title == f"{path}: 3 bad rows"
     assert lines[0].startswith("  line 2: not valid JSON: ")
     assert lines[1:] == [
-        "  line 3: an empty line",
         "  line 4: must be a JSON object, not a list",
         "  line 5: must be a JSON object, not a str",
+        SKIP,
     ]
 
 
-@pytest.mark.parametrize(("num_bad", "tail"), [(20, "  line 21: an empty line"), (23, "  and 3 more")])
-def test_twenty_bad_rows_are_listed(tmp_path: Path, num_bad: int, tail: str):
-    path = write(tmp_path / "a.jsonl", "{}" + "\n" * (num_bad + 1) + "{}")
+@pytest.mark.parametrize(("num_bad", "tail"), [(20, "  line 21: x20"), (23, "  and 3 more")])
+def test_twenty_reasons_are_listed(num_bad: int, tail: str):
+    rows = [{}, *({"n": n} for n in range(1, num_bad + 1))]
     with pytest.raises(DataError) as error:
-        read(path)
+        check_rows("a.jsonl", rows, lambda row: f"x{row['n']}" if row else None, places=LINES[: len(rows)])
     lines = str(error.value).split("\n")
-    assert lines[0].endswith(f": {num_bad} bad rows")
-    assert lines[20] == "  line 21: an empty line"
+    assert lines[0] == f"a.jsonl: {num_bad} bad rows"
+    assert lines[20] == "  line 21: x20"
     assert lines[-1] == tail
     assert len(lines) == 1 + 20 + (num_bad > 20)
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ([2], "line 2"),
+        ([2, 4, 5], "line 2, line 4, line 5"),
+        (range(2, 9), "line 2, line 3, line 4, line 5, line 6 and 2 more"),
+        (range(1, 11), "all 10 rows"),
+    ],
+)
+def test_the_same_reason_is_told_once(bad, told: str):
+    with pytest.raises(DataError) as error:
+        check_rows("a.jsonl", range(1, 11), lambda n: "is bad" if n in bad else None, places=LINES[:10])
+    assert str(error.value).split("\n")[1:] == [f"  {told}: is bad"]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.json", '{"a": 1}\n{"a": 2}', r"not valid JSON: .*; name it \.jsonl if each line is an object"),
-        ("a.json", '{"a": 1}', "must hold a list of objects, not a dict"),
-        ("a.json", "[{}, 3]", "row 2: must be a JSON object, not a int"),
+        ("a.json", '{"a": 1}', "must hold a list of objects, one for each row, not an object with a; pandas writes"),
+        ("a.json", "7", "must hold a list of objects, not an int"),
+        ("a.json", "[{}, 3]", "row 2: must be a JSON object, not an int"),
         ("a.csv", "a,b\n1,2\n3\n", "line 3: has 1 values for 2 columns"),
         ("a.csv", 'a,b\n1,"2', "is not valid CSV: line 2: "),
     ],
@@ -145,15 +164,15 @@ def test_a_row_of_csv_is_named_by_the_line_where_it_begins(tmp_path: Path):
     with pytest.raises(DataError, match=r"is not valid CSV: line 6: "):
         read(path)
     write(path, 'a,b\n\n"x\ny",1\n2\n')
-    with pytest.raises(DataError, match=r": 1 bad rows\n  line 5: has 1 values for 2 columns$"):
+    with pytest.raises(DataError, match=r": 1 bad rows\n  line 5: has 1 values for 2 columns\nset"):
         read(path)
 
 
 def test_checks_of_rows_name_the_lines_too(tmp_path: Path):
     path = write(tmp_path / "a.csv", 'a\n\n"x\ny"\n2\n')
     with pytest.raises(DataError) as error:
-        check_rows(str(path), read(path), lambda row: "is bad")
-    assert str(error.value).split("\n")[1:] == ["  line 3: is bad", "  line 5: is bad"]
+        check_rows(str(path), read(path), lambda row: f"is {row['a']!r}")
+    assert str(error.value).split("\n")[1:] == ["  line 3: is 'x\\ny'", "  line 5: is '2'"]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +279,7 @@ def test_hub_name(hub, monkeypatch: pytest.MonkeyPatch):
         return datasets.Dataset.from_list([{"question": "a", "n": 1}, {"question": "b", "n": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = load_rows("openai/gsm8k", subset="main", split="test")
+    rows = load_config_rows(DataConfig(path="openai/gsm8k", subset="main", split="test"))
     assert rows == [{"question": "a", "n": 1}, {"question": "b", "n": 2}]
     assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
 
@@ -277,6 +296,7 @@ def test_first_rows_only(tmp_path: Path):
         ({"path": ""}, r"data\.path"),
         ({"path": "a", "num_rows": 0}, r"data\.num_rows \(0\) must be at least 1; leave it out"),
         ({"path": "a", "template": "none", "system_prompt": "x"}, r"data\.system_prompt needs a chat template"),
+        ({"path": "a", "system_prompt": "x \udcff"}, r"data\.system_prompt \('x \\udcff'\) is no Unicode text"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, message: str):
@@ -289,5 +309,65 @@ def test_a_missing_file_names_its_nearest_sibling_and_the_folder(tmp_path: Path,
     (tmp_path / "problems.jsonl").write_text("{}\n")
     for path, way_out in (("problem.jsonl", "; did you mean problems.jsonl?"), ("x.jsonl", f" in {tmp_path}")):
         with pytest.raises(DataError) as error:
-            load_rows(path, subset=None, split="train")
+            read(path)
         assert str(error.value) == f"{path} does not exist{way_out}"
+
+
+# --- rows that are dropped, columns of other names --------------------------------------------------------------------
+
+BAD = '{"a": 1}\n\n{"a"\n{"a": -2}\n[]\n{"a": 3}\n{"a": -4}\n'
+
+
+def not_negative(row: dict) -> str | None:
+    return f"{row['a']} is negative" if row["a"] < 0 else None
+
+
+def test_bad_rows_are_dropped_and_counted(tmp_path: Path):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", BAD)), skip_bad_rows=True)
+    rows = usable_rows(load_config_rows(config), config, not_negative)
+    assert rows == [{"a": 1}, {"a": 3}]
+    assert places_of(rows) == ["line 1", "line 6"]
+    unreadable, negative = rows.notes
+    assert unreadable.startswith("dropped 2 of 6 rows: line 3: not valid JSON: ")
+    assert unreadable.endswith("; line 5: must be a JSON object, not a list")
+    assert negative == "dropped 2 of 4 rows: line 4: -2 is negative; line 7: -4 is negative"
+
+
+def test_one_bad_row_refuses_all_by_default(tmp_path: Path):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": -2}\n')))
+    with pytest.raises(DataError) as error:
+        usable_rows(load_config_rows(config), config, not_negative)
+    assert str(error.value) == f"{config.path}: 1 bad rows\n  line 2: -2 is negative\n{SKIP}"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_where_no_row_is_good_none_can_be_skipped(tmp_path: Path, skip: bool):
+    config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": -1}\n{"a": -1}\n')), skip_bad_rows=skip)
+    with pytest.raises(DataError) as error:
+        usable_rows(load_config_rows(config), config, not_negative)
+    assert str(error.value) == f"{config.path}: 2 bad rows\n  all 2 rows: -1 is negative"
+
+
+def test_columns_get_other_names_or_are_left_out(tmp_path: Path):
+    path = str(write(tmp_path / "a.csv", "q,prompt,tokens\n1,2,3\n\n4,5,6\n"))
+    rows = load_config_rows(DataConfig(path=path, rename_columns={"q": "prompt", "prompt": "old", "tokens": None}))
+    assert rows == [{"prompt": "1", "old": "2"}, {"prompt": "4", "old": "5"}]
+    assert places_of(rows) == ["line 2", "line 4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"b": "x"}, r"data\.rename_columns: no column 'b'; there are a, c$"),
+        ({"a": "c"}, r"data\.rename_columns \(.*\) makes two columns 'c'; leave the other out by \{c: null\}, or ren"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path: Path, names: dict, told: str):
+    path = str(write(tmp_path / "a.csv", "a,c\n1,2\n"))
+    with pytest.raises(DataError, match=told):
+        load_config_rows(DataConfig(path=path, rename_columns=names))
+
+
+def test_a_user_who_is_not_known():
+    with pytest.raises(DataError, match=r"data\.path \(~nobody-here/a\.jsonl\): "):
+        read("~nobody-here/a.jsonl")

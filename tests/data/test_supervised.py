@@ -87,12 +87,12 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
     [
         ({"response": "a"}, "no column 'prompt'; there are response"),
         ({"prompt": "a", "reponse": "b"}, "no column 'response'; did you mean 'reponse'?"),
-        ({"prompt": "a", "response": " "}, "its response must be a text that is not empty"),
-        ({"prompt": "a", "response": 3}, "its response must be a text that is not empty"),
+        ({"prompt": "a", "response": " "}, "its response is an empty text"),
+        ({"prompt": "a", "response": 3}, "its response must be a text, not an int"),
         ({"prompt": "", "response": "a"}, "'prompt' is an empty text"),
         ({"prompt": [ASSISTANT]}, "'prompt' is an empty list of messages"),
         ({"prompt": [USER, ASSISTANT, ASSISTANT]}, "'prompt' ends with the assistant's message; end with one that"),
-        ({"prompt": [USER, {**ASSISTANT, "content": None}]}, "its response must be a text that is not empty"),
+        ({"prompt": [USER, {**ASSISTANT, "content": None}]}, "its response must be a text, not null"),
         (
             {"prompt": [USER, ASSISTANT], "response": "a"},
             "two responses: 'prompt' ends with one and 'response' is another",
@@ -102,7 +102,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_supervised_rows([ROWS[0], row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  line 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
 
 
 def test_load_checks_the_rows(tmp_path: Path):
