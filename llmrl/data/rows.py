@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llmrl.experience import Row
+from llmrl.paths import UserPath
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 MAX_LISTED = 20
@@ -29,7 +30,7 @@ class DataError(ValueError):
 class DataConfig:
     """Which rows to read, and how they become prompts."""
 
-    path: str
+    path: UserPath
     """A .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a data set on the hub such as openai/gsm8k."""
     subset: str | None = None
     """Configuration of a data set on the hub."""

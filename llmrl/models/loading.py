@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from llmrl.paths import UserPath
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +53,7 @@ class LoraSettings:
 class ModelConfig:
     """Which model is trained, and in which arithmetic."""
 
-    path: str
+    path: UserPath
     """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues
     that adapter."""
     dtype: Literal["float32", "bfloat16"] = "float32"

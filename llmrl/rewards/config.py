@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmrl.paths import UserPath
+
 ROLLOUT_COLUMNS = ("prompts", "responses", "tokens")
 """What every reward function can ask for beside the columns of the data."""
 
@@ -13,7 +15,7 @@ ROLLOUT_COLUMNS = ("prompts", "responses", "tokens")
 class RewardFunctionConfig:
     """One function that scores responses."""
 
-    name: str
+    name: UserPath
     """``path/to/file.py:function``, relative to the current folder, or ``package.module:function``."""
     weight: float = 1.0
     """What its scores are multiplied by before they are summed; 0 for one that is only watched in the metrics."""
@@ -41,7 +43,7 @@ class LearnedRewardConfig:
     """A reward model that scores responses: what `llmrl reward-model` leaves, or a decoder with a linear score head
     (one label)."""
 
-    path: str
+    path: UserPath
     """A folder, or a name on the Hugging Face hub."""
     weight: float = 1.0
     """What its scores are multiplied by before they are summed."""

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from llmrl.paths import UserPath
 from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -55,7 +56,7 @@ class MetricsSink(Protocol):
 class OutputConfig:
     """What a run leaves."""
 
-    output_dir: str
+    output_dir: UserPath
     """Folder of everything that the run leaves."""
     seed: int = 0
     """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
