@@ -235,7 +235,7 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
         f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
         f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
         f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
-        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.update.minibatch_size} responses"
+        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.minibatch_size} responses"
         f"{_epochs(num_prompts, checked.rows)}."
     )
     if dry_run:

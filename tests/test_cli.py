@@ -85,6 +85,7 @@ def grpo_recipe(data):
             "algorithm": {"group_size": 4},
             "update": {"minibatch_size": 8},
             "optimizer": {"learning_rate": 1e-3},
+            "evaluation": {"every": 0},
             "run": {"output_dir": str(data / "grpo"), "num_iterations": 2},
         },
     )

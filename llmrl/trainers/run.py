@@ -124,7 +124,7 @@ class Run:
         trainer: Trainer,
         save_model: Callable[[Path], None],
         evaluate: Callable[[], dict[str, float]] | None,
-        evaluate_every: int,
+        evaluate_every: int | None,
         collectives: Collectives,
         progress: Progress,
         sink: MetricsSink,
@@ -137,7 +137,8 @@ class Run:
         self.trainer = trainer
         self.save_model = save_model
         self.evaluate = evaluate
-        self.evaluate_every = evaluate_every
+        self.evaluate_every = config.num_iterations if evaluate_every is None else evaluate_every
+        """Before the first iteration and after the last one in any case, unless it is 0."""
         self.progress = progress
         self.sink = sink
         self.warmup_iterations = 0
