@@ -270,6 +270,10 @@ class PPORun(RLRun):
         return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
 
 
+RUNS: dict[str, type] = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun, "ppo": PPORun}
+"""What each command of the command line runs."""
+
+
 def _check_base(actor: ModelConfig) -> None:
     if actor.lora is None:
         raise ValueError("reward.model.on_actor_base needs model.lora: it is an adapter on the actor's frozen base")

@@ -116,6 +116,11 @@ def describe(cls: type) -> Iterator[Setting]:
     return _describe(cls, "", None)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text of the command line was UTF-8: Python marks bytes that are not by lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 # --- the file and the overrides ---------------------------------------------------------------------------------------
 
 
@@ -190,7 +195,7 @@ def _parse(override: str, classes: Sequence[type]) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise SettingError(f"override {override!r} must be written key=value, such as run.seed=1")
-    if not override.isprintable() and any("\ud800" <= character <= "\udfff" for character in override):
+    if not is_unicode(override):
         raise SettingError(f"override {override!r} is no UTF-8 text")
     try:
         return key, _meant(text, _annotation(classes, key))

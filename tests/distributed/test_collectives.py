@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from llmrl.distributed.collectives import OneProcess, join_ranks, leave_ranks
+from llmrl.distributed.launch import LaunchError
 
 
 def test_one_process_talks_to_itself():
@@ -22,3 +23,11 @@ def test_without_a_launch_there_is_one_process(monkeypatch, world_size):
         monkeypatch.setenv("WORLD_SIZE", world_size)
     assert isinstance(join_ranks(), OneProcess)
     leave_ranks()  # which has nothing to end
+
+
+def test_a_number_of_processes_alone_is_no_launch(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="RANK and MASTER_ADDR and MASTER_PORT not"):
+        join_ranks()
