@@ -70,10 +70,11 @@ def main() -> None:
         raise
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         print(f"llmrl {version_of('llmrl')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback(help=__doc__)
@@ -394,7 +395,7 @@ def _quiet() -> None:
 @contextmanager
 def bad_input_ends_with_status_2() -> Iterator[None]:
     """Around everything that happens before a model loads: what is wrong there is the input."""
-    with _outer_causes_in_one_line():
+    with _outer_causes_in_one_line(2):
         try:
             yield
         except ValueError as error:
@@ -422,7 +423,7 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _outer_causes_in_one_line(way_out: str = "") -> Iterator[None]:
+def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
     """Around everything: an interruption, and what the file system refuses, end with a line; all else propagates."""
     try:
         yield
@@ -431,7 +432,7 @@ def _outer_causes_in_one_line(way_out: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}", 1, way_out)
+        _fail(f"{error.filename}: {error.strerror}", status, way_out)
 
 
 @contextmanager
@@ -449,7 +450,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.trainers.run import RunError, Stopped
 
     try:
-        with _outer_causes_in_one_line(way_out):
+        with _outer_causes_in_one_line(1, way_out):
             yield
     except (DataError, LaunchError, ModelError, RolloutError, RunError, CheckpointError, StateMismatch) as error:
         _fail(error, 2)
@@ -504,7 +505,7 @@ def _earlier(file: Path) -> dict[str, Any]:
         match json.loads(file.read_text()):
             case {"model": str(), **numbers} as values if all(isinstance(x, int | float) for x in numbers.values()):
                 return values
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise SettingError(f"--compare ({file}) does not hold what --output of llmrl evaluate writes; name such a file")
 

@@ -138,16 +138,18 @@ def _load(path: Path) -> DictConfig:
     text = _read(path)
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            raise SettingError(f"{path} is not a recipe: write a mapping, with lines such as 'run: {{seed: 1}}'")
-        tree = OmegaConf.create(text) if root is not None else OmegaConf.create()
+        is_mapping = isinstance(root, yaml.MappingNode | None)
+        tree = OmegaConf.create(text if root is not None else {}) if is_mapping else None
     except yaml.YAMLError as error:
         raise SettingError(f"{path}{_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise SettingError(f"{path}: {_refused(error)}") from error
     except RecursionError as error:
         raise SettingError(f"{path} is not a recipe: its lists and mappings are nested too deeply") from error
-    assert isinstance(tree, DictConfig)
+    except ValueError as error:  # of a number with thousands of digits
+        raise SettingError(f"{path}: {_first_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise SettingError(f"{path} is not a recipe: write a mapping, with lines such as 'run: {{seed: 1}}'")
     return tree
 
 
@@ -179,10 +181,13 @@ def _override(tree: DictConfig, overrides: Sequence[str], classes: Sequence[type
     for override in overrides:
         key, value = _parse(override, classes)
         given.update(_leaves(key, value))
+        _refuse_interpolated(tree, key, override)
         try:
-            _refuse_interpolated(tree, key, override)
             OmegaConf.update(tree, key, value)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
+        except ValueError as error:
+            told = f"override {override!r}: an item of a list is named by its number, as in reward.functions.0.weight=2"
+            raise SettingError(told) from error
+        except (OmegaConfBaseException, TypeError) as error:
             told = f"override {override!r}: {_first_line(error)}{_text_instead(error)}"
             raise SettingError(told) from error
     for key in given:
@@ -344,7 +349,7 @@ def _validated(cls: type[T], path: Path, settings: Any) -> T:
     for _, section, given in _sections(cls, settings):
         _fill(section, given)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(settings), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(settings, default=list), strict=True)
     except ValidationError as error:
         problems = [_problem(details) for details in error.errors()]
         raise SettingError(_message(path, problems)) from error

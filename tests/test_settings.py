@@ -217,6 +217,7 @@ def test_a_file_that_is_no_recipe(write: Write, text: str, said: str):
         ("limits=[1", "'limits=[1': the value is not YAML; put it in quotes"),
         ("rules.2.weight=1", "'rules.2.weight=1': list index out of range"),
         ("rules.x.weight=1", "'rules.x.weight=1': "),
+        ("rules.x=1", "'rules.x=1': an item of a list is named by its number, as in reward.functions.0.weight=2"),
         ("rules={file: a}", "'rules={file: a}': "),
     ],
 )
@@ -467,6 +468,7 @@ def test_an_unknown_name_at_any_depth(write: Write, override: str, said: str):
         ("seed=2.0", "seed: 2.0 is not a whole number"),
         ("model.bf16=1", "model.bf16: 1 is neither true nor false"),
         ("rules=[{file: 5}]", "rules.0.file: 5 is not text; put it in quotes"),
+        ("columns={a: !!binary aGk=}", "columns.a: [104, 105] is not text"),
         ("columns={a: 5}", "columns.a: 5 is not text; put it in quotes"),
         ("optimizer.schedule.kind=linear", "optimizer.schedule.kind: 'linear' is not one of 'constant' or 'cosine'"),
         ("limits=3", "limits: 3 is not a list"),
