@@ -3,27 +3,53 @@
 Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n stopped by signal n.
 """
 
+import errno
 import json
+import math
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
-from llmrl.settings import SettingError, describe, read_either, read_recipe, to_yaml
+from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_yaml
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+REFUSALS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
+)
+"""What a file system answers that has its cause outside of llmrl."""
 
-Recipe = Annotated[Path, typer.Argument(help="A YAML file of settings, such as those in recipes/.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _at_home(path: Path | None) -> Path | None:
+    """With the home folder in place of a tilde, which no shell expands after ``--output=``."""
+    return path and path.expanduser()
+
+
+Recipe = Annotated[Path, typer.Argument(help="A YAML file of settings, such as those in recipes/.", callback=_at_home)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that replace the recipe's: key=value, as in run.seed=1.")
+    list[str] | None,
+    typer.Argument(
+        help="Settings that replace the recipe's: key=value, as in run.seed=1, reward.functions.0.weight=2 or "
+        "model.lora.targets=\\[q_proj,v_proj]. A text is what the shell hands over, character by character, or what "
+        "stands in quotes of its own; all else is YAML. ${run.seed} is the value of another setting, \\${ the two "
+        "characters ${."
+    ),
 ]
 DryRun = Annotated[
     bool,
@@ -46,14 +72,29 @@ def main() -> None:
         raise
 
 
+def _print_version(asked: bool) -> bool:
+    if asked:
+        print(f"llmrl {version_of('llmrl')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback(help=__doc__)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Prints the version and exits.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Fine-tunes a model on prompts with given responses."""
     with bad_input_ends_with_status_2():
         from llmrl.build import build_sft, check_sft
-        from llmrl.config import SFTRun
 
-        config = read_recipe(SFTRun, recipe, overrides or [])
+        config = _read(recipe, overrides, "sft")
         checked = check_sft(config, dry=dry_run)
     sentence = (
         f"Each of {config.run.num_iterations} iterations is one optimizer step on {config.sft.batch_size} examples"
@@ -70,9 +111,8 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = 
     """Trains a reward model on pairs of responses, one of which was preferred."""
     with bad_input_ends_with_status_2():
         from llmrl.build import build_reward_model, check_reward_run
-        from llmrl.config import RewardModelRun
 
-        config = read_recipe(RewardModelRun, recipe, overrides or [])
+        config = _read(recipe, overrides, "reward-model")
         checked = check_reward_run(config, dry=dry_run)
     epochs, size = config.reward_model.num_epochs, config.reward_model.batch_size
     rows = f" over {len(checked.rows):,} rows" if checked.rows else ""
@@ -89,9 +129,8 @@ def grpo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -
     """Improves a model by GRPO, or one of its kin, against rewards that programs verify."""
     with bad_input_ends_with_status_2():
         from llmrl.build import build_grpo, check_rl
-        from llmrl.config import GRPORun
 
-        config = read_recipe(GRPORun, recipe, overrides or [])
+        config = _read(recipe, overrides, "grpo")
         checked = check_rl(config, dry=dry_run)
     _reinforce(config, checked, build_grpo, dry_run=dry_run)
 
@@ -101,9 +140,8 @@ def ppo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
     """Improves a model by PPO: actor, critic, frozen reference and a reward, learned or by program."""
     with bad_input_ends_with_status_2():
         from llmrl.build import build_ppo, check_ppo
-        from llmrl.config import PPORun
 
-        config = read_recipe(PPORun, recipe, overrides or [])
+        config = _read(recipe, overrides, "ppo")
         checked = check_ppo(config, dry=dry_run)
     _reinforce(config, checked, build_ppo, dry_run=dry_run)
 
@@ -112,28 +150,32 @@ def ppo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Writes the numbers to this JSON file.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="An earlier --output to set these numbers beside.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Writes the numbers to this JSON file.", callback=_at_home)
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier --output to set these numbers beside.", callback=_at_home)
+    ] = None,
 ) -> None:
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
         from llmrl.build import build_evaluator, check_rl
-        from llmrl.config import GRPORun, PPORun
         from llmrl.distributed.device import prepare_device
 
-        config = read_either((GRPORun, PPORun), recipe, overrides or [])
+        config = _read(recipe, overrides, "grpo", "ppo")
         if config.evaluation_data is None:
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
-        before = json.loads(_existing(compare).read_text()) if compare is not None else None
+        _check_output(output)
+        before = _earlier(compare) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
     prepare_device(deterministic=config.run.deterministic)
     with failures_in_one_line(), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
+        _warn_of_missed_gpu(progress)
         values = build_evaluator(config, checked, progress=progress).evaluate()
     if not is_first:
         raise typer.Exit()
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"model": config.model.path, **values}, indent=1) + "\n")
+        _write(output, json.dumps({"model": config.model.path, **values}, indent=1))
     _print_evaluation(config.model.path, values, before)
     print(f"Accuracy is the share of responses with {config.reward.labels[0]} > {config.evaluation.correct_above:g}.")
 
@@ -142,7 +184,9 @@ def evaluate(
 def score(
     model: Annotated[str, typer.Argument(help="A reward model's folder or hub name.")],
     file: Annotated[str, typer.Argument(help="Rows of prompts and responses, as llmrl sft reads them.")],
-    output: Annotated[Path | None, typer.Option(help="Writes the rows with their scores to this JSONL file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Writes the rows with their scores to this JSONL file.", callback=_at_home)
+    ] = None,
     prompt_column: Annotated[str, typer.Option(help="Column of the prompt: a text or messages.")] = "prompt",
     response_column: Annotated[str, typer.Option(help="Column of the response.")] = "response",
     normalize: Annotated[bool, typer.Option(help="By the mean and the spread that are stored with the model.")] = True,
@@ -151,14 +195,17 @@ def score(
     ] = False,
 ) -> None:
     """Scores responses by a reward model."""
-    with bad_input_ends_with_status_2(), _options_for_settings():
+    names = {"data.prompt_column": "--prompt-column", "data.response_column": "--response-column", "data.path": "FILE"}
+    with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.build import check_scorer, score_rows
         from llmrl.data.supervised import SupervisedDataConfig, load_supervised_rows
         from llmrl.distributed.device import prepare_device
         from llmrl.rewards.config import LearnedRewardConfig
 
-        if output is not None and output.is_dir():
-            raise SettingError(f"--output ({output}) is a folder; name a file in it")
+        _check_output(output)
+        if output is not None and output.resolve() == Path(file).expanduser().resolve():
+            raise SettingError(f"--output ({output}) is the file that is scored; name another")
+        _refuse_recipe(model)
         config = LearnedRewardConfig(path=model, normalize=normalize, trust_remote_code=trust_remote_code)
         check_scorer(config)
         data = SupervisedDataConfig(path=file, prompt_column=prompt_column, response_column=response_column)
@@ -166,15 +213,14 @@ def score(
         if any("score" in row for row in rows):
             raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
     prepare_device()
-    with failures_in_one_line():
+    with failures_in_one_line(), _named_as_given(names):
         _quiet()
         scores = score_rows(config, rows, data)
     lines = [json.dumps({**row, "score": value}, default=str) for row, value in zip(rows, scores, strict=True)]
     if output is None:
         print("\n".join(lines))
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+        _write(output, "\n".join(lines))
     print(f"{len(scores)} responses, mean score {sum(scores) / len(scores):.4g}", file=sys.stderr)
 
 
@@ -187,22 +233,30 @@ def generate(
     max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random stream.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
+    ] = False,
 ) -> None:
     """Responds to prompts."""
-    with bad_input_ends_with_status_2():
+    names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
+    with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.build import respond
         from llmrl.distributed.device import prepare_device
         from llmrl.models.checking import check_model
         from llmrl.models.loading import ModelConfig
 
-        if temperature < 0:
-            raise SettingError(f"--temperature ({temperature}) must be 0 or greater")
+        if not 0 <= temperature < math.inf:
+            raise SettingError(f"--temperature ({temperature}) must be a finite number, 0 or greater")
         if temperature == 0 and num_responses > 1:
             raise SettingError(f"--num-responses ({num_responses}) would all be the likeliest one; set --temperature")
-        config = ModelConfig(path=model)
-        check_model(config)
+        for text in (*prompts, system_prompt or ""):
+            if not is_unicode(text):
+                raise SettingError(f"the prompt {text!r} is no UTF-8 text")
+        _refuse_recipe(model)
+        config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
+        check_model(config, may_be_random=False)
     prepare_device()
-    with failures_in_one_line():
+    with failures_in_one_line(), _named_as_given(names):
         _quiet()
         responses = respond(
             config,
@@ -221,21 +275,36 @@ def generate(
 @app.command()
 def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model, grpo or ppo")]) -> None:
     """Every setting with its default and what it does."""
-    from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-
-    runs = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun, "ppo": PPORun}
     with bad_input_ends_with_status_2():
-        if algorithm not in runs:
-            raise SettingError(f"{algorithm} has no settings; choose {' or '.join(runs)}")
-    listed = list(describe(runs[algorithm]))
-    if not sys.stdout.isatty():
-        print("\n".join("\t".join(setting) for setting in listed))
-        return
-    longest = max(len(setting.path) for setting in listed)
-    table = Table(Column("setting", no_wrap=True, min_width=longest), "type", "default", "what it does")
-    for setting in listed:
-        table.add_row(setting.path, setting.type, setting.default, setting.help)
-    Console().print(table)
+        from llmrl.config import RUNS
+
+        if algorithm not in RUNS:
+            raise SettingError(f"{algorithm} has no settings; choose {' or '.join(RUNS)}")
+    for path, kind, default, text in describe(RUNS[algorithm]):
+        if sys.stdout.isatty():
+            print(f"{path}  ({kind}{', ' if default else ''}{default})\n    {text}")
+        else:
+            print(path, kind, default, text, sep="\t")
+
+
+def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
+    """The run that a recipe of one of these commands describes."""
+    from llmrl.config import RUNS
+
+    try:
+        return read_either([RUNS[command] for command in commands], recipe, overrides or [])
+    except SettingError:
+        whose = owner(RUNS, recipe)
+        if whose is None or whose in commands:
+            raise
+        asked = " or ".join(f"`llmrl {command}`" for command in commands)
+        told = f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}; run that, or name another recipe"
+        raise SettingError(told) from None
+
+
+def _refuse_recipe(model: str) -> None:
+    if model.endswith((".yaml", ".yml")):
+        raise SettingError(f"MODEL ({model}) is a recipe; name a model folder, such as the final/ of its output folder")
 
 
 def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run: bool) -> None:
@@ -244,7 +313,7 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
         f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
         f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
         f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
-        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.update.minibatch_size} responses"
+        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.minibatch_size} responses"
         f"{_epochs(num_prompts, checked.rows)}."
     )
     if dry_run:
@@ -266,6 +335,7 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
         progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
         progress.message(f"Computes on {pick_device().type} in {dtype}, {launched_strategy(read_launch()).name}.")
+        _warn_of_missed_gpu(progress)
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
         run = build(progress=progress, trackers=trackers)
         with trackers:
@@ -273,6 +343,14 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     if not is_first:
         raise typer.Exit()
     print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
+
+
+def _warn_of_missed_gpu(progress: Any) -> None:
+    from llmrl.distributed.device import pick_device
+    from llmrl.distributed.launch import missed_gpu
+
+    if told := missed_gpu(has_gpu=pick_device().type != "cpu"):
+        progress.message(f"warning: {told}")
 
 
 @contextmanager
@@ -297,7 +375,7 @@ def _ranks(config: Any) -> Iterator[bool]:
 def _end_at_once(status: int, told: str = "") -> None:
     """Of a launch of several processes, each ends without its interpreter's farewell: threads that gloo leaves behind
     would now and then abort it there, and NCCL would wait there for a rank that is gone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         sys.stdout.flush()
         sys.stderr.write(told)
         sys.stderr.flush()
@@ -322,32 +400,55 @@ def _quiet() -> None:
     from llmrl.distributed.device import pick_device
 
     disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     os.environ.setdefault("DS_ACCELERATOR", pick_device().type)
 
 
 @contextmanager
 def bad_input_ends_with_status_2() -> Iterator[None]:
     """Around everything that happens before a model loads: what is wrong there is the input."""
-    try:
-        yield
-    except ValueError as error:
-        if not _speaks():
-            raise typer.Exit(2) from error
-        _fail(error, 2)
+    with _outer_causes_in_one_line(2):
+        try:
+            yield
+        except ValueError as error:
+            if not _speaks():
+                raise typer.Exit(2) from error
+            _fail(error, 2)
 
 
 @contextmanager
-def _options_for_settings() -> Iterator[None]:
-    """Around the checks of a command that has options in place of a recipe: its errors name the option."""
-    from llmrl.data.rows import SKIP
+def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
+    """Around a command that has arguments in place of a recipe: its errors name these, not the settings."""
+    from llmrl.data.rows import SKIP, DataError
+    from llmrl.models.folders import ModelError
+    from llmrl.rollout.support import RolloutError
 
     try:
         yield
-    except ValueError as error:
-        told = str(error).replace("set reward.model.trust_remote_code=true", "add --trust-remote-code")
-        told = told.removesuffix(f"\n{SKIP}")
-        raise SettingError(told) from error
+    except (DataError, ModelError, RolloutError) as error:
+        told = re.sub(
+            r"(set )?\b(reward\.)?model\.trust_remote_code=true",
+            "add --trust-remote-code",
+            str(error).removesuffix(f"\n{SKIP}"),
+        )
+        told = re.sub(r"\b(reward\.)?model\.path=", "", told)
+        told = re.sub(r"\b(reward\.)?model\.path\b", "MODEL", told)
+        for setting, name in names.items():
+            told = told.replace(setting, name)
+        raise type(error)(told) from error
+
+
+@contextmanager
+def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
+    """Around everything: an interruption, and what the file system refuses, end with a line; all else propagates."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", status, way_out)
 
 
 @contextmanager
@@ -370,7 +471,8 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.trainers.run import RunError, Stopped
 
     try:
-        yield
+        with _outer_causes_in_one_line(1, way_out):
+            yield
     except (
         DataError,
         LaunchError,
@@ -394,20 +496,52 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         _fail(RuntimeError(told), 1, way_out)
 
 
-def _fail(error: BaseException, status: int, way_out: str = "") -> None:
+def _fail(error: BaseException | str, status: int, way_out: str = "") -> NoReturn:
     print(f"error: {error}{way_out}", file=sys.stderr)
-    raise typer.Exit(status) from error
+    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        print("(What the launcher prints below says only that this process ended.)", file=sys.stderr)
+    raise typer.Exit(status)
 
 
 def _speaks() -> bool:
     """Whether what all processes of a launch find before they meet is for this one to tell: its machine's first."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") in ("", "-1", "0")
 
 
-def _existing(file: Path) -> Path:
+def _check_output(output: Path | None) -> None:
+    """Refuses a file that could not be written in the end."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise SettingError(f"--output ({output}) is a folder; name a file in it")
+    place = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if place != output and not place.is_dir():
+        raise SettingError(f"--output ({output}) would be in {place}, which is a file; name another place")
+    if not os.access(place, os.W_OK):
+        raise SettingError(f"--output ({output}) cannot be written: {place} allows no writing; name another place")
+
+
+def _write(output: Path, text: str) -> None:
+    """A file of text. Where the system refuses it after all, the text is printed, so that it is not lost."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    except OSError as error:
+        print(text)
+        _fail(f"--output ({output}) cannot be written: {error.strerror}; what it was to hold is printed", 1)
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    """What an earlier evaluation wrote."""
     if not file.is_file():
         raise SettingError(f"--compare ({file}) is no file; write one with --output")
-    return file
+    try:
+        match json.loads(file.read_text()):
+            case {"model": str(), **numbers} as values if all(isinstance(x, int | float) for x in numbers.values()):
+                return values
+    except (ValueError, RecursionError):
+        pass
+    raise SettingError(f"--compare ({file}) does not hold what --output of llmrl evaluate writes; name such a file")
 
 
 def _epochs(num_used: int, rows: list | None) -> str:
@@ -439,7 +573,8 @@ def _print_card(folder: Path) -> None:
 
 
 def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:
-    table = Table("", *([before["model"]] if before else []), model)
+    columns = ["", *([before["model"]] if before else []), model]
+    table = Table(*(Column(Text(column), overflow="fold") for column in columns))
     for name in values:
         if name.endswith(("_low", "_high")):
             continue

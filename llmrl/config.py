@@ -1,12 +1,13 @@
 """What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from llmrl.algorithms.grpo import GRPOConfig
 from llmrl.algorithms.ppo import PPOConfig
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.rows import DataConfig
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.trainable import OptimizerConfig
@@ -20,6 +21,8 @@ from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
 from llmrl.trainers.run import OutputConfig, RLRunConfig, RunConfig
 from llmrl.trainers.sft import SFTConfig
+
+DEFAULT_MINIBATCH_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,13 @@ class SFTRun:
     """What several processes do together."""
 
     def __post_init__(self) -> None:
-        if self.sft.evaluate_every and self.evaluation_data is None:
+        every = self.sft.evaluate_every
+        if every and self.evaluation_data is None:
             raise ValueError(
-                f"sft.evaluate_every ({self.sft.evaluate_every}) needs evaluation_data; "
-                "name held-out examples, or set it to 0"
+                f"sft.evaluate_every ({every}) needs evaluation_data; name held-out examples, or set it to 0"
             )
-        _check_best(self.run, evaluates=self.sft.evaluate_every > 0, way_out="sft.evaluate_every")
+        evaluates = self.evaluation_data is not None and every != 0
+        _check_best(self.run, evaluates=evaluates, way_out=_way_to_evaluate("sft.evaluate_every", self.evaluation_data))
 
     @property
     def longest_sequence(self) -> int:
@@ -79,7 +83,8 @@ class RewardModelRun:
     """What several processes do together."""
 
     def __post_init__(self) -> None:
-        _check_best(self.run, evaluates=self.reward_model.evaluate_every > 0, way_out="reward_model.evaluate_every")
+        evaluates = self.reward_model.evaluate_every != 0
+        _check_best(self.run, evaluates=evaluates, way_out="reward_model.evaluate_every")
 
     @property
     def longest_sequence(self) -> int:
@@ -136,7 +141,10 @@ class RLRun:
     """What several processes do together."""
 
     def __post_init__(self) -> None:
-        group, size = self.algorithm.group_size, self.update.minibatch_size
+        if self.update.minibatch_size is None:
+            fitting = replace(self.update, minibatch_size=self._sizes_near(DEFAULT_MINIBATCH_SIZE)[0])
+            object.__setattr__(self, "update", fitting)
+        group, size = self.algorithm.group_size, self.minibatch_size
         if size % group:
             raise ValueError(
                 f"update.minibatch_size ({size}) must be a multiple of algorithm.group_size ({group}): groups are not "
@@ -165,14 +173,29 @@ class RLRun:
                 f"evaluation.every ({self.evaluation.every}) needs evaluation_data; "
                 "name held-out prompts, or set it to 0"
             )
-        _check_best(self.run, evaluates=self.evaluation.every > 0, way_out="evaluation.every")
+        way_out = _way_to_evaluate("evaluation.every", self.evaluation_data)
+        _check_best(self.run, evaluates=self.evaluates, way_out=way_out)
 
-    def _fitting_sizes(self) -> str:
-        """The sizes of a minibatch that both rules allow, those next to what was asked for."""
+    def _sizes_near(self, wanted: int) -> list[int]:
+        """The sizes of a minibatch that both rules allow, whole groups that divide a rollout, from the nearest on."""
         group, total = self.algorithm.group_size, self.num_responses
         fitting = [size for size in range(group, total + 1, group) if total % size == 0]
-        nearest = sorted(fitting, key=lambda size: abs(size - self.update.minibatch_size))[:2]
-        return " or ".join(str(size) for size in sorted(nearest))
+        return sorted(fitting, key=lambda size: abs(size - wanted))
+
+    def _fitting_sizes(self) -> str:
+        """Those next to what was asked for."""
+        return " or ".join(str(size) for size in sorted(self._sizes_near(self.minibatch_size)[:2]))
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses of one optimizer step, over all ranks."""
+        assert self.update.minibatch_size is not None, "set with the run"
+        return self.update.minibatch_size
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether training measures held-out prompts."""
+        return self.evaluation_data is not None and self.evaluation.every != 0
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
@@ -196,7 +219,7 @@ class RLRun:
 
     @property
     def optimizer_steps_per_iteration(self) -> int:
-        return self.update.num_epochs * self.num_responses // self.update.minibatch_size
+        return self.update.num_epochs * self.num_responses // self.minibatch_size
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -263,6 +286,10 @@ class PPORun(RLRun):
         return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
 
 
+RUNS: dict[str, type] = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun, "ppo": PPORun}
+"""What each command of the command line runs."""
+
+
 def _check_base(actor: ModelConfig) -> None:
     if actor.lora is None:
         raise ValueError("reward.model.on_actor_base needs model.lora: it is an adapter on the actor's frozen base")
@@ -271,6 +298,10 @@ def _check_base(actor: ModelConfig) -> None:
             "reward.model.on_actor_base needs the base that the reward model was trained on, and model.from_scratch "
             "draws another; leave one of them out"
         )
+
+
+def _way_to_evaluate(setting: str, data: DataConfig | None) -> str:
+    return setting if data is not None else f"evaluation_data and {setting}"
 
 
 def _check_best(run: OutputConfig, *, evaluates: bool, way_out: str) -> None:

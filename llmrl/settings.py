@@ -2,6 +2,16 @@
 
 OmegaConf reads and interpolates, pydantic checks types strictly. Whatever is wrong becomes one `SettingError` that
 names the path of each setting, its value, the rule and the way out.
+
+An override means what the shell hands over. The type of the setting says how that is read:
+
+    text, path, choice     the text itself, character by character; in quotes of its own the text between them;
+                           null where the setting may be null
+    number                 decimal: 1e-5, .5, 1_000, 007; or null
+    all else               YAML: true, [a, b], {path: x}, null
+    argument of a reward   a number, true, false, null, a text in quotes, [a, b] or {a: b}; any other text as it is
+
+In every text ``${a.b}`` is the value of another setting, as in a recipe, and ``\\${`` stands for the characters ``${``.
 """
 
 import ast
@@ -10,9 +20,11 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +33,16 @@ from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, Union, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
+
+from llmrl.paths import UserPath
 
 T = TypeVar("T")
 
@@ -49,12 +68,13 @@ def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
     Args:
         cls: Frozen dataclass of frozen dataclasses, tuples and dicts of them, ``X | None``, ``Literal`` and scalars.
         path: YAML file; OmegaConf's interpolation ``${a.b}`` is resolved after the overrides.
-        overrides: ``a.b=value`` with a YAML value; list items by index, as in ``reward.functions.0.weight=2``.
+        overrides: ``a.b=value``, read by the type of the setting; list items by index, as in
+            ``reward.functions.0.weight=2``.
 
     Raises:
         SettingError: The file, an override or a setting cannot be used. All bad settings are in one message.
     """
-    return _validated(cls, path, _resolved(path, overrides))
+    return read_either([cls], path, overrides)
 
 
 def read_either(classes: Sequence[type[T]], path: Path, overrides: Sequence[str]) -> T:
@@ -62,7 +82,7 @@ def read_either(classes: Sequence[type[T]], path: Path, overrides: Sequence[str]
 
     Where several know as many, it is the first that takes the settings.
     """
-    settings = _resolved(path, overrides)
+    settings = _resolved(classes, path, overrides)
     num_unknown = [len(_all_unknown_names(cls, settings)) for cls in classes]
     fitting = [cls for cls, number in zip(classes, num_unknown, strict=True) if number == min(num_unknown)]
     refusals = []
@@ -72,6 +92,13 @@ def read_either(classes: Sequence[type[T]], path: Path, overrides: Sequence[str]
         except SettingError as error:
             refusals.append(error)
     raise refusals[0]
+
+
+def owner(classes: Mapping[str, type], path: Path) -> str | None:
+    """The name of the only class that knows every name in a recipe, overrides left aside; None if there is no such."""
+    settings = OmegaConf.to_container(_load(path))
+    fitting = [name for name, cls in classes.items() if not _all_unknown_names(cls, settings)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -89,68 +116,179 @@ def describe(cls: type) -> Iterator[Setting]:
     return _describe(cls, "", None)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text of the command line was UTF-8: Python marks bytes that are not by lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 # --- the file and the overrides ---------------------------------------------------------------------------------------
 
 
-def _resolved(path: Path, overrides: Sequence[str]) -> Any:
+def _resolved(classes: Sequence[type], path: Path, overrides: Sequence[str]) -> Any:
     """What the file and the overrides say together."""
     tree = _load(path)
-    _override(tree, overrides)
+    _override(tree, overrides, classes)
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
+        raise SettingError(f"{path}: {_refused(error)}") from error
 
 
 def _load(path: Path) -> DictConfig:
-    if not path.is_file():
-        siblings = [sibling.name for sibling in path.parent.glob("*") if sibling.is_file()]
-        nearest = difflib.get_close_matches(path.name, siblings, n=1)
-        way_out = f"; did you mean {path.with_name(nearest[0])}?" if nearest else ""
-        raise SettingError(f"there is no recipe {path}{way_out}")
-    text = path.read_text(encoding="utf-8")
+    text = _read(path)
     try:
-        if not isinstance(yaml.compose(text, yaml.SafeLoader), yaml.MappingNode):
-            raise SettingError(f"{path} is not a recipe: write a mapping, with lines such as 'output_dir: runs/first'")
-        tree = OmegaConf.create(text)
+        root = yaml.compose(text, yaml.SafeLoader)
+        is_mapping = isinstance(root, yaml.MappingNode | None)
+        tree = OmegaConf.create(text if root is not None else {}) if is_mapping else None
     except yaml.YAMLError as error:
         raise SettingError(f"{path}{_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
-        raise SettingError(f"{path}: {error.full_key}: {_first_line(error)}") from error
-    assert isinstance(tree, DictConfig)
+        raise SettingError(f"{path}: {_refused(error)}") from error
+    except RecursionError as error:
+        raise SettingError(f"{path} is not a recipe: its lists and mappings are nested too deeply") from error
+    except ValueError as error:  # of a number with thousands of digits
+        raise SettingError(f"{path}: {_first_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise SettingError(f"{path} is not a recipe: write a mapping, with lines such as 'run: {{seed: 1}}'")
     return tree
 
 
-def _override(tree: DictConfig, overrides: Sequence[str]) -> None:
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise SettingError(f"{path} is a folder, not a recipe; name a YAML file{_nearest_file(path / 'recipe.yaml')}")
+    if not path.exists():
+        raise SettingError(f"there is no recipe {path}{_nearest_file(path)}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{path} is not a recipe: it is no UTF-8 text, at byte {error.start}") from error
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [sibling.name for sibling in path.parent.glob("*") if sibling.is_file()]
+    nearest = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.with_name(nearest[0])}?" if nearest else ""
+
+
+def _override(tree: DictConfig, overrides: Sequence[str], classes: Sequence[type]) -> None:
     """Writes the overrides into the tree.
 
     ``made_by`` is the command that makes the recipe's own file, so it goes when an override names another ``path``.
     """
     given: set[str] = set()
     for override in overrides:
-        key, value = _parse(override)
+        key, value = _parse(override, classes)
         given.update(_leaves(key, value))
+        _refuse_interpolated(tree, key, override)
         try:
-            _refuse_interpolated(tree, key, override)
             OmegaConf.update(tree, key, value)
+        except ValueError as error:
+            told = f"override {override!r}: an item of a list is named by its number, as in reward.functions.0.weight=2"
+            raise SettingError(told) from error
         except (OmegaConfBaseException, TypeError) as error:
-            raise SettingError(f"override {override!r}: {_first_line(error)}") from error
+            told = f"override {override!r}: {_first_line(error)}{_text_instead(error)}"
+            raise SettingError(told) from error
     for key in given:
         section, _, name = key.rpartition(".")
         if name == "path" and section and f"{section}.made_by" not in given:
             OmegaConf.select(tree, section).pop("made_by", None)
 
 
-def _parse(override: str) -> tuple[str, Any]:
+def _parse(override: str, classes: Sequence[type]) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise SettingError(f"override {override!r} must be written key=value, such as run.seed=1")
+    if not is_unicode(override):
+        raise SettingError(f"override {override!r} is no UTF-8 text")
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return key, _meant(text, _annotation(classes, key))
     except yaml.YAMLError as error:
         raise SettingError(f"override {override!r}: the value is not YAML; put it in quotes") from error
+
+
+def _meant(text: str, annotation: Any) -> Any:
+    """What the text after the equals sign of an override means to a setting of this type; see the top of the file."""
+    members = _members(annotation)
+    if all(_is_text(member) or member is NoneType for member in members):
+        return None if text == "null" and NoneType in members else _unquoted(text)
+    is_plain = any(_is_text(member) or member in (int, float, Any) for member in members)
+    return _literal(text) if is_plain else _yaml_value(text)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _is_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(annotation))
+    return annotation in (str, Path, UserPath)
+
+
+def _unquoted(text: str) -> str:
+    """What stands between the quotes of a line that is a quoted text of YAML as a whole; any other text as it is."""
+    node = _node(text) if text[:1] in ("'", '"') and len(text.splitlines()) == 1 else None
+    return node.value if isinstance(node, yaml.ScalarNode) else text
+
+
+def _number(text: str) -> int | float | None:
+    """A decimal number, as people write one, not as YAML 1.1 reads 010 or 1:30; None for any other text."""
+    if re.match(r"[-+]?\.?[0-9]", text):
+        for read in (int, float):
+            with suppress(ValueError):
+                return read(text)
+    return None
+
+
+def _literal(text: str) -> Any:
+    """A number, true, false, null, a text in quotes, or a list or mapping in brackets; else the text as it is."""
+    if (number := _number(text)) is not None:
+        return number
+    if text.lower() in ("true", "false", "null"):
+        return _yaml_value(text)
+    node = _node(text)
+    is_meant = isinstance(node, yaml.CollectionNode) and node.flow_style
+    return _yaml_value(text) if is_meant else _unquoted(text)
+
+
+def _node(text: str) -> yaml.Node | None:
+    """The node of YAML that a text is as a whole, comments excluded; None where there is no such."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return node if node is not None and node.end_mark.index == len(text) else None
+
+
+def _yaml_value(text: str) -> Any:
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(parsed, dict)
-    return key, parsed["value"]
+    return parsed["value"]
+
+
+def _annotation(classes: Sequence[type], key: str) -> Any:
+    """The type of the setting that a key names, by the first of the classes that has it; Any if none does."""
+    names = re.sub(r"\[([^]]*)\]", r".\1", key).split(".")
+    for cls in classes:
+        annotation: Any = cls
+        for name in names:
+            annotation = _annotation_below(_not_null(annotation), name)
+        if annotation is not None:
+            return annotation
+    return Any
+
+
+def _annotation_below(annotation: Any, name: str) -> Any:
+    """The type of what stands under a name, or at an index, in a value of a type; None where nothing can stand."""
+    if _is_section(annotation):
+        return _hints(annotation).get(name)
+    if get_origin(annotation) in (dict, Mapping):
+        return get_args(annotation)[1]
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
+    return Any if annotation is Any else None
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:
@@ -181,11 +319,21 @@ def _refuse_interpolated(tree: DictConfig, key: str, override: str) -> None:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f", line {error.problem_mark.line + 1}: {error.problem}"
-    return f": {error}"
+    return f": {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _refused(error: OmegaConfBaseException) -> str:
+    return f"{error.full_key or 'a name'}: {_first_line(error)}{_text_instead(error)}"
+
+
+def _text_instead(error: Exception) -> str:
+    """The way out of a ``${`` that was meant as text."""
+    is_interpolation = isinstance(error, InterpolationKeyError | UnsupportedInterpolationType | GrammarParseError)
+    return "; ${a.b} is the value of the setting a.b, and \\${ stands for the characters ${" if is_interpolation else ""
 
 
 # --- names, defaults and types ----------------------------------------------------------------------------------------
@@ -201,7 +349,7 @@ def _validated(cls: type[T], path: Path, settings: Any) -> T:
     for _, section, given in _sections(cls, settings):
         _fill(section, given)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(settings), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(settings, default=list), strict=True)
     except ValidationError as error:
         problems = [_problem(details) for details in error.errors()]
         raise SettingError(_message(path, problems)) from error
@@ -232,9 +380,7 @@ def _sections(annotation: Any, value: Any, path: Place = ()) -> Iterator[tuple[P
 
 def _not_null(annotation: Any) -> Any:
     """X for ``X | None``, and every other annotation as it is."""
-    if get_origin(annotation) not in (Union, UnionType):
-        return annotation
-    members = [member for member in get_args(annotation) if member is not NoneType]
+    members = [member for member in _members(annotation) if member is not NoneType]
     if len(members) > 1 and any(_is_section(member) for member in members):
         raise TypeError(f"{annotation} is a choice of sections, and no recipe says which")
     return members[0] if len(members) == 1 else annotation
@@ -245,7 +391,7 @@ def _is_section(annotation: Any) -> TypeGuard[type]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls)}
 
 
@@ -272,10 +418,16 @@ def _nans(value: Any, path: Place = ()) -> Iterator[Place]:
 
 
 def _fill(section: type, given: dict[Any, Any]) -> None:
-    """Where a class gives a section a default of its own, the recipe's section is laid over that default."""
+    """Where a class gives a section a default of its own, the recipe's section is laid over that default. A required
+    section that is left out is empty, so that errors name the settings that it lacks."""
     for field in fields(section):
-        if field.name in given:
-            given[field.name] = _over(_default(field), given[field.name])
+        name, hint = field.name, _hints(section)[field.name]
+        if name in given:
+            given[name] = _over(_default(field), given[name])
+            if _not_null(hint) == UserPath and isinstance(given[name], str):
+                given[name] = os.path.expanduser(given[name])
+        elif _is_section(hint) and _default(field) is MISSING:
+            given[name] = {}
 
 
 def _over(default: Any, given: Any) -> Any:
@@ -388,7 +540,15 @@ def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
                 yield name, " ".join(text.split())
 
 
-_TYPE_NAMES = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path", NoneType: "null"}
+_TYPE_NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true | false",
+    Path: "path",
+    UserPath: "path",
+    NoneType: "null",
+}
 
 
 def _type_text(annotation: Any) -> str:
@@ -397,7 +557,7 @@ def _type_text(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(argument) for argument in arguments)
     if origin in (Union, UnionType):
-        return " | ".join(_type_text(argument) for argument in arguments)
+        return " | ".join(_type_text(argument) for argument in _members(annotation))
     if origin is tuple:
         return f"list of {_type_text(arguments[0])}"
     if origin in (dict, Mapping):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: whole runs of a tiny model, and every kind of bad input."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,18 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
 from llmrl import cli
-from llmrl.cli import app
+from llmrl.cli import _named_as_given, _print_evaluation, _write, app, settings
 from llmrl.distributed.activity import HERE
+from llmrl.models.loading import ModelError
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "models" / "tiny_char_llama"
@@ -87,6 +91,7 @@ def grpo_recipe(data):
             "algorithm": {"group_size": 4},
             "update": {"minibatch_size": 8},
             "optimizer": {"learning_rate": 1e-3},
+            "evaluation": {"every": 0},
             "run": {"output_dir": str(data / "grpo"), "num_iterations": 2},
         },
     )
@@ -274,6 +279,236 @@ def test_a_reward_that_raises_names_itself_and_the_row_and_everything_is_saved(g
     assert [p.name for p in (data / "grpo" / "checkpoints").iterdir()] == ["step_000001"]
 
 
+def refused(*arguments):
+    """Standard error of a command that refuses its input in lines of our own, before anything loads."""
+    status, output, error = llmrl(*arguments)
+    assert (status, output) == (2, ""), error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "a..b=1",
+            "=x",
+            "x",
+            ".=1",
+            "run.seed.x=1",
+            "run.seed[0]=1",
+            "run.seed",
+            "run. seed=1",
+            "null=1",
+            "1=1",
+            "${x}=1",
+        ),
+        *("reward.functions.5.weight=1", "reward.functions.x=1", "reward.functions={a: 1}", "reward.functions=x"),
+        *("reward.functions.0=", "reward.functions=[]", "reward.functions=[{name: 5}]", "reward.functions.0.name=x"),
+        *(
+            "reward=null",
+            "run=[]",
+            "data=5",
+            "model=",
+            "model.lora=x",
+            "model.lora.targets=[1]",
+            "model.lora.rank=1e400",
+        ),
+        *("run.seed=99999999999999999999", "run.seed=1:30", "run.seed=[", "run.seed=*a", "run.seed=${run}", "run={a"),
+        *("run={seed: 1, seed: 2}", "run.num_iterations=1e3", "run.resume=maybe", "run.output_dir=${run.output_dir}"),
+        *("optimizer.learning_rate=1e400", "optimizer.learning_rate=inf", "optimizer.learning_rate=nan"),
+        *("optimizer=${optimizer}", "run.seed=" + "9" * 5000, "evaluation.pass_at=3", "distributed.silent_after_s=nan"),
+        *("run.output_dir=\udcff", "run.output_dir=" + "x" * 300, "model.path=" + "x" * 300, "data.path=/dev/null"),
+        *("trackers.names=[x]", "trackers.names=wandb", "reward.functions.0.arguments=x"),
+    ],
+    ids=ascii,
+)
+def test_an_override_never_ends_in_a_traceback(grpo_recipe, override):
+    refused("grpo", grpo_recipe, override, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            b"",
+            b"- 1",
+            b"hi",
+            b"null",
+            b"\x00\x01\xff",
+            b"run: {seed: 1} # \xe9",
+            b"run:\n\tseed: 1",
+            b"a: " + b"{a: " * 3000,
+        ),
+        *(b"run: {seed: 1}\nrun: {seed: 2}", b"run: &a {x: *a}", b"run: !!python/object:os.system x", b"run: !x y"),
+        *(b"run: {seed: 1}\n---\nrun: {seed: 2}", b"run: {<<: [1]}", b"run: {seed: .inf}", b"run: !!set {x}", b"1: 1"),
+        *(b"run: !!binary aGk=", b"null: 1", b"[1]: 1", b"run: {seed: '${'}", b"run: ${run}", b"run: 5\nmodel: [1]"),
+        *("run: {seed: 1}".encode("utf-16"), b"run: {seed: " + b"9" * 5000 + b"}", b'run: {output_dir: "\\ud800"}'),
+    ],
+    ids=lambda content: ascii(content[:20]),
+)
+def test_a_recipe_never_ends_in_a_traceback(tmp_path, content):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    for command in ("sft", "reward-model", "grpo", "ppo", "evaluate"):
+        assert str(recipe) in refused(command, recipe)
+
+
+@pytest.mark.parametrize("recipe", ["", "/nowhere/r.yaml", "recipes", "README.md/r.yaml", "x" * 300, "\udcff.yaml"])
+def test_a_path_of_a_recipe_never_ends_in_a_traceback(recipe):
+    refused("grpo", recipe)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model", "grpo", "ppo", "evaluate"])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "tiny" in r.stem or "quick" in r.stem], ids=str)
+def test_a_recipe_of_another_command_is_told_whose_it_is(recipe, command):
+    whose = recipe.stem.rpartition("reward_model")[1].replace("_", "-") or recipe.stem.rpartition("_")[2]
+    if (
+        command in (whose, "evaluate")
+        and whose in ("sft", "reward-model", "grpo", "ppo")[0 if command == whose else 2 :]
+    ):
+        return
+    error = refused(command, recipe)
+    assert error.startswith(f"error: {recipe} is a recipe of `llmrl {whose}`, not of `llmrl ")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_recipe_with_a_slip_is_not_taken_for_another_s(grpo_recipe):
+    assert "did you mean update.minibatch_size?" in refused("grpo", grpo_recipe, "update.minibach_size=8")
+    assert "critic is not a setting" in refused("grpo", grpo_recipe, "critic.body=actor")
+
+
+@pytest.mark.parametrize(
+    ("content", "is_taken"),
+    [
+        ('{"model": "m", "eval/accuracy": 0.5}', True),
+        *[(text, False) for text in ("[]", "{}", "{", '{"model": 1}', '{"model": "m", "eval/x": null}', "[" * 99999)],
+    ],
+)
+def test_what_is_compared_with_is_an_evaluation(grpo_recipe, data, content, is_taken):
+    file = data / "before.json"
+    file.write_text(content)
+    error = refused("evaluate", grpo_recipe, "--compare", file, "data.path=x.jsonl", "model.path=recipes/typo")
+    assert error.startswith("error: model.path" if is_taken else f"error: --compare ({file}) does not hold what")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "score"])
+def test_an_output_that_cannot_be_written_is_refused_at_the_start(grpo_recipe, data, command, monkeypatch):
+    first = {"evaluate": ("evaluate", grpo_recipe), "score": ("score", "nowhere/model", data / "sft.jsonl")}[command]
+    file = data / "sft.jsonl"
+    assert f"--output ({data}) is a folder" in refused(*first, "--output", data)
+    assert f"--output ({file}/x) would be in {file}, which is a file" in refused(*first, "--output", f"{file}/x")
+    monkeypatch.setattr(os, "access", lambda _, mode, **__: mode != os.W_OK)
+    assert f"{data} allows no writing" in refused(*first, "--output", data / "new" / "x.json")
+
+
+def test_what_was_computed_is_printed_where_it_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(typer.Exit):
+        _write(tmp_path / "file" / "x.json", "the numbers")
+    assert capsys.readouterr().out == "the numbers\n"
+
+
+def test_scores_never_replace_their_rows(data):
+    assert "is the file that is scored" in refused("score", "m", data / "sft.jsonl", "--output", data / "sft.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "recipes/typo", "hi"), "MODEL (recipes/typo) is no folder"),
+        (("generate", TINY, "hi"), f"MODEL ({TINY}) holds no weights"),
+        (("generate", "recipes/quickstart_sft.yaml", "hi"), "MODEL (recipes/quickstart_sft.yaml) is a recipe"),
+        (("generate", TINY, "\udcff"), "is no UTF-8 text"),
+        (("generate", TINY, "hi", "--temperature", "nan"), "--temperature (nan)"),
+        (("score", "recipes/typo", "x.jsonl"), "MODEL (recipes/typo) is no folder"),
+        (("score", "recipes/quickstart_sft.yaml", "x.jsonl"), "MODEL (recipes/quickstart_sft.yaml) is a recipe"),
+    ],
+)
+def test_a_command_without_a_recipe_blames_what_it_was_given(arguments, told):
+    error = refused(*arguments)
+    assert told in error
+    assert not any(word in error for word in ("model.path", "reward.", "data.", "from_scratch"))
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            "model.path (x) is no folder; did you mean model.path=x/final?",
+            "MODEL (x) is no folder; did you mean x/final?",
+        ),
+        ("read it, then set reward.model.trust_remote_code=true, or", "read it, then add --trust-remote-code, or"),
+        ("set data.prompt_column", "set --prompt-column"),
+    ],
+)
+def test_settings_are_named_as_they_were_given(told, expected):
+    with pytest.raises(ModelError) as raised, _named_as_given({"data.prompt_column": "--prompt-column"}):
+        raise ModelError(told)
+    assert str(raised.value) == expected
+
+
+def test_a_wrong_column_is_blamed_on_its_option(data, monkeypatch):
+    monkeypatch.setattr("llmrl.build.check_scorer", lambda _: [])
+    error = refused("score", "m", data / "sft.jsonl", "--response-column", "reply")
+    assert "no column 'reply'" in error
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(grpo_recipe, data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data))
+    recipe = f"~/{grpo_recipe.name}"
+    paths = ["data.path=~/train.jsonl", "evaluation_data.path=~/test.jsonl", "run.output_dir=~/out"]
+    status, output, error = llmrl("grpo", recipe, *paths, "--dry-run")
+    assert status == 0, error
+    assert f"output_dir: {data}/out" in output
+    assert f"--compare ({data}/gone.json) is no file" in refused("evaluate", recipe, "--compare=~/gone.json")
+    assert f"--output ({data}) is a folder" in refused("evaluate", recipe, "--output=~")
+
+
+def test_an_interruption_is_one_line(grpo_recipe, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmrl.build.check_rl", interrupt)
+    assert llmrl("grpo", grpo_recipe) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 2), (errno.ENOSPC, 2), (None, None)])
+def test_what_the_file_system_refuses_is_one_line_and_a_bug_is_not(grpo_recipe, monkeypatch, number, status):
+    def fail(*_, **__):
+        raise OSError(number, "not now", "some/file") if number else OSError("a bug")
+
+    monkeypatch.setattr("llmrl.build.check_rl", fail)
+    if status is None:
+        with pytest.raises(OSError, match="a bug"):
+            llmrl("grpo", grpo_recipe)
+    else:
+        assert llmrl("grpo", grpo_recipe) == (status, "", "error: some/file: not now\n")
+
+
+def test_a_pipe_that_is_closed_early_is_no_error():
+    command = f"{sys.executable} -m llmrl settings ppo | {sys.executable} -c ''"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_under_a_launcher_its_own_report_is_announced(grpo_recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    error = refused("grpo", grpo_recipe, "run.seed=x")
+    assert error.splitlines()[-1] == "(What the launcher prints below says only that this process ended.)"
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "first"}])
+def test_variables_of_a_launcher_that_make_no_sense_are_refused(sft_recipe, monkeypatch, variables):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    status, _, error = llmrl("sft", sft_recipe)
+    assert "LOCAL_RANK" in variables or (status == 2 and "error: WORLD_SIZE (" in error)
+
+
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -456,3 +691,59 @@ def test_a_dry_run_prints_the_dtype_that_the_device_gets(grpo_recipe, monkeypatc
     status, printed, _ = llmrl("grpo", grpo_recipe, "--dry-run")
     assert status == 0
     assert "  dtype: bfloat16\n" in printed
+
+
+def test_held_out_prompts_that_are_named_are_measured_before_and_after(grpo_recipe, data):
+    settings = yaml.safe_load(grpo_recipe.read_text())
+    del settings["evaluation"]
+    status, _, error = llmrl("grpo", write_recipe(data / "named.yaml", settings))
+    assert status == 0, error
+    entries = lines(data / "grpo" / "metrics.jsonl")
+    assert [entry["iteration"] for entry in entries if "eval/accuracy" in entry] == [0, 2]
+    assert [entry["iteration"] for entry in entries] == [0, 1, 2]
+
+
+def test_a_minibatch_follows_a_smaller_rollout(grpo_recipe, data):
+    settings = yaml.safe_load(grpo_recipe.read_text())
+    del settings["update"]
+    status, output, error = llmrl("grpo", write_recipe(data / "small.yaml", settings), "--dry-run")
+    assert status == 0, error
+    assert yaml.safe_load(output.partition("\nEach ")[0])["update"]["minibatch_size"] == 16
+
+
+def test_the_version_and_the_short_help():
+    assert llmrl("--version")[:2] == (0, f"llmrl {version('llmrl')}\n")
+    for command in ([], ["grpo"], ["generate"]):
+        assert llmrl(*command, "-h") == llmrl(*command, "--help")
+
+
+def test_the_help_says_how_overrides_are_read():
+    words = " ".join(llmrl("grpo", "-h")[1].replace("│", "").split())
+    assert "model.lora.targets=[q_proj,v_proj]. A text is what the shell hands over" in words
+    assert r"\${ the two characters ${" in words
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_settings_lose_nothing_in_a_narrow_terminal(algorithm, monkeypatch, capsys):
+    piped = llmrl("settings", algorithm)[1]
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    settings(algorithm)
+    shown = capsys.readouterr().out
+    for path, kind, default, text in (line.split("\t") for line in piped.splitlines()):
+        assert f"{path}  ({kind}{', ' if default else ''}{default})\n    {text}\n" in shown
+
+
+def test_an_evaluation_loses_nothing_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    model, earlier = "runs/" + "long_" * 12 + "after", "runs/" + "long_" * 12 + "before"
+    values = {"eval/accuracy": 0.25, "eval/accuracy_low": 0.1875, "eval/accuracy_high": 0.3125}
+    _print_evaluation(model, values, {"model": earlier, **values})
+    columns = [
+        [cell.strip() for cell in line.split(side)] for line in capsys.readouterr().out.splitlines() for side in "│┃"
+    ]
+    rows = [cells for cells in columns if len(cells) == 5]
+    joined = ["".join(row[n] for row in rows) for n in (2, 3)]
+    assert earlier in joined[0]
+    assert model in joined[1]
+    assert all("0.25[0.1875,0.3125]" in column.replace(" ", "") for column in joined)

@@ -103,8 +103,9 @@ def test_the_best_reward_model_needs_evaluations():
         r"^run\.best_metric \(eval/accuracy\) is never measured: set reward_model\.evaluate_every, or name another"
     )
     with pytest.raises(ValueError, match=message):
-        reward_model(run=best)
-    reward_model(run=best, reward_model=RewardModelConfig(evaluate_every=5))
+        reward_model(run=best, reward_model=RewardModelConfig(evaluate_every=0))
+    for every in (None, 5):
+        reward_model(run=best, reward_model=RewardModelConfig(evaluate_every=every))
     reward_model(run=OutputConfig(output_dir="o", best_metric="pairs/accuracy"))
 
 
@@ -150,6 +151,14 @@ def test_the_best_reward_model_needs_evaluations():
         ),
         (
             {"run": RLRunConfig(output_dir="o", num_iterations=1, best_metric="eval/accuracy")},
+            r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation_data and evaluation\.every, or name",
+        ),
+        (
+            {
+                "run": RLRunConfig(output_dir="o", num_iterations=1, best_metric="eval/accuracy"),
+                "evaluation_data": PromptDataConfig(path="e.jsonl"),
+                "evaluation": EvaluationConfig(every=0),
+            },
             r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation\.every, or name another metric$",
         ),
     ],
@@ -183,7 +192,7 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
             r"try 32 or 64$",
         ),
         (
-            {"rollout": RolloutConfig(prompts_per_iteration=6)},
+            {"rollout": RolloutConfig(prompts_per_iteration=6), "update": UpdateConfig(minibatch_size=128)},
             r"update\.minibatch_size \(128\) must divide the 6 responses of a rollout \(6 prompts x 1\); try 3 or 6$",
         ),
         (
@@ -291,6 +300,41 @@ def test_optimizer_steps_of_an_iteration():
     )
     assert config.num_responses == 24
     assert config.optimizer_steps_per_iteration == 6  # 3 minibatches, twice
+
+
+@pytest.mark.parametrize(
+    ("group_size", "prompts", "expected"),
+    [
+        (8, 16, 128),
+        (8, 2, 16),
+        (8, 64, 128),
+        (8, 5, 40),
+        (6, 16, 96),
+        (5, 7, 35),
+        (8, 17, 136),
+        (200, 3, 200),
+        (96, 4, 96),
+    ],
+)
+def test_a_minibatch_follows_the_rollout(group_size: int, prompts: int, expected: int):
+    config = grpo(
+        algorithm=GRPOConfig(group_size=group_size),
+        rollout=RolloutConfig(prompts_per_iteration=prompts, max_rows=group_size),
+    )
+    assert config.update.minibatch_size == config.minibatch_size == expected
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [(128, 128), (2, 2), (192, 96), (131, 131), (1000, 125)])
+def test_a_minibatch_of_ppo_follows_the_rollout(prompts: int, expected: int):
+    assert ppo(rollout=RolloutConfig(prompts_per_iteration=prompts)).update.minibatch_size == expected
+
+
+def test_held_out_data_that_is_named_is_used():
+    held_out = PromptDataConfig(path="e.jsonl")
+    assert not grpo().evaluates
+    assert grpo(evaluation_data=held_out).evaluates
+    assert grpo(evaluation_data=held_out, evaluation=EvaluationConfig(every=3)).evaluates
+    assert not grpo(evaluation_data=held_out, evaluation=EvaluationConfig(every=0)).evaluates
 
 
 # --- every setting ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
-from llmrl.settings import Setting, SettingError, describe, read_either, read_recipe, to_dict, to_yaml
+from llmrl.paths import UserPath
+from llmrl.settings import Setting, SettingError, describe, owner, read_either, read_recipe, to_dict, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +188,16 @@ def test_a_missing_folder_is_a_missing_recipe(tmp_path: Path):
         ("seed: !!python/object:os.system x", ", line 1: could not determine a constructor"),
         ("- 1", " is not a recipe: write a mapping"),
         ("hello", " is not a recipe: write a mapping"),
-        ("", " is not a recipe: write a mapping"),
+        ("a: " + "[" * 5000, " is not a recipe: its lists and mappings are nested too deeply"),
+        ("seed: \x00", ": unacceptable character"),
+        ("seed: 1\n\tx: 2", ", line 2: found character '\\t' that cannot start any token"),
+        ("output_dir: ${model.path}\nmodel: {path: '${output_dir}'}", ": output_dir: Recursive interpolation detected"),
         ("model: {path: '${nowhere}'}", ": model.path: Interpolation key 'nowhere' not found"),
         ("model: {path: '${'}", ": model.path: "),
+        (
+            "model: {path: '${oc.env:NO_SUCH_VARIABLE}'}",
+            ": model.path: KeyError raised while resolving interpolation: \"Environment variable 'NO_SUCH_VAR",
+        ),
         ("model: \n  path: ???", ": model.path: Missing mandatory value"),
     ],
 )
@@ -206,6 +217,7 @@ def test_a_file_that_is_no_recipe(write: Write, text: str, said: str):
         ("limits=[1", "'limits=[1': the value is not YAML; put it in quotes"),
         ("rules.2.weight=1", "'rules.2.weight=1': list index out of range"),
         ("rules.x.weight=1", "'rules.x.weight=1': "),
+        ("rules.x=1", "'rules.x=1': an item of a list is named by its number, as in reward.functions.0.weight=2"),
         ("rules={file: a}", "'rules={file: a}': "),
     ],
 )
@@ -221,11 +233,204 @@ def test_an_override_never_reaches_through_an_interpolation(write: Write, overri
     assert "or write this one out in the recipe" in problem(path, override)
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=.nan", "rules.1.weight=.nan", "optimizer={lr: .nan}"])
+@pytest.mark.parametrize("override", ["optimizer={lr: .nan}", "rules=[{file: a}, {file: b, weight: .nan}]"])
 def test_nan_is_refused_because_no_check_would_notice_it(write: Write, override: str):
     path = write(RECIPE)
     place = "rules.1.weight" if "rules" in override else "optimizer.lr"
     assert problem(path, override) == f"{path}:\n  {place}: nan is no value of a setting"
+
+
+def test_a_folder_is_no_recipe(write: Write):
+    path = write(RECIPE)
+    message = problem(path.parent)
+    assert message == f"{path.parent} is a folder, not a recipe; name a YAML file; did you mean {path}?"
+
+
+@pytest.mark.parametrize("content", [b"seed: \xff", b"\x89PNG\r\n\x1a\n\x00\x00"])
+def test_a_file_that_is_no_text_is_no_recipe(tmp_path: Path, content: bytes):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert problem(path).startswith(f"{path} is not a recipe: it is no UTF-8 text, at byte ")
+
+
+def test_a_recipe_that_may_not_be_read_says_so(write: Write, monkeypatch: pytest.MonkeyPatch):
+    path = write(RECIPE)
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert problem(path) == f"{path} cannot be read: Permission denied"
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xef\xbb\xbfoutput_dir: runs/x\nmodel: {path: m}\n")
+    assert read_recipe(Run, path, []).output_dir == "runs/x"
+
+
+# --- what an override means -------------------------------------------------------------------------------------------
+
+AWKWARD = [
+    "", " ", "  a b  ", "a # b", "#", "# a", "End with #### and the number.", "a: b", "a:", ": b", "- a", "-", "?", "|",
+    ">", "{", "}", "{a: b}", "[", "[1, 2]", "&a", "*a", "!a", "!!str a", "%a", "@a", "`a`", "~", "~a", "a=b", "==",
+    "--dry-run", "1", "007", "1e5", "1e-5", ".5", "1_000", "1:30", "0x10", "true", "yes", "off", "Null", ".nan", ".inf",
+    "2024-01-01", "it's", '"', "'", "'a", 'a"', '"Yes" or "No"', "'a' b 'c'", "\\", "a\\", "\\n", "\\\\ \\", "a\nb",
+    "\n", "\ta\t", "a\r\nb", "\x85", "\u2028", "\ufeff", "ä", "汉字", "🙂", "$", "$x", "{}", "$(x)", "%s {x}",
+    "---", "...", "a\n# b", "<<", "=",
+]  # fmt: skip
+
+
+def given_as(text: str, write: Write, key: str = "output_dir") -> Any:
+    run = read_recipe(Run, write(RECIPE + "critic: {path: x}"), [f"{key}={text}"])
+    return {
+        "output_dir": run.output_dir,
+        "critic.made_by": run.critic and run.critic.made_by,
+        "columns.a": run.columns.get("a"),
+        "rules.1.file": run.rules[1].file,
+    }[key]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.parametrize("key", ["output_dir", "critic.made_by", "columns.a", "rules.1.file"])
+def test_a_text_is_what_the_shell_hands_over(write: Write, key: str, text: str):
+    assert given_as(text, write, key) == text
+
+
+TEXTS = st.one_of(
+    st.lists(st.sampled_from(AWKWARD), min_size=2, max_size=5).map("".join),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(TEXTS)
+def test_any_text_is_what_the_shell_hands_over_unless_it_is_in_quotes(write: Write, text: str):
+    assume("${" not in text and text != "???")
+    assume(len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0])
+    assert given_as(text, write) == text
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(TEXTS)
+def test_in_quotes_any_line_can_be_written(write: Write, text: str):
+    assume("${" not in text and text != "???" and len(text.splitlines()) <= 1 and text.isprintable())
+    single, double = "'" + text.replace("'", "''") + "'", json.dumps(text, ensure_ascii=False)
+    assert given_as(single, write) == given_as(double, write) == text
+
+
+@pytest.mark.parametrize("text", ['"a\nb"', "'a' + 'b'", '"a"b"', "'it's'", "'a' # b"])
+def test_quotes_that_are_not_around_the_whole_line_stay(write: Write, text: str):
+    assert given_as(text, write) == text
+
+
+def test_null_is_null_where_the_setting_may_be_null_and_text_elsewhere(write: Write):
+    assert given_as("null", write, "critic.made_by") is None
+    assert given_as("'null'", write, "critic.made_by") == "null"
+    assert given_as("null", write) == "null"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("${seed}/${model.bf16}", "0/False"), (r"\${seed}", "${seed}"), (r"a\b ${seed}", r"a\b 0"), ("'${seed}.'", "0.")],
+)
+def test_a_text_may_refer_to_other_settings(write: Write, text: str, expected: str):
+    run = read_recipe(Run, write("seed: 0\nmodel: {path: m, bf16: false}"), [f"output_dir={text}"])
+    assert run.output_dir == expected
+
+
+@pytest.mark.parametrize("text", ["${x}", "a ${", "${a"])
+def test_a_reference_to_nothing_names_the_way_to_write_the_characters(write: Write, text: str):
+    message = problem(write(RECIPE), f"output_dir={text}")
+    assert message.endswith(r"${a.b} is the value of the setting a.b, and \${ stands for the characters ${")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1e-5", 1e-5), (".5", 0.5), ("1_000", 1000.0), ("+2", 2.0), ("5.", 5.0), ("010", 10.0), ("1E5", 1e5)],
+)
+def test_numbers_are_decimal(write: Write, text: str, expected: float):
+    assert read_recipe(Run, write(RECIPE), [f"optimizer.lr={text}"]).optimizer.lr == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("010", 10), ("08", 8), ("1_000", 1000), ("-3", -3)])
+def test_whole_numbers_are_decimal(write: Write, text: str, expected: int):
+    assert read_recipe(Run, write(RECIPE), [f"seed={text}"]).seed == expected
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10", "1e3", "9" * 5000, "1.0", "²"])
+def test_what_is_no_whole_decimal_number_is_refused(write: Write, text: str):
+    assert "seed: " in (message := problem(write(RECIPE), f"seed={text}"))
+    assert len(message) < 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Called:
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of a function."""
+    either: str | tuple[str, ...] = ()
+    """One or many."""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3", 3),
+        ("1e-5", 1e-5),
+        ("true", True),
+        ("null", None),
+        ("[1, a]", [1, "a"]),
+        ("{a: 1}", {"a": 1}),
+        ("'3'", "3"),
+        (r"#### (\d+)", r"#### (\d+)"),
+        ("answer: (.*)", "answer: (.*)"),
+        ("[0-9]+", "[0-9]+"),
+        ("- a", "- a"),
+        ("a # b", "a # b"),
+        ("", ""),
+        ("~", "~"),
+        ("yes", "yes"),
+        ("nan", "nan"),
+        ("inf", "inf"),
+        ("1:30", "1:30"),
+        ("!!python/object:os.system x", "!!python/object:os.system x"),
+    ],
+)
+def test_a_value_of_any_type_is_yaml_where_it_looks_meant_so_and_text_elsewhere(write: Write, text: str, expected: Any):
+    assert read_recipe(Called, write("{}"), [f"arguments.x={text}"]).arguments == {"x": expected}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("all", "all"), ("a # b", "a # b"), ("[a, b]", ("a", "b"))])
+def test_a_text_or_a_list_of_them(write: Write, text: str, expected: Any):
+    assert read_recipe(Called, write("{}"), [f"either={text}"]).either == expected
+
+
+def test_bytes_that_are_no_text_are_refused(write: Write):
+    assert problem(write(RECIPE), "output_dir=\udcff") == r"override 'output_dir=\udcff' is no UTF-8 text"
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    folder: UserPath
+    """Where to."""
+    maybe: UserPath | None = None
+    """Where from."""
+    name: str = "~/as it is"
+    """No path."""
+    rules: tuple[Rule, ...] = ()
+    """Verifiers."""
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_and_in_nothing_else(write: Write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/h")
+    places = read_recipe(Places, write("folder: ~/a\nname: ~/b\n"), ["maybe=~", "rules=[{file: ~/c}]"])
+    assert places == Places(folder="/h/a", maybe="/h", name="~/b", rules=(Rule(file="~/c"),))
+    assert read_recipe(Places, write("{}"), ["folder=a/~"]).folder == "a/~"
+    assert [setting.type for setting in describe(Places)][:2] == ["path", "path | null"]
 
 
 # --- names and types --------------------------------------------------------------------------------------------------
@@ -262,8 +467,9 @@ def test_an_unknown_name_at_any_depth(write: Write, override: str, said: str):
         ("seed=1.5", "seed: 1.5 is not a whole number"),
         ("seed=2.0", "seed: 2.0 is not a whole number"),
         ("model.bf16=1", "model.bf16: 1 is neither true nor false"),
-        ("output_dir=5", "output_dir: 5 is not text; put it in quotes"),
-        ("critic.path=5", "critic.path: 5 is not text; put it in quotes"),
+        ("rules=[{file: 5}]", "rules.0.file: 5 is not text; put it in quotes"),
+        ("columns={a: !!binary aGk=}", "columns.a: [104, 105] is not text"),
+        ("columns={a: 5}", "columns.a: 5 is not text; put it in quotes"),
         ("optimizer.schedule.kind=linear", "optimizer.schedule.kind: 'linear' is not one of 'constant' or 'cosine'"),
         ("limits=3", "limits: 3 is not a list"),
         ("limits.1=x", "limits: {"),
@@ -271,8 +477,10 @@ def test_an_unknown_name_at_any_depth(write: Write, override: str, said: str):
         ("rules.1.weight=x", "rules.1.weight: 'x' is not a number"),
         ("model=tiny", "model: 'tiny' is not a section"),
         ("model=null", "model: null is not a section; write its settings as a mapping; leave it out"),
-        ("optimizer.lr=", "optimizer.lr: null is not a number"),
-        ("rules.0.file=null", "rules.0.file: null is not text"),
+        ("optimizer.lr=", "optimizer.lr: '' is not a number"),
+        ("optimizer.lr=null", "optimizer.lr: null is not a number"),
+        ("optimizer.lr=.nan", "optimizer.lr: '.nan' is not a number"),
+        ("rules=[{file: null}]", "rules.0.file: null is not text"),
         ("critic.bf16=true", "critic.path must be set: in the recipe, or as critic.path=..."),
         ("optimizer.lr=0", "optimizer.lr (0.0) must be greater than 0"),
         ("critic_optimizer.lr=0", "critic_optimizer.lr (0.0) must be greater than 0"),
@@ -286,7 +494,13 @@ def test_a_value_of_the_wrong_kind(write: Write, override: str, said: str):
 def test_every_problem_is_in_one_message(write: Write):
     path = write("optimizer: {lr: fast}\nseed: x\n")
     named = [line.split(":")[0].split()[0] for line in problem(path).splitlines()[1:]]
-    assert named == ["model", "optimizer.lr", "seed"]
+    assert named == ["model.path", "optimizer.lr", "seed"]
+
+
+def test_an_empty_recipe_names_each_setting_that_it_lacks(write: Write):
+    path = write("# nothing yet\n")
+    assert problem(path) == f"{path}:\n  model.path must be set: in the recipe, or as model.path=..."
+    assert read_recipe(Run, path, ["model.path=m"]) == Run(model=Model(path=Path("m")))
 
 
 def test_every_unknown_name_is_in_one_message(write: Write):
@@ -361,6 +575,21 @@ def test_what_is_wrong_is_told_of_that_run(write: Write, text: str, said: str):
     with pytest.raises(SettingError) as raised:
         read_either((Groups, Critic), path, [])
     assert str(raised.value).startswith(f"{path}:\n  {said}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("size: 4", "groups"),
+        ("critic: {path: c}", "critic"),
+        ("minibatch: 8", None),  # both
+        ("{size: 4, critic: {path: c}}", None),  # neither
+        ("{size: 4, minibatch: x}", "groups"),
+        ("{}", None),
+    ],
+)
+def test_the_owner_of_a_recipe_is_whose_names_it_has(write: Write, text: str, expected: str | None):
+    assert owner({"groups": Groups, "critic": Critic}, write(text)) == expected
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     rows = fit(read_rows(config.data, load_prompt_rows, unchecked, dry=dry), config.data) if trains else None
     evaluation_rows = None
-    if config.evaluation_data is not None and (config.evaluation.every or not trains):
+    if config.evaluation_data is not None and (config.evaluates or not trains):
         evaluation_rows = read_rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry, section=EVALUATION)
         evaluation_rows = fit(evaluation_rows, config.evaluation_data)
     elif config.evaluation_data is not None:

@@ -183,7 +183,7 @@ def _build_run(
         ),
     )
     evaluator = None
-    if config.evaluation.every:
+    if config.evaluates:
         evaluator = _evaluator(config, checked, actor.tokenizer, actor.model, engine, rewards, progress)
     run = Run(
         config.run,

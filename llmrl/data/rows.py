@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from llmrl.data.files import SUFFIXES, SURROGATE, DataError, FileRow, Rows, listed, read_file
 from llmrl.experience import Row
+from llmrl.paths import UserPath
 
 MAX_LISTED = 20
 """Reasons that the refusal of bad rows lists."""
@@ -25,7 +26,7 @@ Value = TypeVar("Value")
 class DataConfig:
     """Which rows to read, and how they become prompts."""
 
-    path: str
+    path: UserPath
     """A .jsonl, .json, .csv (each also with .gz) or .parquet file, or a data set on the hub such as openai/gsm8k."""
     subset: str | None = None
     """Configuration of a data set on the hub."""

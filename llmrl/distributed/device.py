@@ -1,10 +1,8 @@
 """The device of this process, and how it is set up."""
 
-import os
-
 import torch
 
-from llmrl.distributed.launch import LaunchError, is_on
+from llmrl.distributed.launch import LaunchError, is_on, local_rank
 
 
 def pick_device() -> torch.device:
@@ -16,7 +14,7 @@ def pick_device() -> torch.device:
     """
     if is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    number, count = local_rank(), torch.cuda.device_count()
     if number >= count:
         raise LaunchError(
             f"process {number} of this machine needs a GPU of its own, and there are {count}; launch with "

@@ -4,10 +4,13 @@
 """
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each of several processes beside their number."""
 WAY_OUT = "see recipes/accelerate/ for files that work"
 
 
@@ -37,12 +40,12 @@ def read_launch() -> Launch:
     Raises:
         LaunchError: The launcher asks for what llmrl does not do.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    world_size = number("WORLD_SIZE", least=1, otherwise=1)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision != "no":
         raise LaunchError(
-            f"mixed_precision ({precision}) of the launch file: precision is the recipe's; set mixed_precision to "
-            '"no" there and model.dtype to bfloat16 in the recipe'
+            f"mixed_precision ({precision}) of the launch, in its file or as ACCELERATE_MIXED_PRECISION: precision is "
+            'the recipe\'s; set mixed_precision to "no" there and model.dtype to bfloat16 in the recipe'
         )
     if is_on("ACCELERATE_USE_MEGATRON_LM"):
         raise LaunchError(f"Megatron-LM of the launch file is not supported; choose DeepSpeed or FSDP: {WAY_OUT}")
@@ -73,6 +76,54 @@ def _check_fsdp() -> None:
             "fsdp_offload_params of the launch file is not supported; set it to false, or choose DeepSpeed, which can "
             f"keep optimizer states and weights in the memory of the CPU: {WAY_OUT}"
         )
+
+
+def check_meeting(world_size: int) -> None:
+    """Checks what ranks need to find each other, before any of them waits for the others.
+
+    Raises:
+        LaunchError: It is missing, or cannot be.
+    """
+    missing = [name for name in MEETING if not os.environ.get(name)]
+    if missing:
+        raise LaunchError(
+            f"WORLD_SIZE ({world_size}) is set in the environment, and {' and '.join(missing)} not: unset WORLD_SIZE "
+            f"for one process, or start several with accelerate launch; {WAY_OUT}"
+        )
+    if (rank := number("RANK", least=0, otherwise=0)) >= world_size:
+        raise LaunchError(f"RANK ({rank}) in the environment must be less than WORLD_SIZE ({world_size})")
+    number("MASTER_PORT", least=0, otherwise=0)
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine; 0 where no launcher says any, as -1 does not."""
+    return max(number("LOCAL_RANK", least=-1, otherwise=0), 0)
+
+
+def missed_gpu(*, has_gpu: bool) -> str | None:
+    """What to say where processes were launched for GPUs, as far as one can tell, and compute on the CPU; else None."""
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or number("WORLD_SIZE", least=1, otherwise=1) > 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    hides_gpus = not visible or visible.startswith("-1")
+    if has_gpu or not is_launched or hides_gpus or is_on("ACCELERATE_USE_CPU"):
+        return None
+    return (
+        "the launch does not say that it is for the CPU, and torch sees no GPU on this machine: everything computes on "
+        "the CPU. If that is meant, launch with recipes/accelerate/cpu_two_processes.yaml or cpu_one.yaml, or set "
+        "ACCELERATE_USE_CPU=true before the command"
+    )
+
+
+def number(name: str, *, least: int, otherwise: int) -> int:
+    """What a variable of the environment says, or `otherwise` where it is not set or empty.
+
+    Raises:
+        LaunchError: It is no whole number, or less than `least`.
+    """
+    text = os.environ.get(name) or str(otherwise)
+    if not re.fullmatch(r"-?[0-9]+", text) or int(text) < least:
+        raise LaunchError(f"{name} ({text}) in the environment must be a whole number from {least} on; unset it")
+    return int(text)
 
 
 def is_on(name: str) -> bool:

@@ -220,7 +220,7 @@ class _Reinforcement(_Parts):
         yield from self.frozen()
         yield from self.rollout()
         yield from self.scoring()
-        work, num_rows = self._work(), -(-self.config.update.minibatch_size // self.strategy.num_devices)
+        work, num_rows = self._work(), -(-self.config.minibatch_size // self.strategy.num_devices)
         yield from self.updating(work, num_rows)
         if self.critic == "own" and self.num_adapter:
             critic = replace(work, learns=True, rank=0, response_tokens=0)
@@ -295,5 +295,5 @@ class _Reinforcement(_Parts):
         length = self.config.data.max_prompt_tokens + response
         budget = self.config.update.microbatch_tokens if budget is None else budget
         response = response if response_tokens is None else response_tokens
-        num_rows = -(-self.config.update.minibatch_size // self.strategy.num_devices)
+        num_rows = -(-self.config.minibatch_size // self.strategy.num_devices)
         return self.work(budget=budget, length=length, response_tokens=response, num_rows=num_rows)

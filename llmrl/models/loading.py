@@ -21,6 +21,7 @@ from llmrl.models.folders import (
     neighbour,
     resolved,
 )
+from llmrl.paths import UserPath
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -67,7 +68,7 @@ class LoraSettings:
 class ModelConfig:
     """Which model is trained, and in which arithmetic."""
 
-    path: str
+    path: UserPath
     """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues
     that adapter."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -9,13 +9,14 @@ ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
 """What every reward function can ask for beside the columns of the data, and gets though a column has the same name."""
 AMBIGUOUS_COLUMNS = ("completions", "tokens")
 """Those of which a function that asks for them may mean the column."""
+from llmrl.paths import UserPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFunctionConfig:
     """One function that scores responses."""
 
-    name: str
+    name: UserPath
     """``path/to/file.py:function``, relative to the current folder, or ``package.module:function``."""
     weight: float = 1.0
     """What its scores are multiplied by before they are summed; 0 for one that is only watched in the metrics."""
@@ -43,7 +44,7 @@ class LearnedRewardConfig:
     """A reward model that scores responses: what `llmrl reward-model` leaves, or a decoder with a linear score head
     (one label)."""
 
-    path: str
+    path: UserPath
     """A folder, or a name on the Hugging Face hub."""
     weight: float = 1.0
     """What its scores are multiplied by before they are summed."""

@@ -15,8 +15,9 @@ from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling
 class EvaluationConfig:
     """How held-out prompts are answered, and what counts as correct."""
 
-    every: int = 0
-    """Iterations between evaluations during training; before the first and after the last too. 0 for none."""
+    every: int | None = None
+    """Iterations between evaluations during training; before the first and after the last too. null for these two only,
+    where `evaluation_data` is named; 0 for none."""
     num_responses: int = 1
     """Responses per prompt: 1 takes the greedy one, more are sampled."""
     temperature: float = 1.0
@@ -28,7 +29,7 @@ class EvaluationConfig:
     there is none, from the reward model, whose normalized scores have mean 0 and standard deviation 1."""
 
     def __post_init__(self) -> None:
-        if self.every < 0:
+        if self.every is not None and self.every < 0:
             raise ValueError(f"evaluation.every ({self.every}) must be 0 or greater")
         if self.num_responses < 1:
             raise ValueError(f"evaluation.num_responses ({self.num_responses}) must be at least 1")

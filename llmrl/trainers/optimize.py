@@ -19,15 +19,16 @@ class UpdateConfig:
 
     num_epochs: int = 1
     """Passes over each experience."""
-    minibatch_size: int = 128
-    """Responses per optimizer step, over all ranks; a multiple of the group size."""
+    minibatch_size: int | None = None
+    """Responses per optimizer step, over all ranks; a multiple of the group size. null for the one nearest to
+    128 that divides a rollout."""
     microbatch_tokens: int = 8192
     """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"update.{name} ({getattr(self, name)}) must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"update.{name} ({value}) must be at least 1")
 
 
 def optimizer_step(

@@ -35,8 +35,9 @@ class RewardModelConfig:
     """Asks for the margin that a pair brings (Touvron et al. 2023, arXiv:2307.09288); a pair without one asks for 0."""
     center_coef: float = 0.0
     """Pulls the sum of a pair's scores to 0 (Eisenstein et al. 2023, arXiv:2312.09244); 0.01 is usual; 0 for none."""
-    evaluate_every: int = 0
-    """Iterations between evaluations on `evaluation_data`; before the first and after the last too; 0 for none."""
+    evaluate_every: int | None = None
+    """Iterations between evaluations on `evaluation_data`; before the first and after the last too. null for these two
+    only; 0 for none."""
     num_reference_pairs: int = 512
     """Scores have mean 0 and standard deviation 1 on both responses of so many pairs, spread over the data."""
 
@@ -44,9 +45,10 @@ class RewardModelConfig:
         for name in ("num_epochs", "batch_size", "microbatch_tokens", "num_reference_pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"reward_model.{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("center_coef", "evaluate_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"reward_model.{name} ({getattr(self, name)}) must be 0 or greater")
+        if self.evaluate_every is not None and self.evaluate_every < 0:
+            raise ValueError(f"reward_model.evaluate_every ({self.evaluate_every}) must be 0 or greater")
+        if not 0 <= self.center_coef < math.inf:
+            raise ValueError(f"reward_model.center_coef ({self.center_coef}) must be 0 or greater")
 
 
 class RewardModelTrainer(Resumable):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from llmrl.files import WriteError, read_object, write_atomically, writing
+from llmrl.paths import UserPath
 from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -61,7 +62,7 @@ class MetricsSink(Protocol):
 class OutputConfig:
     """What a run leaves."""
 
-    output_dir: str
+    output_dir: UserPath
     """Folder of everything that the run leaves."""
     seed: int = 0
     """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
@@ -135,7 +136,7 @@ class Run:
         trainer: Trainer,
         save_model: Callable[[Path], None],
         evaluate: Callable[[], dict[str, float]] | None,
-        evaluate_every: int,
+        evaluate_every: int | None,
         collectives: Collectives,
         progress: Progress,
         sink: MetricsSink,
@@ -148,7 +149,8 @@ class Run:
         self.trainer = trainer
         self.save_model = save_model
         self.evaluate = evaluate
-        self.evaluate_every = evaluate_every
+        self.evaluate_every = config.num_iterations if evaluate_every is None else evaluate_every
+        """Before the first iteration and after the last one in any case, unless it is 0."""
         self.progress = progress
         self.sink = sink
         self.warmup_iterations = 0

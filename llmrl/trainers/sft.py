@@ -25,14 +25,15 @@ class SFTConfig:
     """Examples per optimizer step, over all ranks."""
     microbatch_tokens: int = 8192
     """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
-    evaluate_every: int = 0
-    """Iterations between evaluations of the loss on `evaluation_data`; the first and the last included; 0 for none."""
+    evaluate_every: int | None = None
+    """Iterations between evaluations of the loss on `evaluation_data`; before the first and after the last too. null
+    for these two only, where `evaluation_data` is named; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "microbatch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sft.{name} ({getattr(self, name)}) must be at least 1")
-        if self.evaluate_every < 0:
+        if self.evaluate_every is not None and self.evaluate_every < 0:
             raise ValueError(f"sft.evaluate_every ({self.evaluate_every}) must be 0 or greater")
 
 

@@ -17,7 +17,7 @@ from llmrl.trainers.run import RunError
 
 def test_held_out_prompts_are_read_only_where_they_are_used(config):
     gone = PromptDataConfig(path="gone.jsonl")
-    idle = dataclasses.replace(config, evaluation_data=gone)
+    idle = dataclasses.replace(config, evaluation_data=gone, evaluation=EvaluationConfig(every=0))
     assert check_rl(idle, dry=False).evaluation_rows is None
     with pytest.raises(ValueError, match=r"gone\.jsonl"):
         check_rl(dataclasses.replace(idle, evaluation=EvaluationConfig(every=1)), dry=False)

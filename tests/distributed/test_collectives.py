@@ -4,6 +4,7 @@ import torch
 from llmrl.distributed import collectives
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.collectives import OneProcess, ProcessGroup, join_ranks, leave_ranks
+from llmrl.distributed.launch import LaunchError
 
 
 def test_one_process_talks_to_itself():
@@ -38,3 +39,11 @@ def test_a_rank_waits_until_the_sum_is_there(monkeypatch):
     assert x.tolist() == [1.0, 3.0]
     assert seen == [("cpu", True)]
     assert not HERE.is_waiting
+
+
+def test_a_number_of_processes_alone_is_no_launch(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="RANK and MASTER_ADDR and MASTER_PORT not"):
+        join_ranks()

@@ -2,9 +2,10 @@
 
 import pytest
 
-from llmrl.distributed.launch import Launch, LaunchError, read_launch
+from llmrl.distributed.launch import Launch, LaunchError, check_meeting, local_rank, missed_gpu, read_launch
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -14,7 +15,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch):
     import os
 
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name == "WORLD_SIZE":
+        if name.startswith(("ACCELERATE_", "FSDP_")) or name in (*MEETING, "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(name)
 
 
@@ -90,3 +91,73 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("llmrl.distributed.launch.find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"install llmrl\[deepspeed\]"):
         launched(monkeypatch, **DEEPSPEED)
+
+
+# --- what a launcher leaves behind ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "RANK": "0"}, {"LOCAL_RANK": "-1"}])
+def test_leftovers_that_say_nothing_are_passed_over(monkeypatch, environment):
+    assert launched(monkeypatch, **environment) == Launch(world_size=1, sharding="none")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "two", "1.5", "²"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, size):
+    with pytest.raises(
+        LaunchError, match=rf"^WORLD_SIZE \({size}\) in the environment must be a whole number from 1 on"
+    ):
+        launched(monkeypatch, WORLD_SIZE=size)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(None, 0), ("", 0), ("-1", 0), ("0", 0), ("3", 3)])
+def test_the_number_of_a_process_on_its_machine(monkeypatch, rank, expected):
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert local_rank() == expected
+
+
+def test_a_number_on_the_machine_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(LaunchError, match=r"^LOCAL_RANK \(first\)"):
+        local_rank()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, None),
+        ({"RANK": ""}, r"^WORLD_SIZE \(2\) is set .* and RANK not: unset WORLD_SIZE for one process, or start several"),
+        ({"RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""}, "and RANK and MASTER_ADDR and MASTER_PORT not:"),
+        ({"RANK": "2"}, r"^RANK \(2\) in the environment must be less than WORLD_SIZE \(2\)"),
+        ({"RANK": "-1"}, r"^RANK \(-1\) in the environment must be a whole number from 0 on"),
+        ({"MASTER_PORT": "port"}, r"^MASTER_PORT \(port\) in the environment must be a whole number"),
+    ],
+)
+def test_ranks_that_could_not_meet_do_not_wait(monkeypatch, changed, told):
+    for name, value in (MEETING | changed).items():
+        monkeypatch.setenv(name, value)
+    if told is None:
+        check_meeting(2)
+        return
+    with pytest.raises(LaunchError, match=told):
+        check_meeting(2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "warns"),
+    [
+        ({}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "-1,-1"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        (MEETING, True),
+    ],
+)
+def test_a_launch_for_gpus_that_computes_on_the_cpu_is_told(monkeypatch, environment, warns):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (missed_gpu(has_gpu=False) is not None) == warns
+    assert missed_gpu(has_gpu=True) is None

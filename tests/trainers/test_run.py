@@ -144,7 +144,7 @@ class Bench:
         hooks: Hooks | None = None,
         losses: list[float] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
-        evaluate_every: int = 0,
+        evaluate_every: int | None = 0,
         settings: dict[str, Any] | None = None,
         **config: Any,
     ) -> Run:
@@ -305,8 +305,10 @@ def test_numbers_that_json_cannot_hold_become_null(bench: Bench):
     assert "Infinity" not in text
 
 
-@pytest.mark.parametrize(("every", "measured"), [(2, [0, 2, 4, 5]), (9, [0, 5]), (0, [])])
-def test_evaluation_before_the_first_every_so_many_and_after_the_last(bench: Bench, every: int, measured: list[int]):
+@pytest.mark.parametrize(("every", "measured"), [(2, [0, 2, 4, 5]), (9, [0, 5]), (None, [0, 5]), (0, [])])
+def test_evaluation_before_the_first_every_so_many_and_after_the_last(
+    bench: Bench, every: int | None, measured: list[int]
+):
     run = bench.make(5, evaluate=lambda: {"eval/x": float(bench.trainer.iteration)}, evaluate_every=every)
     run.train()
     assert [line["iteration"] for line in bench.lines() if "eval/x" in line] == measured
