@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmrl.build import load_actor, precision, with_dtypes
+from llmrl.build import load_actor, load_for_sampling, precision, with_dtypes
 from llmrl.build.precision import dtype_of, precision_warnings
 from llmrl.models.loading import ModelConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
@@ -89,6 +89,12 @@ def test_float32_with_shared_keys_on_a_gpu_is_told(model, dtype, device, told):
     warnings = list(precision_warnings(loaded, dtype))
     assert len(warnings) == told
     assert all("share 2 keys" in warning and "model.dtype=bfloat16" in warning for warning in warnings)
+
+
+def test_a_model_that_only_samples_is_loaded_in_what_suits_the_device(on):
+    on("cuda")
+    _, model = load_for_sampling(OPEN)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_an_actor_on_its_own_computes_in_what_suits_the_device(on):
