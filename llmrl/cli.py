@@ -254,7 +254,7 @@ def generate(
                 raise SettingError(f"the prompt {text!r} is no UTF-8 text")
         _refuse_recipe(model)
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
-        check_model(config, may_be_random=False)
+        check_model(config)
     prepare_device()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
@@ -426,11 +426,8 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (DataError, ModelError, RolloutError) as error:
-        told = re.sub(
-            r"(set )?\b(reward\.)?model\.trust_remote_code=true",
-            "add --trust-remote-code",
-            str(error).removesuffix(f"\n{SKIP}"),
-        )
+        told = str(error).removesuffix(f"\n{SKIP}")
+        told = re.sub(r"(set )?\b(reward\.)?model\.trust_remote_code=true", "add --trust-remote-code", told)
         told = re.sub(r"\b(reward\.)?model\.path=", "", told)
         told = re.sub(r"\b(reward\.)?model\.path\b", "MODEL", told)
         for setting, name in names.items():

@@ -1,5 +1,7 @@
 """The device of this process, and how it is set up."""
 
+import os
+
 import torch
 
 from llmrl.distributed.launch import LaunchError, is_on, local_rank

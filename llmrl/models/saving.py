@@ -77,7 +77,7 @@ def _save_model(folder: Path, model: "PreTrainedModel") -> None:
     """Weights and settings. Of generation settings transformers refuses to save some that it loads: they are saved
     without being judged."""
     own = model.generation_config
-    model.generation_config = type(own)() if own is not None else None
+    model.generation_config = type(own)() if own is not None else None  # type: ignore[assignment]
     try:
         model.save_pretrained(folder)
     finally:
