@@ -111,5 +111,13 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": 50}))
     config = ModelConfig(path=str(folder), from_scratch=True)
-    with pytest.raises(ModelError, match=r"its tokenizer has ids up to \d+, but the model has 50 embeddings"):
+    with pytest.raises(
+        ModelError, match=r"its tokenizer has 49 tokens, such as 'J' \(id 50\), beyond the 50 embeddings"
+    ):
         load_trained_reward_model(config, RewardModelConfig(), seed=0)
+
+
+def test_a_pair_with_a_token_that_has_no_embedding_is_refused(one_token_more, tmp_path):
+    build(tmp_path, one_token_more)
+    with pytest.raises(ModelError, match=r"pairs\.csv has tokens beyond the \d+ embeddings of the model: '§'"):
+        build(tmp_path, one_token_more, system_prompt="§")

@@ -1,10 +1,12 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from llmrl.build import build_sft, check_sft
 from llmrl.config import SFTRun
 from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.models.loading import ModelError
 from llmrl.trainers.run import RunConfig
 from llmrl.trainers.sft import SFTConfig
 
@@ -48,3 +50,11 @@ def test_the_schedule_ends_with_the_run(config):
     trained = build_run(dataclasses.replace(config, optimizer=optimizer))[0].trainer.trained["actor"]
     trained.num_steps_done = 2
     assert trained.learning_rate == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_a_text_with_a_token_that_has_no_embedding_is_refused(config, one_token_more, name):
+    file = Path(config.data.path).with_name(name)
+    file.write_text(file.read_text() + "1+1=,§2\n")
+    with pytest.raises(ModelError, match=rf"{name} has tokens beyond the \d+ embeddings of the model: '§'"):
+        build_run(dataclasses.replace(config, model=one_token_more))
