@@ -76,11 +76,13 @@ def save_policy(
 def _save_model(folder: Path, model: "PreTrainedModel") -> None:
     """Weights and settings. Of generation settings transformers refuses to save some that it loads: they are saved
     without being judged."""
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
     own = model.generation_config
-    model.generation_config = type(own)() if own is not None else None  # type: ignore[assignment]
+    model.generation_config = type(own)()
     try:
         model.save_pretrained(folder)
     finally:
         model.generation_config = own
-    if own is not None and model.can_generate():
-        own.to_json_file(folder / "generation_config.json", use_diff=True)
+    own.to_json_file(folder / "generation_config.json", use_diff=True)

@@ -1,8 +1,10 @@
 """A small run of GRPO, and how it is built."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from llmrl.build import build_grpo, check_rl
 from llmrl.config import GRPORun
@@ -33,6 +35,17 @@ def config(tmp_path):
         update=UpdateConfig(minibatch_size=32, num_epochs=2),
         run=RLRunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
     )
+
+
+@pytest.fixture
+def one_token_more(tmp_path):
+    """The tiny model with a special token `§` that has no embedding."""
+    folder = tmp_path / "more"
+    tokenizer = AutoTokenizer.from_pretrained(TINY.path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["§"]})
+    tokenizer.save_pretrained(folder)
+    shutil.copy(Path(TINY.path) / "config.json", folder)
+    return ModelConfig(path=str(folder), from_scratch=True)
 
 
 class Heard(Silent):

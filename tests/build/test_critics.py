@@ -56,7 +56,10 @@ from tests.test_cli import refuse_to_load, write_jsonl
 from .conftest import TINY, roles_of
 
 LORA = LoraSettings(rank=2)
-OTHER_LORA = LoraSettings(rank=3, alpha=5, targets=("q_proj", "down_proj", "c_attn"))
+OTHER_LORA = {
+    "llama": LoraSettings(rank=3, alpha=5, targets=("q_proj", "down_proj")),
+    "gpt2": LoraSettings(rank=3, alpha=5, targets=("c_attn",)),
+}
 """Of the reward model: nothing asks for the actor's, and there are layers that only the actor adapts."""
 
 
@@ -97,8 +100,8 @@ def folders(request, tmp_path_factory) -> SimpleNamespace:
     """A language model, and two reward models that began as it: one trained by LoRA, the other whole."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
     torch.manual_seed(0)
-    base = save_base(folder / "base", request.param())
-    rewards = {name: train_reward_model(folder, base, lora) for name, lora in (("lora", OTHER_LORA), ("whole", None))}
+    base, lora = save_base(folder / "base", request.param()), OTHER_LORA[request.param.__name__]
+    rewards = {name: train_reward_model(folder, base, lora) for name, lora in (("lora", lora), ("whole", None))}
     prompts = write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{n}" * (1 + n % 3) + ":"} for n in range(12)])
     return SimpleNamespace(base=base, **rewards, prompts=prompts)
 

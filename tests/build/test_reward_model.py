@@ -21,9 +21,9 @@ from llmrl.trainers.run import OutputConfig
 from .conftest import TINY, roles_of
 
 
-def build(folder, model=TINY, **data_settings):
+def build(folder, model=TINY, extra="", **data_settings):
     """``(run, messages)`` of a run on two pairs, and another one that says the same twice."""
-    (folder / "pairs.csv").write_text("prompt,chosen,rejected\n1+1=,2,3\n2+2=,4,55555\n3+3=,6,6\n")
+    (folder / "pairs.csv").write_text(f"prompt,chosen,rejected\n1+1=,2,3\n2+2=,4,55555\n3+3=,6,6\n{extra}")
     data = PreferenceDataConfig(path=str(folder / "pairs.csv"), **data_settings)
     config = RewardModelRun(
         model=model, data=data, evaluation_data=data, run=OutputConfig(output_dir=str(folder / "run"))
@@ -152,5 +152,11 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": 50}))
     config = ModelConfig(path=str(folder), from_scratch=True)
-    with pytest.raises(ModelError, match=r"its tokenizer has ids up to \d+, but the model has 50 embeddings"):
+    with pytest.raises(ModelError, match=r"has 49 tokens, such as 'J' \(id 50\), beyond the 50 embeddings"):
         load_trained_reward_model(config, RewardModelConfig(), seed=0)
+
+
+def test_a_pair_with_a_token_that_has_no_embedding_is_refused(one_token_more, tmp_path):
+    build(tmp_path, one_token_more)
+    with pytest.raises(ModelError, match=r"pairs\.csv has tokens beyond the \d+ embeddings of the model: '§'"):
+        build(tmp_path, one_token_more, "4+4=,8,§\n")

@@ -147,6 +147,6 @@ def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(folder):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<{n}>" for n in range(20)])
     tokenizer.save_pretrained(folder.path)
-    told = r"^reward\.model\.path .* its tokenizer has ids up to 50, but the model has 40 embeddings"
+    told = r"^reward\.model\.path .* its tokenizer has 11 tokens, such as '<9>' \(id 40\), beyond the 40 embeddings"
     with pytest.raises(ModelError, match=told):
         load_scorer(folder)

@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from llmrl.build import build_evaluator, check_rl
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.models.loading import LoraSettings, ModelConfig
+from llmrl.models.loading import LoraSettings, ModelConfig, ModelError
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.generate import TransformersEngine
@@ -117,7 +117,7 @@ def positions(tmp_path):
     def make(number):
         folder = tmp_path / f"{number}_positions"
         shutil.copytree(TINY.path, folder)
-        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 32}
+        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 99}
         GPT2Config(n_positions=number, bos_token_id=0, eos_token_id=0, **sizes).save_pretrained(folder)
         return ModelConfig(path=str(folder), from_scratch=True)
 
@@ -263,3 +263,12 @@ def test_the_actor_samples_and_is_saved_in_the_arithmetic_of_the_recipe(config, 
         run.save_model(tmp_path / name / "final")
         saved = load_file(tmp_path / name / "final" / "model.safetensors")
         assert {weight.dtype for weight in saved.values()} == {dtype}
+
+
+@pytest.mark.parametrize("section", ["data", "evaluation_data"])
+def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(config, one_token_more, tmp_path, section):
+    (tmp_path / "more.csv").write_text("prompt,answer\n1+1=,2\n§2=,4\n")
+    odd = PromptDataConfig(path=str(tmp_path / "more.csv"), max_prompt_tokens=6)
+    changed = {"evaluation_data": config.data, "evaluation": EvaluationConfig(every=1), section: odd}
+    with pytest.raises(ModelError, match=r"more\.csv has tokens beyond the \d+ embeddings of the model: '§'"):
+        build_run(dataclasses.replace(config, model=one_token_more, **changed))

@@ -1,5 +1,7 @@
 """What all ranks save together."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from llmrl.build.saving import Saver
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.models.folders import ModelError
 from tests.models.tiny import FAMILIES, make_tokenizer
 
 
@@ -36,3 +39,14 @@ def test_the_first_rank_writes_the_weights_as_they_are_by_then(ranks, writes, tm
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
         assert torch.equal(saved.transformer.wte.weight, model.transformer.wte.weight)
         assert (tmp_path / "final" / "record.json").read_text() == '{\n "a": 1\n}\n'
+
+
+@pytest.mark.parametrize(("ranks", "tries"), [(OneProcess(), True), (Second(), False)])
+def test_what_stands_beside_the_weights_is_tried_out_before_training(ranks, tries, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("a setting that cannot be saved")
+
+    model, tokenizer = FAMILIES["gpt2"](), make_tokenizer()
+    monkeypatch.setattr(type(model.config), "save_pretrained", refuse)
+    with pytest.raises(ModelError, match="a setting that cannot be saved") if tries else nullcontext():
+        Saver(model, None, tokenizer, dtype=torch.float32, collectives=ranks)

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -6,6 +7,7 @@ from transformers import AutoTokenizer
 from llmrl.build import build_sft, check_sft
 from llmrl.config import SFTRun
 from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.models.loading import ModelError
 from llmrl.trainers.run import RunConfig
 from llmrl.trainers.sft import SFTConfig
 
@@ -84,3 +86,11 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     assert [
         tokenizer.decode(ids[mask]) for ids, mask in zip(held_out.prompt_ids, held_out.prompt_mask, strict=True)
     ] == ["3+3="]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_a_text_with_a_token_that_has_no_embedding_is_refused(config, one_token_more, name):
+    file = Path(config.data.path).with_name(name)
+    file.write_text(file.read_text() + "1+1=,§2\n")
+    with pytest.raises(ModelError, match=rf"{name} has tokens beyond the \d+ embeddings of the model: '§'"):
+        build_run(dataclasses.replace(config, model=one_token_more))

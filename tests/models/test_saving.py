@@ -112,6 +112,7 @@ def test_a_save_that_fails_leaves_the_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save(folder, model)
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
 def test_records_stand_beside_the_model_from_the_first_moment_on(tmp_path, monkeypatch):
