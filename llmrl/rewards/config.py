@@ -5,11 +5,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmrl.paths import UserPath
+
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
 """What every reward function can ask for beside the columns of the data, and gets though a column has the same name."""
 AMBIGUOUS_COLUMNS = ("completions", "tokens")
 """Those of which a function that asks for them may mean the column."""
-from llmrl.paths import UserPath
 
 
 @dataclass(frozen=True, kw_only=True)

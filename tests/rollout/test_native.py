@@ -155,7 +155,7 @@ def test_every_prompt_is_prefilled_once_and_no_finished_row_is_decoded(model, na
     assert work["response"] == int(rollout.sequences.response_lengths.sum()) - 10  # the prefill gives the first tokens
 
 
-@pytest.mark.parametrize(("budget", "passes"), [(1, 5), (12, 4), (20, 3), (10_000, 1)])
+@pytest.mark.parametrize(("budget", "passes"), [(1, 5), (12, 3), (20, 2), (10_000, 1)])
 def test_prompts_are_prefilled_within_a_budget_of_tokens(model, native, prompts, monkeypatch, budget, passes):
     """Prompts of 9, 1, 4, 3 and 6 tokens, in order: a pass is as wide as its longest."""
     everything = tokens(native(model).generate(prompts, make_sampling()))
