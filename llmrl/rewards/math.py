@@ -216,4 +216,4 @@ def _is_close(left: Any, right: Any) -> bool:
     x, y = left.doit().evalf(), right.doit().evalf()
     if not (x.is_finite and y.is_finite):
         return x == y
-    return bool(abs(x - y) <= 1e9 * max(abs(x), abs(y)))
+    return bool(abs(x - y) <= _PRECISION * max(abs(x), abs(y)))
