@@ -472,7 +472,8 @@ def test_what_is_no_reward_model_is_refused_before_anything_loads(
     }
     status, output, error = llmrl(*arguments[command])
     assert (status, output) == (2, "")
-    assert error.startswith(f"error: reward.model.path ({folders / name}) ")
+    named = "MODEL" if command == "score" else "reward.model.path"
+    assert error.startswith(f"error: {named} ({folders / name}) ")
     assert told in error
     assert "from_scratch" not in error  # which reward.model does not have
     assert ("reward.model.trust_remote_code=true" in error) == (name == "code" and command != "score")
@@ -490,7 +491,8 @@ def test_a_name_that_neither_this_machine_nor_the_hub_knows(grpo_recipe, monkeyp
     status, _, error = llmrl(*grpo) if command == "grpo" else llmrl("score", "nosuchreward", file)
     assert status == 2
     last = error.splitlines()[-1]
-    assert last.startswith("error: reward.model.path (nosuchreward) is neither a folder here nor a model on the hub")
+    named = "MODEL" if command == "score" else "reward.model.path"
+    assert last.startswith(f"error: {named} (nosuchreward) is neither a folder here nor a model on the hub")
 
 
 def test_prompts_that_the_reward_model_cannot_read_end_with_status_2(trained, grpo_recipe, tmp_path):
