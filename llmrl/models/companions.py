@@ -126,7 +126,7 @@ def _readable_tokenizer(settings: dict[str, Any], tokenizer: "PreTrainedTokenize
     return settings
 
 
-def _read(source: str, name: str) -> bytes | None:
+def _read(source: str | None, name: str) -> bytes | None:
     """A file of a folder, or of the local cache of the hub; None where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
