@@ -138,13 +138,14 @@ def _check_folder(
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.path ({config.path}) holds no config.json: is it a transformers model folder?")
     settings = {name: json_object(folder / name, config.path) for name in JSON_FILES if (folder / name).is_file()}
+    brings_code = _brings_code([folder / name for name in CODE_FILES], config)
     if not config.from_scratch and not weight_files(folder, config.path):
         or_random = ", or set model.from_scratch=true to start from random ones" if may_be_random else ""
         raise ModelError(
             f"model.path ({config.path}) holds no weights ({' or '.join(WEIGHT_FILES)}); "
             f"save them as safetensors{or_random}"
         )
-    if _brings_code([folder / name for name in CODE_FILES], config):
+    if brings_code:
         return None
     shape = _check_family(config, settings["config.json"], kind)
     has_score = kind is _classifying() and label_settings(config, shape)
