@@ -77,12 +77,12 @@ def _switches(rope_type: Any) -> bool:
     return isinstance(rope_type, str) and (rope_type == "longrope" or "dynamic" in rope_type)
 
 
-def _pin(module: nn.Module, length: int, limit: int) -> None:
+def _pin(module: Any, length: int, limit: int) -> None:
     if not hasattr(module, "pinned_length"):
         module.register_forward_pre_hook(_with_last_position, with_kwargs=True)
         module.register_forward_hook(_without_last_position)
         module.pinned_length = 0
-    module.pinned_length = max(module.pinned_length, length)  # type: ignore[type-var]
+    module.pinned_length = max(module.pinned_length, length)
     module.switching_limit = limit
 
 
