@@ -23,6 +23,7 @@ from llmrl.models.loading import LoraSettings, ModelConfig, ModelError
 from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError
+from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
 
 from .conftest import TINY
@@ -138,7 +139,7 @@ def test_a_critic_is_as_wide_as_what_it_reads(config, tmp_path, network):
         reward=config.reward,
         rollout=config.rollout,
         critic=CriticConfig(network=network, head_init="normal"),
-        update=config.update,
+        update=UpdateConfig(minibatch_size=16),
         run=config.run,
     )
     actor = actor_of(model)
