@@ -231,7 +231,7 @@ def test_a_name_that_neither_this_machine_nor_the_hub_knows(grpo_recipe, monkeyp
 def test_a_rollout_that_the_engine_cannot_make(grpo_recipe, data):
     folder = data / "gpt2"
     shutil.copytree(TINY, folder)
-    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 32}
+    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 99}
     GPT2Config(bos_token_id=0, eos_token_id=0, **sizes).save_pretrained(folder)
     status, _, error = llmrl("grpo", grpo_recipe, f"model.path={folder}", "rollout.max_response_tokens=13")
     assert status == 2
