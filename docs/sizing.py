@@ -18,7 +18,7 @@ from llmrl.models.loading import LoraSettings, ModelConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RunConfig
+from llmrl.trainers.run import RLRunConfig
 
 GUIDE = Path(__file__).with_name("sizing.md")
 GIB = 2**30
@@ -77,7 +77,7 @@ LORA = replace(MODEL, lora=LoraSettings(rank=16))
 PROMPTS = PromptDataConfig(path="prompts", max_prompt_tokens=512)
 ROLLOUT = RolloutConfig(prompts_per_iteration=64, max_response_tokens=1024, max_rows=64)
 UPDATE = UpdateConfig(minibatch_size=64, microbatch_tokens=4096)
-RUN = RunConfig(output_dir="out", num_iterations=1)
+RUN = RLRunConfig(output_dir="out", num_iterations=1)
 
 
 def grpo(model: ModelConfig) -> GRPORun:

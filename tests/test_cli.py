@@ -642,7 +642,7 @@ def test_every_command_sets_the_device_up_before_it_loads(command, grpo_recipe, 
 
     monkeypatch.setattr("llmrl.distributed.device.prepare_device", prepare)
     monkeypatch.setattr("llmrl.build.check_scorer", lambda config: [])
-    monkeypatch.setattr("llmrl.models.loading.check_model", lambda config: None)
+    monkeypatch.setattr("llmrl.models.checking.check_model", lambda config: None)
     recipe = (grpo_recipe, "run.deterministic=true")
     arguments = {"grpo": recipe, "evaluate": recipe, "score": (TINY, data / "sft.jsonl"), "generate": (TINY, "1+1=")}
     with pytest.raises(Prepared, match=str(command in ("grpo", "evaluate"))):

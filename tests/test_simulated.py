@@ -39,7 +39,7 @@ from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.evaluate import EvaluationConfig
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RunConfig
+from llmrl.trainers.run import OutputConfig, RLRunConfig
 from llmrl.trainers.sft import SFTConfig
 from tests.rollout.tiny import SIZES
 from tests.simulated import NAME, Far, Meeting, Simulated
@@ -91,7 +91,7 @@ def reinforced(kind, data, **settings):
         "rollout": RolloutConfig(prompts_per_iteration=4, max_response_tokens=3, max_rows=8),
         "update": UpdateConfig(minibatch_size=8, num_epochs=2, microbatch_tokens=64),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
-        "run": RunConfig(output_dir=str(Path(data).parent / "run"), num_iterations=3),
+        "run": RLRunConfig(output_dir=str(Path(data).parent / "run"), num_iterations=3),
     }
     return kind(**(base | settings))
 
@@ -149,7 +149,7 @@ def sft(data, _):
         data=SupervisedDataConfig(path=data),
         evaluation_data=SupervisedDataConfig(path=data),
         sft=SFTConfig(batch_size=4, evaluate_every=1),
-        run=RunConfig(output_dir=str(Path(data).parent / "run"), num_iterations=2),
+        run=RLRunConfig(output_dir=str(Path(data).parent / "run"), num_iterations=2),
     )
 
 

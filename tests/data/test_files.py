@@ -96,7 +96,11 @@ def test_lines_that_are_no_row(tmp_path: Path, line: str, problem: str):
         ),
         ("a.csv", "\ufeffa\né\n".encode() + b"\xff", "is not UTF-8 text: line 3 has the byte 0xff"),
         ("a.jsonl", "{}".encode("utf-16"), "is not UTF-8 text: it is UTF-16; write it as UTF-8"),
-        ("a.jsonl", gzip.compress(b"{}", mtime=0), "is not UTF-8 text: it is compressed by gzip; let its name end with .gz"),
+        (
+            "a.jsonl",
+            gzip.compress(b"{}", mtime=0),
+            "is not UTF-8 text: it is compressed by gzip; let its name end with .gz",
+        ),
         ("a.json", b"PAR1\xff", "is not UTF-8 text: it is Parquet; let its name end with .parquet"),
         (
             "a.jsonl",

@@ -48,7 +48,11 @@ def test_folders_and_hub_names(here):
 def test_a_folder_is_named_from_the_root(here, monkeypatch):
     (here / "m").mkdir()
     monkeypatch.setenv("HOME", str(here / "someone"))
-    assert [resolved(path) for path in ("m", "~/m", "other/m")] == [str(here / "m"), str(here / "someone" / "m"), "other/m"]
+    assert [resolved(path) for path in ("m", "~/m", "other/m")] == [
+        str(here / "m"),
+        str(here / "someone" / "m"),
+        "other/m",
+    ]
 
 
 # --- which folder is meant --------------------------------------------------------------------------------------------
