@@ -254,7 +254,7 @@ def generate(
                 raise SettingError(f"the prompt {text!r} is no UTF-8 text")
         _refuse_recipe(model)
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
-        check_model(config)
+        check_model(config, may_be_random=False)
     prepare_device()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()

@@ -256,7 +256,7 @@ def test_a_seed_beyond_the_random_streams(data):
 
 def test_a_folder_that_holds_a_run_is_not_written_over(grpo_recipe, data):
     (data / "grpo").mkdir()
-    (data / "grpo" / "config.json").write_text("{}")
+    (data / "grpo" / "config.json").write_text('{"settings": {}, "versions": {"llmrl": "0"}}')
     status, _, error = llmrl("grpo", grpo_recipe)
     assert status == 2
     assert "run.resume=true" in error
@@ -642,7 +642,7 @@ def test_every_command_sets_the_device_up_before_it_loads(command, grpo_recipe, 
 
     monkeypatch.setattr("llmrl.distributed.device.prepare_device", prepare)
     monkeypatch.setattr("llmrl.build.check_scorer", lambda config: [])
-    monkeypatch.setattr("llmrl.models.checking.check_model", lambda config: None)
+    monkeypatch.setattr("llmrl.models.checking.check_model", lambda config, **_: [])
     recipe = (grpo_recipe, "run.deterministic=true")
     arguments = {"grpo": recipe, "evaluate": recipe, "score": (TINY, data / "sft.jsonl"), "generate": (TINY, "1+1=")}
     with pytest.raises(Prepared, match=str(command in ("grpo", "evaluate"))):

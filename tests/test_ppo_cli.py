@@ -441,7 +441,7 @@ def test_bad_input_is_told_before_anything_loads(recipe, monkeypatch, overrides,
 def test_a_body_of_another_tokenizer_is_told_before_anything_loads(recipe, models, monkeypatch, tmp_path, dry):
     shutil.copytree(models.whole, tmp_path / "foreign")
     tokenizer = AutoTokenizer.from_pretrained(models.base)
-    tokenizer.add_tokens(["<foreign>"])
+    tokenizer.eos_token = next(token for token in tokenizer.get_vocab() if token.isalpha())
     tokenizer.save_pretrained(tmp_path / "foreign")
     refuse_to_load(monkeypatch)
     overrides = ["critic.body=reward_model", f"reward.model.path={tmp_path / 'foreign'}"]

@@ -46,8 +46,12 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def check_model(config: ModelConfig) -> list[str]:
+def check_model(config: ModelConfig, *, may_be_random: bool = True) -> list[str]:
     """Checks a causal language model.
+
+    Args:
+        config: Which model.
+        may_be_random: Whether `from_scratch` would be a way out where there are no weights.
 
     Returns:
         Sentences on what could not be checked: a hub name that is not in the local cache.
@@ -62,7 +66,7 @@ def check_model(config: ModelConfig) -> list[str]:
         folder = find_folder(config.path, config.made_by)
         if is_adapter(config.path):
             return _check_adapter(config, folder)
-        model = _check_folder(config, folder, _causal(), may_be_random=True)
+        model = _check_folder(config, folder, _causal(), may_be_random=may_be_random)
         if model is not None:
             if config.lora is not None:
                 _try_lora(config, model)

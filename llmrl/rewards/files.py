@@ -1,6 +1,6 @@
 """Files of rules as modules: of a name that no other module has, and that worker processes can import too.
 
-A file ``/home/me/rewards/judge.py`` is the module ``llmrl.rewards.files./home/me/rewards/judge%2Epy``. So it can
+A file ``/srv/rewards/judge.py`` is the module ``llmrl.rewards.files./srv/rewards/judge%2Epy``. So it can
 neither hide a module nor be hidden by one, be it called math.py or my rule.py, and its functions can be sent to workers
 that are forked or spawned.
 

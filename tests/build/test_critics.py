@@ -46,6 +46,7 @@ from llmrl.reports.progress import Silent
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError
+from llmrl.trainers.evaluate import EvaluationConfig
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
 from llmrl.trainers.run import OutputConfig, RLRunConfig
@@ -637,7 +638,8 @@ def test_a_body_may_have_another_chat_template(config, folders, monkeypatch, tmp
 def test_a_body_that_reads_other_tokens_is_refused(config, folders, foreign, monkeypatch, idle, dry):
     """Whatever else could not be checked."""
     if idle:
-        config = dataclasses.replace(config, evaluation_data=PromptDataConfig(path="gone.jsonl"))
+        gone = PromptDataConfig(path="gone.jsonl")
+        config = dataclasses.replace(config, evaluation_data=gone, evaluation=EvaluationConfig(every=0))
     body = with_reward(with_critic(config, body="reward_model"), path=str(foreign))
     assert refusal(body, monkeypatch, dry=dry) == (
         f"critic.body reward_model: reward.model.path ({foreign}) reads other tokens than model.path ({folders.base}), "
