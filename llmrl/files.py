@@ -42,6 +42,6 @@ def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file, or something else in it."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

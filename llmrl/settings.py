@@ -5,8 +5,7 @@ names the path of each setting, its value, the rule and the way out.
 
 An override means what the shell hands over. The type of the setting says how that is read:
 
-    text, path, choice     the text itself, character by character; in quotes of its own the text between them;
-                           null where the setting may be null
+    text, path, choice     the text itself, character by character, quotes included; null where the setting may be null
     number                 decimal: 1e-5, .5, 1_000, 007; or null
     all else               YAML: true, [a, b], {path: x}, null
     argument of a reward   a number, true, false, null, a text in quotes, [a, b] or {a: b}; any other text as it is
@@ -212,7 +211,7 @@ def _meant(text: str, annotation: Any) -> Any:
     """What the text after the equals sign of an override means to a setting of this type; see the top of the file."""
     members = _members(annotation)
     if all(_is_text(member) or member is NoneType for member in members):
-        return None if text == "null" and NoneType in members else _unquoted(text)
+        return None if text == "null" and NoneType in members else text
     is_plain = any(_is_text(member) or member in (int, float, Any) for member in members)
     return _literal(text) if is_plain else _yaml_value(text)
 

@@ -169,7 +169,7 @@ def _check_family(config: ModelConfig, settings: dict[str, Any], kind: Any) -> "
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family = settings.get("model_type")
-    if family is None:
+    if not isinstance(family, str):
         raise ModelError(
             f"model.path ({config.path}) has a config.json without a model_type: is it a transformers model folder?"
         )

@@ -114,7 +114,7 @@ def _describes_model(folder: Path) -> bool:
         return False
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return not (isinstance(settings, dict) and "settings" in settings and "model_type" not in settings)
 
@@ -128,7 +128,7 @@ def json_object(file: Path, path: str) -> dict[str, Any]:
     refuse_pointer(file, path)
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ModelError(f"model.path ({path}) has a {file.name} that is no JSON object; save the model again")
@@ -182,7 +182,7 @@ def check_safetensors(file: Path, path: str) -> None:
     try:
         header = json.loads(raw)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         raise ModelError(
             f"model.path ({path}) has a {file.name} that is no safetensors file; fetch or save it again"
         ) from None

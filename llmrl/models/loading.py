@@ -120,7 +120,9 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     if is_adapter(config.path) and not has_vocabulary_file(config.path):
         return load_tokenizer(base_of_adapter(config))
     with reading(config):
-        return AutoTokenizer.from_pretrained(resolved(config.path), trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(resolved(config.path), trust_remote_code=config.trust_remote_code)
+        tokenizer("a")  # some settings that it cannot work with show only here
+    return tokenizer
 
 
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
@@ -448,6 +450,7 @@ def check_ids(
 
 def _num_embeddings(model: "PreTrainedModel") -> int:
     embedding = model.get_input_embeddings()
+    embedding = getattr(embedding, "base_layer", embedding)  # below an adapter
     assert isinstance(embedding, nn.Embedding)
     return embedding.num_embeddings  # its weight may be split over ranks
 

@@ -74,7 +74,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{folder / name} is not what was saved; remove {folder} to continue from what is older"
                 )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is no complete checkpoint ({error}); remove it to continue from what is older"
         ) from error

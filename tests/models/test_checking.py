@@ -136,8 +136,9 @@ def test_code_of_the_tokenizer_counts_too(folder, tmp_path):
 def test_a_type_that_is_not_known(folder, tmp_path):
     change(tmp_path / "model", model_type="llama77")
     assert "is of type llama77, which transformers" in both_refuse(folder)
-    change(tmp_path / "model", model_type=None)
-    assert "without a model_type" in both_refuse(folder)
+    for odd in (None, ["llama"], 3):
+        change(tmp_path / "model", model_type=odd)
+        assert "without a model_type" in both_refuse(folder)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,11 @@ def test_targets_that_the_model_lacks(tmp_path):
     told = refusal(path=path, lora=LoraSettings(targets=("q_proj", "c_attn")))
     assert "model.lora.targets (q_proj) names no layer of a GPT2LMHeadModel" in told
     assert "c_attn, c_fc, c_proj" in told
+
+
+def test_an_adapter_on_the_embedding_is_taken(tmp_path):
+    path = save_folder(tmp_path, llama())
+    assert check_model(ModelConfig(path=path, lora=LoraSettings(targets=("embed_tokens",)))) == []
 
 
 def test_adapters_on_tied_embeddings(tmp_path):

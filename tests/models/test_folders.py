@@ -109,7 +109,7 @@ def test_what_the_file_system_refuses_is_one_line():
 # --- whole files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "\xff", "[" * 100_000], ids=lambda content: content[:4])
 def test_settings_that_are_no_object(here, content):
     (here / "config.json").write_text(content, encoding="latin-1")
     assert "has a config.json that is no JSON object" in refusal(json_object, here / "config.json", "m")

@@ -93,6 +93,15 @@ def test_pickled_weights_are_never_loaded(folder, tmp_path):
         load_model(ModelConfig(path=folder))
 
 
+def test_a_tokenizer_that_cannot_be_called_is_told_when_it_loads(tmp_path):
+    """transformers takes the setting as it is, and compares with it at the first text."""
+    path = save_folder(tmp_path, llama())
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": [8]}))
+    with pytest.raises(ModelError, match=r"^model\.path \(.*\) cannot be loaded: TypeError"):
+        load_tokenizer(ModelConfig(path=path))
+
+
 @pytest.mark.parametrize("load", [load_tokenizer, load_model, load_adapted])
 def test_a_hub_that_cannot_be_reached_is_asked_once(load, monkeypatch):
     asked = []
@@ -115,7 +124,7 @@ def test_a_model_in_the_cache_needs_no_hub(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: f"{folder}/{name}")
     monkeypatch.setattr("huggingface_hub.HfApi.get_hf_file_metadata", lambda *_, **__: pytest.fail("it was asked"))
     loaded = []
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **_: loaded.append(path))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **_: loaded.append(path) or make_tokenizer())
     load_tokenizer(ModelConfig(path="somebody/model"))
     assert loaded == ["somebody/model"]
 
