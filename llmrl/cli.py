@@ -46,8 +46,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings that replace the recipe's: key=value, as in run.seed=1, reward.functions.0.weight=2 or "
-        "model.lora.targets=\\[q_proj,v_proj]. A text is what the shell hands over, character by character; all else is "
-        "YAML. ${run.seed} is the value of another setting, \\${ the two characters ${."
+        "model.lora.targets=\\[q_proj,v_proj]. A text is what the shell hands over, character by character; all "
+        "else is YAML. ${run.seed} is the value of another setting, \\${ the two characters ${."
     ),
 ]
 DryRun = Annotated[
