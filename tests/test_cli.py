@@ -191,10 +191,8 @@ def test_a_dry_run_refuses_a_missing_path_that_the_user_gave(tmp_path):
 )
 def test_bad_input_is_one_clear_line_before_anything_loads(grpo_recipe, overrides, told, monkeypatch):
     refuse_to_load(monkeypatch)
-    started = time.monotonic()
     status, _, error = llmrl("grpo", grpo_recipe, *overrides)
     assert status == 2
-    assert time.monotonic() - started < 10
     assert "Traceback" not in error
     for words in told:
         assert words in error
