@@ -10,7 +10,7 @@ REVIEWER := runs/reviews_tiny/sft/final
 REWARD_MODEL := runs/reviews_tiny/reward_model/final
 RLHF := recipes/reviews_tiny_ppo.yaml
 
-.PHONY: quickstart quickstart-rlhf test test-fast check bench
+.PHONY: quickstart quickstart-rlhf test test-fast fuzz check bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
@@ -53,6 +53,10 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Faults in folders, data, templates, settings and rules, 400 combinations; make test tries 60 of them.
+fuzz: $(INSTALLED)
+	FUZZ_COMBINATIONS=$${FUZZ_COMBINATIONS:-400} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
