@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from llmrl.experience import Prompts, Scores
@@ -84,23 +85,28 @@ class Evaluator:
         self.progress.phase("evaluation", num_prompts * num_responses)
         rollout = self.engine.generate(self.prompts, self.sampling)
         scores = self.reward(rollout)
-        correct = self._correct(scores).view(num_prompts, num_responses)
+        correct = self._correct(scores, num_responses)
         values = {
-            **_with_interval("eval/accuracy", *accuracy(correct)),
-            "eval/num_prompts": float(num_prompts),
+            **(_with_interval("eval/accuracy", *accuracy(correct)) if len(correct) else {}),
+            "eval/num_prompts": float(len(correct)),
             "eval/unscored": float(scores.total.isnan().sum()),
             "eval/response_length": float(rollout.sequences.response_lengths.double().mean()),
             "eval/finished_fraction": float(rollout.finished.double().mean()),
         }
         values |= mean_scores(scores)
-        for k in self.config.pass_at:
+        for k in self.config.pass_at if len(correct) else ():
             chances = pass_at_k(correct.sum(dim=1), num_responses, k)
             values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances))
         return values
 
-    def _correct(self, scores: Scores) -> Tensor:
-        """A response that could not be scored is not correct."""
-        return scores.parts[self.criterion] > self.config.correct_above
+    def _correct(self, scores: Scores, num_responses: int) -> Bool[Tensor, "N G"]:
+        """Of each prompt that the criterion is for, which responses are correct: one that nothing could score is not.
+
+        Where the criterion says nothing of a prompt and another reward scores it, the prompt is of another task.
+        """
+        criterion, total = (x.view(-1, num_responses) for x in (scores.parts[self.criterion], scores.total))
+        of_another_task = (criterion.isnan() & ~total.isnan()).all(dim=1)
+        return (criterion > self.config.correct_above)[~of_another_task]
 
 
 def mean_scores(scores: Scores) -> dict[str, float]:

@@ -203,3 +203,13 @@ def test_the_same_random_numbers_each_time(num_responses: int, greedy: bool):
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^{message}"):
         EvaluationConfig(**settings)
+
+
+def test_prompts_of_another_task_are_not_in_the_accuracy():
+    """The criterion has nothing to say of prompts 1 and 2; nothing could score prompt 3, which is wrong."""
+    parts, totals = [1.0, NAN, NAN, NAN, 0.0], [1.0, 2.0, 3.0, NAN, 0.0]
+    values = make(5, parts, totals=totals).evaluate()
+    assert (values["eval/num_prompts"], values["eval/accuracy"]) == (3.0, pytest.approx(1 / 3))
+    nothing = make(2, [NAN, NAN], totals=[1.0, 2.0], pass_at=(1,)).evaluate()
+    assert nothing["eval/num_prompts"] == 0.0
+    assert not any(name.startswith(("eval/accuracy", "eval/pass_at")) for name in nothing)
