@@ -202,7 +202,7 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     algorithm, settings = CASES[case]
     kind, check, build = KINDS[algorithm]
     launch = read_launch()
-    recipe = write_recipe(algorithm, args.model, lengths, folder)
+    recipe = write_recipe(algorithm, args.model, lengths, Path(tempfile.mkdtemp(dir=folder)))
     config = read_recipe(kind, recipe, list(settings))
     checked = check(config, dry=False)
     if launch.sharding == "deepspeed":

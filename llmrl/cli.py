@@ -165,6 +165,7 @@ def evaluate(
         if config.evaluation_data is None:
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         _check_output(output)
+        output = output and output.absolute()  # a reward may change the working directory
         before = _earlier(compare) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
     prepare_device(deterministic=config.run.deterministic)
@@ -399,13 +400,14 @@ def _quiet() -> None:
     from llmrl.distributed.device import pick_device
 
     disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     os.environ.setdefault("DS_ACCELERATOR", pick_device().type)
 
 
 @contextmanager
 def bad_input_ends_with_status_2() -> Iterator[None]:
     """Around everything that happens before a model loads: what is wrong there is the input."""
+    # written for the authors of libraries, nothing that a user could do
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     with _outer_causes_in_one_line(2):
         try:
             yield

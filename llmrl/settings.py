@@ -201,6 +201,8 @@ def _parse(override: str, classes: Sequence[type]) -> tuple[str, Any]:
         raise SettingError(f"override {override!r} must be written key=value, such as run.seed=1")
     if not is_unicode(override):
         raise SettingError(f"override {override!r} is no UTF-8 text")
+    if text == "???":
+        raise SettingError(f"override {override!r}: ??? is the sign for a value that is missing; write another text")
     try:
         return key, _meant(text, _annotation(classes, key))
     except yaml.YAMLError as error:
@@ -233,7 +235,9 @@ def _unquoted(text: str) -> str:
 
 
 def _number(text: str) -> int | float | None:
-    """A decimal number, as people write one, not as YAML 1.1 reads 010 or 1:30; None for any other text."""
+    """A decimal number, as people write one, not as YAML 1.1 reads 010 or 1:30, or .inf; None for any other text."""
+    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)", text):
+        return float(text.replace(".", ""))
     if re.match(r"[-+]?\.?[0-9]", text):
         for read in (int, float):
             with suppress(ValueError):

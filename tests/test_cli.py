@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
 from llmrl import cli
-from llmrl.cli import _named_as_given, _print_evaluation, _write, app, settings
+from llmrl.cli import _named_as_given, _print_evaluation, _write, app, bad_input_ends_with_status_2, settings
 from llmrl.distributed.activity import HERE
 from llmrl.models.loading import ModelError
 
@@ -624,6 +625,27 @@ def test_python_m_llmrl_works():
         [sys.executable, "-m", "llmrl", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert "grpo" in process.stdout
+
+
+def test_an_evaluation_is_written_where_it_was_asked_for(grpo_recipe, data, monkeypatch):
+    """Though its reward goes elsewhere."""
+    (data / "elsewhere").mkdir()
+    rule = "import os\ndef score(responses):\n    os.chdir('elsewhere')\n    return [1.0 for _ in responses]\n"
+    (data / "moving.py").write_text(rule)
+    monkeypatch.chdir(data)
+    rules = f"reward.functions=[{{name: '{data}/moving.py:score'}}]"
+    status, _, error = llmrl("evaluate", grpo_recipe, rules, "--output", "numbers.json")
+    assert status == 0, error
+    assert (data / "numbers.json").is_file()
+
+
+def test_checks_say_nothing_to_the_authors_of_libraries():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with bad_input_ends_with_status_2():
+            warnings.warn_explicit("soon", FutureWarning, "theirs.py", 7, module="transformers.modeling_utils")
+            warnings.warn_explicit("soon", FutureWarning, "mine.py", 7, module="mine")
+    assert [warning.filename for warning in told] == ["mine.py"]
 
 
 # --- the device -------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -312,6 +313,17 @@ def test_any_text_is_what_the_shell_hands_over(write: Write, text: str):
 @pytest.mark.parametrize("text", ['"a"', "'a # b'", '""', '"a\nb"', "'a' + 'b'", '"a"b"', "'it's'", "'a' # b"])
 def test_quotes_that_reach_the_program_are_part_of_a_text(write: Write, text: str):
     assert given_as(text, write) == text
+
+
+def test_the_sign_of_a_missing_value_is_refused_by_name(write: Write):
+    assert problem(write(RECIPE), "output_dir=???") == (
+        "override 'output_dir=???': ??? is the sign for a value that is missing; write another text"
+    )
+
+
+@pytest.mark.parametrize(("text", "expected"), [(".inf", math.inf), ("-.Inf", -math.inf), ("+.INF", math.inf)])
+def test_a_number_may_be_infinite(write: Write, text: str, expected: float):
+    assert read_recipe(Run, write(RECIPE), [f"rules.1.weight={text}"]).rules[1].weight == expected
 
 
 def test_null_is_null_where_the_setting_may_be_null_and_text_elsewhere(write: Write):

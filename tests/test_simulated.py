@@ -1,5 +1,6 @@
 """Whole iterations on a simulated device: no tensor of the CPU meets one of it, and the numbers are the CPU's."""
 
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -165,11 +166,12 @@ def reward_model(data, _):
 
 
 def build(config):
+    """In a folder of its own: what an earlier one left would be another run's."""
+    folder = tempfile.mkdtemp(dir=Path(config.run.output_dir).parent)
+    config = replace(config, run=replace(config.run, output_dir=folder))
     make, check = BUILD[type(config)]
     trackers = Trackers(TrackerConfig(), output_dir=Path(config.run.output_dir))
-    run = make(config, check(config, dry=False), progress=Silent(), trackers=trackers)
-    Path(config.run.output_dir).mkdir(exist_ok=True)
-    return run
+    return make(config, check(config, dry=False), progress=Silent(), trackers=trackers)
 
 
 def iterations(config):
