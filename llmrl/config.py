@@ -42,7 +42,7 @@ class SFTRun:
     evaluation_data: SupervisedDataConfig | None = None
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
-    """Who else is told the metrics."""
+    """Who else receives the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """What several processes do together."""
 
@@ -78,7 +78,7 @@ class RewardModelRun:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """How the weights move."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
-    """Who else is told the metrics."""
+    """Who else receives the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """What several processes do together."""
 
@@ -136,7 +136,7 @@ class RLRun:
     evaluation_data: PromptDataConfig | None = None
     """Held-out prompts."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
-    """Who else is told the metrics."""
+    """Who else receives the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """What several processes do together."""
 

@@ -79,7 +79,8 @@ def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> E
     """An evaluation of the model that a recipe names, without anything that trains."""
     checked.tell(progress)
     tokenizer, model = load_for_sampling(config.model)
-    pin_rope(model, config.longest_sequence)
+    if warning := pin_rope(model, config.longest_sequence):
+        progress.message(warning)
     collectives = join_ranks()
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
     engine = shared_engine(engine, collectives)
@@ -111,6 +112,7 @@ def _load_actor(config: RLRun) -> Actor:
 
 
 def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collectives, progress: Progress) -> Whole:
+    progress.phase("start", 1)  # which takes a while where the model is large
     check_sampling(actor, config.rollout)
     engine = build_engine(
         config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress, trains=True

@@ -78,7 +78,9 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # a user who is not known
-        raise DataError(f"data.path ({path}): {error}") from error
+        raise DataError(
+            f"data.path ({path}): the folder that its ~ stands for is not known; write the path from the root"
+        ) from error
 
 
 def load_config_rows(config: DataConfig) -> Rows:

@@ -7,7 +7,7 @@ import torch
 from llmrl.memory.report import in_units
 
 WAYS_OUT = {
-    "start": "set model.lora.rank, spread the run over more devices, or choose a smaller model",
+    "start": "set model.lora.rank where all weights are trained, spread the run over devices, or take a smaller model",
     "rollout": "lower rollout.max_rows",
     "reward": "lower reward.model.microbatch_tokens",
     "logprobs": "lower update.microbatch_tokens",

@@ -10,6 +10,7 @@ from llmrl.memory.estimate import PHASES, Estimate, estimate_memory
 from llmrl.memory.machine import this_machine
 from llmrl.memory.shape import ModelShape, read_shape
 from llmrl.memory.strategy import launched_strategy
+from llmrl.models.folders import is_adapter
 from llmrl.models.loading import LoraSettings, ModelConfig
 
 RunConfig = SFTRun | RewardModelRun | RLRun
@@ -102,7 +103,7 @@ def _levers(config: RunConfig) -> dict[str, tuple[str, Any]]:
         "model.gradient_checkpointing=true": ("model.gradient_checkpointing", True),
         "model.dtype=bfloat16": ("model.dtype", "bfloat16"),
     }
-    if config.model.lora is None:
+    if config.model.lora is None and not is_adapter(config.model.path):
         levers["model.lora.rank=16"] = ("model.lora", LoraSettings())
     if isinstance(config, RLRun):
         section, length = "update", config.data.max_prompt_tokens + config.rollout.max_response_tokens

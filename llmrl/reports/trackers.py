@@ -110,9 +110,8 @@ class Trackers:
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         """The metrics of an iteration, to the trackers that lack it. One that fails receives no more."""
-        for name, tracker in list(self.open.items()):
-            if iteration <= tracker.last:
-                continue
+        lacking = {name: tracker for name, tracker in self.open.items() if iteration > tracker.last}
+        for name, tracker in lacking.items():
             try:
                 tracker.log(iteration, values)
             except Exception as error:  # a library's, whatever it is
@@ -123,7 +122,8 @@ class Trackers:
                 )
             else:
                 tracker.last = iteration
-        self._note()
+        if lacking:
+            self._note()
 
     def _start(self, name: str, run_id: str, last: int, num_done: int, settings: dict[str, Any]) -> Tracker:
         match name:

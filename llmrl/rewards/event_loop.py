@@ -6,6 +6,7 @@ is no obstacle.
 
 import asyncio
 import atexit
+import os
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from functools import cache
@@ -45,3 +46,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
     atexit.register(close)
     return loop
+
+
+os.register_at_fork(after_in_child=_loop.cache_clear)
+"""The thread of the loop stays with the parent: a child that is forked starts its own."""

@@ -5,6 +5,7 @@ neither hide a module nor be hidden by one, be it called math.py or my rule.py, 
 that are forked or spawned.
 
 Modules that lie beside a file are found as well: its folder is put at the end of ``sys.path``, after what is installed.
+One that something installed would hide is refused.
 """
 
 import ast
@@ -21,21 +22,17 @@ from urllib.parse import quote, unquote_to_bytes
 
 __path__: list[str] = []  # makes this module a package, whose modules the finder finds
 
-_folders: list[Path] = []
-"""Those of files that were imported."""
-
 
 def import_file(path: Path) -> ModuleType:
     """The module of a file, which runs once in a process.
 
     Raises:
-        ImportError: It imports a module that lies beside it, and would get another of that name, of another such file.
+        ImportError: It imports a module that lies beside it, and would get another of that name, unless that is of the
+            standard library.
     """
     path = path.resolve()
-    if path.parent not in _folders:
-        _folders.append(path.parent)
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     for name in _imported_names(path):
         _check_neighbour(path, name)
     return importlib.import_module(f"{__name__}.{quote(os.fsencode(path)).replace('.', '%2E')}")
@@ -61,14 +58,14 @@ def _imported_names(path: Path) -> Iterator[str]:
 
 
 def _check_neighbour(path: Path, name: str) -> None:
-    """Raises ImportError where a module that lies beside the file would not be found, but that beside another one."""
-    beside = _places(path.parent, name)
-    spec = importlib.util.find_spec(name) if any(place.is_file() for place in beside) else None
+    """Raises ImportError where a module that lies beside the file is hidden by one that is found before it."""
+    beside = [place.resolve() for place in _places(path.parent, name) if place.is_file() and place != path]
+    spec = importlib.util.find_spec(name) if beside and name not in sys.stdlib_module_names else None
     if spec is None or spec.origin is None:
         return
-    found = Path(spec.origin)
-    if found not in beside and any(found in _places(folder, name) for folder in _folders):
-        raise ImportError(f"it imports {name}, and gets {found}, not the one in {path.parent}; rename one of the two")
+    found = Path(spec.origin).resolve()
+    if found not in beside:
+        raise ImportError(f"it imports {name}, and gets {found}, not the one in {path.parent}; rename that one")
 
 
 def _places(folder: Path, name: str) -> tuple[Path, Path]:

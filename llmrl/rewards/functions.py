@@ -46,7 +46,8 @@ from llmrl.rewards.loading import Function, select_columns, source_file, takes
 from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_texts
 
 QUICK_S = 0.1
-"""A function that failed sooner than this is asked again row by row, for the row on which it fails."""
+"""A function that failed sooner than this is asked again row by row, for the row on which it fails, unless the failure
+is that of a connection or a file."""
 SEARCH_S = 1.0
 """The longest that this may last."""
 
@@ -221,7 +222,8 @@ def _ask(name: str, function: Function, call: Call) -> Any:
         raise
     except BaseException as error:  # whatever it raises, SystemExit included, is the function's failure
         is_quick = time.monotonic() - started < QUICK_S
-        place = _failing_row(function, call, error) if is_quick else _in_call(call)
+        is_of_row = not isinstance(error, OSError)  # which a connection or a disk has, whatever the row
+        place = _failing_row(function, call, error) if is_quick and is_of_row else _in_call(call)
         raise RewardError(f"{_raised(name, function, error)} {place}") from error
 
 

@@ -87,7 +87,7 @@ def check_columns(function: Function, columns: Iterable[str]) -> None:
         if name in columns and name in _keyword_parameters(function):
             raise RewardLoadError(
                 f"reward function {_name(function)} takes {name!r}, which comes from the rollout, and the data has a "
-                f"column {name!r} too; rename the column"
+                f"column {name!r} too; rename the column, such as by data.rename_columns={{{name}: my_{name}}}"
             )
     for name in _required(function):
         if name not in known:

@@ -12,6 +12,8 @@ Values = Mapping[str, float]
 
 PATIENCE = 3
 """Iterations in a row: a batch of hard prompts, or a spike of the loss, is over by then."""
+LEARNS_NOTHING = ("unscored", "nothing to learn")
+"""Kinds that odd batches bring into healthy runs, and that the first iteration may show as well as any other."""
 FLAT_STD = 1e-6
 """Spread of scores, relative to their size, that is rounding."""
 SOLVED = 0.1
@@ -76,13 +78,15 @@ class Alarms:
         return [self.current[kind] for kind in new]
 
     def at_the_end(self) -> list[str]:
-        """What still holds after the last iteration, in short runs too; nothing learned only if it never was."""
-        never = {"nothing to learn": self.num_seen}
-        return [
-            text
-            for kind, text in self.current.items()
-            if kind in self.raised or self.streaks[kind] >= never.get(kind, 1)
-        ]
+        """What still holds after the last iteration: there as in a run, or all along in a run that was shorter."""
+        return [text for kind, text in self.current.items() if self.streaks[kind] >= self.enough(kind)]
+
+    def enough(self, kind: str) -> int:
+        """In how many iterations, up to the end, a kind must hold to be said there."""
+        if kind in LEARNS_NOTHING:
+            return min(PATIENCE, self.num_seen)
+        _, patience, _ = self.kinds()[kind]
+        return min(patience, max(self.num_seen - 1, 1))  # the first iteration is what others are compared with
 
     def note(self, kind: str, text: str | None) -> None:
         """A kind holds, and this says it, or it does not."""
@@ -114,10 +118,12 @@ class Alarms:
     def _unscored(self, values: Values) -> str | None:
         if "score/mean" in values or not values["score/unscored"]:
             return None
+        num = self.streaks.get("unscored", 0) + 1
         return (
-            f"none of {values['score/unscored']:.0f} responses could be scored, so nothing is learned: every rule of "
-            "reward.functions returned None; a rule returns None for the rows of another task only, so see which "
-            "column it reads the answer from, and whether it can read the answers that stand there"
+            f"none of {values['score/unscored']:.0f} responses could be scored in {_in_a_row(num)}, so nothing is "
+            "learned there: every rule of reward.functions returned None; a rule returns None for the rows of another "
+            "task only, so see which column it reads the answer from, and whether it can read the answers that stand "
+            "there"
         )
 
     def _nothing_to_learn(self, values: Values) -> str | None:
@@ -126,7 +132,7 @@ class Alarms:
         num = self.streaks.get("nothing to learn", 0) + 1
         alike = "every response to a prompt" if "group/flat_fraction" in values else "every response"
         return (
-            f"{alike} got the same score in {num} iterations in a row (mean {values['score/mean']:.3g}), so nothing is "
+            f"{alike} got the same score in {_in_a_row(num)} (mean {values['score/mean']:.3g}), so nothing is "
             "learned from scores: samples.jsonl shows the responses; either the reward never tells them apart (its "
             "answer column, the form that it expects), or the prompts are too hard for this model, or all responses "
             "are equal"
@@ -188,7 +194,7 @@ class Alarms:
 
     def _held_out_accuracy(self, values: Values) -> str | None:
         now, start = values["eval/accuracy"], self.start["eval/accuracy"]
-        if now >= self.start.get("eval/accuracy_low", start):
+        if not now < self.start.get("eval/accuracy_low", start):  # NaN, where nothing could be judged, is no fall
             return None
         return (
             f"held-out accuracy fell below the start: {now:.3g}, {start:.3g} at the start; the model is worse than the "
@@ -227,3 +233,7 @@ class Alarms:
         if self.best_score == -math.inf:
             return False
         return values["score/mean"] >= self.best_score - SOLVED * abs(self.best_score - self.start["score/mean"])
+
+
+def _in_a_row(num: int) -> str:
+    return "1 iteration" if num == 1 else f"{num} iterations in a row"

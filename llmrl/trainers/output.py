@@ -12,6 +12,8 @@ from llmrl.trainers.checkpoint import list_checkpoints
 
 RECORDS = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "best", "final")
 """What a run leaves."""
+REPLACED = ("checkpoints", "best", "final")
+"""Of these, the folders that a run that goes on writes over."""
 MODEL_FILES = ("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.bin", "*.gguf")
 """What tells the folder of a model, beside its config.json."""
 
@@ -36,6 +38,11 @@ def check_folder(folder: Path, *, resume: bool, inputs: Mapping[str, str]) -> No
             raise RunError(
                 f"run.output_dir ({folder}) is {'' if place == read else 'inside '}{setting} ({path}), which the run "
                 "reads; choose another folder"
+            )
+        if read.exists() and any(read.is_relative_to((place / name).resolve()) for name in REPLACED):
+            raise RunError(
+                f"run.output_dir ({folder}) holds {setting} ({path}), which the run reads and would write over; choose "
+                "another folder"
             )
     if is_run(folder):
         if not resume:

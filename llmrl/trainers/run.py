@@ -183,8 +183,8 @@ class Run:
                     last = self.iterate()
                 if self.stop_signal is not None:
                     self.checkpoint()
-        except BaseException:
-            self.rescue()
+        except BaseException as error:
+            self.rescue(error)
             raise
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
@@ -259,10 +259,14 @@ class Run:
             self.keep_best(number, values)
 
     def replay(self) -> None:
-        """What earlier processes measured: to trackers that lack it, and to the alarms, which stay silent for now."""
+        """What earlier processes measured: to trackers that lack it, and to the alarms, which stay silent for now.
+
+        Both speak on the rank that writes. Others must not read what it may be writing now.
+        """
+        if not self.keeps_records:
+            return
         for number, values in self.lines():
-            if self.keeps_records:
-                self.sink.log(number, values)
+            self.sink.log(number, values)
             self.alarms.see(values)
 
     def lines(self) -> list[tuple[int, dict[str, float]]]:
@@ -409,17 +413,23 @@ class Run:
         if self.keeps_records:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
 
-    def rescue(self) -> None:
+    def rescue(self, failure: BaseException) -> None:
         """After a failure: the state where the iteration began, if this rank has it all. Others may answer no more."""
         if not self.keeps_records:
             return
         if not self.trainer.rewind():
             self.progress.message(f"the weights were being changed: {self.what_is_kept()}")
-        elif self.trainer.holds_all and not self.next_checkpoint.exists():
+            return
+        if self.trainer.holds_all and not self.next_checkpoint.exists():
             try:
                 save_checkpoint(self.next_checkpoint, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
             except WriteError as error:
                 self.progress.message(f"warning: {error}: {self.what_is_kept()}")
+        if isinstance(failure, KeyboardInterrupt) and self.next_checkpoint.exists():
+            self.progress.message(
+                f"everything up to iteration {self.trainer.iteration} is saved; the same command with run.resume=true "
+                f"goes on from {self.folder}"
+            )
 
     def what_is_kept(self) -> str:
         """Of everything learned, where nothing more is saved."""

@@ -369,5 +369,7 @@ def test_names_that_cannot_be(tmp_path: Path, names: dict, told: str):
 
 
 def test_a_user_who_is_not_known():
-    with pytest.raises(DataError, match=r"data\.path \(~nobody-here/a\.jsonl\): "):
+    with pytest.raises(
+        DataError, match=r"data\.path \(~nobody-here/a\.jsonl\): .* ~ .*; write the path from the root$"
+    ):
         read("~nobody-here/a.jsonl")

@@ -12,7 +12,7 @@ OF_THE_CPU = RuntimeError(
 @pytest.mark.parametrize(
     ("phase", "setting"),
     [
-        ("start", "model.lora.rank"),
+        ("start", "model.lora.rank where all weights are trained"),
         ("rollout", "rollout.max_rows"),
         ("reward", "reward.model.microbatch_tokens"),
         ("logprobs", "update.microbatch_tokens"),

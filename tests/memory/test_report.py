@@ -1,5 +1,7 @@
 import dataclasses
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -8,6 +10,7 @@ from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.memory import describe_memory
 from llmrl.memory.machine import Machine
 from llmrl.memory.report import in_units
+from llmrl.memory.shape import read_shape
 from llmrl.models.loading import ModelConfig
 from llmrl.trainers.run import OutputConfig
 from tests.memory.test_estimate import REWARD_MODEL, rl
@@ -92,6 +95,16 @@ def test_a_run_that_does_not_fit_is_told_with_what_lowers_it(machine):
     ways = dict(way.rsplit(" to ", 1) for way in fit.partition("lower it: ")[2].partition(". ")[0].split(", "))
     assert list(ways)[-1] == "all of these together"
     assert "model.lora.rank=16" in ways
+
+
+def test_an_adapter_is_offered_no_other_one(machine, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    machine(cpu=1)
+    with mock.patch("llmrl.memory.report.read_shape", return_value=read_shape(ModelConfig(path=TINY))):
+        fit = describe_memory(rl(PPORun, path=str(tmp_path / "model")))[-1]
+    assert "These lower it: " in fit
+    assert "lora" not in fit
 
 
 def test_what_a_setting_lowers_the_peak_to_is_its_own_estimate(machine):

@@ -301,3 +301,14 @@ def test_a_recipe_can_name_trackers(tmp_path: Path):
     assert read_recipe(TrackerConfig, recipe, []) == TrackerConfig(names=("tensorboard",))
     with pytest.raises(SettingError, match=r"names\.0: 'tensorbord' is not one of 'tensorboard', 'wandb' or 'trackio'"):
         read_recipe(TrackerConfig, recipe, ["names=[tensorbord]"])
+
+
+def test_iterations_that_all_have_already_write_nothing(package: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    package()
+    with make(tmp_path / "run", "wandb") as trackers:
+        trackers.log(5, {"x": 1.0})
+        with monkeypatch.context() as patch:
+            patch.setattr("llmrl.reports.trackers.write_atomically", lambda *_: pytest.fail("written"))
+            trackers.log(4, {"x": 1.0})
+        trackers.log(6, {"x": 1.0})
+    assert json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]["last"] == 6

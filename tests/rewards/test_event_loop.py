@@ -52,3 +52,25 @@ def test_it_is_closed_at_exit_without_a_word():
     command = [sys.executable, "-X", "dev", "-c", AT_EXIT]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert (process.stdout, process.stderr) == ("hangs up\n", "")
+
+
+FORKED = """
+import os, signal
+from llmrl.rewards.event_loop import run_in_loop
+
+async def answer():
+    return 7
+
+run_in_loop(answer())
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    os._exit(run_in_loop(answer()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_in_loop(answer()))
+"""
+
+
+def test_a_child_that_is_forked_has_its_own():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout == "7 7\n"

@@ -8,17 +8,19 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from llmrl.rewards import files
 from llmrl.rewards.files import import_file
 
 RULE = "def one(text):\n    return len(text)\n"
 
 
 @pytest.fixture(autouse=True)
-def _path(monkeypatch):
-    """What a file adds to the path is gone after the test."""
+def _path(monkeypatch, tmp_path):
+    """What a file adds to the path is gone after the test, and so are the neighbours that it imports."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(files, "_folders", [])
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def written(folder, name, text=RULE):
@@ -72,10 +74,31 @@ def test_two_neighbours_of_one_name_are_refused(tmp_path):
         written(tmp_path / folder, "twin_parsing.py", f"value = {folder!r}")
     text = "import twin_parsing\nvalue = twin_parsing.value\n"
     assert import_file(written(tmp_path / "a", "rule.py", text)).value == "a"
-    with pytest.raises(ImportError, match=r"imports twin_parsing, and gets .*a/twin_parsing\.py, not .*/b; rename one"):
+    with pytest.raises(
+        ImportError, match=r"imports twin_parsing, and gets .*a/twin_parsing\.py, not .*/b; rename that"
+    ):
         import_file(written(tmp_path / "b", "rule.py", text))
     assert import_file(written(tmp_path / "b", "other.py", "value = 3")).value == 3
 
 
 def test_a_file_that_wraps_a_package_of_its_name_gets_the_package(tmp_path):
     assert import_file(written(tmp_path, "torch.py", "import torch\nvalue = torch.tensor(2).item()")).value == 2
+
+
+def test_a_neighbour_that_something_installed_hides_is_refused(tmp_path, monkeypatch):
+    written(tmp_path / "installed", "tools_of_rules.py", "value = 1")
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    written(tmp_path / "mine", "tools_of_rules.py", "value = 2")
+    rule = written(tmp_path / "mine", "rule.py", "import tools_of_rules\nvalue = tools_of_rules.value\n")
+    told = r"imports tools_of_rules, and gets .*/installed/tools_of_rules\.py, not the one in .*/mine; rename that one"
+    with pytest.raises(ImportError, match=told):
+        import_file(rule)
+    assert import_file(written(tmp_path / "other", "rule.py", rule.read_text())).value == 1  # it has no neighbour
+
+
+def test_a_neighbour_that_is_found_through_a_link_is_itself(tmp_path, monkeypatch):
+    written(tmp_path / "mine", "linked_tools.py", "value = 2")
+    (tmp_path / "link").symlink_to("mine")
+    monkeypatch.syspath_prepend(tmp_path / "link")
+    rule = written(tmp_path / "mine", "rule.py", "import linked_tools\nvalue = linked_tools.value\n")
+    assert import_file(rule).value == 2

@@ -292,6 +292,19 @@ def test_an_interrupt_of_the_user_is_no_failure_of_a_function(score):
         score(interrupted)
 
 
+@pytest.mark.parametrize("kind", [ConnectionError, TimeoutError, OSError])
+def test_a_service_that_does_not_answer_is_not_asked_row_by_row(score, kind):
+    calls = []
+
+    def fails(responses):
+        calls.append(len(responses))
+        raise kind("refused")
+
+    with pytest.raises(RewardError, match=rf"raised {kind.__name__}: refused at .* in call 1; expected"):
+        score(fails)
+    assert calls == [3]
+
+
 def test_a_slow_function_that_failed_is_not_asked_again(score):
     calls = []
 

@@ -194,6 +194,7 @@ def test_a_column_may_be_named_like_what_comes_from_the_rollout(rule):
 @pytest.mark.parametrize("name", ["completions", "tokens"])
 def test_a_name_that_may_mean_the_column_or_the_rollout_is_refused(name):
     message = f"takes '{name}', which comes from the rollout, and the data has a column '{name}' too; rename the column"
+    message += f", such as by data.rename_columns={{{name}: my_{name}}}"
     with pytest.raises(RewardLoadError, match=message):
         check_columns({"tokens": lambda tokens=None: [], "completions": lambda completions: []}[name], [name])
 

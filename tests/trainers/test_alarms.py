@@ -51,6 +51,18 @@ def test_a_short_run_says_it_at_its_end_if_it_never_learned():
     assert told(HEALTHY, FLAT) == [[], [], []]
 
 
+def test_a_run_that_recovered_is_not_called_dead_for_its_last_batch():
+    *_, end = told(*[FLAT] * 3, *[HEALTHY] * 15, FLAT)
+    assert end == []
+    assert len(told(*[FLAT] * 3, *[HEALTHY] * 15, *[FLAT] * 3)[-1]) == 1
+    assert told(*[{"loss": 4.85}] * 9, {"loss": 99.0})[-1] == []
+    assert len(told(*[{"loss": 4.85}] * 9, *[{"loss": 99.0}] * 3)[-1]) == 1
+
+
+def test_one_iteration_is_no_plural():
+    assert "the same score in 1 iteration (mean" in told(FLAT)[-1][0]
+
+
 def test_without_groups_scores_of_all_prompts_are_compared():
     no_groups = {name: value for name, value in FLAT.items() if name != "group/flat_fraction"}
     assert len(told(*[no_groups | {"score/mean": 2.5, "score/std": 3e-9}] * 3)[2]) == 1
@@ -71,10 +83,12 @@ def test_responses_that_no_rule_scores_are_told_at_once_with_a_way_out():
     nothing = {"score/unscored": 24.0, "response/length": 8.0}
     seen = told(nothing, nothing, HEALTHY)
     assert len(seen[0]) == 1
-    assert seen[0][0].startswith("none of 24 responses could be scored")
+    assert seen[0][0].startswith("none of 24 responses could be scored in 1 iteration, so nothing is learned there")
     assert "reward.functions" in seen[0][0]
     assert seen[1:] == [[], [], []]
     assert told(HEALTHY | {"score/unscored": 23.0}) == [[], []]
+    assert told(*[HEALTHY] * 9, nothing)[-1] == []  # rows of another task
+    assert "24 responses could be scored in 2 iterations in a row" in told(nothing, nothing)[-1][0]
 
 
 # --- broken -----------------------------------------------------------------------------------------------------------
@@ -149,6 +163,13 @@ def test_held_out_accuracy_below_what_chance_would_give_at_the_start():
     assert "0.1, 0.5 at the start" in seen[1][0]
     assert seen[-1] == seen[1]
     assert told(start, HEALTHY | {"eval/accuracy": 0.1}, {"eval/accuracy": 0.6})[-1] == []
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_held_out_accuracy_that_is_not_known_has_not_fallen(place: int):
+    measured = [{"eval/accuracy": 0.5}, HEALTHY | {"eval/accuracy": 0.5}]
+    measured[place] = measured[place] | {"eval/accuracy": math.nan}
+    assert told(*measured) == [[]] * 3
 
 
 def test_held_out_loss_above_the_start():

@@ -86,6 +86,22 @@ def test_a_folder_of_data_is_refused(tmp_path: Path):
         check(tmp_path / "runs" / "x", **{"data.path": tmp_path})
 
 
+@pytest.mark.parametrize("inside", ["final", "best", "checkpoints/step_000001", "final/nested"])
+def test_what_a_run_reads_must_not_be_what_it_writes_over(tmp_path: Path, inside: str):
+    run = make_run(tmp_path / "run")
+    make_model(run / inside)
+    with pytest.raises(RunError, match=r"holds model\.path \(.*and would write over; choose another folder$"):
+        check(run, resume=True, **{"model.path": run / inside})
+    (run / "finally").mkdir()
+    (run / "train.jsonl").touch()
+    check(run, resume=True, **{"model.path": run / "finally", "data.path": run / "train.jsonl"})
+
+
+def test_a_name_on_the_hub_is_in_no_folder_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(make_run(tmp_path / "run"))
+    check(Path("."), resume=True, **{"model.path": "best/model"})
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 

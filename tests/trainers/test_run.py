@@ -290,6 +290,22 @@ def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
     assert bench.sink.logged == []
 
 
+def test_a_rank_that_is_not_the_first_does_not_read_what_the_first_is_writing(bench: Bench):
+    bench.make(1).train()
+
+    class Second(OneProcess):
+        rank, world_size = 1, 2
+
+    def evaluate() -> dict[str, float]:
+        with (bench.folder / "metrics.jsonl").open("a") as file:
+            file.write('{"iterat')  # as the first rank is about to
+        return {"eval/x": 1.0}
+
+    run = bench.make(3, evaluate=evaluate, evaluate_every=1, resume=True)
+    run.collectives, run.keeps_records = Second(), False
+    assert run.train()["weight"] == 18.0
+
+
 def test_what_is_done_already_leaves_the_record_of_its_settings(bench: Bench):
     bench.make(3, settings={"rate": 1.0}).train()
     bench.make(3, settings={"rate": 2.0}, resume=True).train()
@@ -674,10 +690,21 @@ def test_a_second_interrupt_stops_at_once(bench: Bench):
 
     with pytest.raises(KeyboardInterrupt):
         bench.make(4, hooks={(3, "early"): twice}).train()
+    assert bench.said.messages[1:] == [
+        f"everything up to iteration 2 is saved; the same command with run.resume=true goes on from {bench.folder}"
+    ]
     assert bench.iterations() == [1, 2]
     assert bench.steps() == ["step_000002"]
     bench.make(4, resume=True).train()
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_an_interrupt_does_not_call_saved_what_is_not(bench: Bench):
+    run = bench.make(4, hooks={(3, "early"): interrupts(2)})
+    bench.trainer.holds_all = False
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert not any("saved" in text for text in bench.said.messages)
 
 
 def interrupts(number: int) -> Callable[[], None]:
