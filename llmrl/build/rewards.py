@@ -1,5 +1,6 @@
 """What scores responses: programs, and models that are only asked."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -180,7 +181,8 @@ def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: Supervise
     check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)  # type: ignore[arg-type]
     check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit), places=places_of(rows))
     sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
-    pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max()))  # type: ignore[arg-type]
+    if warning := pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max())):  # type: ignore[arg-type]
+        print(warning, file=sys.stderr)
     scores = scorer.normalize(scorer.scorer.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()

@@ -106,12 +106,22 @@ def prompt_ids(
 
 def response_ids(responses: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
     """Token ids of each response as a model would sample it, its EOS included."""
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise DataError("the tokenizer has no EOS token, so no response could ever end; set its eos_token")
+    eos = eos_of(tokenizer)
     opening = opening_of_response(tokenizer, config)
     texts = [without_opening(response, opening) for response in responses]
     return [[*ids, eos] for ids in _tokenize(texts, tokenizer, add_special_tokens=False)]
+
+
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a response which is trained on.
+
+    Raises:
+        DataError: The tokenizer has none, whatever the model's generation config says.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise DataError("the tokenizer has no EOS token, so no response could ever end; set its eos_token")
+    return eos
 
 
 def opening_of_response(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:

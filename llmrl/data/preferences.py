@@ -8,7 +8,8 @@ A row holds the two sides, and the prompt in one of these forms:
                           and that answers the human; messages then, or a text still where no chat template is used
     other texts           the longest common beginning, cut back to white space, which goes to the responses
 
-Beside a prompt column the sides may hold the whole conversation, if the prompt is what they share or the end of that.
+Beside a prompt column the sides may hold the whole conversation, if the prompt is what they share or the end of that;
+two texts that both go on from a prompt of several words do.
 A pair with an empty response is dropped and counted, but a transcript may end with an assistant who says nothing: that
 response is the EOS alone.
 """
@@ -17,7 +18,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, takewhile
 from typing import Any
@@ -31,6 +31,7 @@ from llmrl.data.chat import (
     Prompt,
     as_messages,
     as_sequences,
+    eos_of,
     messages_problem,
     prompt_ids,
     prompt_problem,
@@ -155,26 +156,25 @@ def load_preference_rows(config: PreferenceDataConfig) -> Rows:
 
 def check_preference_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> Rows:
     """The rows that are pairs; see `usable_rows` for the others."""
-    columns = _present_columns(rows, config)
-    kept = usable_rows(rows, config, lambda row: _row_problem(row, config, columns))
-    if not _parse_rows(kept, config):
-        raise DataError(f"{config.path}: each of the {len(kept)} pairs has an empty response")
-    return kept
+    return _parse_rows(rows, config)[0]
 
 
 def fit_preference_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig) -> Rows:
     """The rows whose prompt the chat template takes, with notes on where prompts and chosen responses meet."""
+    eos_of(tokenizer)  # refused here, before the model loads
     config = _as_read(config, tokenizer)
-    prompts = {pair.place: pair.prompt for pair in _parse_rows(rows, config)}
-    kept = rows_in_template(rows, [prompts.get(place) for place in places_of(rows)], tokenizer, config)
-    kept.notes += notes_on_seams([(pair.prompt, pair.chosen) for pair in _parse_rows(kept, config)], tokenizer, config)
+    rows, pairs = _parse_rows(rows, config)
+    examples = {pair.place: (pair.prompt, pair.chosen) for pair in pairs}
+    prompts = [examples[place][0] if place in examples else None for place in places_of(rows)]
+    kept = rows_in_template(rows, prompts, tokenizer, config)
+    taken = [examples[place] for place in places_of(kept) if place in examples]
+    kept.notes += notes_on_seams(taken, tokenizer, config)
     return kept
 
 
 def read_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
     """The pairs worth learning from, in data order, and what became of the others."""
-    rows = check_preference_rows(rows, config)
-    parsed = _parse_rows(rows, config)
+    rows, parsed = _parse_rows(rows, config)
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
     first: dict[tuple[str, str, str], Preference] = {}
     for pair in different:
@@ -287,24 +287,25 @@ def _as_read(config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase) -
     return config if uses_chat(tokenizer, config) else replace(config, template="none")
 
 
-def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> list[Preference]:
-    """The pairs of checked rows, less those with an empty response."""
+def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[Rows, list[Preference]]:
+    """The rows that are pairs, and the pairs of those without an empty response; `usable_rows` judges the others."""
     columns = _present_columns(rows, config)
-    pairs: list[Preference] = []
-    for row, place in zip(rows, places_of(rows), strict=True):
-        with suppress(_EmptyResponse):
-            pairs.append(_parse_row(row, config, columns, place))
-    return pairs
+    parsed = [_try_row(row, config, columns, place) for row, place in zip(rows, places_of(rows), strict=True)]
+    problems = iter([str(found) if isinstance(found, _BadPair) else None for found in parsed])
+    kept = usable_rows(rows, config, lambda row: next(problems))
+    pairs = [found for found in parsed if isinstance(found, Preference)]
+    if not pairs:
+        raise DataError(f"{config.path}: each of the {len(kept)} pairs has an empty response")
+    return kept, pairs
 
 
-def _row_problem(row: Row, config: PreferenceDataConfig, present: list[str]) -> str | None:
+def _try_row(
+    row: Row, config: PreferenceDataConfig, present: list[str], place: str
+) -> "Preference | _BadPair | _EmptyResponse":
     try:
-        _parse_row(row, config, present, place="")
-    except _EmptyResponse:
-        return None
-    except _BadPair as problem:
-        return str(problem)
-    return None
+        return _parse_row(row, config, present, place)
+    except (_BadPair, _EmptyResponse) as problem:
+        return problem
 
 
 def _present_columns(rows: Sequence[Row], config: PreferenceDataConfig) -> list[str]:
@@ -345,7 +346,8 @@ def _split_with_prompt(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, 
             return _split_transcripts(chosen, rejected, config)
         return _split_transcripts(prompt + chosen, prompt + rejected, config)
     if isinstance(chosen, str):
-        return prompt, chosen, rejected
+        begun = isinstance(prompt, str) and _go_on_from(prompt, chosen, rejected)
+        return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if begun else (prompt, chosen, rejected)
     own = as_messages(prompt)
     shared = chosen[:-1]
     if len(shared) > len(own) and shared == rejected[:-1] and shared[-len(own) :] == own:
@@ -357,6 +359,11 @@ def _split_with_prompt(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, 
                 f"or leave the prompt out by data.rename_columns={{{config.prompt_column}: null}}"
             )
     return prompt, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _go_on_from(prompt: str, *sides: str) -> bool:
+    """Whether texts repeat the prompt and then respond. One word, as "Hello", a response may begin with of itself."""
+    return len(prompt.split()) > 1 and all(x.startswith(prompt) and x[len(prompt) :].strip() for x in sides)
 
 
 def _split(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.data.chat import as_sequences, prompt_ids, prompt_problem, response_ids
+from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, response_ids
 from llmrl.data.files import Rows, kind
 from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
 from llmrl.data.seam import notes_on_seams, rows_in_template
@@ -43,6 +43,7 @@ def check_supervised_rows(rows: Sequence[Row], config: SupervisedDataConfig) -> 
 
 def fit_supervised_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig) -> Rows:
     """The rows whose prompt the chat template takes, with notes on where prompts and responses meet."""
+    eos_of(tokenizer)  # refused here, before the model loads
     kept = rows_in_template(rows, [_split(row, config)[0] for row in rows], tokenizer, config)
     kept.notes += notes_on_seams([_split(row, config) for row in kept], tokenizer, config)
     return kept

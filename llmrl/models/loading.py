@@ -37,8 +37,9 @@ HUB_TIMEOUT_S = 5.0
 """For the hub to say whether it has a model that is not in the local cache."""
 PLAIN_FORWARD = {"output_router_logits": False, "output_attentions": False, "output_hidden_states": False}
 """Outputs that nothing here reads. A config that asks for them keeps that in the folder that is saved."""
-OLD_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias")
-"""Ends of names of causal masks, which folders of GPT-2 and GPT-Neo once held beside the weights."""
+OLD_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".attn.causal_mask", ".embed_positions.weights")
+"""Ends of names of causal masks and sinusoids, which folders of GPT-2, GPT-Neo, CodeGen and XGLM once held beside the
+weights."""
 RESIZE = "give them embeddings with model.resize_token_embeddings(len(tokenizer)) and save the model, or leave them out"
 MAX_REASON = 300
 """Characters of a library's own words in an error."""
@@ -186,14 +187,15 @@ def refuse_weights(
         config: Which model.
         model: As it was built.
         report: Empty for random weights.
-        has_score: Whether the score head of a sequence classification model must be among them. Of such a model,
-            weights that it does not know are refused too, save heads of other kinds.
+        has_score: Whether the score head of a sequence classification model must be among them. Weights that the
+            model does not know are refused too, save heads of other kinds.
     """
     if not report:
         return
     scores = hasattr(model, "score")
     new = {"score.weight"} if scores and not has_score else set()
-    ours = (f"{model.base_model_prefix}.", "score.") if scores else ()
+    body = [name for name, _ in model.base_model.named_children()]  # how a body that was saved alone names its weights
+    ours = tuple(f"{name}." for name in (model.base_model_prefix, *body, *(["score"] if scores else [])))
     unexpected = {name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS)}
     foreign = {name for name in unexpected if name.startswith(ours)}
     kind = type(model).__name__
@@ -416,13 +418,13 @@ def check_vocabulary(config: ModelConfig, model: "PreTrainedModel", tokenizer: "
     """Refuses a tokenizer with tokens that have no embedding, but for special ones: those of Gemma 3 1B name an image.
 
     Raises:
-        ModelError: An ordinary text could have such a token.
+        ModelError: An ordinary text could have such a token, or it is the EOS, which ends every response.
     """
-    num_rows, added = _num_embeddings(model), tokenizer.added_tokens_decoder
+    num_rows, added, eos = _num_embeddings(model), tokenizer.added_tokens_decoder, tokenizer.eos_token_id
     beyond = {
         id: token
         for token, id in tokenizer.get_vocab().items()
-        if id >= num_rows and not (id in added and added[id].special)
+        if id >= num_rows and (id == eos or not (id in added and added[id].special))
     }
     if beyond:
         raise ModelError(

@@ -1,5 +1,6 @@
 """Answers as people and models write them: where a text has its answer, and how it is written plainly."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -8,13 +9,15 @@ _UNBRACED = re.compile(r"[^\s$]+")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|[,;]?\s*(?:\\text\{\s*(?:and|or)\s*\}|and|or))[\s$]*")
 _THOUSANDS = r"(?:,?\s?\\[,;:! ]\s?|\{,\}|[ ~'\u2019\u00a0\u2007\u2009\u202f])"
 _SEPARATOR = re.compile(_THOUSANDS)
-_GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!{_THOUSANDS}?\d)")
+_COUNTED = r"(?<=\d \d{3})(?:-(?!\d)|[^\W\d_])"
+"""Behind a blank between two numbers: the second belongs to a word, as in "5 100-dollar bills" or "2 500g bags"."""
+_GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!{_THOUSANDS}?\d|{_COUNTED})")
 _MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]|(?<![\\w)])\u2013(?=[\\d$.])")
 
 
 def answer_text(answer: object) -> str | None:
-    """The text of an entry of the answer column, which may hold numbers or lists; None where there is none."""
-    if answer is None:
+    """The text of an entry of the answer column, which may hold numbers or lists; None where there is none, or NaN."""
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         return None
     if isinstance(answer, Sequence) and not isinstance(answer, str):
         return ", ".join(map(str, answer))

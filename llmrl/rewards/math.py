@@ -49,6 +49,8 @@ _LARGE = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _LARGE_WORD = re.compile(rf"(?<=\d)\s*(?:\\text\s*\{{\s*)?({'|'.join(_LARGE)})\b(?:\s*\}})?", re.IGNORECASE)
 _UNIT = re.compile(r"(?<=[\w})])\s*\\(?:text|mathrm|mbox|pmod)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$")
 _SPELLED_UNIT = re.compile(r"(?<=\d)\s+(?:[a-zA-Z]{2,}|[msghlL])(?:[ /]+[a-zA-Z]+)*\.?(?:\^\{?\d\}?)?$")
+_PARTED = re.compile(r"(?<=\d) (?=\d{3}(?:-(?!\d)|[^\W\d_]))")
+"""Between two numbers that `plain_digits` keeps apart, and that math-verify would join."""
 _MIXED = re.compile(r"(?<![\d/.,^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'.-]+[^\W\d_]+)*[.!]?")
@@ -125,7 +127,8 @@ def _answers(response: str, gold: str) -> bool:
     if _words(gold) or _letter(gold) or _times(gold):
         claims = _CLAIM.findall(tail)
         return _same(claims[-1] if claims else tail.rpartition("\n")[2], gold)
-    return _same_mathematics(plain_digits(tail.replace(r"\$", "")), f"${_plain(gold)}$")
+    tail = _PARTED.sub(", ", plain_digits(tail.replace(r"\$", "")))
+    return _same_mathematics(tail, f"${_plain(gold)}$")
 
 
 def _same(said: str, gold: str) -> bool:

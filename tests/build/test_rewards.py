@@ -150,3 +150,14 @@ def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(folder):
     told = r"^reward\.model\.path .* its tokenizer has 11 tokens, such as '<9>' \(id 40\), beyond the 40 embeddings"
     with pytest.raises(ModelError, match=told):
         load_scorer(folder)
+
+
+def test_one_long_row_that_changes_the_scores_of_all_is_told(folder, capsys):
+    """Dynamic NTK switches its frequencies beyond the positions of the model."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    change(folder, max_position_embeddings=8, rope_parameters=rope)
+    rows, data = [{"prompt": "ab", "response": "c" * n} for n in (3, 9)], SupervisedDataConfig(path="d.jsonl")
+    short = score_rows(folder, rows[:1], data)
+    assert "rope" not in capsys.readouterr().err
+    assert score_rows(folder, rows, data)[0] != short[0]
+    assert "sequences here may have 12: every row, short ones too" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config
 
-from llmrl.build import build_evaluator, check_rl
+from llmrl.build import build_evaluator, build_grpo, check_rl
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.models.loading import LoraSettings, ModelConfig, ModelError
 from llmrl.reports.progress import Silent
@@ -19,12 +19,23 @@ from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.evaluate import EvaluationConfig
 
-from .conftest import TINY, build_run
+from .conftest import TINY, build_run, roles_of
 
 
 def test_rows_that_are_too_long_are_told(config):
     _, messages = build_run(config)
     assert messages == ["data: 1 rows are longer than data.max_prompt_tokens and were dropped"]
+
+
+def test_the_probe_of_sampling_belongs_to_a_phase(config, monkeypatch):
+    """A large model takes a while there. It is still the start, whose memory has its own ways out."""
+    begun = []
+    monkeypatch.setattr(Silent, "phase", lambda _, name, total: begun.append((name, total)))
+    seen = []
+    monkeypatch.setattr("llmrl.build.rl.check_sampling", lambda *_: seen.extend(begun))
+    roles = {**roles_of(config), "progress": Silent()}
+    build_grpo(config, check_rl(config, dry=False), **roles)
+    assert seen == [("start", 1)]
 
 
 def test_what_is_seldom_meant_is_told(config):

@@ -5,12 +5,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from llmrl.data import preferences
 from llmrl.data.preferences import (
     PairCounts,
     PairSource,
     PreferenceDataConfig,
     check_preference_rows,
     encode_pairs,
+    fit_preference_rows,
     load_preference_rows,
     read_preferences,
 )
@@ -87,6 +89,12 @@ def read_pairs(pairs: PreferencePairs) -> list[tuple[list[int], list[int], list[
         ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, ([USER], "yes", "no")),
         ({"prompt": "hi", "chosen": [YES], "rejected": [NO]}, ("hi", "yes", "no")),
         # beside a prompt column, sides that hold the prompt once more
+        (texts("why so", "why so  big", "why so\nsmall"), ("why so", "  big", "\nsmall")),
+        (texts("why so ", "why so big", "why so small"), ("why so ", "big", "small")),
+        # ... but only if both do, and go on; or the prompt is one word, with which a response may begin
+        (texts("why so", "why so big", "small"), ("why so", "why so big", "small")),
+        (texts("why so", "why so big", "why so "), ("why so", "why so big", "why so ")),
+        (texts("hello", "hello there", "hello!"), ("hello", "hello there", "hello!")),
         ({"prompt": "hi", "chosen": [USER, YES], "rejected": [USER, NO]}, ("hi", "yes", "no")),
         (
             {"prompt": [USER, NO, USER], "chosen": [USER, NO, USER, YES], "rejected": [NO]},
@@ -233,6 +241,27 @@ def test_an_empty_response_drops_its_pair(full: dict, empty: dict):
     assert counts.lines() == ["dropped 2 of 3 pairs: a response is empty"]
     with pytest.raises(DataError, match=r"^rows\.jsonl: each of the 2 pairs has an empty response$"):
         check_preference_rows([empty, empty], config())
+
+
+def test_rows_are_parsed_once(monkeypatch, chat: PreTrainedTokenizerFast):
+    seen: list[str] = []
+    parse = preferences._parse_row
+    monkeypatch.setattr(preferences, "_parse_row", lambda *args: (seen.append(args[-1]), parse(*args))[1])
+    for read_all in (
+        lambda: check_preference_rows(ROWS, config()),
+        lambda: fit_preference_rows(ROWS, chat, config()),
+        lambda: read_preferences(ROWS, config()),
+    ):
+        seen.clear()
+        read_all()
+        assert seen == ["row 1", "row 2", "row 3"]
+
+
+def test_notes_skip_pairs_with_an_empty_response():
+    rows = [texts("a", " ", "b"), texts("a", "b ", "c")]
+    chat = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("m.content", "m.content | trim"))
+    (note,) = fit_preference_rows(rows, chat, config()).notes
+    assert "in 1 of the first 1 examples" in note
 
 
 def test_bad_pairs_can_be_dropped():

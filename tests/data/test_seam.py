@@ -135,6 +135,18 @@ def test_a_response_without_the_tag(response: str, rest: str):
     assert without_opening(response, "") == response
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+def test_rows_that_teach_responses_need_an_eos(template: str | None):
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.eos_token = None
+    row = {"prompt": "hi", "response": "a", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match="the tokenizer has no EOS token"):
+        fit_supervised_rows([row], tokenizer, SupervisedDataConfig(path="rows.jsonl"))
+    with pytest.raises(DataError, match="the tokenizer has no EOS token"):
+        fit_preference_rows([row], tokenizer, PreferenceDataConfig(path="rows.jsonl"))
+    assert len(fit_prompt_rows([row], tokenizer, PromptDataConfig(path="rows.jsonl"))) == 1
+
+
 def test_the_tag_is_read_once_and_that_is_said():
     tokenizer, config = chat(REASONS, "<think>", "</think>"), SupervisedDataConfig(path="rows.jsonl")
     rows = [{"prompt": "hi", "response": f"{start}a</think>b"} for start in ("<think>\n", "")]

@@ -118,6 +118,30 @@ def test_weights_that_are_missing(folder, tmp_path):
     assert "weights, such as model.layers.3." in refusal(check_reward_model, {"needs_head": False}, path=folder)
 
 
+@pytest.mark.parametrize("layers", [1, 0])
+def test_weights_of_more_layers_than_the_config_has(folder, tmp_path, layers):
+    change(tmp_path / "model", num_hidden_layers=layers)
+    told = f"{9 * (3 - layers)} weights, such as model.layers.{layers}.input_layernorm.weight, are not those of a "
+    assert f"{told}LlamaForCausalLM" in refusal(path=folder)
+    assert f"{told}LlamaForSequenceClassification" in refusal(check_reward_model, {"needs_head": False}, path=folder)
+
+
+def test_bodies_saved_alone_have_the_layers_of_the_config(tmp_path):
+    model = gpt2()
+    path = save_folder(tmp_path, model)
+    model.transformer.save_pretrained(tmp_path)
+    assert check_model(ModelConfig(path=path)) == []
+    change(tmp_path, n_layer=1)
+    assert "weights, such as h.1.attn.c_attn.weight, are not those of a GPT2LMHeadModel" in refusal(path=path)
+
+
+def test_heads_that_nothing_reads_are_left_out(folder, tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+    heads = {"v_head.summary.weight": torch.ones(1, 32), "mtp.layers.0.weight": torch.ones(2)}
+    save_file(load_file(file) | heads, file, metadata={"format": "pt"})
+    assert check_model(ModelConfig(path=folder)) == []
+
+
 def test_code_of_the_folder_runs_only_when_allowed(folder, tmp_path):
     change(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     assert "model.trust_remote_code=true" in both_refuse(folder)

@@ -386,6 +386,14 @@ def test_ordinary_tokens_without_an_embedding_are_refused():
         check_vocabulary(ModelConfig(path="m"), model, tokenizer)
 
 
+def test_an_eos_without_an_embedding_is_refused():
+    tokenizer, model = make_tokenizer(), llama()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<sound>", "<film>"]})
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(ModelError, match=r"has 1 tokens, such as '<end>' \(id 40\), beyond the 40 embeddings"):
+        check_vocabulary(ModelConfig(path="m"), model, tokenizer)
+
+
 def test_data_with_a_token_without_an_embedding_is_refused():
     tokenizer, model = make_tokenizer(), llama()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<sound>", "<film>", "<smell>"]})

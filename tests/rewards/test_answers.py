@@ -39,6 +39,9 @@ def test_the_last_box_that_is_closed_is_the_answer(text, content):
         ("10{,}000.5", "10000.5"),
         ("10 000, 10\u00a0000, 10\u2009000, 10'000, 10\u2019000, 10~000", ", ".join(["10000"] * 6)),
         ("1,234", "1,234"),
+        ("5 100-dollar bills, 2 500g bags, 3 1000 200-page", "5 100-dollar bills, 2 500g bags, 3 1000 200-page"),
+        ("10 000-12 000 or 10 000 - 5", "10000-12000 or 10000 - 5"),
+        (r"10\,000x", "10000x"),
         ("10 0000, 1000 000, 0.100 200, 1 2 3", "10 0000, 1000 000, 0.100 200, 1 2 3"),
         ("\u22125, \uff0d5", "-5, -5"),
         ("x\u2013y, 5\u20138, is \u20138", "x\u2013y, 5\u20138, is -8"),
@@ -52,6 +55,11 @@ def test_thinking_is_not_the_answer_unless_nothing_follows():
     assert after_thinking("<think>3</think> 4") == " 4"
     assert after_thinking("3</think>\n") == "3</think>\n"
     assert after_thinking("4") == "4"
+
+
+def test_nan_is_no_answer():
+    assert answer_text(float("nan")) is None
+    assert answer_text("nan") == "nan"
 
 
 def test_answers_are_texts():
