@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,9 @@ def _at_home(path: Path | None) -> Path | None:
     """With the home folder in place of a tilde, which no shell expands after ``--output=``."""
     return path and path.expanduser()
 
+
+HEAD_START_S = 3.0
+"""For the process that speaks to print an error that all have: a launcher ends every process as soon as one ends."""
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML file of settings, such as those in recipes/.", callback=_at_home)]
 Overrides = Annotated[
@@ -413,6 +417,7 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
             yield
         except ValueError as error:
             if not _speaks():
+                time.sleep(HEAD_START_S)
                 raise typer.Exit(2) from error
             _fail(error, 2)
 
