@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs"
+"""The first bytes of what Git LFS leaves in place of a file that was not fetched."""
+
 
 class WriteError(Exception):
     """A file of a run that cannot be written."""

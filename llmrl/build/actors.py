@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmrl.build.precision import dtype_of
+from llmrl.build.trunks import settle_passes
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.wrapping import loading_device, place_frozen
 from llmrl.experience import Sequences
@@ -23,9 +24,7 @@ from llmrl.models.loading import (
     shrink_linear_layers,
 )
 from llmrl.models.policy import PolicyModule, TransformersPolicy
-from llmrl.models.probe import probe_trunk
 from llmrl.roles import Collectives, Policy
-from llmrl.rollout.rope import pin_rope
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,8 +61,7 @@ def load_actor(
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config)
     ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
-    warning = pin_rope(model, longest)
-    probe_trunk(model, longest=longest)
+    _, warnings = settle_passes(model, longest)
     dtype = dtype_of(config)
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
@@ -75,7 +73,7 @@ def load_actor(
         module=module,
         policy=policy,
         dtype=dtype,
-        warnings=(warning,) if warning else (),
+        warnings=warnings,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmrl.build.actors import Actor
 from llmrl.build.checks import naming, reward_model_config
+from llmrl.build.trunks import settle_passes
 from llmrl.config import PPORun
 from llmrl.distributed.wrapping import train
 from llmrl.models.critic import (
@@ -19,10 +20,8 @@ from llmrl.models.critic import (
 )
 from llmrl.models.loading import ModelError, base_of, lora_config, ready_to_train, turn_dropout_off
 from llmrl.models.policy import TransformersPolicy
-from llmrl.models.probe import probe_trunk
 from llmrl.models.reward_model import load_reward_model
 from llmrl.roles import ActorCritic, Collectives, Trainable
-from llmrl.rollout.rope import pin_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +65,8 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
 
 def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
     """As wide as the hidden states that it reads."""
-    pin_rope(trunk, config.longest_sequence)
-    head = ValueHead(probe_trunk(trunk, longest=config.longest_sequence), init=config.critic.head_init)
+    width, _ = settle_passes(trunk, config.longest_sequence)
+    head = ValueHead(width, init=config.critic.head_init)
     return head.to(trunk.device)
 
 

@@ -10,6 +10,7 @@ import torch
 from llmrl.build.checks import Checked
 from llmrl.build.precision import dtype_of, precision_warnings, with_dtypes
 from llmrl.build.saving import Saver
+from llmrl.build.trunks import settle_passes
 from llmrl.config import RewardModelRun
 from llmrl.data.preferences import PairSource, PreferenceDataConfig
 from llmrl.data.rows import DataError
@@ -19,7 +20,6 @@ from llmrl.distributed.sharing import shared_scorer
 from llmrl.distributed.wrapping import loading_device, train
 from llmrl.experience import PreferencePairs, Sequences
 from llmrl.models.loading import ModelConfig, check_ids, check_vocabulary, load_tokenizer, ready_to_train
-from llmrl.models.probe import probe_trunk
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_model import (
     Normalization,
@@ -35,7 +35,6 @@ from llmrl.models.reward_model import (
 from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress, Scorer
-from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
@@ -86,8 +85,7 @@ def load_trained_reward_model(
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
     ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
-    warning = pin_rope(model, longest)
-    probe_trunk(model, longest=longest)
+    _, warnings = settle_passes(model, longest)
     module = RewardModule(model, dtype=dtype_of(config))
     scorer = TransformersRewardModel(
         module,
@@ -101,7 +99,7 @@ def load_trained_reward_model(
         module=module,
         scorer=scorer,
         has_own_pad=has_own_pad,
-        warnings=(warning,) if warning else (),
+        warnings=warnings,
     )
 
 
@@ -112,7 +110,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     checked.tell(progress)
     settings, collectives = config.reward_model, join_ranks()
     loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed, longest=config.longest_sequence)
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *precision_warnings(loaded.model, loaded.module.dtype)):
         progress.message(f"warning: {warning}")
     pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
     held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
@@ -127,8 +125,6 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         check_ids(data.path, ids, loaded.model, loaded.tokenizer)
     if not loaded.has_own_pad:
         progress.message(PAD_NOTE)
-    for warning in precision_warnings(loaded.model, loaded.module.dtype):
-        progress.message(f"warning: {warning}")
     TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
     device = pick_device()
     reference = pairs.evenly_spaced(settings.num_reference_pairs).to(device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmrl.build.checks import naming, reward_model_config
 from llmrl.build.precision import dtype_of
+from llmrl.build.trunks import settle_passes
 from llmrl.data.chat import as_sequences, uses_chat
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.prompts import PromptDataConfig
@@ -22,7 +23,6 @@ from llmrl.distributed.sharing import shared_reward, shared_scorer
 from llmrl.distributed.wrapping import place_frozen
 from llmrl.experience import Rollout, Row, Sequences
 from llmrl.models.loading import base_of, check_ids, check_vocabulary, load_tokenizer, shrink_linear_layers
-from llmrl.models.probe import probe_trunk
 from llmrl.models.reward_model import (
     Normalization,
     RewardModule,
@@ -148,8 +148,7 @@ def load_scorer(
             model = load_reward_on_base(model_config, base_of(base))
         else:
             model = load_reward_model(model_config, head_init=None)
-        pin_rope(model, longest)
-        probe_trunk(model, longest=longest)
+        settle_passes(model, longest)
         if base is None:
             shrink_linear_layers(model, dtype_of(config), head=score_layer(model))
         check_vocabulary(model_config, model, tokenizer)

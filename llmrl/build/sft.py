@@ -34,12 +34,10 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         longest=config.longest_sequence,
         seed=config.run.seed,
     )
-    for warning in actor.warnings:
+    for warning in (*actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         progress.message(f"warning: {warning}")
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
-    for warning in precision_warnings(actor.model, actor.dtype):
-        progress.message(f"warning: {warning}")
     check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives)
     trained = train(actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives)

@@ -16,10 +16,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from llmrl.files import LFS_POINTER
+
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
-POINTER = b"version https://git-lfs"
-"""The first bytes of what Git LFS leaves in place of a file."""
 FOREIGN = {
     codecs.BOM_UTF16_LE: "it is UTF-16; write it as UTF-8",
     codecs.BOM_UTF16_BE: "it is UTF-16; write it as UTF-8",
@@ -104,7 +104,7 @@ def _file_of_folder(path: Path) -> str:
 
 
 def _refuse_pointer(path: Path, content: bytes) -> None:
-    if content.startswith(POINTER):
+    if content.startswith(LFS_POINTER):
         raise DataError(f"{path} is a pointer of Git LFS and not the data; get the data by `git lfs pull`")
 
 
@@ -114,7 +114,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         if path.is_file():
             with path.open("rb") as file:
-                _refuse_pointer(path, file.read(len(POINTER)))
+                _refuse_pointer(path, file.read(len(LFS_POINTER)))
             _refuse_repeated(path, parquet.read_schema(path).names)
         rows = parquet.read_table(path, partitioning=None).to_pylist()  # type: ignore[arg-type]
     except DataError:

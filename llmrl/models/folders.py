@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llmrl.files import LFS_POINTER
+
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CODE_FILES = ("config.json", "tokenizer_config.json")
 """What may name Python code that comes with a model."""
@@ -23,7 +25,6 @@ VOCABULARY_FILES = (
     "vocab.model",
 )
 """One of these has the tokens of a tokenizer."""
-LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000
 """The largest header that safetensors reads."""
 
