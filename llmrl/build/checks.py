@@ -43,6 +43,8 @@ class Checked:
     functions: tuple[Function, ...]
     unchecked: list[str]
     """Sentences on what could not be checked."""
+    knows_models: bool
+    """Whether every model of the run was there to be checked."""
 
     @property
     def notes(self) -> list[str]:
@@ -61,16 +63,14 @@ def check_sft(config: SFTRun, *, dry: bool) -> Checked:
     read_launch()
     check_output(config.run, _inputs(config))
     unchecked = _check_model(config.model, dry=dry)
-    fit = _fitting(fit_supervised_rows, config.model, known=not (dry and unchecked))
-    rows = fit(read_rows(config.data, load_supervised_rows, unchecked, dry=dry), config.data)
-    evaluation_rows = None
-    if config.evaluation_data is not None:
-        evaluation_rows = read_rows(
-            config.evaluation_data, load_supervised_rows, unchecked, dry=dry, section=EVALUATION
-        )
-        evaluation_rows = fit(evaluation_rows, config.evaluation_data)
+    knows_models = not unchecked
+    read = _reader(load_supervised_rows, fit_supervised_rows, config.model, unchecked, dry=dry)
+    rows = read(config.data, "data")
+    evaluation_rows = read(config.evaluation_data, EVALUATION) if config.evaluation_data is not None else None
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
+    return Checked(
+        rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
+    )
 
 
 def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
@@ -78,12 +78,14 @@ def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     read_launch()
     check_output(config.run, _inputs(config))
     unchecked = _check_model(config.model, dry=dry, needs_head=False)
-    fit = _fitting(fit_preference_rows, config.model, known=not (dry and unchecked))
-    rows = fit(read_rows(config.data, load_preference_rows, unchecked, dry=dry), config.data)
-    evaluation_rows = read_rows(config.evaluation_data, load_preference_rows, unchecked, dry=dry, section=EVALUATION)
-    evaluation_rows = fit(evaluation_rows, config.evaluation_data)
+    knows_models = not unchecked
+    read = _reader(load_preference_rows, fit_preference_rows, config.model, unchecked, dry=dry)
+    rows = read(config.data, "data")
+    evaluation_rows = read(config.evaluation_data, EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked)
+    return Checked(
+        rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
+    )
 
 
 def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
@@ -91,24 +93,24 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     if trains:
         _check_one_base(config, read_launch())
     unchecked = _check_model(config.model, dry=dry)
-    fit = _fitting(fit_prompt_rows, config.model, known=not (dry and unchecked))
+    read = _reader(load_prompt_rows, fit_prompt_rows, config.model, unchecked, dry=dry)
     if config.reward.model is not None:
         missing = check_scorer(config.reward.model, dry=dry)
         if trains and config.reward.model.on_actor_base and not (dry and missing):
             with naming("reward.model"):
                 check_shared_base(reward_model_config(config.reward.model), config.model)
         unchecked += missing
+    knows_models = not unchecked
     if trains:
         inputs = _inputs(config)
         if config.reward.model is not None:
             inputs["reward.model.path"] = config.reward.model.path
         check_output(config.run, inputs)
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    rows = fit(read_rows(config.data, load_prompt_rows, unchecked, dry=dry), config.data) if trains else None
+    rows = read(config.data, "data") if trains else None
     evaluation_rows = None
     if config.evaluation_data is not None and (config.evaluates or not trains):
-        evaluation_rows = read_rows(config.evaluation_data, load_prompt_rows, unchecked, dry=dry, section=EVALUATION)
-        evaluation_rows = fit(evaluation_rows, config.evaluation_data)
+        evaluation_rows = read(config.evaluation_data, EVALUATION)
     elif config.evaluation_data is not None:
         unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
     functions: tuple[Function, ...] = ()
@@ -118,7 +120,13 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         functions, evaluation_rows = _scorable(config.reward, evaluation_rows, config.evaluation_data)
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
-    return Checked(rows=rows, evaluation_rows=evaluation_rows, functions=functions, unchecked=unchecked)
+    return Checked(
+        rows=rows,
+        evaluation_rows=evaluation_rows,
+        functions=functions,
+        unchecked=unchecked,
+        knows_models=knows_models,
+    )
 
 
 def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
@@ -129,12 +137,27 @@ def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
     return inputs
 
 
-def _fitting(
-    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]", model: ModelConfig, *, known: bool
-) -> Callable[[Rows | None, C], Rows | None]:
-    """What keeps the rows that the model's chat template takes; all of them where the model is not known yet."""
-    tokenizer = load_tokenizer(model) if known else None
-    return lambda rows, config: rows if rows is None or tokenizer is None else fit(rows, tokenizer, config)
+def _reader(
+    load: Callable[[C], Rows],
+    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
+    model: ModelConfig,
+    unchecked: list[str],
+    *,
+    dry: bool,
+) -> Callable[[C, str], Rows | None]:
+    """What reads the rows of a section, and keeps those that the model's chat template takes.
+
+    Args:
+        unchecked: Of the model, at first: if a dry run could not look at it, every row is kept. Gets a sentence for
+            each section that cannot be read yet.
+    """
+    tokenizer = None if dry and unchecked else load_tokenizer(model)
+
+    def read(config: C, section: str) -> Rows | None:
+        rows = read_rows(config, load, unchecked, dry=dry, section=section)
+        return rows if rows is None or tokenizer is None else fit(rows, tokenizer, config)
+
+    return read
 
 
 def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple[Function, ...], Rows]:
@@ -165,7 +188,7 @@ def check_ppo(config: PPORun, *, dry: bool) -> Checked:
     checked = check_rl(config, dry=dry)
     if config.critic.body == "reward_model":
         assert config.reward.model is not None, "checked with the settings"
-        if dry and (_check_model(config.model, dry=True) or check_scorer(config.reward.model, dry=True)):
+        if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")
         else:
             _check_body(config.model, config.reward.model)
