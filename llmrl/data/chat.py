@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.files import SURROGATE, kind
 from llmrl.data.rows import DataConfig, DataError, check_rows
+from llmrl.errors import in_one_line
 from llmrl.experience import Sequences
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -154,7 +155,7 @@ def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=for_response, tokenize=False)
     except Exception as error:  # a template is a program that came with the model, and fails in every way
-        raise TemplateProblem(" ".join(str(error).split()) or type(error).__name__) from error
+        raise TemplateProblem(in_one_line(error) or type(error).__name__) from error
     assert isinstance(text, str), "one conversation renders as one text"
     return text
 

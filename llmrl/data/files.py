@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from llmrl.errors import in_one_line
 from llmrl.files import LFS_POINTER
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
@@ -120,8 +121,7 @@ def _read_parquet(path: Path) -> Rows:
     except DataError:
         raise
     except Exception as error:  # damage shows in whichever class Arrow, or what it makes values by, has for it
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as Parquet; it may be cut off: {reason}") from error
+        raise DataError(f"{path} cannot be read as Parquet; it may be cut off: {in_one_line(error)}") from error
     return Rows(FileRow(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ from llmrl.data.rows import (
     places_of,
     usable_rows,
 )
-from llmrl.data.seam import notes_on_seams, rows_in_template
+from llmrl.data.seam import common_length, notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
 from llmrl.experience import PreferencePairs, Row
 
@@ -481,7 +481,7 @@ def _split_texts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tu
 
 def _common_beginning(one: str, other: str) -> str:
     """What two texts share, in whole words and without white space at its end."""
-    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    end = common_length(one, other)
     common = one[:end]
     if common[-1:].isspace() or (one[end : end + 1].isspace() and other[end : end + 1].isspace()):
         return common.rstrip()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llmrl.data.files import SUFFIXES, SURROGATE, DataError, FileRow, Rows, listed, read_file
+from llmrl.errors import in_one_line
 from llmrl.experience import Row
 from llmrl.paths import UserPath
 
@@ -194,10 +195,9 @@ def _load_hub(name: str, subset: str | None, split: str) -> Rows:
         _ask_hub(name)
         dataset = load_dataset(name, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
         raise DataError(
             f"{name} is neither a file here nor a data set on the hub that can be reached, with subset ({subset}) "
-            f"and split ({split}): {reason}"
+            f"and split ({split}): {in_one_line(error)}"
         ) from error
     assert isinstance(dataset, Dataset), "one split was asked for"
     return Rows(FileRow(row, f"row {number}") for number, row in enumerate(dataset.to_list(), start=1))

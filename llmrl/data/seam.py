@@ -6,6 +6,7 @@ another token than EOS. What differs is said, since it is what a model in use wo
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -98,8 +99,11 @@ def _parted(
         if not rest.startswith(others):
             return None
         trained += str(tokenizer.eos_token)
-    place = next((n for n, pair in enumerate(zip(trained, written, strict=False)) if pair[0] != pair[1]), None)
-    if place is None:
-        place = min(len(trained), len(written))
+    place = common_length(trained, written)
     shown = slice(max(place - MAX_SHOWN, 0), place + MAX_SHOWN)
     return trained[shown], written[shown]
+
+
+def common_length(one: str, other: str) -> int:
+    """Characters of the longest beginning that two texts share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.errors import in_one_line
 from llmrl.experience import Rollout, Row, Scores, Sequences
 from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig
@@ -260,7 +261,7 @@ def _raised(name: str, function: Function, error: BaseException) -> str:
     file = source_file(function)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f" at {file}:{lines[-1]}" if lines else ""
-    return f"reward function {name} raised {type(error).__name__}: {' '.join(str(error).split())}{place}"
+    return f"reward function {name} raised {type(error).__name__}: {in_one_line(error)}{place}"
 
 
 def _in_call(call: Call) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from llmrl.errors import in_one_line
 from llmrl.experience import Row
 from llmrl.rewards import files
 from llmrl.rewards.config import AMBIGUOUS_COLUMNS, ROLLOUT_COLUMNS, RewardConfig
@@ -146,7 +147,7 @@ def _load_module(source: str, name: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
             way_out = "; a file is named by its path, such as folder/file.py:function"
         raise RewardLoadError(
-            f"reward function {name}: {source} does not load: {type(error).__name__}: {_in_one_line(error)}{way_out}"
+            f"reward function {name}: {source} does not load: {type(error).__name__}: {in_one_line(error)}{way_out}"
         ) from error
 
 
@@ -168,7 +169,7 @@ def _annotation(function: Function, name: str) -> Any:
     except Exception as error:  # whatever the text of an annotation raises
         raise RewardLoadError(
             f"reward function {_name(function)}: its annotations cannot be read: {type(error).__name__}: "
-            f"{_in_one_line(error)}; import what they name"
+            f"{in_one_line(error)}; import what they name"
         ) from error
 
 
@@ -186,10 +187,6 @@ def _read_argument(function: Function, name: str, value: Any, annotation: Any) -
             f"reward function {_name(function)}: argument {name} ({value!r}) cannot be made {kind}; "
             "annotate the parameter with a plain type, or leave its annotation out"
         ) from error
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _keyword_parameters(function: Function) -> dict[str, inspect.Parameter]:
