@@ -101,7 +101,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
         checked = check_sft(config, dry=dry_run)
     sentence = (
         f"Each of {config.run.num_iterations} iterations is one optimizer step on {config.sft.batch_size} examples"
-        f"{_epochs(config.run.num_iterations * config.sft.batch_size, checked.rows)}."
+        f"{_epochs(config.run.num_iterations * config.sft.batch_size, 'examples', checked.rows)}."
     )
     if dry_run:
         _print_dry_run(config, sentence, checked.unchecked, checked.notes)
@@ -318,7 +318,7 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
         f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
         f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
         f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.minibatch_size} responses"
-        f"{_epochs(num_prompts, checked.rows)}."
+        f"{_epochs(num_prompts, 'prompts', checked.rows)}."
     )
     if dry_run:
         _print_dry_run(config, sentence, checked.unchecked, checked.notes)
@@ -547,8 +547,8 @@ def _earlier(file: Path) -> dict[str, Any]:
     raise SettingError(f"--compare ({file}) does not hold what --output of llmrl evaluate writes; name such a file")
 
 
-def _epochs(num_used: int, rows: list | None) -> str:
-    return f"; {num_used:,} of them in all, {num_used / len(rows):.2f} epochs of {len(rows):,} rows" if rows else ""
+def _epochs(num_used: int, what: str, rows: list | None) -> str:
+    return f"; {num_used:,} {what} in all, {num_used / len(rows):.2f} epochs of {len(rows):,} rows" if rows else ""
 
 
 def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list[str]) -> None:

@@ -383,7 +383,7 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         assert status == 0, error
         settings, _, sentence = output.partition("\nEach of 3 iterations samples 8 prompts x 1 responses")
         assert yaml.safe_load(settings)["critic_optimizer"]["learning_rate"] == 1e-2
-        assert "2 epochs of minibatches of 4 responses" in sentence
+        assert "2 epochs of minibatches of 4 responses; 24 prompts in all, " in sentence
         assert "not checked" not in output
     assert not (tmp_path / "run").exists()
 
