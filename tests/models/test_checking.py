@@ -16,12 +16,6 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:77\nsize 12345
 
 
 @pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    return save_folder(tmp_path / "model", llama())
-
-
-@pytest.fixture
 def adapter(folder, tmp_path):
     return save_adapter(folder, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
 

@@ -30,12 +30,6 @@ IDS = torch.tensor([[7, 8, 9, 20, 21]])
 
 
 @pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    return save_folder(tmp_path / "model", llama())
-
-
-@pytest.fixture
 def adapter(folder, tmp_path):
     """The folder of an adapter that does something, with dropout in its config."""
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, task_type="CAUSAL_LM")
