@@ -7,8 +7,10 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from llmrl.data.files import DataError
 from llmrl.data.preferences import PreferenceDataConfig, load_preference_rows, read_preferences
 
 
@@ -31,4 +33,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}; --pairs names a data set on the hub or a file")

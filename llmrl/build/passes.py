@@ -4,6 +4,7 @@ import torch
 
 from llmrl.build.actors import Actor
 from llmrl.build.engines import build_engine
+from llmrl.errors import in_one_line
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.models.loading import num_token_ids
@@ -39,15 +40,24 @@ def check_sampling(actor: Actor, config: RolloutConfig) -> None:
         first_response=0,
     )
     with exact_float32():
-        rollout = engine.generate(_ragged_prompts(actor), sampling)
+        try:
+            rollout = engine.generate(_ragged_prompts(actor), sampling)
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            if config.engine == "native" or isinstance(error, RolloutError):
+                raise  # what `generate` of transformers cannot do comes in these classes
+            raise _refusal(actor, config, f"{type(error).__name__}: {in_one_line(error)}") from error
         logprobs, _ = exact(rollout.sequences)
     gap = float((logprobs - rollout.rollout_logprobs).abs().max())
     if not gap <= TOLERANCE:
-        way_out = "set rollout.engine=transformers" if config.engine == "native" else "choose another model"
-        raise RolloutError(
-            f"the {config.engine} engine cannot decode models of type {actor.model.config.model_type}: its log-"
-            f"probabilities differ by {gap:.2g} from those of the pass that trains; {way_out}"
-        )
+        told = f"its log-probabilities differ by {gap:.2g} from those of the pass that trains"
+        raise _refusal(actor, config, told)
+
+
+def _refusal(actor: Actor, config: RolloutConfig, reason: str) -> RolloutError:
+    way_out = "set rollout.engine=transformers" if config.engine == "native" else "choose another model"
+    return RolloutError(
+        f"the {config.engine} engine cannot decode models of type {actor.model.config.model_type}: {reason}; {way_out}"
+    )
 
 
 def _ragged_prompts(actor: Actor) -> Prompts:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llmrl.errors import in_one_line
 from llmrl.models.loading import ModelError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int =
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) cannot be used here: a plain pass over a few tokens "
-            f"fails ({type(error).__name__}: {error}); choose another model"
+            f"fails ({type(error).__name__}: {in_one_line(error)}); choose another model"
         ) from error
 
 

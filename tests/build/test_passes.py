@@ -176,3 +176,18 @@ def test_a_reward_model_that_attends_both_ways_is_refused(tmp_path, monkeypatch,
     monkeypatch.setattr(LlamaAttention, "forward", both_ways)
     with pytest.raises(ModelError, match="a later token changes"):
         load()
+
+
+def test_a_model_that_generate_cannot_run_is_refused_in_one_line(monkeypatch):
+    """And an error of the native engine, which is ours, stays what it is."""
+    actor = actor_of()
+
+    def fail(*_, **__):
+        raise ValueError("no layer\nkeeps a length")
+
+    monkeypatch.setattr(actor.model, "generate", fail)
+    with pytest.raises(RolloutError, match="of type llama: ValueError: no layer keeps a length; choose another model"):
+        check_sampling(actor, RolloutConfig(engine="transformers"))
+    monkeypatch.setattr(actor.model, "forward", fail)
+    with pytest.raises(ValueError, match=r"^no layer\nkeeps a length$"):
+        check_sampling(actor, RolloutConfig(engine="native"))
