@@ -1,9 +1,12 @@
 """What tests of several packages share."""
 
+import os
 from collections.abc import Iterator
 
 import jaxtyping
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected is exact on a CPU; docs/gpu.md has the checks of a GPU
 
 
 @pytest.fixture

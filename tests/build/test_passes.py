@@ -22,6 +22,7 @@ from llmrl.models.critic import CriticConfig
 from llmrl.models.loading import LoraSettings, ModelConfig, ModelError
 from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.reward_model import RewardModelConfig
@@ -188,6 +189,6 @@ def test_a_model_that_generate_cannot_run_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(actor.model, "generate", fail)
     with pytest.raises(RolloutError, match="of type llama: ValueError: no layer keeps a length; choose another model"):
         check_sampling(actor, RolloutConfig(engine="transformers"))
-    monkeypatch.setattr(actor.model, "forward", fail)
+    monkeypatch.setattr(NativeEngine, "generate", fail)
     with pytest.raises(ValueError, match=r"^no layer\nkeeps a length$"):
         check_sampling(actor, RolloutConfig(engine="native"))
