@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmrl.messages import counted
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_yaml
 
 REFUSALS = frozenset(
@@ -118,8 +119,8 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = 
         config = _read(recipe, overrides, "reward-model")
         checked = check_reward_run(config, dry=dry_run)
     epochs, size = config.reward_model.num_epochs, config.reward_model.batch_size
-    rows = f" over {len(checked.rows):,} rows" if checked.rows else ""
-    sentence = f"Each iteration is one optimizer step on {size} pairs; {epochs} epochs{rows}."
+    rows = f" over {counted(len(checked.rows), 'row')}" if checked.rows else ""
+    sentence = f"Each iteration is one optimizer step on {size} pairs; {counted(epochs, 'epoch')}{rows}."
     if dry_run:
         _print_dry_run(config, sentence, checked.unchecked, checked.notes)
     else:
@@ -316,8 +317,9 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
     sentence = (
         f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
         f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
-        f"{config.rollout.max_response_tokens} tokens and learns from them in {config.optimizer_steps_per_iteration} "
-        f"optimizer steps: {config.update.num_epochs} epochs of minibatches of {config.minibatch_size} responses"
+        f"{config.rollout.max_response_tokens} tokens and learns from them in "
+        f"{counted(config.optimizer_steps_per_iteration, 'optimizer step')}: "
+        f"{counted(config.update.num_epochs, 'epoch')} of minibatches of {config.minibatch_size} responses"
         f"{_epochs(num_prompts, 'prompts', checked.rows)}."
     )
     if dry_run:
@@ -548,7 +550,11 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 
 def _epochs(num_used: int, what: str, rows: list | None) -> str:
-    return f"; {num_used:,} {what} in all, {num_used / len(rows):.2f} epochs of {len(rows):,} rows" if rows else ""
+    return (
+        f"; {num_used:,} {what} in all, {num_used / len(rows):.2f} epochs of {counted(len(rows), 'row')}"
+        if rows
+        else ""
+    )
 
 
 def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list[str]) -> None:

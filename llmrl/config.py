@@ -307,5 +307,6 @@ def _way_to_evaluate(setting: str, data: DataConfig | None) -> str:
 def _check_best(run: OutputConfig, *, evaluates: bool, way_out: str) -> None:
     if run.best_metric is not None and run.best_metric.startswith("eval/") and not evaluates:
         raise ValueError(
-            f"run.best_metric ({run.best_metric}) is never measured: set {way_out}, or name another metric"
+            f"run.best_metric ({run.best_metric}) is never measured: set {way_out}, run.best_metric=null, or name "
+            "another metric"
         )

@@ -100,7 +100,7 @@ def test_an_evaluated_sft_run_needs_held_out_examples():
 def test_the_best_reward_model_needs_evaluations():
     best = OutputConfig(output_dir="o", best_metric="eval/accuracy")
     message = (
-        r"^run\.best_metric \(eval/accuracy\) is never measured: set reward_model\.evaluate_every, or name another"
+        r"^run\.best_metric \(eval/accuracy\) is never measured: set reward_model\.evaluate_every, run\.best_metric"
     )
     with pytest.raises(ValueError, match=message):
         reward_model(run=best, reward_model=RewardModelConfig(evaluate_every=0))
@@ -151,7 +151,7 @@ def test_the_best_reward_model_needs_evaluations():
         ),
         (
             {"run": RLRunConfig(output_dir="o", num_iterations=1, best_metric="eval/accuracy")},
-            r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation_data and evaluation\.every, or name",
+            r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation_data and evaluation\.every, run",
         ),
         (
             {
@@ -159,7 +159,8 @@ def test_the_best_reward_model_needs_evaluations():
                 "evaluation_data": PromptDataConfig(path="e.jsonl"),
                 "evaluation": EvaluationConfig(every=0),
             },
-            r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation\.every, or name another metric$",
+            r"run\.best_metric \(eval/accuracy\) is never measured: set evaluation\.every, run\.best_metric=null, or "
+            "name another metric$",
         ),
     ],
 )

@@ -4,9 +4,9 @@ import torch
 
 from llmrl.build.actors import Actor
 from llmrl.build.engines import build_engine
-from llmrl.errors import in_one_line
 from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
+from llmrl.messages import in_one_line
 from llmrl.models.loading import num_token_ids
 from llmrl.models.policy import PolicyModule
 from llmrl.models.probe import exact_float32, probe_rows

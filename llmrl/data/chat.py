@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.files import SURROGATE, kind
 from llmrl.data.rows import DataConfig, DataError, check_rows
-from llmrl.errors import in_one_line
 from llmrl.experience import Sequences
+from llmrl.messages import in_one_line
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -16,8 +16,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import in_one_line
 from llmrl.files import LFS_POINTER
+from llmrl.messages import in_one_line
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")

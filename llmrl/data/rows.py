@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llmrl.data.files import SUFFIXES, SURROGATE, DataError, FileRow, Rows, listed, read_file
-from llmrl.errors import in_one_line
 from llmrl.experience import Row
+from llmrl.messages import counted, in_one_line
 from llmrl.paths import UserPath
 
 MAX_LISTED = 20
@@ -147,7 +147,7 @@ def missing_column(row: Row, column: str, setting: str | None = None) -> str:
 def _bad_rows(path: str, bad: Sequence[tuple[str, str]], num_rows: int, way_out: str | None = None) -> DataError:
     """What is said of bad rows, each a place and a reason."""
     reasons = _by_reason(bad, num_rows)
-    lines = [f"{path}: {len(bad)} bad rows", *(f"  {reason}" for reason in reasons[:MAX_LISTED])]
+    lines = [f"{path}: {counted(len(bad), 'bad row')}", *(f"  {reason}" for reason in reasons[:MAX_LISTED])]
     if len(reasons) > MAX_LISTED:
         lines.append(f"  and {len(reasons) - MAX_LISTED} more")
     return DataError("\n".join([*lines, way_out] if way_out else lines))

@@ -34,7 +34,7 @@ def describe_memory(config: RunConfig) -> list[str]:
     def estimated(other: RunConfig) -> Estimate:
         return estimate_memory(other, shape, strategy, reward_shape=reward_shape)
 
-    return [*lines, *_fit(config, estimate, estimated)]
+    return [*lines, *_fit(config, estimate, estimated, beside="the reward model" if unknown else None)]
 
 
 def _reward_shape(config: RunConfig) -> tuple[ModelShape | None, list[str]]:
@@ -62,8 +62,10 @@ def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
     return [*lines, f"  Each process loads {in_units(estimate.host_loading)} into the memory of the CPU{offloaded}."]
 
 
-def _fit(config: RunConfig, estimate: Estimate, estimated: Callable[[RunConfig], Estimate]) -> list[str]:
-    """Whether the memory of this machine holds that, and what would lower it."""
+def _fit(
+    config: RunConfig, estimate: Estimate, estimated: Callable[[RunConfig], Estimate], *, beside: str | None
+) -> list[str]:
+    """Whether the memory of this machine holds that, and what would lower it; `beside` is what was not counted."""
     machine = this_machine()
     num_processes = number("LOCAL_WORLD_SIZE", least=1, otherwise=number("WORLD_SIZE", least=1, otherwise=1))
     if machine.gpu is not None:
@@ -73,7 +75,8 @@ def _fit(config: RunConfig, estimate: Estimate, estimated: Callable[[RunConfig],
     needed = each * estimate.peak
     told = f"  This machine's {where} has {in_units(has)}"
     if needed <= has:
-        return [f"{told}: the run fits, with {in_units(has - needed)} to spare."]
+        without = f" without {beside}" if beside else ""
+        return [f"{told}: the run fits{without}, with {in_units(has - needed)} to spare."]
     lower = dict(_lowered(config, each * estimate.peak, lambda other: each * estimated(other).peak))
     ways = ", ".join(f"{setting} to {in_units(num_bytes)}" for setting, num_bytes in lower.items())
     return [

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llmrl.errors import in_one_line
+from llmrl.messages import in_one_line
 from llmrl.models.loading import ModelError
 
 if TYPE_CHECKING:

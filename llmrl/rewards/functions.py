@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.errors import in_one_line
 from llmrl.experience import Rollout, Row, Scores, Sequences
+from llmrl.messages import in_one_line
 from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.event_loop import run_in_loop

@@ -48,7 +48,7 @@ def check_folder(folder: Path, *, resume: bool, inputs: Mapping[str, str]) -> No
         if not resume:
             raise RunError(
                 f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another "
-                "folder, or remove it"
+                "folder, or move it away"
             )
     elif found := _first_found(folder):
         raise RunError(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from llmrl.files import WriteError, read_object, write_atomically, writing
+from llmrl.messages import counted, format_evaluation
 from llmrl.paths import UserPath
 from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.alarms import Alarms
@@ -240,8 +241,7 @@ class Run:
         if number % self.evaluate_every and number != self.config.num_iterations:
             return {}
         values = self.evaluate()
-        told = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in values.items())
-        self.progress.message(f"evaluation after iteration {number}: {told}")
+        self.progress.message(f"evaluation after iteration {number}: {format_evaluation(values)}")
         return values
 
     def catch_up(self) -> None:
@@ -321,12 +321,12 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.folder / name
             if num_torn := keep_iterations(file, self.trainer.iteration or -1):
-                self.progress.message(f"{file}: {num_torn} lines could not be read and were removed")
+                self.progress.message(f"{file}: {counted(num_torn, 'line')} that could not be read removed")
         if (record := self.best_record()) and record["iteration"] > self.trainer.iteration:
             shutil.rmtree(self.best)
         if self.trainer.iteration >= self.config.num_iterations:
-            done = f"{self.trainer.iteration} of {self.config.num_iterations} iterations are done"
-            self.progress.message(f"nothing is left to learn: {done}; run.num_iterations says how many there are to be")
+            done, asked = counted(self.trainer.iteration, "iteration"), self.config.num_iterations
+            self.progress.message(f"nothing is left to learn: {done} done; run.num_iterations asks for {asked}")
             return  # and these settings have had no part in it
         write_atomically(self.folder / "config.json", {"settings": self.settings, **provenance()})
 

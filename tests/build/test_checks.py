@@ -58,10 +58,10 @@ def test_prompts_are_tried_in_the_chat_template_before_anything_loads(strict, tm
         '{"prompt": [{"role": "system", "content": "2"}, {"role": "user", "content": "2"}], "answer": "2"}\n'
     )
     data = dataclasses.replace(strict.data, path=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(DataError, match=r"^.*rows\.jsonl: 1 bad rows\n  line 3: the chat template .*: no system here"):
+    with pytest.raises(DataError, match=r"^.*rows\.jsonl: 1 bad row\n  line 3: the chat template .*: no system here"):
         check_rl(dataclasses.replace(strict, data=data), dry=dry)
     evaluated = dataclasses.replace(strict, evaluation_data=data, evaluation=EvaluationConfig(every=1))
-    with pytest.raises(DataError, match=r"^.*rows\.jsonl: 1 bad rows"):
+    with pytest.raises(DataError, match=r"^.*rows\.jsonl: 1 bad row"):
         check_rl(evaluated, dry=dry)
 
 

@@ -502,7 +502,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_preference_rows([ROWS[0], row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_bad_rows(row: dict, problem: str):
 def test_bad_rows_without_a_prompt_column(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_preference_rows([{"chosen": [USER, YES], "rejected": [USER, NO]}, row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
 
 
 @pytest.mark.parametrize("setting", ["prompt_column", "margin_column", "source_column"])

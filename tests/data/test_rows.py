@@ -164,7 +164,7 @@ def test_a_row_of_csv_is_named_by_the_line_where_it_begins(tmp_path: Path):
     with pytest.raises(DataError, match=r"is not valid CSV: line 6: "):
         read(path)
     write(path, 'a,b\n\n"x\ny",1\n2\n')
-    with pytest.raises(DataError, match=r": 1 bad rows\n  line 5: has 1 values for 2 columns\nset"):
+    with pytest.raises(DataError, match=r": 1 bad row\n  line 5: has 1 values for 2 columns\nset"):
         read(path)
 
 
@@ -337,7 +337,7 @@ def test_one_bad_row_refuses_all_by_default(tmp_path: Path):
     config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": -2}\n')))
     with pytest.raises(DataError) as error:
         usable_rows(load_config_rows(config), config, not_negative)
-    assert str(error.value) == f"{config.path}: 1 bad rows\n  line 2: -2 is negative\n{SKIP}"
+    assert str(error.value) == f"{config.path}: 1 bad row\n  line 2: -2 is negative\n{SKIP}"
 
 
 @pytest.mark.parametrize("skip", [False, True])

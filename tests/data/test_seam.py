@@ -89,7 +89,7 @@ def test_a_template_that_is_broken(template: str, told: str):
 
 def test_what_only_a_later_row_shows_is_named_too():
     template = "{% for m in messages %}{% if 'x' in m.content %}{{ raise_exception('no x') }}{% endif %}a{% endfor %}"
-    with pytest.raises(DataError, match=r"^rows\.jsonl: 1 bad rows\n  line 9: .*: no x"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl: 1 bad row\n  line 9: .*: no x"):
         prompt_ids(["a", "x"], chat(template), PromptDataConfig(path="rows.jsonl"), places=["line 2", "line 9"])
 
 
@@ -106,7 +106,7 @@ def test_pairs_are_tried_in_the_template_too():
         {"chosen": [SYSTEM, USER, ASSISTANT], "rejected": [SYSTEM, USER, {**ASSISTANT, "content": "no"}]},
     ]
     config = PreferenceDataConfig(path="rows.jsonl")
-    with pytest.raises(DataError, match=r"^rows\.jsonl: 1 bad rows\n  row 3: .*no system here"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl: 1 bad row\n  row 3: .*no system here"):
         fit_preference_rows(rows, chat(STRICT), config)
     assert len(fit_preference_rows(rows[:2], chat(STRICT), config)) == 2
 

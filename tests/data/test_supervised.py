@@ -102,7 +102,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         check_supervised_rows([ROWS[0], row], config())
-    assert str(error.value).startswith(f"rows.jsonl: 1 bad rows\n  row 2: {problem}")
+    assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
 
 
 def test_load_checks_the_rows(tmp_path: Path):

@@ -53,6 +53,7 @@ def test_a_model_that_is_not_here_is_told():
 def test_a_reward_model_that_is_not_here_is_told():
     told = describe_memory(rl(PPORun, path=TINY, reward=REWARD_MODEL))
     assert "The reward model is not counted" in told[-2]
+    assert "the run fits without the reward model, with " in told[-1]
 
 
 def test_a_run_without_rollouts_has_no_phase_for_them():

@@ -310,7 +310,10 @@ def test_what_is_done_already_leaves_the_record_of_its_settings(bench: Bench):
     bench.make(3, settings={"rate": 1.0}).train()
     bench.make(3, settings={"rate": 2.0}, resume=True).train()
     assert json.loads((bench.folder / "config.json").read_text())["settings"] == {"rate": 1.0}
-    assert any("nothing is left to learn: 3 of 3 iterations are done" in text for text in bench.said.messages)
+    assert any(
+        "nothing is left to learn: 3 iterations done; run.num_iterations asks for 3" in text
+        for text in bench.said.messages
+    )
 
 
 def test_numbers_that_json_cannot_hold_become_null(bench: Bench):
@@ -813,7 +816,7 @@ def test_lines_that_cannot_be_read_are_told_before_a_resume(bench: Bench):
     file = bench.folder / "metrics.jsonl"
     file.write_bytes(b"\xff\n[]\n" + file.read_bytes())
     bench.make(3, resume=True).train()
-    assert f"{file}: 2 lines could not be read and were removed" in bench.said.messages
+    assert f"{file}: 2 lines that could not be read removed" in bench.said.messages
     assert bench.iterations() == [1, 2, 3]
 
 

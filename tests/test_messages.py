@@ -1,0 +1,36 @@
+import pytest
+
+from llmrl.messages import counted, format_evaluation, in_one_line
+
+
+def test_a_message_of_several_lines_becomes_one():
+    assert in_one_line(ValueError("it  is\n\n\tbad\n")) == "it is bad"
+
+
+def test_an_error_without_a_message_has_none():
+    assert in_one_line(KeyboardInterrupt()) == ""
+
+
+def test_an_error_that_cannot_say_what_it_is_about_has_none():
+    class Broken(Exception):
+        def __str__(self):
+            raise ZeroDivisionError
+
+    assert in_one_line(Broken("x")) == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (12_000, "12,000 epochs")]
+)
+def test_one_thing_is_told_in_the_singular(number, told):
+    assert counted(number, "epoch") == told
+
+
+def test_an_interval_stands_behind_what_it_is_of():
+    values = {
+        "eval/accuracy": 0.44,
+        "eval/accuracy_low": 0.34671,
+        "eval/accuracy_high": 0.5377,
+        "eval/num_prompts": 100.0,
+    }
+    assert format_evaluation(values) == "accuracy 0.44 [0.3467, 0.5377]  num_prompts 100"
