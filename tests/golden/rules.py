@@ -1,0 +1,18 @@
+"""Rewards of the golden runs."""
+
+import zlib
+
+
+def graded(responses):
+    """One of eleven scores for each response."""
+    return [zlib.crc32(response.encode()) % 11 / 10 for response in responses]
+
+
+def odd(responses):
+    """1 for an odd number of characters, else 0: groups of equal scores are frequent."""
+    return [float(len(response) % 2) for response in responses]
+
+
+def letters(responses):
+    """A reward at each character."""
+    return [[(place, ord(letter) % 7 / 10) for place, letter in enumerate(response)] for response in responses]
