@@ -1,4 +1,4 @@
-"""The memory that runs take, beside the estimate of `llmrl.memory`: on one process and on two.
+"""The memory that runs take, beside the estimate of `llmrl.sizing`: on one process and on two.
 
     python benchmarks/memory.py MODEL_DIR
 
@@ -27,7 +27,16 @@ import torch
 from common import MIB, memory, reset_memory, store
 from live_tensors import LiveTensors
 
-from llmrl.build import (
+from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
+from llmrl.distributed.collectives import join_ranks, leave_ranks
+from llmrl.distributed.launch import read_launch
+from llmrl.models.config import ModelConfig
+from llmrl.models.loading import load_tokenizer
+from llmrl.reports.progress import Silent
+from llmrl.reports.trackers import Trackers
+from llmrl.settings import read_recipe
+from llmrl.sizing import estimate_memory, launched_strategy, read_shape
+from llmrl.wiring import (
     build_grpo,
     build_ppo,
     build_reward_model,
@@ -37,14 +46,6 @@ from llmrl.build import (
     check_rl,
     check_sft,
 )
-from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.distributed.collectives import join_ranks, leave_ranks
-from llmrl.distributed.launch import read_launch
-from llmrl.memory import estimate_memory, launched_strategy, read_shape
-from llmrl.models.loading import ModelConfig, load_tokenizer
-from llmrl.reports.progress import Silent
-from llmrl.reports.trackers import Trackers
-from llmrl.settings import read_recipe
 
 KINDS = {
     "sft": (SFTRun, check_sft, build_sft),
@@ -109,7 +110,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measured memory beside the estimate of llmrl.memory.")
+    parser = argparse.ArgumentParser(description="Measured memory beside the estimate of llmrl.sizing.")
     parser.add_argument("model", type=Path, help="folder with config.json and tokenizer; weights are random")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=32)

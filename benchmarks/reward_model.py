@@ -34,14 +34,15 @@ from common import MIB, Samples, compare, memory, reset_memory, store, take_turn
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from llmrl.build.reward_model import LoadedRewardModel, load_trained_reward_model
 from llmrl.data.preferences import EncodedPair, PairSource, PreferenceDataConfig, load_preference_rows
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.device import pick_device, prepare_device
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.models.loading import ModelConfig
+from llmrl.models.config import ModelConfig
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+from llmrl.wiring.reward_model import LoadedRewardModel, load_trained_reward_model
 
 TRAINERS = ("llmrl", "trl")
 COLUMNS = ("step_ms", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")

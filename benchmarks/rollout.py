@@ -22,8 +22,8 @@ from common import MIB, compare, memory, reset_memory, store, take_turns
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from llmrl.batches import Prompts
 from llmrl.distributed.device import prepare_device
-from llmrl.experience import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
 from llmrl.roles import Sampling

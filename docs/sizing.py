@@ -1,4 +1,4 @@
-"""Writes the tables of docs/sizing.md: what fits where, by `llmrl.memory`. `python docs/sizing.py`"""
+"""Writes the tables of docs/sizing.md: what fits where, by `llmrl.sizing`. `python docs/sizing.py`"""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from llmrl.algorithms.ppo import PPOConfig
 from llmrl.config import GRPORun, PPORun
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.distributed.config import DistributedConfig
-from llmrl.memory import Estimate, ModelShape, Strategy, estimate_memory, shape_of
+from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.critic import CriticConfig
-from llmrl.models.loading import LoraSettings, ModelConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
+from llmrl.sizing import Estimate, ModelShape, Strategy, estimate_memory, shape_of
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.run import RLRunConfig
 

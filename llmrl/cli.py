@@ -96,7 +96,7 @@ def _options(
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Fine-tunes a model on prompts with given responses."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_sft, check_sft
+        from llmrl.wiring import build_sft, check_sft
 
         config = _read(recipe, overrides, "sft")
         checked = check_sft(config, dry=dry_run)
@@ -114,7 +114,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
 def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Trains a reward model on pairs of responses, one of which was preferred."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_reward_model, check_reward_run
+        from llmrl.wiring import build_reward_model, check_reward_run
 
         config = _read(recipe, overrides, "reward-model")
         checked = check_reward_run(config, dry=dry_run)
@@ -132,7 +132,7 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = 
 def grpo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Improves a model by GRPO, or one of its kin, against rewards that programs verify."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_grpo, check_rl
+        from llmrl.wiring import build_grpo, check_rl
 
         config = _read(recipe, overrides, "grpo")
         checked = check_rl(config, dry=dry_run)
@@ -143,7 +143,7 @@ def grpo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -
 def ppo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Improves a model by PPO: actor, critic, frozen reference and a reward, learned or by program."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_ppo, check_ppo
+        from llmrl.wiring import build_ppo, check_ppo
 
         config = _read(recipe, overrides, "ppo")
         checked = check_ppo(config, dry=dry_run)
@@ -163,8 +163,8 @@ def evaluate(
 ) -> None:
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
-        from llmrl.build import build_evaluator, check_rl
         from llmrl.distributed.device import prepare_device
+        from llmrl.wiring import build_evaluator, check_rl
 
         config = _read(recipe, overrides, "grpo", "ppo")
         if config.evaluation_data is None:
@@ -202,10 +202,10 @@ def score(
     """Scores responses by a reward model."""
     names = {"data.prompt_column": "--prompt-column", "data.response_column": "--response-column", "data.path": "FILE"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
-        from llmrl.build import check_scorer, score_rows
         from llmrl.data.supervised import SupervisedDataConfig, load_supervised_rows
         from llmrl.distributed.device import prepare_device
         from llmrl.rewards.config import LearnedRewardConfig
+        from llmrl.wiring import check_scorer, score_rows
 
         _check_output(output)
         if output is not None and output.resolve() == Path(file).expanduser().resolve():
@@ -245,10 +245,10 @@ def generate(
     """Responds to prompts."""
     names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
-        from llmrl.build import respond
         from llmrl.distributed.device import prepare_device
         from llmrl.models.checking import check_model
-        from llmrl.models.loading import ModelConfig
+        from llmrl.models.config import ModelConfig
+        from llmrl.wiring import respond
 
         if not 0 <= temperature < math.inf:
             raise SettingError(f"--temperature ({temperature}) must be a finite number, 0 or greater")
@@ -329,11 +329,11 @@ def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run:
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.build import with_dtypes
     from llmrl.distributed.device import pick_device, prepare_device
     from llmrl.distributed.launch import read_launch
-    from llmrl.memory import launched_strategy
     from llmrl.reports.trackers import TrackerConfig, Trackers
+    from llmrl.sizing import launched_strategy
+    from llmrl.wiring import with_dtypes
 
     way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
     prepare_device(deterministic=config.run.deterministic)
@@ -465,12 +465,12 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.distributed.launch import LaunchError
     from llmrl.distributed.watchdog import PhaseTimeout
     from llmrl.files import WriteError
-    from llmrl.memory.full import describe_full_memory
     from llmrl.models.loading import ModelError
     from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
     from llmrl.rollout.support import RolloutError
+    from llmrl.sizing.full import describe_full_memory
     from llmrl.trainers.checkpoint import CheckpointError
     from llmrl.trainers.rl import FlatGroupsError
     from llmrl.trainers.run import RunError, Stopped
@@ -558,8 +558,8 @@ def _epochs(num_used: int, what: str, rows: list | None) -> str:
 
 
 def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list[str]) -> None:
-    from llmrl.build import with_dtypes
-    from llmrl.memory import describe_memory
+    from llmrl.sizing import describe_memory
+    from llmrl.wiring import with_dtypes
 
     with bad_input_ends_with_status_2():
         config = with_dtypes(config)

@@ -10,9 +10,9 @@ from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rows import DataConfig
 from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.distributed.config import DistributedConfig
-from llmrl.distributed.trainable import OptimizerConfig
+from llmrl.models.config import ModelConfig
 from llmrl.models.critic import CriticConfig
-from llmrl.models.loading import ModelConfig
+from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import RewardConfig
 from llmrl.rollout.config import RolloutConfig

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmrl.experience import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences
+from llmrl.batches import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.functional.losses import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics

@@ -14,9 +14,9 @@ from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.data.preferences import PreferenceDataConfig
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.supervised import SupervisedDataConfig
-from llmrl.distributed.trainable import OptimizerConfig
+from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.critic import CriticConfig
-from llmrl.models.loading import LoraSettings, ModelConfig
+from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig

@@ -9,9 +9,9 @@ from llmrl.data.preferences import PairSource
 from llmrl.data.prompts import PromptSource
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.trainable import LocalTrainable
 from llmrl.models.policy import TransformersPolicy
 from llmrl.models.reward_model import TransformersRewardModel
+from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import LiveProgress, PlainProgress, Silent
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.functions import FunctionReward

@@ -13,7 +13,25 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from llmrl.algorithms.grpo import GRPOConfig
 from llmrl.algorithms.ppo import PPOConfig
-from llmrl.build import (
+from llmrl.batches import Experience
+from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
+from llmrl.data.preferences import PreferenceDataConfig
+from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.critic import CriticConfig
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
+from llmrl.reports.progress import Silent
+from llmrl.reports.trackers import TrackerConfig, Trackers
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
+from llmrl.rollout.config import RolloutConfig
+from llmrl.trainers.evaluate import EvaluationConfig
+from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.reward_model import RewardModelConfig
+from llmrl.trainers.run import OutputConfig, RLRunConfig
+from llmrl.trainers.sft import SFTConfig
+from llmrl.wiring import (
     build_grpo,
     build_ppo,
     build_reward_model,
@@ -25,23 +43,6 @@ from llmrl.build import (
     respond,
     score_rows,
 )
-from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.data.preferences import PreferenceDataConfig
-from llmrl.data.prompts import PromptDataConfig
-from llmrl.data.supervised import SupervisedDataConfig
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import Experience
-from llmrl.models.critic import CriticConfig
-from llmrl.models.loading import LoraSettings, ModelConfig
-from llmrl.reports.progress import Silent
-from llmrl.reports.trackers import TrackerConfig, Trackers
-from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
-from llmrl.rollout.config import RolloutConfig
-from llmrl.trainers.evaluate import EvaluationConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RLRunConfig
-from llmrl.trainers.sft import SFTConfig
 from tests.rollout.tiny import SIZES
 from tests.simulated import NAME, Far, Meeting, Simulated
 

@@ -12,11 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
+from llmrl.batches import Prompts, Scores
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import Prompts, Scores
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.rollout.native import NativeEngine
 from llmrl.trainers.optimize import UpdateConfig

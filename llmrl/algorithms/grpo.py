@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmrl.experience import GRPOExperience, Rollout, Scores
+from llmrl.batches import GRPOExperience, Rollout, Scores
 from llmrl.functional.advantages import group_relative, leave_one_out
 from llmrl.functional.kl import estimate_kl
 from llmrl.functional.losses import Aggregation, clipped_policy_loss, importance_ratio, sequence_log_ratio

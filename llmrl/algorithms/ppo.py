@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
-from llmrl.experience import PPOExperience, Rollout, Scores
+from llmrl.batches import PPOExperience, Rollout, Scores
 from llmrl.functional.advantages import gae
 from llmrl.functional.kl import estimate_kl, shape_rewards
 from llmrl.functional.losses import Aggregation, clipped_policy_loss, clipped_value_loss

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import Sequences
 from llmrl.data.files import SURROGATE, kind
 from llmrl.data.rows import DataConfig, DataError, check_rows
-from llmrl.experience import Sequences
 from llmrl.messages import in_one_line
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import PreferencePairs, Row
 from llmrl.data.chat import (
     WRITTEN_MESSAGES,
     Message,
@@ -51,7 +52,6 @@ from llmrl.data.rows import (
 )
 from llmrl.data.seam import common_length, notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
-from llmrl.experience import PreferencePairs, Row
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """The beginning of a turn in a transcript."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import Prompts, Row
 from llmrl.data.chat import padded, prompt_ids, prompt_problem
 from llmrl.data.files import Rows
 from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
 from llmrl.data.seam import rows_in_template
 from llmrl.data.source import ShuffledSource
-from llmrl.experience import Prompts, Row
 
 EncodedPrompt = tuple[Row, list[int]]
 

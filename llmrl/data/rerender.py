@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import Rollout, Row, Sequences
 from llmrl.data.chat import as_sequences, prompt_ids, response_ids
 from llmrl.data.rows import DataConfig, DataError, places_of
-from llmrl.experience import Rollout, Row, Sequences
 
 PROBE = "Is  1+2 = 3?\n Él said: 'naïve', don't."
 """A text that tokenizers of one vocabulary still cut up differently if their rules differ."""

@@ -1,14 +1,14 @@
 """Data rows: plain mappings, read from a local file or from the hub and checked before any model loads."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from llmrl.batches import Row
 from llmrl.data.files import SUFFIXES, SURROGATE, DataError, FileRow, Rows, listed, read_file
-from llmrl.experience import Row
+from llmrl.hub import ask_for_dataset, is_local
 from llmrl.messages import counted, in_one_line
 from llmrl.paths import UserPath
 
@@ -17,8 +17,6 @@ MAX_LISTED = 20
 MAX_REASONS = 3
 """Reasons that the note on dropped rows lists."""
 SKIP = "set data.skip_bad_rows=true to drop and count them"
-HUB_TIMEOUT_S = 5.0
-"""For the hub to say whether it has a data set."""
 
 Value = TypeVar("Value")
 
@@ -63,15 +61,9 @@ class DataConfig:
             )
 
 
-def is_local(path: str) -> bool:
-    """Whether a path means a file of this machine; anything else is the name of a data set on the hub.
-
-    Such a name has at most one slash, and what stands before that is no folder here.
-    """
-    owner, slash, _ = path.partition("/")
-    in_a_folder_here = slash != "" and os.path.isdir(owner)
-    explicit = path.startswith(("/", "./", "../", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
-    return explicit or in_a_folder_here or os.path.exists(path)
+def is_file(path: str) -> bool:
+    """Whether a path means a file of this machine; anything else is the name of a data set on the hub."""
+    return is_local(path, suffixes=SUFFIXES)
 
 
 def expanded(path: str) -> Path:
@@ -90,7 +82,7 @@ def load_config_rows(config: DataConfig) -> Rows:
     JSON values keep their types and a key that a row lacks stays absent. CSV values are texts.
     """
     path = config.path
-    rows = read_file(expanded(path), config.made_by) if is_local(path) else _load_hub(path, config.subset, config.split)
+    rows = read_file(expanded(path), config.made_by) if is_file(path) else _load_hub(path, config.subset, config.split)
     if not rows:
         raise DataError(f"{path} has no rows")
     rows = usable_rows(Rows(rows[: config.num_rows], rows.notes), config, lambda row: row.problem)
@@ -192,7 +184,7 @@ def _load_hub(name: str, subset: str | None, split: str) -> Rows:
     from datasets.exceptions import DatasetsError
 
     try:
-        _ask_hub(name)
+        ask_for_dataset(name)
         dataset = load_dataset(name, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
@@ -201,20 +193,3 @@ def _load_hub(name: str, subset: str | None, split: str) -> Rows:
         ) from error
     assert isinstance(dataset, Dataset), "one split was asked for"
     return Rows(FileRow(row, f"row {number}") for number, row in enumerate(dataset.to_list(), start=1))
-
-
-def _ask_hub(name: str) -> None:
-    """Raises OSError where the hub does not have a data set or cannot be reached, and the local cache has none either.
-
-    `load_dataset` asks a hub that does not answer again and again, for half a minute.
-    """
-    from datasets.load import CachedDatasetModuleFactory
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # errors of the network come in the classes of whichever client the hub's library uses
-        try:
-            CachedDatasetModuleFactory(name).get_module()
-        except FileNotFoundError:
-            raise OSError(str(error)) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import Row
 from llmrl.data.chat import (
     Prompt,
     TemplateProblem,
@@ -23,7 +24,6 @@ from llmrl.data.chat import (
 )
 from llmrl.data.files import Rows
 from llmrl.data.rows import DataConfig, usable_rows
-from llmrl.experience import Row
 
 MAX_COMPARED = 100
 """Examples whose seam is compared: what a template does shows in the first ones."""

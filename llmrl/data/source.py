@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from llmrl.batches import Row
 from llmrl.data.rows import DataError
-from llmrl.experience import Row
 from llmrl.functional.streams import Purpose, permutation
 
 Example = TypeVar("Example")

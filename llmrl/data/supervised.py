@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import Row, Sequences
 from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, response_ids
 from llmrl.data.files import Rows, kind
 from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
 from llmrl.data.seam import notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
-from llmrl.experience import Row, Sequences
 
 EncodedExample = tuple[list[int], list[int]]
 

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each of several processes beside their number."""
@@ -60,9 +60,8 @@ def read_launch() -> Launch:
 def _zero_stage() -> int:
     if find_spec("deepspeed") is None:
         raise LaunchError("DeepSpeed of the launch file is not installed; install llmrl[deepspeed]")
-    from llmrl.distributed.deepspeed import read_settings
 
-    stage = read_settings()["zero_optimization"]["stage"]
+    stage = deepspeed_settings()["zero_optimization"]["stage"]
     if stage not in (1, 2, 3):
         raise LaunchError(f"zero_stage ({stage}) of the launch file must be 1, 2 or 3; {WAY_OUT}")
     return stage
@@ -129,3 +128,35 @@ def number(name: str, *, least: int, otherwise: int) -> int:
 def is_on(name: str) -> bool:
     """Whether a variable of the environment says yes."""
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def deepspeed_settings() -> dict[str, Any]:
+    """DeepSpeed's settings, as the launch file gives them: its own lines, or the file of DeepSpeed that it names.
+
+    Raises:
+        LaunchError: They ask for what is the recipe's to say.
+    """
+    from accelerate.utils import DeepSpeedPlugin
+
+    settings = DeepSpeedPlugin(zero3_init_flag=False).deepspeed_config
+    for name in OF_THE_RECIPE:
+        if settings.get(name, {}).get("enabled", name in ("optimizer", "scheduler") and name in settings):
+            raise LaunchError(
+                f"{name} in the DeepSpeed file of the launch: that is for the recipe to say (optimizer, model.dtype); "
+                f"take it out there; {WAY_OUT}"
+            )
+    zero = settings["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise LaunchError(f"{name}_device (nvme) of the launch file is not supported; choose cpu or none")
+    if zero.get("reduce_bucket_size", "auto") == "auto":  # their own is ten times as many: 2 GB for each engine
+        zero["reduce_bucket_size"] = BUCKET_ELEMENTS
+    return settings
+
+
+OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
+"""Sections of a DeepSpeed file for which a recipe has settings."""
+
+
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are added up over ranks at once, unless a DeepSpeed file says how many."""

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.distributed.device import pick_device
-from llmrl.experience import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, parts_of_rank
+from llmrl.microbatches import parts_of_rank
 from llmrl.roles import (
     ActorCritic,
     Collectives,

@@ -7,37 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrl.hub import is_local
+from llmrl.models.adapters import check_targets, lora_config, naming_adapter, refuse_tied
+from llmrl.models.config import ModelConfig
 from llmrl.models.folders import (
     CODE_FILES,
     JSON_FILES,
     WEIGHT_FILES,
     ModelError,
+    base_of_adapter,
     check_safetensors,
     check_vocabulary_file,
     find_folder,
     has_vocabulary_file,
     is_adapter,
-    is_local_model,
     json_object,
     neighbour,
     reading_files,
     weight_files,
 )
-from llmrl.models.loading import (
-    ModelConfig,
-    base_of_adapter,
-    check_targets,
-    check_vocabulary,
-    load_tokenizer,
-    lora_config,
-    naming_adapter,
-    read_config,
-    read_model,
-    reading,
-    refuse_tied,
-    refuse_weights,
-)
-from llmrl.models.reward_model import label_settings, score_layer
+from llmrl.models.loading import load_tokenizer, read_config, read_model, reading, refuse_weights
+from llmrl.models.reward_loading import label_settings
+from llmrl.models.reward_model import score_layer
+from llmrl.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -112,7 +104,7 @@ def _classifying() -> Any:
 
 
 def _is_folder(config: ModelConfig) -> bool:
-    return config.made_by is not None or is_local_model(config.path)
+    return config.made_by is not None or is_local(config.path)
 
 
 def _check_cached(config: ModelConfig, kind: Any) -> list[str]:

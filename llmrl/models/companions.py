@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.models.folders import VOCABULARY_FILES, ModelError, is_local_model
+from llmrl.hub import is_local
+from llmrl.models.folders import VOCABULARY_FILES, ModelError
 from llmrl.models.loading import PLAIN_FORWARD, reason_of
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _read(source: str | None, name: str) -> bytes | None:
 
     if not source:
         return None
-    file = Path(source) / name if is_local_model(source) else try_to_load_from_cache(source, name)
+    file = Path(source) / name if is_local(source) else try_to_load_from_cache(source, name)
     return Path(file).read_bytes() if isinstance(file, str | Path) and Path(file).is_file() else None
 
 

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmrl.experience import Sequences
-from llmrl.models.loading import HeadInit, initialize_head
+from llmrl.batches import Sequences
+from llmrl.models.config import HeadInit
 from llmrl.models.policy import PolicyModule, computing_in, in_microbatches, to_left_margin
+from llmrl.models.training import initialize_head
 from llmrl.roles import Policy, ValueFunction
 
 if TYPE_CHECKING:

@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrl.files import LFS_POINTER
+from llmrl.hub import is_local
+from llmrl.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    pass
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CODE_FILES = ("config.json", "tokenizer_config.json")
@@ -33,19 +38,9 @@ class ModelError(ValueError):
     """A model that cannot be used, and what to do about it."""
 
 
-def is_local_model(path: str) -> bool:
-    """Whether a path means a folder.
-
-    A hub name has no dot, slash or tilde in front and at most one slash, and what stands before that is no folder here.
-    """
-    owner, slash, _ = path.partition("/")
-    in_a_folder_here = slash and Path(owner).is_dir()
-    return bool(Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_a_folder_here)
-
-
 def resolved(path: str) -> str:
     """A folder's path from the root, so that what is saved names it wherever it is read; a hub name as it is."""
-    return str(Path(path).expanduser().absolute()) if is_local_model(path) else path
+    return str(Path(path).expanduser().absolute()) if is_local(path) else path
 
 
 def is_adapter(path: str) -> bool:
@@ -219,3 +214,18 @@ def reading_files(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelError(f"model.path ({path}) cannot be read: {error.strerror or error}: {error.filename}") from error
+
+
+def base_of_adapter(config: ModelConfig) -> ModelConfig:
+    """The model that an adapter stands on: where its folder says, read from here, else from the adapter's folder.
+
+    Raises:
+        ModelError: The folder does not say.
+    """
+    folder = Path(config.path).expanduser()
+    base = json_object(folder / "adapter_config.json", config.path).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelError(f"model.path ({config.path}) is an adapter that does not name its base model")
+    if not Path(base).expanduser().exists() and (folder / base).is_dir():
+        base = str(folder / base)
+    return ModelConfig(path=base, trust_remote_code=config.trust_remote_code)

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmrl.experience import Sequences, by_token_budget
+from llmrl.batches import Sequences
+from llmrl.microbatches import by_token_budget
 from llmrl.models.heads import Head
 
 if TYPE_CHECKING:

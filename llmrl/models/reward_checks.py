@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrl.experience import Sequences, pad_columns
+from llmrl.batches import Sequences, pad_columns
 from llmrl.roles import Scorer
 
 if TYPE_CHECKING:

@@ -8,97 +8,21 @@ A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmrl.experience import PreferencePairs, Sequences, by_token_budget
-from llmrl.models.folders import ModelError, is_local_model, json_object, resolved
-from llmrl.models.loading import (
-    HeadInit,
-    ModelConfig,
-    check_targets,
-    initialize_head,
-    lora_config,
-    read_config,
-    read_model,
-    reading,
-    refuse_weights,
-    turn_dropout_off,
-)
+from llmrl.batches import PreferencePairs, Sequences
+from llmrl.microbatches import by_token_budget
+from llmrl.models.folders import ModelError
 from llmrl.models.policy import attended, computing_in, to_left_margin
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-MEAN_KEY, STD_KEY = "llmrl_score_mean", "llmrl_score_std"
-TEMPLATE_KEY, SYSTEM_PROMPT_KEY = "llmrl_template", "llmrl_system_prompt"
-PAD_NAMES = (
-    "<pad>",
-    "[PAD]",
-    "<PAD>",
-    "<|pad|>",
-    "<|padding|>",
-    "<|endoftext|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<unk>",
-)
-"""Tokens that a vocabulary may have to spare for padding."""
 PROBE_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Normalization:
-    """(score - mean) / std: mean 0 and standard deviation 1 on a reference set. Stored in the model's config.json."""
-
-    mean: float
-    std: float
-
-    def __call__(self, scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        return (scores - self.mean) / self.std
-
-    def write(self, config: "PretrainedConfig") -> None:
-        """Puts both numbers where `saved_normalization` finds them."""
-        setattr(config, MEAN_KEY, self.mean)
-        setattr(config, STD_KEY, self.std)
-
-
-def normalization_on(scores: Float[Tensor, " B"]) -> Normalization:
-    """What makes the mean of these scores 0 and their standard deviation 1; scores that are all equal keep theirs."""
-    exact = scores.double()
-    return Normalization(mean=float(exact.mean()), std=float(exact.std(correction=0)) or 1.0)
-
-
-def saved_normalization(config: "PretrainedConfig") -> Normalization | None:
-    """What was stored with a model; None for one that llmrl did not train."""
-    mean, std = getattr(config, MEAN_KEY, None), getattr(config, STD_KEY, None)
-    return None if mean is None or std is None else Normalization(mean=mean, std=std)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextForm:
-    """How texts became tokens in training, as `data` said it. Stored in the model's config.json."""
-
-    template: Literal["auto", "chat", "none"] = "auto"
-    system_prompt: str | None = None
-
-    def write(self, config: "PretrainedConfig") -> None:
-        """Puts both where `saved_text_form` finds them."""
-        setattr(config, TEMPLATE_KEY, self.template)
-        setattr(config, SYSTEM_PROMPT_KEY, self.system_prompt)
-
-
-def saved_text_form(config: "PretrainedConfig") -> TextForm:
-    """What was stored with a model; the defaults of data for one that llmrl did not train."""
-    return TextForm(
-        template=getattr(config, TEMPLATE_KEY, "auto"), system_prompt=getattr(config, SYSTEM_PROMPT_KEY, None)
-    )
 
 
 class RewardModule(nn.Module):
@@ -211,95 +135,6 @@ class TransformersRewardModel:
         return scores
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "PreTrainedModel":
-    """A sequence classification model with one label, in float32, its dropout off.
-
-    Args:
-        config: A folder or a hub name.
-        head_init: How the head of a causal language model begins; None refuses a folder without a head, and so does
-            a sequence classification model, which should have one.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    settings = read_config(config)
-    classifies = label_settings(config, settings)
-    model, report = read_model(config, AutoModelForSequenceClassification, settings, dtype=torch.float32)
-    head = score_layer(model)
-    new_head = head_init is not None and (config.from_scratch or not classifies)
-    refuse_weights(config, model, report, has_score=not new_head)
-    if config.from_scratch or "score.weight" in report["missing_keys"]:
-        assert isinstance(head, nn.Linear)
-        assert head_init is not None, "a folder without a head was refused"
-        initialize_head(head, head_init)
-    turn_dropout_off(model)
-    return model
-
-
-def label_settings(config: ModelConfig, settings: "PretrainedConfig") -> bool:
-    """Whether these are of a sequence classification model; where not, they get its one label.
-
-    Raises:
-        ModelError: They have several labels.
-    """
-    classifies = any(name.endswith("ForSequenceClassification") for name in settings.architectures or [])
-    if classifies and settings.num_labels != 1:
-        raise ModelError(f"model.path ({config.path}) has {settings.num_labels} labels; a reward model has exactly one")
-    if not classifies:
-        settings.num_labels = 1
-    return classifies
-
-
-def check_shared_base(config: ModelConfig, actor: ModelConfig) -> None:
-    """Refuses, before weights load, a reward model that is no adapter on the actor's base.
-
-    Raises:
-        ModelError: It was not trained by LoRA, or from another model.
-    """
-    settings = Path(resolved(config.path)) / "adapter" / "adapter_config.json"
-    if not settings.is_file():
-        raise ModelError(
-            f"model.path ({config.path}) holds no adapter/, so it was not trained with model.lora and cannot stand on "
-            "the actor's base; leave reward.model.on_actor_base out, or train it with model.lora"
-        )
-    trained_from = json_object(settings, config.path).get("base_model_name_or_path") or "a model without a name"
-    if not _same_model(trained_from, actor.path):
-        raise ModelError(
-            f"model.path ({config.path}) is an adapter on {trained_from}, and the actor's base is {actor.path}; leave "
-            "reward.model.on_actor_base out, or train the reward model from the actor's own model"
-        )
-
-
-def _same_model(left: str, right: str) -> bool:
-    if is_local_model(left) and is_local_model(right):
-        return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
-    return left == right
-
-
-def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTrainedModel":
-    """A reward model's adapter and head around the weights of a causal language model, which stay where they are.
-
-    Args:
-        config: A folder that `check_shared_base` let pass.
-        base: The causal language model, without adapters, which becomes part of what is returned.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    path = resolved(config.path)
-    settings = read_config(config)
-    with reading(config), torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
-    setattr(model, model.base_model_prefix, base.base_model)
-    score_layer(model).to_empty(device=base.device)  # read from beside the adapter
-    with reading(config):
-        PeftModel.from_pretrained(model, str(Path(path) / "adapter"), torch_device=str(base.device))
-    turn_dropout_off(model)
-    return model
-
-
 def score_layer(model: "PreTrainedModel") -> nn.Module:
     """The linear layer from the last hidden state to the score.
 
@@ -315,37 +150,6 @@ def score_layer(model: "PreTrainedModel") -> nn.Module:
         )
     assert isinstance(layer, nn.Module)
     return layer
-
-
-def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
-    """Adapters injected in place, the head trained and saved whole beside them; None where every weight is trained."""
-    if config.lora is None:
-        return None
-    from peft import get_peft_model
-
-    check_targets(config.lora, model)
-    with reading(config):
-        adapted = get_peft_model(model, lora_config(config.lora, task_type="SEQ_CLS", modules_to_save=["score"]))
-    turn_dropout_off(model)
-    return adapted  # type: ignore[return-value]
-
-
-def choose_pad(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> bool:
-    """Gives tokenizer and model a pad of their own where the vocabulary has one to spare.
-
-    llmrl reads no pad, but plain transformers looks for the last id that is not pad.
-
-    Returns:
-        Whether pad and EOS now differ, so that plain transformers reads the score where llmrl does.
-    """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        vocabulary = tokenizer.get_vocab()
-        taken = (tokenizer.eos_token, tokenizer.bos_token)
-        free = [name for name in PAD_NAMES if name in vocabulary and name not in taken]
-        if free or tokenizer.pad_token_id is None:
-            tokenizer.pad_token = free[0] if free else tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from llmrl.experience import Batch
+from llmrl.batches import Batch
 from llmrl.functional.calibration import chance_calibration_error, expected_calibration_error
 from llmrl.functional.correlation import pearson_correlation, spearman_correlation
 from llmrl.functional.intervals import Z_95, wilson_interval

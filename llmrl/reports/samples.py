@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llmrl.experience import Experience
+from llmrl.batches import Experience
 from llmrl.files import writing
 from llmrl.functional.masking import masked_mean
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmrl.experience import Rollout, Scores
+from llmrl.batches import Rollout, Scores
 from llmrl.roles import RewardFunction
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.experience import Rollout, Row, Scores, Sequences
+from llmrl.batches import Rollout, Row, Scores, Sequences
 from llmrl.messages import in_one_line
 from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmrl.experience import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences
 from llmrl.roles import Scorer
 
 LABEL = "model"

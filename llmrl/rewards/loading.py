@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from llmrl.experience import Row
+from llmrl.batches import Row
 from llmrl.messages import in_one_line
 from llmrl.rewards import files
 from llmrl.rewards.config import AMBIGUOUS_COLUMNS, ROLLOUT_COLUMNS, RewardConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.experience import Sequences
+from llmrl.batches import Sequences
 
 LARGEST_SCORE = torch.finfo(torch.float32).max
 BROKEN = "\ufffd"

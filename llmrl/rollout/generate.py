@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmrl.experience import Prompts, Rollout
+from llmrl.batches import Prompts, Rollout
 from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.responses import Response, assemble, new_responses
 from llmrl.rollout.rope import pin_rope

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from llmrl.experience import Prompts, Rollout
+from llmrl.batches import Prompts, Rollout
 from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.cache import SlotCache, num_columns
 from llmrl.rollout.responses import Response, assemble, new_responses

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmrl.experience import Prompts, Rollout, Sequences
+from llmrl.batches import Prompts, Rollout, Sequences
 from llmrl.roles import Sampling
 
 

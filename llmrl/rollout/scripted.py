@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from llmrl.experience import Prompts, Rollout, Row
+from llmrl.batches import Prompts, Rollout, Row
 from llmrl.roles import Sampling, Trainable
 from llmrl.rollout.responses import Response, assemble, new_responses
 

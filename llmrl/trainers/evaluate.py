@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from llmrl.experience import Prompts, Scores
+from llmrl.batches import Prompts, Scores
 from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmrl.experience import PreferencePairs, parts_of_rank
+from llmrl.batches import PreferencePairs
 from llmrl.functional.intervals import wilson_interval
 from llmrl.functional.losses import bradley_terry_loss
 from llmrl.functional.statistics import Mean, Statistic, Total
 from llmrl.metrics import Metrics
+from llmrl.microbatches import parts_of_rank
 from llmrl.roles import Collectives, PairSource, Progress, Scorer, Trainable
 from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable

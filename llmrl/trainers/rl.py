@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.experience import Experience, Prompts, Rollout, Scores, parts_of_rank
+from llmrl.batches import Experience, Prompts, Rollout, Scores
 from llmrl.functional.advantages import flat_groups
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
 from llmrl.metrics import Metrics
+from llmrl.microbatches import parts_of_rank
 from llmrl.roles import (
     Algorithm,
     Collectives,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmrl.experience import Sequences, parts_of_rank
+from llmrl.batches import Sequences
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
+from llmrl.microbatches import parts_of_rank
 from llmrl.roles import Collectives, ExampleSource, Policy, Progress, Trainable
 from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from llmrl.algorithms.ppo import PPO
+from llmrl.batches import Prompts, Rollout, Scores, Sequences
 from llmrl.distributed.collectives import OneProcess
-from llmrl.experience import Prompts, Rollout, Scores, Sequences
 from llmrl.functional.streams import uniforms
 from llmrl.reports.progress import Silent
 from llmrl.trainers.optimize import UpdateConfig

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.experience import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences
 from llmrl.functional.losses import token_weights
 
 LENGTHS = [3, 1, 4, 2, 4, 3]  # two groups of three

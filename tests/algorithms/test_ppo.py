@@ -15,7 +15,7 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.algorithms.ppo import PPOConfig
-from llmrl.experience import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences
 from llmrl.functional.losses import Aggregation, token_weights
 from llmrl.functional.statistics import Mean
 from llmrl.metrics import Metrics

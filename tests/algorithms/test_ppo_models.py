@@ -13,18 +13,18 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from llmrl.algorithms.ppo import PPOConfig
-from llmrl.build import build_ppo, check_rl
 from llmrl.config import PPORun
 from llmrl.data.prompts import PromptDataConfig
-from llmrl.distributed.trainable import OptimizerConfig
+from llmrl.models.config import ModelConfig
 from llmrl.models.critic import CriticConfig
-from llmrl.models.loading import ModelConfig
+from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.optimize import UpdateConfig
 from llmrl.trainers.run import RLRunConfig
+from llmrl.wiring import build_ppo, check_rl
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "recipes" / "models" / "tiny_char_llama"

@@ -16,7 +16,8 @@ import torch
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
 from llmrl.algorithms.ppo import PPOConfig
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 
 from .tabular import (
     END,

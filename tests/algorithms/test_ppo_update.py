@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from llmrl.algorithms.ppo import PPOConfig
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import Scores
+from llmrl.batches import Scores
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.rollout.scripted import ScriptedEngine
 from tests import oracles
 

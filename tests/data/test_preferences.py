@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from llmrl.batches import PreferencePairs, Sequences
 from llmrl.data import preferences
 from llmrl.data.preferences import (
     PairCounts,
@@ -18,7 +19,6 @@ from llmrl.data.preferences import (
 )
 from llmrl.data.prompts import PromptDataConfig, encode_prompts
 from llmrl.data.rows import DataError
-from llmrl.experience import PreferencePairs, Sequences
 from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base_test.jsonl.gz"

@@ -8,11 +8,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
+from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_ids, same_tokens
 from llmrl.data.rows import DataError
-from llmrl.experience import Rollout
 from tests.data.conftest import ALPHABET, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 DATA = PromptDataConfig(path="d.jsonl")

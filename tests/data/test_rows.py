@@ -12,7 +12,7 @@ from llmrl.data.rows import (
     DataError,
     check_rows,
     column_names,
-    is_local,
+    is_file,
     load_config_rows,
     places_of,
     usable_rows,
@@ -206,15 +206,15 @@ def test_text_in_another_encoding(tmp_path: Path):
 
 @pytest.mark.parametrize("path", ["/x", "./x", "../x", "~/x", "x.jsonl", "folder/x.csv", "x.jsonl.gz", "a/b/c"])
 def test_paths_are_local(path: str):
-    assert is_local(path)
+    assert is_file(path)
 
 
 def test_names_are_not_local_unless_they_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert not is_local("openai/gsm8k")
+    assert not is_file("openai/gsm8k")
     (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
-    assert is_local("openai/gsm8k")
-    assert is_local("openai/gsm9k")
+    assert is_file("openai/gsm8k")
+    assert is_file("openai/gsm9k")
     with pytest.raises(DataError, match="openai/gsm9k does not exist"):
         read("openai/gsm9k")
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from llmrl.distributed.collectives import ProcessGroup
-from llmrl.distributed.trainable import MAX_SKIPPED_STEPS, LocalTrainable, OptimizerConfig
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
+from llmrl.optim.schedule import MAX_SKIPPED_STEPS
 from llmrl.roles import StateMismatch, Trainable
 
 CONFIG = OptimizerConfig(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.sharing import (
     SharedEngine,
@@ -23,9 +24,9 @@ from llmrl.distributed.sharing import (
     shared_reward,
     shared_scorer,
 )
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.functional.streams import Purpose
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.roles import Sampling
 from tests.distributed.threads import on_ranks
 

@@ -8,6 +8,5 @@ import accelerate  # noqa: F401
 import peft  # noqa: F401
 import transformers  # noqa: F401
 
-import llmrl.build
 import llmrl.cli
-import llmrl.memory  # noqa: F401
+import llmrl.sizing  # noqa: F401

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config
 
 from llmrl.models.checking import check_model, check_reward_model
+from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.models.loading import LoraSettings, ModelConfig
 
 from .tiny import gpt2, llama, llama_tied, make_tokenizer, save_folder
 

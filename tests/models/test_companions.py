@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmrl.models.companions import Companions, in_both_forms
+from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.models.loading import ModelConfig, load_model, load_tokenizer
+from llmrl.models.loading import load_model, load_tokenizer
 from llmrl.models.saving import save_policy
 
 from .tiny import gpt2, llama, make_tokenizer, save_folder

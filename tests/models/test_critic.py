@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmrl.experience import Sequences
+from llmrl.batches import Sequences
 from llmrl.models.critic import (
     CriticConfig,
     SeparateNetworks,
@@ -19,8 +19,8 @@ from llmrl.models.critic import (
     ValueHead,
     ValueModule,
 )
-from llmrl.models.loading import turn_dropout_off
 from llmrl.models.policy import TransformersPolicy
+from llmrl.models.training import turn_dropout_off
 from llmrl.roles import ActorCritic, ValueFunction
 
 from .tiny import ROWS, assert_same_gradients, build, dense, gradients, make_sequences, module_of

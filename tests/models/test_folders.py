@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmrl.hub import is_local
 from llmrl.models.folders import (
     ModelError,
     check_safetensors,
     find_folder,
-    is_local_model,
     json_object,
     neighbour,
     reading_files,
@@ -41,8 +41,8 @@ def refusal(function, *args) -> str:
 
 def test_folders_and_hub_names(here):
     (here / "owner" / "here").mkdir(parents=True)
-    assert all(is_local_model(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here", "owner/typo"))
-    assert not any(is_local_model(path) for path in ("gpt2", "other/model"))
+    assert all(is_local(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here", "owner/typo"))
+    assert not any(is_local(path) for path in ("gpt2", "other/model"))
 
 
 def test_a_folder_is_named_from_the_root(here, monkeypatch):

@@ -9,20 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from llmrl.models.adapters import as_loaded, load_adapted
+from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.models.loading import (
-    LoraSettings,
-    ModelConfig,
-    as_loaded,
-    check_ids,
-    check_vocabulary,
-    end_ids,
-    load_adapted,
-    load_model,
-    load_tokenizer,
-    num_token_ids,
-    turn_dropout_off,
-)
+from llmrl.models.loading import load_model, load_tokenizer
+from llmrl.models.training import turn_dropout_off
+from llmrl.models.vocabulary import check_ids, check_vocabulary, end_ids, num_token_ids
 
 from .tiny import gpt2, llama, llama_tied, make_tokenizer, save_folder
 

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from llmrl.models.heads import LinearHead, choose_head
-from llmrl.models.loading import ModelError, turn_dropout_off
+from llmrl.models.loading import ModelError
 from llmrl.models.probe import exact_float32, probe_rows, probe_trunk
+from llmrl.models.training import turn_dropout_off
 from tests.rollout.tiny import VOCAB
 
 from .tiny import FAMILIES, HEAD_SIZES, build, gpt2, llama

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrl.experience import Sequences
+from llmrl.batches import Sequences
 from llmrl.models.reward_checks import sanity_checks
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 

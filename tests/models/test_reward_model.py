@@ -24,24 +24,21 @@ from transformers import (
 )
 from transformers.utils.logging import get_verbosity
 
-from llmrl.experience import PreferencePairs, Sequences
+from llmrl.batches import PreferencePairs, Sequences
 from llmrl.models.checking import check_model, check_reward_model
+from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.models.loading import LoraSettings, ModelConfig, turn_dropout_off
+from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
 from llmrl.models.reward_model import (
-    Normalization,
     PairRow,
     RewardModule,
     TransformersRewardModel,
-    adapt,
-    choose_pad,
-    load_reward_model,
-    normalization_on,
-    saved_normalization,
     score_layer,
     shares_prompts_exactly,
 )
+from llmrl.models.reward_record import Normalization, normalization_on, saved_normalization
 from llmrl.models.saving import save_policy
+from llmrl.models.training import turn_dropout_off
 from tests.rollout.tiny import SIZES, VOCAB
 
 from .tiny import EOS, FAMILIES, assert_same_gradients, gpt2, llama, make_sequences, make_tokenizer, save_folder

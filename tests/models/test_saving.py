@@ -7,8 +7,10 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmrl.models.adapters import load_adapted
 from llmrl.models.checking import check_model
-from llmrl.models.loading import LoraSettings, ModelConfig, load_adapted, load_tokenizer
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.loading import load_tokenizer
 from llmrl.models.saving import Blueprint, save_policy
 
 from .tiny import FAMILIES, build, llama, make_tokenizer, save_folder

@@ -24,10 +24,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llmrl.experience import Sequences
+from llmrl.batches import Sequences
 from llmrl.models.heads import choose_head
-from llmrl.models.loading import turn_dropout_off
 from llmrl.models.policy import PolicyModule
+from llmrl.models.training import turn_dropout_off
 from tests.rollout import tiny as rollout_tiny
 from tests.rollout.tiny import SIZES, VOCAB
 

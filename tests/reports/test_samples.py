@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrl.experience import Experience, Rollout, Scores, Sequences
+from llmrl.batches import Experience, Rollout, Scores, Sequences
 from llmrl.reports.samples import SampleWriter
 
 ALPHABET = "_abcdefgh$"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.experience import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences
 from llmrl.rewards.combine import CombinedReward
 
 

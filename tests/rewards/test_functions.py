@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.experience import Rollout, Sequences
+from llmrl.batches import Rollout, Sequences
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
 

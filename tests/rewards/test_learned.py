@@ -13,15 +13,15 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from llmrl.build import load_scorer
+from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.data.prompts import PromptDataConfig
 from llmrl.distributed.collectives import OneProcess
-from llmrl.experience import Rollout
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward
+from llmrl.wiring import load_scorer
 from tests.data.conftest import CHAT_TEMPLATE, EOS, make_tokenizer, spell
 from tests.data.test_rerender import OTHER_EOS, make_other, make_rollout, spell_other
 from tests.models.tiny import SIZES

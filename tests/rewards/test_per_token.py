@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.algorithms.grpo import GRPO, GRPOConfig
 from llmrl.algorithms.ppo import PPO, PPOConfig
+from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
-from llmrl.experience import Rollout
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
 from llmrl.rewards.per_token import spell_responses, token_texts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.experience import Prompts
+from llmrl.batches import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.rollout import cache as cache_module
 from llmrl.rollout import native as native_module

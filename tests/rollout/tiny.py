@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llmrl.experience import Prompts
+from llmrl.batches import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Sampling
 

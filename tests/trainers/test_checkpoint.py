@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.files import WriteError
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.trainers import checkpoint
 from llmrl.trainers.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 

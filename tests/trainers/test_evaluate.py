@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmrl.experience import Prompts, Rollout, Scores
+from llmrl.batches import Prompts, Rollout, Scores
 from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
 from llmrl.roles import RewardFunction, Sampling

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
 from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.optimize import UpdateConfig, optimizer_step
 from tests.distributed.threads import on_ranks

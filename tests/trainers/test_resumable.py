@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.roles import StateMismatch
 from llmrl.trainers.resumable import Resumable
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from llmrl.batches import PreferencePairs, Sequences
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import PreferencePairs, Sequences
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmrl.batches import Sequences
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.trainable import LocalTrainable, OptimizerConfig
-from llmrl.experience import Sequences
 from llmrl.models.heads import LinearHead
 from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.run import Run, RunConfig
 from llmrl.trainers.sft import SFTConfig, SFTTrainer

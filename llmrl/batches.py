@@ -1,0 +1,188 @@
+"""The nouns that cross a stage boundary: Prompts -> Rollout -> Scores -> Experience.
+
+Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to response token t. Prompts are padded left,
+responses right. Two prompts "ab" and "c", a response to each, "xy" (ended with EOS ``$``) and "z" (cut by the limit):
+
+    prompt_ids   a b    prompt_mask  1 1      response_ids  x y $    response_mask  1 1 1    finished  1
+                 . c                 0 1                    z . .                   1 0 0              0
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Row = Mapping[str, Any]
+B = TypeVar("B", bound="Batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows side by side: the first axis of every tensor and every tuple is the row."""
+
+    def select(self: B, index: Tensor) -> B:
+        """The rows that an index tensor names, in its order."""
+        return replace(self, **{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
+
+    def to(self: B, device: torch.device | str) -> B:
+        """The same with every tensor on another device."""
+        return replace(self, **{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
+
+    @classmethod
+    def cat(cls: type[B], parts: Sequence[B]) -> B:
+        """The rows of several batches as one, padded to the widest: prompts on the left, all else on the right."""
+        return cls(**{f.name: _cat([getattr(part, f.name) for part in parts], f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences(Batch):
+    """What `Policy` and `ValueFunction` read: prompts and the responses to them, as token ids."""
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    response_ids: Int[Tensor, "B T"]
+    response_mask: Bool[Tensor, "B T"]
+    """True on the tokens that the actor chose, its EOS included."""
+    response_lengths: Int[Tensor, " B"]
+    """Every attended response token, tool output included."""
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " B"]:
+        """Prompt and response tokens of each row, padding left out."""
+        return self.prompt_mask.sum(dim=1) + self.response_lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePairs(Batch):
+    """Two responses to each prompt, one of which was preferred. Both sides hold the same prompts."""
+
+    chosen: Sequences
+    rejected: Sequences
+    margin: Float[Tensor, " B"]
+    """How much better the chosen response is known to be; 0 where the data does not say."""
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of both sequences of each pair, the prompt in each."""
+        return self.chosen.num_tokens + self.rejected.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Batch):
+    """Tokenized prompts, and the data rows that they came from."""
+
+    ids: Int[Tensor, "N P"]
+    mask: Bool[Tensor, "N P"]
+    rows: tuple[Row, ...]
+    """Each data row unchanged, messages and columns alike, for rewards and samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Batch):
+    """Responses that the engine sampled."""
+
+    sequences: Sequences
+    rollout_logprobs: Float[Tensor, "B T"]
+    """As the engine reported them, at the sampling temperature; 0 outside the mask."""
+    finished: Bool[Tensor, " B"]
+    """Ended by itself; False where the length limit cut it."""
+    group_ids: Int[Tensor, " B"]
+    """Which draw of which prompt; unique per draw, never used twice in a run."""
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Batch):
+    """What reward models and verifiers say. NaN in `total` means "could not be scored"."""
+
+    total: Float[Tensor, " B"]
+    per_token: Float[Tensor, "B T"]
+    """Zero where a reward has none."""
+    parts: Mapping[str, Float[Tensor, " B"]]
+
+    @property
+    def per_response(self) -> Float[Tensor, " B"]:
+        """What each response is worth in all: `total` and what its tokens got."""
+        return self.total + self.per_token.sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(Batch):
+    """What an update learns from. Frozen for the whole iteration."""
+
+    rollout: Rollout
+    scores: Scores
+    old_logprobs: Float[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+
+    @property
+    def sequences(self) -> Sequences:
+        return self.rollout.sequences
+
+    @property
+    def response_mask(self) -> Bool[Tensor, "B T"]:
+        """True on the tokens that count; all False for a response that could not be scored."""
+        return self.sequences.response_mask & ~self.scores.total.isnan()[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOExperience(Experience):
+    """Adds the reference, which the KL in the loss reads. Zeros where there is no KL and so no reference."""
+
+    ref_logprobs: Float[Tensor, "B T"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOExperience(Experience):
+    """Adds what the critic said at collection and what it is to say. Advantages are standardized, returns are not."""
+
+    old_values: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
+
+
+def _select(value: Any, index: Tensor) -> Any:
+    match value:
+        case Tensor():
+            return value[index.to(value.device)]
+        case Batch():
+            return value.select(index)
+        case tuple():
+            return tuple(value[i] for i in index.tolist())
+        case Mapping():
+            return {name: _select(part, index) for name, part in value.items()}
+    raise TypeError(f"a batch holds tensors, tuples, mappings and batches, not {type(value).__name__}")
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    match value:
+        case Tensor() | Batch():
+            return value.to(device)
+        case Mapping():
+            return {name: _to(part, device) for name, part in value.items()}
+    return value
+
+
+def _cat(values: list[Any], name: str) -> Any:
+    match values[0]:
+        case Tensor() if values[0].dim() == 1:
+            return torch.cat(values)
+        case Tensor():
+            width = max(value.shape[1] for value in values)
+            left = name in ("ids", "mask", "prompt_ids", "prompt_mask")
+            return torch.cat([pad_columns(value, width, left=left) for value in values])
+        case Batch():
+            return type(values[0]).cat(values)
+        case tuple():
+            return tuple(row for value in values for row in value)
+        case Mapping():
+            return {key: _cat([value[key] for value in values], key) for key in values[0]}
+    raise TypeError(f"a batch holds tensors, tuples, mappings and batches, not {type(values[0]).__name__}")
+
+
+def pad_columns(x: Tensor, width: int, *, left: bool) -> Tensor:
+    """``(B, C)`` widened to ``(B, width)`` with zeros."""
+    padding = x.new_zeros(x.shape[0], width - x.shape[1])
+    return torch.cat([padding, x] if left else [x, padding], dim=1)

@@ -1,0 +1,160 @@
+"""Low-rank adapters of peft on a causal language model."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.folders import (
+    ModelError,
+    base_of_adapter,
+    is_adapter,
+    resolved,
+)
+from llmrl.models.loading import load_model, reading
+from llmrl.models.training import turn_dropout_off
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from llmrl.batches import Sequences
+from llmrl.roles import Policy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def naming_adapter(config: ModelConfig) -> Iterator[None]:
+    """Around what checks or loads the base of an adapter."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"model.path ({config.path}) is an adapter whose base cannot be used: {error}; the base is "
+            "base_model_name_or_path in adapter_config.json"
+        ) from error
+
+
+def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | None]":
+    """The model to be trained, in float32, and peft's view of it if adapters are trained.
+
+    The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the adapter
+    off; for an adapter that came with the folder it is a frozen snapshot of it, under the name ``reference``.
+    """
+    from peft import PeftModel, get_peft_model
+
+    if is_adapter(config.path):
+        base = base_of_adapter(config)
+        with naming_adapter(config):
+            model = load_model(base)
+        path, device = resolved(config.path), str(model.device)  # peft would read by way of any accelerator it finds
+        with reading(config):
+            adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
+            adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
+        adapted.peft_config["default"].base_model_name_or_path = resolved(base.path)
+    elif config.lora is not None:
+        model = load_model(config)
+        check_targets(config.lora, model)
+        with reading(config):
+            adapted = get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
+    else:
+        return load_model(config), None
+    refuse_tied(model)
+    turn_dropout_off(model)
+    return model, adapted  # type: ignore[return-value]
+
+
+def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
+    """Refuses names of layers that a model lacks, or that an adapter cannot stand on."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)}
+    unknown = [x for x in lora.targets if not any(f".{name}".endswith(f".{x}") for name in layers)]
+    if unknown:
+        there = sorted({name.rpartition(".")[2] for name in layers})
+        raise ModelError(
+            f"model.lora.targets ({', '.join(unknown)}) names no layer of a {type(model).__name__} that can have an "
+            f"adapter; there are {', '.join(there)}; name some of them, or leave it out for every linear layer"
+        )
+
+
+def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list[str] | None = None) -> "LoraConfig":
+    """The settings in peft's words."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.targets) or "all-linear",
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+    )  # type: ignore[arg-type]
+
+
+def base_of(adapted: "PeftModel") -> "PreTrainedModel":
+    """The modules of an adapted model anew and without its adapters, around the very same frozen weights.
+
+    Another adapter injected there leaves this one alone, and the weights stand in memory once. So several roles on one
+    base need not switch adapters, which each backward pass would have to find switched back.
+    """
+    view = copy.deepcopy(adapted, {id(x): x for x in (*adapted.parameters(), *adapted.buffers())})
+    return view.unload()  # type: ignore[operator]
+
+
+def refuse_tied(model: "PreTrainedModel") -> None:
+    """Refuses what cannot be saved: merged into one of two tied layers, an adapter would change the other.
+
+    Raises:
+        ModelError: An adapter, or a whole copy that is trained beside it, is on one of them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.tie_word_embeddings and any(isinstance(x, BaseTunerLayer | ModulesToSaveWrapper) for x in layers):
+        raise ModelError(
+            f"{type(model).__name__} has one matrix for its input and its output embedding, which an adapter on either "
+            "would pull apart; leave both out of model.lora.targets, or out of target_modules and modules_to_save of "
+            "an adapter that is continued"
+        )
+
+
+@contextmanager
+def as_loaded(adapted: "PeftModel") -> Iterator[None]:
+    """For the while, the adapted model is the one that was loaded: the reference.
+
+    Switching back restores what may learn: peft takes `requires_grad` from adapters that are not active.
+    """
+    if "reference" not in adapted.peft_config:
+        with adapted.disable_adapter():
+            yield
+        return
+    adapted.set_adapter("reference")
+    try:
+        yield
+    finally:
+        adapted.set_adapter("default")
+
+
+class AsLoaded:
+    """`Policy`: the actor as it was loaded, its adapter switched off for the while."""
+
+    def __init__(self, actor: Policy, adapted: "PeftModel") -> None:
+        self.actor = actor
+        self.adapted = adapted
+
+    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """See `Policy`."""
+        with as_loaded(self.adapted):
+            return self.actor.logprobs(sequences)

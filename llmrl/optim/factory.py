@@ -1,0 +1,55 @@
+"""Modules as the launch asks for them: whole in every process, or split over ranks."""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from llmrl.distributed.config import DistributedConfig
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.launch import read_launch
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
+from llmrl.roles import Collectives, Trainable
+
+
+def place_frozen(module: nn.Module, config: DistributedConfig, collectives: Collectives) -> None:
+    """Puts a module that never learns where it computes: whole on every rank, or split over them."""
+    if config.frozen == "replicated" or collectives.world_size == 1:
+        module.to(pick_device())
+        return
+    from llmrl.optim.fsdp import shard
+
+    shard(module, is_frozen=True)
+
+
+@runtime_checkable
+class Caller(Protocol):
+    """A role that calls a module: a policy, a critic, a scorer."""
+
+    module: nn.Module
+
+
+def make_trainable(
+    caller: Caller,
+    config: OptimizerConfig,
+    *,
+    num_steps: int,
+    collectives: Collectives,
+    peaks: Mapping[str, float] | None = None,
+) -> Trainable:
+    """The module of a role with its optimizer: under DeepSpeed, under FSDP or by itself. The role calls it as it is
+    wrapped then. See `LocalTrainable` for the arguments.
+
+    The module may hold no more than parts of its weights afterwards: it is copied, or tried, before.
+    """
+    match read_launch().sharding:
+        case "deepspeed":
+            from llmrl.optim.deepspeed import DeepSpeedTrainable as Kind
+        case "fsdp":
+            from llmrl.optim.fsdp import ShardedTrainable as Kind
+        case _:
+            Kind = LocalTrainable
+    trainable = Kind(caller.module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
+    caller.module = trainable.wrapped
+    return trainable

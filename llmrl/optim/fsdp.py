@@ -1,0 +1,89 @@
+"""FSDP2 of torch: each rank holds a part of every weight, and has a layer whole while it computes with it.
+
+Zhao et al. 2023, arXiv:2304.11277, in the form of `torch.distributed.fsdp.fully_shard`. It is called here directly:
+`Accelerator.prepare` would wrap by its own rules and take the mean of gradients, which are parts of a sum here.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llmrl.distributed.device import pick_device
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable, whole_tensor
+from llmrl.roles import Collectives
+
+
+class ShardedTrainable(LocalTrainable):
+    """`Trainable` for a module whose weights, gradients and optimizer states are spread over ranks."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        *,
+        num_steps: int,
+        collectives: Collectives,
+        peaks: Mapping[str, float] | None = None,
+    ) -> None:
+        """Splits the weights of `module`; see `LocalTrainable` for the arguments."""
+        collectives.gather(None)  # which waits longer for a rank that is still loading than what comes next would
+        shard(module)
+        super().__init__(module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
+        self.first = collectives.rank == 0
+        self.holds_all = collectives.world_size == 1
+
+    def add_up_gradients(self) -> None:
+        """Each backward pass has done so."""
+
+    @torch.no_grad()
+    def whole(self, part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainable`."""
+        cast(FSDPModule, self.module).reshard()
+        for name, p in part.named_parameters():
+            yield name, whole_tensor(p.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `LocalTrainable`, put together; on ranks but the first it is left empty."""
+        state = super().state_dict()
+        for tensors in (state["parameters"], *state["optimizer"].values()):
+            for name in list(tensors):
+                whole = whole_tensor(tensors.pop(name))
+                if self.first:
+                    tensors[name] = whole.cpu()
+        return state
+
+    def laid_out(self, value: Tensor, like: Tensor) -> Tensor:
+        """See `LocalTrainable`. Each rank takes its own part: all of them have read the whole."""
+        if not isinstance(like, DTensor) or value.shape != like.shape:
+            return super().laid_out(value, like)
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard(module: nn.Module, *, is_frozen: bool = False) -> None:
+    """Spreads the weights of a module over all ranks, on the device of each: the layers of the models in it one by one,
+    what is left of it at once. Gradients are added up over ranks.
+
+    What is left, embeddings and head, stays whole from a forward pass to its backward pass; of a module that is frozen,
+    for which none comes, only as long as the forward pass lasts.
+    """
+    mesh = init_device_mesh(pick_device().type, (dist.get_world_size(),))
+    for layer in list(_layers(module)):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True if is_frozen else None)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What the models of transformers in a module say is not to be torn apart: their layers."""
+    names = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return (part for part in module.modules() if type(part).__name__ in names)

@@ -1,0 +1,71 @@
+"""The learning rate of each optimizer step, and when a gradient that is not finite ends the run."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from llmrl.optim.config import OptimizerConfig
+
+MAX_SKIPPED_STEPS = 5
+
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+class StepSchedule:
+    """How far an optimizer is on its learning-rate schedule, and how often it had to pass over a gradient."""
+
+    def __init__(self, config: OptimizerConfig, num_steps: int) -> None:
+        from transformers import get_scheduler
+
+        placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_scheduler(
+            SCHEDULES[config.schedule],
+            placeholder,
+            num_warmup_steps=config.warmup_steps + 1,  # its step 0, where the rate is 0, is never taken
+            num_training_steps=num_steps + 1,
+        )
+        assert isinstance(scheduler, LambdaLR), "constant, linear and cosine are functions of the step"
+        self.peak_learning_rate = config.learning_rate
+        self.share_of_peak = scheduler.lr_lambdas[0]
+        self.num_steps_done = 0
+        self.num_skipped = 0
+        """Steps skipped one after another because the gradient was not finite."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return self.peak_learning_rate * self.share_of_peak(self.num_steps_done + 1)
+
+    def begin_step(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Sets the learning rate of the groups of an optimizer; from here on the step counts as begun."""
+        for group in groups:
+            group["lr"] = group["peak"] * self.share_of_peak(self.num_steps_done + 1)
+        self.num_steps_done += 1
+
+    def accept(self, norm: Tensor) -> bool:
+        """Whether a gradient of this norm can be used.
+
+        Raises:
+            FloatingPointError: Several in a row could not, so it will not pass by itself.
+        """
+        finite = bool(norm.isfinite())
+        self.num_skipped = 0 if finite else self.num_skipped + 1
+        if self.num_skipped >= MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
+                "resume from the last checkpoint with a lower learning_rate of its optimizer"
+            )
+        return finite
+
+    def steps(self) -> dict[str, int]:
+        """What `set_steps` goes on from."""
+        return {"num_steps_done": self.num_steps_done, "num_skipped": self.num_skipped}
+
+    def set_steps(self, state: Mapping[str, Any]) -> None:
+        """On the schedule configured now."""
+        self.num_steps_done = state["num_steps_done"]
+        self.num_skipped = state["num_skipped"]

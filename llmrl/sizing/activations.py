@@ -1,0 +1,119 @@
+"""What a forward and a backward pass hold beside the weights, for decoders in the manner of Llama.
+
+Attention is sdpa in a form that never holds a (tokens x tokens) matrix. h, q, k, f are the sizes of hidden states,
+queries, keys and of the feed-forward layer. Of each token, a layer keeps for its backward pass:
+
+    each of two norms           its input h and what it scales h, both float32
+    inputs of linear layers     h twice in float32; cast by autocast, one copy for each of q, k, v, gate and up
+    attention                   q, k, v, its output q, and one float32 number a head
+    feed-forward                gate, its activation, up and their product: 4 f
+"""
+
+from dataclasses import dataclass
+
+from llmrl.models.heads import CHUNK_TOKENS
+from llmrl.sizing.shape import ModelShape
+
+FLOAT32 = 4
+BFLOAT16 = 2
+CHUNKS_AT_ONCE = 3
+"""Logits of a chunk, their exponentials, and the chunk before."""
+LORA_LAYERS = 7
+"""Linear layers of a Llama layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A forward pass on one microbatch, and the backward pass through it."""
+
+    rows: int
+    length: int
+    """Tokens of a row, padding included."""
+    response_tokens: int
+    """Tokens of a row whose log-probability is wanted; 0 where there is no LM head."""
+    bfloat16: bool
+    """Whether autocast computes in bfloat16."""
+    learns: bool = True
+    """Whether the weights of the model itself learn."""
+    rank: int = 0
+    """Of the adapters that learn."""
+    checkpoints: bool = False
+    """Whether layers are computed again in the backward pass."""
+    masked: bool = False
+    """Whether attention is told which tokens see which, as for pairs of responses."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def num_scored(self) -> int:
+        return self.rows * self.response_tokens
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that a linear layer makes."""
+        return BFLOAT16 if self.bfloat16 else FLOAT32
+
+
+def saved(shape: ModelShape, work: Pass) -> int:
+    """What lives at the end of the forward pass through the trunk, for its backward pass."""
+    hidden, ends = FLOAT32 * shape.hidden_size, 3 if work.learns else 2  # the last norm, and what it returns
+    of_layers = hidden if work.checkpoints else of_layer(shape, work)
+    cast = 0 if work.checkpoints else _cast(shape, work)
+    return work.num_tokens * (hidden * ends + shape.num_layers * of_layers) + _mask(work) + cast
+
+
+def moment(shape: ModelShape, work: Pass) -> int:
+    """The most that comes on top for a while: at the end of the trunk, in the head, or in a layer computed again."""
+    in_head = head(shape, work) + head_gradient(shape, work)
+    if not work.checkpoints:
+        return in_head
+    return max(in_head, work.num_tokens * of_layer(shape, work) + _cast(shape, work) // shape.num_layers)
+
+
+def _cast(shape: ModelShape, work: Pass) -> int:
+    """Linear layers in the precision that autocast computes in."""
+    return BFLOAT16 * shape.num_linear if work.bfloat16 else 0
+
+
+def of_layer(shape: ModelShape, work: Pass) -> int:
+    """Bytes that a layer keeps of each token."""
+    hidden, query, key, forward = shape.hidden_size, shape.query_size, shape.key_size, shape.feed_forward_size
+    norms = FLOAT32 * hidden * (4 if work.learns else 2)
+    inputs = BFLOAT16 * 5 * hidden if work.bfloat16 else FLOAT32 * 2 * hidden
+    keys = 2 * query if work.masked else 2 * key  # with a mask, heads that share keys get copies of them
+    attention = work.size * (2 * query + keys) + FLOAT32 * shape.num_heads
+    adapters = work.size * LORA_LAYERS * work.rank
+    again = BFLOAT16 * query if work.rank and work.bfloat16 else 0  # an adapter casts the output of attention anew
+    return norms + inputs + attention + work.size * 4 * forward + adapters + again
+
+
+def head(shape: ModelShape, work: Pass) -> int:
+    """What the LM head takes while activations stand: states of scored tokens, and logits of one chunk at a time."""
+    if not work.num_scored:
+        return 0
+    chunk = min(CHUNK_TOKENS, work.num_scored) * shape.vocab_size
+    states = 2 * FLOAT32 * work.num_scored * shape.hidden_size
+    logits = CHUNKS_AT_ONCE * FLOAT32 * chunk + (2 * BFLOAT16 * chunk if work.bfloat16 else 0)
+    matrix = shape.vocab_size * shape.hidden_size
+    cast = BFLOAT16 * matrix if work.bfloat16 else 0
+    return states + logits + cast
+
+
+def head_gradient(shape: ModelShape, work: Pass) -> int:
+    """The gradient of the LM head's matrix, which is padded to all its rows, and a product that is added to it."""
+    matrix = shape.vocab_size * shape.hidden_size
+    return matrix * (2 * FLOAT32 + (BFLOAT16 if work.bfloat16 else 0)) if work.num_scored and work.learns else 0
+
+
+def read_only(shape: ModelShape, work: Pass) -> int:
+    """The peak of a forward pass without gradient: in a layer, or in the head."""
+    hidden = FLOAT32 * shape.hidden_size * work.num_tokens
+    cast = _cast(shape, work) // shape.num_layers if work.learns else 0  # what is frozen is kept in that precision
+    layer = 2 * hidden + work.num_tokens * work.size * (3 * shape.feed_forward_size + shape.hidden_size)
+    return _mask(work) + max(layer + cast, hidden + head(shape, work))
+
+
+def _mask(work: Pass) -> int:
+    return work.rows * work.length**2 if work.masked else 0

@@ -1,0 +1,299 @@
+"""The memory of a run, item by item: what a device holds in each phase, and what a process holds while it loads."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.rollout.cache import num_columns
+from llmrl.rollout.native import PREFILL_TOKENS
+from llmrl.sizing import activations
+from llmrl.sizing.activations import BFLOAT16, FLOAT32, Pass
+from llmrl.sizing.shape import ModelShape
+from llmrl.sizing.strategy import Split, Strategy, gradients, held, host, passing
+
+Phase = Literal["rollout", "scoring", "update"]
+PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update")
+
+LOGIT_COPIES = 5
+"""Logits of the rows being decoded, tempered, their log-softmax, its exponential and the running sum."""
+BYTES_PER_PROMPT_TOKEN = 9
+"""Its id and its mask."""
+BYTES_PER_RESPONSE_TOKEN = 45
+"""Its id, mask, rewards, log-probabilities, values, advantages and returns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """Something that takes memory, in the phases in which it does."""
+
+    name: str
+    num_bytes: int
+    phases: tuple[Phase, ...] = PHASES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes of one device, and of one process in the memory of the CPU."""
+
+    items: tuple[Item, ...]
+    host_loading: int
+    """The most that a process takes of the CPU's memory while models load."""
+    host_training: int
+    """What is kept there by offloading."""
+
+    def of(self, phase: Phase) -> int:
+        """All that stands in this phase."""
+        return sum(item.num_bytes for item in self.items if phase in item.phases)
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(PHASES, key=self.of)
+
+    @property
+    def peak(self) -> int:
+        return self.of(self.peak_phase)
+
+
+def estimate_memory(
+    config: SFTRun | RewardModelRun | RLRun,
+    shape: ModelShape,
+    strategy: Strategy,
+    *,
+    reward_shape: ModelShape | None = None,
+) -> Estimate:
+    """What a recipe takes at its longest prompts and responses.
+
+    Args:
+        config: Which run.
+        shape: Of the model that is trained.
+        strategy: How it is launched.
+        reward_shape: Of the reward model, where the recipe names one.
+    """
+    if isinstance(config, SFTRun):
+        parts = _Supervised(config, shape, strategy)
+    elif isinstance(config, RewardModelRun):
+        parts = _Preferences(config, shape, strategy)
+    else:
+        parts = _Reinforcement(config, shape, strategy, reward_shape)
+    return Estimate(
+        items=tuple(item for item in parts.items() if item.num_bytes),
+        host_loading=parts.host_loading(),
+        host_training=sum(host(split, strategy) for split in parts.splits()),
+    )
+
+
+class _Parts(ABC):
+    """What all runs have: modules that learn."""
+
+    def __init__(self, config: SFTRun | RewardModelRun | RLRun, shape: ModelShape, strategy: Strategy) -> None:
+        self.model, self.shape, self.strategy = config.model, shape, strategy
+        self.bfloat16 = config.model.dtype == "bfloat16"
+        rank = config.model.lora.rank if config.model.lora is not None else shape.adapter_rank
+        targets = config.model.lora.targets if config.model.lora is not None else shape.adapter_targets
+        self.rank = rank or 0
+        self.num_adapter = 0 if rank is None else shape.num_adapter(rank, targets)
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """What a device holds."""
+
+    def splits(self) -> list[Split]:
+        """The modules that learn, one for each optimizer."""
+        return [self.split(self.shape.num_parameters)]
+
+    def host_loading(self) -> int:
+        """All weights of what learns, and of what is copied of it before it is split."""
+        whole = FLOAT32 * sum(split.trained + split.frozen for split in self.splits())
+        return whole if self.strategy.splits_weights else FLOAT32 * self.shape.num_parameters
+
+    def split(self, num_model: int, *, extra: int = 0) -> Split:
+        """A model of so many parameters that learns, or whose adapters do; `extra` parameters learn in any case."""
+        trained = self.num_adapter or num_model
+        frozen = num_model if self.num_adapter else 0
+        return Split(
+            trained=trained + extra,
+            frozen=frozen,
+            layer=self.shape.num_layer,
+            root=num_model - self.shape.num_linear,
+            largest=self.shape.largest,
+        )
+
+    def learning(self) -> Iterator[Item]:
+        """Weights, what the optimizer keeps of them, gradients, and what passes while they are put together."""
+        totals: dict[str, int] = {}
+        for split in self.splits():
+            for name, num_bytes in held(split, self.strategy):
+                totals[name] = totals.get(name, 0) + num_bytes
+        for name, num_bytes in totals.items():
+            yield Item(name=name, num_bytes=num_bytes)
+        for name, num_bytes in self.passing().items():
+            yield Item(
+                name=name, num_bytes=num_bytes, phases=("scoring", "update") if "weights" in name else ("update",)
+            )
+
+    def passing(self) -> dict[str, int]:
+        """Of the modules that learn: DeepSpeed keeps whole weights of each, everything else one after another."""
+        totals: dict[str, int] = {}
+        for split in self.splits():
+            for name, num_bytes in passing(split, self.strategy):
+                adds_up = self.strategy.zero_stage == 3 and "weights" in name
+                before = totals.get(name, 0)
+                totals[name] = before + num_bytes if adds_up else max(before, num_bytes)
+        return totals
+
+    def work(self, *, budget: int, length: int, response_tokens: int, num_rows: int) -> Pass:
+        """A microbatch of rows as long as they get; there are so many in all."""
+        return Pass(
+            rows=max(1, min(budget // length, num_rows)),
+            length=length,
+            response_tokens=response_tokens,
+            bfloat16=self.bfloat16,
+            learns=not self.num_adapter,
+            rank=self.rank,
+            checkpoints=self.model.gradient_checkpointing,
+        )
+
+    def updating(self, work: Pass, num_rows: int) -> Iterator[Item]:
+        """A pass, and the gradients of those before it. There are so many rows in all: the first pass through the last
+        of the models that learn has no gradients of that model before it."""
+        saved, moment = activations.saved(self.shape, work), activations.moment(self.shape, work)
+        yield Item(name="activations", num_bytes=saved, phases=("update",))
+        yield Item(name="the fullest moment of a pass", num_bytes=moment, phases=("update",))
+        *first, last = (gradients(split, self.strategy) for split in self.splits())
+        if num_rows <= work.rows:
+            last = max(0, last - saved - moment)  # they take the place of what they are made of
+        yield Item(name="gradients", num_bytes=sum(first) + last, phases=("update",))
+
+
+class _Supervised(_Parts):
+    def __init__(self, config: SFTRun, shape: ModelShape, strategy: Strategy) -> None:
+        super().__init__(config, shape, strategy)
+        self.config = config
+
+    def items(self) -> Iterator[Item]:
+        yield from self.learning()
+        settings, length = self.config.sft, self.config.data.max_tokens
+        num_rows = -(-settings.batch_size // self.strategy.num_devices)
+        budget = settings.microbatch_tokens
+        work = self.work(budget=budget, length=length, response_tokens=length, num_rows=num_rows)
+        yield from self.updating(work, num_rows)
+
+
+class _Preferences(_Parts):
+    def __init__(self, config: RewardModelRun, shape: ModelShape, strategy: Strategy) -> None:
+        super().__init__(config, shape, strategy)
+        self.config = config
+
+    def splits(self) -> list[Split]:
+        return [self.split(self.shape.num_trunk, extra=self.shape.hidden_size)]
+
+    def items(self) -> Iterator[Item]:
+        yield from self.learning()
+        settings, length = self.config.reward_model, self.config.data.max_tokens
+        num_rows = -(-settings.batch_size // self.strategy.num_devices)
+        work = self.work(budget=settings.microbatch_tokens, length=length, response_tokens=0, num_rows=num_rows)
+        yield from self.updating(replace(work, masked=True), num_rows)
+
+
+class _Reinforcement(_Parts):
+    def __init__(self, config: RLRun, shape: ModelShape, strategy: Strategy, reward_shape: ModelShape | None) -> None:
+        super().__init__(config, shape, strategy)
+        self.config, self.reward_shape = config, reward_shape
+        self.critic = config.critic.network if isinstance(config, PPORun) else None
+
+    def splits(self) -> list[Split]:
+        actor = self.split(self.shape.num_parameters)
+        match self.critic:
+            case None:
+                return [actor]
+            case "shared":
+                return [self.split(self.shape.num_parameters, extra=self.shape.hidden_size)]
+            case "adapter":
+                return [actor, replace(actor, trained=self.num_adapter + self.shape.hidden_size, frozen=0)]
+        whole = replace(actor, trained=self.shape.num_trunk + self.shape.hidden_size, frozen=0)
+        return [actor, replace(whole, root=self.shape.num_trunk - self.shape.num_linear)]
+
+    def items(self) -> Iterator[Item]:
+        yield from self.learning()
+        yield from self.frozen()
+        yield from self.rollout()
+        yield from self.scoring()
+        work, num_rows = self._work(), -(-self.config.minibatch_size // self.strategy.num_devices)
+        yield from self.updating(work, num_rows)
+        if self.critic == "own" and self.num_adapter:
+            critic = replace(work, learns=True, rank=0, response_tokens=0)
+            sizes = [activations.saved(self.shape, x) + activations.moment(self.shape, x) for x in (critic, work)]
+            more = max(0, sizes[0] - sizes[1])
+            yield Item(name="activations of the critic beyond the actor's", num_bytes=more, phases=("update",))
+
+    def host_loading(self) -> int:
+        loading = super().host_loading()
+        if self.strategy.splits_weights and self._has_reference:
+            loading += FLOAT32 * self.shape.num_parameters
+        return loading
+
+    def frozen(self) -> Iterator[Item]:
+        """Copies for sampling, whole on every device; the reference and the reward model, which may be split."""
+        num = self.shape.num_parameters + self.num_adapter
+        if self.bfloat16 or self.strategy.splits_weights:
+            yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
+        if self._has_reference:
+            yield Item(name="reference", num_bytes=self._read_only_model(self.shape, self.shape.num_parameters))
+        reward = self.config.reward.model
+        if reward is not None and self.reward_shape is not None:
+            shape = self.reward_shape
+            whole = self._read_only_model(shape, shape.num_trunk, bfloat16=reward.dtype == "bfloat16")
+            adapter = FLOAT32 * shape.num_adapter(self.rank, ())
+            yield Item(name="reward model", num_bytes=adapter if reward.on_actor_base else whole)
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.config.algorithm.kl_coef != 0 and not self.num_adapter  # type: ignore[attr-defined]
+
+    def _read_only_model(self, shape: ModelShape, num: int, *, bfloat16: bool | None = None) -> int:
+        """Linear layers in the precision that they compute in, all else in float32."""
+        bfloat16 = self.bfloat16 if bfloat16 is None else bfloat16
+        whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * bfloat16
+        return whole // (self.strategy.num_devices if self.config.distributed.frozen == "split" else 1)
+
+    def rollout(self) -> Iterator[Item]:
+        """Keys and values, the pass over the prompts, and the logits of one token of each row."""
+        rollout, group = self.config.rollout, self.config.algorithm.group_size
+        prompt, response = self.config.data.max_prompt_tokens, rollout.max_response_tokens
+        count = -(-rollout.prompts_per_iteration // self.strategy.num_devices) * group
+        rows = count if rollout.engine == "transformers" else min(count, rollout.max_rows // group * group)
+        columns = num_columns(prompt + response, refills=rows < count)
+        size = BFLOAT16 if self.bfloat16 else FLOAT32
+        of_token = 2 * self.shape.num_layers * self.shape.key_size * size
+        yield Item(name="keys and values", num_bytes=rows * columns * of_token, phases=("rollout",))
+        prefill = min((rows // group) * prompt, max(prompt, PREFILL_TOKENS))
+        first = prefill * (of_token + size * (3 * self.shape.feed_forward_size + 3 * self.shape.hidden_size))
+        copies = 2 * rows * columns * self.shape.query_size * size
+        step = (copies if self.shape.query_size > self.shape.key_size else 0) + self._logits(rows)
+        yield Item(name="a step of the rollout", num_bytes=max(first, step), phases=("rollout",))
+        total = rollout.prompts_per_iteration * group
+        experience = total * (prompt * BYTES_PER_PROMPT_TOKEN + response * BYTES_PER_RESPONSE_TOKEN)
+        yield Item(name="experience", num_bytes=experience, phases=("scoring", "update"))
+
+    def _logits(self, rows: int) -> int:
+        return LOGIT_COPIES * FLOAT32 * rows * self.shape.vocab_size
+
+    def scoring(self) -> Iterator[Item]:
+        """The larger of the passes over one microbatch."""
+        works = [activations.read_only(self.shape, self._work())]
+        reward = self.config.reward.model
+        if reward is not None and self.reward_shape is not None:
+            work = self._work(budget=reward.microbatch_tokens, response_tokens=0)
+            work = replace(work, bfloat16=reward.dtype == "bfloat16", learns=False)
+            works.append(activations.read_only(self.reward_shape, work))
+        yield Item(name="a pass without gradient", num_bytes=max(works), phases=("scoring",))
+
+    def _work(self, *, budget: int | None = None, response_tokens: int | None = None) -> Pass:
+        response = self.config.rollout.max_response_tokens
+        length = self.config.data.max_prompt_tokens + response
+        budget = self.config.update.microbatch_tokens if budget is None else budget
+        response = response if response_tokens is None else response_tokens
+        num_rows = -(-self.config.minibatch_size // self.strategy.num_devices)
+        return self.work(budget=budget, length=length, response_tokens=response, num_rows=num_rows)

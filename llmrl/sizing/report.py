@@ -1,0 +1,132 @@
+"""The estimate in a few lines, for whoever is about to launch a run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.distributed.launch import number, read_launch
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.folders import is_adapter
+from llmrl.sizing.estimate import PHASES, Estimate, estimate_memory
+from llmrl.sizing.machine import this_machine
+from llmrl.sizing.shape import ModelShape, read_shape
+from llmrl.sizing.strategy import launched_strategy
+
+RunConfig = SFTRun | RewardModelRun | RLRun
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def describe_memory(config: RunConfig) -> list[str]:
+    """What a recipe takes, launched as this process was; or a sentence on why that is not known.
+
+    Raises:
+        LaunchError: The launcher asks for what llmrl does not do.
+    """
+    shape, strategy = read_shape(config.model), launched_strategy(read_launch())
+    if shape is None:
+        return [f"Memory is not estimated: the config.json of model.path ({config.model.path}) cannot be read here."]
+    reward_shape, unknown = _reward_shape(config)
+    estimate = estimate_memory(config, shape, strategy, reward_shape=reward_shape)
+    has_rollouts = isinstance(config, RLRun)
+    lines = [f"Memory, estimated with {strategy.name}:", *_lines(estimate, has_rollouts), *unknown]
+
+    def estimated(other: RunConfig) -> Estimate:
+        return estimate_memory(other, shape, strategy, reward_shape=reward_shape)
+
+    return [*lines, *_fit(config, estimate, estimated, beside="the reward model" if unknown else None)]
+
+
+def _reward_shape(config: RunConfig) -> tuple[ModelShape | None, list[str]]:
+    if not isinstance(config, RLRun) or config.reward.model is None:
+        return None, []
+    path = config.reward.model.path
+    shape = read_shape(ModelConfig(path=path))
+    return shape, [] if shape else [
+        f"  The reward model is not counted: the config.json of {path} cannot be read here."
+    ]
+
+
+def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
+    """The phases, then the items from the largest on."""
+    told = PHASES if has_rollouts else ("update",)
+    phases = ", ".join(f"{phase} {in_units(estimate.of(phase))}" for phase in told)
+    listed = sorted(estimate.items, key=lambda item: -item.num_bytes)
+    of_peak = (item for item in listed if estimate.peak_phase in item.phases)
+    lines = [
+        f"  Each device has {in_units(estimate.peak)} in tensors at its peak, in the {estimate.peak_phase}. "
+        f"Phases: {phases}. The device's own context, fragments and buffers of communication come on top.",
+        f"  The peak: {', '.join(f'{item.name} {in_units(item.num_bytes)}' for item in of_peak)}.",
+    ]
+    offloaded = f", and {in_units(estimate.host_training)} in training" if estimate.host_training else ""
+    return [*lines, f"  Each process loads {in_units(estimate.host_loading)} into the memory of the CPU{offloaded}."]
+
+
+def _fit(
+    config: RunConfig, estimate: Estimate, estimated: Callable[[RunConfig], Estimate], *, beside: str | None
+) -> list[str]:
+    """Whether the memory of this machine holds that, and what would lower it; `beside` is what was not counted."""
+    machine = this_machine()
+    num_processes = number("LOCAL_WORLD_SIZE", least=1, otherwise=number("WORLD_SIZE", least=1, otherwise=1))
+    if machine.gpu is not None:
+        has, each, where = machine.gpu, 1, "GPU"
+    else:
+        has, each, where = machine.cpu, num_processes, "CPU, as torch sees no GPU on it,"
+    needed = each * estimate.peak
+    told = f"  This machine's {where} has {in_units(has)}"
+    if needed <= has:
+        without = f" without {beside}" if beside else ""
+        return [f"{told}: the run fits{without}, with {in_units(has - needed)} to spare."]
+    lower = dict(_lowered(config, each * estimate.peak, lambda other: each * estimated(other).peak))
+    ways = ", ".join(f"{setting} to {in_units(num_bytes)}" for setting, num_bytes in lower.items())
+    return [
+        f"{told}, and the run takes {in_units(needed)} of it: it does not fit."
+        + (f" These lower it: {ways}." if ways else "")
+        + " Other ways: a smaller model, or more devices with weights split over them; see docs/sizing.md."
+    ]
+
+
+def _lowered(config: RunConfig, needed: int, peak: Callable[[RunConfig], int]) -> Iterator[tuple[str, int]]:
+    """What each setting that lowers the peak would lower it to, and all of them together."""
+    together, names = config, []
+    for setting, (path, value) in _levers(config).items():
+        try:
+            if peak(_with(config, path, value)) < needed:
+                yield setting, peak(_with(config, path, value))
+                together, names = _with(together, path, value), [*names, setting]
+        except ValueError:  # which does not go with other settings of this recipe
+            continue
+    if len(names) > 1:
+        yield "all of these together", peak(together)
+
+
+def _levers(config: RunConfig) -> dict[str, tuple[str, Any]]:
+    """Settings that may lower the peak: as an override, as a path and its value."""
+    levers: dict[str, tuple[str, Any]] = {
+        "model.gradient_checkpointing=true": ("model.gradient_checkpointing", True),
+        "model.dtype=bfloat16": ("model.dtype", "bfloat16"),
+    }
+    if config.model.lora is None and not is_adapter(config.model.path):
+        levers["model.lora.rank=16"] = ("model.lora", LoraSettings())
+    if isinstance(config, RLRun):
+        section, length = "update", config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        rows = max(config.algorithm.group_size, config.evaluation.num_responses)
+        levers[f"rollout.max_rows={rows}"] = ("rollout.max_rows", rows)
+    else:
+        section, length = "sft" if isinstance(config, SFTRun) else "reward_model", config.data.max_tokens
+    levers[f"{section}.microbatch_tokens={length}"] = (f"{section}.microbatch_tokens", length)
+    return levers
+
+
+def _with(config: Any, path: str, value: Any) -> Any:
+    """The same settings with another value of one of them."""
+    name, _, rest = path.partition(".")
+    return replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
+
+
+def in_units(num_bytes: int) -> str:
+    """With three digits, in the unit that suits."""
+    for unit, size in UNITS:
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,144 @@
+"""What a model is made of, in numbers of parameters: counted on modules without weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from llmrl.hub import is_local
+from llmrl.models.config import ModelConfig
+from llmrl.models.folders import base_of_adapter, is_adapter, json_object, resolved
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear layer below the LM head."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A causal language model."""
+
+    num_parameters: int
+    """A matrix that serves as input and as output embedding counts once."""
+    num_embedding: int
+    """In the input embedding."""
+    num_head: int
+    """In an LM head of its own; 0 where the input embedding serves."""
+    largest: int
+    """In the largest parameter."""
+    linears: tuple[Linear, ...]
+    num_layers: int
+    hidden_size: int
+    query_size: int
+    """Numbers of all heads' queries of one token."""
+    key_size: int
+    """Numbers of all heads' keys of one token."""
+    num_heads: int
+    feed_forward_size: int
+    vocab_size: int
+    """Rows of the LM head, padding included."""
+    adapter_rank: int | None = None
+    """Of the LoRA adapter that comes with the folder."""
+    adapter_targets: tuple[str, ...] = ()
+
+    @property
+    def num_linear(self) -> int:
+        """In the matrices of linear layers below the head."""
+        return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    @property
+    def num_layer(self) -> int:
+        """In one layer."""
+        return self.num_linear // self.num_layers
+
+    @property
+    def num_trunk(self) -> int:
+        """Without an LM head of its own."""
+        return self.num_parameters - self.num_head
+
+    def num_adapter(self, rank: int, targets: Sequence[str]) -> int:
+        """In LoRA matrices of this rank on the linear layers of these names; none named: on all."""
+        chosen = [x for x in self.linears if not targets or x.name.rpartition(".")[2] in targets]
+        return sum(rank * (linear.inputs + linear.outputs) for linear in chosen)
+
+
+def read_shape(config: ModelConfig) -> ModelShape | None:
+    """The shape of a model in a folder or in the local cache of the hub; None where its config.json is in neither, or
+    means no causal language model that transformers knows."""
+    if is_local(config.path) and is_adapter(config.path):
+        return _read_adapted(config)
+    file = _config_file(config.path)
+    if file is None or "auto_map" in json_object(file, config.path):
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return shape_of(AutoConfig.from_pretrained(file.parent))
+    except ValueError:  # an architecture that transformers does not know, or no causal language model
+        return None
+
+
+def _read_adapted(config: ModelConfig) -> ModelShape | None:
+    adapter = json_object(Path(resolved(config.path)) / "adapter_config.json", config.path)
+    base = read_shape(base_of_adapter(config))
+    targets = adapter["target_modules"]
+    named = tuple(targets) if isinstance(targets, list) else ()
+    return None if base is None else replace(base, adapter_rank=adapter["r"], adapter_targets=named)
+
+
+def _config_file(path: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_local(path):
+        file = Path(resolved(path)) / "config.json"
+        return file if file.is_file() else None
+    cached = try_to_load_from_cache(path, "config.json")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def shape_of(config: "PretrainedConfig") -> ModelShape:
+    """The shape that transformers makes of these settings."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    sizes = [p.numel() for p in model.parameters()]
+    return ModelShape(
+        num_parameters=sum(sizes),
+        num_embedding=embedding.numel(),
+        num_head=0 if head is embedding else head.numel(),
+        largest=max(sizes),
+        linears=tuple(_linears(model.base_model)),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        query_size=text.num_attention_heads * head_dim,
+        key_size=num_key_heads * head_dim,
+        num_heads=text.num_attention_heads,
+        feed_forward_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab_size=len(head),
+    )
+
+
+def _linears(trunk: nn.Module) -> Iterator[Linear]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in trunk.named_modules():
+        if isinstance(module, nn.Linear):
+            yield Linear(name=name, inputs=module.in_features, outputs=module.out_features)
+        elif isinstance(module, Conv1D):
+            yield Linear(name=name, inputs=module.nx, outputs=module.nf)

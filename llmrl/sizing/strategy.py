@@ -1,0 +1,123 @@
+"""How what learns lies on devices: bytes that each of them holds, by the launch's way of splitting."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrl.distributed.launch import BUCKET_ELEMENTS, Launch, deepspeed_settings
+from llmrl.sizing.activations import FLOAT32
+
+ADAM = 8
+"""Bytes of AdamW's two running means of a weight."""
+HOST_COPIES = 4
+"""Of an offloaded weight: the optimizer's own, one on its way back, its gradient, and the sum of gradients so far."""
+LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default for `stage3_max_live_parameters`: weights that stay whole at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a run is launched, as far as memory is concerned."""
+
+    sharding: Literal["none", "deepspeed", "fsdp"] = "none"
+    zero_stage: int = 0
+    num_devices: int = 1
+    offloads_optimizer: bool = False
+    """ZeRO: optimizer states, gradients and the optimizer's weights are in the memory of the CPU."""
+    offloads_weights: bool = False
+    """ZeRO 3: the weights too."""
+    bucket_elements: int = BUCKET_ELEMENTS
+
+    @property
+    def splits_weights(self) -> bool:
+        """See `Launch`."""
+        return self.sharding == "fsdp" or self.zero_stage == 3
+
+    @property
+    def name(self) -> str:
+        """In the words of the guide."""
+        where = f"{self.num_devices} device" + "s" * (self.num_devices > 1)
+        if self.sharding == "none":
+            return f"every weight on {'each of ' * (self.num_devices > 1)}{where}"
+        kind = "FSDP2" if self.sharding == "fsdp" else f"ZeRO {self.zero_stage}"
+        offload = ", optimizer and weights" if self.offloads_weights else ", optimizer"
+        return f"{kind} over {where}" + (f"{offload} on the CPU" if self.offloads_optimizer else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The modules that learn under one optimizer."""
+
+    trained: int
+    """Parameters that learn."""
+    frozen: int
+    """Parameters of the same modules that do not."""
+    layer: int
+    """Parameters of one layer."""
+    root: int
+    """Parameters outside of the layers."""
+    largest: int
+    """In the largest parameter."""
+
+
+def launched_strategy(launch: Launch) -> Strategy:
+    """How this process was launched."""
+    if launch.sharding != "deepspeed":
+        return Strategy(sharding=launch.sharding, num_devices=launch.world_size)
+    zero = deepspeed_settings()["zero_optimization"]
+    on_cpu = {name: (zero.get(name) or {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")}
+    return Strategy(
+        sharding="deepspeed",
+        zero_stage=launch.zero_stage,
+        num_devices=launch.world_size,
+        offloads_optimizer=on_cpu["offload_optimizer"],
+        offloads_weights=on_cpu["offload_param"],
+        bucket_elements=int(zero["reduce_bucket_size"]),
+    )
+
+
+def held(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
+    """What each device holds all the time, by what it is."""
+    parts = strategy.num_devices if strategy.splits_weights else 1
+    weights = FLOAT32 * (split.trained + split.frozen) // parts
+    if strategy.zero_stage == 3:
+        yield "DeepSpeed's bucket", FLOAT32 * strategy.bucket_elements
+    yield "weights", 0 if strategy.offloads_weights else weights
+    if strategy.offloads_optimizer:
+        yield "a gradient on its way to the CPU", FLOAT32 * split.largest
+        return
+    parts = 1 if strategy.sharding == "none" else strategy.num_devices
+    if strategy.sharding == "deepspeed":
+        yield "the optimizer's own copy of weights", FLOAT32 * split.trained // parts
+    yield "AdamW's states", ADAM * split.trained // parts
+
+
+def gradients(split: Split, strategy: Strategy) -> int:
+    """What each device holds of gradients between two microbatches, and twice that where they are put together."""
+    if strategy.offloads_optimizer:
+        return 0
+    whole = FLOAT32 * split.trained
+    if strategy.zero_stage in (1, 2):
+        return 2 * whole // strategy.num_devices
+    return whole // (strategy.num_devices if strategy.splits_weights else 1)
+
+
+def passing(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
+    """What a device holds in an update for no longer than it computes or communicates with it."""
+    num_all = split.trained + split.frozen
+    if strategy.sharding == "fsdp":
+        yield "whole weights of the moment", FLOAT32 * (split.root + 3 * split.layer)
+        yield "whole gradients of the moment", FLOAT32 * min(split.root + 2 * split.layer, 2 * split.trained)
+    if strategy.zero_stage in (1, 2):
+        yield "DeepSpeed's bucket", FLOAT32 * strategy.bucket_elements
+    if strategy.zero_stage == 3:
+        yield "whole weights of the moment", FLOAT32 * min(num_all, LIVE_ELEMENTS)
+        yield "whole gradients of the moment", 2 * FLOAT32 * min(split.trained, strategy.bucket_elements)
+
+
+def host(split: Split, strategy: Strategy) -> int:
+    """What each process keeps in the memory of the CPU while it trains."""
+    weights = FLOAT32 * (split.trained + split.frozen) // strategy.num_devices if strategy.offloads_weights else 0
+    if not strategy.offloads_optimizer:
+        return weights
+    return weights + (HOST_COPIES * FLOAT32 + ADAM) * split.trained // strategy.num_devices + FLOAT32 * split.largest

@@ -1,0 +1,243 @@
+"""What can be known to be wrong before any weights load."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.data.files import Rows
+from llmrl.data.preferences import fit_preference_rows, load_preference_rows
+from llmrl.data.prompts import fit_prompt_rows, load_prompt_rows
+from llmrl.data.rerender import same_ids
+from llmrl.data.rows import DataConfig, column_names, usable_rows
+from llmrl.data.supervised import fit_supervised_rows, load_supervised_rows
+from llmrl.distributed.launch import Launch, LaunchError, read_launch
+from llmrl.models.checking import check_model, check_reward_model
+from llmrl.models.config import ModelConfig
+from llmrl.models.folders import ModelError
+from llmrl.models.loading import load_tokenizer
+from llmrl.models.reward_loading import check_shared_base
+from llmrl.reports.trackers import Trackers
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
+from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
+from llmrl.roles import Progress
+from llmrl.trainers.run import check_output
+from llmrl.wiring.rows import EVALUATION, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+C = TypeVar("C", bound=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What checking read, so that building need not read it again. None stands for what could not be read yet."""
+
+    rows: Rows | None
+    evaluation_rows: Rows | None
+    functions: tuple[Function, ...]
+    unchecked: list[str]
+    """Sentences on what could not be checked."""
+    knows_models: bool
+    """Whether every model of the run was there to be checked."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on rows that were dropped, and on what training reads otherwise than it stands there."""
+        sections = {"data": self.rows, EVALUATION: self.evaluation_rows}
+        return [f"{section}: {note}" for section, rows in sections.items() if rows is not None for note in rows.notes]
+
+    def tell(self, progress: Progress) -> None:
+        """Reports the notes."""
+        for note in self.notes:
+            progress.message(note)
+
+
+def check_sft(config: SFTRun, *, dry: bool) -> Checked:
+    """Checks a supervised run. A dry one may name what does not exist yet; see `read_rows`."""
+    read_launch()
+    check_output(config.run, _inputs(config))
+    unchecked = _check_model(config.model, dry=dry)
+    knows_models = not unchecked
+    read = _reader(load_supervised_rows, fit_supervised_rows, config.model, unchecked, dry=dry)
+    rows = read(config.data, "data")
+    evaluation_rows = read(config.evaluation_data, EVALUATION) if config.evaluation_data is not None else None
+    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    return Checked(
+        rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
+    )
+
+
+def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
+    """Checks the training of a reward model."""
+    read_launch()
+    check_output(config.run, _inputs(config))
+    unchecked = _check_model(config.model, dry=dry, needs_head=False)
+    knows_models = not unchecked
+    read = _reader(load_preference_rows, fit_preference_rows, config.model, unchecked, dry=dry)
+    rows = read(config.data, "data")
+    evaluation_rows = read(config.evaluation_data, EVALUATION)
+    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    return Checked(
+        rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
+    )
+
+
+def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
+    """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
+    if trains:
+        _check_one_base(config, read_launch())
+    unchecked = _check_model(config.model, dry=dry)
+    read = _reader(load_prompt_rows, fit_prompt_rows, config.model, unchecked, dry=dry)
+    if config.reward.model is not None:
+        missing = check_scorer(config.reward.model, dry=dry)
+        if trains and config.reward.model.on_actor_base and not (dry and missing):
+            with naming("reward.model"):
+                check_shared_base(reward_model_config(config.reward.model), config.model)
+        unchecked += missing
+    knows_models = not unchecked
+    if trains:
+        inputs = _inputs(config)
+        if config.reward.model is not None:
+            inputs["reward.model.path"] = config.reward.model.path
+        check_output(config.run, inputs)
+        Trackers(config.trackers, output_dir=Path(config.run.output_dir))
+    rows = read(config.data, "data") if trains else None
+    evaluation_rows = None
+    if config.evaluation_data is not None and (config.evaluates or not trains):
+        evaluation_rows = read(config.evaluation_data, EVALUATION)
+    elif config.evaluation_data is not None:
+        unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
+    functions: tuple[Function, ...] = ()
+    if rows is not None:
+        functions, rows = _scorable(config.reward, rows, config.data)
+    if config.evaluation_data is not None and evaluation_rows is not None:
+        functions, evaluation_rows = _scorable(config.reward, evaluation_rows, config.evaluation_data)
+    if config.reward.functions and rows is None and evaluation_rows is None:
+        unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
+    return Checked(
+        rows=rows,
+        evaluation_rows=evaluation_rows,
+        functions=functions,
+        unchecked=unchecked,
+        knows_models=knows_models,
+    )
+
+
+def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
+    """What a run reads, by setting."""
+    inputs = {"model.path": config.model.path, "data.path": str(config.data.path)}
+    if config.evaluation_data is not None:
+        inputs["evaluation_data.path"] = str(config.evaluation_data.path)
+    return inputs
+
+
+def _reader(
+    load: Callable[[C], Rows],
+    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
+    model: ModelConfig,
+    unchecked: list[str],
+    *,
+    dry: bool,
+) -> Callable[[C, str], Rows | None]:
+    """What reads the rows of a section, and keeps those that the model's chat template takes.
+
+    Args:
+        unchecked: Of the model, at first: if a dry run could not look at it, every row is kept. Gets a sentence for
+            each section that cannot be read yet.
+    """
+    tokenizer = None if dry and unchecked else load_tokenizer(model)
+
+    def read(config: C, section: str) -> Rows | None:
+        rows = read_rows(config, load, unchecked, dry=dry, section=section)
+        return rows if rows is None or tokenizer is None else fit(rows, tokenizer, config)
+
+    return read
+
+
+def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple[Function, ...], Rows]:
+    """The reward functions, and the rows that have the columns which these read."""
+    with chdir(os.curdir):  # a file of rules that changes the working directory does so for itself
+        functions = load_functions(config, column_names(rows))
+    required = required_columns(config, functions)
+    return functions, usable_rows(rows, data, partial(row_problem, required=required))
+
+
+def _check_one_base(config: RLRun, launch: Launch) -> None:
+    """Refuses roles that read the actor's own base where no process holds it whole."""
+    shared = {
+        "reward.model.on_actor_base": config.reward.model is not None and config.reward.model.on_actor_base,
+        "critic.network adapter": isinstance(config, PPORun) and config.critic.network == "adapter",
+    }
+    if launch.splits_weights and any(shared.values()):
+        names = " and ".join(name for name, asked in shared.items() if asked)
+        raise LaunchError(
+            f"{names}: roles on one base need it whole in every process, and the launch splits weights over processes "
+            "(ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set reward.model.on_actor_base to false "
+            "and critic.network to own or shared"
+        )
+
+
+def check_ppo(config: PPORun, *, dry: bool) -> Checked:
+    """Checks a run of PPO: that of any algorithm, and that the critic's body reads the policy's tokens."""
+    checked = check_rl(config, dry=dry)
+    if config.critic.body == "reward_model":
+        assert config.reward.model is not None, "checked with the settings"
+        if dry and not checked.knows_models:
+            checked.unchecked.append("whether the critic's body reads the policy's tokens")
+        else:
+            _check_body(config.model, config.reward.model)
+    return checked
+
+
+def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
+    """Refuses a reward model as the critic's body that reads other tokens than the policy writes."""
+    with naming("reward.model"):
+        theirs = load_tokenizer(reward_model_config(reward_model))
+    if not same_ids(load_tokenizer(model), theirs):
+        raise ModelError(
+            f"critic.body reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
+            f"model.path ({model.path}), and the critic reads the policy's; set critic.body to actor"
+        )
+
+
+def check_scorer(config: LearnedRewardConfig, *, dry: bool = False) -> list[str]:
+    """Checks a reward model that is to score responses. Returns sentences on what could not be checked."""
+    return _check_model(reward_model_config(config), dry=dry, section="reward.model", needs_head=True)
+
+
+def reward_model_config(config: LearnedRewardConfig) -> ModelConfig:
+    """The same model as the settings of one that is loaded."""
+    return ModelConfig(
+        path=config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, made_by=config.made_by
+    )
+
+
+@contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Around what checks or loads a model: its errors name the section of the recipe that the model stands in."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(_in_section(str(error), section)) from error
+
+
+def _check_model(
+    config: ModelConfig, *, dry: bool, section: str = "model", needs_head: bool | None = None
+) -> list[str]:
+    """Checks a model; `needs_head` is for reward models: whether their head must be there already."""
+    if dry and config.made_by and not Path(config.path).exists():
+        return [f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
+    with naming(section):
+        unchecked = check_model(config) if needs_head is None else check_reward_model(config, needs_head=needs_head)
+    return [_in_section(sentence, section) for sentence in unchecked]
+
+
+def _in_section(sentence: str, section: str) -> str:
+    return re.sub(r"\bmodel\.(?=path\b|trust_remote_code\b)", f"{section}.", sentence)

@@ -1,0 +1,100 @@
+"""What draws responses."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrl.batches import Prompts
+from llmrl.data.prompts import PromptDataConfig, encode_prompts
+from llmrl.distributed.device import pick_device
+from llmrl.distributed.launch import read_launch
+from llmrl.functional.streams import Purpose
+from llmrl.models.config import ModelConfig
+from llmrl.models.loading import load_model, load_tokenizer
+from llmrl.models.vocabulary import check_ids, end_ids, num_token_ids
+from llmrl.reports.progress import Silent
+from llmrl.rewards.functions import decode_responses
+from llmrl.roles import Progress, RolloutEngine, Sampling
+from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.generate import TransformersEngine
+from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.support import check_length
+from llmrl.wiring.precision import dtype_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def build_engine(
+    config: RolloutConfig,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    dtype: torch.dtype,
+    progress: Progress,
+    trains: bool = False,
+) -> RolloutEngine:
+    """The engine that the config names, over a loaded model; one that trains may be about to have its weights split."""
+    common: dict[str, Any] = {
+        "eos_ids": end_ids(tokenizer, model),
+        "vocab_size": num_token_ids(tokenizer, model),
+        "dtype": dtype,
+        "progress": progress,
+        "apart": pick_device() if trains and read_launch().splits_weights else None,
+    }
+    if config.engine == "transformers":
+        return TransformersEngine(model, **common)
+    return NativeEngine(model, max_rows=config.max_rows, **common)
+
+
+def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, config: RolloutConfig) -> None:
+    """Refuses before the first rollout what would fail when the longest prompt comes up.
+
+    `readers` are all models that read prompts with their responses, by what an error calls them.
+    """
+    for whose, model in readers.items():
+        check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens, whose=whose)
+
+
+def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
+    """Tokenizer and model in the precision that it computes in, on the device."""
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, dtype=dtype_of(config))
+    return tokenizer, model.to(pick_device())  # type: ignore[arg-type,return-value]
+
+
+def respond(
+    config: ModelConfig,
+    texts: Sequence[str],
+    *,
+    system_prompt: str | None,
+    temperature: float,
+    num_responses: int,
+    max_response_tokens: int,
+    seed: int,
+) -> list[list[str]]:
+    """Responses to texts, as text; greedy at temperature 0."""
+    tokenizer, model = load_for_sampling(config)
+    data = PromptDataConfig(path="the command line", system_prompt=system_prompt, max_prompt_tokens=sys.maxsize)
+    prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
+    check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
+    engine = build_engine(
+        RolloutConfig(max_rows=max(num_responses, RolloutConfig.max_rows)),
+        model,
+        tokenizer,
+        dtype=model.dtype,
+        progress=Silent(),
+    )
+    sampling = Sampling(
+        temperature=temperature or 1.0,
+        num_responses=num_responses,
+        max_response_tokens=max_response_tokens,
+        greedy=temperature == 0,
+        seed=seed,
+        purpose=Purpose.GENERATION,
+        first_response=0,
+    )
+    decoded = decode_responses(engine.generate(prompts, sampling).sequences, tokenizer)
+    return [decoded[first : first + num_responses] for first in range(0, len(decoded), num_responses)]

@@ -1,0 +1,49 @@
+"""The arithmetic of models, where a recipe leaves it to the device."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+
+from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.distributed.device import pick_device
+from llmrl.models.config import ModelConfig
+from llmrl.models.loading import DTYPES
+from llmrl.rewards.config import LearnedRewardConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+R = TypeVar("R", SFTRun, RewardModelRun, RLRun)
+
+
+def dtype_of(config: ModelConfig | LearnedRewardConfig) -> torch.dtype:
+    """What a model computes in: as its settings say, or as suits the device."""
+    return DTYPES[config.dtype or default_dtype()]
+
+
+def default_dtype() -> Literal["float32", "bfloat16"]:
+    """bfloat16 on a GPU, where products in float32 are many times slower; float32 on a CPU."""
+    return "bfloat16" if pick_device().type == "cuda" else "float32"
+
+
+def with_dtypes(config: R) -> R:
+    """The same run with no dtype left open: as it is recorded, printed and estimated."""
+    config = replace(config, model=replace(config.model, dtype=config.model.dtype or default_dtype()))
+    if isinstance(config, RLRun) and config.reward.model is not None:
+        scorer = replace(config.reward.model, dtype=config.reward.model.dtype or default_dtype())
+        config = replace(config, reward=replace(config.reward, model=scorer))
+    return config
+
+
+def precision_warnings(model: "PreTrainedModel", dtype: torch.dtype) -> Iterator[str]:
+    """What a loaded model computes in that is seldom meant."""
+    shape = model.config.get_text_config()
+    num_heads, num_keys = (getattr(shape, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if dtype == torch.float32 and model.device.type == "cuda" and num_keys not in (None, num_heads):
+        yield (
+            f"model.dtype float32 on a GPU: the {num_heads} attention heads of the model share {num_keys} keys, and in "
+            "float32 torch has only a kernel for that which holds tokens x tokens numbers for each head; set "
+            "model.dtype=bfloat16 if memory runs out"
+        )

@@ -1,0 +1,211 @@
+"""The training of reward models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmrl.batches import PreferencePairs, Sequences
+from llmrl.config import RewardModelRun
+from llmrl.data.preferences import PairSource, PreferenceDataConfig
+from llmrl.data.rows import DataError
+from llmrl.distributed.collectives import join_ranks
+from llmrl.distributed.device import loading_device, pick_device
+from llmrl.distributed.sharing import shared_scorer
+from llmrl.models.config import ModelConfig
+from llmrl.models.loading import load_tokenizer
+from llmrl.models.reward_checks import END_CHECK, sanity_checks
+from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
+from llmrl.models.reward_model import RewardModule, TransformersRewardModel, shares_prompts_exactly
+from llmrl.models.reward_record import Normalization, TextForm, normalization_on
+from llmrl.models.training import ready_to_train
+from llmrl.models.vocabulary import check_ids, check_vocabulary
+from llmrl.optim.factory import make_trainable
+from llmrl.reports.report_card import Card, PairResults, make_report_card
+from llmrl.reports.trackers import Trackers
+from llmrl.roles import Progress, Scorer
+from llmrl.rollout.support import position_limit
+from llmrl.settings import to_dict
+from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+from llmrl.trainers.run import Run, RunConfig
+from llmrl.wiring.checks import Checked
+from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
+from llmrl.wiring.saving import Saver
+from llmrl.wiring.trunks import settle_passes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+PAD_NOTE = (
+    "pad equals EOS and the vocabulary has no known spare token: plain transformers reads the score one token before "
+    "the end, llmrl at the end"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRewardModel:
+    """A reward model with everything that belongs to it."""
+
+    model: "PreTrainedModel"
+    adapted: "PeftModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    module: RewardModule
+    scorer: TransformersRewardModel
+    has_own_pad: bool
+    """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
+    warnings: tuple[str, ...]
+    """What the user must know of how this model is read."""
+
+    def normalize(self, pairs: PreferencePairs, scorer: Scorer) -> Normalization:
+        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1. `scorer` is the
+        model's own, or that of all ranks."""
+        with torch.no_grad():
+            normalization = normalization_on(torch.cat(scorer.pair_scores(pairs)))
+        normalization.write(self.model.config)
+        return normalization
+
+
+def load_trained_reward_model(
+    config: ModelConfig, settings: RewardModelConfig, *, seed: int, longest: int = 0
+) -> LoadedRewardModel:
+    """The reward model to be trained, on the device. `longest`: tokens of a prompt with one response, if known."""
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
+    model = load_reward_model(config, head_init=settings.head_init)
+    check_vocabulary(config, model, tokenizer)
+    has_own_pad = choose_pad(tokenizer, model)
+    adapted = adapt(model, config)
+    ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
+    _, warnings = settle_passes(model, longest)
+    module = RewardModule(model, dtype=dtype_of(config))
+    scorer = TransformersRewardModel(
+        module,
+        microbatch_tokens=settings.microbatch_tokens,
+        shares_prompts=shares_prompts_exactly(module, len(tokenizer)),
+    )
+    return LoadedRewardModel(
+        model=model,
+        adapted=adapted,
+        tokenizer=tokenizer,
+        module=module,
+        scorer=scorer,
+        has_own_pad=has_own_pad,
+        warnings=warnings,
+    )
+
+
+def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+    """The training of a reward model. Each model that it saves has its report card beside it."""
+    assert checked.rows is not None, "only a dry run may leave rows unread"
+    assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
+    checked.tell(progress)
+    settings, collectives = config.reward_model, join_ranks()
+    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed, longest=config.longest_sequence)
+    for warning in (*loaded.warnings, *precision_warnings(loaded.model, loaded.module.dtype)):
+        progress.message(f"warning: {warning}")
+    pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
+    held_out = PairSource(checked.evaluation_rows, loaded.tokenizer, config.evaluation_data, seed=config.run.seed)
+    for section, source, data in (
+        ("data", pairs, config.data),
+        ("evaluation_data", held_out, config.evaluation_data),
+    ):
+        for line in source.counts.lines():
+            progress.message(f"{section}: {line}")
+        _check_positions(source, data, section, limit=position_limit(loaded.model))
+        ids = (ids for pair in source.examples for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        check_ids(data.path, ids, loaded.model, loaded.tokenizer)
+    if not loaded.has_own_pad:
+        progress.message(PAD_NOTE)
+    TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
+    device = pick_device()
+    reference = pairs.evenly_spaced(settings.num_reference_pairs).to(device)
+    num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
+    saver = Saver(
+        loaded.model,
+        loaded.adapted,
+        loaded.tokenizer,
+        dtype=torch.float32,  # so that the folder scores as the model that was trained
+        collectives=collectives,
+    )
+    trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, collectives=collectives)
+    scorer = shared_scorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
+    trainer = RewardModelTrainer(
+        settings,
+        scorer=scorer,
+        trained={"reward_model": trained},
+        pairs=pairs,
+        held_out=held_out.all().to(device),
+        collectives=collectives,
+        progress=progress,
+    )
+
+    def save(folder: Path) -> None:
+        progress.phase("report card", 1)
+        normalization = loaded.normalize(reference, scorer)
+        card = _report_card(
+            loaded,
+            trainer,
+            sources=held_out.sources,
+            counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
+            may_be_cut=config.evaluation_data.truncate,
+            normalization=normalization,
+        )
+        saver.save(folder, trained, {"report_card.json": card})
+
+    return Run(
+        RunConfig(num_iterations=num_iterations, **vars(config.run)),
+        settings=to_dict(with_dtypes(config)),
+        trainer=trainer,
+        save_model=save,
+        evaluate=trainer.evaluate,
+        evaluate_every=settings.evaluate_every,
+        collectives=collectives,
+        progress=progress,
+        sink=trackers,
+    )
+
+
+def _check_positions(source: PairSource, data: PreferenceDataConfig, section: str, *, limit: int | None) -> None:
+    """Refuses sequences longer than a table of absolute positions."""
+    if limit is not None and source.longest > limit:
+        raise DataError(
+            f"{data.path}: a sequence of {source.longest} tokens exceeds the {limit} positions of the model; "
+            f"set {section}.max_tokens ({data.max_tokens}) to at most {limit}"
+        )
+
+
+def _report_card(
+    loaded: LoadedRewardModel,
+    trainer: RewardModelTrainer,
+    *,
+    sources: tuple[str | None, ...],
+    counts: Mapping[str, Mapping[str, int]],
+    may_be_cut: bool,
+    normalization: Normalization,
+) -> Card:
+    pairs = trainer.held_out
+    chosen, rejected = trainer.held_out_scores()
+    notes = [] if loaded.has_own_pad else [PAD_NOTE]
+    both = Sequences.cat([pairs.chosen, pairs.rejected])
+    checks = sanity_checks(trainer.scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
+    if may_be_cut and not checks[END_CHECK]:
+        del checks[END_CHECK]
+        notes.append("evaluation_data.truncate cut some responses, which are scored at their last token, not at an EOS")
+    return make_report_card(
+        PairResults(
+            chosen_scores=chosen,
+            rejected_scores=rejected,
+            chosen_lengths=pairs.chosen.response_lengths,
+            rejected_lengths=pairs.rejected.response_lengths,
+            sources=sources,
+        ),
+        loss=trainer.evaluate()["eval/loss"],
+        counts=counts,
+        checks=checks,
+        normalization=(normalization.mean, normalization.std),
+        notes=notes,
+    )

@@ -1,0 +1,145 @@
+from dataclasses import replace
+
+import pytest
+from pydantic import TypeAdapter
+
+from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
+from llmrl.sizing import Estimate, Item, Strategy, estimate_memory
+
+RUN = {"output_dir": "out", "num_iterations": 1}
+RULE = {"functions": [{"name": "rule.py:rule"}]}
+REWARD_MODEL = {"model": {"path": "reward"}}
+
+
+def sft(**model) -> SFTRun:
+    data = {"path": "x", "max_tokens": 10}
+    return TypeAdapter(SFTRun).validate_python(
+        {"model": {"path": "m", **model}, "data": data, "run": RUN, "sft": {"microbatch_tokens": 30}}
+    )
+
+
+def rl(kind, *, kl_coef: float = 0.0, reward=RULE, critic=None, **model):
+    settings = {
+        "model": {"path": "m", **model},
+        "data": {"path": "x", "max_prompt_tokens": 6},
+        "reward": reward,
+        "run": RUN,
+        "algorithm": {"kl_coef": kl_coef} | ({"group_size": 4} if kind is GRPORun else {}),
+        "rollout": {"prompts_per_iteration": 4, "max_response_tokens": 4},
+        "update": {"minibatch_size": 4, "microbatch_tokens": 30},
+    }
+    return TypeAdapter(kind).validate_python(settings | ({"critic": {"network": critic}} if critic else {}))
+
+
+def item(estimate: Estimate, name: str) -> int:
+    return sum(part.num_bytes for part in estimate.items if part.name == name)
+
+
+def test_the_peak_is_the_largest_phase():
+    items = (
+        Item(name="weights", num_bytes=10),
+        Item(name="keys", num_bytes=7, phases=("rollout",)),
+        Item(name="gradients", num_bytes=5, phases=("update",)),
+    )
+    estimate = Estimate(items=items, host_loading=0, host_training=0)
+    assert (estimate.peak, estimate.peak_phase, estimate.of("scoring")) == (17, "rollout", 10)
+
+
+def test_supervised_by_hand(shape):
+    """1704 parameters, 3 rows of 10 tokens."""
+    estimate = estimate_memory(sft(), shape, Strategy())
+    assert {part.name: part.num_bytes for part in estimate.items} == {
+        "weights": 4 * 1704,
+        "AdamW's states": 8 * 1704,
+        "gradients": 4 * 1704,
+        "activations": 30 * (96 + 2 * 552),
+        "the fullest moment of a pass": 2 * 4 * 30 * 8 + 3 * 4 * 30 * 32 + 2 * 4 * 256,
+    }
+    assert estimate.peak_phase == "update"
+    assert estimate.host_loading == 4 * 1704
+
+
+def test_a_rollout_by_hand(shape):
+    """16 rows of 10 columns, rounded up to 128; keys and values of 2 layers; 4 prompts of 6 tokens read once."""
+    estimate = estimate_memory(rl(GRPORun), shape, Strategy())
+    assert item(estimate, "keys and values") == 16 * 128 * (2 * 2 * 4 * 4)
+    first = 24 * (64 + 4 * (3 * 16 + 3 * 8))
+    assert item(estimate, "a step of the rollout") == max(first, 2 * 16 * 128 * 8 * 4 + 5 * 4 * 16 * 32)
+    assert item(estimate, "copy to sample from") == item(estimate, "reference") == 0
+
+
+def test_frozen_copies_by_hand(shape):
+    estimate = estimate_memory(
+        rl(PPORun, kl_coef=0.1, reward=REWARD_MODEL, dtype="bfloat16"), shape, Strategy(), reward_shape=shape
+    )
+    assert item(estimate, "copy to sample from") == 2 * 1704
+    assert item(estimate, "reference") == 4 * 1704 - 2 * 1152
+    assert item(estimate, "reward model") == 4 * (1704 - 256)  # float32, by its own setting
+    assert item(estimate, "weights") == 4 * (1704 + 1704 - 256 + 8)
+
+
+def test_a_copy_to_sample_from_is_whole_where_weights_are_split(shape):
+    estimate = estimate_memory(rl(GRPORun), shape, Strategy(sharding="fsdp", num_devices=4))
+    assert item(estimate, "copy to sample from") == 4 * 1704
+
+
+def test_one_base_takes_less_than_two_networks(shape):
+    lora = {"lora": {"rank": 2}}
+    peaks = [
+        estimate_memory(run, shape, Strategy()).peak
+        for run in (
+            rl(PPORun, critic="adapter", **lora),
+            rl(PPORun, critic="shared"),
+            rl(PPORun),
+            rl(PPORun, kl_coef=0.1),
+        )
+    ]
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == 4
+    adapters = estimate_memory(rl(PPORun, critic="adapter", kl_coef=0.1, **lora), shape, Strategy())
+    num_adapter = shape.num_adapter(2, ())
+    assert item(adapters, "weights") == 4 * (1704 + 2 * num_adapter + 8)
+    assert item(adapters, "reference") == 0
+
+
+def test_a_critic_of_its_own_beside_an_adapter_has_the_larger_activations(shape):
+    own, adapter = (
+        estimate_memory(rl(PPORun, critic=critic, lora={"rank": 2}), shape, Strategy()) for critic in ("own", "adapter")
+    )
+    assert item(own, "AdamW's states") > item(adapter, "AdamW's states")
+    assert item(own, "activations of the critic beyond the actor's") >= 0
+
+
+def test_pairs_have_no_logits(shape):
+    data = {"path": "x", "max_tokens": 10}
+    settings = {
+        "model": {"path": "m"}, "data": data, "evaluation_data": data, "run": {"output_dir": "out"},
+        "reward_model": {"microbatch_tokens": 40},
+    }  # fmt: skip
+    estimate = estimate_memory(TypeAdapter(RewardModelRun).validate_python(settings), shape, Strategy())
+    assert item(estimate, "the fullest moment of a pass") == 0
+    assert item(estimate, "weights") == 4 * (1704 - 256 + 8)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_moves_bytes_to_the_host(shape, stage):
+    zero = Strategy(sharding="deepspeed", zero_stage=stage, num_devices=4, bucket_elements=10)
+    kept, moved = (
+        estimate_memory(sft(), shape, strategy) for strategy in (zero, replace(zero, offloads_optimizer=True))
+    )
+    assert moved.peak < kept.peak
+    assert moved.host_training > kept.host_training == 0
+
+
+def test_longer_microbatches_and_no_checkpointing_take_more(shape):
+    plain, checkpoints = estimate_memory(sft(), shape, Strategy()), sft(gradient_checkpointing=True)
+    assert estimate_memory(checkpoints, shape, Strategy()).peak < plain.peak
+    longer = replace(sft(), sft=replace(sft().sft, microbatch_tokens=60))
+    assert item(estimate_memory(longer, shape, Strategy()), "activations") == 2 * item(plain, "activations")
+
+
+def test_a_single_microbatch_never_meets_its_gradients(shape):
+    once = replace(sft(), sft=replace(sft().sft, batch_size=3))
+    estimate = estimate_memory(once, shape, Strategy())
+    assert item(estimate, "gradients") == 0
+    assert estimate.peak < estimate_memory(sft(), shape, Strategy()).peak

@@ -1,0 +1,46 @@
+import pytest
+
+from llmrl.data.prompts import PromptDataConfig
+from llmrl.wiring.rows import read_rows, tell_dropped
+
+from .conftest import Heard
+
+
+def read(dry, **settings):
+    """The rows, or that they were read, and what was not checked."""
+    unchecked = []
+    config = PromptDataConfig(**settings)
+    return read_rows(config, lambda config: [{"prompt": config.path}], unchecked, dry=dry), unchecked
+
+
+@pytest.mark.parametrize("path", ["gone.jsonl", "nobody/data"])
+def test_a_run_reads_whatever_it_is_told_to(path):
+    assert read(False, path=path, made_by="make data") == ([{"prompt": path}], [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"path": "nobody/data"}, "data.path (nobody/data) is a data set on the hub, which a dry run does not fetch"),
+        (
+            {"path": "gone.jsonl", "made_by": "make data"},
+            "data.path (gone.jsonl) does not exist yet; `make data` makes it",
+        ),
+    ],
+)
+def test_a_dry_run_says_what_it_passes_over(settings, told):
+    assert read(True, **settings) == (None, [told])
+
+
+def test_a_dry_run_reads_what_is_there_and_what_nothing_makes(tmp_path):
+    (tmp_path / "here.jsonl").write_text("{}")
+    assert read(True, path=f"{tmp_path}/here.jsonl", made_by="make data")[0] is not None
+    assert read(True, path="gone.jsonl")[0] is not None
+
+
+def test_only_what_was_dropped_is_told():
+    progress = Heard()
+    tell_dropped(0, "data", "max_tokens", progress)
+    tell_dropped(2, "evaluation_data", "max_tokens", progress)
+    told = "evaluation_data: 2 rows are longer than evaluation_data.max_tokens and were dropped"
+    assert progress.messages == [told]

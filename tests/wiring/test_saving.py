@@ -1,0 +1,53 @@
+"""What all ranks save together."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmrl.distributed.collectives import OneProcess
+from llmrl.models.folders import ModelError
+from llmrl.optim.config import OptimizerConfig
+from llmrl.optim.local import LocalTrainable
+from llmrl.wiring.saving import Saver
+from tests.models.tiny import FAMILIES, make_tokenizer
+
+
+class Second(OneProcess):
+    rank, world_size = 1, 2
+
+
+@pytest.fixture(params=["none", "fsdp"])
+def launch(request, monkeypatch):
+    if request.param == "fsdp":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+
+
+@pytest.mark.usefixtures("launch")
+@pytest.mark.parametrize(("ranks", "writes"), [(OneProcess(), True), (Second(), False)])
+def test_the_first_rank_writes_the_weights_as_they_are_by_then(ranks, writes, tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES["gpt2"]()
+    saver = Saver(model, None, make_tokenizer(), dtype=torch.float32, collectives=ranks)
+    trained = LocalTrainable(model, OptimizerConfig(), num_steps=1)
+    with torch.no_grad():
+        model.transformer.wte.weight += 1.0
+    saver.save(tmp_path / "final", trained, {"record.json": {"a": 1}})
+    assert (tmp_path / "final").exists() == writes
+    if writes:
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+        assert torch.equal(saved.transformer.wte.weight, model.transformer.wte.weight)
+        assert (tmp_path / "final" / "record.json").read_text() == '{\n "a": 1\n}\n'
+
+
+@pytest.mark.parametrize(("ranks", "tries"), [(OneProcess(), True), (Second(), False)])
+def test_what_stands_beside_the_weights_is_tried_out_before_training(ranks, tries, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("a setting that cannot be saved")
+
+    model, tokenizer = FAMILIES["gpt2"](), make_tokenizer()
+    monkeypatch.setattr(type(model.config), "save_pretrained", refuse)
+    with pytest.raises(ModelError, match="a setting that cannot be saved") if tries else nullcontext():
+        Saver(model, None, tokenizer, dtype=torch.float32, collectives=ranks)

@@ -1,0 +1,24 @@
+import pytest
+
+from llmrl.models.folders import ModelError
+from llmrl.wiring.trunks import settle_passes
+from tests.models.tiny import llama
+
+
+def test_a_plain_model_has_its_width_and_nothing_to_say():
+    assert settle_passes(llama(), 64) == (llama().config.hidden_size, ())
+
+
+def test_the_rope_is_fixed_before_the_passes_are_compared():
+    """Not fixed, a row beside a longer one is another row to the probe."""
+    changed = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+    width, warnings = settle_passes(llama(max_position_embeddings=8, **changed), 64)
+    assert width == llama().config.hidden_size
+    assert len(warnings) == 1
+
+
+def test_passes_that_disagree_are_refused(monkeypatch):
+    model = llama()
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: x + x.new_empty(x.shape).normal_())
+    with pytest.raises(ModelError):
+        settle_passes(model, 64)
