@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmrl.hub import is_local
 from llmrl.models.folders import (
     ModelError,
     check_safetensors,
@@ -37,12 +36,6 @@ def refusal(function, *args) -> str:
         function(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def test_folders_and_hub_names(here):
-    (here / "owner" / "here").mkdir(parents=True)
-    assert all(is_local(path) for path in ("/a", "./a", "../a", "~/a", "a/b/c", "owner/here", "owner/typo"))
-    assert not any(is_local(path) for path in ("gpt2", "other/model"))
 
 
 def test_a_folder_is_named_from_the_root(here, monkeypatch):

@@ -170,3 +170,19 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) ->
     for name in ours:
         scale = theirs[name].abs().max().item()
         assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5 + 1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+IDS = torch.tensor([[7, 8, 9, 20, 21]])
+
+
+def move(adapted):
+    """What training does: other weights wherever they may learn."""
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits

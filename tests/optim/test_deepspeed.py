@@ -9,9 +9,8 @@ from llmrl.distributed.launch import deepspeed_settings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.deepspeed import DeepSpeedTrainable
 from llmrl.optim.factory import make_trainable
-
-from .one_rank import group  # noqa: F401
-from .sharded import LikeLocal, network
+from tests.distributed.one_rank import group  # noqa: F401
+from tests.distributed.sharded import LikeLocal, network
 
 pytestmark = [pytest.mark.usefixtures("group"), pytest.mark.slow]
 OFFLOADED = {"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}

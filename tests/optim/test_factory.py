@@ -12,8 +12,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.optim.fsdp import ShardedTrainable
 from llmrl.optim.local import LocalTrainable
-
-from .one_rank import group  # noqa: F401
+from tests.distributed.one_rank import group  # noqa: F401
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
 ZERO3 = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -51,7 +50,7 @@ def test_a_role_calls_its_module_as_it_was_wrapped(environment, kind, monkeypatc
 def test_what_will_be_split_is_loaded_on_the_cpu(environment, is_whole, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("llmrl.optim.factory.pick_device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr("llmrl.distributed.device.pick_device", lambda: torch.device("cuda", 3))
     assert loading_device() == (torch.device("cuda", 3) if is_whole else torch.device("cpu"))
 
 

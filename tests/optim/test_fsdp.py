@@ -9,9 +9,8 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llmrl.optim.fsdp import ShardedTrainable, shard
-
-from .one_rank import group  # noqa: F401
-from .sharded import LikeLocal
+from tests.distributed.one_rank import group  # noqa: F401
+from tests.distributed.sharded import LikeLocal
 
 SIZES = {"vocab_size": 8, "hidden_size": 4}
 pytestmark = pytest.mark.usefixtures("group")

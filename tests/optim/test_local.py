@@ -10,32 +10,13 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.testing import assert_close
 
-from llmrl.distributed import trainable as module_under_test
+from llmrl.optim import local as module_under_test
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable, in_buckets
 from llmrl.optim.schedule import MAX_SKIPPED_STEPS
 from llmrl.roles import StateMismatch
 from tests.distributed.threads import on_ranks
-
-PEAK = 0.1
-
-
-def trainable_of(module, *, num_steps=10, peaks=None, **settings):
-    config = OptimizerConfig(**({"learning_rate": PEAK, "max_grad_norm": math.inf} | settings))
-    return LocalTrainable(module, config, num_steps=num_steps, peaks=peaks)
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-
-
-def learn(trainable, num_steps, *, first=0):
-    """Steps on data that depends on the step alone."""
-    for n in range(first, first + num_steps):
-        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(n))
-        trainable.backward((trainable.module(x) - x.sum(dim=1, keepdim=True)).square().mean())
-        trainable.optimizer_step()
+from tests.optim.tiny import PEAK, SCHEDULES, Scalar, learn, network, trainable_of
 
 
 def weights(module):
@@ -44,18 +25,6 @@ def weights(module):
 
 def assert_equal_weights(module, expected):
     assert all(torch.equal(p, expected[name]) for name, p in module.named_parameters())
-
-
-class Scalar(nn.Module):
-    """A matrix and a vector of one number each; the loss is a sum whose gradient is named."""
-
-    def __init__(self, matrix=2.0, vector=1.0):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.tensor([[matrix]]))
-        self.vector = nn.Parameter(torch.tensor([vector]))
-
-    def loss(self, matrix_slope, vector_slope):
-        return (matrix_slope * self.matrix).sum() + (vector_slope * self.vector).sum()
 
 
 def adamw(weight, slopes, *, beta1, beta2, decay):
@@ -135,40 +104,6 @@ def test_learning_rate_zero_changes_no_bit():
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
-
-WARM_UP = [1 / 3, 2 / 3]
-SCHEDULES = {
-    "constant": [*WARM_UP, 1, 1, 1, 1],
-    "linear": [*WARM_UP, 1, 3 / 4, 2 / 4, 1 / 4],
-    "cosine": [*WARM_UP, 1, (1 + math.sqrt(0.5)) / 2, 1 / 2, (1 - math.sqrt(0.5)) / 2],
-}
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_by_hand(schedule):
-    """Six steps, two of them warm-up. Under a constant gradient AdamW moves a weight by the learning rate."""
-    module = Scalar(vector=0.0)
-    trainable = trainable_of(module, num_steps=6, schedule=schedule, warmup_steps=2)
-    expected = [PEAK * share for share in SCHEDULES[schedule]]
-    position = 0.0
-    for rate in expected:
-        assert trainable.learning_rate == pytest.approx(rate, abs=1e-12)
-        trainable.backward(module.loss(0.0, -7.0))
-        trainable.optimizer_step()
-        position += rate
-        assert module.vector.item() == pytest.approx(position, rel=1e-5, abs=1e-7)
-
-
-def test_without_warm_up_the_first_step_is_at_the_peak():
-    for schedule in SCHEDULES:
-        assert trainable_of(Scalar(), schedule=schedule).learning_rate == PEAK
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_schedule_ends_at_zero(schedule):
-    trainable = trainable_of(network(), num_steps=4, schedule=schedule)
-    learn(trainable, 4)
-    assert trainable.learning_rate == pytest.approx(0.0, abs=1e-12)
 
 
 # --- learning rates of their own --------------------------------------------------------------------------------------
@@ -362,26 +297,6 @@ def test_skipped_steps_are_counted_across_a_resume():
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("learning_rate", -1e-6),
-        ("learning_rate", math.nan),
-        ("learning_rate", math.inf),
-        ("warmup_steps", -1),
-        ("weight_decay", -0.1),
-        ("weight_decay", math.nan),
-        ("beta1", 1.0),
-        ("beta2", -0.1),
-        ("max_grad_norm", 0.0),
-        ("max_grad_norm", math.nan),
-    ],
-)
-def test_settings_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^optimizer\.{name} \({value}\)"):
-        OptimizerConfig(**{name: value})
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

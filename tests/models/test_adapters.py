@@ -1,0 +1,138 @@
+"""Adapters: fresh ones, those that a folder brings, and the model as it was loaded."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from llmrl.models.adapters import as_loaded, load_adapted
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.folders import ModelError
+from llmrl.models.loading import load_model, load_tokenizer
+from tests.models.tiny import IDS, logits, move
+
+from .tiny import llama_tied, save_folder
+
+
+def trainable(adapted):
+    return {name: p.requires_grad for name, p in adapted.named_parameters()}
+
+
+def test_dropout_of_an_adapter_is_off(adapter, folder):
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).train()
+    assert not torch.equal(logits(plain), logits(plain))  # it was on
+    model, _ = load_adapted(ModelConfig(path=adapter))
+    assert torch.equal(logits(model.train()), logits(model))
+
+
+def test_without_adapters_every_weight_learns(folder):
+    model, adapted = load_adapted(ModelConfig(path=folder))
+    assert adapted is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_fresh_adapter_changes_nothing_and_alone_learns(folder):
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, alpha=6)))
+    assert torch.equal(logits(model), logits(load_model(ModelConfig(path=folder))))
+    assert all(learns == ("lora_" in name) for name, learns in trainable(adapted).items())
+    adapters = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert len(adapters) == 3 * 7  # layers; q, k, v, o, gate, up, down
+    assert not any("lm_head" in name for name in adapters)
+    q_proj = model.model.layers[0].self_attn.q_proj
+    assert q_proj.scaling["default"] == 6 / 2
+    assert q_proj.lora_A["default"].weight.shape == (2, 32)
+
+
+def test_targets_are_the_layers_named(folder):
+    _, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, targets=("q_proj",))))
+    assert {name.split(".")[-4] for name, learns in trainable(adapted).items() if learns} == {"q_proj"}
+
+
+@pytest.mark.parametrize("target", ["query", "mlp", "_proj"])
+def test_targets_that_the_model_lacks_are_refused_by_those_it_has(folder, target):
+    with pytest.raises(ModelError, match=rf"targets \({target}\) .* a LlamaForCausalLM .* gate_proj, k_proj, lm_head"):
+        load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, targets=("q_proj", target))))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_embedding_is_refused(tmp_path, target):
+    path = save_folder(tmp_path, llama_tied())
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*model\.lora\.targets"):
+        load_adapted(ModelConfig(path=path, lora=LoraSettings(rank=2, targets=(target, "q_proj"))))
+
+
+@pytest.mark.parametrize("brought", [False, True], ids=["fresh", "brought"])
+def test_the_reference_is_the_model_as_loaded(folder, adapter, brought):
+    config = ModelConfig(path=adapter) if brought else ModelConfig(path=folder, lora=LoraSettings(rank=2))
+    model, adapted = load_adapted(config)
+    as_it_came = logits(model)
+    flags = trainable(adapted)
+    move(adapted)
+    moved = logits(model)
+    assert not torch.allclose(moved, as_it_came, atol=0.1)
+
+    with as_loaded(adapted):
+        assert torch.equal(logits(model), as_it_came)
+    assert torch.equal(logits(model), moved)
+    assert trainable(adapted) == flags
+
+    with pytest.raises(KeyError), as_loaded(adapted):
+        raise KeyError
+    assert torch.equal(logits(model), moved)
+    assert trainable(adapted) == flags
+
+
+def test_a_brought_adapter_is_continued(adapter, folder):
+    model, adapted = load_adapted(ModelConfig(path=adapter))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+    assert_close(logits(model), logits(plain))
+    for name, learns in trainable(adapted).items():
+        assert learns == (".default." in name), name
+
+
+def test_the_base_of_an_adapter_is_named_from_the_root(adapter, tmp_path, monkeypatch):
+    """So that the adapter that is saved is found from any working folder."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "model"}))
+    for config in (ModelConfig(path="adapter"), ModelConfig(path="model", lora=LoraSettings(rank=2))):
+        _, adapted = load_adapted(config)
+        assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+
+
+def test_a_base_is_looked_for_beside_the_adapter_too(adapter, folder, tmp_path, monkeypatch):
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "../model"}))
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "deep")
+    model, _ = load_adapted(ModelConfig(path=adapter))
+    assert torch.equal(
+        model.get_input_embeddings().weight, load_model(ModelConfig(path=folder)).model.embed_tokens.weight
+    )
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapter):
+    assert load_tokenizer(ModelConfig(path=adapter))("t7 t8")["input_ids"] == [7, 8]
+
+
+def test_an_adapter_is_read_to_where_its_model_is(adapter, monkeypatch):
+    """Left to itself, peft reads by way of any accelerator of the machine, such as Apple's."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "meta")
+    model, _ = load_adapted(ModelConfig(path=adapter))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert logits(model).isfinite().all()
+
+
+def test_reference_and_adapter_learn_apart(adapter):
+    """A step of what learns leaves the snapshot bit for bit."""
+    model, adapted = load_adapted(ModelConfig(path=adapter))
+    snapshot = {name: p.clone() for name, p in adapted.named_parameters() if ".reference." in name}
+    model(input_ids=IDS).logits.sum().backward()
+    assert {name for name, p in adapted.named_parameters() if p.grad is not None} == {
+        name for name in trainable(adapted) if ".default." in name
+    }
+    move(adapted)
+    assert all(torch.equal(adapted.get_parameter(name), p) for name, p in snapshot.items())
