@@ -48,16 +48,6 @@ def trainable(adapted):
     return {name: p.requires_grad for name, p in adapted.named_parameters()}
 
 
-@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}])
-def test_adapter_settings_are_checked(settings):
-    with pytest.raises(ValueError, match=rf"model\.lora\.{next(iter(settings))} \(0\)"):
-        LoraSettings(**settings)
-
-
-def test_all_linear_is_another_name_for_none():
-    assert LoraSettings(targets="all-linear") == LoraSettings(targets=("all-linear",)) == LoraSettings()
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
