@@ -34,14 +34,16 @@ from common import MIB, Samples, compare, memory, reset_memory, store, take_turn
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from llmrl.data.preferences import EncodedPair, PairSource, PreferenceDataConfig, load_preference_rows
+from llmrl.data.config import PreferenceDataConfig
+from llmrl.data.preferences import EncodedPair, PairSource, load_preference_rows
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.device import pick_device, prepare_device
 from llmrl.models.config import ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
-from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+from llmrl.trainers.config import RewardModelConfig
+from llmrl.trainers.reward_model import RewardModelTrainer
 from llmrl.wiring.reward_model import LoadedRewardModel, load_trained_reward_model
 
 TRAINERS = ("llmrl", "trl")

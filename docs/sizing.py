@@ -7,18 +7,15 @@ from pathlib import Path
 
 from transformers import LlamaConfig, Qwen2Config
 
-from llmrl.algorithms.grpo import GRPOConfig
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.config import GRPORun, PPORun
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PromptDataConfig
 from llmrl.distributed.config import DistributedConfig
-from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.models.critic import CriticConfig
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.sizing import Estimate, ModelShape, Strategy, estimate_memory, shape_of
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RLRunConfig
+from llmrl.trainers.config import RLRunConfig, UpdateConfig
 
 GUIDE = Path(__file__).with_name("sizing.md")
 GIB = 2**30

@@ -202,7 +202,8 @@ def score(
     """Scores responses by a reward model."""
     names = {"data.prompt_column": "--prompt-column", "data.response_column": "--response-column", "data.path": "FILE"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
-        from llmrl.data.supervised import SupervisedDataConfig, load_supervised_rows
+        from llmrl.data.config import SupervisedDataConfig
+        from llmrl.data.supervised import load_supervised_rows
         from llmrl.distributed.device import prepare_device
         from llmrl.rewards.config import LearnedRewardConfig
         from llmrl.wiring import check_scorer, score_rows

@@ -3,24 +3,23 @@
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from llmrl.algorithms.grpo import GRPOConfig
-from llmrl.algorithms.ppo import PPOConfig
-from llmrl.data.preferences import PreferenceDataConfig
-from llmrl.data.prompts import PromptDataConfig
-from llmrl.data.rows import DataConfig
-from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
 from llmrl.distributed.config import DistributedConfig
-from llmrl.models.config import ModelConfig
-from llmrl.models.critic import CriticConfig
+from llmrl.models.config import CriticConfig, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import RewardConfig
 from llmrl.rollout.config import RolloutConfig
-from llmrl.trainers.evaluate import EvaluationConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RLRunConfig, RunConfig
-from llmrl.trainers.sft import SFTConfig
+from llmrl.trainers.config import (
+    EvaluationConfig,
+    OutputConfig,
+    RewardModelConfig,
+    RLRunConfig,
+    RunConfig,
+    SFTConfig,
+    UpdateConfig,
+)
 
 DEFAULT_MINIBATCH_SIZE = 128
 

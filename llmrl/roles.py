@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmrl.batches import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences
-from llmrl.functional.losses import Aggregation
+from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics
 

@@ -1,6 +1,8 @@
 """What a recipe may say where two of its parts meet, and that every setting explains itself."""
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -8,25 +10,31 @@ from typing import Any
 
 import pytest
 
-from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.algorithms.ppo import PPO, PPOConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.grpo import GRPO
+from llmrl.algorithms.ppo import PPO
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.data.preferences import PreferenceDataConfig
-from llmrl.data.prompts import PromptDataConfig
-from llmrl.data.supervised import SupervisedDataConfig
-from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.models.critic import CriticConfig
+from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.settings import SettingError, describe, read_recipe
-from llmrl.trainers.evaluate import EvaluationConfig, Evaluator
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
+from llmrl.trainers.config import (
+    EvaluationConfig,
+    OutputConfig,
+    RewardModelConfig,
+    RLRunConfig,
+    RunConfig,
+    SFTConfig,
+    UpdateConfig,
+)
+from llmrl.trainers.evaluate import Evaluator
+from llmrl.trainers.reward_model import RewardModelTrainer
 from llmrl.trainers.rl import RLTrainer
-from llmrl.trainers.run import OutputConfig, RLRunConfig, Run, RunConfig
-from llmrl.trainers.sft import SFTConfig, SFTTrainer
+from llmrl.trainers.run import Run
+from llmrl.trainers.sft import SFTTrainer
 
 RUNS = (SFTRun, RewardModelRun, GRPORun, PPORun)
 LEARNED = RewardConfig(model=LearnedRewardConfig(path="rm"))
@@ -420,3 +428,13 @@ def test_a_recipe_is_refused_in_the_same_words(tmp_path: Path, override: str, me
     with pytest.raises(SettingError) as raised:
         read_recipe(SFTRun, recipe, [override])
     assert message in str(raised.value)
+
+
+def test_the_settings_import_no_heavy_library():
+    """So that --help and a list of settings are there at once."""
+    program = "import sys, llmrl.config; print(*{name.partition('.')[0] for name in sys.modules})"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "numpy", "jaxtyping", "pydantic", "omegaconf"}
+    assert not heavy & set(imported)

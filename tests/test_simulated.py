@@ -11,26 +11,25 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from llmrl.algorithms.grpo import GRPOConfig
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.batches import Experience
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.data.preferences import PreferenceDataConfig
-from llmrl.data.prompts import PromptDataConfig
-from llmrl.data.supervised import SupervisedDataConfig
-from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.models.critic import CriticConfig
+from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
-from llmrl.trainers.evaluate import EvaluationConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RLRunConfig
-from llmrl.trainers.sft import SFTConfig
+from llmrl.trainers.config import (
+    EvaluationConfig,
+    OutputConfig,
+    RewardModelConfig,
+    RLRunConfig,
+    SFTConfig,
+    UpdateConfig,
+)
 from llmrl.wiring import (
     build_grpo,
     build_ppo,

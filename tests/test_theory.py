@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmrl.algorithms.grpo import GRPO, GRPOConfig
+from llmrl.algorithms.config import GRPOConfig
+from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Prompts, Scores
 from llmrl.distributed.collectives import OneProcess
 from llmrl.models.heads import choose_head
@@ -20,7 +21,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.rollout.native import NativeEngine
-from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
 
 NUM_ACTIONS = 6

@@ -10,8 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.files import DataError
-from llmrl.data.preferences import PreferenceDataConfig, load_preference_rows, read_preferences
+from llmrl.data.preferences import load_preference_rows, read_preferences
 
 
 def prompts_of(config: PreferenceDataConfig) -> list[str]:

@@ -12,91 +12,23 @@ shares that advantage. No critic. Everything that tells GRPO, Dr. GRPO, RLOO, DA
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llmrl.algorithms.config import GRPOConfig
 from llmrl.batches import GRPOExperience, Rollout, Scores
 from llmrl.functional.advantages import group_relative, leave_one_out
+from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.kl import estimate_kl
-from llmrl.functional.losses import Aggregation, clipped_policy_loss, importance_ratio, sequence_log_ratio
+from llmrl.functional.losses import clipped_policy_loss, importance_ratio, sequence_log_ratio
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Mean, Statistic, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
-    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its kin: see the table at the top of this file."""
-
-    group_size: int = 8
-    """Responses per prompt, G."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO)."""
-    scale: Literal["std", "none"] = "std"
-    """Divides advantages by the standard deviation of the group's scores, or leaves them as they are (Dr. GRPO)."""
-    aggregation: Aggregation = "token"
-    """How token losses become one number: each token counts the same, each response does, or a constant divides
-    (Dr. GRPO)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or the geometric mean over the response at every token (GSPO)."""
-    clip_low: float = 0.2
-    """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = None
-    """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
-    kl_coef: float = 0.0
-    """Weight of the KL to the reference in the loss. 0 keeps no reference model, and then no kl/* is measured, unless
-    model.lora is set, where a reference takes no memory."""
-    kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
-    """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
-    alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
-    overlong_buffer_tokens: int = 0
-    """DAPO: responses in the last so many tokens before the length limit lose up to 1 point; 0 for no penalty."""
-    max_redraws: int = 0
-    """DAPO: groups of equal scores teach nothing and are replaced by groups of new prompts, at most so many times in an
-    iteration; 0 keeps them."""
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"algorithm.group_size ({self.group_size}) must be at least 2: a response is compared with its siblings"
-            )
-        if not 0 < self.clip_low <= 1:
-            raise ValueError(f"algorithm.clip_low ({self.clip_low}) must be greater than 0 and at most 1")
-        if self.clip_high <= 0:
-            raise ValueError(f"algorithm.clip_high ({self.clip_high}) must be greater than 0")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be greater than 1, or null for no bound")
-        if self.kl_coef < 0:
-            raise ValueError(f"algorithm.kl_coef ({self.kl_coef}) must be 0 or greater")
-        if self.overlong_buffer_tokens < 0:
-            raise ValueError(f"algorithm.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must be 0 or greater")
-        if self.max_redraws < 0:
-            raise ValueError(f"algorithm.max_redraws ({self.max_redraws}) must be 0 or greater")
-        if self.baseline == "leave_one_out" and self.scale == "std":
-            raise ValueError(
-                "algorithm.baseline leave_one_out goes with algorithm.scale none: RLOO does not divide by the spread"
-            )
-        if self.ratio == "sequence" and self.aggregation != "sequence":
-            raise ValueError(
-                "algorithm.ratio sequence goes with algorithm.aggregation sequence: GSPO averages over responses"
-            )
-
-    def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant."""
-        if self.kl_coef > 0 and self.scale == "std":
-            return [
-                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, "
-                "so kl_coef has no fixed meaning; algorithm.scale none gives it one"
-            ]
-        return []
 
 
 class GRPO:

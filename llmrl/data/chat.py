@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Sequences
+from llmrl.data.config import DataConfig
 from llmrl.data.files import SURROGATE, kind
-from llmrl.data.rows import DataConfig, DataError, check_rows
+from llmrl.data.rows import DataError, check_rows
 from llmrl.messages import in_one_line
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -40,49 +40,15 @@ from llmrl.data.chat import (
     text_problem,
     uses_chat,
 )
+from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.files import Rows, kind
-from llmrl.data.rows import (
-    DataConfig,
-    DataError,
-    column_names,
-    load_config_rows,
-    missing_column,
-    places_of,
-    usable_rows,
-)
+from llmrl.data.rows import DataError, column_names, load_config_rows, missing_column, places_of, usable_rows
 from llmrl.data.seam import common_length, notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """The beginning of a turn in a transcript."""
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceDataConfig(DataConfig):
-    """Rows of preference pairs. Without the prompt column both sides begin with the prompt."""
-
-    chosen_column: str = "chosen"
-    """Column of the side that was preferred: a text, or messages."""
-    rejected_column: str = "rejected"
-    """Column of the other side, in the same form."""
-    margin_column: str = "margin"
-    """Column of how much better the chosen side is, 0 or greater; it may be missing."""
-    source_column: str = "source"
-    """Column of where a pair comes from, a text that the report card groups by; it may be missing."""
-    max_tokens: int = 1024
-    """Tokens of the prompt and the longer response together."""
-    truncate: bool = False
-    """Cuts the responses of longer pairs, which then end without EOS; otherwise such pairs are dropped and counted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chosen_column == self.rejected_column:
-            raise ValueError(
-                f"data.chosen_column and data.rejected_column ({self.chosen_column}) must be two different columns"
-            )
-        if self.max_tokens < 2:
-            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,31 +1,18 @@
 """Prompts for the rollout: rows that hold a text or messages, encoded once and dealt in shuffled epochs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Prompts, Row
 from llmrl.data.chat import padded, prompt_ids, prompt_problem
+from llmrl.data.config import PromptDataConfig
 from llmrl.data.files import Rows
-from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
+from llmrl.data.rows import DataError, load_config_rows, missing_column, places_of, usable_rows
 from llmrl.data.seam import rows_in_template
 from llmrl.data.source import ShuffledSource
 
 EncodedPrompt = tuple[Row, list[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptDataConfig(DataConfig):
-    """Rows of prompts."""
-
-    max_prompt_tokens: int = 512
-    """Longer prompts are dropped and counted, never truncated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_prompt_tokens < 1:
-            raise ValueError(f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be at least 1")
 
 
 def load_prompt_rows(config: PromptDataConfig) -> Rows:

@@ -1,16 +1,15 @@
 """Data rows: plain mappings, read from a local file or from the hub and checked before any model loads."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from llmrl.batches import Row
-from llmrl.data.files import SUFFIXES, SURROGATE, DataError, FileRow, Rows, listed, read_file
+from llmrl.data.config import DataConfig
+from llmrl.data.files import SUFFIXES, DataError, FileRow, Rows, listed, read_file
 from llmrl.hub import ask_for_dataset, is_local
 from llmrl.messages import counted, in_one_line
-from llmrl.paths import UserPath
 
 MAX_LISTED = 20
 """Reasons that the refusal of bad rows lists."""
@@ -19,46 +18,6 @@ MAX_REASONS = 3
 SKIP = "set data.skip_bad_rows=true to drop and count them"
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which rows to read, and how they become prompts."""
-
-    path: UserPath
-    """A .jsonl, .json, .csv (each also with .gz) or .parquet file, or a data set on the hub such as openai/gsm8k."""
-    subset: str | None = None
-    """Configuration of a data set on the hub."""
-    split: str = "train"
-    """Split of a data set on the hub; a file has no splits."""
-    prompt_column: str = "prompt"
-    """Column of the prompt: a text, or a list of messages with "role" and "content"."""
-    system_prompt: str | None = None
-    """System message put before the prompts that do not bring one. Needs a chat template."""
-    template: Literal["auto", "chat", "none"] = "auto"
-    """How a text becomes tokens: "chat" makes it the user's message in the tokenizer's chat template, "none" takes it
-    as it is, "auto" is "chat" for a tokenizer that has a chat template and "none" for any other."""
-    num_rows: int | None = None
-    """Uses the first so many rows only."""
-    skip_bad_rows: bool = False
-    """Drops and counts the rows that cannot be used; otherwise one of them refuses the file."""
-    rename_columns: dict[str, str | None] = field(default_factory=dict)
-    """New names of columns, as in {question: prompt}; null leaves a column out."""
-    made_by: str | None = None
-    """Command that makes the file; named when the file is missing."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError('data.path ("") must name a file or a data set on the hub')
-        if self.num_rows is not None and self.num_rows < 1:
-            raise ValueError(f"data.num_rows ({self.num_rows}) must be at least 1; leave it out to use every row")
-        if self.system_prompt is not None and SURROGATE.search(self.system_prompt):
-            raise ValueError(f"data.system_prompt ({self.system_prompt!r}) is no Unicode text; write it as UTF-8")
-        if self.template == "none" and self.system_prompt is not None:
-            raise ValueError(
-                'data.system_prompt needs a chat template, but data.template is "none"; '
-                'set data.template to "chat" or put the system prompt into the prompts'
-            )
 
 
 def is_file(path: str) -> bool:

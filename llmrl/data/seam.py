@@ -22,8 +22,9 @@ from llmrl.data.chat import (
     uses_chat,
     without_opening,
 )
+from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
-from llmrl.data.rows import DataConfig, usable_rows
+from llmrl.data.rows import usable_rows
 
 MAX_COMPARED = 100
 """Examples whose seam is compared: what a template does shows in the first ones."""

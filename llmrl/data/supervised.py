@@ -1,34 +1,19 @@
 """Supervised examples: prompts with the responses to imitate, encoded once and dealt in shuffled epochs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Row, Sequences
 from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, response_ids
+from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.files import Rows, kind
-from llmrl.data.rows import DataConfig, DataError, load_config_rows, missing_column, places_of, usable_rows
+from llmrl.data.rows import DataError, load_config_rows, missing_column, places_of, usable_rows
 from llmrl.data.seam import notes_on_seams, rows_in_template
 from llmrl.data.source import ShuffledSource
 
 EncodedExample = tuple[list[int], list[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedDataConfig(DataConfig):
-    """Rows of prompts and responses. A prompt of messages that ends with the assistant's brings its own response."""
-
-    response_column: str = "response"
-    """Column of the response, a text."""
-    max_tokens: int = 1024
-    """Longer examples, prompt and response together, are dropped and counted, never truncated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens < 2:
-            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
 
 
 def load_supervised_rows(config: SupervisedDataConfig) -> Rows:

@@ -6,18 +6,16 @@ there is selected away before it is used. Each loss returns ``(loss, metrics)``;
 that can be pooled.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.kl import estimate_kl
 from llmrl.functional.masking import check_shapes, masked_sum
 from llmrl.functional.statistics import Maximum, Mean, Statistic
 
-Aggregation = Literal["token", "sequence", "constant"]
 Count = Tensor | float | int
 
 

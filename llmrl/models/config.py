@@ -1,13 +1,10 @@
-"""Which model, in which arithmetic, and whether whole or by adapters."""
+"""Settings of models: which one, in which arithmetic, whole or by adapters; and the critic's network."""
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from llmrl.paths import UserPath
-
-if TYPE_CHECKING:
-    pass
-
 
 HeadInit = Literal["zero", "normal"]
 
@@ -52,3 +49,36 @@ class ModelConfig:
     """Allows a model folder to bring and run its own Python code."""
     made_by: str | None = None
     """The command that makes the folder, told to whoever misses it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The network that predicts rewards still to come."""
+
+    network: Literal["own", "adapter", "shared"] = "own"
+    """own: a network of its own, every weight trained. adapter: with model.lora, an adapter of its own on the actor's
+    frozen base, which stands in memory once. shared: a head on the actor's own trunk, trained by both losses' sum."""
+    body: Literal["actor", "reward_model"] = "actor"
+    """What a network of its own begins as: the actor, or the reward model, without their heads."""
+    head_init: Literal["zero", "normal"] = "zero"
+    """The new head: zeros, or normal with variance 1 / (hidden size + 1)."""
+    warmup_iterations: int = 0
+    """Iterations at the start in which the critic learns alone; not for a shared trunk."""
+    value_coef: float = 0.5
+    """Weight of the critic's loss beside the actor's, where they share a trunk; read by nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_iterations < 0:
+            raise ValueError(f"critic.warmup_iterations ({self.warmup_iterations}) must be 0 or greater")
+        if not 0 < self.value_coef < math.inf:
+            raise ValueError(f"critic.value_coef ({self.value_coef}) must be greater than 0")
+        if self.network == "shared" and self.warmup_iterations:
+            raise ValueError(
+                f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "
+                "critic.network shared is the actor's trunk; set it to 0, or choose critic.network own or adapter"
+            )
+        if self.network != "own" and self.body == "reward_model":
+            raise ValueError(
+                f"critic.body reward_model goes with critic.network own; critic.network {self.network} is on the "
+                "actor's weights; set critic.body to actor, or critic.network to own"
+            )

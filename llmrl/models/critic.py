@@ -7,9 +7,7 @@ networks better. The shared trunk is there for its memory: one model, one forwar
 The head begins at zero, so that every value is 0 before the critic has learned anything, and computes in float32.
 """
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -23,39 +21,6 @@ from llmrl.roles import Policy, ValueFunction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriticConfig:
-    """The network that predicts rewards still to come."""
-
-    network: Literal["own", "adapter", "shared"] = "own"
-    """own: a network of its own, every weight trained. adapter: with model.lora, an adapter of its own on the actor's
-    frozen base, which stands in memory once. shared: a head on the actor's own trunk, trained by both losses' sum."""
-    body: Literal["actor", "reward_model"] = "actor"
-    """What a network of its own begins as: the actor, or the reward model, without their heads."""
-    head_init: Literal["zero", "normal"] = "zero"
-    """The new head: zeros, or normal with variance 1 / (hidden size + 1)."""
-    warmup_iterations: int = 0
-    """Iterations at the start in which the critic learns alone; not for a shared trunk."""
-    value_coef: float = 0.5
-    """Weight of the critic's loss beside the actor's, where they share a trunk; read by nothing else."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_iterations < 0:
-            raise ValueError(f"critic.warmup_iterations ({self.warmup_iterations}) must be 0 or greater")
-        if not 0 < self.value_coef < math.inf:
-            raise ValueError(f"critic.value_coef ({self.value_coef}) must be greater than 0")
-        if self.network == "shared" and self.warmup_iterations:
-            raise ValueError(
-                f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "
-                "critic.network shared is the actor's trunk; set it to 0, or choose critic.network own or adapter"
-            )
-        if self.network != "own" and self.body == "reward_model":
-            raise ValueError(
-                f"critic.body reward_model goes with critic.network own; critic.network {self.network} is on the "
-                "actor's weights; set critic.body to actor, or critic.network to own"
-            )
 
 
 class ValueHead(nn.Linear):

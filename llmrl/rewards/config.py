@@ -1,4 +1,4 @@
-"""Settings of rewards that are functions."""
+"""Settings of rewards: functions and a reward model."""
 
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Accuracy and pass@k on held-out prompts, with confidence intervals."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -10,40 +8,7 @@ from llmrl.batches import Prompts, Scores
 from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How held-out prompts are answered, and what counts as correct."""
-
-    every: int | None = None
-    """Iterations between evaluations during training; before the first and after the last too. null for these two only,
-    where `evaluation_data` is named; 0 for none."""
-    num_responses: int = 1
-    """Responses per prompt: 1 takes the greedy one, more are sampled."""
-    temperature: float = 1.0
-    """Sampling temperature where responses are sampled."""
-    pass_at: tuple[int, ...] = ()
-    """Every k for which pass@k is estimated: the share of prompts that k sampled responses would solve."""
-    correct_above: float = 0.5
-    """A response is correct if it gets more than this, weights left aside: from the first reward function, or, where
-    there is none, from the reward model, whose normalized scores have mean 0 and standard deviation 1."""
-
-    def __post_init__(self) -> None:
-        if self.every is not None and self.every < 0:
-            raise ValueError(f"evaluation.every ({self.every}) must be 0 or greater")
-        if self.num_responses < 1:
-            raise ValueError(f"evaluation.num_responses ({self.num_responses}) must be at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"evaluation.temperature ({self.temperature}) must be a finite number greater than 0; "
-                "evaluation.num_responses 1 takes the likeliest token"
-            )
-        for k in self.pass_at:
-            if not 1 <= k <= self.num_responses:
-                raise ValueError(
-                    f"evaluation.pass_at ({k}) must be between 1 and evaluation.num_responses ({self.num_responses})"
-                )
+from llmrl.trainers.config import EvaluationConfig
 
 
 class Evaluator:

@@ -1,7 +1,6 @@
 """One optimizer step, shared by every trainer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
@@ -11,24 +10,6 @@ from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, Progress, Trainable
 
 Part = TypeVar("Part")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateConfig:
-    """How an experience is cut up for the optimizer."""
-
-    num_epochs: int = 1
-    """Passes over each experience."""
-    minibatch_size: int | None = None
-    """Responses per optimizer step, over all ranks; a multiple of the group size. null for the one nearest to
-    128 that divides a rollout."""
-    microbatch_tokens: int = 8192
-    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"update.{name} ({value}) must be at least 1")
 
 
 def optimizer_step(

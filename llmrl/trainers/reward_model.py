@@ -1,10 +1,7 @@
 """Training of reward models on pairs of responses, by the optimizer step of every trainer."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,40 +13,9 @@ from llmrl.functional.statistics import Mean, Statistic, Total
 from llmrl.metrics import Metrics
 from llmrl.microbatches import parts_of_rank
 from llmrl.roles import Collectives, PairSource, Progress, Scorer, Trainable
+from llmrl.trainers.config import RewardModelConfig
 from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelConfig:
-    """How pairs are cut up for the optimizer, and what is learned from them. An iteration is one optimizer step."""
-
-    num_epochs: int = 1
-    """Passes over the pairs; a reward model learns them by heart in the second."""
-    batch_size: int = 32
-    """Pairs per optimizer step, over all ranks."""
-    microbatch_tokens: int = 8192
-    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
-    head_init: Literal["zero", "normal"] = "normal"
-    """A new head: zeros, or normal with variance 1 / (hidden size + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
-    use_margin: bool = True
-    """Asks for the margin that a pair brings (Touvron et al. 2023, arXiv:2307.09288); a pair without one asks for 0."""
-    center_coef: float = 0.0
-    """Pulls the sum of a pair's scores to 0 (Eisenstein et al. 2023, arXiv:2312.09244); 0.01 is usual; 0 for none."""
-    evaluate_every: int | None = None
-    """Iterations between evaluations on `evaluation_data`; before the first and after the last too. null for these two
-    only; 0 for none."""
-    num_reference_pairs: int = 512
-    """Scores have mean 0 and standard deviation 1 on both responses of so many pairs, spread over the data."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "microbatch_tokens", "num_reference_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"reward_model.{name} ({getattr(self, name)}) must be at least 1")
-        if self.evaluate_every is not None and self.evaluate_every < 0:
-            raise ValueError(f"reward_model.evaluate_every ({self.evaluate_every}) must be 0 or greater")
-        if not 0 <= self.center_coef < math.inf:
-            raise ValueError(f"reward_model.center_coef ({self.center_coef}) must be 0 or greater")
 
 
 class RewardModelTrainer(Resumable):

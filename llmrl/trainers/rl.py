@@ -33,7 +33,8 @@ from llmrl.roles import (
     Sampling,
     Trainable,
 )
-from llmrl.trainers.optimize import UpdateConfig, optimizer_step
+from llmrl.trainers.config import UpdateConfig
+from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
 
 FIRST_ONLY = "policy/ratio_max_deviation"

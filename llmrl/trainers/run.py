@@ -18,18 +18,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llmrl.files import WriteError, read_object, write_atomically, writing
 from llmrl.messages import counted, format_evaluation
-from llmrl.paths import UserPath
 from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from llmrl.trainers.config import OutputConfig, RunConfig
 from llmrl.trainers.output import RunError, check_folder, is_run, keep_iterations
 
 VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "safetensors")
@@ -57,68 +56,6 @@ class MetricsSink(Protocol):
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         """The metrics of an iteration; passed over where it has them already."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What a run leaves."""
-
-    output_dir: UserPath
-    """Folder of everything that the run leaves."""
-    seed: int = 0
-    """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
-    resume: bool = False
-    """Continues from the newest checkpoint in the folder, or starts where there is none."""
-    checkpoint_every: int = 50
-    """Iterations between checkpoints; 0 for one at the end only."""
-    keep_checkpoints: int = 1
-    """Newest checkpoints that are kept."""
-    best_metric: str | None = None
-    """The model with the best value of this metric is kept in best/; null keeps none."""
-    best_mode: Literal["max", "min"] = "max"
-    """Which direction of `best_metric` is better."""
-    deterministic: bool = False
-    """Makes a GPU compute the same bits each time, which it otherwise does not; slower. A CPU always does."""
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("run.output_dir is empty; name a folder")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"run.seed ({self.seed}) must be at least 0 and less than 2**32")
-        for name, least in (("checkpoint_every", 0), ("keep_checkpoints", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least {least}")
-
-    @property
-    def folder(self) -> Path:
-        """The output folder, as it stands now: a reward function may change the working directory later."""
-        return Path(self.output_dir).absolute()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(OutputConfig):
-    """How long a run is, and what it leaves."""
-
-    num_iterations: int
-    """Iterations in all, those before a resume included."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_iterations < 1:
-            raise ValueError(f"run.num_iterations ({self.num_iterations}) must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLRunConfig(RunConfig):
-    """What a run of reinforcement learning leaves beside that."""
-
-    samples_per_iteration: int = 4
-    """Responses of an iteration that are written to samples.jsonl."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples_per_iteration < 0:
-            raise ValueError(f"run.samples_per_iteration ({self.samples_per_iteration}) must be at least 0")
 
 
 def check_output(config: OutputConfig, inputs: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,28 +13,9 @@ from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.microbatches import parts_of_rank
 from llmrl.roles import Collectives, ExampleSource, Policy, Progress, Trainable
+from llmrl.trainers.config import SFTConfig
 from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """How examples are cut up for the optimizer. An iteration is one optimizer step."""
-
-    batch_size: int = 32
-    """Examples per optimizer step, over all ranks."""
-    microbatch_tokens: int = 8192
-    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
-    evaluate_every: int | None = None
-    """Iterations between evaluations of the loss on `evaluation_data`; before the first and after the last too. null
-    for these two only, where `evaluation_data` is named; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "microbatch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name} ({getattr(self, name)}) must be at least 1")
-        if self.evaluate_every is not None and self.evaluate_every < 0:
-            raise ValueError(f"sft.evaluate_every ({self.evaluate_every}) must be 0 or greater")
 
 
 class SFTTrainer(Resumable):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
 from llmrl.data.preferences import fit_preference_rows, load_preference_rows
 from llmrl.data.prompts import fit_prompt_rows, load_prompt_rows
 from llmrl.data.rerender import same_ids
-from llmrl.data.rows import DataConfig, column_names, usable_rows
+from llmrl.data.rows import column_names, usable_rows
 from llmrl.data.supervised import fit_supervised_rows, load_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, read_launch
 from llmrl.models.checking import check_model, check_reward_model

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.batches import Prompts
-from llmrl.data.prompts import PromptDataConfig, encode_prompts
+from llmrl.data.config import PromptDataConfig
+from llmrl.data.prompts import encode_prompts
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import read_launch
 from llmrl.functional.streams import Purpose

@@ -9,7 +9,8 @@ import torch
 
 from llmrl.batches import PreferencePairs, Sequences
 from llmrl.config import RewardModelRun
-from llmrl.data.preferences import PairSource, PreferenceDataConfig
+from llmrl.data.config import PreferenceDataConfig
+from llmrl.data.preferences import PairSource
 from llmrl.data.rows import DataError
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import loading_device, pick_device
@@ -28,8 +29,9 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress, Scorer
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
-from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
-from llmrl.trainers.run import Run, RunConfig
+from llmrl.trainers.config import RewardModelConfig, RunConfig
+from llmrl.trainers.reward_model import RewardModelTrainer
+from llmrl.trainers.run import Run
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
 from llmrl.wiring.saving import Saver

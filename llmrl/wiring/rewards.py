@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from llmrl.batches import Rollout, Row, Sequences
 from llmrl.data.chat import as_sequences, uses_chat
+from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.preferences import split_open_transcript
-from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names, places_of
-from llmrl.data.supervised import EncodedExample, SupervisedDataConfig, encode_examples
+from llmrl.data.supervised import EncodedExample, encode_examples
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_reward, shared_scorer

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from llmrl.data.rows import DataConfig, is_file
+from llmrl.data.config import DataConfig
+from llmrl.data.rows import is_file
 from llmrl.roles import Progress
 
 C = TypeVar("C", bound=DataConfig)

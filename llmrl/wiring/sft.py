@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from llmrl.batches import Row, Sequences
 from llmrl.config import SFTRun
-from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource
+from llmrl.data.config import SupervisedDataConfig
+from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import pick_device
 from llmrl.distributed.sharing import shared_policy

@@ -16,7 +16,7 @@ from llmrl.batches import Prompts, Rollout, Scores, Sequences
 from llmrl.distributed.collectives import OneProcess
 from llmrl.functional.streams import uniforms
 from llmrl.reports.progress import Silent
-from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
 
 END = 0

@@ -12,18 +12,16 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun
-from llmrl.data.prompts import PromptDataConfig
-from llmrl.models.config import ModelConfig
-from llmrl.models.critic import CriticConfig
+from llmrl.data.config import PromptDataConfig
+from llmrl.models.config import CriticConfig, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RLRunConfig
+from llmrl.trainers.config import RLRunConfig, UpdateConfig
 from llmrl.wiring import build_ppo, check_rl
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from typing import Literal
 import pytest
 import torch
 
-from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.grpo import GRPO
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 

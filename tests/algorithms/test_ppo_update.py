@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import PPOConfig
 from llmrl.batches import Scores
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable

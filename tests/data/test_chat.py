@@ -3,7 +3,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import padded, prompt_ids, prompt_problem, response_ids
-from llmrl.data.rows import DataConfig, DataError
+from llmrl.data.config import DataConfig
+from llmrl.data.rows import DataError
 from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 USER = {"role": "user", "content": "hi"}

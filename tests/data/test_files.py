@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llmrl.data.config import DataConfig
 from llmrl.data.files import DataError, FileRow, read_file
-from llmrl.data.rows import DataConfig, load_config_rows
+from llmrl.data.rows import load_config_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

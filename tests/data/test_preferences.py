@@ -7,17 +7,17 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.batches import PreferencePairs, Sequences
 from llmrl.data import preferences
+from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.data.preferences import (
     PairCounts,
     PairSource,
-    PreferenceDataConfig,
     check_preference_rows,
     encode_pairs,
     fit_preference_rows,
     load_preference_rows,
     read_preferences,
 )
-from llmrl.data.prompts import PromptDataConfig, encode_prompts
+from llmrl.data.prompts import encode_prompts
 from llmrl.data.rows import DataError
 from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
@@ -551,18 +551,6 @@ def test_load_lists_the_first_twenty_lines(tmp_path: Path):
     rule = "must be a number that is 0 or greater"
     assert lines[:-2] == [f"  line {n + 1}: 'margin' ({-n}) {rule}" for n in range(1, 21)]
     assert lines[-2:] == ["  and 5 more", "set data.skip_bad_rows=true to drop and count them"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_tokens": 1}, r"data\.max_tokens \(1\) must be at least 2"),
-        ({"chosen_column": "x", "rejected_column": "x"}, r"data\.rejected_column \(x\) must be two different columns"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        config(**settings)
 
 
 # --- real data --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.prompts import PromptDataConfig, PromptSource, check_prompt_rows, encode_prompts, load_prompt_rows
+from llmrl.data.config import PromptDataConfig
+from llmrl.data.prompts import PromptSource, check_prompt_rows, encode_prompts, load_prompt_rows
 from llmrl.data.rows import SKIP, DataError
 from tests.data.conftest import BOS, spell
 
@@ -106,10 +107,3 @@ def test_load_checks_the_rows_that_are_used(tmp_path: Path):
     assert load_prompt_rows(PromptDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a"}]
     with pytest.raises(DataError, match="line 2: 'prompt' is an empty text"):
         load_prompt_rows(PromptDataConfig(path=str(path)))
-
-
-def test_settings_that_cannot_be():
-    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens \(0\) must be at least 1"):
-        config(max_prompt_tokens=0)
-    with pytest.raises(ValueError, match=r"data\.num_rows \(-1\)"):
-        config(num_rows=-1)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmrl.data.preferences import PreferenceDataConfig, load_preference_rows, read_preferences
+from llmrl.data.config import PreferenceDataConfig
+from llmrl.data.preferences import load_preference_rows, read_preferences
 from llmrl.rewards.loading import load_function
 
 ROOT = Path(__file__).parents[2]

@@ -6,17 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from llmrl.data.rows import (
-    SKIP,
-    DataConfig,
-    DataError,
-    check_rows,
-    column_names,
-    is_file,
-    load_config_rows,
-    places_of,
-    usable_rows,
-)
+from llmrl.data.config import DataConfig
+from llmrl.data.rows import SKIP, DataError, check_rows, column_names, is_file, load_config_rows, places_of, usable_rows
 
 LINES = [f"line {n}" for n in range(1, 100)]
 ROWS = [
@@ -288,20 +279,6 @@ def test_first_rows_only(tmp_path: Path):
     path = str(write_kind(tmp_path, "jsonl"))
     assert load_config_rows(DataConfig(path=path, num_rows=1)) == ROWS[:1]
     assert load_config_rows(DataConfig(path=path)) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"path": ""}, r"data\.path"),
-        ({"path": "a", "num_rows": 0}, r"data\.num_rows \(0\) must be at least 1; leave it out"),
-        ({"path": "a", "template": "none", "system_prompt": "x"}, r"data\.system_prompt needs a chat template"),
-        ({"path": "a", "system_prompt": "x \udcff"}, r"data\.system_prompt \('x \\udcff'\) is no Unicode text"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        DataConfig(**settings)
 
 
 def test_a_missing_file_names_its_nearest_sibling_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,10 +2,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import opening_of_response, prompt_ids, without_opening
-from llmrl.data.preferences import PreferenceDataConfig, encode_pairs, fit_preference_rows, read_preferences
-from llmrl.data.prompts import PromptDataConfig, fit_prompt_rows
+from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.data.preferences import encode_pairs, fit_preference_rows, read_preferences
+from llmrl.data.prompts import fit_prompt_rows
 from llmrl.data.rows import SKIP, DataError
-from llmrl.data.supervised import SupervisedDataConfig, encode_examples, fit_supervised_rows
+from llmrl.data.supervised import encode_examples, fit_supervised_rows
 from tests.data.conftest import CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 SYSTEM = {"role": "system", "content": "s"}

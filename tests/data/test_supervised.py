@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.prompts import PromptDataConfig, encode_prompts
+from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
+from llmrl.data.prompts import encode_prompts
 from llmrl.data.rows import DataError
-from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource, check_supervised_rows, load_supervised_rows
+from llmrl.data.supervised import SupervisedSource, check_supervised_rows, load_supervised_rows
 from tests.data.conftest import EOS, spell
 
 ROWS = [{"prompt": "a", "response": "xy"}, {"prompt": "bcd", "response": "z"}, {"prompt": "ef", "response": "uvwx"}]
@@ -111,8 +112,3 @@ def test_load_checks_the_rows(tmp_path: Path):
     assert load_supervised_rows(SupervisedDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a", "response": "b"}]
     with pytest.raises(DataError, match="line 2: no column 'response'"):
         load_supervised_rows(SupervisedDataConfig(path=str(path)))
-
-
-def test_settings_that_cannot_be():
-    with pytest.raises(ValueError, match=r"data\.max_tokens \(1\) must be at least 2"):
-        config(max_tokens=1)

@@ -1,8 +1,6 @@
-"""Settings of models."""
-
 import pytest
 
-from llmrl.models.config import LoraSettings
+from llmrl.models.config import CriticConfig, LoraSettings
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}])
@@ -13,3 +11,23 @@ def test_adapter_settings_are_checked(settings):
 
 def test_all_linear_is_another_name_for_none():
     assert LoraSettings(targets="all-linear") == LoraSettings(targets=("all-linear",)) == LoraSettings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"warmup_iterations": -1}, r"^critic\.warmup_iterations \(-1\) must be 0 or greater$"),
+        ({"value_coef": 0.0}, r"^critic\.value_coef \(0\.0\) must be greater than 0$"),
+        ({"value_coef": float("inf")}, r"^critic\.value_coef \(inf\) must be greater than 0$"),
+        (
+            {"network": "shared", "warmup_iterations": 3},
+            r"^critic\.warmup_iterations \(3\) needs a critic that can learn alone.*; set it to 0, or choose "
+            r"critic\.network own or adapter$",
+        ),
+        ({"network": "shared", "body": "reward_model"}, r"^critic\.body reward_model goes with critic\.network own"),
+        ({"network": "adapter", "body": "reward_model"}, r"^critic\.body reward_model goes with critic\.network own"),
+    ],
+)
+def test_settings_of_a_critic_that_make_no_sense_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        CriticConfig(**settings)

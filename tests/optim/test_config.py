@@ -1,5 +1,3 @@
-"""Settings of the optimizer that cannot be."""
-
 import math
 
 import pytest

@@ -15,7 +15,7 @@ from transformers import (
 
 from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PromptDataConfig
 from llmrl.distributed.collectives import OneProcess
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig

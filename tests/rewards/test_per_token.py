@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.algorithms.ppo import PPO, PPOConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.grpo import GRPO
+from llmrl.algorithms.ppo import PPO
 from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig

@@ -6,13 +6,13 @@ from unittest import mock
 import pytest
 
 from llmrl.config import PPORun, RewardModelRun
-from llmrl.data.preferences import PreferenceDataConfig
+from llmrl.data.config import PreferenceDataConfig
 from llmrl.models.config import ModelConfig
 from llmrl.sizing import describe_memory
 from llmrl.sizing.machine import Machine
 from llmrl.sizing.report import in_units
 from llmrl.sizing.shape import read_shape
-from llmrl.trainers.run import OutputConfig
+from llmrl.trainers.config import OutputConfig
 from tests.sizing.test_estimate import REWARD_MODEL, rl
 
 TINY = str(Path(__file__).parents[2] / "recipes" / "models" / "tiny_char_llama")

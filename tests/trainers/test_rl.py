@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llmrl.algorithms.grpo import GRPO, GRPOConfig
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Prompts, Scores
 from llmrl.distributed.collectives import OneProcess
 from llmrl.models.heads import choose_head
@@ -17,7 +17,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.rollout.native import NativeEngine
-from llmrl.trainers.optimize import UpdateConfig
+from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import FlatGroupsError, RLTrainer
 from tests.algorithms import tabular
 

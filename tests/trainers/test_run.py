@@ -20,8 +20,9 @@ from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.trainers.checkpoint import CheckpointError
+from llmrl.trainers.config import RunConfig
 from llmrl.trainers.output import keep_iterations
-from llmrl.trainers.run import RLRunConfig, Run, RunConfig, RunError, Stopped, check_output
+from llmrl.trainers.run import Run, RunError, Stopped, check_output
 
 Hooks = dict[tuple[int, str], Callable[[], object]]
 
@@ -904,32 +905,3 @@ def test_a_resumed_run_does_not_warn_again_before_its_end(bench: Bench):
     bench.said.messages.clear()
     bench.make(6, losses=losses, resume=True).train()
     assert len([text for text in bench.said.messages if "exploded: 94, 2 at the start" in text]) == 1
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("output_dir", "", r"run\.output_dir is empty; name a folder"),
-        ("seed", -1, r"run\.seed \(-1\) must be at least 0 and less than 2\*\*32"),
-        ("seed", 2**32, r"run\.seed \(4294967296\) must be at least 0 and less than 2\*\*32"),
-        ("num_iterations", 0, r"run\.num_iterations \(0\) must be at least 1"),
-        ("checkpoint_every", -1, r"run\.checkpoint_every \(-1\) must be at least 0"),
-        ("keep_checkpoints", 0, r"run\.keep_checkpoints \(0\) must be at least 1"),
-        ("samples_per_iteration", -1, r"run\.samples_per_iteration \(-1\) must be at least 0"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused(setting: str, value: Any, message: str):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        RLRunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [("seed", 0), ("seed", 2**32 - 1), ("num_iterations", 1), ("checkpoint_every", 0), ("samples_per_iteration", 0)],
-)
-def test_the_ends_of_the_ranges_are_allowed(setting: str, value: Any):
-    config = RLRunConfig(**({"output_dir": "runs/x", "num_iterations": 1} | {setting: value}))
-    assert getattr(config, setting) == value

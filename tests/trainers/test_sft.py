@@ -18,8 +18,9 @@ from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
-from llmrl.trainers.run import Run, RunConfig
-from llmrl.trainers.sft import SFTConfig, SFTTrainer
+from llmrl.trainers.config import RunConfig, SFTConfig
+from llmrl.trainers.run import Run
+from llmrl.trainers.sft import SFTTrainer
 
 VOCAB, EOS = 10, 9
 Example = tuple[list[int], list[int]]
@@ -305,19 +306,3 @@ def test_there_is_no_way_back_once_the_update_has_begun(monkeypatch: pytest.Monk
     with pytest.raises(MemoryError):
         trainer.iterate()
     assert not trainer.rewind()
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("batch_size", 0, r"sft\.batch_size \(0\) must be at least 1"),
-        ("microbatch_tokens", 0, r"sft\.microbatch_tokens \(0\) must be at least 1"),
-        ("evaluate_every", -1, r"sft\.evaluate_every \(-1\) must be 0 or greater"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused(setting: str, value: int, message: str):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        SFTConfig(**{setting: value})

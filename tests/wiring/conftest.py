@@ -7,14 +7,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmrl.config import GRPORun
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import ModelConfig
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.run import RLRunConfig
+from llmrl.trainers.config import RLRunConfig, UpdateConfig
 from llmrl.wiring import build_grpo, check_rl
 
 ROOT = Path(__file__).parents[2]

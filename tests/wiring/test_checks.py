@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from llmrl.config import SFTRun
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.rows import SKIP, DataError
-from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
-from llmrl.trainers.evaluate import EvaluationConfig
+from llmrl.trainers.config import EvaluationConfig
 from llmrl.trainers.run import RunError
 from llmrl.wiring import check_rl, check_sft
 

@@ -24,13 +24,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llmrl.algorithms.ppo import PPOConfig
+from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun, RewardModelRun
-from llmrl.data.preferences import PreferenceDataConfig
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.models.adapters import lora_config
-from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.models.critic import CriticConfig, SharedTrunk, TransformersValueFunction, ValueModule
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
+from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueModule
 from llmrl.models.loading import ModelError
 from llmrl.models.saving import save_policy
 from llmrl.optim.config import OptimizerConfig
@@ -38,10 +37,7 @@ from llmrl.reports.progress import Silent
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError
-from llmrl.trainers.evaluate import EvaluationConfig
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig, RLRunConfig
+from llmrl.trainers.config import EvaluationConfig, OutputConfig, RewardModelConfig, RLRunConfig, UpdateConfig
 from llmrl.wiring import (
     build_evaluator,
     build_ppo,

@@ -14,15 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llmrl.batches import Sequences
 from llmrl.config import PPORun
-from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.models.critic import CriticConfig
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.models.loading import ModelError
 from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
-from llmrl.trainers.optimize import UpdateConfig
-from llmrl.trainers.reward_model import RewardModelConfig
+from llmrl.trainers.config import RewardModelConfig, UpdateConfig
 from llmrl.wiring import load_scorer, load_trained_reward_model
 from llmrl.wiring.actors import load_actor
 from llmrl.wiring.critics import load_networks

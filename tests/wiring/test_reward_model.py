@@ -10,12 +10,11 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from llmrl.config import RewardModelRun
-from llmrl.data.preferences import PreferenceDataConfig
+from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.rows import DataError
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import ModelError
-from llmrl.trainers.reward_model import RewardModelConfig
-from llmrl.trainers.run import OutputConfig
+from llmrl.trainers.config import OutputConfig, RewardModelConfig
 from llmrl.wiring import build_reward_model, check_reward_run, load_trained_reward_model
 from llmrl.wiring import reward_model as under_test
 

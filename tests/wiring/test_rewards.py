@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.preferences import split_open_transcript
-from llmrl.data.prompts import PromptDataConfig
 from llmrl.data.rows import DataError
-from llmrl.data.supervised import SupervisedDataConfig
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.config import DistributedConfig
 from llmrl.models.loading import ModelError

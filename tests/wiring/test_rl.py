@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config
 
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.loading import ModelError
 from llmrl.reports.progress import Silent
@@ -17,7 +17,7 @@ from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
-from llmrl.trainers.evaluate import EvaluationConfig
+from llmrl.trainers.config import EvaluationConfig
 from llmrl.wiring import build_evaluator, build_grpo, check_rl
 
 from .conftest import TINY, build_run, roles_of

@@ -1,6 +1,6 @@
 import pytest
 
-from llmrl.data.prompts import PromptDataConfig
+from llmrl.data.config import PromptDataConfig
 from llmrl.wiring.rows import read_rows, tell_dropped
 
 from .conftest import Heard

@@ -5,10 +5,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmrl.config import SFTRun
-from llmrl.data.supervised import SupervisedDataConfig
+from llmrl.data.config import SupervisedDataConfig
 from llmrl.models.loading import ModelError
-from llmrl.trainers.run import RunConfig
-from llmrl.trainers.sft import SFTConfig
+from llmrl.trainers.config import RunConfig, SFTConfig
 from llmrl.wiring import build_sft, check_sft
 
 from .conftest import TINY, roles_of

@@ -1,0 +1,102 @@
+"""Settings of data: which rows to read, and how they become prompts, examples or pairs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmrl.data.files import SURROGATE
+from llmrl.paths import UserPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows to read, and how they become prompts."""
+
+    path: UserPath
+    """A .jsonl, .json, .csv (each also with .gz) or .parquet file, or a data set on the hub such as openai/gsm8k."""
+    subset: str | None = None
+    """Configuration of a data set on the hub."""
+    split: str = "train"
+    """Split of a data set on the hub; a file has no splits."""
+    prompt_column: str = "prompt"
+    """Column of the prompt: a text, or a list of messages with "role" and "content"."""
+    system_prompt: str | None = None
+    """System message put before the prompts that do not bring one. Needs a chat template."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """How a text becomes tokens: "chat" makes it the user's message in the tokenizer's chat template, "none" takes it
+    as it is, "auto" is "chat" for a tokenizer that has a chat template and "none" for any other."""
+    num_rows: int | None = None
+    """Uses the first so many rows only."""
+    skip_bad_rows: bool = False
+    """Drops and counts the rows that cannot be used; otherwise one of them refuses the file."""
+    rename_columns: dict[str, str | None] = field(default_factory=dict)
+    """New names of columns, as in {question: prompt}; null leaves a column out."""
+    made_by: str | None = None
+    """Command that makes the file; named when the file is missing."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError('data.path ("") must name a file or a data set on the hub')
+        if self.num_rows is not None and self.num_rows < 1:
+            raise ValueError(f"data.num_rows ({self.num_rows}) must be at least 1; leave it out to use every row")
+        if self.system_prompt is not None and SURROGATE.search(self.system_prompt):
+            raise ValueError(f"data.system_prompt ({self.system_prompt!r}) is no Unicode text; write it as UTF-8")
+        if self.template == "none" and self.system_prompt is not None:
+            raise ValueError(
+                'data.system_prompt needs a chat template, but data.template is "none"; '
+                'set data.template to "chat" or put the system prompt into the prompts'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataConfig(DataConfig):
+    """Rows of prompts."""
+
+    max_prompt_tokens: int = 512
+    """Longer prompts are dropped and counted, never truncated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedDataConfig(DataConfig):
+    """Rows of prompts and responses. A prompt of messages that ends with the assistant's brings its own response."""
+
+    response_column: str = "response"
+    """Column of the response, a text."""
+    max_tokens: int = 1024
+    """Longer examples, prompt and response together, are dropped and counted, never truncated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens < 2:
+            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceDataConfig(DataConfig):
+    """Rows of preference pairs. Without the prompt column both sides begin with the prompt."""
+
+    chosen_column: str = "chosen"
+    """Column of the side that was preferred: a text, or messages."""
+    rejected_column: str = "rejected"
+    """Column of the other side, in the same form."""
+    margin_column: str = "margin"
+    """Column of how much better the chosen side is, 0 or greater; it may be missing."""
+    source_column: str = "source"
+    """Column of where a pair comes from, a text that the report card groups by; it may be missing."""
+    max_tokens: int = 1024
+    """Tokens of the prompt and the longer response together."""
+    truncate: bool = False
+    """Cuts the responses of longer pairs, which then end without EOS; otherwise such pairs are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chosen_column == self.rejected_column:
+            raise ValueError(
+                f"data.chosen_column and data.rejected_column ({self.chosen_column}) must be two different columns"
+            )
+        if self.max_tokens < 2:
+            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")

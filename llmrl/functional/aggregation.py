@@ -1,0 +1,5 @@
+"""How token losses become one number, by name."""
+
+from typing import Literal
+
+Aggregation = Literal["token", "sequence", "constant"]

@@ -1,0 +1,97 @@
+import math
+import re
+
+import pytest
+
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"group_size": 1}, "algorithm.group_size (1) must be at least 2"),
+        ({"clip_low": 0.0}, "algorithm.clip_low (0.0)"),
+        ({"clip_low": 1.5}, "algorithm.clip_low (1.5)"),
+        ({"clip_high": 0.0}, "algorithm.clip_high (0.0)"),
+        ({"dual_clip": 1.0}, "algorithm.dual_clip (1.0) must be greater than 1"),
+        ({"kl_coef": -1.0}, "algorithm.kl_coef (-1.0)"),
+        ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1)"),
+        ({"max_redraws": -1}, "algorithm.max_redraws (-1)"),
+        ({"baseline": "leave_one_out"}, "goes with algorithm.scale none"),
+        ({"ratio": "sequence"}, "goes with algorithm.aggregation sequence"),
+    ],
+)
+def test_grpo_settings_that_make_no_sense(settings, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        GRPOConfig(**settings)
+
+
+def test_scaling_with_a_kl_warns():
+    assert "kl_coef has no fixed meaning" in GRPOConfig(kl_coef=0.1).warnings()[0]
+    assert GRPOConfig(kl_coef=0.1, scale="none").warnings() == []
+    assert GRPOConfig().warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"gamma": -0.1}, "algorithm.gamma (-0.1) must be between 0 and 1"),
+        ({"gamma": 1.1}, "algorithm.gamma (1.1) must be between 0 and 1"),
+        ({"gamma": NAN}, "algorithm.gamma (nan)"),
+        ({"gae_lambda": -0.1}, "algorithm.gae_lambda (-0.1) must be between 0 and 1"),
+        ({"gae_lambda": 1.1}, "algorithm.gae_lambda (1.1) must be between 0 and 1"),
+        ({"value_lambda": -0.1}, "algorithm.value_lambda (-0.1) must be between 0 and 1"),
+        ({"value_lambda": 1.1}, "algorithm.value_lambda (1.1) must be between 0 and 1"),
+        ({"clip_low": 0.0}, "algorithm.clip_low (0.0) must be greater than 0 and at most 1"),
+        ({"clip_low": 1.1}, "algorithm.clip_low (1.1) must be greater than 0 and at most 1"),
+        ({"clip_high": 0.0}, "algorithm.clip_high (0.0) must be greater than 0"),
+        ({"dual_clip": 1.0}, "algorithm.dual_clip (1.0) must be greater than 1, or null"),
+        ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be greater than 1, or null"),
+        ({"value_clip": 0.0}, "algorithm.value_clip (0.0) must be greater than 0, or null"),
+        ({"entropy_coef": -0.1}, "algorithm.entropy_coef (-0.1) must be 0 or greater"),
+        ({"kl_coef": -0.1}, "algorithm.kl_coef (-0.1) must be 0 or greater"),
+        ({"kl_coef": math.inf}, "algorithm.kl_coef (inf)"),
+        ({"kl_target": 0.0}, "algorithm.kl_target (0.0) must be greater than 0, or null"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "must not begin at 0; try 0.05"),
+        ({"kl_horizon": 0}, "algorithm.kl_horizon (0) must be greater than 0"),
+        ({"step_kl_target": 0.0}, "algorithm.step_kl_target (0.0) must be greater than 0, or null"),
+        ({"step_kl_coef": 0.0}, "algorithm.step_kl_coef (0.0) must be greater than 0"),
+        ({"stop_kl": 0.0}, "algorithm.stop_kl (0.0) must be greater than 0, or null"),
+        ({"stop_kl": NAN}, "algorithm.stop_kl (nan)"),
+        ({"score_clip": 0.0}, "algorithm.score_clip (0.0) must be greater than 0, or null"),
+        ({"missing_eos_penalty": -1.0}, "algorithm.missing_eos_penalty (-1.0) must be 0 or greater"),
+        ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1) must be 0 or greater"),
+        ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty could be subtracted; set"),
+        ({"bootstrap_truncated": True, "overlong_buffer_tokens": 3}, "overlong_buffer_tokens could be subtracted"),
+    ],
+)
+def test_ppo_settings_that_make_no_sense(settings, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        PPOConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gamma": 0.0, "gae_lambda": 0.0, "value_lambda": 0.0},
+        {"gamma": 1.0, "gae_lambda": 1.0, "value_lambda": 1.0},
+        {"clip_low": 1.0, "clip_high": 5.0, "dual_clip": 1.5, "value_clip": None},
+        {"kl_coef": 0.0},
+        {"kl_coef": 0.1, "kl_target": 6.0, "kl_horizon": 1},
+        {"bootstrap_truncated": True, "score_clip": 1.0},
+    ],
+)
+def test_settings_at_the_edge_of_sense(settings):
+    config = PPOConfig(**settings)
+    assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+def test_a_price_that_nothing_reads_warns():
+    assert "read only where algorithm.step_kl_target" in PPOConfig(step_kl_coef=2.0).warnings()[0]
+    assert PPOConfig(step_kl_coef=2.0, step_kl_target=0.01).warnings() == []
+    assert "kl_horizon is read only where algorithm.kl_target" in PPOConfig(kl_horizon=9).warnings()[0]
+    assert PPOConfig(kl_horizon=9, kl_target=1.0).warnings() == []
+    assert PPOConfig().warnings() == []
