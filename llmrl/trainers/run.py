@@ -144,7 +144,7 @@ class Run:
     ) -> None:
         self.config = config
         self.collectives = collectives
-        self.keeps_records = collectives.rank == 0
+        self.keeps_records = collectives.is_first
         """Every rank trains; one of them writes."""
         self.settings = settings
         self.trainer = trainer
@@ -192,7 +192,7 @@ class Run:
         self.progress.phase("saving", 1)
         with writing(self.folder / "final"):
             self.save_model(self.folder / "final")
-        self.collectives.gather(None)  # nobody leaves before it is saved
+        self.collectives.barrier()  # no rank leaves before it is saved
         self.progress.advance()
         self.conclude()
         return last
@@ -249,7 +249,7 @@ class Run:
         the first iteration, and where a run ended in the middle of one."""
         number = self.trainer.iteration
         last = dict(self.lines()).get(number, {})
-        is_known = self.collectives.gather(any(name.startswith("eval/") for name in last))[0]
+        is_known = self.collectives.from_first(any(name.startswith("eval/") for name in last))
         if is_known or not (values := self.evaluation(number)):
             return
         if self.keeps_records:
@@ -285,7 +285,7 @@ class Run:
         """
         check_output(self.config, {})
         is_new = not is_run(self.folder)
-        self.collectives.gather(None)  # nobody writes before all have looked
+        self.collectives.barrier()  # no rank writes before all have looked
         newest = self.newest_checkpoint()
         if newest is not None:
             self.tell_changes()
@@ -298,7 +298,7 @@ class Run:
                     (self.folder / "trackers.json").unlink(missing_ok=True)
             self.sink.begin(self.trainer.iteration, self.settings, self.progress.message)
             self.begin_records()
-        self.collectives.gather(None)  # nobody reads before these are in order
+        self.collectives.barrier()  # no rank reads before these are in order
 
     def newest_checkpoint(self) -> Path | None:
         """What all ranks continue from.
@@ -364,7 +364,7 @@ class Run:
         name = self.config.best_metric
         if name is None:
             return
-        record, value = self.collectives.gather((self.best_record(), values.get(name)))[0]  # as rank 0 sees them
+        record, value = self.collectives.from_first((self.best_record(), values.get(name)))
         if value is None:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self.check_measured(name, values, record)
@@ -407,7 +407,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """The state between two iterations, unless it is saved already. All ranks bring it together, one writes."""
-        if self.collectives.gather(self.next_checkpoint.exists())[0]:
+        if self.collectives.from_first(self.next_checkpoint.exists()):
             return
         state = self.trainer.state_dict()
         if self.keeps_records:

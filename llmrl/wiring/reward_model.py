@@ -13,7 +13,7 @@ from llmrl.data.preferences import PairSource, PreferenceDataConfig
 from llmrl.data.rows import DataError
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import loading_device, pick_device
-from llmrl.distributed.sharing import shared_scorer
+from llmrl.distributed.sharing import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
@@ -132,7 +132,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         collectives=collectives,
     )
     trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, collectives=collectives)
-    scorer = shared_scorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
+    scorer = DistributedScorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
     trainer = RewardModelTrainer(
         settings,
         scorer=scorer,

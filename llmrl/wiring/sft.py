@@ -7,7 +7,7 @@ from llmrl.config import SFTRun
 from llmrl.data.supervised import SupervisedDataConfig, SupervisedSource
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import pick_device
-from llmrl.distributed.sharing import shared_policy
+from llmrl.distributed.sharing import DistributedPolicy
 from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.trackers import Trackers
@@ -45,7 +45,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     )
     trainer = SFTTrainer(
         config.sft,
-        actor=shared_policy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens),
+        actor=DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens),
         trained={"actor": trained},
         examples=examples,
         held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
