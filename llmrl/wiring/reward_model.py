@@ -28,6 +28,7 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress, Scorer
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.run import Run, RunConfig
 from llmrl.wiring.checks import Checked
@@ -166,6 +167,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         collectives=collectives,
         progress=progress,
         sink=trackers,
+        alarms=Alarms(),
     )
 
 

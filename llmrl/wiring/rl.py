@@ -189,7 +189,7 @@ def _build_run(
     evaluator = None
     if config.evaluates:
         evaluator = _evaluator(config, checked, actor.tokenizer, actor.model, engine, rewards, progress)
-    run = Run(
+    return Run(
         config.run,
         settings=to_dict(with_dtypes(config)),
         trainer=trainer,
@@ -199,10 +199,9 @@ def _build_run(
         collectives=collectives,
         progress=progress,
         sink=trackers,
+        alarms=Alarms(str(actor.dtype).removeprefix("torch.")),
+        warmup_iterations=config.warmup_iterations,
     )
-    run.warmup_iterations = config.warmup_iterations
-    run.alarms = Alarms(str(actor.dtype).removeprefix("torch."))
-    return run
 
 
 def _scorer_of(rewards: Rewards) -> dict[str, "PreTrainedModel"]:

@@ -13,6 +13,7 @@ from llmrl.optim.factory import make_trainable
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
 from llmrl.settings import to_dict
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTTrainer
 from llmrl.wiring.actors import Actor, load_actor
@@ -62,6 +63,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         collectives=collectives,
         progress=progress,
         sink=trackers,
+        alarms=Alarms(),
     )
 
 

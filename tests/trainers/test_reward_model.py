@@ -18,6 +18,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.reward_model import RewardModelConfig, RewardModelTrainer
 from llmrl.trainers.run import Run, RunConfig
 from tests import oracles
@@ -334,6 +335,7 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         evaluate_every=2,
         progress=Silent(),
         sink=Nobody(),
+        alarms=Alarms(),
     )
 
 

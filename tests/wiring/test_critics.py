@@ -592,7 +592,7 @@ def test_the_best_metric_may_be_one_of_the_actor_behind_a_warm_up(config):
     best = dataclasses.replace(config.run, best_metric="actor/grad_norm")
     run = build_run(with_critic(dataclasses.replace(config, run=best), warmup_iterations=1))
     run.train()
-    assert run.best_record()["iteration"] > 1
+    assert run.best.record()["iteration"] > 1
 
 
 def test_settings_that_nothing_reads_are_told(config):
