@@ -190,9 +190,9 @@ def work(args: argparse.Namespace) -> None:
     collectives = join_ranks()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(case, args, lengths, Path(folder)) for case in args.cases]
-    if collectives.rank == 0:
+    if collectives.is_first:
         args.worker.write_text(json.dumps(rows))
-    collectives.gather(None)
+    collectives.barrier()
     leave_ranks()
     sys.stdout.flush()
     os._exit(0)  # threads of gloo may abort the interpreter at its end

@@ -371,12 +371,12 @@ def _ranks(config: Any) -> Iterator[bool]:
     stopped = None
     with watched(collectives, config):
         try:
-            yield collectives.rank == 0
+            yield collectives.is_first
         except Stopped as error:
             stopped = error  # which is no failure: all ranks stop together
     leave_ranks()
     if stopped is not None:
-        raise stopped if collectives.rank == 0 else typer.Exit(stopped.status)
+        raise stopped if collectives.is_first else typer.Exit(stopped.status)
 
 
 def _end_at_once(status: int, told: str = "") -> None:

@@ -155,18 +155,31 @@ class Trainable(Protocol):
 
 @runtime_checkable
 class Collectives(Protocol):
-    """What ranks say to each other."""
+    """Communication between the processes of a run, called ranks. Every rank makes the same calls in the same order."""
 
     rank: int
     world_size: int
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and reports progress."""
+        return self.rank == 0
+
     def sum(self, x: Tensor) -> Tensor:
-        """The elementwise sum over ranks, the same on every rank."""
+        """Elementwise sum over ranks, the same on every rank."""
         ...
 
     def gather(self, x: Any) -> list[Any]:
-        """What every rank has, in the order of ranks, on every rank. Nobody is past it before all have come to it."""
+        """One object per rank, in rank order, on every rank. Also a barrier."""
         ...
+
+    def from_first(self, x: Any) -> Any:
+        """The object of rank 0, on every rank. Also a barrier."""
+        return self.gather(x)[0]
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.gather(None)
 
 
 @runtime_checkable

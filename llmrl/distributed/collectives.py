@@ -1,4 +1,4 @@
-"""What ranks say to each other. One process has nobody to talk to."""
+"""Communication between ranks, and the same interface for a single process."""
 
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """Ranks may wait so long for each other. How long is too long is for the heartbeat to say, which names who is late."""
 
 
-class OneProcess:
+class OneProcess(Collectives):
     """`Collectives` of a run in a single process: every sum over ranks is the number itself."""
 
     rank = 0
@@ -29,7 +29,7 @@ class OneProcess:
         return [x]
 
 
-class ProcessGroup:
+class ProcessGroup(Collectives):
     """`Collectives` over torch's default process group: gloo between CPUs, NCCL between GPUs."""
 
     def __init__(self) -> None:

@@ -346,7 +346,7 @@ def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[Non
     try:
         yield
         heartbeat.is_leaving = True
-        collectives.gather(None)  # nobody hangs up while others still talk
+        collectives.barrier()  # no rank leaves while others still communicate
     except BaseException as error:
         if heartbeat.failed_first(error):
             raise

@@ -1,4 +1,4 @@
-"""Roles whose work the ranks share. Each rank does a part and gets the whole, so whoever asks sees one process.
+"""Roles whose work is split over ranks: each rank does a part and gets the whole, as one process would have it.
 
 What crosses ranks is small beside a model: token ids, and a few numbers for each token of a rollout. So every rank has
 the whole rollout and the whole experience; statistics, advantages and control are computed on it by each rank, with the
@@ -30,38 +30,7 @@ from llmrl.roles import (
 Part = TypeVar("Part", bound=Batch)
 
 
-def shared_engine(engine: RolloutEngine, collectives: Collectives) -> RolloutEngine:
-    """The engine itself, where there is one process."""
-    return engine if collectives.world_size == 1 else SharedEngine(engine, collectives)
-
-
-def shared_reward(reward: RewardFunction, collectives: Collectives) -> RewardFunction:
-    """The reward itself, where there is one process."""
-    return reward if collectives.world_size == 1 else SharedReward(reward, collectives)
-
-
-def shared_policy(policy: Policy, collectives: Collectives, *, microbatch_tokens: int) -> Policy:
-    """The policy itself, where there is one process."""
-    if collectives.world_size == 1:
-        return policy
-    return SharedPolicy(policy, collectives, microbatch_tokens=microbatch_tokens)
-
-
-def shared_networks(networks: ActorCritic, collectives: Collectives, *, microbatch_tokens: int) -> ActorCritic:
-    """The networks themselves, where there is one process."""
-    if collectives.world_size == 1:
-        return networks
-    return SharedNetworks(networks, collectives, microbatch_tokens=microbatch_tokens)
-
-
-def shared_scorer(scorer: Scorer, collectives: Collectives, *, microbatch_tokens: int) -> Scorer:
-    """The scorer itself, where there is one process."""
-    if collectives.world_size == 1:
-        return scorer
-    return SharedScorer(scorer, collectives, microbatch_tokens=microbatch_tokens)
-
-
-class SharedEngine:
+class DistributedEngine:
     """`RolloutEngine`: each rank responds to its block of the prompts, by the random numbers of one process."""
 
     def __init__(self, engine: RolloutEngine, collectives: Collectives) -> None:
@@ -70,6 +39,8 @@ class SharedEngine:
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """See `RolloutEngine`. The whole rollout, on every rank."""
+        if self.collectives.world_size == 1:
+            return self.engine.generate(prompts, sampling)
 
         def respond(mine: Int[Tensor, " n"]) -> Rollout:
             begins = sampling.first_response + int(mine[0]) * sampling.num_responses
@@ -82,7 +53,7 @@ class SharedEngine:
         self.engine.load_weights(trained)
 
 
-class SharedReward:
+class DistributedReward:
     """`RewardFunction`: each rank scores its block of the groups, so that a function which compares the responses of a
     group sees all of them."""
 
@@ -92,6 +63,8 @@ class SharedReward:
 
     def __call__(self, rollout: Rollout) -> Scores:
         """See `RewardFunction`. The scores of the whole rollout, on every rank."""
+        if self.collectives.world_size == 1:
+            return self.reward(rollout)
         sizes = rollout.group_ids.unique_consecutive(return_counts=True)[1].tolist()
         rows = torch.arange(len(rollout.rows)).split(sizes)
 
@@ -102,7 +75,7 @@ class SharedReward:
         return Scores.cat(parts).to(rollout.rollout_logprobs.device)
 
 
-class SharedPolicy:
+class DistributedPolicy:
     """`Policy`: without gradient each rank takes its part of the rows; with gradient they are dealt already."""
 
     def __init__(self, policy: Policy, collectives: Collectives, *, microbatch_tokens: int) -> None:
@@ -120,7 +93,7 @@ class SharedPolicy:
         return share_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
 
-class SharedNetworks(SharedPolicy):
+class DistributedNetworks(DistributedPolicy):
     """`ActorCritic`, likewise."""
 
     def __init__(self, networks: ActorCritic, collectives: Collectives, *, microbatch_tokens: int) -> None:
@@ -141,7 +114,7 @@ class SharedNetworks(SharedPolicy):
         return logprobs, entropy, values, last_values
 
 
-class SharedScorer:
+class DistributedScorer:
     """`Scorer`, likewise."""
 
     def __init__(self, scorer: Scorer, collectives: Collectives, *, microbatch_tokens: int) -> None:
@@ -180,11 +153,11 @@ def share_rows(
     max_tokens: int,
     collectives: Collectives,
 ) -> tuple[Tensor, ...]:
-    """Answers about each row, each rank asked about its part; with gradient about all that are given.
+    """Answers about each row, each rank asked about its part; with gradient, or in one process, about all.
 
     Every rank asks as often as every other: where weights are sharded, they come together for each forward pass.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or collectives.world_size == 1:
         return ask(batch)
     parts, idle = parts_of_rank(num_tokens, max_tokens, collectives.rank, collectives.world_size)
     mine = [(part.cpu(), tuple(answer.cpu() for answer in ask(batch.select(part)))) for part in parts]

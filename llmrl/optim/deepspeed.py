@@ -35,7 +35,7 @@ class DeepSpeedTrainable(StepSchedule):
         """Splits the weights of `module`, which stand on the CPU at stage 3; see `LocalTrainable` for the arguments."""
         import deepspeed
 
-        collectives.gather(None)  # which waits longer for a rank that is still loading than what comes next would
+        collectives.barrier()  # which waits longer for a rank that is still loading than what comes next would
         settings = _of_engine(config.max_grad_norm)
         self.module = module
         self.collectives = collectives
@@ -84,7 +84,7 @@ class DeepSpeedTrainable(StepSchedule):
         for name, p in self.parameters.items():
             weight = safe_get_full_fp32_param(p)
             moments = {key: safe_get_full_optimizer_state(p, key) for key in self._moments}
-            if self.collectives.rank == 0:
+            if self.collectives.is_first:
                 parameters[name] = cast(Tensor, weight).cpu()
                 if moments:
                     optimizer[name] = {key: cast(Tensor, x).cpu() for key, x in moments.items()} | {

@@ -33,10 +33,10 @@ class ShardedTrainable(LocalTrainable):
         peaks: Mapping[str, float] | None = None,
     ) -> None:
         """Splits the weights of `module`; see `LocalTrainable` for the arguments."""
-        collectives.gather(None)  # which waits longer for a rank that is still loading than what comes next would
+        collectives.barrier()  # which waits longer for a rank that is still loading than what comes next would
         shard(module)
         super().__init__(module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
-        self.first = collectives.rank == 0
+        self.first = collectives.is_first
         self.holds_all = collectives.world_size == 1
 
     def add_up_gradients(self) -> None:

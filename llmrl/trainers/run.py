@@ -9,29 +9,21 @@ best/               the model with the best value of `run.best_metric`
 final/              the model at the end
 """
 
-import json
-import math
-import platform
-import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from llmrl.files import WriteError, read_object, write_atomically, writing
+from llmrl.files import WriteError, writing
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Collectives, Progress, Trainer
 from llmrl.trainers.alarms import Alarms
+from llmrl.trainers.best import BestModel
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from llmrl.trainers.config import OutputConfig, RunConfig
-from llmrl.trainers.output import RunError, check_folder, is_run, keep_iterations
-
-VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "safetensors")
+from llmrl.trainers.output import RunError, check_folder, is_run
+from llmrl.trainers.records import Records
 
 
 class Stopped(Exception):
@@ -78,10 +70,12 @@ class Run:
         collectives: Collectives,
         progress: Progress,
         sink: MetricsSink,
+        alarms: Alarms,
+        warmup_iterations: int = 0,
     ) -> None:
         self.config = config
         self.collectives = collectives
-        self.keeps_records = collectives.rank == 0
+        self.keeps_records = collectives.is_first
         """Every rank trains; one of them writes."""
         self.settings = settings
         self.trainer = trainer
@@ -91,12 +85,18 @@ class Run:
         """Before the first iteration and after the last one in any case, unless it is 0."""
         self.progress = progress
         self.sink = sink
-        self.warmup_iterations = 0
-        """Iterations at the start that lack metrics of later ones; whoever builds such a run says so."""
-        self.alarms = Alarms()
-        """What tells that a run is dead or broken."""
+        self.alarms = alarms
+        """What reports that a run is dead or broken."""
         self.folder = config.folder
-        self.best = self.folder / "best"
+        self.records = Records(self.folder, settings, progress)
+        self.best = BestModel(
+            self.folder,
+            metric=config.best_metric,
+            mode=config.best_mode,
+            warmup_iterations=warmup_iterations,
+            save_model=save_model,
+            collectives=collectives,
+        )
         self.stop_signal: int | None = None
 
     def train(self) -> dict[str, float]:
@@ -129,7 +129,7 @@ class Run:
         self.progress.phase("saving", 1)
         with writing(self.folder / "final"):
             self.save_model(self.folder / "final")
-        self.collectives.gather(None)  # nobody leaves before it is saved
+        self.collectives.barrier()  # no rank leaves before it is saved
         self.progress.advance()
         self.conclude()
         return last
@@ -139,10 +139,10 @@ class Run:
         warnings = self.alarms.at_the_end()
         for warning in warnings:
             self.progress.message(f"warning: {warning}")
-        if warnings and (record := self.best_record()):
+        if warnings and (record := self.best.record()):
             self.progress.message(
-                f"{self.best} holds the model with the best {record['metric']}, {record['value']:.4g} after iteration "
-                f"{record['iteration']}: use that rather than {self.folder / 'final'}"
+                f"{self.best.folder} holds the model with the best {record['metric']}, {record['value']:.4g} after "
+                f"iteration {record['iteration']}: use that rather than {self.folder / 'final'}"
             )
 
     def is_stopped(self) -> bool:
@@ -157,13 +157,14 @@ class Run:
         try:
             values |= self.evaluation(number)
         finally:
-            self.write_line(number, values)
+            if self.keeps_records:
+                self.records.write(number, values)
         if self.keeps_records:
             self.sink.log(number, values)
         self.progress.iteration(number, values)
         for warning in self.alarms.see(values):
             self.progress.message(f"warning: {warning}")
-        self.keep_best(number, values)
+        self.best.see(number, values)
         last = number == self.config.num_iterations
         if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
             self.progress.phase("checkpoint", 1)
@@ -185,15 +186,14 @@ class Run:
         """The evaluation of the model as it stands, where it is due and the file of metrics lacks it: that is before
         the first iteration, and where a run ended in the middle of one."""
         number = self.trainer.iteration
-        last = dict(self.lines()).get(number, {})
-        is_known = self.collectives.gather(any(name.startswith("eval/") for name in last))[0]
+        last = dict(self.records.lines()).get(number, {})
+        is_known = self.collectives.from_first(any(name.startswith("eval/") for name in last))
         if is_known or not (values := self.evaluation(number)):
             return
         if self.keeps_records:
-            keep_iterations(self.folder / "metrics.jsonl", number - 1)
-        self.write_line(number, last | values)
+            self.records.rewrite_last(number, last | values)
         if (self.config.best_metric or "").startswith("eval/"):
-            self.keep_best(number, values)
+            self.best.see(number, values)
 
     def replay(self) -> None:
         """What earlier processes measured: to trackers that lack it, and to the alarms, which stay silent for now.
@@ -202,18 +202,9 @@ class Run:
         """
         if not self.keeps_records:
             return
-        for number, values in self.lines():
+        for number, values in self.records.lines():
             self.sink.log(number, values)
             self.alarms.see(values)
-
-    def lines(self) -> list[tuple[int, dict[str, float]]]:
-        """metrics.jsonl, as ``(iteration, values)``."""
-        file = self.folder / "metrics.jsonl"
-        entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [
-            (entry.pop("iteration"), {name: math.nan if x is None else x for name, x in entry.items()})
-            for entry in entries
-        ]
 
     def prepare(self) -> None:
         """Makes the folder, or takes up the newest checkpoint in it and removes what came after that.
@@ -222,10 +213,10 @@ class Run:
         """
         check_output(self.config, {})
         is_new = not is_run(self.folder)
-        self.collectives.gather(None)  # nobody writes before all have looked
+        self.collectives.barrier()  # no rank writes before all have looked
         newest = self.newest_checkpoint()
         if newest is not None:
-            self.tell_changes()
+            self.records.report_changes()
             self.trainer.load_state_dict(load_checkpoint(newest))
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {newest}")
         if self.keeps_records:
@@ -235,7 +226,7 @@ class Run:
                     (self.folder / "trackers.json").unlink(missing_ok=True)
             self.sink.begin(self.trainer.iteration, self.settings, self.progress.message)
             self.begin_records()
-        self.collectives.gather(None)  # nobody reads before these are in order
+        self.collectives.barrier()  # no rank reads before these are in order
 
     def newest_checkpoint(self) -> Path | None:
         """What all ranks continue from.
@@ -255,96 +246,17 @@ class Run:
 
     def begin_records(self) -> None:
         """Removes what came after the checkpoint, and writes what the run is."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            file = self.folder / name
-            if num_torn := keep_iterations(file, self.trainer.iteration or -1):
-                self.progress.message(f"{file}: {counted(num_torn, 'line')} that could not be read removed")
-        if (record := self.best_record()) and record["iteration"] > self.trainer.iteration:
-            shutil.rmtree(self.best)
+        self.records.keep(self.trainer.iteration or -1)
+        self.best.discard_after(self.trainer.iteration)
         if self.trainer.iteration >= self.config.num_iterations:
             done, asked = counted(self.trainer.iteration, "iteration"), self.config.num_iterations
             self.progress.message(f"nothing is left to learn: {done} done; run.num_iterations asks for {asked}")
             return  # and these settings have had no part in it
-        write_atomically(self.folder / "config.json", {"settings": self.settings, **provenance()})
-
-    def tell_changes(self) -> None:
-        """Says which settings differ from those that the run was started with."""
-        file = self.folder / "config.json"
-        record = read_object(file)
-        if record is None:
-            state = "cannot be read" if file.exists() else "is gone"
-            self.progress.message(f"{file} {state}: which settings have changed since the run began is not known")
-            return
-        before = _leaves(record["settings"])
-        now = _leaves(json.loads(json.dumps(self.settings)))
-        for path in sorted(before.keys() | now.keys()):
-            if before.get(path) != now.get(path) and path != "run.resume":
-                self.progress.message(
-                    f"changed since the run was last started: {path} was {before.get(path)}, is {now.get(path)}"
-                )
-
-    def write_line(self, iteration: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
-        if not self.keeps_records:
-            return
-        line = {"iteration": iteration, **{name: x if math.isfinite(x) else None for name, x in values.items()}}
-        path = self.folder / "metrics.jsonl"
-        with writing(path), path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def keep_best(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Saves the model, with a record of why, if it is the best so far by the metric that the config names.
-
-        Raises:
-            RunError: There is no such metric.
-        """
-        name = self.config.best_metric
-        if name is None:
-            return
-        record, value = self.collectives.gather((self.best_record(), values.get(name)))[0]  # as rank 0 sees them
-        if value is None:
-            if name.startswith("eval/") or iteration > self.warmup_iterations:
-                self.check_measured(name, values, record)
-        elif self.better(value, record["value"] if record else None):
-            with writing(self.best):
-                self.save_model(self.folder / ".best.new")
-            if self.keeps_records:
-                self.replace_best({"metric": name, "value": value, "iteration": iteration})
-
-    def replace_best(self, record: dict[str, Any]) -> None:
-        """The model that was just saved becomes the best, with a record of why."""
-        new, old = self.folder / ".best.new", self.folder / ".best.old"
-        write_atomically(new / "best.json", record)
-        shutil.rmtree(old, ignore_errors=True)
-        if self.best.exists():
-            self.best.rename(old)
-        new.rename(self.best)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def best_record(self) -> dict[str, Any] | None:
-        """Which metric made the model in best/ the best, its value and its iteration; None where there is none."""
-        return read_object(self.best / "best.json")
-
-    def check_measured(self, name: str, values: Mapping[str, float], record: dict[str, Any] | None) -> None:
-        """Refuses the name of a metric that was never measured, as soon as it would have been."""
-        is_due = not name.startswith("eval/") or any(other.startswith("eval/") for other in values)
-        if record is None and is_due:
-            nearest = "".join(f"; did you mean {near}?" for near in get_close_matches(name, values, n=1))
-            raise RunError(
-                f"run.best_metric ({name}) is not measured{nearest}; measured are {', '.join(sorted(values))}"
-            )
-
-    def better(self, value: float, best: float | None) -> bool:
-        """Whether a value beats the best so far; one that is not finite never does."""
-        if not math.isfinite(value):
-            return False
-        if best is None:
-            return True
-        return value > best if self.config.best_mode == "max" else value < best
+        self.records.write_config()
 
     def checkpoint(self) -> None:
         """The state between two iterations, unless it is saved already. All ranks bring it together, one writes."""
-        if self.collectives.gather(self.next_checkpoint.exists())[0]:
+        if self.collectives.from_first(self.next_checkpoint.exists()):
             return
         state = self.trainer.state_dict()
         if self.keeps_records:
@@ -407,40 +319,3 @@ class Run:
             "stops after this optimizer step, with a checkpoint; interrupt again to stop at once, without one: "
             f"{self.what_is_kept()}"
         )
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, time and the git state of the current folder: what one needs to know to repeat a run."""
-    changes = _git("status", "--porcelain")
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: _version(name) for name in VERSIONED},
-        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else changes != ""},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says in the current folder; None where there is no git or no repository."""
-    try:
-        answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-def _leaves(settings: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(settings, Mapping):
-        return {path: settings}
-    leaves: dict[str, Any] = {}
-    for name, value in settings.items():
-        leaves |= _leaves(value, f"{path}.{name}" if path else name)
-    return leaves

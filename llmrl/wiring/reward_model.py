@@ -14,7 +14,7 @@ from llmrl.data.preferences import PairSource
 from llmrl.data.rows import DataError
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import loading_device, pick_device
-from llmrl.distributed.sharing import shared_scorer
+from llmrl.distributed.sharing import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
@@ -29,6 +29,7 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress, Scorer
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.config import RewardModelConfig, RunConfig
 from llmrl.trainers.reward_model import RewardModelTrainer
 from llmrl.trainers.run import Run
@@ -134,7 +135,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         collectives=collectives,
     )
     trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, collectives=collectives)
-    scorer = shared_scorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
+    scorer = DistributedScorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
     trainer = RewardModelTrainer(
         settings,
         scorer=scorer,
@@ -168,6 +169,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         collectives=collectives,
         progress=progress,
         sink=trackers,
+        alarms=Alarms(),
     )
 
 

@@ -17,7 +17,7 @@ from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, encode_examples
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.device import pick_device
-from llmrl.distributed.sharing import shared_reward, shared_scorer
+from llmrl.distributed.sharing import DistributedReward, DistributedScorer
 from llmrl.models.adapters import base_of
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import load_reward_model, load_reward_on_base
@@ -83,7 +83,7 @@ class Rewards:
                 prompt_column=data.prompt_column,
                 columns=column_names(rows),
             )
-            rewards.append(shared_reward(reward, self.collectives))
+            rewards.append(DistributedReward(reward, self.collectives))
         if self.scorer is not None:
             rewards.append(self.scorer.reward_for(self.tokenizer, data, rows, self.collectives))
         return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
@@ -116,7 +116,7 @@ class RewardScorer:
         if not same_tokens(policy_tokenizer, self.tokenizer):
             encode = Rerenderer(data, policy_tokenizer=policy_tokenizer, tokenizer=self.tokenizer)
             encode.check(rows)
-        scorer = shared_scorer(self.scorer, collectives, microbatch_tokens=self.scorer.microbatch_tokens)
+        scorer = DistributedScorer(self.scorer, collectives, microbatch_tokens=self.scorer.microbatch_tokens)
         return LearnedReward(scorer, encode=encode, normalize=self.normalize, weight=self.weight)
 
 

@@ -11,7 +11,7 @@ from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
 from llmrl.data.rerender import same_tokens
 from llmrl.distributed.collectives import join_ranks
-from llmrl.distributed.sharing import shared_engine, shared_networks, shared_policy
+from llmrl.distributed.sharing import DistributedEngine, DistributedNetworks, DistributedPolicy
 from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.samples import SampleWriter
@@ -50,7 +50,7 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
     }
     algorithm = GRPO(
         config.algorithm,
-        actor=shared_policy(actor.policy, collectives, microbatch_tokens=config.update.microbatch_tokens),
+        actor=DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.update.microbatch_tokens),
         reference=reference,
         max_response_tokens=config.rollout.max_response_tokens,
     )
@@ -67,7 +67,7 @@ def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers:
     trained = networks.train(config, collectives)
     algorithm = PPO(
         config.algorithm,
-        networks=shared_networks(networks.both, collectives, microbatch_tokens=config.update.microbatch_tokens),
+        networks=DistributedNetworks(networks.both, collectives, microbatch_tokens=config.update.microbatch_tokens),
         reference=reference,
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
@@ -85,7 +85,7 @@ def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> E
         progress.message(warning)
     collectives = join_ranks()
     engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
-    engine = shared_engine(engine, collectives)
+    engine = DistributedEngine(engine, collectives)
     rewards = Rewards(
         config.reward, checked.functions, tokenizer, config.distributed, collectives, longest=config.longest_sequence
     )
@@ -122,7 +122,7 @@ def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collecti
     return Whole(
         collectives=collectives,
         actor=actor,
-        engine=shared_engine(engine, collectives),
+        engine=DistributedEngine(engine, collectives),
         rewards=Rewards(
             config.reward,
             checked.functions,
@@ -141,7 +141,7 @@ def _reference_of(actor: Actor, config: GRPORun | PPORun, collectives: Collectiv
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
     reference = reference_of(actor, config.distributed, collectives)
-    return shared_policy(reference, collectives, microbatch_tokens=config.update.microbatch_tokens)
+    return DistributedPolicy(reference, collectives, microbatch_tokens=config.update.microbatch_tokens)
 
 
 def _build_run(
@@ -182,14 +182,14 @@ def _build_run(
         progress=progress,
         observe=SampleWriter(
             config.run.folder / "samples.jsonl",
-            num_samples=config.run.samples_per_iteration if collectives.rank == 0 else 0,
+            num_samples=config.run.samples_per_iteration if collectives.is_first else 0,
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
     )
     evaluator = None
     if config.evaluates:
         evaluator = _evaluator(config, checked, actor.tokenizer, actor.model, engine, rewards, progress)
-    run = Run(
+    return Run(
         config.run,
         settings=to_dict(with_dtypes(config)),
         trainer=trainer,
@@ -199,10 +199,9 @@ def _build_run(
         collectives=collectives,
         progress=progress,
         sink=trackers,
+        alarms=Alarms(str(actor.dtype).removeprefix("torch.")),
+        warmup_iterations=config.warmup_iterations,
     )
-    run.warmup_iterations = config.warmup_iterations
-    run.alarms = Alarms(str(actor.dtype).removeprefix("torch."))
-    return run
 
 
 def _scorer_of(rewards: Rewards) -> dict[str, "PreTrainedModel"]:

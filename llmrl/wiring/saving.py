@@ -35,7 +35,7 @@ class Saver:
         self.adapted = adapted
         self.tokenizer = tokenizer
         self.dtype = dtype
-        self.is_first = collectives.rank == 0
+        self.is_first = collectives.is_first
         self.companions = Companions(model, tokenizer)
         if self.is_first:
             self.companions.try_out(model, adapted, tokenizer)

@@ -8,12 +8,13 @@ from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.collectives import join_ranks
 from llmrl.distributed.device import pick_device
-from llmrl.distributed.sharing import shared_policy
+from llmrl.distributed.sharing import DistributedPolicy
 from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
 from llmrl.settings import to_dict
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTTrainer
 from llmrl.wiring.actors import Actor, load_actor
@@ -46,7 +47,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     )
     trainer = SFTTrainer(
         config.sft,
-        actor=shared_policy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens),
+        actor=DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens),
         trained={"actor": trained},
         examples=examples,
         held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
@@ -63,6 +64,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         collectives=collectives,
         progress=progress,
         sink=trackers,
+        alarms=Alarms(),
     )
 
 

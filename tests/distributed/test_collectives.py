@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from llmrl.distributed import collectives
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.collectives import OneProcess, ProcessGroup, join_ranks, leave_ranks
 from llmrl.distributed.launch import LaunchError
+from tests.distributed.threads import on_ranks
 
 
 def test_one_process_talks_to_itself():
@@ -16,6 +19,24 @@ def test_one_process_talks_to_itself():
 
 def test_what_one_process_gathers_is_its_own():
     assert OneProcess().gather({"a": 1}) == [{"a": 1}]
+    assert OneProcess().from_first({"a": 1}) == {"a": 1}
+
+
+def test_every_rank_gets_the_object_of_the_first():
+    assert on_ranks(3, lambda ranks: ranks.from_first(ranks.rank + 5)) == [5, 5, 5]
+    assert on_ranks(3, lambda ranks: ranks.is_first) == [True, False, False]
+
+
+def test_no_rank_passes_a_barrier_before_all_have_come():
+    arrived = []
+
+    def pass_it(ranks):
+        time.sleep(0.05 * ranks.rank)
+        arrived.append(ranks.rank)
+        ranks.barrier()
+        return len(arrived)
+
+    assert on_ranks(3, pass_it) == [3, 3, 3]
 
 
 @pytest.mark.parametrize("world_size", [None, "1"])

@@ -1,7 +1,6 @@
-"""Shared roles answer on every rank as the role itself does in one process."""
+"""Roles split over ranks answer on every rank as the role itself does in one process."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,18 +10,13 @@ from torch.testing import assert_close
 from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.sharing import (
-    SharedEngine,
-    SharedNetworks,
-    SharedPolicy,
-    SharedReward,
-    SharedScorer,
+    DistributedEngine,
+    DistributedNetworks,
+    DistributedPolicy,
+    DistributedReward,
+    DistributedScorer,
     block,
     share_rows,
-    shared_engine,
-    shared_networks,
-    shared_policy,
-    shared_reward,
-    shared_scorer,
 )
 from llmrl.functional.streams import Purpose
 from llmrl.optim.config import OptimizerConfig
@@ -128,7 +122,9 @@ def assert_same(left: Rollout, right: Rollout):
 def test_a_rollout_is_that_of_one_process(world_size, prompts, rollout):
     """The same global numbers, so the same random numbers; a rank may have nothing to do."""
     engines = [NumberingEngine() for _ in range(world_size)]
-    shared = on_ranks(world_size, lambda ranks: SharedEngine(engines[ranks.rank], ranks).generate(prompts, SAMPLING))
+    shared = on_ranks(
+        world_size, lambda ranks: DistributedEngine(engines[ranks.rank], ranks).generate(prompts, SAMPLING)
+    )
     for each in shared:
         assert_same(each, rollout)
     asked = [sum(engine.asked) for engine in engines]
@@ -139,7 +135,7 @@ def test_a_rollout_is_that_of_one_process(world_size, prompts, rollout):
 def test_weights_are_loaded_by_every_engine():
     engine = NumberingEngine()
     weights = LocalTrainable(nn.Linear(1, 1), OptimizerConfig(), num_steps=1)
-    SharedEngine(engine, OneProcess()).load_weights(weights)
+    DistributedEngine(engine, OneProcess()).load_weights(weights)
     assert engine.asked == [weights]
 
 
@@ -150,7 +146,7 @@ def test_scores_are_those_of_one_process(world_size, rollout):
         return Scores(total=total, per_token=part.rollout_logprobs * 2, parts={"n": total * 3})
 
     expected = reward(rollout)
-    for scores in on_ranks(world_size, lambda ranks: SharedReward(reward, ranks)(rollout)):
+    for scores in on_ranks(world_size, lambda ranks: DistributedReward(reward, ranks)(rollout)):
         assert_close(scores.total, expected.total)
         assert_close(scores.per_token, expected.per_token)
         assert_close(scores.parts["n"], expected.parts["n"])
@@ -170,7 +166,7 @@ def test_a_function_that_compares_a_group_sees_all_of_it(world_size, rollout):
 
     expected = best_of_group(rollout)
     assert expected.total.sum() == 3
-    for scores in on_ranks(world_size, lambda ranks: SharedReward(best_of_group, ranks)(rollout)):
+    for scores in on_ranks(world_size, lambda ranks: DistributedReward(best_of_group, ranks)(rollout)):
         assert_close(scores.total, expected.total)
         assert_close(scores.per_token, expected.per_token)
 
@@ -182,7 +178,7 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
     @torch.no_grad()
     def ask(ranks):
-        shared = SharedNetworks(networks[ranks.rank], ranks, microbatch_tokens=15)
+        shared = DistributedNetworks(networks[ranks.rank], ranks, microbatch_tokens=15)
         return getattr(shared, question)(rollout.sequences)
 
     expected = getattr(Lookup(), question)(rollout.sequences)
@@ -196,7 +192,7 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
 def test_with_gradient_a_rank_is_asked_about_what_it_is_given(rollout):
     policy = Lookup()
-    logprobs, _ = SharedPolicy(policy, OneProcess(), microbatch_tokens=1).logprobs(rollout.sequences)
+    logprobs, _ = DistributedPolicy(policy, OneProcess(), microbatch_tokens=1).logprobs(rollout.sequences)
     assert policy.num_rows == len(logprobs) == len(rollout.rows)
 
 
@@ -238,7 +234,7 @@ def test_a_scorer_of_all_ranks_scores_as_one(world_size, rollout):
 
     @torch.no_grad()
     def ask(ranks):
-        shared = SharedScorer(scorers[ranks.rank], ranks, microbatch_tokens=20)
+        shared = DistributedScorer(scorers[ranks.rank], ranks, microbatch_tokens=20)
         return shared.scores(sequences), *shared.pair_scores(pairs)
 
     first = sequences.response_ids[:, 0].float()
@@ -247,28 +243,31 @@ def test_a_scorer_of_all_ranks_scores_as_one(world_size, rollout):
     assert len({scorer.num_calls for scorer in scorers}) == 1
 
 
-def no_reward(rollout: Rollout) -> Scores:
-    raise AssertionError("nobody asks")
+def test_one_process_asks_the_engine_and_the_reward_about_everything(monkeypatch, prompts, rollout):
+    """And gets their very answers."""
+    zeros = torch.zeros(len(rollout.rows))
+    scores = Scores(total=zeros, per_token=torch.zeros_like(rollout.rollout_logprobs), parts={})
+    engine = NumberingEngine()
+    monkeypatch.setattr(engine, "generate", lambda *asked: rollout if asked == (prompts, SAMPLING) else None)
+    assert DistributedEngine(engine, OneProcess()).generate(prompts, SAMPLING) is rollout
+
+    def reward(asked: Rollout) -> Scores:
+        assert asked is rollout
+        return scores
+
+    assert DistributedReward(reward, OneProcess())(rollout) is scores
 
 
-ROLES = [
-    (shared_engine, SharedEngine, NumberingEngine()),
-    (partial(shared_policy, microbatch_tokens=8), SharedPolicy, Lookup()),
-    (shared_reward, SharedReward, no_reward),
-    (partial(shared_networks, microbatch_tokens=8), SharedNetworks, Lookup()),
-    (partial(shared_scorer, microbatch_tokens=8), SharedScorer, Ids()),
-]
-
-
-@pytest.mark.parametrize(("share", "kind", "role"), ROLES)
-def test_roles_are_shared_where_there_are_several_ranks(share, kind, role):
-    assert share(role, OneProcess()) is role
-    assert all(isinstance(shared, kind) for shared in on_ranks(2, lambda ranks: share(role, ranks)))
+@torch.no_grad()
+def test_one_process_asks_about_all_rows_at_once(rollout):
+    networks = Lookup()
+    DistributedNetworks(networks, OneProcess(), microbatch_tokens=1).values(rollout.sequences)
+    assert (networks.num_calls, networks.num_rows) == (1, 8)
 
 
 def test_shared_networks_say_whether_they_share_a_trunk():
     def share_trunk(ranks):
-        return SharedNetworks(Lookup(), ranks, microbatch_tokens=8).share_trunk
+        return DistributedNetworks(Lookup(), ranks, microbatch_tokens=8).share_trunk
 
     assert on_ranks(2, share_trunk) == [True, True]
 

@@ -13,20 +13,20 @@ from llmrl.roles import Collectives
 Result = TypeVar("Result")
 
 
-class ThreadGroup:
+class ThreadGroup(Collectives):
     """`Collectives` of one of several threads."""
 
-    def __init__(self, rank: int, barrier: Barrier, board: list[Any]) -> None:
+    def __init__(self, rank: int, meeting: Barrier, board: list[Any]) -> None:
         self.rank = rank
-        self.world_size = barrier.parties
-        self.barrier = barrier
+        self.world_size = meeting.parties
+        self.meeting = meeting
         self.board = board
 
     def gather(self, x: Any) -> list[Any]:
         self.board[self.rank] = x
-        self.barrier.wait(timeout=20)
+        self.meeting.wait(timeout=20)
         gathered = list(self.board)
-        self.barrier.wait(timeout=20)
+        self.meeting.wait(timeout=20)
         return gathered
 
     def sum(self, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class ThreadGroup:
 
 def on_ranks(world_size: int, work: Callable[[Collectives], Result]) -> list[Result]:
     """What `work` returns on each rank. It must not draw from the random numbers of torch, which the threads share."""
-    barrier, board = Barrier(world_size), [None] * world_size
+    meeting, board = Barrier(world_size), [None] * world_size
     with ThreadPoolExecutor(world_size) as threads:
-        waiting = [threads.submit(work, ThreadGroup(rank, barrier, board)) for rank in range(world_size)]
+        waiting = [threads.submit(work, ThreadGroup(rank, meeting, board)) for rank in range(world_size)]
         return [each.result() for each in waiting]

@@ -14,7 +14,7 @@ from llmrl.optim import local as module_under_test
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable, in_buckets
 from llmrl.optim.schedule import MAX_SKIPPED_STEPS
-from llmrl.roles import StateMismatch
+from llmrl.roles import Collectives, StateMismatch
 from tests.distributed.threads import on_ranks
 from tests.optim.tiny import PEAK, SCHEDULES, Scalar, learn, network, trainable_of
 
@@ -327,7 +327,7 @@ def test_one_of_several_ranks_cannot_learn_alone(monkeypatch):
         LocalTrainable(network(), OptimizerConfig(), num_steps=1)
 
 
-class Joined:
+class Joined(Collectives):
     """`Collectives` of one of two ranks, of which the other has twice the gradient; counts what they do together."""
 
     rank, world_size = 0, 2

@@ -186,7 +186,7 @@ def test_what_the_reward_model_cannot_read_is_told_before_any_response(tmp_path,
 
 def test_it_is_frozen(folder, rollout):
     reward = reward_of(learned(folder), rollout)
-    module = reward.scorer.module
+    module = reward.scorer.scorer.module
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     with torch.enable_grad():
         scores = reward(rollout)

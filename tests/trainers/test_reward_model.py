@@ -18,6 +18,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.config import RewardModelConfig, RunConfig
 from llmrl.trainers.reward_model import RewardModelTrainer
 from llmrl.trainers.run import Run
@@ -335,6 +336,7 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         evaluate_every=2,
         progress=Silent(),
         sink=Nobody(),
+        alarms=Alarms(),
     )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import platform
 import signal
@@ -19,6 +20,8 @@ from llmrl.files import WriteError
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
+from llmrl.roles import Collectives
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.checkpoint import CheckpointError
 from llmrl.trainers.config import RunConfig
 from llmrl.trainers.output import keep_iterations
@@ -147,6 +150,9 @@ class Bench:
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int | None = 0,
         settings: dict[str, Any] | None = None,
+        collectives: Collectives | None = None,
+        save: Callable[[Path], object] | None = None,
+        warmup_iterations: int = 0,
         **config: Any,
     ) -> Run:
         self.trainer = trainer = Numbers(hooks or {}, losses)
@@ -159,12 +165,14 @@ class Bench:
             RunConfig(output_dir=str(self.folder), num_iterations=num_iterations, **config),
             settings=settings or {},
             trainer=trainer,
-            collectives=OneProcess(),
-            save_model=save_model,
+            collectives=collectives or OneProcess(),
+            save_model=save or save_model,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             progress=self.said,
             sink=self.sink,
+            alarms=Alarms(),
+            warmup_iterations=warmup_iterations,
         )
 
     def lines(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -235,11 +243,12 @@ def test_the_best_is_what_the_writing_rank_has_seen(bench: Bench):
         def gather(self, x: Any) -> list[Any]:
             return [(seen_by_the_first, x[1]) if isinstance(x, tuple) else x, x]
 
-    run = bench.make(2, losses=[4.0, 6.0], best_metric="loss")
-    run.collectives, run.keeps_records = Second(), False
     saved: list[str] = []
-    run.save_model = lambda folder: saved.append(folder.name)
-    run.train()
+
+    def save(folder: Path) -> None:
+        saved.append(folder.name)
+
+    bench.make(2, losses=[4.0, 6.0], best_metric="loss", collectives=Second(), save=save).train()
     assert saved == [".best.new", "final"]  # 6 beats 5, 4 did not
 
 
@@ -253,8 +262,7 @@ def test_ranks_that_see_different_checkpoints_are_refused(bench: Bench):
         def gather(self, x: Any) -> list[Any]:
             return [x, [] if isinstance(x, list) else x]
 
-    run = bench.make(4, resume=True)
-    run.collectives = First()
+    run = bench.make(4, resume=True, collectives=First())
     with pytest.raises(
         RunError, match=r"one folder for all ranks.*: rank 1 sees no checkpoint there, and rank 0 step_"
     ):
@@ -268,23 +276,20 @@ def test_the_best_goes_by_the_number_of_the_writing_rank(bench: Bench):
         rank, world_size = 1, 2
 
         def gather(self, x: Any) -> list[Any]:
-            return [(x[0], -1.0) if isinstance(x, tuple) else x, x]
+            return [(x[0], math.nan) if isinstance(x, tuple) else x, x]
 
-    run = bench.make(1, losses=[4.0], best_metric="loss")
-    run.collectives, run.keeps_records = Second(), True
-    run.train()
-    assert bench.best()["value"] == -1.0
+    saved: list[Path] = []
+    bench.make(1, losses=[4.0], best_metric="loss", collectives=Second(), save=saved.append).train()
+    assert [folder.name for folder in saved] == ["final"]  # 4 is better than none, what is not finite never is
 
 
 def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
-    run = bench.make(3, best_metric="weight", checkpoint_every=1)
 
     class Second(OneProcess):
         rank, world_size = 1, 2
 
-    run.collectives, run.keeps_records = Second(), False
-    saved: list[Path] = []
-    run.save_model = saved.append  # whose weights the first rank may need
+    saved: list[Path] = []  # whose weights the first rank may need
+    run = bench.make(3, best_metric="weight", checkpoint_every=1, collectives=Second(), save=saved.append)
     assert run.train() == {"weight": 18.0}
     assert [folder.name for folder in saved] == [".best.new", ".best.new", ".best.new", "final"]
     assert not bench.folder.exists()
@@ -302,8 +307,7 @@ def test_a_rank_that_is_not_the_first_does_not_read_what_the_first_is_writing(be
             file.write('{"iterat')  # as the first rank is about to
         return {"eval/x": 1.0}
 
-    run = bench.make(3, evaluate=evaluate, evaluate_every=1, resume=True)
-    run.collectives, run.keeps_records = Second(), False
+    run = bench.make(3, evaluate=evaluate, evaluate_every=1, resume=True, collectives=Second())
     assert run.train()["weight"] == 18.0
 
 
@@ -433,8 +437,8 @@ def test_a_best_metric_may_be_one_that_a_warm_up_lacks(bench: Bench, name: str, 
         evaluate=lambda: {"eval/x": 1.0},
         evaluate_every=1,
         best_metric=name,
+        warmup_iterations=warmup_iterations,
     )
-    run.warmup_iterations = warmup_iterations
     with pytest.raises(RunError, match="is not measured"):
         run.train()
     assert bench.trainer.iteration == iteration
@@ -449,7 +453,7 @@ def test_the_best_is_swapped_whole_with_its_record(bench: Bench, monkeypatch: py
         if bench.trainer.iteration == 2:
             raise Failure
 
-    monkeypatch.setattr(run, "save_model", fail_at_the_second)
+    monkeypatch.setattr(run.best, "save_model", fail_at_the_second)
     with pytest.raises(Failure):
         run.train()
     assert bench.best()["iteration"] == 1

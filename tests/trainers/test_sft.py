@@ -18,6 +18,7 @@ from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
+from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.config import RunConfig, SFTConfig
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTTrainer
@@ -244,6 +245,7 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         evaluate_every=2,
         progress=Silent(),
         sink=Nobody(),
+        alarms=Alarms(),
     )
 
 

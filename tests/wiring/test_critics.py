@@ -153,7 +153,7 @@ def modules_of(run: Any) -> SimpleNamespace:
     return SimpleNamespace(
         actor=run.trainer.trained["actor"].module.model,
         critic=run.trainer.trained["critic"].module,
-        reward=run.trainer.reward.scorer.module,
+        reward=run.trainer.reward.scorer.scorer.module,
     )
 
 
@@ -214,7 +214,7 @@ def test_four_roles_stand_on_the_same_weights(one_base):
             assert (p.data_ptr() in shared) != owned, name
     assert storage(roles.critic) & storage(roles.reward) == shared & storage(roles.critic)
     assert storage(roles.critic) | storage(roles.actor) | storage(roles.reward) > shared
-    assert run.trainer.algorithm.reference.actor.module is run.trainer.trained["actor"].module
+    assert run.trainer.algorithm.reference.policy.actor.module is run.trainer.trained["actor"].module
     # every weight of the trunk is shared, not just some
     trunk = {p.data_ptr() for name, p in roles.actor.base_model.named_parameters() if "lora_" not in name}
     assert trunk <= storage(roles.critic)
@@ -489,7 +489,7 @@ def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
     lora = LORA if network == "adapter" else None
     run = build_run(with_critic(with_model(config, dtype="bfloat16", lora=lora), network=network))
     networks, seen = run.trainer.algorithm.networks, []
-    trunk = networks.module.policy.model.base_model if network == "shared" else modules_of(run).critic.trunk
+    trunk = networks.networks.module.policy.model.base_model if network == "shared" else modules_of(run).critic.trunk
     trunk.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     rollout, _ = rollout_of(run)
     seen.clear()
@@ -566,7 +566,7 @@ def test_the_head_begins_as_the_recipe_says(config, init):
 def test_a_shared_trunk_is_one_module_whose_head_has_a_rate_of_its_own(config, lora):
     run = build_run(with_critic(with_model(config, lora=lora), network="shared"))
     (trained,) = run.trainer.trained.values()
-    assert isinstance(run.trainer.algorithm.networks, SharedTrunk)
+    assert isinstance(run.trainer.algorithm.networks.networks, SharedTrunk)
     peaks = {id(p): group["peak"] for group in trained.optimizer.param_groups for p in group["params"]}
     rates = {name: peaks[id(p)] for name, p in trained.parameters.items()}
     assert {name for name, rate in rates.items() if rate == 2e-2} == {"head.weight"}
@@ -588,7 +588,7 @@ def test_the_best_metric_may_be_one_of_the_actor_behind_a_warm_up(config):
     best = dataclasses.replace(config.run, best_metric="actor/grad_norm")
     run = build_run(with_critic(dataclasses.replace(config, run=best), warmup_iterations=1))
     run.train()
-    assert run.best_record()["iteration"] > 1
+    assert run.best.record()["iteration"] > 1
 
 
 def test_settings_that_nothing_reads_are_told(config):

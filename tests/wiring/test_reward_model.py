@@ -66,7 +66,7 @@ def test_the_loop_is_what_the_recipe_asks_for(tmp_path):
     run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
     trainer = run.trainer
     assert (run.config.num_iterations, run.evaluate_every, trainer.config) == (9, 4, settings)
-    assert (trainer.scorer.microbatch_tokens, trainer.scorer.module.dtype) == (77, torch.bfloat16)
+    assert (trainer.scorer.microbatch_tokens, trainer.scorer.scorer.module.dtype) == (77, torch.bfloat16)
     tokenizer, (prompt,) = AutoTokenizer.from_pretrained(TINY.path), trainer.held_out.chosen.prompt_ids
     assert tokenizer.decode(prompt) == "12+3="
 

@@ -48,7 +48,7 @@ def reward_on(config, functions=()):
 
 
 def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
-    assert isinstance(reward_on(RewardConfig(functions=FUNCTIONS), [length]), FunctionReward)
+    assert isinstance(reward_on(RewardConfig(functions=FUNCTIONS), [length]).reward, FunctionReward)
     assert isinstance(reward_on(RewardConfig(model=folder)), LearnedReward)
     assert isinstance(reward_on(RewardConfig(functions=FUNCTIONS, model=folder), [length]), CombinedReward)
 
@@ -56,7 +56,7 @@ def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
 def test_a_reward_model_is_loaded_once_for_all_data(folder):
     rewards = Rewards(RewardConfig(model=folder), (), make_tokenizer(), DistributedConfig(), OneProcess())
     first, second = (rewards.on(PromptDataConfig(path="d.jsonl"), rows) for rows in (ROWS, ROWS[:1]))
-    assert first.scorer is second.scorer
+    assert first.scorer.scorer is second.scorer.scorer
 
 
 def test_rows_are_scored_by_their_text_and_the_eos(folder):

@@ -76,7 +76,7 @@ def test_a_nat_that_has_a_price_is_counted_from_a_reference(config):
     """The actor as it was loaded, at its temperature."""
     algorithm = dataclasses.replace(config.algorithm, kl_coef=0.1, scale="none")
     run, _ = build_run(dataclasses.replace(config, algorithm=algorithm))
-    reference, actor = run.trainer.algorithm.reference.module, run.trainer.trained["actor"].module
+    reference, actor = run.trainer.algorithm.reference.policy.module, run.trainer.trained["actor"].module
     assert reference.temperature == actor.temperature == 0.5
     assert not any(p.requires_grad for p in reference.parameters())
     for ours, theirs in zip(reference.parameters(), actor.parameters(), strict=True):
@@ -101,7 +101,7 @@ def test_an_adapted_model_measures_its_kl_at_no_price(config):
 @pytest.mark.parametrize(("name", "engine"), [("native", NativeEngine), ("transformers", TransformersEngine)])
 def test_the_engine_is_the_one_named(config, name, engine):
     rollout = dataclasses.replace(config.rollout, engine=name)
-    assert type(build_run(dataclasses.replace(config, rollout=rollout))[0].trainer.engine) is engine
+    assert type(build_run(dataclasses.replace(config, rollout=rollout))[0].trainer.engine.engine) is engine
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
@@ -116,8 +116,8 @@ def test_a_resumed_run_samples_from_the_weights_that_it_loaded(config, engine):
     Path(config.run.output_dir).mkdir()
     first.iterate()
     resumed.load_state_dict(first.state_dict())
-    assert next(resumed.engine.weights.fresh().parameters()).dtype == torch.bfloat16
-    for ours, theirs in zip(*(t.engine.weights.fresh().parameters() for t in (resumed, first)), strict=True):
+    assert next(resumed.engine.engine.weights.fresh().parameters()).dtype == torch.bfloat16
+    for ours, theirs in zip(*(t.engine.engine.weights.fresh().parameters() for t in (resumed, first)), strict=True):
         assert torch.equal(ours, theirs)
     resumed.iterate()
 
@@ -238,7 +238,7 @@ def test_an_evaluation_reads_its_own_columns_and_its_own_system_prompt(config, t
     assert build_run(settings)[0].evaluate()["eval/accuracy"] == 1.0
     evaluator = build_evaluator(settings, check_rl(settings, dry=False), progress=Silent())
     assert evaluator.evaluate()["eval/accuracy"] == 1.0
-    assert evaluator.reward.prompt_column == "question"
+    assert evaluator.reward.reward.prompt_column == "question"
 
 
 def test_what_is_correct_is_said_by_the_first_reward(config, tmp_path):
@@ -260,7 +260,7 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     run, _ = build_run(settings)
     trainer = run.trainer
     assert (trainer.prompts_per_iteration, trainer.group_size, trainer.config) == (8, 4, update)
-    assert (trainer.engine.max_rows, run.evaluate_every, trainer.observe.num_samples) == (11, 2, 1)
+    assert (trainer.engine.engine.max_rows, run.evaluate_every, trainer.observe.num_samples) == (11, 2, 1)
     assert trainer.algorithm.max_response_tokens == 3
     assert trainer.algorithm.actor.microbatch_tokens == 77
     assert trainer.algorithm.config == algorithm
@@ -271,7 +271,7 @@ def test_the_actor_samples_and_is_saved_in_the_arithmetic_of_the_recipe(config, 
         name = str(dtype).removeprefix("torch.")
         model = dataclasses.replace(config.model, dtype=name)
         run, _ = build_run(with_run(dataclasses.replace(config, model=model), output_dir=str(tmp_path / name)))
-        assert {p.dtype for p in run.trainer.engine.weights.fresh().parameters()} == {dtype}
+        assert {p.dtype for p in run.trainer.engine.engine.weights.fresh().parameters()} == {dtype}
         run.save_model(tmp_path / name / "final")
         saved = load_file(tmp_path / name / "final" / "model.safetensors")
         assert {weight.dtype for weight in saved.values()} == {dtype}

@@ -1,0 +1,97 @@
+"""The model with the best value of a metric, kept in best/ with a record of why."""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from llmrl.files import read_object, write_atomically, writing
+from llmrl.roles import Collectives
+from llmrl.trainers.output import RunError
+
+
+class BestModel:
+    """Keeps the model with the best value of a metric.
+
+    Args:
+        output: The output folder.
+        metric: Its name; None keeps no model.
+        mode: Which direction is better.
+        warmup_iterations: How many iterations at the start lack metrics of later ones.
+        save_model: Writes the model as it is to a folder; all ranks call it together.
+        collectives: Those of the run; the first rank writes the record.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        metric: str | None,
+        mode: Literal["max", "min"],
+        warmup_iterations: int,
+        save_model: Callable[[Path], None],
+        collectives: Collectives,
+    ) -> None:
+        self.folder = output / "best"
+        self.metric = metric
+        self.mode = mode
+        self.warmup_iterations = warmup_iterations
+        self.save_model = save_model
+        self.collectives = collectives
+
+    def discard_after(self, iteration: int) -> None:
+        """Removes the model if it is of a later iteration, which a resume goes back before."""
+        if (record := self.record()) and record["iteration"] > iteration:
+            shutil.rmtree(self.folder)
+
+    def see(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Saves the model, with a record of why, if it is the best so far.
+
+        Raises:
+            RunError: There is no such metric.
+        """
+        name = self.metric
+        if name is None:
+            return
+        record, value = self.collectives.from_first((self.record(), values.get(name)))
+        if value is None:
+            if name.startswith("eval/") or iteration > self.warmup_iterations:
+                self._check_measured(name, values, record)
+        elif self._is_better(value, record["value"] if record else None):
+            with writing(self.folder):
+                self.save_model(self.folder.with_name(".best.new"))
+            if self.collectives.is_first:
+                self._replace({"metric": name, "value": value, "iteration": iteration})
+
+    def _replace(self, record: dict[str, Any]) -> None:
+        """The model that was just saved becomes the best, with a record of why."""
+        new, old = self.folder.with_name(".best.new"), self.folder.with_name(".best.old")
+        write_atomically(new / "best.json", record)
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(old)
+        new.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def record(self) -> dict[str, Any] | None:
+        """Which metric made the model in best/ the best, its value and its iteration; None where there is none."""
+        return read_object(self.folder / "best.json")
+
+    def _check_measured(self, name: str, values: Mapping[str, float], record: dict[str, Any] | None) -> None:
+        """Refuses the name of a metric that was never measured, as soon as it would have been."""
+        is_due = not name.startswith("eval/") or any(other.startswith("eval/") for other in values)
+        if record is None and is_due:
+            nearest = "".join(f"; did you mean {near}?" for near in get_close_matches(name, values, n=1))
+            raise RunError(
+                f"run.best_metric ({name}) is not measured{nearest}; measured are {', '.join(sorted(values))}"
+            )
+
+    def _is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value beats the best so far; one that is not finite never does."""
+        if not math.isfinite(value):
+            return False
+        if best is None:
+            return True
+        return value > best if self.mode == "max" else value < best
