@@ -56,6 +56,39 @@ class Sequences(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenOutputs(Batch):
+    """Outputs of a forward pass over `Sequences`, by name: (B, T) or (B,), float32. Per-token outputs are 0 off the
+    response mask. An output that the module does not have is absent; reading it raises KeyError."""
+
+    named: Mapping[str, Tensor]
+    """Every output, those without a property of their own too."""
+
+    @property
+    def logprobs(self) -> Float[Tensor, "B T"]:
+        """Log-probabilities of the response tokens at the sampling temperature, nats."""
+        return self.named["logprobs"]
+
+    @property
+    def entropy(self) -> Float[Tensor, "B T"]:
+        """Entropy of the distribution that each response token was drawn from, nats."""
+        return self.named["entropy"]
+
+    @property
+    def values(self) -> Float[Tensor, "B T"]:
+        """Critic's values before each response token is chosen."""
+        return self.named["values"]
+
+    @property
+    def last_values(self) -> Float[Tensor, " B"]:
+        """Critic's value after the last token of each response."""
+        return self.named["last_values"]
+
+    def merge(self, other: "TokenOutputs") -> "TokenOutputs":
+        """These outputs and those of another module on the same sequences."""
+        return TokenOutputs(named={**self.named, **other.named})
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferencePairs(Batch):
     """Two responses to each prompt, one of which was preferred. Both sides hold the same prompts."""
 

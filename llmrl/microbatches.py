@@ -1,8 +1,16 @@
 """Who forms a microbatch: rows dealt to ranks and cut by a token budget."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from llmrl.batches import Batch
+
+Part = TypeVar("Part", bound=Batch)
+Answer = TypeVar("Answer", bound=Batch)
 
 
 def by_token_budget(num_tokens: Int[Tensor, " B"], max_tokens: int) -> list[Int[Tensor, " part"]]:
@@ -44,3 +52,16 @@ def parts_of_rank(
     parts = [[mine[part] for part in by_token_budget(num_tokens[mine], max_tokens)] for mine in rows]
     idle = max(map(len, parts)) - len(parts[rank])
     return parts[rank], [num_tokens.argmin().view(1)] * idle
+
+
+def in_microbatches(
+    ask: Callable[[Part], Answer], batch: Part, num_tokens: Int[Tensor, " B"], max_tokens: int
+) -> Answer:
+    """Answers about every row, in row order, asked in microbatches of at most `max_tokens` tokens."""
+    parts = by_token_budget(num_tokens, max_tokens) or [torch.arange(0)]
+    return in_row_order([ask(batch.select(part)) for part in parts], parts)
+
+
+def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:
+    """One batch of the answers about parts of a batch: row ``parts[i][j]`` of it is row j of ``answers[i]``."""
+    return type(answers[0]).cat(answers).select(torch.cat(list(parts)).argsort())

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmrl.batches import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences
+from llmrl.batches import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics
@@ -61,8 +61,8 @@ class RewardFunction(Protocol):
 class Policy(Protocol):
     """The probability that a language model gives to responses."""
 
-    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(logprobs, entropy)`` of the response tokens at the sampling temperature: nats, float32, 0 off the mask."""
+    def logprobs(self, sequences: Sequences) -> TokenOutputs:
+        """`logprobs` and `entropy` of the response tokens, and other outputs of the same pass."""
         ...
 
 
@@ -70,9 +70,8 @@ class Policy(Protocol):
 class ValueFunction(Protocol):
     """What a critic expects of responses."""
 
-    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
-        """``(values, last_values)``: before each response token is chosen, float32, 0 off the mask; and behind the last
-        token of each response."""
+    def values(self, sequences: Sequences) -> TokenOutputs:
+        """`values` before each response token is chosen, `last_values` after the last one."""
         ...
 
 
@@ -83,10 +82,8 @@ class ActorCritic(Policy, ValueFunction, Protocol):
     share_trunk: bool
     """Whether both are one trained module, so that their losses are one."""
 
-    def both(
-        self, sequences: Sequences
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
-        """``(logprobs, entropy, values, last_values)``; of a shared trunk in one pass."""
+    def both(self, sequences: Sequences) -> TokenOutputs:
+        """Outputs of actor and critic, computed in one pass if they share a trunk."""
         ...
 
 

@@ -46,10 +46,11 @@ class GRPO:
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
         """Advantages from the scores of each group; log-probabilities of the actor now and of the reference."""
-        old_logprobs, entropy = self.actor.logprobs(rollout.sequences)
+        outputs = self.actor.logprobs(rollout.sequences)
+        old_logprobs = outputs.logprobs
         ref_logprobs = torch.zeros_like(old_logprobs)
         if self.reference is not None:
-            ref_logprobs, _ = self.reference.logprobs(rollout.sequences)
+            ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
         shaped = scores.per_response + self._penalty(rollout)
         experience = GRPOExperience(
             rollout=rollout,
@@ -58,12 +59,12 @@ class GRPO:
             ref_logprobs=ref_logprobs,
             advantages=self._advantages(shaped, rollout)[:, None].expand_as(old_logprobs),
         )
-        return experience, self._describe(experience, entropy)
+        return experience, self._describe(experience, outputs.entropy)
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
         """The clipped policy loss, and the KL to the reference."""
         counted = batch.response_mask
-        logprobs, _ = self.actor.logprobs(batch.sequences)
+        logprobs = self.actor.logprobs(batch.sequences).logprobs
         current, old = logprobs, batch.old_logprobs
         if self.config.ratio == "sequence":
             current, old = sequence_log_ratio(logprobs, batch.old_logprobs, counted), torch.zeros_like(logprobs)

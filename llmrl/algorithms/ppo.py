@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
-from llmrl.batches import PPOExperience, Rollout, Scores
+from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs
 from llmrl.functional.advantages import gae
 from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.kl import estimate_kl, shape_rewards
@@ -78,17 +78,18 @@ class PPO:
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[PPOExperience, Metrics]:
         """Rewards, values, advantages and returns of a rollout. Called without gradient."""
-        old_logprobs, entropy, values, last_values = self.networks.both(rollout.sequences)
+        outputs = self.networks.both(rollout.sequences)
+        old_logprobs, values = outputs.logprobs, outputs.values
         mask = rollout.sequences.response_mask & ~scores.total.isnan()[:, None]
         kl = torch.zeros_like(old_logprobs)
         if self.reference is not None:
-            ref_logprobs, _ = self.reference.logprobs(rollout.sequences)
+            ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
             kl = torch.where(mask, estimate_kl(old_logprobs, ref_logprobs, estimator="k1"), 0.0)
         shaped = self._shape_scores(scores.total, rollout)
         rewards = shape_rewards(shaped, kl, mask, kl_coef=self.kl_control.coef)
         rewards = rewards + torch.where(mask, scores.per_token, 0.0)
         bootstrapped = ~rollout.finished & self.config.bootstrap_truncated
-        advantages, returns = self._estimate(rewards, values, mask, torch.where(bootstrapped, last_values, 0.0))
+        advantages, returns = self._estimate(rewards, values, mask, torch.where(bootstrapped, outputs.last_values, 0.0))
         experience = PPOExperience(
             rollout=rollout,
             scores=scores,
@@ -97,7 +98,7 @@ class PPO:
             old_values=values,
             returns=returns,
         )
-        metrics = self._describe(experience, entropy, rewards)
+        metrics = self._describe(experience, outputs.entropy, rewards)
         if self.reference is not None:
             metrics = metrics.merge(self._pay(kl, mask))
         return experience, metrics
@@ -142,27 +143,20 @@ class PPO:
     def losses(self, batch: PPOExperience, weights: Float[Tensor, "B T"]) -> Losses:
         """The actor's loss and the critic's; of a shared trunk their sum. Warm-up iterations train the critic alone."""
         if self.networks.share_trunk:
-            logprobs, entropy, values, _ = self.networks.both(batch.sequences)
-            policy_loss, policy = self._policy_loss(logprobs, entropy, batch, weights)
-            value_loss, value = self._value_loss(values, batch, weights)
+            outputs = self.networks.both(batch.sequences)
+            policy_loss, policy = self._policy_loss(outputs, batch, weights)
+            value_loss, value = self._value_loss(outputs, batch, weights)
             yield "actor", policy_loss + self.value_coef * value_loss, policy.merge(value)
             return
         if not self._warming_up:
-            logprobs, entropy = self.networks.logprobs(batch.sequences)
-            yield "actor", *self._policy_loss(logprobs, entropy, batch, weights)
-            del logprobs, entropy
-        values, _ = self.networks.values(batch.sequences)
-        yield "critic", *self._value_loss(values, batch, weights)
+            yield "actor", *self._policy_loss(self.networks.logprobs(batch.sequences), batch, weights)
+        yield "critic", *self._value_loss(self.networks.values(batch.sequences), batch, weights)
 
     def _policy_loss(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        entropy: Float[Tensor, "B T"],
-        batch: PPOExperience,
-        weights: Float[Tensor, "B T"],
+        self, outputs: TokenOutputs, batch: PPOExperience, weights: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, ""], Metrics]:
         loss, statistics = clipped_policy_loss(
-            logprobs,
+            outputs.logprobs,
             batch.old_logprobs,
             batch.advantages,
             weights,
@@ -172,17 +166,17 @@ class PPO:
         )
         counted = batch.response_mask
         if self.config.entropy_coef:
-            loss = loss - self.config.entropy_coef * masked_sum(weights * entropy, counted)
+            loss = loss - self.config.entropy_coef * masked_sum(weights * outputs.entropy, counted)
         if self.step_kl_control is not None:
-            moved = _step_kl(batch, logprobs)
+            moved = _step_kl(batch, outputs.logprobs)
             loss = loss + self.step_kl_control.coef * masked_sum(weights * moved, counted)
         return loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
 
     def _value_loss(
-        self, values: Float[Tensor, "B T"], batch: PPOExperience, weights: Float[Tensor, "B T"]
+        self, outputs: TokenOutputs, batch: PPOExperience, weights: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, ""], Metrics]:
         loss, statistics = clipped_value_loss(
-            values, batch.old_values, batch.returns, weights, value_clip=self.config.value_clip
+            outputs.values, batch.old_values, batch.returns, weights, value_clip=self.config.value_clip
         )
         return loss, Metrics({"value/loss": Total(loss.detach()), **statistics})
 
@@ -201,7 +195,7 @@ class PPO:
         self.num_iterations += 1
         if self.step_kl_control is None or not steps_taken:
             return Metrics()
-        logprobs, _ = self.networks.logprobs(experience.sequences)
+        logprobs = self.networks.logprobs(experience.sequences).logprobs
         mask = experience.response_mask
         total, num = masked_sum(_step_kl(experience, logprobs), mask), mask.sum()
         metrics = Metrics(

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences
+from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.device import pick_device
-from llmrl.microbatches import parts_of_rank
+from llmrl.microbatches import in_row_order, parts_of_rank
 from llmrl.roles import (
     ActorCritic,
     Collectives,
@@ -28,6 +28,7 @@ from llmrl.roles import (
 )
 
 Part = TypeVar("Part", bound=Batch)
+Answer = TypeVar("Answer", bound=Batch)
 
 
 class DistributedEngine:
@@ -83,12 +84,11 @@ class DistributedPolicy:
         self.collectives = collectives
         self.microbatch_tokens = microbatch_tokens
 
-    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        logprobs, entropy = self.share(self.policy.logprobs, sequences)
-        return logprobs, entropy
+        return self.share(self.policy.logprobs, sequences)
 
-    def share(self, ask: Callable[[Sequences], tuple[Tensor, ...]], sequences: Sequences) -> tuple[Tensor, ...]:
+    def share(self, ask: Callable[[Sequences], TokenOutputs], sequences: Sequences) -> TokenOutputs:
         """Answers about all rows, each rank asked about its part."""
         return share_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
@@ -101,17 +101,13 @@ class DistributedNetworks(DistributedPolicy):
         self.networks = networks
         self.share_trunk = networks.share_trunk
 
-    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
-        values, last_values = self.share(self.networks.values, sequences)
-        return values, last_values
+        return self.share(self.networks.values, sequences)
 
-    def both(
-        self, sequences: Sequences
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
-        logprobs, entropy, values, last_values = self.share(self.networks.both, sequences)
-        return logprobs, entropy, values, last_values
+        return self.share(self.networks.both, sequences)
 
 
 class DistributedScorer:
@@ -125,21 +121,22 @@ class DistributedScorer:
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
         """See `Scorer`."""
-        (scores,) = share_rows(
-            lambda part: (self.scorer.scores(part),),
-            sequences,
-            sequences.num_tokens,
-            self.microbatch_tokens,
-            self.collectives,
-        )
-        return scores
+
+        def ask(part: Sequences) -> TokenOutputs:
+            return TokenOutputs(named={"scores": self.scorer.scores(part)})
+
+        outputs = share_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        return outputs.named["scores"]
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """See `Scorer`."""
-        chosen, rejected = share_rows(
-            self.scorer.pair_scores, pairs, self.pair_tokens(pairs), self.microbatch_tokens, self.collectives
-        )
-        return chosen, rejected
+
+        def ask(part: PreferencePairs) -> TokenOutputs:
+            chosen, rejected = self.scorer.pair_scores(part)
+            return TokenOutputs(named={"chosen": chosen, "rejected": rejected})
+
+        outputs = share_rows(ask, pairs, self.pair_tokens(pairs), self.microbatch_tokens, self.collectives)
+        return outputs.named["chosen"], outputs.named["rejected"]
 
     def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
         """See `Scorer`."""
@@ -147,12 +144,12 @@ class DistributedScorer:
 
 
 def share_rows(
-    ask: Callable[[Part], tuple[Tensor, ...]],
+    ask: Callable[[Part], Answer],
     batch: Part,
     num_tokens: Int[Tensor, " B"],
     max_tokens: int,
     collectives: Collectives,
-) -> tuple[Tensor, ...]:
+) -> Answer:
     """Answers about each row, each rank asked about its part; with gradient, or in one process, about all.
 
     Every rank asks as often as every other: where weights are sharded, they come together for each forward pass.
@@ -160,18 +157,12 @@ def share_rows(
     if torch.is_grad_enabled() or collectives.world_size == 1:
         return ask(batch)
     parts, idle = parts_of_rank(num_tokens, max_tokens, collectives.rank, collectives.world_size)
-    mine = [(part.cpu(), tuple(answer.cpu() for answer in ask(batch.select(part)))) for part in parts]
+    mine = [(ask(batch.select(part)).to("cpu"), part.cpu()) for part in parts]
     for row in idle:
         ask(batch.select(row))
     answered = [pair for pairs in collectives.gather(mine) for pair in pairs]
-    order = torch.cat([index for index, _ in answered])
-    pieces = zip(*(answers for _, answers in answered), strict=True)
-    return tuple(_in_order(torch.cat(each), order).to(num_tokens.device) for each in pieces)
-
-
-def _in_order(x: Tensor, order: Int[Tensor, " B"]) -> Tensor:
-    """Row i goes to place order[i]."""
-    return torch.empty_like(x).index_copy(0, order, x)
+    answers, parts = zip(*answered, strict=True)
+    return in_row_order(answers, parts).to(num_tokens.device)
 
 
 def share_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:

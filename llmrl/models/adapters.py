@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
-
-from llmrl.batches import Sequences
+from llmrl.batches import Sequences, TokenOutputs
 from llmrl.roles import Policy
 
 if TYPE_CHECKING:
@@ -154,7 +151,7 @@ class AsLoaded:
         self.actor = actor
         self.adapted = adapted
 
-    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
         with as_loaded(self.adapted):
             return self.actor.logprobs(sequences)

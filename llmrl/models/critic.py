@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmrl.batches import Sequences
+from llmrl.batches import Sequences, TokenOutputs
 from llmrl.models.config import HeadInit
-from llmrl.models.policy import PolicyModule, computing_in, in_microbatches, to_left_margin
+from llmrl.models.policy import PolicyModule, computing_in, outputs_of, to_left_margin
 from llmrl.models.training import initialize_head
 from llmrl.roles import Policy, ValueFunction
 
@@ -37,14 +37,15 @@ class ValueHead(nn.Linear):
 
     def read(
         self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
-        """``(values, last_values)`` from the hidden states of rows at the left margin."""
+    ) -> dict[str, Tensor]:
+        """`values` (B, T) and `last_values` (B,) from the hidden states of rows at the left margin."""
         mask = sequences.response_mask
         row, token = mask.nonzero(as_tuple=True)
         before = hidden[row, response_start[row] + token - 1]
         values = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, self(before))
         last = response_start + sequences.response_lengths - 1
-        return values, self(hidden[torch.arange(len(last), device=hidden.device), last])
+        last_values = self(hidden[torch.arange(len(last), device=hidden.device), last])
+        return {"values": values, "last_values": last_values}
 
 
 class ValueModule(nn.Module):
@@ -56,8 +57,8 @@ class ValueModule(nn.Module):
         self.head = head
         self.dtype = dtype
 
-    def forward(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
-        """``(values, last_values)``: before each token in the response mask, 0 elsewhere; behind the last token."""
+    def forward(self, sequences: Sequences) -> dict[str, Tensor]:
+        """`values` before each token in the response mask, 0 elsewhere; `last_values` after the last token."""
         ids, response_start = to_left_margin(sequences)
         with computing_in(self.dtype, ids.device):
             hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
@@ -77,13 +78,11 @@ class SharedModule(nn.Module):
         """The actor, which engines sample from."""
         return self.policy.model
 
-    def forward(
-        self, sequences: Sequences
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
-        """``(logprobs, entropy, values, last_values)`` in one pass."""
+    def forward(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Outputs of actor and critic, in one pass."""
         ids, response_start = to_left_margin(sequences)
         hidden = self.policy.hidden(ids)
-        return *self.policy.read(hidden, sequences, response_start), *self.head.read(hidden, sequences, response_start)
+        return self.policy.read(hidden, sequences, response_start) | self.head.read(hidden, sequences, response_start)
 
 
 class TransformersValueFunction:
@@ -93,14 +92,9 @@ class TransformersValueFunction:
         self.module = module
         self.microbatch_tokens = microbatch_tokens
 
-    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
-        if torch.is_grad_enabled():
-            return self.module(sequences)
-        values, last_values = in_microbatches(
-            self.module, sequences, self.microbatch_tokens, num_per_token=1, num_per_row=1
-        )
-        return values, last_values
+        return outputs_of(self.module, sequences, self.microbatch_tokens)
 
 
 class SeparateNetworks:
@@ -112,11 +106,9 @@ class SeparateNetworks:
         self.logprobs = actor.logprobs
         self.values = critic.values
 
-    def both(
-        self, sequences: Sequences
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
-        return *self.logprobs(sequences), *self.values(sequences)
+        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 class SharedTrunk:
@@ -128,23 +120,14 @@ class SharedTrunk:
         self.module = module
         self.microbatch_tokens = microbatch_tokens
 
-    def both(
-        self, sequences: Sequences
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
-        if torch.is_grad_enabled():
-            return self.module(sequences)
-        logprobs, entropy, values, last_values = in_microbatches(
-            self.module, sequences, self.microbatch_tokens, num_per_token=3, num_per_row=1
-        )
-        return logprobs, entropy, values, last_values
+        return outputs_of(self.module, sequences, self.microbatch_tokens)
 
-    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        logprobs, entropy, _, _ = self.both(sequences)
-        return logprobs, entropy
+        return self.both(sequences)
 
-    def values(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
-        _, _, values, last_values = self.both(sequences)
-        return values, last_values
+        return self.both(sequences)

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmrl.batches import Sequences
-from llmrl.microbatches import by_token_budget
+from llmrl.batches import Sequences, TokenOutputs
+from llmrl.microbatches import in_microbatches
 from llmrl.models.heads import Head
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ class PolicyModule(nn.Module):
         self.temperature = temperature
         self.dtype = dtype
 
-    def forward(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(logprobs, entropy)`` of the tokens in the response mask; 0 elsewhere."""
+    def forward(self, sequences: Sequences) -> dict[str, Tensor]:
+        """`logprobs` and `entropy` (B, T) of the tokens in the response mask; 0 elsewhere. A dict, because wrappers
+        that shard weights look for tensors in dicts and tuples only."""
         ids, response_start = to_left_margin(sequences)
         return self.read(self.hidden(ids), sequences, response_start)
 
@@ -44,8 +45,8 @@ class PolicyModule(nn.Module):
 
     def read(
         self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(logprobs, entropy)`` from these."""
+    ) -> dict[str, Tensor]:
+        """Outputs from the last hidden states."""
         mask = sequences.response_mask
         row, token = mask.nonzero(as_tuple=True)
         before = hidden[row, response_start[row] + token - 1]
@@ -53,7 +54,7 @@ class PolicyModule(nn.Module):
             chosen, chosen_entropy = self.head(self.model, before, sequences.response_ids[mask], self.temperature)
         logprobs = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, chosen.float())
         entropy = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, chosen_entropy.float())
-        return logprobs, entropy
+        return {"logprobs": logprobs, "entropy": entropy}
 
 
 class TransformersPolicy:
@@ -67,33 +68,26 @@ class TransformersPolicy:
         self.module = module
         self.microbatch_tokens = microbatch_tokens
 
-    def logprobs(self, sequences: Sequences) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        if torch.is_grad_enabled():
-            return self.module(sequences)
-        logprobs, entropy = in_microbatches(
-            self.module, sequences, self.microbatch_tokens, num_per_token=2, num_per_row=0
-        )
-        return logprobs, entropy
+        return outputs_of(self.module, sequences, self.microbatch_tokens)
+
+
+def outputs_of(module: nn.Module, sequences: Sequences, microbatch_tokens: int) -> TokenOutputs:
+    """Outputs of a module: in one pass with gradient, in microbatches without."""
+
+    def ask(part: Sequences) -> TokenOutputs:
+        return TokenOutputs(named=module(part))
+
+    if torch.is_grad_enabled():
+        return ask(sequences)
+    return in_microbatches(ask, sequences, sequences.num_tokens, microbatch_tokens)
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Autocast to bfloat16, or nothing. Its cache is off: a pass reads each weight once, and the cache would keep a
     copy of every one of them to its end."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False)
-
-
-def in_microbatches(
-    module: nn.Module, sequences: Sequences, max_tokens: int, *, num_per_token: int, num_per_row: int
-) -> tuple[Tensor, ...]:
-    """What a module says of sequences, some at a time: so many numbers of each response token, then of each row."""
-    shape, device = sequences.response_mask.shape, sequences.response_ids.device
-    shapes = [shape] * num_per_token + [shape[:1]] * num_per_row
-    answers = tuple(torch.zeros(shape, device=device) for shape in shapes)
-    for index in by_token_budget(sequences.num_tokens, max_tokens):
-        for answer, part in zip(answers, module(sequences.select(index)), strict=True):
-            answer[index.to(device)] = part
-    return answers
 
 
 def to_left_margin(sequences: Sequences) -> tuple[Int[Tensor, "B S"], Int[Tensor, " B"]]:
@@ -104,7 +98,7 @@ def to_left_margin(sequences: Sequences) -> tuple[Int[Tensor, "B S"], Int[Tensor
     ids = torch.cat([sequences.prompt_ids, sequences.response_ids], dim=1)
     mask = torch.cat([sequences.prompt_mask, attended(sequences)], dim=1)
     lengths = mask.sum(dim=1)
-    columns = torch.arange(int(lengths.max()), device=ids.device)
+    columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=ids.device)
     filled = columns < lengths[:, None]
     packed = torch.zeros(filled.shape, dtype=ids.dtype, device=ids.device).masked_scatter(filled, ids[mask])
     return packed, sequences.prompt_mask.sum(dim=1)

@@ -7,15 +7,14 @@ position, whatever its id. The head computes in float32.
 A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon et al. 2020, arXiv:2009.01325, app. B.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmrl.batches import PreferencePairs, Sequences
-from llmrl.microbatches import by_token_budget
+from llmrl.batches import PreferencePairs, Sequences, TokenOutputs
+from llmrl.microbatches import in_microbatches
 from llmrl.models.folders import ModelError
 from llmrl.models.policy import attended, computing_in, to_left_margin
 
@@ -72,7 +71,7 @@ class PairRow:
         prompts = chosen.prompt_mask.sum(dim=1)
         ends = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
         lengths = ends[:, 1] + rejected.response_lengths
-        columns = torch.arange(int(lengths.max()), device=prompts.device)
+        columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=prompts.device)
         filled = columns < lengths[:, None]
         parts = [
             (chosen.prompt_ids, chosen.prompt_mask),
@@ -105,34 +104,32 @@ class TransformersRewardModel:
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
         """Raw scores, without gradient."""
-        return self._in_microbatches(sequences, sequences.num_tokens, self.module)
+        outputs = in_microbatches(self._ask, sequences, sequences.num_tokens, self.microbatch_tokens)
+        return outputs.named["scores"]
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Raw scores of ``(chosen, rejected)``."""
         if torch.is_grad_enabled():
-            both = self._both(pairs)
+            outputs = self._ask_pairs(pairs)
         else:
-            both = self._in_microbatches(pairs, self.pair_tokens(pairs), self._both, 2)
-        return both[:, 0], both[:, 1]
+            outputs = in_microbatches(self._ask_pairs, pairs, self.pair_tokens(pairs), self.microbatch_tokens)
+        return outputs.named["chosen"], outputs.named["rejected"]
 
-    def _both(self, pairs: PreferencePairs) -> Float[Tensor, "B 2"]:
+    def _ask(self, sequences: Sequences) -> TokenOutputs:
+        return TokenOutputs(named={"scores": self.module(sequences)})
+
+    def _ask_pairs(self, pairs: PreferencePairs) -> TokenOutputs:
         if self.shares_prompts:
-            return self.module(pairs)
-        return self.module(Sequences.cat([pairs.chosen, pairs.rejected])).view(2, -1).T
+            chosen, rejected = self.module(pairs).unbind(1)
+        else:
+            chosen, rejected = self.module(Sequences.cat([pairs.chosen, pairs.rejected])).chunk(2)
+        return TokenOutputs(named={"chosen": chosen, "rejected": rejected})
 
     def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
         """Tokens of each pair in a forward pass: one row with its prompt once, or two rows as long as the longer."""
         if self.shares_prompts:
             return pairs.chosen.num_tokens + pairs.rejected.response_lengths
         return 2 * torch.maximum(pairs.chosen.num_tokens, pairs.rejected.num_tokens)
-
-    def _in_microbatches(
-        self, batch: Any, num_tokens: Int[Tensor, " B"], score: Callable[[Any], Tensor], *sides: int
-    ) -> Tensor:
-        scores = torch.empty(len(num_tokens), *sides, device=num_tokens.device)
-        for index in by_token_budget(num_tokens, self.microbatch_tokens):
-            scores[index.to(scores.device)] = score(batch.select(index))
-        return scores
 
 
 def score_layer(model: "PreTrainedModel") -> nn.Module:

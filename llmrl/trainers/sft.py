@@ -52,7 +52,7 @@ class SFTTrainer(Resumable):
             weights = token_weights(
                 part.response_mask, aggregation="token", num_tokens=num_tokens, num_responses=0, max_response_tokens=1
             )
-            logprobs, _ = self.actor.logprobs(part)
+            logprobs = self.actor.logprobs(part).logprobs
             loss = -masked_sum(weights * logprobs, part.response_mask)
             yield "actor", loss, Metrics({"loss": self._mean_loss(part, logprobs.detach())})
 
@@ -71,7 +71,7 @@ class SFTTrainer(Resumable):
         """``eval/loss``: nats per response token on the held-out examples."""
         assert self.held_out is not None, "evaluation without held-out examples"
         self.progress.phase("evaluation", 1)
-        logprobs, _ = self.actor.logprobs(self.held_out)
+        logprobs = self.actor.logprobs(self.held_out).logprobs
         self.progress.advance()
         return Metrics({"eval/loss": self._mean_loss(self.held_out, logprobs)}).values()
 

@@ -46,7 +46,7 @@ def check_sampling(actor: Actor, config: RolloutConfig) -> None:
             if config.engine == "native" or isinstance(error, RolloutError):
                 raise  # what `generate` of transformers cannot do comes in these classes
             raise _refusal(actor, config, f"{type(error).__name__}: {in_one_line(error)}") from error
-        logprobs, _ = exact(rollout.sequences)
+        logprobs = exact(rollout.sequences)["logprobs"]
     gap = float((logprobs - rollout.rollout_logprobs).abs().max())
     if not gap <= TOLERANCE:
         told = f"its log-probabilities differ by {gap:.2g} from those of the pass that trains"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmrl.algorithms.ppo import PPO
-from llmrl.batches import Prompts, Rollout, Scores, Sequences
+from llmrl.batches import Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.functional.streams import uniforms
 from llmrl.reports.progress import Silent
@@ -45,7 +45,8 @@ class TabularActor(nn.Module):
         distribution = self.logits.log_softmax(dim=-1)[states_of(sequences, self.logits.shape[1])[:, :-1]]
         chosen = distribution.gather(-1, sequences.response_ids[..., None]).squeeze(-1)
         entropy = -(distribution.exp() * distribution).sum(dim=-1)
-        return torch.where(sequences.response_mask, chosen, 0.0), torch.where(sequences.response_mask, entropy, 0.0)
+        logprobs, entropy = (torch.where(sequences.response_mask, x, 0.0) for x in (chosen, entropy))
+        return TokenOutputs(named={"logprobs": logprobs, "entropy": entropy})
 
     def probability(self, response):
         """Of a whole response."""
@@ -66,7 +67,8 @@ class TabularCritic(nn.Module):
     def values(self, sequences):
         values = self.table[states_of(sequences, self.num_tokens)]
         last = values.gather(1, sequences.response_lengths[:, None]).squeeze(1)
-        return torch.where(sequences.response_mask, values[:, :-1], 0.0), last
+        values = torch.where(sequences.response_mask, values[:, :-1], 0.0)
+        return TokenOutputs(named={"values": values, "last_values": last})
 
 
 class Pair:
@@ -78,7 +80,7 @@ class Pair:
         self.share_trunk = share_trunk
 
     def both(self, sequences):
-        return *self.logprobs(sequences), *self.values(sequences)
+        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 class TabularEngine:
@@ -111,7 +113,7 @@ class TabularEngine:
         rows = tuple(row for row in prompts.rows for _ in range(sampling.num_responses))
         return Rollout(
             sequences=sequences,
-            rollout_logprobs=self.actor.logprobs(sequences)[0].float(),
+            rollout_logprobs=self.actor.logprobs(sequences).logprobs.float(),
             finished=~alive,
             group_ids=number // sampling.num_responses,
             rows=rows,

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
-from llmrl.batches import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences, TokenOutputs
 from llmrl.functional.losses import token_weights
 
 LENGTHS = [3, 1, 4, 2, 4, 3]  # two groups of three
@@ -25,7 +25,7 @@ class FixedPolicy:
         self.table = logprobs
 
     def logprobs(self, sequences):
-        return self.table, torch.zeros_like(self.table)
+        return TokenOutputs(named={"logprobs": self.table, "entropy": torch.zeros_like(self.table)})
 
 
 def mask_of(lengths):

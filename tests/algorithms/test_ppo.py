@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.algorithms.config import PPOConfig
-from llmrl.batches import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences, TokenOutputs
 from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.losses import token_weights
 from llmrl.functional.statistics import Mean
@@ -32,27 +32,27 @@ class FixedNetworks:
     """`ActorCritic` whose outputs are given, row by row: the prompt says which row it is."""
 
     def __init__(self, logprobs, values=None, *, last_values=None, entropy=None, share_trunk=False):
-        self.tables = (
-            logprobs,
-            torch.full_like(logprobs, 1.25) if entropy is None else entropy,
-            torch.zeros_like(logprobs) if values is None else values,
-            torch.zeros(len(logprobs)) if last_values is None else last_values,
-        )
+        self.tables = {
+            "logprobs": logprobs,
+            "entropy": torch.full_like(logprobs, 1.25) if entropy is None else entropy,
+            "values": torch.zeros_like(logprobs) if values is None else values,
+            "last_values": torch.zeros(len(logprobs)) if last_values is None else last_values,
+        }
         self.share_trunk = share_trunk
         self.asked = []
 
-    def _look_up(self, name, first, last, sequences):
-        self.asked.append(name)
-        return tuple(table[sequences.prompt_ids[:, 0]] for table in self.tables[first:last])
+    def _look_up(self, question, names, sequences):
+        self.asked.append(question)
+        return TokenOutputs(named={name: self.tables[name][sequences.prompt_ids[:, 0]] for name in names})
 
     def logprobs(self, sequences):
-        return self._look_up("logprobs", 0, 2, sequences)
+        return self._look_up("logprobs", ("logprobs", "entropy"), sequences)
 
     def values(self, sequences):
-        return self._look_up("values", 2, 4, sequences)
+        return self._look_up("values", ("values", "last_values"), sequences)
 
     def both(self, sequences):
-        return self._look_up("both", 0, 4, sequences)
+        return self._look_up("both", self.tables, sequences)
 
 
 def mask_of(lengths=LENGTHS):
@@ -593,7 +593,7 @@ def test_old_numbers_are_frozen_while_the_networks_move():
     names = ("old_logprobs", "advantages", "old_values", "returns")
     before = {name: getattr(experience, name).clone() for name in names}
     for tables in ((OLD, OLD_VALUES), (NEW, NEW_VALUES)):
-        networks.tables = (tables[0], networks.tables[1], tables[1], networks.tables[3])
+        networks.tables = {**networks.tables, "logprobs": tables[0], "values": tables[1]}
         told = Metrics()
         for _, _, metrics in ppo.losses(experience, weights_of(experience)):
             told = told.merge(metrics)

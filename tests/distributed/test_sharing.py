@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences
+from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.sharing import (
     DistributedEngine,
@@ -81,20 +81,21 @@ class Lookup:
     def num_calls(self):
         return len(self.tokens)
 
-    def _answer(self, sequences, scale):
+    def _answer(self, sequences, scale, *names):
         self.num_rows += len(sequences.response_ids)
         self.tokens.append(len(sequences.num_tokens) * int(sequences.num_tokens.max()))
-        return scale * sequences.response_ids.float(), scale + sequences.response_ids.float()
+        ids = sequences.response_ids.float()
+        return dict(zip(names, (scale * ids, scale + ids), strict=True))
 
     def logprobs(self, sequences):
-        return self._answer(sequences, 2.0)
+        return TokenOutputs(named=self._answer(sequences, 2.0, "logprobs", "entropy"))
 
     def values(self, sequences):
-        values, _ = self._answer(sequences, 3.0)
-        return values, values.sum(dim=1)
+        values = self._answer(sequences, 3.0, "values", "spread")["values"]
+        return TokenOutputs(named={"values": values, "last_values": values.sum(dim=1)})
 
     def both(self, sequences):
-        return *self.logprobs(sequences), *self.values(sequences)
+        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 @pytest.fixture
@@ -183,17 +184,15 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
     expected = getattr(Lookup(), question)(rollout.sequences)
     for answers in on_ranks(world_size, ask):
-        assert len(answers) == len(expected)
-        for answer, right in zip(answers, expected, strict=True):
-            assert_close(answer, right)
+        assert_close(answers.named, expected.named)
     assert len({each.num_calls for each in networks}) == 1  # where weights are split, all must come
     assert all(asked <= 15 for each in networks for asked in each.tokens)
 
 
 def test_with_gradient_a_rank_is_asked_about_what_it_is_given(rollout):
     policy = Lookup()
-    logprobs, _ = DistributedPolicy(policy, OneProcess(), microbatch_tokens=1).logprobs(rollout.sequences)
-    assert policy.num_rows == len(logprobs) == len(rollout.rows)
+    outputs = DistributedPolicy(policy, OneProcess(), microbatch_tokens=1).logprobs(rollout.sequences)
+    assert policy.num_rows == len(outputs.logprobs) == len(rollout.rows)
 
 
 def test_answers_of_a_row_stay_with_it(rollout):
@@ -203,10 +202,10 @@ def test_answers_of_a_row_stay_with_it(rollout):
     @torch.no_grad()
     def ask(ranks):
         sequences = rollout.sequences
-        return share_rows(lambda s: (s.response_ids[:, :1].float(),), sequences, sequences.num_tokens, 12, ranks)
+        return share_rows(lambda part: part, sequences, sequences.num_tokens, 12, ranks)
 
-    for (answer,) in on_ranks(3, ask):
-        assert_close(answer, number)
+    for answer in on_ranks(3, ask):
+        assert_close(answer.response_ids[:, :1].float(), number)
 
 
 class Ids:

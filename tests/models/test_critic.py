@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmrl.batches import Sequences
+from llmrl.batches import Sequences, TokenOutputs
 from llmrl.models.critic import (
     SeparateNetworks,
     SharedModule,
@@ -47,6 +47,11 @@ def shared_of(family: str, *, microbatch_tokens: int = 10_000) -> Any:
     return SharedTrunk(SharedModule(module_of(build(family)), head_of()), microbatch_tokens=microbatch_tokens)
 
 
+def answers(outputs: TokenOutputs) -> tuple[Tensor, ...]:
+    """Outputs in the order: logprobs, entropy, values, last_values."""
+    return tuple(outputs.named.values())
+
+
 def alone(trunk: Any, weight: Tensor, rows: Any = ROWS) -> tuple[Tensor, Tensor]:
     """``(values, last_values)``: the hidden state before each chosen token, and the last one, times the head."""
     length = 1 + max(len(response) for _, response, _ in rows)
@@ -77,7 +82,7 @@ def value_gradients(trunk: Any, head: Any, values: Tensor, last_values: Tensor) 
 
 def test_each_value_is_that_of_the_state_before_its_token(family):
     """Tool output has none; the last value is behind the last token, whoever wrote it."""
-    assert_close(critic_of(family).values(make_sequences()), expected_of(family), rtol=1e-4, atol=1e-4)
+    assert_close(answers(critic_of(family).values(make_sequences())), expected_of(family), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -85,20 +90,20 @@ def test_each_value_is_that_of_the_state_before_its_token(family):
 def test_each_row_has_the_values_that_it_has_alone(family, training):
     critic, whole = critic_of(family), make_sequences()
     critic.module.train(training)
-    together = critic.values(whole)
+    together = answers(critic.values(whole))
     for row in range(len(ROWS)):
         one = torch.tensor([row])
-        assert_close(critic.values(whole.select(one)), tuple(x[one] for x in together), rtol=1e-4, atol=1e-4)
+        assert_close(answers(critic.values(whole.select(one))), tuple(x[one] for x in together), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_token_changes_the_values_behind_it_alone(family):
     """A value is read before its token is chosen."""
     critic, response = critic_of(family), [10, 11, 12, 13, 14]
-    before, last_before = critic.values(make_sequences([([7, 8, 9], response, [1] * 5)]))
+    before, last_before = answers(critic.values(make_sequences([([7, 8, 9], response, [1] * 5)])))
     for t in range(5):
         changed = [*response[:t], 30, *response[t + 1 :]]
-        after, last_after = critic.values(make_sequences([([7, 8, 9], changed, [1] * 5)]))
+        after, last_after = answers(critic.values(make_sequences([([7, 8, 9], changed, [1] * 5)])))
         assert torch.equal(after[:, : t + 1], before[:, : t + 1])
         assert (after[:, t + 1 : 5] != before[:, t + 1 : 5]).all()
         assert (last_after != last_before).all()
@@ -109,17 +114,17 @@ def test_padding_never_leaks(family):
     critic = critic_of(family)
     with torch.no_grad():
         critic.module.trunk.get_input_embeddings().weight[PAD] = torch.nan
-    clean = critic.values(make_sequences())
-    assert all(torch.equal(x, y) for x, y in zip(critic.values(make_sequences(**GARBAGE)), clean, strict=True))
+    clean = answers(critic.values(make_sequences()))
+    assert all(torch.equal(x, y) for x, y in zip(answers(critic.values(make_sequences(**GARBAGE))), clean, strict=True))
     assert_close(clean, expected_of(family), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 10_000])
 def test_chunks_without_gradient_give_what_one_pass_with_gradient_gives(family, microbatch_tokens):
     critic = critic_of(family, microbatch_tokens=microbatch_tokens)
-    whole = critic.values(make_sequences())
+    whole = answers(critic.values(make_sequences()))
     with torch.no_grad():
-        parts = critic.values(make_sequences())
+        parts = answers(critic.values(make_sequences()))
     assert whole[0].requires_grad
     assert not parts[0].requires_grad
     assert_close(parts, tuple(x.detach() for x in whole), rtol=1e-5, atol=1e-5)
@@ -131,14 +136,14 @@ def test_microbatches_hold_their_budget():
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with torch.no_grad():
-        critic.values(make_sequences())
+        answers(critic.values(make_sequences()))
     assert shapes == [(2, 3), (1, 6), (1, 9), (1, 9)]  # lengths 9, 3, 9, 3, 6
 
 
 def test_a_batch_in_which_nothing_counts():
     critic, sequences = critic_of("llama"), make_sequences()
     nothing = replace(sequences, response_mask=torch.zeros_like(sequences.response_mask))
-    values, last_values = critic.values(nothing)
+    values, last_values = answers(critic.values(nothing))
     assert not values.any()
     assert_close(last_values, expected_of("llama")[1], rtol=1e-4, atol=1e-4)
     values.sum().backward()
@@ -150,7 +155,7 @@ def test_a_batch_in_which_nothing_counts():
 
 def test_gradients_are_those_of_the_dense_computation_and_reach_every_weight(family):
     critic, trunk, head = critic_of(family), build(family).base_model, head_of()
-    ours = value_gradients(critic.module.trunk, critic.module.head, *critic.values(make_sequences()))
+    ours = value_gradients(critic.module.trunk, critic.module.head, *answers(critic.values(make_sequences())))
     assert_same_gradients(ours, value_gradients(trunk, head, *alone(trunk, head.weight)))
     assert [name for name, grad in ours.items() if not grad.any()] == []
     assert len(ours) == len(list(critic.module.parameters()))
@@ -159,7 +164,7 @@ def test_gradients_are_those_of_the_dense_computation_and_reach_every_weight(fam
 def test_a_head_of_zeros_gives_zeros_and_learns_before_the_trunk():
     critic = critic_of("llama")
     critic.module.head = ValueHead(HIDDEN, init="zero")
-    values, last_values = critic.values(make_sequences())
+    values, last_values = answers(critic.values(make_sequences()))
     assert not values.any()
     assert not last_values.any()
     ours = value_gradients(critic.module.trunk, critic.module.head, values, last_values)
@@ -180,9 +185,9 @@ def test_a_normal_head_has_variance_1_over_hidden_size_plus_1():
 
 
 def test_bfloat16_is_the_arithmetic_and_not_the_result():
-    exact, _ = critic_of("llama").values(make_sequences())
+    exact, _ = answers(critic_of("llama").values(make_sequences()))
     critic = critic_of("llama", dtype=torch.bfloat16)
-    rough, last = critic.values(make_sequences())
+    rough, last = answers(critic.values(make_sequences()))
     assert rough.dtype == last.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert_close(rough, exact, rtol=0.0, atol=0.1 * exact.detach().abs().max().item())
@@ -212,10 +217,10 @@ def test_a_shared_trunk_is_the_policy_and_the_critic_at_once(family, grad, micro
     apart = SeparateNetworks(policy, critic_of(family, microbatch_tokens=microbatch_tokens))
     shared = shared_of(family, microbatch_tokens=microbatch_tokens)
     with torch.set_grad_enabled(grad):
-        theirs, ours = apart.both(make_sequences()), shared.both(make_sequences())
+        theirs, ours = answers(apart.both(make_sequences())), answers(shared.both(make_sequences()))
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(shared.logprobs(make_sequences()), theirs[:2], strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(shared.values(make_sequences()), theirs[2:], strict=True))
+        for again in (shared.logprobs(make_sequences()), shared.values(make_sequences())):
+            assert all(torch.equal(x, y) for x, y in zip(answers(again), theirs, strict=True))
         assert theirs[2].any()
     with torch.no_grad():
         assert_close(ours[0].detach(), dense(build(family))[0], rtol=1e-4, atol=1e-4)
@@ -225,14 +230,14 @@ def test_a_shared_trunk_is_the_policy_and_the_critic_at_once(family, grad, micro
 def test_a_shared_trunk_is_run_once():
     shared, passes = shared_of("llama"), []
     shared.module.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    shared.both(make_sequences())
+    answers(shared.both(make_sequences()))
     assert len(passes) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_gradient_of_a_shared_trunk_is_the_sum_of_both(family):
     shared = shared_of(family)
-    logprobs, entropy, values, last_values = shared.both(make_sequences())
+    logprobs, entropy, values, last_values = answers(shared.both(make_sequences()))
     weights = torch.linspace(-1.0, 2.0, values.numel()).view_as(values)
     policy_loss = (weights * logprobs).sum() + 0.3 * (weights.flip(1) * entropy).sum()
     value_loss = (weights * values).sum() + (torch.linspace(0.5, 1.0, len(last_values)) * last_values).sum()
@@ -271,10 +276,10 @@ def test_separate_networks_read_one_each():
     """What moves the critic leaves the log-probabilities, and the other way round."""
     policy, critic = TransformersPolicy(module_of(build("llama")), microbatch_tokens=10_000), critic_of("llama")
     both = SeparateNetworks(policy, critic)
-    before = copy.deepcopy([x.detach() for x in both.both(make_sequences())])
+    before = copy.deepcopy([x.detach() for x in answers(both.both(make_sequences()))])
     with torch.no_grad():
         critic.module.head.weight.mul_(2)
-    after = both.both(make_sequences())
+    after = answers(both.both(make_sequences()))
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], 2 * before[2])
@@ -284,5 +289,5 @@ def test_separate_networks_read_one_each():
 def test_no_rows_without_gradient():
     nothing: Sequences = make_sequences().select(torch.tensor([], dtype=torch.long))
     with torch.no_grad():
-        shapes = [tuple(x.shape) for x in shared_of("llama").both(nothing)]
+        shapes = [tuple(x.shape) for x in answers(shared_of("llama").both(nothing))]
     assert shapes == [(0, 7), (0, 7), (0, 7), (0,)]

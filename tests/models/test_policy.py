@@ -15,7 +15,7 @@ def policy_of(family, *, microbatch_tokens=10_000, **settings):
 
 
 def test_each_row_is_the_models_own_log_softmax(family):
-    logprobs, entropy = policy_of(family).logprobs(make_sequences())
+    logprobs, entropy = policy_of(family).logprobs(make_sequences()).named.values()
     with torch.no_grad():
         expected_logprobs, expected_entropy = dense(build(family))
     assert_close(logprobs, expected_logprobs, rtol=1e-4, atol=1e-4)
@@ -24,7 +24,7 @@ def test_each_row_is_the_models_own_log_softmax(family):
 
 def test_gradients_are_those_of_the_dense_computation(family):
     policy, plain = policy_of(family), build(family)
-    ours = gradients(policy.module.model, *policy.logprobs(make_sequences()))
+    ours = gradients(policy.module.model, *policy.logprobs(make_sequences()).named.values())
     assert_same_gradients(ours, gradients(plain, *dense(plain)))
 
 
@@ -32,7 +32,7 @@ def test_padding_never_leaks(family):
     policy = policy_of(family)
     garbage = make_sequences(prompt_padding=(36, 0, 7), response_padding=(12, -1, 10**6))
     clean = policy.logprobs(make_sequences())
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(policy.logprobs(garbage), clean, strict=True))
+    assert_close(policy.logprobs(garbage).named, clean.named, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 10_000])
@@ -41,9 +41,9 @@ def test_chunks_without_gradient_give_what_one_pass_with_gradient_gives(family, 
     whole = policy.logprobs(make_sequences())
     with torch.no_grad():
         parts = policy.logprobs(make_sequences())
-    assert whole[0].requires_grad
-    assert not parts[0].requires_grad
-    assert_close(parts, tuple(x.detach() for x in whole), rtol=1e-5, atol=1e-5)
+    assert whole.logprobs.requires_grad
+    assert not parts.logprobs.requires_grad
+    assert_close(parts.named, {name: x.detach() for name, x in whole.named.items()}, rtol=1e-5, atol=1e-5)
 
 
 def test_microbatches_hold_their_budget():
@@ -63,25 +63,25 @@ def test_a_batch_in_which_nothing_counts(head):
     policy = policy_of(head)
     sequences = make_sequences()
     nothing = replace(sequences, response_mask=torch.zeros_like(sequences.response_mask))
-    logprobs, entropy = policy.logprobs(nothing)
+    logprobs, entropy = policy.logprobs(nothing).named.values()
     assert not logprobs.any()
     assert not entropy.any()
     (logprobs.sum() + entropy.sum()).backward()
     assert all(p.grad is None or not p.grad.any() for p in policy.module.parameters())
     with torch.no_grad():
-        assert not policy.logprobs(nothing)[0].any()
+        assert not policy.logprobs(nothing).logprobs.any()
 
 
 def test_no_rows_without_gradient():
     with torch.no_grad():
-        logprobs, entropy = policy_of("llama").logprobs(make_sequences().select(torch.tensor([], dtype=torch.long)))
-    assert logprobs.shape == entropy.shape == (0, 7)
+        outputs = policy_of("llama").logprobs(make_sequences().select(torch.tensor([], dtype=torch.long)))
+    assert outputs.logprobs.shape == outputs.entropy.shape == (0, 7)
 
 
 @pytest.mark.parametrize("head", ["llama", "gemma2"])
 def test_ids_beyond_the_tokenizer_have_no_probability(head):
     every_id = make_sequences([([7, 8], [n], [1]) for n in range(VOCAB)])
-    logprobs, _ = policy_of(head).logprobs(every_id)
+    logprobs = policy_of(head).logprobs(every_id).logprobs
     assert_close(logprobs[:, 0].exp().sum(), torch.tensor(1.0))
 
 
@@ -91,7 +91,7 @@ def test_temperature_divides_the_logits(head):
     two = make_sequences([([7, 8], [20], [1]), ([7, 8], [21], [1])])
 
     def log_odds(temperature):
-        logprobs, _ = policy_of(head, temperature=temperature).logprobs(two)
+        logprobs = policy_of(head, temperature=temperature).logprobs(two).logprobs
         return logprobs[0, 0] - logprobs[1, 0]
 
     assert_close(log_odds(0.5), 2 * log_odds(1.0), rtol=1e-4, atol=1e-4)
@@ -99,9 +99,9 @@ def test_temperature_divides_the_logits(head):
 
 @pytest.mark.parametrize("head", ["llama", "gemma2"])
 def test_bfloat16_is_the_arithmetic_and_not_the_result(head):
-    exact, _ = policy_of(head).logprobs(make_sequences())
+    exact = policy_of(head).logprobs(make_sequences()).logprobs
     policy = policy_of(head, dtype=torch.bfloat16)
-    rough, entropy = policy.logprobs(make_sequences())
+    rough, entropy = policy.logprobs(make_sequences()).named.values()
     assert rough.dtype == entropy.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert_close(rough, exact, rtol=0.05, atol=0.15)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
-from llmrl.batches import Rollout
+from llmrl.batches import Rollout, TokenOutputs
 from llmrl.data.chat import as_sequences
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
@@ -314,14 +314,14 @@ class Indifferent:
 
     def logprobs(self, sequences):
         zeros = torch.zeros(sequences.response_ids.shape)
-        return zeros, zeros
+        return TokenOutputs(named={"logprobs": zeros, "entropy": zeros})
 
     def values(self, sequences):
-        zeros, _ = self.logprobs(sequences)
-        return zeros, zeros[:, 0]
+        zeros = torch.zeros(sequences.response_ids.shape)
+        return TokenOutputs(named={"values": zeros, "last_values": zeros[:, 0]})
 
     def both(self, sequences):
-        return *self.logprobs(sequences), *self.values(sequences)
+        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 BYTES = [[*"âĤ¬=1", EOS], [*"b=1"], ["1", EOS]]  # "€=1", "b=1" cut by the limit, and "1"

@@ -28,7 +28,7 @@ def test_gradient_checkpointing_changes_memory_alone(folder, lora):
         layer = actor.model.get_decoder().layers[0] if hasattr(actor.model, "model") else actor.model.transformer.h[0]
         calls = []
         layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        results.append(gradients(actor.model, *actor.policy.logprobs(make_sequences())))
+        results.append(gradients(actor.model, *actor.policy.logprobs(make_sequences()).named.values()))
         num_forwards.append(len(calls))
     assert num_forwards == [1, 2]  # recomputed in the backward pass, or it was never on
     assert_same_gradients(results[1], results[0])
@@ -42,12 +42,12 @@ def test_the_reference_stays_where_the_actor_started(folder, lora, dtype):
     assert actor.model.training
     reference = reference_of(actor, DistributedConfig(), OneProcess())
     with torch.no_grad():
-        start, _ = actor.policy.logprobs(make_sequences())
+        start = actor.policy.logprobs(make_sequences()).logprobs
         for p in actor.model.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
-        assert not torch.allclose(actor.policy.logprobs(make_sequences())[0], start, atol=0.01)
-        assert_close(reference.logprobs(make_sequences())[0], start, atol=1e-5, rtol=0)
+        assert not torch.allclose(actor.policy.logprobs(make_sequences()).logprobs, start, atol=0.01)
+        assert_close(reference.logprobs(make_sequences()).logprobs, start, atol=1e-5, rtol=0)
 
 
 def test_a_bfloat16_reference_is_smaller_than_its_actor(folder):
@@ -62,7 +62,7 @@ def test_logprobs_are_the_folders(tmp_path):
     actor = actor_of(save_folder(tmp_path, FAMILIES["gpt2"]()))
     with torch.no_grad():
         expected, _ = dense(build("gpt2"))
-    assert_close(actor.policy.logprobs(make_sequences())[0].detach(), expected, rtol=1e-4, atol=1e-4)
+    assert_close(actor.policy.logprobs(make_sequences()).logprobs.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_random_weights_and_adapters_come_from_the_seed(tmp_path):

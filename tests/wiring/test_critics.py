@@ -235,14 +235,15 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
     assert_close(scores.parts["model"], merged.normalize(merged.scorer.scores(sequences)), rtol=1e-4, atol=1e-5)
 
     with torch.no_grad():
-        logprobs, entropy, values, last_values = algorithm.networks.both(rollout.sequences)
-        ref_logprobs, _ = algorithm.reference.logprobs(rollout.sequences)
-        assert_close(critic_apart(roles.critic, folders.base).values(rollout.sequences), (values, last_values))
+        outputs = algorithm.networks.both(rollout.sequences)
+        ref_logprobs = algorithm.reference.logprobs(rollout.sequences).logprobs
+        of_critic = critic_apart(roles.critic, folders.base).values(rollout.sequences)
+        assert_close(dict(of_critic.named), {name: outputs.named[name] for name in ("values", "last_values")})
         start = load_actor(ModelConfig(path=str(folders.base)), temperature=1.0, microbatch_tokens=10_000, seed=0)
-        assert_close(ref_logprobs, start.policy.logprobs(rollout.sequences)[0], rtol=1e-5, atol=1e-5)
+        assert_close(ref_logprobs, start.policy.logprobs(rollout.sequences).logprobs, rtol=1e-5, atol=1e-5)
         again = algorithm.networks.both(rollout.sequences)
-    assert (ref_logprobs - logprobs).abs().max() > 0.1
-    assert all(torch.equal(x, y) for x, y in zip(again, (logprobs, entropy, values, last_values), strict=True))
+    assert (ref_logprobs - outputs.logprobs).abs().max() > 0.1
+    assert_close(dict(again.named), dict(outputs.named), rtol=0, atol=0)
 
 
 def critic_apart(critic: Any, base: Path) -> TransformersValueFunction:
@@ -502,7 +503,7 @@ def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
 
 def test_the_head_begins_at_zero_by_default(config):
     run = build_run(dataclasses.replace(config, critic=CriticConfig()))
-    values, last_values = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences)
+    values, last_values = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences).named.values()
     assert not values.any()
     assert not last_values.any()
 
