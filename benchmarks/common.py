@@ -22,7 +22,7 @@ Samples = dict[str, list[dict[str, Any]]]
 
 
 def take_turns(sides: Sequence[str], columns: Sequence[str], *, turns: int) -> Samples:
-    """Measures each side so many times, each time in a process of its own."""
+    """Measures each side this many times, each time in a process of its own."""
     samples: Samples = {side: [] for side in sides}
     for turn in range(turns):
         for side in sides:

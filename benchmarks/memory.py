@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bucket-elements", type=int, default=20_000_000, help="reduce_bucket_size of DeepSpeed")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--cases", nargs="+", choices=CASES, help="others than those that are usual for a strategy")
-    parser.add_argument("--together", action="store_true", help="cases share a process, but for DeepSpeed's")
+    parser.add_argument("--together", action="store_true", help="cases share a process, except DeepSpeed's")
     parser.add_argument("--output", type=Path, help="writes the rows there instead of to the results")
     parser.add_argument("--worker", type=Path, help="measure in this process and write rows to this file")
     parser.set_defaults(device="cpu", dtype="float32")
@@ -275,7 +275,7 @@ def write_recipe(algorithm: str, model: Path, lengths: Lengths, folder: Path) ->
 
 
 def texts(model: Path, lengths: Lengths) -> tuple[str, str, str]:
-    """A prompt and two responses of so many tokens; the EOS of a response is one of them."""
+    """A prompt and two responses of this many tokens; the EOS of a response is one of them."""
     tokenizer = load_tokenizer(ModelConfig(path=str(model)))
     prompt, response = ("the " * lengths.prompt).strip(), " the" * (lengths.response - 1)
     for text, count in ((prompt, lengths.prompt), (response, lengths.response - 1)):

@@ -51,7 +51,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """GPUs, as many on each node as there are, with so many GiB each, as torch reports them."""
+    """GPUs, as many on each node as there are, with this many GiB each, as torch reports them."""
 
     name: str
     num_devices: int

@@ -17,7 +17,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def format_evaluation(values: Mapping[str, float]) -> str:
-    """``accuracy 0.44 [0.347, 0.538]  score 0.44``: what an evaluation measured, an interval behind what it is of."""
+    """``accuracy 0.44 [0.347, 0.538]  score 0.44``: what an evaluation measured, each interval after its value."""
     told = []
     for name, value in values.items():
         if not name.endswith(("_low", "_high")):

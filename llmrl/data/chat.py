@@ -1,7 +1,7 @@
 """The prompt boundary: from the texts and messages of rows to token ids. Special tokens are decided here only.
 
 A chat prompt is rendered by the chat template, which writes its own BOS, and is tokenized without special tokens.
-A plain text gets the special tokens that the tokenizer puts before a text, but one BOS at most, and no EOS behind it.
+A plain text gets the special tokens that the tokenizer puts before a text, but one BOS at most, and no EOS after it.
 A response is tokenized on its own and ends with EOS: what is trained on is what is sampled later.
 """
 
@@ -202,7 +202,7 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:
 
 
 def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
-    """Rows of token ids as ``(ids, mask)``, zeros before (left) or behind them."""
+    """Rows of token ids as ``(ids, mask)``, zeros before (left) or after them."""
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

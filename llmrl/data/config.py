@@ -25,7 +25,7 @@ class DataConfig:
     """How a text becomes tokens: "chat" makes it the user's message in the tokenizer's chat template, "none" takes it
     as it is, "auto" is "chat" for a tokenizer that has a chat template and "none" for any other."""
     num_rows: int | None = None
-    """Uses the first so many rows only."""
+    """Uses only this many rows, from the start."""
     skip_bad_rows: bool = False
     """Drops and counts the rows that cannot be used; otherwise one of them refuses the file."""
     rename_columns: dict[str, str | None] = field(default_factory=dict)

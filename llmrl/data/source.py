@@ -24,7 +24,7 @@ class ShuffledSource(Generic[Example]):
     Args:
         examples: Encoded once, so that dealing them is cheap.
         num_dropped: How many rows were too long to be among the examples.
-        seed: Of the run.
+        seed: Seed of the run.
         rows: What the examples were made of; a resumed run must have the same.
     """
 
@@ -79,7 +79,7 @@ class ShuffledSource(Generic[Example]):
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Of the content and the order of rows. Of a value that JSON lacks only its type counts."""
+    """SHA-256 of rows, content and order. A value that JSON cannot hold counts by its type only."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())

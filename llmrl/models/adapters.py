@@ -145,7 +145,7 @@ def as_loaded(adapted: "PeftModel") -> Iterator[None]:
 
 
 class AsLoaded:
-    """`Policy`: the actor as it was loaded, its adapter switched off for the while."""
+    """`Policy`: the actor as it was loaded, its adapter temporarily switched off."""
 
     def __init__(self, actor: Policy, adapted: "PeftModel") -> None:
         self.actor = actor

@@ -25,7 +25,7 @@ NOT_KEPT = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transfor
 
 
 class Companions:
-    """Of one model and its tokenizer, as they came; read when it is made, so that the source may go afterwards."""
+    """Companion files of one model and its tokenizer; read when it is made, so that the source may go afterwards."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         read_from, tokens_from = model.config.name_or_path, tokenizer.name_or_path

@@ -48,7 +48,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Allows a model folder to bring and run its own Python code."""
     made_by: str | None = None
-    """The command that makes the folder, told to whoever misses it."""
+    """Command that creates this folder; printed if it is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)

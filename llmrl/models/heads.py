@@ -66,8 +66,8 @@ class OwnHead:
         )
 
 
-class HiddenStatesAsTheyCome(nn.Module):
-    """In the trunk's place: what is handed in as embeddings comes out as last hidden states."""
+class IdentityTrunk(nn.Module):
+    """Replaces the trunk: returns its input embeddings as the last hidden states."""
 
     def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> "TrunkOutput":
         return TrunkOutput(inputs_embeds)
@@ -88,9 +88,9 @@ class TrunkOutput:
 
 @contextmanager
 def trunk_replaced(model: "PreTrainedModel") -> Iterator[None]:
-    """For the while, the model's forward is its head alone."""
+    """Replaces the trunk temporarily, so that the model's forward is its head alone."""
     trunk = getattr(model, model.base_model_prefix)
-    setattr(model, model.base_model_prefix, HiddenStatesAsTheyCome())
+    setattr(model, model.base_model_prefix, IdentityTrunk())
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ NUM_REPEATS = 8
 """Passes that tell what is random, and perhaps rarely, from what depends on other tokens."""
 RANDOM = "two passes over the same rows differ"
 TOLERANCE = 1e-4
-"""Of the largest difference between two hidden states of one token, relative to the largest number in them."""
+"""Bound on the largest difference between two hidden states of one token, relative to the largest number in them."""
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def num_token_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel"
 
 
 def check_vocabulary(config: ModelConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuses a tokenizer with tokens that have no embedding, but for special ones: those of Gemma 3 1B name an image.
+    """Refuses a tokenizer with tokens that have no embedding, except special ones: those of Gemma 3 1B name an image.
 
     Raises:
         ModelError: An ordinary text could have such a token, or it is the EOS, which ends every response.

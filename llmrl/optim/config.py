@@ -12,17 +12,17 @@ class OptimizerConfig:
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stays, or falls in a line or in a half cosine and would be 0 one step after the last."""
+    """After warm-up: constant, linear or cosine decay; the decay reaches 0 one step after the last."""
     warmup_steps: int = 0
-    """Optimizer steps before the learning rate reaches its peak, to which it rises evenly; none of them is at 0."""
+    """Optimizer steps of linear warm-up to the peak learning rate; the first step is already above 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) are left alone."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
     beta2: float = 0.999
     """Decay of the running mean of squared gradients."""
     max_grad_norm: float = 1.0
-    """The global gradient norm above which the gradient is scaled down to it."""
+    """Clips the global gradient norm to this value."""
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):

@@ -16,7 +16,7 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 class StepSchedule:
-    """How far an optimizer is on its learning-rate schedule, and how often it had to pass over a gradient."""
+    """Learning-rate schedule: its position, and the number of consecutive skipped steps."""
 
     def __init__(self, config: OptimizerConfig, num_steps: int) -> None:
         from transformers import get_scheduler
@@ -37,7 +37,7 @@ class StepSchedule:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step."""
+        """Learning rate of the next optimizer step."""
         return self.peak_learning_rate * self.share_of_peak(self.num_steps_done + 1)
 
     def begin_step(self, groups: Iterable[dict[str, Any]]) -> None:

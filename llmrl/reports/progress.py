@@ -37,7 +37,7 @@ HEARTBEAT_S = 30.0
 """The longest that plain progress is silent while work is being done."""
 
 BREATH_S = 1.0
-"""The least time between two lines of plain progress on iterations, but for the last one."""
+"""The least time between two lines of plain progress on iterations, except the last one."""
 
 
 @runtime_checkable
@@ -129,7 +129,7 @@ class LiveProgress:
         self.live.stop()
 
     def begin(self, num_iterations: int, num_done: int = 0) -> None:
-        """The first of so many iterations, or the one behind those that are done, begins now."""
+        """Called once, before the first iteration of this process; `num_done` were done before a resume."""
         self.pace = Pace(num_iterations)
         self.iterations.update(self.bar, total=num_iterations, completed=num_done)
 
@@ -174,7 +174,7 @@ class PlainProgress:
         self.stream.flush()
 
     def begin(self, num_iterations: int, num_done: int = 0) -> None:
-        """The first of so many iterations, or the one behind those that are done, begins now."""
+        """Called once, before the first iteration of this process; `num_done` were done before a resume."""
         self.pace = Pace(num_iterations)
         self.num_done = num_done
 

@@ -148,7 +148,7 @@ def _interval(wins: float, num_pairs: int) -> tuple[float, float]:
 
 
 def _calibration(pairs: PairResults) -> Card:
-    """Of the probability of the side that the model prefers, against whether that side was chosen."""
+    """Calibration error: the probability of the preferred side against whether that side was chosen."""
     card: Card = {"error": None, "error_by_chance": None, "mean_confidence": None, "num_bins": NUM_BINS}
     if len(pairs.sources) == 0:
         return card

@@ -69,7 +69,7 @@ class Trackers:
         self.names = tuple(dict.fromkeys(config.names))
         self.open: dict[str, Tracker] = {}
         self.record: dict[str, Any] = {}
-        """Of each tracker: which run it has, and the last iteration that it was sent. It stays where one fails."""
+        """Per tracker: its run, and the last iteration sent to it. Kept when a tracker fails."""
         self.tell: Callable[[str], None] = print
         for name in self.names:
             spec = find_spec(name)

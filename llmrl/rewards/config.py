@@ -20,7 +20,7 @@ class RewardFunctionConfig:
     name: UserPath
     """``path/to/file.py:function``, relative to the current folder, or ``package.module:function``."""
     weight: float = 1.0
-    """What its scores are multiplied by before they are summed; 0 for one that is only watched in the metrics."""
+    """Factor on its scores before they are summed; 0 only logs them in the metrics."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the function, such as the pattern of ``llmrl.rewards.rules:matches_pattern``."""
 
@@ -48,11 +48,11 @@ class LearnedRewardConfig:
     path: UserPath
     """A folder, or a name on the Hugging Face hub."""
     weight: float = 1.0
-    """What its scores are multiplied by before they are summed."""
+    """Factor on its scores before they are summed."""
     normalize: bool = True
-    """Takes off the mean and divides by the standard deviation that are stored with the model, if they are."""
+    """Standardizes by the mean and standard deviation stored with the model, if present."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Arithmetic of its forward passes; null: bfloat16 on a GPU, float32 on a CPU. The head computes in float32."""
+    """Precision of its forward passes; null: bfloat16 on a GPU, float32 on a CPU. The head computes in float32."""
     microbatch_tokens: int = 16384
     """Tokens per forward pass, padding included. Changes memory, never the result."""
     on_actor_base: bool = False
@@ -61,7 +61,7 @@ class LearnedRewardConfig:
     trust_remote_code: bool = False
     """Allows a model folder to bring and run its own Python code."""
     made_by: str | None = None
-    """The command that makes the folder, told to whoever misses it."""
+    """Command that creates this folder; printed if it is missing."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:

@@ -17,7 +17,7 @@ responses of a group are in the same call. What a function returns has an entry 
                                 a response of which no function with a weight has anything to say is not scored
     [0.0, 0.5, 1.0]             a number for each token of the response, its EOS included
     [(7, 0.5), (19, 1.0)]       pairs of a character offset into the response and a number, for the token that completes
-                                the character there; the offset behind the last character means the last token
+                                the character there; the offset after the last character means the last token
 
 What can be awaited, as the result of an ``async def`` function, is awaited together, in an event loop that is the same
 in all calls of a run: a connection that is kept open stays usable.

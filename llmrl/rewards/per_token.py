@@ -24,7 +24,7 @@ class Spelling:
     ids: list[int]
     text: str
     decode: Callable[[list[int]], str]
-    """Makes `text` of `ids`, and of the first so many ids what they spell."""
+    """Decodes `ids` to `text`, and any prefix of `ids` to its text."""
 
     @property
     def expected(self) -> str:
@@ -57,8 +57,8 @@ class Spelling:
         """The first token whose `prefix` agrees with the text up to a character, that one included.
 
         A prefix that ends within a character reads otherwise there, and with some decoders already before. What is
-        right in a prefix stays as long in all further ones: so a search by length finds where to look from, but for
-        text with the sign of a broken character, which may be right by chance.
+        right in a prefix stays as long in all further ones: so a search by length finds where to look from, except
+        for text with the sign of a broken character, which may be right by chance.
         """
         if offset == len(self.text):
             return len(self.ids) - 1

@@ -95,7 +95,7 @@ class SlotCache(Cache):
                 buffer[target] = buffer[source]
 
     def move_columns(self, shift: int) -> None:
-        """Moves the window so many columns to the front."""
+        """Moves the window this many columns to the front."""
         start, end = self.window.start, self.window.end
         for layer in self.layers:
             for old, new in zip(layer.view(start, end), layer.view(start - shift, end - shift), strict=True):

@@ -161,7 +161,7 @@ class Decoding:
         return free
 
     def _prefill(self, admitted: list[int]) -> tuple[list[DynamicLayer], Tensor]:
-        """Keys and values of prompts, padded left to the longest of them, and the logits behind their last tokens."""
+        """Keys and values of prompts, padded left to the longest of them, and the logits after their last tokens."""
         width = max(self.prompt_lengths[prompt] for prompt in admitted)
         ids = self.prompts.ids[admitted, -width:]
         mask = self.prompts.mask[admitted, -width:]

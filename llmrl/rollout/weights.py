@@ -18,7 +18,7 @@ class SamplingWeights:
     """Weights in the precision of sampling.
 
     Parameters that have it already are the trained ones themselves and always live, unless they are to be split over
-    ranks. The others are copied, and the copy is refreshed in place by `load`. One that has fallen behind is noticed by
+    ranks. The others are copied, and the copy is refreshed in place by `load`. A stale copy is detected by
     the number of optimizer steps since.
     """
 
@@ -47,7 +47,7 @@ class SamplingWeights:
         self._trainable, self._num_steps = trainable, trainable.num_steps_done
 
     def fresh(self) -> "PreTrainedModel":
-        """The model to sample with; refuses to hand out one that has fallen behind."""
+        """The model to sample with; raises RuntimeError if the copy is stale."""
         if self._copies and self._trainable is not None and self._trainable.num_steps_done != self._num_steps:
             raise RuntimeError(
                 "the trained weights have changed since load_weights: the engine would sample from old ones"

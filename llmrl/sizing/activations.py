@@ -36,11 +36,11 @@ class Pass:
     learns: bool = True
     """Whether the weights of the model itself learn."""
     rank: int = 0
-    """Of the adapters that learn."""
+    """LoRA rank of the trained adapters; 0: no adapters."""
     checkpoints: bool = False
-    """Whether layers are computed again in the backward pass."""
+    """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
     masked: bool = False
-    """Whether attention is told which tokens see which, as for pairs of responses."""
+    """Whether attention gets an explicit mask, as for pairs of responses."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,16 +56,16 @@ class Pass:
         return BFLOAT16 if self.bfloat16 else FLOAT32
 
 
-def saved(shape: ModelShape, work: Pass) -> int:
-    """What lives at the end of the forward pass through the trunk, for its backward pass."""
+def saved_bytes(shape: ModelShape, work: Pass) -> int:
+    """Bytes saved by the forward pass through the trunk for its backward pass."""
     hidden, ends = FLOAT32 * shape.hidden_size, 3 if work.learns else 2  # the last norm, and what it returns
     of_layers = hidden if work.checkpoints else of_layer(shape, work)
     cast = 0 if work.checkpoints else _cast(shape, work)
     return work.num_tokens * (hidden * ends + shape.num_layers * of_layers) + _mask(work) + cast
 
 
-def moment(shape: ModelShape, work: Pass) -> int:
-    """The most that comes on top for a while: at the end of the trunk, in the head, or in a layer computed again."""
+def peak_extra_bytes(shape: ModelShape, work: Pass) -> int:
+    """Peak bytes beyond the saved ones: at the end of the trunk, in the head, or in a recomputed layer."""
     in_head = head(shape, work) + head_gradient(shape, work)
     if not work.checkpoints:
         return in_head
@@ -78,7 +78,7 @@ def _cast(shape: ModelShape, work: Pass) -> int:
 
 
 def of_layer(shape: ModelShape, work: Pass) -> int:
-    """Bytes that a layer keeps of each token."""
+    """Bytes per token that a layer saves for its backward pass."""
     hidden, query, key, forward = shape.hidden_size, shape.query_size, shape.key_size, shape.feed_forward_size
     norms = FLOAT32 * hidden * (4 if work.learns else 2)
     inputs = BFLOAT16 * 5 * hidden if work.bfloat16 else FLOAT32 * 2 * hidden

@@ -11,7 +11,7 @@ from llmrl.rollout.native import PREFILL_TOKENS
 from llmrl.sizing import activations
 from llmrl.sizing.activations import BFLOAT16, FLOAT32, Pass
 from llmrl.sizing.shape import ModelShape
-from llmrl.sizing.strategy import Split, Strategy, gradients, held, host, passing
+from llmrl.sizing.strategy import Split, Strategy, gradients, host, resident, transient
 
 Phase = Literal["rollout", "scoring", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update")
@@ -109,7 +109,7 @@ class _Parts(ABC):
         return whole if self.strategy.splits_weights else FLOAT32 * self.shape.num_parameters
 
     def split(self, num_model: int, *, extra: int = 0) -> Split:
-        """A model of so many parameters that learns, or whose adapters do; `extra` parameters learn in any case."""
+        """A model of this many parameters that is trained, or its adapters; `extra` parameters are always trained."""
         trained = self.num_adapter or num_model
         frozen = num_model if self.num_adapter else 0
         return Split(
@@ -124,27 +124,27 @@ class _Parts(ABC):
         """Weights, what the optimizer keeps of them, gradients, and what passes while they are put together."""
         totals: dict[str, int] = {}
         for split in self.splits():
-            for name, num_bytes in held(split, self.strategy):
+            for name, num_bytes in resident(split, self.strategy):
                 totals[name] = totals.get(name, 0) + num_bytes
         for name, num_bytes in totals.items():
             yield Item(name=name, num_bytes=num_bytes)
-        for name, num_bytes in self.passing().items():
+        for name, num_bytes in self.transient().items():
             yield Item(
                 name=name, num_bytes=num_bytes, phases=("scoring", "update") if "weights" in name else ("update",)
             )
 
-    def passing(self) -> dict[str, int]:
-        """Of the modules that learn: DeepSpeed keeps whole weights of each, everything else one after another."""
+    def transient(self) -> dict[str, int]:
+        """Transient bytes by name: of one module at a time, except full weights under ZeRO 3, which add up."""
         totals: dict[str, int] = {}
         for split in self.splits():
-            for name, num_bytes in passing(split, self.strategy):
+            for name, num_bytes in transient(split, self.strategy):
                 adds_up = self.strategy.zero_stage == 3 and "weights" in name
                 before = totals.get(name, 0)
                 totals[name] = before + num_bytes if adds_up else max(before, num_bytes)
         return totals
 
     def work(self, *, budget: int, length: int, response_tokens: int, num_rows: int) -> Pass:
-        """A microbatch of rows as long as they get; there are so many in all."""
+        """The largest microbatch: rows of the greatest length, at most `num_rows`."""
         return Pass(
             rows=max(1, min(budget // length, num_rows)),
             length=length,
@@ -158,7 +158,7 @@ class _Parts(ABC):
     def updating(self, work: Pass, num_rows: int) -> Iterator[Item]:
         """A pass, and the gradients of those before it. There are so many rows in all: the first pass through the last
         of the models that learn has no gradients of that model before it."""
-        saved, moment = activations.saved(self.shape, work), activations.moment(self.shape, work)
+        saved, moment = activations.saved_bytes(self.shape, work), activations.peak_extra_bytes(self.shape, work)
         yield Item(name="activations", num_bytes=saved, phases=("update",))
         yield Item(name="the fullest moment of a pass", num_bytes=moment, phases=("update",))
         *first, last = (gradients(split, self.strategy) for split in self.splits())
@@ -224,7 +224,10 @@ class _Reinforcement(_Parts):
         yield from self.updating(work, num_rows)
         if self.critic == "own" and self.num_adapter:
             critic = replace(work, learns=True, rank=0, response_tokens=0)
-            sizes = [activations.saved(self.shape, x) + activations.moment(self.shape, x) for x in (critic, work)]
+            sizes = [
+                activations.saved_bytes(self.shape, x) + activations.peak_extra_bytes(self.shape, x)
+                for x in (critic, work)
+            ]
             more = max(0, sizes[0] - sizes[1])
             yield Item(name="activations of the critic beyond the actor's", num_bytes=more, phases=("update",))
 

@@ -17,7 +17,7 @@ class Machine:
 
     cpu: int
     gpu: int | None
-    """Of one GPU; None where none is computed on."""
+    """Memory of one GPU in bytes; None where none is used."""
 
 
 def this_machine() -> Machine:

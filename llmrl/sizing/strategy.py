@@ -76,8 +76,8 @@ def launched_strategy(launch: Launch) -> Strategy:
     )
 
 
-def held(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
-    """What each device holds all the time, by what it is."""
+def resident(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
+    """Yields `(name, bytes)` of what each device holds during the whole run."""
     parts = strategy.num_devices if strategy.splits_weights else 1
     weights = FLOAT32 * (split.trained + split.frozen) // parts
     if strategy.zero_stage == 3:
@@ -102,8 +102,8 @@ def gradients(split: Split, strategy: Strategy) -> int:
     return whole // (strategy.num_devices if strategy.splits_weights else 1)
 
 
-def passing(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
-    """What a device holds in an update for no longer than it computes or communicates with it."""
+def transient(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
+    """Yields `(name, bytes)` of what a device holds only while it computes or communicates with it."""
     num_all = split.trained + split.frozen
     if strategy.sharding == "fsdp":
         yield "whole weights of the moment", FLOAT32 * (split.root + 3 * split.layer)

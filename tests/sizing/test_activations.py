@@ -19,12 +19,14 @@ def test_a_layer_by_hand(shape):
 
 
 def test_a_pass_by_hand(shape):
-    assert activations.saved(shape, WORK) == 30 * (4 * 8 * 3 + 2 * 552)
+    assert activations.saved_bytes(shape, WORK) == 30 * (4 * 8 * 3 + 2 * 552)
     checkpoints = replace(WORK, checkpoints=True)
-    assert activations.saved(shape, checkpoints) == 30 * 4 * 8 * (3 + 2)
-    assert activations.moment(shape, checkpoints) == 30 * 552
-    assert activations.moment(shape, WORK) == activations.head(shape, WORK) + activations.head_gradient(shape, WORK)
-    cast = activations.saved(shape, HALF) - 30 * (4 * 8 * 3 + 2 * activations.of_layer(shape, HALF))
+    assert activations.saved_bytes(shape, checkpoints) == 30 * 4 * 8 * (3 + 2)
+    assert activations.peak_extra_bytes(shape, checkpoints) == 30 * 552
+    assert activations.peak_extra_bytes(shape, WORK) == activations.head(shape, WORK) + activations.head_gradient(
+        shape, WORK
+    )
+    cast = activations.saved_bytes(shape, HALF) - 30 * (4 * 8 * 3 + 2 * activations.of_layer(shape, HALF))
     assert cast == 2 * 2 * 576
     logits = 3 * 4 * 12 * 32
     assert activations.head(shape, WORK) == 2 * 4 * 12 * 8 + logits
@@ -47,7 +49,7 @@ def test_a_chunk_bounds_the_logits(shape):
 
 def test_what_is_frozen_keeps_less(shape):
     frozen = replace(WORK, learns=False)
-    assert activations.saved(shape, frozen) < activations.saved(shape, WORK)
+    assert activations.saved_bytes(shape, frozen) < activations.saved_bytes(shape, WORK)
     assert activations.head_gradient(shape, frozen) == 0
 
 
@@ -71,4 +73,4 @@ def test_a_pass_keeps_as_many_bytes_as_autograd_does(llama, shape, rank):
         hidden = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     measured = sum(kept.values()) + hidden.nbytes
     work = replace(WORK, rank=rank, learns=not rank)
-    assert measured == pytest.approx(activations.saved(shape, work), rel=0.06)
+    assert measured == pytest.approx(activations.saved_bytes(shape, work), rel=0.06)

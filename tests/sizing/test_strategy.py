@@ -4,7 +4,7 @@ import pytest
 
 from llmrl.distributed.launch import Launch
 from llmrl.sizing import Strategy, launched_strategy
-from llmrl.sizing.strategy import Split, gradients, held, host, passing
+from llmrl.sizing.strategy import Split, gradients, host, resident, transient
 
 SPLIT = Split(trained=1000, frozen=0, layer=100, root=200, largest=150)
 ALONE = Strategy()
@@ -30,16 +30,16 @@ def over(num_devices: int, zero_stage: int = 0, **settings) -> Strategy:
     ],
     ids=lambda x: x.name if isinstance(x, Strategy) else "",
 )
-def test_held_by_hand(strategy, always, of_gradients):
-    assert sum(num_bytes for _, num_bytes in held(SPLIT, strategy)) == always
+def test_resident_by_hand(strategy, always, of_gradients):
+    assert sum(num_bytes for _, num_bytes in resident(SPLIT, strategy)) == always
     assert gradients(SPLIT, strategy) == of_gradients
 
 
-def test_passing_by_hand():
-    assert dict(passing(SPLIT, ALONE)) == {}
-    assert sum(dict(passing(SPLIT, over(4, 2))).values()) == 4 * 500
-    assert sum(dict(passing(SPLIT, over(4, 3))).values()) == 4 * 1000 + 2 * 4 * 500
-    assert sum(dict(passing(SPLIT, over(4))).values()) == 4 * (200 + 300) + 4 * (200 + 200)
+def test_transient_by_hand():
+    assert dict(transient(SPLIT, ALONE)) == {}
+    assert sum(dict(transient(SPLIT, over(4, 2))).values()) == 4 * 500
+    assert sum(dict(transient(SPLIT, over(4, 3))).values()) == 4 * 1000 + 2 * 4 * 500
+    assert sum(dict(transient(SPLIT, over(4))).values()) == 4 * (200 + 300) + 4 * (200 + 200)
 
 
 def test_the_host_keeps_what_is_offloaded():
@@ -51,13 +51,13 @@ def test_the_host_keeps_what_is_offloaded():
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_more_devices_never_hold_more_each(zero_stage):
-    sizes = [sum(x for _, x in held(SPLIT, over(n, zero_stage))) for n in (1, 2, 4, 8)]
+    sizes = [sum(x for _, x in resident(SPLIT, over(n, zero_stage))) for n in (1, 2, 4, 8)]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_weights_that_are_frozen_have_no_optimizer():
     frozen = Split(trained=10, frozen=1000, layer=100, root=200, largest=150)
-    assert dict(held(frozen, ALONE)) == {"weights": 4040, "AdamW's states": 80}
+    assert dict(resident(frozen, ALONE)) == {"weights": 4040, "AdamW's states": 80}
 
 
 def test_a_launch_is_read(monkeypatch, tmp_path):
