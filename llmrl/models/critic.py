@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmrl.batches import Sequences, TokenOutputs
 from llmrl.models.config import HeadInit
-from llmrl.models.policy import PolicyModule, computing_in, outputs_of, to_left_margin
+from llmrl.models.policy import PolicyModule, computing_in, last_hidden_states, outputs_of, to_left_margin
 from llmrl.models.training import initialize_head
 from llmrl.roles import Policy, ValueFunction
 
@@ -61,7 +61,7 @@ class ValueModule(nn.Module):
         """`values` before each token in the response mask, 0 elsewhere; `last_values` after the last token."""
         ids, response_start = to_left_margin(sequences)
         with computing_in(self.dtype, ids.device):
-            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = last_hidden_states(self.trunk, ids)
         return self.head.read(hidden, sequences, response_start)
 
 

@@ -8,7 +8,7 @@ what they saw in training.
 The shift from logits to labels exists here and nowhere else: the hidden state *before* response token t predicts it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,7 +41,7 @@ class PolicyModule(nn.Module):
     def hidden(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S H"]:
         """The last hidden states of rows at the left margin."""
         with computing_in(self.dtype, ids.device):
-            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return last_hidden_states(self.model.base_model, ids)
 
     def read(
         self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]
@@ -84,6 +84,16 @@ def outputs_of(module: nn.Module, sequences: Sequences, microbatch_tokens: int) 
     return in_microbatches(ask, sequences, sequences.num_tokens, microbatch_tokens)
 
 
+def last_hidden_states(trunk: Any, ids: Int[Tensor, "B S"], **context: Tensor) -> Float[Tensor, "B S H"]:
+    """Last hidden states of rows at the left margin; for no rows, which transformers cannot reshape, without a pass.
+
+    `context` is what attention is told beyond the ids.
+    """
+    if not len(ids):
+        return torch.zeros(*ids.shape, trunk.config.get_text_config().hidden_size, device=ids.device)
+    return trunk(input_ids=ids, use_cache=False, **context).last_hidden_state
+
+
 def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Autocast to bfloat16, or nothing. Its cache is off: a pass reads each weight once, and the cache would keep a
     copy of every one of them to its end."""
@@ -98,7 +108,7 @@ def to_left_margin(sequences: Sequences) -> tuple[Int[Tensor, "B S"], Int[Tensor
     ids = torch.cat([sequences.prompt_ids, sequences.response_ids], dim=1)
     mask = torch.cat([sequences.prompt_mask, attended(sequences)], dim=1)
     lengths = mask.sum(dim=1)
-    columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=ids.device)
+    columns = torch.arange(int(lengths.max()) if len(lengths) else 1, device=ids.device)
     filled = columns < lengths[:, None]
     packed = torch.zeros(filled.shape, dtype=ids.dtype, device=ids.device).masked_scatter(filled, ids[mask])
     return packed, sequences.prompt_mask.sum(dim=1)

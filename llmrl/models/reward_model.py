@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmrl.batches import PreferencePairs, Sequences, TokenOutputs
 from llmrl.microbatches import in_microbatches
 from llmrl.models.folders import ModelError
-from llmrl.models.policy import attended, computing_in, to_left_margin
+from llmrl.models.policy import attended, computing_in, last_hidden_states, to_left_margin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ class RewardModule(nn.Module):
     def _hidden(self, ids: Int[Tensor, "B S"], context: dict[str, Tensor], at: Int[Tensor, "B K"]) -> Tensor:
         """Last hidden states (B, K, H) at these columns; `context` is what attention is told beyond the ids."""
         with computing_in(self.dtype, ids.device):
-            hidden = self.model.base_model(input_ids=ids, use_cache=False, **context).last_hidden_state
+            hidden = last_hidden_states(self.model.base_model, ids, **context)
         return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -71,7 +71,7 @@ class PairRow:
         prompts = chosen.prompt_mask.sum(dim=1)
         ends = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
         lengths = ends[:, 1] + rejected.response_lengths
-        columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=prompts.device)
+        columns = torch.arange(int(lengths.max()) if len(lengths) else 1, device=prompts.device)
         filled = columns < lengths[:, None]
         parts = [
             (chosen.prompt_ids, chosen.prompt_mask),
