@@ -495,7 +495,7 @@ def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
     rollout, _ = rollout_of(run)
     seen.clear()
     with torch.no_grad():
-        values, _ = networks.values(rollout.sequences)
+        values = networks.values(rollout.sequences).values
     assert seen
     assert all(seen)
     assert values.dtype == torch.float32
@@ -503,7 +503,8 @@ def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
 
 def test_the_head_begins_at_zero_by_default(config):
     run = build_run(dataclasses.replace(config, critic=CriticConfig()))
-    values, last_values = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences).named.values()
+    outputs = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences)
+    values, last_values = outputs.values, outputs.last_values
     assert not values.any()
     assert not last_values.any()
 

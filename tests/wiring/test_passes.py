@@ -149,7 +149,8 @@ def test_a_critic_is_as_wide_as_what_it_reads(config, tmp_path, network):
     sequences = Sequences(
         prompt_ids=ids, prompt_mask=mask, response_ids=ids, response_mask=mask, response_lengths=torch.tensor([3, 3])
     )
-    values, last_values = networks.both.values(sequences).named.values()
+    outputs = networks.both.values(sequences)
+    values, last_values = outputs.values, outputs.last_values
     assert (values.shape, last_values.shape) == ((2, 3), (2,))
     assert values.abs().min() > 0
 
