@@ -71,7 +71,7 @@ class Run:
         progress: Progress,
         sink: MetricsSink,
         alarms: Alarms,
-        warmup_iterations: int = 0,
+        warmup_iterations: int,
     ) -> None:
         self.config = config
         self.collectives = collectives

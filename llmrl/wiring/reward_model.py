@@ -170,6 +170,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         progress=progress,
         sink=trackers,
         alarms=Alarms(),
+        warmup_iterations=0,
     )
 
 

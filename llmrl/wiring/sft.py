@@ -65,6 +65,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         progress=progress,
         sink=trackers,
         alarms=Alarms(),
+        warmup_iterations=0,
     )
 
 

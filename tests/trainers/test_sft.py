@@ -246,6 +246,7 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         progress=Silent(),
         sink=Nobody(),
         alarms=Alarms(),
+        warmup_iterations=0,
     )
 
 
