@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from llmrl.messages import counted
+from llmrl.messages import counted, with_interval, without_ends
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_yaml
 
 REFUSALS = frozenset(
@@ -585,18 +585,11 @@ def _print_card(folder: Path) -> None:
 def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:
     columns = ["", *([before["model"]] if before else []), model]
     table = Table(*(Column(Text(column), overflow="fold") for column in columns))
-    for name in values:
-        if name.endswith(("_low", "_high")):
-            continue
-        cells = [_with_interval(name, before)] if before else []
-        table.add_row(name.removeprefix("eval/"), *cells, _with_interval(name, values))
+    for name in without_ends(values):
+        cells = [_cell(name, before)] if before else []
+        table.add_row(name.removeprefix("eval/"), *cells, _cell(name, values))
     Console().print(table)
 
 
-def _with_interval(name: str, values: dict[str, Any]) -> str:
-    if name not in values:
-        return ""
-    text = f"{values[name]:.4g}"
-    if f"{name}_low" in values:
-        text += f"  [{values[f'{name}_low']:.4g}, {values[f'{name}_high']:.4g}]"
-    return text
+def _cell(name: str, values: dict[str, Any]) -> str:
+    return with_interval(name, values, gap="  ") if name in values else ""

@@ -1,6 +1,7 @@
 """Parts of the sentences that users read."""
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def in_one_line(error: BaseException) -> str:
@@ -16,11 +17,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def without_ends(values: Mapping[str, Any]) -> list[str]:
+    """The names of what was measured, except the ends of intervals, which stand behind what they are of."""
+    return [name for name in values if not name.endswith(("_low", "_high"))]
+
+
+def with_interval(name: str, values: Mapping[str, Any], *, gap: str = " ") -> str:
+    """``0.44 [0.347, 0.538]``: a measured number, and its interval where it has one."""
+    ends = ", ".join(f"{values[end]:.4g}" for end in (f"{name}_low", f"{name}_high") if end in values)
+    return f"{values[name]:.4g}" + (f"{gap}[{ends}]" if ends else "")
+
+
 def format_evaluation(values: Mapping[str, float]) -> str:
-    """``accuracy 0.44 [0.347, 0.538]  score 0.44``: what an evaluation measured, each interval after its value."""
-    told = []
-    for name, value in values.items():
-        if not name.endswith(("_low", "_high")):
-            ends = [f"{values[end]:.4g}" for end in (f"{name}_low", f"{name}_high") if end in values]
-            told.append(f"{name.removeprefix('eval/')} {value:.4g}" + (f" [{', '.join(ends)}]" if ends else ""))
-    return "  ".join(told)
+    """``accuracy 0.44 [0.347, 0.538]  score 0.44``: what an evaluation measured."""
+    return "  ".join(f"{name.removeprefix('eval/')} {with_interval(name, values)}" for name in without_ends(values))

@@ -112,7 +112,9 @@ def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTra
     with reading(config), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
     setattr(model, model.base_model_prefix, base.base_model)
-    score_layer(model).to_empty(device=base.device)  # read from beside the adapter
+    score = score_layer(model).to_empty(device=base.device)  # peft keeps it beside the one that it reads and uses
+    for p in score.parameters():
+        torch.nn.init.zeros_(p)
     with reading(config):
         PeftModel.from_pretrained(model, str(Path(path) / "adapter"), torch_device=str(base.device))
     turn_dropout_off(model)

@@ -18,8 +18,10 @@ pytestmark = pytest.mark.slow
 LOWEST, HIGHEST = 0.85, 1.25
 """Of the estimate over what was measured, in bytes of live tensors. Where it is off, it is mostly too high: of what
 passes, the sum is taken. The formulas were corrected on these very cases: this guards them and proves no more."""
-OF_RESIDENT = 0.25
-"""Resident size holds also what kernels, the allocator and Python take."""
+OF_RESIDENT = 0.1
+"""Resident size holds also what kernels and Python take."""
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+"""So that glibc keeps no block that was freed: what it keeps is a fifth of the growth and differs between machines."""
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +77,13 @@ def test_two_processes_take_what_was_estimated(strategy, model, tmp_path):
     assert_close_to_measured(measure(model, tmp_path, "--strategies", strategy, *case))
 
 
-def test_the_process_grows_by_as_much(model, tmp_path):
+def test_the_process_grows_by_as_much(model, tmp_path, monkeypatch):
     """18 million parameters beside one million: what both need, such as Python's modules, is not counted."""
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
     larger = shaped(tmp_path, **sizes, num_key_value_heads=4, head_dim=64)
     options = ["--strategies", "one process", "--cases", "SFT"]
+    for name, value in GIVES_BACK.items():
+        monkeypatch.setenv(name, value)
     (small,), (large,) = (measure(each, tmp_path, *options) for each in (model, larger))
     grown, expected = (large[name] - small[name] for name in ("resident", "estimated_peak"))
     assert grown == pytest.approx(expected, rel=OF_RESIDENT)
