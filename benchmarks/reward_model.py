@@ -42,8 +42,9 @@ from llmrl.models.config import ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
+from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig
-from llmrl.trainers.reward_model import RewardModelTrainer
+from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.wiring.reward_model import LoadedRewardModel, load_trained_reward_model
 
 TRAINERS = ("llmrl", "trl")
@@ -157,12 +158,13 @@ def num_tokens(pairs: Sequence[EncodedPair]) -> int:
 def prepare_llmrl(
     settings: RewardModelConfig, loaded: LoadedRewardModel, source: PairSource, *, num_steps: int, clock: Clock
 ) -> Callable[[], tuple[Losses, int]]:
-    trainer = RewardModelTrainer(
-        settings,
-        scorer=loaded.scorer,
+    trainer = BatchTrainer(
+        objective=RewardModelObjective(settings, scorer=loaded.scorer),
         trained={"reward_model": LocalTrainable(loaded.module, OPTIMIZER, num_steps=num_steps)},
-        pairs=source,
-        held_out=source.all().select(torch.arange(1)),  # never asked for
+        source=source,
+        held_out=None,
+        batch_size=settings.batch_size,
+        microbatch_tokens=settings.microbatch_tokens,
         collectives=OneProcess(),
         progress=Silent(),
     )

@@ -265,17 +265,35 @@ class PromptSource(Source, Protocol):
 
 
 @runtime_checkable
-class ExampleSource(Source, Protocol):
-    """Of prompts with the responses to learn."""
+class BatchSource(Source, Protocol):
+    """Of prompts with the responses to learn, or of preference pairs."""
 
-    def next(self, num_examples: int) -> Sequences: ...
+    def next(self, num_rows: int, /) -> Sequences | PreferencePairs: ...
 
 
 @runtime_checkable
-class PairSource(Source, Protocol):
-    """Of pairs of responses, one of which was preferred."""
+class Objective(Protocol):
+    """What training on batches of one kind of data minimizes, and what an evaluation measures."""
 
-    def next(self, num_pairs: int) -> PreferencePairs: ...
+    def pass_tokens(self, batch: Any) -> Int[Tensor, " B"]:
+        """Tokens of each row in a forward pass: what it takes of the budget of a microbatch."""
+        ...
+
+    def denominator(self, batch: Any) -> Int[Tensor, ""]:
+        """What the loss of a batch is a mean over: the number of its response tokens, or of its pairs."""
+        ...
+
+    def outputs(self, batch: Any) -> Any:
+        """What the model says of a batch: a forward pass."""
+        ...
+
+    def loss(self, outputs: Any, batch: Any, denominator: Int[Tensor, ""]) -> tuple[Tensor, Metrics]:
+        """This microbatch's part of the loss of a batch with this denominator, and its metrics."""
+        ...
+
+    def evaluate(self, outputs: Any, batch: Any) -> dict[str, float]:
+        """The metrics ``eval/...`` of held-out data. Called without gradient."""
+        ...
 
 
 @runtime_checkable

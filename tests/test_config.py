@@ -21,6 +21,7 @@ from llmrl.reports.samples import SampleWriter
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.settings import SettingError, describe, read_recipe
+from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import (
     EvaluationConfig,
     OutputConfig,
@@ -31,10 +32,9 @@ from llmrl.trainers.config import (
     UpdateConfig,
 )
 from llmrl.trainers.evaluate import Evaluator
-from llmrl.trainers.reward_model import RewardModelTrainer
+from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
-from llmrl.trainers.sft import SFTTrainer
 
 RUNS = (SFTRun, RewardModelRun, GRPORun, PPORun)
 LEARNED = RewardConfig(model=LearnedRewardConfig(path="rm"))
@@ -383,7 +383,9 @@ def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
     assert own == expected[run]
 
 
-@pytest.mark.parametrize("cls", [Run, SFTTrainer, RewardModelTrainer, RLTrainer, Evaluator, GRPO, PPO, SampleWriter])
+@pytest.mark.parametrize(
+    "cls", [Run, BatchTrainer, RewardModelObjective, RLTrainer, Evaluator, GRPO, PPO, SampleWriter]
+)
 def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
     parameters = inspect.signature(cls).parameters.values()
     assert [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty] == []

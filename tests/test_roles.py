@@ -19,9 +19,10 @@ from llmrl.rewards.learned import LearnedReward
 from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.scripted import ScriptedEngine
-from llmrl.trainers.reward_model import RewardModelTrainer
+from llmrl.trainers.batch import BatchTrainer
+from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.rl import RLTrainer
-from llmrl.trainers.sft import SFTTrainer
+from llmrl.trainers.sft import SFTObjective
 
 CAST = [
     (roles.RolloutEngine, (NativeEngine, TransformersEngine, ScriptedEngine)),
@@ -32,9 +33,9 @@ CAST = [
     (roles.Collectives, (OneProcess,)),
     (roles.Algorithm, (GRPO, PPO)),
     (roles.PromptSource, (PromptSource,)),
-    (roles.ExampleSource, (SupervisedSource,)),
-    (roles.PairSource, (PairSource,)),
-    (roles.Trainer, (RLTrainer, SFTTrainer, RewardModelTrainer)),
+    (roles.BatchSource, (SupervisedSource, PairSource)),
+    (roles.Objective, (SFTObjective, RewardModelObjective)),
+    (roles.Trainer, (RLTrainer, BatchTrainer)),
     (roles.Progress, (LiveProgress, PlainProgress, Silent)),
 ]
 

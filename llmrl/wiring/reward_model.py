@@ -30,8 +30,9 @@ from llmrl.roles import Progress, Scorer
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
+from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig, RunConfig
-from llmrl.trainers.reward_model import RewardModelTrainer
+from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.run import Run
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
@@ -136,12 +137,13 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     )
     trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, collectives=collectives)
     scorer = DistributedScorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
-    trainer = RewardModelTrainer(
-        settings,
-        scorer=scorer,
+    trainer = BatchTrainer(
+        objective=RewardModelObjective(settings, scorer=scorer),
         trained={"reward_model": trained},
-        pairs=pairs,
+        source=pairs,
         held_out=held_out.all().to(device),
+        batch_size=settings.batch_size,
+        microbatch_tokens=settings.microbatch_tokens,
         collectives=collectives,
         progress=progress,
     )
@@ -152,6 +154,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         card = _report_card(
             loaded,
             trainer,
+            scorer,
             sources=held_out.sources,
             counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
             may_be_cut=config.evaluation_data.truncate,
@@ -185,18 +188,18 @@ def _check_positions(source: PairSource, data: PreferenceDataConfig, section: st
 
 def _report_card(
     loaded: LoadedRewardModel,
-    trainer: RewardModelTrainer,
+    trainer: BatchTrainer,
+    scorer: Scorer,
     *,
     sources: tuple[str | None, ...],
     counts: Mapping[str, Mapping[str, int]],
     may_be_cut: bool,
     normalization: Normalization,
 ) -> Card:
-    pairs = trainer.held_out
-    chosen, rejected = trainer.held_out_scores()
+    (chosen, rejected), pairs = trainer.held_out_outputs()
     notes = [] if loaded.has_own_pad else [PAD_NOTE]
     both = Sequences.cat([pairs.chosen, pairs.rejected])
-    checks = sanity_checks(trainer.scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
+    checks = sanity_checks(scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
     if may_be_cut and not checks[END_CHECK]:
         del checks[END_CHECK]
         notes.append("evaluation_data.truncate cut some responses, which are scored at their last token, not at an EOS")

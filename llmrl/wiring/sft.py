@@ -15,8 +15,9 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Progress
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
+from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.run import Run
-from llmrl.trainers.sft import SFTTrainer
+from llmrl.trainers.sft import SFTObjective
 from llmrl.wiring.actors import Actor, load_actor
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import precision_warnings, with_dtypes
@@ -45,12 +46,14 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     trained = make_trainable(
         actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives
     )
-    trainer = SFTTrainer(
-        config.sft,
-        actor=DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens),
+    policy = DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens)
+    trainer = BatchTrainer(
+        objective=SFTObjective(policy),
         trained={"actor": trained},
-        examples=examples,
+        source=examples,
         held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
+        batch_size=config.sft.batch_size,
+        microbatch_tokens=config.sft.microbatch_tokens,
         collectives=collectives,
         progress=progress,
     )

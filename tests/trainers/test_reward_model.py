@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,14 +18,13 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives
-from llmrl.trainers.alarms import Alarms
-from llmrl.trainers.config import RewardModelConfig, RunConfig
-from llmrl.trainers.reward_model import RewardModelTrainer
-from llmrl.trainers.run import Run
+from llmrl.trainers.batch import BatchTrainer
+from llmrl.trainers.config import RewardModelConfig
+from llmrl.trainers.reward_model import RewardModelObjective
 from tests import oracles
 from tests.distributed.threads import on_ranks
 
-from .test_sft import Counter, Keeper, Nobody, batch, metrics, saved
+from .test_sft import Counter, Keeper, batch
 
 VOCAB, EOS = 10, 9
 Pair = tuple[list[int], list[int], list[int], float]
@@ -45,7 +44,7 @@ def as_pairs(rows: list[Pair]) -> PreferencePairs:
 
 
 class Cycle:
-    """`PairSource` that deals the pairs round and round."""
+    """`BatchSource` that deals the pairs round and round."""
 
     def __init__(self, rows: list[Pair]) -> None:
         self.rows = rows
@@ -79,16 +78,20 @@ def make_trainer(
     progress: Silent | None = None,
     shares_prompts: bool = True,
     shift: float = 0.0,
+    batch_size: int | None = None,
+    microbatch_tokens: int = 1000,
     **config: Any,
-) -> RewardModelTrainer:
+) -> BatchTrainer:
     module = RewardModule(model or tiny(), dtype=torch.float32)
     module.register_forward_hook(lambda _, __, scores: scores + shift)
-    return RewardModelTrainer(
-        RewardModelConfig(**{"batch_size": len(rows), "microbatch_tokens": 1000, **config}),
-        scorer=TransformersRewardModel(module, microbatch_tokens=30, shares_prompts=shares_prompts),
+    scorer = TransformersRewardModel(module, microbatch_tokens=30, shares_prompts=shares_prompts)
+    return BatchTrainer(
+        objective=RewardModelObjective(RewardModelConfig(**config), scorer=scorer),
         trained={"reward_model": trainable(module)},
-        pairs=Cycle(rows),
+        source=Cycle(rows),
         held_out=as_pairs(held_out or rows),
+        batch_size=batch_size or len(rows),
+        microbatch_tokens=microbatch_tokens,
         collectives=OneProcess(),
         progress=progress or Silent(),
     )
@@ -117,7 +120,7 @@ def plain_loss(model: Any, rows: list[Pair], *, use_margin: bool = True, center_
     return torch.stack(losses).mean()
 
 
-def gradients(trainer: RewardModelTrainer) -> dict[str, Tensor]:
+def gradients(trainer: BatchTrainer) -> dict[str, Tensor]:
     keeper = trainer.trained["reward_model"]
     assert isinstance(keeper, Keeper)
     return keeper.gradients
@@ -186,12 +189,12 @@ def test_the_loss_of_a_head_of_zeros_by_hand():
 @pytest.mark.parametrize("shares_prompts", [True, False])
 def test_margins_are_one_a_pair(shares_prompts: bool):
     """Of shape (B,), as both scores are: a column of them would make a square of differences."""
-    trainer = make_trainer(RAGGED, shares_prompts=shares_prompts)
+    objective = make_trainer(RAGGED, shares_prompts=shares_prompts).objective
     pairs = as_pairs(RAGGED)
-    chosen, rejected = trainer.scorer.pair_scores(pairs)
+    chosen, rejected = objective.outputs(pairs)
     assert chosen.shape == rejected.shape == pairs.margin.shape == (5,)
     with pytest.raises(ValueError, match=r"margin \(5, 1\)"):
-        trainer.loss(chosen, rejected, pairs.margin[:, None], torch.tensor(5))
+        objective.loss((chosen, rejected), replace(pairs, margin=pairs.margin[:, None]), torch.tensor(5))
 
 
 def test_an_iteration_takes_the_next_pairs():
@@ -257,7 +260,8 @@ class Fixed:
 
 def test_an_evaluation_by_hand_counts_a_tie_as_half():
     trainer = make_trainer(RAGGED[:1], held_out=RAGGED)  # margins 0.5, 0, 2, -0.25, 1
-    trainer.scorer = Fixed([1.0, 2.0, 0.5, 0.0, 3.0], [0.0, 2.0, 1.0, -1.0, 2.0])
+    assert isinstance(trainer.objective, RewardModelObjective)
+    trainer.objective.scorer = Fixed([1.0, 2.0, 0.5, 0.0, 3.0], [0.0, 2.0, 1.0, -1.0, 2.0])
     leads = [0.5, 0.0, -2.5, 1.25, 0.0]
     assert trainer.evaluate() == {
         "eval/accuracy": pytest.approx(3.5 / 5),
@@ -319,60 +323,3 @@ def test_it_learns_a_separable_rule(shares_prompts: bool):
     assert values["eval/accuracy"] >= 0.98
     assert values["eval/accuracy_low"] > 0.9
     assert trainer.iteration == 60
-
-
-# --- stop and go on ---------------------------------------------------------------------------------------------------
-
-
-def run(folder: Path, num_iterations: int, **config: Any) -> Run:
-    trainer = make_trainer(RAGGED, trainable=adamw, held_out=ruled_pairs(9, seed=0), batch_size=3, center_coef=0.01)
-    return Run(
-        RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
-        settings={},
-        trainer=trainer,
-        collectives=OneProcess(),
-        save_model=lambda _: None,
-        evaluate=trainer.evaluate,
-        evaluate_every=2,
-        progress=Silent(),
-        sink=Nobody(),
-        alarms=Alarms(),
-        warmup_iterations=0,
-    )
-
-
-def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
-    run(tmp_path / "straight", 4).train()
-    run(tmp_path / "resumed", 2).train()
-    run(tmp_path / "resumed", 4, resume=True).train()
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
-    assert [line["iteration"] for line in metrics(tmp_path / "straight")] == [0, 1, 2, 3, 4]
-    assert saved(tmp_path / "resumed") == saved(tmp_path / "straight")
-
-
-def test_a_run_that_failed_on_its_data_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run(tmp_path / "straight", 4).train()
-    broken = run(tmp_path / "failed", 4)
-    pairs = broken.trainer.pairs  # type: ignore[attr-defined]
-    deal = pairs.next
-
-    def fail_after_dealing(num_pairs: int) -> PreferencePairs:
-        dealt = deal(num_pairs)
-        if pairs.position > 6:
-            raise OSError("the disk is gone")
-        return dealt
-
-    monkeypatch.setattr(pairs, "next", fail_after_dealing)
-    with pytest.raises(OSError, match="disk"):
-        broken.train()
-    run(tmp_path / "failed", 4, resume=True).train()
-    assert metrics(tmp_path / "failed") == metrics(tmp_path / "straight")
-    assert saved(tmp_path / "failed") == saved(tmp_path / "straight")
-
-
-def test_the_way_back_leads_to_where_the_iteration_began():
-    trainer = make_trainer(RAGGED, trainable=adamw, batch_size=2)
-    trainer.iterate()
-    trainer.pairs.next(2)
-    assert trainer.rewind()
-    assert trainer.cursor() == {"iteration": 1, "source": {"position": 2}}

@@ -1,8 +1,6 @@
 """Supervised fine-tuning against plain arithmetic on a tiny model."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +16,8 @@ from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
-from llmrl.trainers.alarms import Alarms
-from llmrl.trainers.config import RunConfig, SFTConfig
-from llmrl.trainers.run import Run
-from llmrl.trainers.sft import SFTTrainer
+from llmrl.trainers.batch import BatchTrainer
+from llmrl.trainers.sft import SFTObjective
 
 VOCAB, EOS = 10, 9
 Example = tuple[list[int], list[int]]
@@ -51,7 +47,7 @@ def batch(examples: list[Example]) -> Sequences:
 
 
 class Cycle:
-    """`ExampleSource` that deals the examples round and round."""
+    """`BatchSource` that deals the examples round and round."""
 
     def __init__(self, examples: list[Example]) -> None:
         self.examples = examples
@@ -125,15 +121,17 @@ def make_trainer(
     trainable: Callable[[nn.Module], Any] = Keeper,
     held_out: list[Example] | None = None,
     progress: Silent | None = None,
-    **config: Any,
-) -> SFTTrainer:
+    batch_size: int | None = None,
+    microbatch_tokens: int = 64,
+) -> BatchTrainer:
     module = PolicyModule(model or tiny(), LinearHead(VOCAB), temperature=1.0, dtype=torch.float32)
-    return SFTTrainer(
-        SFTConfig(**{"batch_size": len(examples), "microbatch_tokens": 64, **config}),
-        actor=TransformersPolicy(module, microbatch_tokens=12),
+    return BatchTrainer(
+        objective=SFTObjective(TransformersPolicy(module, microbatch_tokens=12)),
         trained={"actor": trainable(module)},
-        examples=Cycle(examples),
+        source=Cycle(examples),
         held_out=None if held_out is None else batch(held_out),
+        batch_size=batch_size or len(examples),
+        microbatch_tokens=microbatch_tokens,
         collectives=OneProcess(),
         progress=progress or Silent(),
     )
@@ -226,86 +224,3 @@ def test_the_evaluation_is_the_mean_over_held_out_tokens_and_changes_nothing():
     assert all(p.grad is None for p in trainer.trained["actor"].module.parameters())
     assert trainer.cursor() == {"iteration": 0, "source": {"position": 0}}
     assert (counter.phases, counter.done) == ([("evaluation", 1)], 1)
-
-
-# --- stop and go on ---------------------------------------------------------------------------------------------------
-
-
-def run(folder: Path, num_iterations: int, **config: Any) -> Run:
-    trainer = make_trainer(
-        RAGGED, model=tiny(tie_word_embeddings=True), trainable=adamw, held_out=MAPPING, batch_size=3
-    )
-    return Run(
-        RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
-        settings={},
-        trainer=trainer,
-        collectives=OneProcess(),
-        save_model=lambda _: None,
-        evaluate=trainer.evaluate,
-        evaluate_every=2,
-        progress=Silent(),
-        sink=Nobody(),
-        alarms=Alarms(),
-        warmup_iterations=0,
-    )
-
-
-class Nobody:
-    """A tracker that does not listen."""
-
-    def begin(self, *_): ...
-
-    def log(self, iteration: int, values: Any) -> None: ...
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """Without what a clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if not name.startswith(("time/", "tokens/"))} for line in lines]
-
-
-def saved(folder: Path) -> list[bytes]:
-    step = folder / "checkpoints" / "step_000004"
-    return [(step / name).read_bytes() for name in ("state.safetensors", "state.json")]
-
-
-def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
-    run(tmp_path / "straight", 4).train()
-    run(tmp_path / "resumed", 2).train()
-    run(tmp_path / "resumed", 4, resume=True).train()
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
-    assert [line["iteration"] for line in metrics(tmp_path / "straight")] == [0, 1, 2, 3, 4]
-    assert saved(tmp_path / "resumed") == saved(tmp_path / "straight")
-
-
-def test_a_run_that_failed_on_its_data_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run(tmp_path / "straight", 4).train()
-    broken = run(tmp_path / "failed", 4)
-    examples = broken.trainer.examples  # type: ignore[attr-defined]
-    deal = examples.next
-
-    def fail_after_dealing(num_examples: int) -> Sequences:
-        dealt = deal(num_examples)
-        if examples.position > 6:
-            raise OSError("the disk is gone")
-        return dealt
-
-    monkeypatch.setattr(examples, "next", fail_after_dealing)
-    with pytest.raises(OSError, match="disk"):
-        broken.train()
-    run(tmp_path / "failed", 4, resume=True).train()
-    assert metrics(tmp_path / "failed") == metrics(tmp_path / "straight")
-    assert saved(tmp_path / "failed") == saved(tmp_path / "straight")
-
-
-def test_there_is_no_way_back_once_the_update_has_begun(monkeypatch: pytest.MonkeyPatch):
-    trainer = make_trainer(RAGGED, trainable=adamw)
-    assert trainer.rewind()
-
-    def fail(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(trainer.trained["actor"].optimizer, "step", fail)  # type: ignore[attr-defined]
-    with pytest.raises(MemoryError):
-        trainer.iterate()
-    assert not trainer.rewind()

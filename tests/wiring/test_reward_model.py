@@ -43,7 +43,7 @@ def test_the_order_of_the_pairs_comes_from_the_seed(tmp_path):
         output = OutputConfig(output_dir=str(tmp_path / "run"), seed=seed)
         config = RewardModelRun(model=TINY, data=data, evaluation_data=data, run=output)
         run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
-        return run.trainer.pairs.next(12).chosen.prompt_ids.tolist()
+        return run.trainer.source.next(12).chosen.prompt_ids.tolist()
 
     assert order(3) == order(3)
     assert order(3) != order(4)
@@ -65,8 +65,10 @@ def test_the_loop_is_what_the_recipe_asks_for(tmp_path):
     )
     run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
     trainer = run.trainer
-    assert (run.config.num_iterations, run.evaluate_every, trainer.config) == (9, 4, settings)
-    assert (trainer.scorer.microbatch_tokens, trainer.scorer.scorer.module.dtype) == (77, torch.bfloat16)
+    assert (run.config.num_iterations, run.evaluate_every, trainer.objective.config) == (9, 4, settings)
+    assert (trainer.batch_size, trainer.microbatch_tokens) == (2, 77)
+    scorer = trainer.objective.scorer
+    assert (scorer.microbatch_tokens, scorer.scorer.module.dtype) == (77, torch.bfloat16)
     tokenizer, (prompt,) = AutoTokenizer.from_pretrained(TINY.path), trainer.held_out.chosen.prompt_ids
     assert tokenizer.decode(prompt) == "12+3="
 

@@ -58,7 +58,7 @@ def test_the_order_of_the_examples_comes_from_the_seed(config, tmp_path):
 
     def order(seed):
         run, _ = build_run(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed)))
-        return run.trainer.examples.next(12).prompt_ids.tolist()
+        return run.trainer.source.next(12).prompt_ids.tolist()
 
     assert order(3) == order(3)
     assert order(3) != order(4)
@@ -78,7 +78,8 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     settings = SFTConfig(batch_size=2, microbatch_tokens=77, evaluate_every=2)
     run, _ = build_run(dataclasses.replace(config, sft=settings, evaluation_data=held_out))
     trainer = run.trainer
-    assert (trainer.config, trainer.actor.microbatch_tokens, run.evaluate_every) == (settings, 77, 2)
+    assert (trainer.batch_size, trainer.microbatch_tokens, run.evaluate_every) == (settings.batch_size, 77, 2)
+    assert trainer.objective.actor.microbatch_tokens == 77
     assert trainer.trained["actor"].module.temperature == 1.0
     tokenizer = AutoTokenizer.from_pretrained(TINY.path)
     held_out = trainer.held_out

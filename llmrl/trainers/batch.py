@@ -1,0 +1,94 @@
+"""Training on batches of data, one optimizer step an iteration: supervised fine-tuning, reward models."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.batches import PreferencePairs, Sequences
+from llmrl.functional.statistics import Mean, Total
+from llmrl.metrics import Metrics
+from llmrl.microbatches import parts_of_rank
+from llmrl.roles import BatchSource, Collectives, Objective, Progress, Trainable
+from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.resumable import Resumable
+
+
+class BatchTrainer(Resumable):
+    """Minimizes an objective, whatever it is, on the batches of a source.
+
+    Args:
+        objective: What is minimized, and what an evaluation measures.
+        trained: The one module that learns, by its name in the metrics.
+        source: The data.
+        held_out: What evaluations are on, on the device; None for a run without them.
+        batch_size: Rows per optimizer step, over all ranks.
+        microbatch_tokens: Tokens per forward pass on one device, padding included.
+        collectives: Those of the run.
+        progress: Receives the phases of an iteration.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        trained: Mapping[str, Trainable],
+        source: BatchSource,
+        held_out: Sequences | PreferencePairs | None,
+        batch_size: int,
+        microbatch_tokens: int,
+        collectives: Collectives,
+        progress: Progress,
+    ) -> None:
+        ((self.name, trainable),) = trained.items()
+        self.device = trainable.device
+        self.objective = objective
+        self.source: BatchSource = source
+        self.held_out = held_out
+        self.batch_size = batch_size
+        self.microbatch_tokens = microbatch_tokens
+        self.collectives = collectives
+        self.progress = progress
+        self.evaluated: tuple[int, Any] | None = None
+        """Outputs on the held-out data, and after how many iterations."""
+        super().__init__(trained, source)
+
+    def iterate(self) -> Metrics:
+        """One optimizer step on the next batch."""
+        started = time.perf_counter()
+        batch = self.source.next(self.batch_size).to(self.device)
+        denominator = self.objective.denominator(batch)
+
+        def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
+            part = batch.select(index)
+            yield self.name, *self.objective.loss(self.objective.outputs(part), part, denominator)
+
+        parts, idle = parts_of_rank(
+            self.objective.pass_tokens(batch),
+            self.microbatch_tokens,
+            self.collectives.rank,
+            self.collectives.world_size,
+        )
+        self.progress.phase("update", len(parts))
+        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
+        self.finish_iteration(self.iteration + 1)
+        seconds = time.perf_counter() - started
+        timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}
+        return metrics.merge(Metrics(timing))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """What the objective measures on the held-out data."""
+        return self.objective.evaluate(*self.held_out_outputs())
+
+    @torch.no_grad()
+    def held_out_outputs(self) -> tuple[Any, Any]:
+        """What the model as it is says of the held-out data, computed once an iteration; and that data."""
+        assert self.held_out is not None, "evaluation without held-out data"
+        if self.evaluated is None or self.evaluated[0] != self.iteration:
+            self.progress.phase("evaluation", 1)
+            self.evaluated = self.iteration, self.objective.outputs(self.held_out)
+            self.progress.advance()
+        return self.evaluated[1], self.held_out
