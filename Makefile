@@ -10,7 +10,7 @@ REVIEWER := runs/reviews_tiny/sft/final
 REWARD_MODEL := runs/reviews_tiny/reward_model/final
 RLHF := recipes/reviews_tiny_ppo.yaml
 
-.PHONY: quickstart quickstart-rlhf test test-fast fuzz check bench
+.PHONY: quickstart quickstart-rlhf test test-fast fuzz check docs bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
@@ -63,6 +63,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# The page of metrics, from their catalogue.
+docs: $(INSTALLED)
+	$(BIN)/python docs/metrics.py
 
 bench: $(INSTALLED) $(SFT_MODEL)
 	$(BIN)/python benchmarks/rollout.py $(SFT_MODEL)

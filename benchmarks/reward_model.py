@@ -174,7 +174,7 @@ def prepare_llmrl(
         for _ in range(num_steps):
             logged.append(trainer.iterate().values())
             clock.step_ended()
-        counted = sum(round(values["tokens/per_s"] * values["time/iteration_s"]) for values in logged)
+        counted = sum(round(values["tokens/trained_per_s"] * values["time/iteration_s"]) for values in logged)
         return [values["loss"] for values in logged], counted
 
     return run

@@ -119,8 +119,7 @@ def lines(path):
 
 
 def without_times(entries):
-    timed = ("time/", "tokens/per_s")
-    return [{name: x for name, x in entry.items() if not name.startswith(timed)} for entry in entries]
+    return [{name: x for name, x in entry.items() if not name.endswith("_s")} for entry in entries]
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_types_are_right():
     assert_passes(BIN / "pyright", "--pythonpath", sys.executable)
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "check", "bench"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "check", "docs", "bench"])
 def test_make_knows_the_target(target: str):
     assert_passes("make", "--dry-run", target)
 

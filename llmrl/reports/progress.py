@@ -29,6 +29,7 @@ HEADLINES = (
     "actor/grad_norm",
     "reward_model/grad_norm",
     "tokens/per_s",
+    "tokens/trained_per_s",
 )
 """The metrics that an iteration's line shows, in this order, those that it has: what it learned, and what a dead or
 broken run shows."""

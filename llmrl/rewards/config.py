@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmrl.catalogue import reserved
 from llmrl.paths import UserPath
 
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
@@ -99,14 +100,14 @@ class RewardConfig:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each part of a score is called: a function by the part after the colon, or by its whole name where two
-        share that; the reward model by ``model``."""
+        """What each part of a score is called: a function by the part after the colon, or by its whole name where
+        another part or a metric has that; the reward model by ``model``."""
         return self.function_labels + self._model_labels
 
     @property
     def function_labels(self) -> tuple[str, ...]:
         short = [function.name.rpartition(":")[2] for function in self.functions]
-        taken = [*short, *self._model_labels]
+        taken = [*short, *self._model_labels, *reserved("score/<part>"), *reserved("eval/score/<part>")]
         return tuple(
             function.name if taken.count(label) > 1 else label
             for function, label in zip(self.functions, short, strict=True)

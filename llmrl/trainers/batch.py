@@ -75,7 +75,7 @@ class BatchTrainer(Resumable):
         metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
-        timing = {"time/iteration_s": Total(seconds), "tokens/per_s": Mean(batch.num_tokens.sum(), seconds)}
+        timing = {"time/iteration_s": Total(seconds), "tokens/trained_per_s": Mean(batch.num_tokens.sum(), seconds)}
         return metrics.merge(Metrics(timing))
 
     @torch.no_grad()

@@ -30,7 +30,6 @@ from llmrl.cli import app
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recipes" / "models" / "tiny_char_llama"
 STORED = Path(__file__).parent / "trajectories"
-TIMES = ("time/", "tokens/per_s")
 ITERATIONS = 3
 VOCABULARY = 99
 
@@ -141,18 +140,25 @@ def prepare(folder: Path) -> None:
 def run(name: str, folder: Path, *, output: Path) -> dict[str, Any]:
     """What one of the runs leaves: the metrics of each iteration except times, and of each weight a few numbers."""
     verb, model, sections = RUNS[name]
+    train(verb, model, sections, folder, output=output / name)
+    metrics = [{key: x for key, x in line.items() if not key.endswith("_s")} for line in read_metrics(output / name)]
+    return {"metrics": metrics, "weights": _weights(output / name / "final")}
+
+
+def train(verb: str, model: str, sections: dict[str, Any], folder: Path, *, output: Path) -> None:
+    """Trains one of the models that lie in a folder, by a recipe with these sections."""
     settings: dict[str, Any] = {
         "data": {"path": str(folder / "rows.jsonl")},
         "evaluation_data": {"path": str(folder / "rows.jsonl"), "num_rows": 5},
         "optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 1},
-        "run": {"output_dir": str(output / name), "seed": 3},
+        "run": {"output_dir": str(output), "seed": 3},
         **sections,
     }
     settings["model"] = {"path": str(folder / model), **settings.get("model", {})}
     settings = {key: value for key, value in settings.items() if value is not None}
     if verb != "reward-model":
         settings["run"]["num_iterations"] = ITERATIONS
-    recipe = output / f"{name}.yaml"
+    recipe = output.with_name(f"{output.name}.yaml")
     recipe.write_text(
         yaml.safe_dump(settings).replace("REWARD_MODEL", str(folder / "reward_model_shared_prompts" / "final"))
     )
@@ -163,13 +169,12 @@ def run(name: str, folder: Path, *, output: Path) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     if result.exit_code:
-        raise RuntimeError(f"{name} ended with status {result.exit_code}: {result.stderr}") from result.exception
-    return {"metrics": _metrics(output / name), "weights": _weights(output / name / "final")}
+        raise RuntimeError(f"{output.name} ended with status {result.exit_code}: {result.stderr}") from result.exception
 
 
-def _metrics(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def _weights(folder: Path) -> dict[str, Any]:

@@ -87,6 +87,12 @@ def test_a_function_called_model_is_not_taken_for_the_reward_model():
     assert config.function_labels == ("a.py:model", "score")
 
 
+@pytest.mark.parametrize("name", ["mean", "std", "unscored", "overlong_penalty"])
+def test_a_function_called_as_a_metric_of_the_whole_score_has_its_whole_name(name: str):
+    functions = (RewardFunctionConfig(name=f"a.py:{name}"), RewardFunctionConfig(name="a.py:median"))
+    assert RewardConfig(functions=functions).labels == (f"a.py:{name}", "median")
+
+
 def test_a_recipe_reads_as_config():
     recipe = b'{"functions": [{"name": "rule.py:score", "weight": 0.5, "arguments": {"pattern": "x"}}]}'
     config = TypeAdapter(RewardConfig).validate_json(recipe, strict=True)

@@ -228,13 +228,13 @@ def test_what_an_iteration_reports():
         "reward_model/grad_norm_max",
         "reward_model/skipped_steps",
         "time/iteration_s",
-        "tokens/per_s",
+        "tokens/trained_per_s",
     }
     differences = [(chosen - rejected).item() for chosen, rejected in plain_scores(tiny(), RAGGED)]
     assert values["pairs/accuracy"] == pytest.approx(sum(x > 0 for x in differences) / 5)
     assert values["pairs/margin"] == pytest.approx(sum(differences) / 5, rel=1e-4)
     tokens = 2 * 13 + 13 + 14  # prompts in both sequences, chosen, rejected
-    assert values["tokens/per_s"] * values["time/iteration_s"] == pytest.approx(tokens)
+    assert values["tokens/trained_per_s"] * values["time/iteration_s"] == pytest.approx(tokens)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -199,9 +199,11 @@ def test_what_an_iteration_reports():
         "actor/grad_norm_max",
         "actor/skipped_steps",
         "time/iteration_s",
-        "tokens/per_s",
+        "tokens/trained_per_s",
     }
-    assert values["tokens/per_s"] * values["time/iteration_s"] == pytest.approx(13 + 14)  # prompts and responses
+    assert values["tokens/trained_per_s"] * values["time/iteration_s"] == pytest.approx(
+        13 + 14
+    )  # prompts and responses
 
 
 def test_it_learns_a_mapping():

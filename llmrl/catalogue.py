@@ -1,0 +1,449 @@
+"""Every metric that a run can log: its unit, its meaning, and what to look for.
+
+A name in angle brackets stands for several: ``score/<part>`` for a reward function each. docs/metrics.md is made from
+this table, and the tests hold it against what runs log.
+"""
+
+import re
+from dataclasses import dataclass
+
+SFT, REWARD_MODEL, GRPO, PPO = "sft", "reward-model", "grpo", "ppo"
+RL = (GRPO, PPO)
+BATCHES = (SFT, REWARD_MODEL)
+
+PLACEHOLDERS = {"<module>": "(actor|critic|reward_model)", "<part>": ".+", "<k>": r"\d+"}
+"""What may stand in the place of each, as a regular expression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What is to be known of a metric, or of a family of them."""
+
+    name: str
+    """As it stands in metrics.jsonl; ``<module>``, ``<part>`` and ``<k>`` stand for names and numbers."""
+    unit: str
+    meaning: str
+    look_for: str = ""
+    """The healthy range, or what a reader should watch."""
+    runs: tuple[str, ...]
+    """The commands whose runs log it."""
+
+    @property
+    def is_family(self) -> bool:
+        """Whether the name stands for several."""
+        return "<" in self.name
+
+    def matches(self, name: str) -> bool:
+        """Whether a logged name is this metric, or one of this family."""
+        pattern = re.escape(self.name)
+        for placeholder, names in PLACEHOLDERS.items():
+            pattern = pattern.replace(re.escape(placeholder), names)
+        return re.fullmatch(pattern, name) is not None
+
+
+CATALOGUE: tuple[Metric, ...] = (
+    Metric(
+        name="loss",
+        unit="nats",
+        meaning="Loss of the optimizer step: per response token in supervised runs; per pair, with the pull to 0 of "
+        "reward_model.center_coef, for reward models.",
+        look_for="Falls. A reward model with a new head begins near ln 2 = 0.69.",
+        runs=BATCHES,
+    ),
+    Metric(
+        name="pairs/accuracy",
+        unit="fraction",
+        meaning="Pairs of the batch whose chosen response scores higher; a tie counts as half.",
+        look_for="Rises from 0.5; far above eval/accuracy, the pairs are learned by heart.",
+        runs=(REWARD_MODEL,),
+    ),
+    Metric(
+        name="pairs/margin",
+        unit="score",
+        meaning="Mean of chosen score - rejected score over the batch.",
+        look_for="Rises with the accuracy; a margin that grows while eval/loss rises is overconfidence.",
+        runs=(REWARD_MODEL,),
+    ),
+    Metric(
+        name="score/mean",
+        unit="score",
+        meaning="Mean score over all responses that were drawn and could be scored: weighted parts, with rewards for "
+        "single tokens; before clipping, normalization, penalties and KL.",
+        look_for="Rises. Compare it with eval/score, and with kl/sequence, which is its cost.",
+        runs=RL,
+    ),
+    Metric(
+        name="score/std",
+        unit="score",
+        meaning="Population standard deviation of these scores.",
+        look_for="Above 0: equal scores teach nothing.",
+        runs=RL,
+    ),
+    Metric(
+        name="score/unscored",
+        unit="responses",
+        meaning="Responses that no reward could score. They leave baseline, losses, counts and moments.",
+        look_for="0, unless rules return None for rows of another task.",
+        runs=RL,
+    ),
+    Metric(
+        name="score/overlong_penalty",
+        unit="score",
+        meaning="Mean penalty on long responses, 0 or below. Only with algorithm.overlong_buffer_tokens.",
+        look_for="Goes to 0 as responses get shorter.",
+        runs=(GRPO,),
+    ),
+    Metric(
+        name="score/<part>",
+        unit="score",
+        meaning="Mean of what one reward gave, over the responses that it could score, unweighted. A function has the "
+        "name after its colon, or its whole name where another reward or metric has that; the reward model has model.",
+        look_for="Which reward the policy follows; one that falls while score/mean rises is being traded away.",
+        runs=RL,
+    ),
+    Metric(
+        name="reward/mean",
+        unit="score",
+        meaning="Mean over responses of their summed rewards: the score after clipping, normalization and penalties, "
+        "rewards for single tokens, less kl/coef times the KL.",
+        look_for="Rises; falls while score/mean rises where the KL costs more than the score brings.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="reward/std",
+        unit="score",
+        meaning="Population standard deviation of these sums.",
+        look_for="The scale that the critic learns; score_clip or normalize_scores where it is far above 1.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="group/flat_fraction",
+        unit="fraction",
+        meaning="Groups whose scores are all equal: prompts that teach nothing. Those that were replaced count too.",
+        look_for="Below 1; near 1, prompts are too easy or too hard, or the reward is too coarse.",
+        runs=(GRPO,),
+    ),
+    Metric(
+        name="response/length",
+        unit="tokens",
+        meaning="Mean number of response tokens, EOS included, over all that were drawn.",
+        look_for="A steady rise without a rise of eval/accuracy is a reward that pays for length.",
+        runs=RL,
+    ),
+    Metric(
+        name="response/length_max",
+        unit="tokens",
+        meaning="The longest response.",
+        look_for="Below rollout.max_response_tokens; at it, responses are cut.",
+        runs=RL,
+    ),
+    Metric(
+        name="response/finished_fraction",
+        unit="fraction",
+        meaning="Responses that ended by themselves; the others were cut at rollout.max_response_tokens.",
+        look_for="Near 1. A fall is a policy that has unlearned to end.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/loss",
+        unit="advantage",
+        meaning="The actor's loss, mean over optimizer steps: clipped surrogate, KL and entropy terms included.",
+        look_for="Near 0 by construction, and no measure of success.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/clip_fraction",
+        unit="fraction",
+        meaning="Tokens whose gradient the clip cuts.",
+        look_for="0 to 0.2; above, the learning rate or the number of epochs is high.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/approx_kl",
+        unit="nats per token",
+        meaning="KL(old, current) by k3, over the minibatches of the iteration.",
+        look_for="0.001 to 0.1; above 1 a run warns.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/ratio_max_deviation",
+        unit="ratio",
+        meaning="Largest |importance ratio - 1| of the iteration's first minibatch, before its step.",
+        look_for="Rounding, 1e-5 in float32: the policy is still the one that sampled. Anything else is a bug.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/rollout_gap",
+        unit="nats per token",
+        meaning="Mean distance of a token's log-probability in the engine and in training.",
+        look_for="Rounding: below 1e-4 in float32, 0.003 to 0.006 in bfloat16. Above 0.01 and 0.1 a run warns.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/entropy",
+        unit="nats per token",
+        meaning="Mean entropy of the distributions that tokens were drawn from, at rollout.temperature.",
+        look_for="Falls slowly. Below 1e-4 the policy has collapsed, and a run warns.",
+        runs=RL,
+    ),
+    Metric(
+        name="policy/step_kl",
+        unit="nats per token",
+        meaning="KL(old, new) of the whole iteration, after its updates. Only with algorithm.step_kl_target.",
+        look_for="Near the target.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="policy/step_kl_coef",
+        unit="per nat",
+        meaning="Coefficient of the penalty on that KL in this iteration.",
+        look_for="Settles; at a factor of 1000 from its start, the target is out of reach.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="kl/mean",
+        unit="nats per token",
+        meaning="KL to the reference by k1. Only where there is a reference: kl_coef above 0, or LoRA.",
+        look_for="Rises from 0 and levels off. Above 1, and above twice the entropy of the start, a run warns.",
+        runs=RL,
+    ),
+    Metric(
+        name="kl/sequence",
+        unit="nats per response",
+        meaning="The same, summed over each response. What algorithm.kl_target steers.",
+        look_for="What the rise of the score costs; compare runs at equal values.",
+        runs=RL,
+    ),
+    Metric(
+        name="kl/coef",
+        unit="score per nat",
+        meaning="KL penalty of this iteration.",
+        look_for="Constant without algorithm.kl_target, else it settles.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/loss",
+        unit="score squared",
+        meaning="The critic's loss, half the clipped squared error per token, mean over optimizer steps.",
+        look_for="Falls, then follows the spread of the rewards. Above 10 times both that and its start a run warns.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/mean",
+        unit="score",
+        meaning="Mean of the critic's values at collection, over tokens.",
+        look_for="Near reward/mean with gamma 1.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/std",
+        unit="score",
+        meaning="Population standard deviation of these values.",
+        look_for="Above 0: the critic tells states apart.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/explained_variance",
+        unit="fraction",
+        meaning="1 - Var(return - value) / Var(return), at collection.",
+        look_for="1 is a perfect critic, 0 no better than a constant, below 0 worse. Rises above 0 within a few "
+        "iterations; if not, raise critic.warmup_iterations or the critic's learning rate.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/clip_fraction",
+        unit="fraction",
+        meaning="Tokens whose value the clip of algorithm.value_clip holds back.",
+        look_for="Below 0.2; above, values are larger than the clip was meant for.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="<module>/learning_rate",
+        unit="1",
+        meaning="Learning rate of the optimizer steps, their mean. Modules are actor, critic and reward_model.",
+        runs=(*BATCHES, *RL),
+    ),
+    Metric(
+        name="<module>/grad_norm",
+        unit="loss per weight",
+        meaning="Global norm of the gradient before clipping, mean over the optimizer steps that were not skipped.",
+        look_for="Steady, and mostly below optimizer.max_grad_norm.",
+        runs=(*BATCHES, *RL),
+    ),
+    Metric(
+        name="<module>/grad_norm_max",
+        unit="loss per weight",
+        meaning="The largest of these norms.",
+        look_for="Spikes far above the mean come from single minibatches.",
+        runs=(*BATCHES, *RL),
+    ),
+    Metric(
+        name="<module>/skipped_steps",
+        unit="optimizer steps",
+        meaning="Optimizer steps left out, since the gradient was not finite.",
+        look_for="0; a run warns of others.",
+        runs=(*BATCHES, *RL),
+    ),
+    Metric(
+        name="update/cut_short",
+        unit="iterations",
+        meaning="1 for an iteration whose last minibatches were left out after a second Ctrl-C. Else not logged.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/accuracy",
+        unit="fraction",
+        meaning="Held-out responses with more than evaluation.correct_above from the first reward; for reward models, "
+        "held-out pairs whose chosen response scores higher, a tie as half.",
+        look_for="Rises. Below the interval of the start a run warns.",
+        runs=(REWARD_MODEL, *RL),
+    ),
+    Metric(
+        name="eval/accuracy_low",
+        unit="fraction",
+        meaning="Lower end of its 95 % confidence interval.",
+        runs=(REWARD_MODEL, *RL),
+    ),
+    Metric(
+        name="eval/accuracy_high",
+        unit="fraction",
+        meaning="Upper end of its 95 % confidence interval.",
+        runs=(REWARD_MODEL, *RL),
+    ),
+    Metric(
+        name="eval/loss",
+        unit="nats",
+        meaning="The loss on held-out data: per response token, or per pair.",
+        look_for="Falls. 5 % above the start a run warns.",
+        runs=BATCHES,
+    ),
+    Metric(
+        name="eval/pass_at_<k>",
+        unit="fraction",
+        meaning="Held-out prompts that k sampled responses would solve, for every k of evaluation.pass_at.",
+        look_for="If accuracy rises and this falls, the policy answers with less variety.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/pass_at_<k>_low",
+        unit="fraction",
+        meaning="Lower end of its 95 % confidence interval.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/pass_at_<k>_high",
+        unit="fraction",
+        meaning="Upper end of its 95 % confidence interval.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/score",
+        unit="score",
+        meaning="Mean score of the held-out responses that could be scored.",
+        look_for="Rises with score/mean; if it does not, the prompts are learned by heart.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/score/<part>",
+        unit="score",
+        meaning="Mean of what one reward gave to them, unweighted. Only where there are several.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/num_prompts",
+        unit="prompts",
+        meaning="Held-out prompts that the accuracy is over: those that the first reward is for.",
+        look_for="Constant.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/unscored",
+        unit="responses",
+        meaning="Held-out responses that no reward could score.",
+        look_for="0.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/response_length",
+        unit="tokens",
+        meaning="Mean number of tokens of the held-out responses, EOS included.",
+        runs=RL,
+    ),
+    Metric(
+        name="eval/finished_fraction",
+        unit="fraction",
+        meaning="Held-out responses that ended by themselves.",
+        look_for="Near 1; answers that are cut are mostly wrong.",
+        runs=RL,
+    ),
+    Metric(
+        name="tokens/sampled",
+        unit="tokens",
+        meaning="Response tokens that were drawn, in groups that were replaced too, over all ranks.",
+        runs=RL,
+    ),
+    Metric(
+        name="tokens/per_s",
+        unit="tokens per second",
+        meaning="tokens/sampled over time/iteration_s: sampling, scoring and updates together, over all ranks.",
+        look_for="The speed of a run of reinforcement learning; time/ says where it goes.",
+        runs=RL,
+    ),
+    Metric(
+        name="tokens/trained_per_s",
+        unit="tokens per second",
+        meaning="Prompt and response tokens of the batch over time/iteration_s, over all ranks; of a pair the prompt "
+        "counts twice. Padding does not count.",
+        look_for="The speed of a run on batches of data.",
+        runs=BATCHES,
+    ),
+    Metric(
+        name="time/iteration_s",
+        unit="seconds",
+        meaning="The whole iteration, without evaluation and checkpoint.",
+        runs=(*BATCHES, *RL),
+    ),
+    Metric(
+        name="time/rollout_s",
+        unit="seconds",
+        meaning="Sampling, in redraws too.",
+        look_for="Usually the largest part.",
+        runs=RL,
+    ),
+    Metric(
+        name="time/reward_s",
+        unit="seconds",
+        meaning="Reward functions and reward model.",
+        look_for="Small; a slow judge shows here.",
+        runs=RL,
+    ),
+    Metric(
+        name="time/logprobs_s",
+        unit="seconds",
+        meaning="Log-probabilities of actor and reference, values, advantages.",
+        runs=RL,
+    ),
+    Metric(
+        name="time/update_s",
+        unit="seconds",
+        meaning="Optimizer steps.",
+        runs=RL,
+    ),
+)
+
+
+def find(name: str) -> Metric | None:
+    """The entry of a logged name; None where there is none. A family has the names that no other entry has."""
+    matching = [metric for metric in CATALOGUE if metric.matches(name)]
+    return min(matching, key=lambda metric: metric.is_family, default=None)
+
+
+def reserved(family: str) -> frozenset[str]:
+    """The names that a member of a family must not have, since another metric would be logged under it.
+
+    ``score/<part>``: mean, std, ...
+    """
+    (entry,) = (metric for metric in CATALOGUE if metric.name == family)
+    start, _, _ = family.partition("<")
+    others = (metric.name for metric in CATALOGUE if not metric.is_family and entry.matches(metric.name))
+    return frozenset(name.removeprefix(start) for name in others)

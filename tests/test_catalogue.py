@@ -1,0 +1,121 @@
+"""The catalogue of metrics against what runs log: the golden runs as stored, and four that bring what those lack."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from llmrl.catalogue import CATALOGUE, find, reserved
+from llmrl.reports.progress import HEADLINES, PARTS
+from llmrl.trainers.rl import RLTrainer
+from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
+
+TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
+SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
+TIMED = {
+    "sft": {"sft": PAIRS},
+    "reward-model": {"reward_model": PAIRS},
+    "grpo": {**GRPO, **TWO_REWARDS, **SAMPLED},
+    "ppo": {**PPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"step_kl_target": 0.1}},
+}
+"""By command: what logs times and speed, parts and pass@k of an evaluation, and the KL of an iteration."""
+
+Logged = set[tuple[str, str]]
+"""Pairs of a command and a name."""
+
+
+def interrupted(self: RLTrainer, experience):
+    """The minibatches of an iteration, cut short at the second one."""
+    for number, minibatch in enumerate(MINIBATCHES(self, experience)):
+        if number == 1:
+            self.cut_short()
+        yield minibatch
+
+
+MINIBATCHES = RLTrainer.minibatches
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> Logged:
+    folder = tmp_path_factory.mktemp("catalogue")
+    lines = [(RUNS[name][0], line) for name in RUNS for line in stored(name)["metrics"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(RLTrainer, "minibatches", interrupted)
+        make_models(folder)
+        make_data(folder)
+        for verb, sections in TIMED.items():
+            train(verb, "llama", sections, folder, output=folder / verb)
+            lines += [(verb, line) for line in read_metrics(folder / verb)]
+    return {(verb, name) for verb, line in lines for name in line if name != "iteration"}
+
+
+def test_every_logged_name_is_in_the_catalogue(logged: Logged):
+    for verb, name in sorted(logged):
+        metric = find(name)
+        assert metric is not None, f"{verb} logs {name}"
+        assert verb in metric.runs, f"{verb} logs {name}"
+
+
+def test_every_entry_is_logged_by_the_runs_that_it_names(logged: Logged):
+    entries = {(verb, metric.name) for verb, name in logged if (metric := find(name))}
+    assert {(verb, metric.name) for metric in CATALOGUE for verb in metric.runs} - entries == set()
+
+
+def test_headlines_are_in_the_catalogue():
+    assert [name for name in HEADLINES if name != PARTS and find(name) is None] == []
+
+
+def test_no_name_stands_twice():
+    names = [metric.name for metric in CATALOGUE]
+    assert len(names) == len(set(names))
+
+
+def test_what_a_clock_says_ends_in_s():
+    for metric in CATALOGUE:
+        assert metric.name.endswith("_s") == (metric.unit in ("seconds", "tokens per second")), metric.name
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("score/mean", "score/mean"),
+        ("score/correct", "score/<part>"),
+        ("score/rules/mine.py:mean", "score/<part>"),
+        ("eval/score", "eval/score"),
+        ("eval/score/mean", "eval/score/<part>"),
+        ("eval/pass_at_16", "eval/pass_at_<k>"),
+        ("eval/pass_at_16_low", "eval/pass_at_<k>_low"),
+        ("critic/grad_norm", "<module>/grad_norm"),
+    ],
+)
+def test_a_logged_name_belongs_to_one_entry(name: str, entry: str):
+    metric = find(name)
+    assert metric is not None
+    assert metric.name == entry
+
+
+@pytest.mark.parametrize("name", ["", "score", "score/", "eval/pass_at_k", "policy/grad_norm", "eval/accuracy2"])
+def test_other_names_belong_to_none(name: str):
+    assert find(name) is None
+
+
+def test_no_part_of_a_score_can_be_another_metric():
+    assert reserved("score/<part>") == {"mean", "std", "unscored", "overlong_penalty"}
+    assert reserved("eval/score/<part>") == set()
+
+
+def test_it_loads_no_library():
+    code = "import sys, llmrl.catalogue; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("metrics_page", ROOT / "docs" / "metrics.py")
+    assert spec is not None
+    assert spec.loader is not None
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    assert docs.PAGE.read_text() == docs.page(), "make docs writes it"
+    assert max(map(len, docs.page().splitlines())) <= 120
