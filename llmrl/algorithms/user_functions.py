@@ -119,7 +119,7 @@ class UserLoss:
         return loss, {**ratio_metrics(logprobs.detach(), old_logprobs, weights != 0), **metrics}
 
 
-def load_algorithm(name: str) -> type[Algorithm]:
+def load_algorithm(name: str) -> Callable[..., Algorithm]:
     """The class of an algorithm of a user.
 
     Raises:
@@ -136,7 +136,7 @@ def load_algorithm(name: str) -> type[Algorithm]:
             "subclass of llmrl.roles.Algorithm, which has all but experience and losses, or of GRPO"
         )
     _check_signature(algorithm, NAME, name, ("config",), ALGORITHM_ARGUMENTS)
-    return cast(type[Algorithm], algorithm)
+    return cast(Callable[..., Algorithm], algorithm)
 
 
 def make_user_algorithm(name: str, config: GRPOConfig, **roles: Any) -> Algorithm:
