@@ -475,6 +475,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.trainers.checkpoint import CheckpointError
     from llmrl.trainers.rl import FlatGroupsError
     from llmrl.trainers.run import RunError, Stopped
+    from llmrl.user_code import UserCodeFailure
 
     try:
         with _outer_causes_in_one_line(1, way_out):
@@ -490,7 +491,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         TrackerError,
     ) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
+    except (RewardError, UserCodeFailure, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
         _fail(error, 1, way_out)
     except Stopped as stopped:
         _fail(stopped, stopped.status)

@@ -1,6 +1,7 @@
 """Parts of the sentences that users read."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -10,6 +11,11 @@ def in_one_line(error: BaseException) -> str:
         return " ".join(str(error).split())
     except Exception:  # `__str__` of a class that a user wrote
         return ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'correct'?``: the known word that is most like a mistyped one; empty where none is like it."""
+    return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(word, known, n=1))
 
 
 def counted(number: int, noun: str) -> str:

@@ -207,22 +207,15 @@ class Progress(Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """What to learn from a rollout, and the losses that learn it."""
+    """What to learn from a rollout, and the losses that learn it. A subclass that keeps no state and makes every update
+    writes `experience` and `losses`, and sets the three attributes."""
 
-    @property
-    def max_redraws(self) -> int:
-        """How often an iteration may replace groups that teach nothing; 0 keeps them."""
-        ...
-
-    @property
-    def aggregation(self) -> Aggregation:
-        """How token losses become one number: see `token_weights`."""
-        ...
-
-    @property
-    def max_response_tokens(self) -> int:
-        """Length limit of a response, and what aggregation by a constant divides by."""
-        ...
+    max_redraws: int
+    """How often an iteration may replace groups that teach nothing; 0 keeps them."""
+    aggregation: Aggregation
+    """How token losses become one number: see `token_weights`."""
+    max_response_tokens: int
+    """Length limit of a response, and what aggregation by a constant divides by."""
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[Experience, Metrics]:
         """What the update learns from, and the numbers that describe it. Called without gradient."""
@@ -234,18 +227,19 @@ class Algorithm(Protocol):
 
     def should_stop(self, update: Metrics) -> bool:
         """Whether the updates of this iteration end here."""
-        ...
+        return False
 
     def finish(self, experience: Any) -> Metrics:
         """The updates on an experience are done: whatever steers itself by how they went does so. Called without
         gradient."""
-        ...
+        return Metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever the next iteration depends on: numbers and strings, nested by name."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
 
 
 @runtime_checkable

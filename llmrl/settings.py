@@ -427,7 +427,7 @@ def _fill(section: type, given: dict[Any, Any]) -> None:
         name, hint = field.name, _hints(section)[field.name]
         if name in given:
             given[name] = _over(_default(field), given[name])
-            if _not_null(hint) == UserPath and isinstance(given[name], str):
+            if UserPath in _members(hint) and isinstance(given[name], str):
                 given[name] = os.path.expanduser(given[name])
         elif _is_section(hint) and _default(field) is MISSING:
             given[name] = {}

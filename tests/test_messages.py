@@ -1,6 +1,6 @@
 import pytest
 
-from llmrl.messages import counted, format_evaluation, in_one_line
+from llmrl.messages import counted, format_evaluation, in_one_line, nearest
 
 
 def test_a_message_of_several_lines_becomes_one():
@@ -24,6 +24,11 @@ def test_an_error_that_cannot_say_what_it_is_about_has_none():
 )
 def test_one_thing_is_told_in_the_singular(number, told):
     assert counted(number, "epoch") == told
+
+
+def test_only_a_known_word_that_is_like_the_mistyped_one_is_suggested():
+    assert nearest("corect", ["length", "correct"]) == "; did you mean 'correct'?"
+    assert nearest("zzz", ["length", "correct"]) == ""
 
 
 def test_an_interval_stands_behind_what_it_is_of():

@@ -424,6 +424,7 @@ class Places:
     folder: UserPath
     """Where to."""
     maybe: UserPath | None = None
+    choice: Literal["ours"] | UserPath = "ours"
     """Where from."""
     name: str = "~/as it is"
     """No path."""
@@ -436,6 +437,9 @@ def test_a_tilde_is_the_home_folder_in_every_path_and_in_nothing_else(write: Wri
     places = read_recipe(Places, write("folder: ~/a\nname: ~/b\n"), ["maybe=~", "rules=[{file: ~/c}]"])
     assert places == Places(folder="/h/a", maybe="/h", name="~/b", rules=(Rule(file="~/c"),))
     assert read_recipe(Places, write("{}"), ["folder=a/~"]).folder == "a/~"
+    assert read_recipe(Places, write("folder: a"), ["choice=~/c.py:f"]).choice == "/h/c.py:f"
+    assert read_recipe(Places, write("{folder: a, choice: ours}"), []).choice == "ours"
+    assert {setting.path: setting.type for setting in describe(Places)}["choice"] == "ours | path"
     assert [setting.type for setting in describe(Places)][:2] == ["path", "path | null"]
 
 

@@ -5,16 +5,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrl.functional.aggregation import Aggregation
+from llmrl.paths import UserPath
+from llmrl.user_code import names_code
+
+CLIPS = ("clip_low", "clip_high", "dual_clip")
+"""Settings of the clipped policy loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig:
     """GRPO (Shao et al. 2024, arXiv:2402.03300) and its kin: see the table at the top of grpo.py."""
 
+    name: Literal["grpo"] | UserPath = "grpo"
+    """The algorithm: grpo, or a class of your own, ``path/to/file.py:Class`` or ``package.module:Class``, which is made
+    with the same arguments; see docs/extend.md."""
     group_size: int = 8
     """Responses per prompt, G."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO)."""
+    baseline: Literal["mean", "leave_one_out"] | UserPath = "mean"
+    """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO), or
+    what a function of your own returns, ``path/to/file.py:function``: (scores, group_ids) -> what is subtracted."""
     scale: Literal["std", "none"] = "std"
     """Divides advantages by the standard deviation of the group's scores, or leaves them as they are (Dr. GRPO)."""
     aggregation: Aggregation = "token"
@@ -22,6 +31,9 @@ class GRPOConfig:
     (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each token, or the geometric mean over the response at every token (GSPO)."""
+    loss: Literal["clipped"] | UserPath = "clipped"
+    """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
+    (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
     clip_low: float = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -57,9 +69,13 @@ class GRPOConfig:
             raise ValueError(f"algorithm.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must be 0 or greater")
         if self.max_redraws < 0:
             raise ValueError(f"algorithm.max_redraws ({self.max_redraws}) must be 0 or greater")
-        if self.baseline == "leave_one_out" and self.scale == "std":
+        _check_name("name", self.name, "grpo")
+        _check_name("baseline", self.baseline, "mean", "leave_one_out")
+        _check_name("loss", self.loss, "clipped")
+        if self.baseline != "mean" and self.scale == "std":
             raise ValueError(
-                "algorithm.baseline leave_one_out goes with algorithm.scale none: RLOO does not divide by the spread"
+                f"algorithm.baseline {self.baseline} goes with algorithm.scale none: only a difference from the "
+                "mean of the group is divided by its spread"
             )
         if self.ratio == "sequence" and self.aggregation != "sequence":
             raise ValueError(
@@ -68,12 +84,13 @@ class GRPOConfig:
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
+        warnings = _unread_clips(self)
         if self.kl_coef > 0 and self.scale == "std":
-            return [
+            warnings.append(
                 "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, "
                 "so kl_coef has no fixed meaning; algorithm.scale none gives it one"
-            ]
-        return []
+            )
+        return warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +104,9 @@ class PPOConfig:
     arXiv:1506.02438)."""
     value_lambda: float | None = None
     """Of the critic's targets; null takes gae_lambda. 1 gives targets without bias."""
+    loss: Literal["clipped"] | UserPath = "clipped"
+    """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
+    (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
     clip_low: float = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -143,6 +163,7 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"algorithm.{name} ({value}) must be greater than 0, or null for none")
+        _check_name("loss", self.loss, "clipped")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 "algorithm.kl_target steers algorithm.kl_coef by factors, so that must not begin at 0; try 0.05"
@@ -162,8 +183,24 @@ class PPOConfig:
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
         pairs = (("step_kl_coef", "step_kl_target"), ("kl_horizon", "kl_target"))
-        return [
+        return _unread_clips(self) + [
             f"algorithm.{name} is read only where algorithm.{target} is set"
             for name, target in pairs
             if getattr(self, target) is None and getattr(self, name) != getattr(type(self), name)
         ]
+
+
+def _check_name(setting: str, value: str, *ours: str) -> None:
+    """Refuses what is neither one of ours nor the name of code of a user."""
+    if value not in ours and not names_code(value):
+        raise ValueError(
+            f"algorithm.{setting} ({value!r}) must be {' or '.join(ours)}, or name your own: path/to/file.py:name or "
+            "package.module:name"
+        )
+
+
+def _unread_clips(config: GRPOConfig | PPOConfig) -> list[str]:
+    changed = [name for name in CLIPS if getattr(config, name) != getattr(type(config), name)]
+    return [
+        f"algorithm.{name} is read only where algorithm.loss is clipped" for name in changed if config.loss != "clipped"
+    ]

@@ -11,28 +11,35 @@ shares that advantage. No critic. Everything that tells GRPO, Dr. GRPO, RLOO, DA
     GSPO        mean           std    sequence     3e-4 / 4e-4      ratio: sequence
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
+from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
+from llmrl.algorithms.user_functions import UserBaseline
 from llmrl.batches import GRPOExperience, Rollout, Scores
 from llmrl.functional.advantages import group_relative, leave_one_out
-from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.kl import estimate_kl
-from llmrl.functional.losses import clipped_policy_loss, importance_ratio, sequence_log_ratio
+from llmrl.functional.losses import importance_ratio, sequence_log_ratio
 from llmrl.functional.masking import masked_sum
-from llmrl.functional.penalties import overlong_penalty
-from llmrl.functional.statistics import Mean, Statistic, Total
+from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
-from llmrl.roles import Policy
+from llmrl.roles import Algorithm, Policy
 
 
-class GRPO:
-    """What to learn from a rollout, and the loss that learns it."""
+class GRPO(Algorithm):
+    """What to learn from a rollout, and the loss that learns it.
+
+    Args:
+        config: Every number of it.
+        actor: The policy that learns.
+        reference: The frozen policy from which the KL is measured; None where there is none.
+        max_response_tokens: Length limit of a response.
+    """
 
     def __init__(
         self, config: GRPOConfig, *, actor: Policy, reference: Policy | None, max_response_tokens: int
@@ -40,9 +47,11 @@ class GRPO:
         self.config = config
         self.actor = actor
         self.reference = reference
-        self.aggregation: Aggregation = config.aggregation
+        self.aggregation = config.aggregation
         self.max_redraws = config.max_redraws
         self.max_response_tokens = max_response_tokens
+        self.advantages = make_advantages(config)
+        self.policy_loss = make_policy_loss(config)
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
         """Advantages from the scores of each group; log-probabilities of the actor now and of the reference."""
@@ -51,64 +60,36 @@ class GRPO:
         ref_logprobs = torch.zeros_like(old_logprobs)
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
-        shaped = scores.per_response + self._penalty(rollout)
+        penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
+        advantages = self.advantages(scores.per_response + penalty, rollout.group_ids)
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
-            advantages=self._advantages(shaped, rollout)[:, None].expand_as(old_logprobs),
+            advantages=advantages[:, None].expand_as(old_logprobs),
         )
-        return experience, self._describe(experience, outputs.entropy)
+        statistics = policy_metrics(experience, outputs.entropy)
+        if self.config.overlong_buffer_tokens:
+            statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
+        if self.reference is not None:
+            kl = estimate_kl(old_logprobs, ref_logprobs, estimator="k1")
+            statistics |= kl_metrics(kl, experience.response_mask)
+        return experience, Metrics(statistics)
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
-        """The clipped policy loss, and the KL to the reference."""
+        """The policy loss, and the KL to the reference."""
         counted = batch.response_mask
         logprobs = self.actor.logprobs(batch.sequences).logprobs
         current, old = logprobs, batch.old_logprobs
         if self.config.ratio == "sequence":
             current, old = sequence_log_ratio(logprobs, batch.old_logprobs, counted), torch.zeros_like(logprobs)
-        loss, statistics = clipped_policy_loss(
-            current,
-            old,
-            batch.advantages,
-            weights,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            dual_clip=self.config.dual_clip,
-        )
+        loss, statistics = self.policy_loss(current, old, batch.advantages, weights)
         if self.reference is not None and self.config.kl_coef:
             live, ref = (torch.where(counted, x, 0.0) for x in (logprobs, batch.ref_logprobs))
             kl = self._kl(live, ref, importance_ratio(logprobs, batch.old_logprobs, counted))
             loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
-
-    def should_stop(self, update: Metrics) -> bool:
-        """GRPO makes every update that it planned."""
-        return False
-
-    def finish(self, experience: GRPOExperience) -> Metrics:
-        """Nothing here steers itself."""
-        return Metrics()
-
-    def state_dict(self) -> dict[str, Any]:
-        """One iteration leaves nothing to the next but weights."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is nothing to take over."""
-
-    def _penalty(self, rollout: Rollout) -> Float[Tensor, " B"]:
-        """What responses lose for their length; 0 where the settings ask for no penalty."""
-        lengths, buffer = rollout.sequences.response_lengths, self.config.overlong_buffer_tokens
-        if not buffer:
-            return torch.zeros(lengths.shape, device=lengths.device)
-        return overlong_penalty(lengths, limit=self.max_response_tokens, buffer=buffer)
-
-    def _advantages(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
-        if self.config.baseline == "leave_one_out":
-            return leave_one_out(scores, rollout.group_ids)
-        return group_relative(scores, rollout.group_ids, scale=self.config.scale)
 
     def _kl(
         self, logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"], ratio: Float[Tensor, "B T"]
@@ -121,19 +102,13 @@ class GRPO:
             case "k3_paper":
                 return estimate_kl(logprobs, ref_logprobs, estimator="k3")
 
-    def _describe(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> Metrics:
-        rollout, mask = experience.rollout, experience.response_mask
-        num_tokens, num_responses = mask.sum(), mask.any(dim=1).sum()
-        gap = (experience.old_logprobs - rollout.rollout_logprobs).abs()
-        statistics: dict[str, Statistic] = {
-            "policy/entropy": Mean(masked_sum(entropy, mask), num_tokens),
-            "policy/rollout_gap": Mean(masked_sum(gap, mask), num_tokens),
-        }
-        if self.config.overlong_buffer_tokens:
-            penalty = self._penalty(rollout)
-            statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
-        if self.reference is not None:
-            kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, estimator="k1")
-            statistics["kl/mean"] = Mean(masked_sum(kl, mask), num_tokens)
-            statistics["kl/sequence"] = Mean(masked_sum(kl, mask), num_responses)
-        return Metrics(statistics)
+
+def make_advantages(config: GRPOConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """From scores and group ids, each (B,), to the advantage of each response (B,), as the settings say."""
+    match config.baseline:
+        case "mean":
+            return partial(group_relative, scale=config.scale)
+        case "leave_one_out":
+            return leave_one_out
+        case name:
+            return UserBaseline(name)

@@ -22,21 +22,20 @@ from torch import Tensor
 
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
+from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
 from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs
 from llmrl.functional.advantages import gae
-from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.kl import estimate_kl, shape_rewards
-from llmrl.functional.losses import clipped_policy_loss, clipped_value_loss
+from llmrl.functional.losses import clipped_value_loss
 from llmrl.functional.masking import masked_moments, masked_sum, standardize
-from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Explained, Mean, Moments, Statistic, Total
 from llmrl.metrics import Metrics
-from llmrl.roles import ActorCritic, Policy
+from llmrl.roles import ActorCritic, Algorithm, Policy
 
 Losses = Iterator[tuple[str, Tensor, Metrics]]
 
 
-class PPO:
+class PPO(Algorithm):
     """What to learn from a rollout, and the two losses that learn it.
 
     Args:
@@ -61,11 +60,12 @@ class PPO:
         self.config = config
         self.networks = networks
         self.reference = reference
-        self.aggregation: Aggregation = config.aggregation
+        self.aggregation = config.aggregation
         self.max_redraws = 0
         self.max_response_tokens = max_response_tokens
         self.warmup_iterations = warmup_iterations
         self.value_coef = value_coef
+        self.policy_loss = make_policy_loss(config)
         self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self.step_kl_control = None
         if config.step_kl_target is not None:
@@ -98,9 +98,9 @@ class PPO:
             old_values=values,
             returns=returns,
         )
-        metrics = self._describe(experience, outputs.entropy, rewards)
+        metrics = Metrics(policy_metrics(experience, outputs.entropy) | _value_metrics(experience, rewards))
         if self.reference is not None:
-            metrics = metrics.merge(self._pay(kl, mask))
+            metrics = metrics.merge(self._control_kl(kl, mask))
         return experience, metrics
 
     def _shape_scores(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
@@ -111,10 +111,8 @@ class PPO:
         if self.config.normalize_scores:
             scores = self._normalize(scores, ~scores.isnan() & ~replaced)
         scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
-        if self.config.overlong_buffer_tokens:
-            limit, buffer = self.max_response_tokens, self.config.overlong_buffer_tokens
-            scores = scores + overlong_penalty(rollout.sequences.response_lengths, limit=limit, buffer=buffer)
-        return torch.where(replaced, 0.0, scores)
+        penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
+        return torch.where(replaced, 0.0, scores + penalty)
 
     def _normalize(self, scores: Float[Tensor, " B"], scored: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
         """By the moments of every score so far, these included."""
@@ -155,15 +153,7 @@ class PPO:
     def _policy_loss(
         self, outputs: TokenOutputs, batch: PPOExperience, weights: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, ""], Metrics]:
-        loss, statistics = clipped_policy_loss(
-            outputs.logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            weights,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            dual_clip=self.config.dual_clip,
-        )
+        loss, statistics = self.policy_loss(outputs.logprobs, batch.old_logprobs, batch.advantages, weights)
         counted = batch.response_mask
         if self.config.entropy_coef:
             loss = loss - self.config.entropy_coef * masked_sum(weights * outputs.entropy, counted)
@@ -210,37 +200,14 @@ class PPO:
         """Whether the critic learns alone in this iteration."""
         return self.num_iterations < self.warmup_iterations
 
-    def _pay(self, kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Metrics:
-        """The KL to the reference in numbers, by which its price then moves, unless the actor does not."""
-        total, num_tokens, num_responses = masked_sum(kl, mask).double(), mask.sum(), mask.any(dim=1).sum()
-        metrics = Metrics(
-            {
-                "kl/mean": Mean(total, num_tokens),
-                "kl/sequence": Mean(total, num_responses),
-                "kl/coef": Mean(self.kl_control.coef, 1.0),
-            }
-        )
+    def _control_kl(self, kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Metrics:
+        """KL metrics, and the controller's step from them (none during the critic's warm-up)."""
+        measured = kl_metrics(kl, mask)
+        metrics = Metrics({**measured, "kl/coef": Mean(self.kl_control.coef, 1.0)})
+        total, num_responses = measured["kl/sequence"]
         if num_responses and not self._warming_up:
             self.kl_control.update(float(total / num_responses), int(num_responses))
         return metrics
-
-    def _describe(
-        self, experience: PPOExperience, entropy: Float[Tensor, "B T"], rewards: Float[Tensor, "B T"]
-    ) -> Metrics:
-        rollout, mask = experience.rollout, experience.response_mask
-        num_tokens, counted = mask.sum(), mask.any(dim=1)
-        gap = (experience.old_logprobs - rollout.rollout_logprobs).abs()
-        statistics: dict[str, Statistic] = {
-            "policy/entropy": Mean(masked_sum(entropy, mask), num_tokens),
-            "policy/rollout_gap": Mean(masked_sum(gap, mask), num_tokens),
-            "reward": Moments(*masked_moments(torch.where(mask, rewards, 0.0).sum(dim=1), counted)),
-            "value": Moments(*masked_moments(experience.old_values, mask)),
-            "value/explained_variance": Explained(
-                *masked_moments(experience.returns, mask),
-                *masked_moments(experience.returns - experience.old_values, mask)[1:],
-            ),
-        }
-        return Metrics(statistics)
 
     def state_dict(self) -> dict[str, Any]:
         """Prices, moments of the scores, and how many iterations are done."""
@@ -259,6 +226,19 @@ class PPO:
         count, total, square = state["score_moments"]
         self.score_moments = (count, total, square)
         self.num_iterations = state["num_iterations"]
+
+
+def _value_metrics(experience: PPOExperience, rewards: Float[Tensor, "B T"]) -> dict[str, Statistic]:
+    """Rewards, values, and how much of the variance of the returns the values explain, over what is counted."""
+    mask = experience.response_mask
+    return {
+        "reward": Moments(*masked_moments(torch.where(mask, rewards, 0.0).sum(dim=1), mask.any(dim=1))),
+        "value": Moments(*masked_moments(experience.old_values, mask)),
+        "value/explained_variance": Explained(
+            *masked_moments(experience.returns, mask),
+            *masked_moments(experience.returns - experience.old_values, mask)[1:],
+        ),
+    }
 
 
 def _step_kl(batch: PPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -128,15 +128,25 @@ def clipped_policy_loss(
         falls, rises = ratio.clamp(min=1 - clip_low, max=dual_clip), ratio.clamp(max=1 + clip_high)
         bounded = torch.where(advantages < 0, falls, rises)
         cut = (bounded < ratio) | (bounded > ratio)
-        metrics = {
+        metrics: dict[str, Statistic] = {
             "policy/clip_fraction": Mean((cut & (advantages != 0)).sum(), counted.sum()),
-            "policy/approx_kl": Mean(
-                masked_sum(estimate_kl(old_logprobs, logprobs, estimator="k3"), counted), counted.sum()
-            ),
-            "policy/ratio_max_deviation": Maximum(torch.cat([ratio.flatten() - 1, ratio.new_zeros(1)]).abs().amax()),
+            **ratio_metrics(logprobs, old_logprobs, counted),
         }
     live = importance_ratio(logprobs, old_logprobs, counted & ~cut)
     return masked_sum(weights * -advantages * torch.where(cut, bounded, live), counted), metrics
+
+
+def ratio_metrics(
+    logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> dict[str, Statistic]:
+    """How far the current actor is from the old one: KL(old, current) by k3 per token under the mask, and the largest
+    |ρ_t - 1|, ρ_t = exp(logprobs - old_logprobs)."""
+    ratio = importance_ratio(logprobs, old_logprobs, mask)
+    kl = estimate_kl(old_logprobs, logprobs, estimator="k3")
+    return {
+        "policy/approx_kl": Mean(masked_sum(kl, mask), mask.sum()),
+        "policy/ratio_max_deviation": Maximum(torch.cat([ratio.flatten() - 1, ratio.new_zeros(1)]).abs().amax()),
+    }
 
 
 def clipped_value_loss(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from llmrl.catalogue import reserved
 from llmrl.paths import UserPath
+from llmrl.user_code import names_code
 
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
 """What every reward function can ask for beside the columns of the data, and gets though a column has the same name."""
@@ -26,7 +27,7 @@ class RewardFunctionConfig:
     """Extra keyword arguments of the function, such as the pattern of ``llmrl.rewards.rules:matches_pattern``."""
 
     def __post_init__(self) -> None:
-        if not _looks_loadable(self.name):
+        if not names_code(self.name):
             raise ValueError(
                 f"reward.functions.<n>.name ({self.name!r}) must name a function: "
                 "path/to/file.py:function or package.module:function"
@@ -116,9 +117,3 @@ class RewardConfig:
     @property
     def _model_labels(self) -> tuple[str, ...]:
         return () if self.model is None else ("model",)
-
-
-def _looks_loadable(name: str) -> bool:
-    source, _, function = name.rpartition(":")
-    is_module = all(part.isidentifier() for part in source.split("."))
-    return function.isidentifier() and (source.endswith(".py") or is_module)

@@ -27,7 +27,6 @@ import asyncio
 import inspect
 import math
 import time
-import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,12 +38,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Rollout, Row, Scores, Sequences
-from llmrl.messages import in_one_line
 from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.event_loop import run_in_loop
-from llmrl.rewards.loading import Function, select_columns, source_file, takes
+from llmrl.rewards.loading import Function, select_columns, takes
 from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_texts
+from llmrl.user_code import describe_exception
 
 QUICK_S = 0.1
 """A function that failed sooner than this is asked again row by row, for the row on which it fails, unless the failure
@@ -225,14 +224,14 @@ def _ask(name: str, function: Function, call: Call) -> Any:
         is_quick = time.monotonic() - started < QUICK_S
         is_of_row = not isinstance(error, OSError)  # which a connection or a disk has, whatever the row
         place = _failing_row(function, call, error) if is_quick and is_of_row else _in_call(call)
-        raise RewardError(f"{_raised(name, function, error)} {place}") from error
+        raise RewardError(f"reward function {name} {describe_exception(function, error)} {place}") from error
 
 
 async def _await(name: str, function: Function, answer: Awaitable[Any], call: Call) -> Any:
     try:
         return await answer
     except BaseException as error:
-        raise RewardError(f"{_raised(name, function, error)} {_in_call(call)}") from error
+        raise RewardError(f"reward function {name} {describe_exception(function, error)} {_in_call(call)}") from error
 
 
 def _run_together(answers: Sequence[Awaitable[Any]], names: Sequence[str]) -> list[Any]:
@@ -254,14 +253,6 @@ async def _gather(answers: Sequence[Awaitable[Any]]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()  # where another one raises
-
-
-def _raised(name: str, function: Function, error: BaseException) -> str:
-    """Names a function, what it raised, and the last line of its own file on the way there."""
-    file = source_file(function)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f" at {file}:{lines[-1]}" if lines else ""
-    return f"reward function {name} raised {type(error).__name__}: {in_one_line(error)}{place}"
 
 
 def _in_call(call: Call) -> str:

@@ -1,28 +1,19 @@
 """From the name of a reward function to a function that can be called: whatever is wrong shows before a model loads."""
 
-import difflib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from llmrl.batches import Row
-from llmrl.messages import in_one_line
-from llmrl.rewards import files
+from llmrl.messages import in_one_line, nearest
 from llmrl.rewards.config import AMBIGUOUS_COLUMNS, ROLLOUT_COLUMNS, RewardConfig
+from llmrl.user_code import UserCodeError, load_object, name_of
 
 Function = Callable[..., Any]
-
-
-class RewardLoadError(ValueError):
-    """A reward function that cannot be used; the message is meant for the person who named it."""
 
 
 def load_functions(config: RewardConfig, columns: Iterable[str]) -> tuple[Function, ...]:
@@ -33,7 +24,7 @@ def load_functions(config: RewardConfig, columns: Iterable[str]) -> tuple[Functi
         columns: Names of the data columns; see `row_problem` for the rows that lack some of them.
 
     Raises:
-        RewardLoadError: A function is missing, or it asks for something that it cannot get.
+        UserCodeError: A function is missing, or it asks for something that it cannot get.
     """
     columns = tuple(columns)
     functions = tuple(bind_arguments(load_function(setting.name), setting.arguments) for setting in config.functions)
@@ -47,16 +38,12 @@ def load_function(name: str) -> Function:
 
     A file is found from the current folder and runs once, as an imported module does.
     """
-    source, _, attribute = name.rpartition(":")
-    module = _load_module(source, name)
-    if not hasattr(module, attribute):
-        known = [known for known, value in vars(module).items() if inspect.isfunction(value)]
-        raise RewardLoadError(f"reward function {name}: {source} has no {attribute!r}{_nearest(attribute, known)}")
-    function = getattr(module, attribute)
+    function = load_object(name, role="reward function")
+    attribute = name.rpartition(":")[2]
     if not callable(function):
-        raise RewardLoadError(f"reward function {name}: {attribute!r} is not a function but {type(function).__name__}")
+        raise UserCodeError(f"reward function {name}: {attribute!r} is not a function but {type(function).__name__}")
     if problem := _signature_problem(function):
-        raise RewardLoadError(f"reward function {name}: {attribute!r} {problem}")
+        raise UserCodeError(f"reward function {name}: {attribute!r} {problem}")
     return function
 
 
@@ -71,8 +58,8 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
     bound = {}
     for name, value in arguments.items():
         if name not in known and not _takes_any(function):
-            raise RewardLoadError(
-                f"reward function {_name(function)} has no parameter {name!r} for its argument{_nearest(name, known)}"
+            raise UserCodeError(
+                f"reward function {name_of(function)} has no parameter {name!r} for its argument{nearest(name, known)}"
             )
         annotation = _annotation(function, name) if name in known else Any
         bound[name] = _read_argument(function, name, value, annotation)
@@ -80,21 +67,21 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
 
 
 def check_columns(function: Function, columns: Iterable[str]) -> None:
-    """Raises `RewardLoadError` when a function needs something that is neither of the rollout nor a data column, or
+    """Raises `UserCodeError` when a function needs something that is neither of the rollout nor a data column, or
     that could be either."""
     columns = list(columns)
     known = list(dict.fromkeys([*ROLLOUT_COLUMNS, *columns]))
     for name in AMBIGUOUS_COLUMNS:
         if name in columns and name in _keyword_parameters(function):
-            raise RewardLoadError(
-                f"reward function {_name(function)} takes {name!r}, which comes from the rollout, and the data has a "
+            raise UserCodeError(
+                f"reward function {name_of(function)} takes {name!r}, which comes from the rollout, and the data has a "
                 f"column {name!r} too; rename the column, such as by data.rename_columns={{{name}: my_{name}}}"
             )
     for name in _required(function):
         if name not in known:
-            raise RewardLoadError(
-                f"reward function {_name(function)} needs {name!r}, and there is no such column; "
-                f"there are {', '.join(known)}{_nearest(name, known)}; or set it under the function's arguments"
+            raise UserCodeError(
+                f"reward function {name_of(function)} needs {name!r}, and there is no such column; "
+                f"there are {', '.join(known)}{nearest(name, known)}; or set it under the function's arguments"
             )
 
 
@@ -116,12 +103,6 @@ def row_problem(row: Row, required: Mapping[str, str]) -> str | None:
     return None
 
 
-def source_file(function: Function) -> str | None:
-    """The file in which a function is written, if it is a file."""
-    module = sys.modules.get(_unbound(function).__module__)
-    return getattr(module, "__file__", None)
-
-
 def select_columns(function: Function, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """A copy of each column that a function takes: those that its signature names, or all with ``**kwargs``.
 
@@ -135,20 +116,6 @@ def takes(function: Function, column: str) -> bool:
     """Whether a function gets a column: its signature names it, and no argument fills it in; or it has ``**kwargs``."""
     filled = function.keywords if isinstance(function, partial) else {}
     return column not in filled and (_takes_any(function) or column in _keyword_parameters(function))
-
-
-def _load_module(source: str, name: str) -> ModuleType:
-    if source.endswith(".py") and not Path(source).is_file():
-        raise RewardLoadError(f"reward function {name}: there is no file {Path(source).resolve()}")
-    try:
-        return files.import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (Exception, SystemExit) as error:
-        way_out = ""
-        if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
-            way_out = "; a file is named by its path, such as folder/file.py:function"
-        raise RewardLoadError(
-            f"reward function {name}: {source} does not load: {type(error).__name__}: {in_one_line(error)}{way_out}"
-        ) from error
 
 
 def _signature_problem(function: Function) -> str | None:
@@ -167,8 +134,8 @@ def _annotation(function: Function, name: str) -> Any:
     try:
         return inspect.signature(function, eval_str=True).parameters[name].annotation
     except Exception as error:  # whatever the text of an annotation raises
-        raise RewardLoadError(
-            f"reward function {_name(function)}: its annotations cannot be read: {type(error).__name__}: "
+        raise UserCodeError(
+            f"reward function {name_of(function)}: its annotations cannot be read: {type(error).__name__}: "
             f"{in_one_line(error)}; import what they name"
         ) from error
 
@@ -180,11 +147,11 @@ def _read_argument(function: Function, name: str, value: Any, annotation: Any) -
         return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         rule = error.errors()[0]["msg"]
-        raise RewardLoadError(f"reward function {_name(function)}: argument {name} ({value!r}): {rule}") from error
+        raise UserCodeError(f"reward function {name_of(function)}: argument {name} ({value!r}): {rule}") from error
     except PydanticUserError as error:
         kind = inspect.formatannotation(annotation)
-        raise RewardLoadError(
-            f"reward function {_name(function)}: argument {name} ({value!r}) cannot be made {kind}; "
+        raise UserCodeError(
+            f"reward function {name_of(function)}: argument {name} ({value!r}) cannot be made {kind}; "
             "annotate the parameter with a plain type, or leave its annotation out"
         ) from error
 
@@ -200,18 +167,3 @@ def _required(function: Function) -> list[str]:
 
 def _takes_any(function: Function) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
-def _unbound(function: Function) -> Function:
-    return function.func if isinstance(function, partial) else function
-
-
-def _name(function: Function) -> str:
-    function = _unbound(function)
-    named = function if hasattr(function, "__qualname__") else type(function)
-    is_of_file = named.__module__.startswith(f"{files.__name__}.")
-    return f"{source_file(function) if is_of_file else named.__module__}:{named.__qualname__}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(word, known, n=1))

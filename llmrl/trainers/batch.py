@@ -72,7 +72,9 @@ class BatchTrainer(Resumable):
             self.collectives.world_size,
         )
         self.progress.phase("update", len(parts))
-        metrics = optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
+        metrics = optimizer_step(
+            self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)
+        )
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/trained_per_s": Mean(batch.num_tokens.sum(), seconds)}

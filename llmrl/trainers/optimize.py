@@ -1,7 +1,6 @@
 """One optimizer step, shared by every trainer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -9,17 +8,17 @@ from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Collectives, Progress, Trainable
 
-Part = TypeVar("Part")
+Losses = Iterable[tuple[str, Tensor, Metrics]]
+"""``(trained module, loss, metrics)`` of one microbatch, each computed when it is asked for."""
 
 
 def optimizer_step(
     trained: Mapping[str, Trainable],
-    microbatches: Iterable[Part],
-    losses: Callable[[Part], Iterator[tuple[str, Tensor, Metrics]]],
+    microbatches: Iterable[Losses],
     collectives: Collectives,
     progress: Progress,
     *,
-    idle: Iterable[Part] = (),
+    idle: Iterable[Losses] = (),
 ) -> Metrics:
     """Adds up the gradients of all microbatches of all ranks, then steps every trained module that any loss was for.
 
@@ -30,14 +29,14 @@ def optimizer_step(
     Passes on what is `idle` keep step with ranks that have more to do, and count for nothing.
     """
     metrics, learning = Metrics(), set[str]()
-    for microbatch in microbatches:
-        for name, loss, statistics in losses(microbatch):
+    for losses in microbatches:
+        for name, loss, statistics in losses:
             trained[name].backward(loss)
             learning.add(name)
             metrics = metrics.merge(statistics)
         progress.advance()
-    for row in idle:
-        for name, loss, _ in losses(row):
+    for losses in idle:
+        for name, loss, _ in losses:
             trained[name].backward(0.0 * loss)
     metrics, learning = _of_all_ranks(metrics, learning, collectives)
     metrics = metrics.per_step()

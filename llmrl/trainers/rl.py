@@ -192,16 +192,16 @@ class RLTrainer(Resumable):
         if not num_tokens:
             return Metrics()
 
+        weights = token_weights(
+            mask,
+            aggregation=self.algorithm.aggregation,
+            num_tokens=num_tokens,
+            num_responses=num_responses,
+            max_response_tokens=self.algorithm.max_response_tokens,
+        )
+
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
-            part = minibatch.select(index)
-            weights = token_weights(
-                part.response_mask,
-                aggregation=self.algorithm.aggregation,
-                num_tokens=num_tokens,
-                num_responses=num_responses,
-                max_response_tokens=self.algorithm.max_response_tokens,
-            )
-            yield from self.algorithm.losses(part, weights)
+            return self.algorithm.losses(minibatch.select(index), weights[index])
 
         parts, idle = parts_of_rank(
             minibatch.sequences.num_tokens,
@@ -210,7 +210,9 @@ class RLTrainer(Resumable):
             self.collectives.world_size,
         )
         with self.phase("update", len(parts)):
-            return optimizer_step(self.trained, parts, losses, self.collectives, self.progress, idle=idle)
+            return optimizer_step(
+                self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)
+            )
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:

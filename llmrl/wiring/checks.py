@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llmrl.algorithms.user_functions import check_user_functions
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
@@ -94,6 +95,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
     if trains:
         _check_one_base(config, read_launch())
+        with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
+            check_user_functions(config.algorithm)
     unchecked = _check_model(config.model, dry=dry)
     read = _reader(load_prompt_rows, fit_prompt_rows, config.model, unchecked, dry=dry)
     if config.reward.model is not None:
@@ -164,7 +167,7 @@ def _reader(
 
 def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple[Function, ...], Rows]:
     """The reward functions, and the rows that have the columns which these read."""
-    with chdir(os.curdir):  # a file of rules that changes the working directory does so for itself
+    with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
         functions = load_functions(config, column_names(rows))
     required = required_columns(config, functions)
     return functions, usable_rows(rows, data, partial(row_problem, required=required))

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
+from llmrl.algorithms.user_functions import make_user_algorithm
 from llmrl.batches import Prompts
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
@@ -48,7 +50,9 @@ def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, tracker
             actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
         )
     }
-    algorithm = GRPO(
+    name = config.algorithm.name
+    make = GRPO if name == "grpo" else partial(make_user_algorithm, name)
+    algorithm = make(
         config.algorithm,
         actor=DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.update.microbatch_tokens),
         reference=reference,

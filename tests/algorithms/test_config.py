@@ -20,6 +20,13 @@ NAN = float("nan")
         ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1)"),
         ({"max_redraws": -1}, "algorithm.max_redraws (-1)"),
         ({"baseline": "leave_one_out"}, "goes with algorithm.scale none"),
+        ({"baseline": "mine.py:median"}, "algorithm.baseline mine.py:median goes with algorithm.scale none"),
+        (
+            {"baseline": "median"},
+            "algorithm.baseline ('median') must be mean or leave_one_out, or name your own: path/",
+        ),
+        ({"loss": "mine.py"}, "algorithm.loss ('mine.py') must be clipped, or name your own"),
+        ({"name": "ppo"}, "algorithm.name ('ppo') must be grpo, or name your own"),
         ({"ratio": "sequence"}, "goes with algorithm.aggregation sequence"),
     ],
 )
@@ -32,6 +39,14 @@ def test_scaling_with_a_kl_warns():
     assert "kl_coef has no fixed meaning" in GRPOConfig(kl_coef=0.1).warnings()[0]
     assert GRPOConfig(kl_coef=0.1, scale="none").warnings() == []
     assert GRPOConfig().warnings() == []
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig])
+def test_clips_that_no_loss_reads_warn(config):
+    theirs = config(loss="mine.py:loss", clip_high=0.3, dual_clip=3.0)
+    told = "is read only where algorithm.loss is clipped"
+    assert theirs.warnings() == [f"algorithm.clip_high {told}", f"algorithm.dual_clip {told}"]
+    assert config(loss="mine.py:loss").warnings() == config(clip_high=0.3).warnings() == []
 
 
 @pytest.mark.parametrize(
@@ -49,6 +64,10 @@ def test_scaling_with_a_kl_warns():
         ({"clip_high": 0.0}, "algorithm.clip_high (0.0) must be greater than 0"),
         ({"dual_clip": 1.0}, "algorithm.dual_clip (1.0) must be greater than 1, or null"),
         ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be greater than 1, or null"),
+        (
+            {"loss": "kl"},
+            "algorithm.loss ('kl') must be clipped, or name your own: path/to/file.py:name or package.modul",
+        ),
         ({"value_clip": 0.0}, "algorithm.value_clip (0.0) must be greater than 0, or null"),
         ({"entropy_coef": -0.1}, "algorithm.entropy_coef (-0.1) must be 0 or greater"),
         ({"kl_coef": -0.1}, "algorithm.kl_coef (-0.1) must be 0 or greater"),

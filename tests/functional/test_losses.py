@@ -1,4 +1,5 @@
 import math
+from functools import reduce
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from llmrl.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     importance_ratio,
+    ratio_metrics,
     token_weights,
 )
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.statistics import Maximum, Mean
+from llmrl.metrics import Metrics
 from tests import oracles
 
 AGGREGATIONS = ["token", "sequence", "constant"]
@@ -110,6 +113,31 @@ def test_ratio_outside_the_mask_is_1_and_has_no_gradient(mask, junk):
 def test_ratio_of_a_policy_to_itself_is_exactly_1(mask):
     logprobs = -10 * torch.rand(mask.shape)
     assert (importance_ratio(logprobs, logprobs.clone(), mask) == 1).all()
+
+
+# --- ratio_metrics
+
+
+def test_ratio_metrics_by_hand():
+    """Ratios 2, 1/2 and 1: k3 of KL(old, current) is ρ - 1 - log ρ."""
+    logprobs, old = row(0.0, math.log(0.25), -3.0, math.nan), row(-math.log(2), math.log(0.5), -3.0, 7.0)
+    metrics = ratio_metrics(logprobs, old, torch.tensor([[True, True, True, False]]))
+    assert mean(metrics["policy/approx_kl"]) == pytest.approx(((1 - math.log(2)) + (-0.5 + math.log(2)) + 0) / 3)
+    assert metrics["policy/ratio_max_deviation"] == Maximum(pytest.approx(1.0))
+
+
+def test_ratio_metrics_of_a_policy_that_has_not_moved_are_exactly_0(mask):
+    logprobs = -torch.rand(mask.shape)
+    metrics = ratio_metrics(logprobs, logprobs.clone(), mask)
+    assert metrics["policy/approx_kl"] == Mean(0.0, mask.sum())
+    assert metrics["policy/ratio_max_deviation"] == Maximum(0.0)
+
+
+def test_ratio_metrics_of_the_parts_pool_to_those_of_the_whole(mask):
+    logprobs, old = -torch.rand(mask.shape), -torch.rand(mask.shape)
+    parts = [Metrics(ratio_metrics(logprobs[i : i + 1], old[i : i + 1], mask[i : i + 1])) for i in range(len(mask))]
+    pooled = reduce(Metrics.merge, parts).values()
+    assert pooled == pytest.approx(Metrics(ratio_metrics(logprobs, old, mask)).values())
 
 
 # --- clipped_policy_loss

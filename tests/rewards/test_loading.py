@@ -7,7 +7,6 @@ import pytest
 
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.loading import (
-    RewardLoadError,
     bind_arguments,
     check_columns,
     load_function,
@@ -15,9 +14,9 @@ from llmrl.rewards.loading import (
     required_columns,
     row_problem,
     select_columns,
-    source_file,
     takes,
 )
+from llmrl.user_code import UserCodeError, source_file
 
 RULE = """
 from __future__ import annotations
@@ -74,7 +73,10 @@ def test_a_file_does_not_hide_a_module_of_its_name(rule):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.py:correct", r"^reward function missing\.py:correct: there is no file /.*/missing\.py$"),
+        (
+            "missing.py:correct",
+            r"^reward function missing\.py:correct: there is no file /.*/missing\.py; a path begins in the folder",
+        ),
         (
             "no_such_package.rule:correct",
             r"does not load: ModuleNotFoundError: No module .*; a file is named by its path",
@@ -84,7 +86,7 @@ def test_a_file_does_not_hide_a_module_of_its_name(rule):
             r"does not load: ModuleNotFoundError: No module named 'llmrl.rewards.no_such'$",
         ),
         ("rule.py:corect", r"^reward function rule\.py:corect: rule\.py has no 'corect'; did you mean 'correct'\?$"),
-        ("rule.py:zzz", r"^reward function rule\.py:zzz: rule\.py has no 'zzz'$"),
+        ("rule.py:zzz", r"^reward function rule\.py:zzz: rule\.py has no 'zzz'; define it there, or name another$"),
         ("rule.py:threshold", r"'threshold' is not a function but int$"),
         (
             "rule.py:Pair",
@@ -95,14 +97,14 @@ def test_a_file_does_not_hide_a_module_of_its_name(rule):
     ],
 )
 def test_what_cannot_be_found_is_said_in_one_line(rule, name, message):
-    with pytest.raises(RewardLoadError, match=message) as error:
+    with pytest.raises(UserCodeError, match=message) as error:
         load_function(name)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_fails_says_why_and_loads_once_it_is_mended(rule):
     (rule / "broken.py").write_text("import no_such_dependency")
-    with pytest.raises(RewardLoadError, match=r"broken\.py does not load: ModuleNotFoundError.*no_such_dep") as error:
+    with pytest.raises(UserCodeError, match=r"broken\.py does not load: ModuleNotFoundError.*no_such_dep") as error:
         load_function("broken.py:score")
     assert isinstance(error.value.__cause__, ModuleNotFoundError)
     (rule / "broken.py").write_text("def score(responses): return 'mended: another length than before'")
@@ -123,7 +125,7 @@ def test_a_file_that_fails_says_why_and_loads_once_it_is_mended(rule):
 def test_a_file_that_does_not_load_is_said_in_one_line(rule, text, said):
     (rule / "broken.py").write_bytes(text)
     with pytest.raises(
-        RewardLoadError, match=rf"^reward function broken\.py:score: broken\.py does not load: .*{said}"
+        UserCodeError, match=rf"^reward function broken\.py:score: broken\.py does not load: .*{said}"
     ) as e:
         load_function("broken.py:score")
     assert "\n" not in str(e.value)
@@ -132,9 +134,9 @@ def test_a_file_that_does_not_load_is_said_in_one_line(rule, text, said):
 def test_an_annotation_that_means_nothing_here_is_refused(rule):
     text = "from __future__ import annotations\ndef score(responses, limit: Limit, where: open): return []\n"
     (rule / "typed.py").write_text(text)
-    with pytest.raises(RewardLoadError, match=r"typed\.py:score: its annotations cannot be read: NameError: .*Limit"):
+    with pytest.raises(UserCodeError, match=r"typed\.py:score: its annotations cannot be read: NameError: .*Limit"):
         bind_arguments(load_function("typed.py:score"), {"limit": 3})
-    with pytest.raises(RewardLoadError, match=r"argument limit \(3\) cannot be made .*Pattern; annotate the parameter"):
+    with pytest.raises(UserCodeError, match=r"argument limit \(3\) cannot be made .*Pattern; annotate the parameter"):
         bind_arguments(with_a_strange_annotation, {"limit": 3})
 
 
@@ -147,13 +149,13 @@ def with_a_strange_annotation(responses, limit: Pattern):
 
 
 def test_a_required_parameter_without_a_column_is_refused(rule):
-    with pytest.raises(RewardLoadError, match=r"rule\.py:correct needs 'answer'.*did you mean 'answers'\?") as error:
+    with pytest.raises(UserCodeError, match=r"rule\.py:correct needs 'answer'.*did you mean 'answers'\?") as error:
         check_columns(load_function("rule.py:correct"), ["question", "answers"])
     assert "there are prompts, responses, completions, tokens, question, answers;" in str(error.value)
 
 
 def test_responses_misspelled_is_refused_with_its_name():
-    with pytest.raises(RewardLoadError, match=r"needs 'response'.*did you mean 'responses'\?"):
+    with pytest.raises(UserCodeError, match=r"needs 'response'.*did you mean 'responses'\?"):
         check_columns(lambda response: [], ["answer"])
 
 
@@ -195,7 +197,7 @@ def test_a_column_may_be_named_like_what_comes_from_the_rollout(rule):
 def test_a_name_that_may_mean_the_column_or_the_rollout_is_refused(name):
     message = f"takes '{name}', which comes from the rollout, and the data has a column '{name}' too; rename the column"
     message += f", such as by data.rename_columns={{{name}: my_{name}}}"
-    with pytest.raises(RewardLoadError, match=message):
+    with pytest.raises(UserCodeError, match=message):
         check_columns({"tokens": lambda tokens=None: [], "completions": lambda completions: []}[name], [name])
 
 
@@ -214,7 +216,7 @@ class Judge:
 
 
 def test_an_object_that_can_be_called_is_named_by_its_class():
-    with pytest.raises(RewardLoadError, match="test_loading:Judge needs 'rubric'"):
+    with pytest.raises(UserCodeError, match="test_loading:Judge needs 'rubric'"):
         check_columns(Judge(), [])
 
 
@@ -260,24 +262,24 @@ def test_an_argument_is_read_as_its_annotation(rule):
 
 def test_an_argument_that_cannot_be_read_is_refused(rule):
     with pytest.raises(
-        RewardLoadError, match=r"rule\.py:correct: argument scale \('two'\): Input should be a valid numb"
+        UserCodeError, match=r"rule\.py:correct: argument scale \('two'\): Input should be a valid numb"
     ):
         bind_arguments(load_function("rule.py:correct"), {"scale": "two"})
 
 
 def test_an_argument_without_a_parameter_is_refused(rule):
-    with pytest.raises(RewardLoadError, match=r"rule\.py:correct has no parameter 'scal' .*did you mean 'scale'\?"):
+    with pytest.raises(UserCodeError, match=r"rule\.py:correct has no parameter 'scal' .*did you mean 'scale'\?"):
         bind_arguments(load_function("rule.py:correct"), {"scal": 2.0})
 
 
 def test_an_invalid_pattern_is_refused_before_anything_runs():
     name = "llmrl.rewards.rules:matches_pattern"
-    with pytest.raises(RewardLoadError, match=r"argument pattern \('\('\): Input should be a valid regular expression"):
+    with pytest.raises(UserCodeError, match=r"argument pattern \('\('\): Input should be a valid regular expression"):
         load_functions(config(RewardFunctionConfig(name=name, arguments={"pattern": "("})), ["answer"])
 
 
 def test_a_pattern_left_out_is_refused():
-    with pytest.raises(RewardLoadError, match=r"rules:matches_pattern needs 'pattern'"):
+    with pytest.raises(UserCodeError, match=r"rules:matches_pattern needs 'pattern'"):
         load_functions(config(RewardFunctionConfig(name="llmrl.rewards.rules:matches_pattern")), ["answer"])
 
 
@@ -290,5 +292,5 @@ def test_all_functions_are_loaded_in_order(rule):
 
 def test_columns_are_checked_for_every_function(rule):
     names = (RewardFunctionConfig(name="rule.py:length"), RewardFunctionConfig(name="rule.py:correct"))
-    with pytest.raises(RewardLoadError, match="needs 'answer'"):
+    with pytest.raises(UserCodeError, match="needs 'answer'"):
         load_functions(config(*names), iter(["question"]))

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from llmrl.rewards.loading import RewardLoadError, load_function
+from llmrl.rewards.loading import load_function
+from llmrl.user_code import UserCodeError
 
 WILD = [
     (r"The sum is $\boxed{12{,}600}$.", "12600", 1.0),
@@ -322,5 +323,5 @@ def test_outside_the_main_thread_it_says_so(math_equal):
 def test_a_missing_extra_shows_at_load(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "llmrl.rewards.math", raising=False)
-    with pytest.raises(RewardLoadError, match=r'math-verify is not installed: pip install "llmrl\[math\]"$'):
+    with pytest.raises(UserCodeError, match=r'math-verify is not installed: pip install "llmrl\[math\]"$'):
         load_function("llmrl.rewards.math:math_equal")

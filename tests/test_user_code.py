@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from llmrl.rewards.files import import_file
+from llmrl.user_code import import_file
 
 RULE = "def one(text):\n    return len(text)\n"
 

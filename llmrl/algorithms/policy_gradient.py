@@ -1,0 +1,48 @@
+"""What policy-gradient algorithms do alike: the policy loss, the penalty for length, and the metrics of a policy."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
+from llmrl.algorithms.user_functions import UserLoss
+from llmrl.batches import Experience, Rollout
+from llmrl.functional.losses import clipped_policy_loss
+from llmrl.functional.masking import masked_sum
+from llmrl.functional.penalties import overlong_penalty
+from llmrl.functional.statistics import Mean, Statistic
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
+"""From `logprobs`, `old_logprobs`, `advantages` and `weights`, each (B, T), to ``(loss, metrics)``."""
+
+
+def make_policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
+    """The policy loss that the settings name: the clipped surrogate with their clips, or a function of a user."""
+    if config.loss != "clipped":
+        return UserLoss(config.loss)
+    return partial(clipped_policy_loss, **{name: getattr(config, name) for name in CLIPS})
+
+
+def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor, " B"]:
+    """What each response loses in the last `buffer` tokens before the length limit; 0 where there is no buffer."""
+    lengths = rollout.sequences.response_lengths
+    return overlong_penalty(lengths, limit=limit, buffer=buffer) if buffer else torch.zeros_like(lengths).float()
+
+
+def policy_metrics(experience: Experience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:
+    """Entropy, and the gap between the log-probabilities of engine and trainer, per counted token, nats."""
+    mask = experience.response_mask
+    gap = (experience.old_logprobs - experience.rollout.rollout_logprobs).abs()
+    return {
+        "policy/entropy": Mean(masked_sum(entropy, mask), mask.sum()),
+        "policy/rollout_gap": Mean(masked_sum(gap, mask), mask.sum()),
+    }
+
+
+def kl_metrics(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, Mean]:
+    """KL to the reference per token and per response, nats, from the estimate k1 of each token."""
+    total, num_tokens, num_responses = masked_sum(kl, mask).double(), mask.sum(), mask.any(dim=1).sum()
+    return {"kl/mean": Mean(total, num_tokens), "kl/sequence": Mean(total, num_responses)}

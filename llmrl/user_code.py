@@ -1,0 +1,158 @@
+"""Code of users that a recipe names: ``path/to/file.py:name``, relative to the current folder, or
+``package.module:name``.
+
+A file ``/srv/rewards/judge.py`` is the module ``llmrl.user_code./srv/rewards/judge%2Epy``. So it can neither hide a
+module nor be hidden by one, be it called math.py or my rule.py, and its functions can be sent to worker processes that
+are forked or spawned. It runs once in a process.
+
+Modules that lie beside a file are found as well: its folder is put at the end of ``sys.path``, after what is installed.
+One that something installed would hide is refused.
+"""
+
+import ast
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes
+
+from llmrl.messages import in_one_line, nearest
+
+__path__: list[str] = []  # makes this module a package, whose modules the finder finds
+
+
+class UserCodeError(ValueError):
+    """Code that cannot be used as it was named; the message is meant for the person who named it."""
+
+
+class UserCodeFailure(RuntimeError):
+    """Code that failed in a run: it raised, or returned what cannot be used."""
+
+
+def names_code(text: str) -> bool:
+    """Whether a text has the form ``path/to/file.py:name`` or ``package.module:name``."""
+    source, _, name = text.rpartition(":")
+    is_module = all(part.isidentifier() for part in source.split("."))
+    return name.isidentifier() and (source.endswith(".py") or is_module)
+
+
+def load_object(name: str, *, role: str) -> Any:
+    """The object that ``path/to/file.py:name`` or ``package.module:name`` names.
+
+    Args:
+        name: Of an object that can be called.
+        role: What errors call it, such as ``reward function``.
+
+    Raises:
+        UserCodeError: The file or module is missing or does not load, or has no such object.
+    """
+    source, _, attribute = name.rpartition(":")
+    module = _load_module(source, name, role)
+    if not hasattr(module, attribute):
+        known = [known for known, value in vars(module).items() if callable(value)]
+        way_out = nearest(attribute, known) or "; define it there, or name another"
+        raise UserCodeError(f"{role} {name}: {source} has no {attribute!r}{way_out}")
+    return getattr(module, attribute)
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module of a file, which runs once in a process.
+
+    Raises:
+        ImportError: It imports a module that lies beside it, and would get another of that name, unless that is of the
+            standard library.
+    """
+    path = path.resolve()
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    for name in _imported_names(path):
+        _check_neighbour(path, name)
+    return importlib.import_module(f"{__name__}.{quote(os.fsencode(path)).replace('.', '%2E')}")
+
+
+def source_file(function: Callable[..., Any]) -> str | None:
+    """The file in which a function is written, if it is a file; a `partial` of one counts as the function."""
+    module = sys.modules.get(_unbound(function).__module__)
+    return getattr(module, "__file__", None)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """How a recipe could name a function."""
+    function = _unbound(function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    is_of_file = named.__module__.startswith(f"{__name__}.")
+    return f"{source_file(function) if is_of_file else named.__module__}:{named.__qualname__}"
+
+
+def describe_exception(function: Callable[..., Any], error: BaseException) -> str:
+    """What a function raised, and the last line of its own file on the way there."""
+    file = source_file(function)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f" at {file}:{lines[-1]}" if lines else ""
+    return f"raised {type(error).__name__}: {in_one_line(error)}{place}"
+
+
+def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function.func if isinstance(function, partial) else function
+
+
+def _load_module(source: str, name: str, role: str) -> ModuleType:
+    if source.endswith(".py") and not Path(source).is_file():
+        raise UserCodeError(
+            f"{role} {name}: there is no file {Path(source).resolve()}; a path begins in the folder that you run in"
+        )
+    try:
+        return import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        way_out = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
+            way_out = "; a file is named by its path, such as folder/file.py:function"
+        raise UserCodeError(
+            f"{role} {name}: {source} does not load: {type(error).__name__}: {in_one_line(error)}{way_out}"
+        ) from error
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        if package != __name__:
+            return None
+        return importlib.util.spec_from_file_location(fullname, os.fsdecode(unquote_to_bytes(name)))
+
+
+def _imported_names(path: Path) -> Iterator[str]:
+    """What a file imports, wherever in it, up to the first dot."""
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def _check_neighbour(path: Path, name: str) -> None:
+    """Raises ImportError where a module that lies beside the file is hidden by one that is found before it."""
+    beside = [place.resolve() for place in _places(path.parent, name) if place.is_file() and place != path]
+    spec = importlib.util.find_spec(name) if beside and name not in sys.stdlib_module_names else None
+    if spec is None or spec.origin is None:
+        return
+    found = Path(spec.origin).resolve()
+    if found not in beside:
+        raise ImportError(f"it imports {name}, and gets {found}, not the one in {path.parent}; rename that one")
+
+
+def _places(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a module may lie in a folder."""
+    return folder / f"{name}.py", folder / name / "__init__.py"
+
+
+sys.meta_path.append(_Finder())

@@ -1,0 +1,57 @@
+"""What PPO and GRPO share, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
+from llmrl.algorithms.user_functions import UserLoss
+from llmrl.batches import Experience
+from llmrl.metrics import Metrics
+
+from .test_grpo import make_rollout, make_scores
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig])
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "bounded"), [(2.0, 1.0, 1.25), (0.5, -1.0, 0.9), (4.0, -1.0, 3.0), (0.95, -1.0, 0.95)]
+)
+def test_the_clips_are_those_of_the_settings(config, ratio, advantage, bounded):
+    loss = make_policy_loss(config(clip_low=0.1, clip_high=0.25, dual_clip=3.0))
+    logprobs, one = torch.tensor([[math.log(ratio)]]), torch.ones(1, 1)
+    assert float(loss(logprobs, 0 * one, advantage * one, one)[0]) == pytest.approx(-advantage * bounded)
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig])
+def test_a_loss_of_a_user_takes_the_place_of_ours(config, tmp_path):
+    (tmp_path / "mine.py").write_text("def loss(logprobs, old_logprobs, advantages, weights): return logprobs.sum()")
+    loss = make_policy_loss(config(loss=f"{tmp_path}/mine.py:loss"))
+    assert isinstance(loss, UserLoss)
+    x = torch.ones(2, 3, requires_grad=True)
+    assert float(loss(x, x, x, x)[0].detach()) == 6.0
+
+
+def test_the_penalty_grows_over_the_buffer_and_is_none_without_one():
+    rollout = make_rollout([4, 3, 2, 1], [0, 0, 1, 1])
+    assert length_penalty(rollout, limit=4, buffer=2).tolist() == [-1.0, -0.5, 0.0, 0.0]
+    assert length_penalty(rollout, limit=4, buffer=0).tolist() == [0.0] * 4
+
+
+def test_a_policy_is_measured_on_the_tokens_that_count():
+    """Not on padding, whatever stands there, and not on a response that could not be scored."""
+    rollout, scores = make_rollout([2, 4, 1], [0, 0, 0]), make_scores([1.0, math.nan, 0.0])
+    tokens = torch.tensor([[0.5, 1.0, math.nan, math.nan], [9.0, 9.0, 9.0, 9.0], [-3.0, math.nan, 7.0, 7.0]])
+    experience = Experience(rollout=rollout, scores=scores, old_logprobs=tokens, advantages=tokens)
+    values = Metrics(policy_metrics(experience, 2 * tokens)).values()
+    assert values == {"policy/entropy": pytest.approx(-1.0), "policy/rollout_gap": pytest.approx(1.5)}
+
+
+def test_the_kl_is_per_token_and_per_response_that_counts():
+    kl = torch.tensor([[0.5, 1.0], [math.nan, math.nan], [-0.25, math.nan]])
+    mask = torch.tensor([[True, True], [False, False], [True, False]])
+    assert Metrics({**kl_metrics(kl, mask)}).values() == {
+        "kl/mean": pytest.approx(1.25 / 3),
+        "kl/sequence": pytest.approx(1.25 / 2),
+    }
