@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         microbatch_tokens=2 * args.max_tokens * args.batch_size,  # the whole batch
     )
     config = ModelConfig(path=str(args.model), dtype=args.dtype)
-    loaded = load_trained_reward_model(config, settings, seed=args.seed)
+    loaded = load_trained_reward_model(config, settings, torch.device(args.device), seed=args.seed)
     data = PreferenceDataConfig(path=str(args.pairs), max_tokens=args.max_tokens)
     source = PairSource(load_preference_rows(data), loaded.tokenizer, data, seed=args.seed)
     num_steps = args.warmup_steps + args.steps

@@ -30,18 +30,13 @@ from llmrl.trainers.config import (
     SFTConfig,
     UpdateConfig,
 )
-from llmrl.wiring import (
-    build_grpo,
-    build_ppo,
-    build_reward_model,
-    build_sft,
-    check_ppo,
-    check_reward_run,
-    check_rl,
-    check_sft,
-    respond,
-    score_rows,
-)
+from llmrl.wiring.checks import check_ppo, check_reward_run, check_rl, check_sft
+from llmrl.wiring.engines import respond
+from llmrl.wiring.reward_model import build_reward_model
+from llmrl.wiring.rewards import score_rows
+from llmrl.wiring.rl import build_grpo, build_ppo
+from llmrl.wiring.sft import build_sft
+from tests.contexts import CPU
 from tests.rollout.tiny import SIZES
 from tests.simulated import NAME, Far, Meeting, Simulated
 
@@ -221,8 +216,8 @@ def test_texts_are_answered_and_scored_on_the_device(scorer):
     for place in (nullcontext(), Simulated()):
         torch.manual_seed(0)
         with place:
-            answers.append(respond(TINY, ["1+1=", "12+2="], **limits))
-            scores.append(score_rows(scorer, rows, data))
+            answers.append(respond(TINY, ["1+1=", "12+2="], CPU, **limits))
+            scores.append(score_rows(scorer, rows, data, CPU))
     assert answers[0] == answers[1]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 

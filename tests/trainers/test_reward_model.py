@@ -23,6 +23,7 @@ from llmrl.trainers.config import RewardModelConfig, RunConfig
 from llmrl.trainers.reward_model import RewardModelTrainer
 from llmrl.trainers.run import Run
 from tests import oracles
+from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
 
 from .test_sft import Counter, Keeper, Nobody, batch, metrics, saved
@@ -330,11 +331,10 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
         settings={},
         trainer=trainer,
-        collectives=OneProcess(),
+        context=context_of(),
         save_model=lambda _: None,
         evaluate=trainer.evaluate,
         evaluate_every=2,
-        progress=Silent(),
         sink=Nobody(),
         alarms=Alarms(),
         warmup_iterations=0,

@@ -22,6 +22,7 @@ from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.config import RunConfig, SFTConfig
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTTrainer
+from tests.contexts import context_of
 
 VOCAB, EOS = 10, 9
 Example = tuple[list[int], list[int]]
@@ -239,11 +240,10 @@ def run(folder: Path, num_iterations: int, **config: Any) -> Run:
         RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
         settings={},
         trainer=trainer,
-        collectives=OneProcess(),
+        context=context_of(),
         save_model=lambda _: None,
         evaluate=trainer.evaluate,
         evaluate_every=2,
-        progress=Silent(),
         sink=Nobody(),
         alarms=Alarms(),
         warmup_iterations=0,
