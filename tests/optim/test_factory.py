@@ -47,15 +47,6 @@ def test_a_role_calls_its_module_as_it_was_wrapped(environment, kind, monkeypatc
     assert role.module(torch.ones(1, 3)).requires_grad
 
 
-@pytest.mark.parametrize(("environment", "is_whole"), [({}, True), (DEEPSPEED, True), (ZERO3, False), (FSDP, False)])
-def test_what_will_be_split_is_loaded_on_the_cpu(environment, is_whole, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("llmrl.distributed.collectives.pick_device", lambda: torch.device("cuda", 3))
-    assert context_of().loading_device == (torch.device("cuda", 3) if is_whole else torch.device("cpu"))
-    assert context_of().copy_device == (None if is_whole else torch.device("cuda", 3))
-
-
 def test_what_is_frozen_is_whole_unless_it_is_to_be_split_over_several_ranks(group):  # noqa: F811
     for config, ranks, is_split in (
         (DistributedConfig(), TwoRanks(), False),

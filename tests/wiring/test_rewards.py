@@ -11,7 +11,6 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.rows import DataError
-from llmrl.distributed.collectives import OneProcess
 from llmrl.models.loading import ModelError
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
@@ -75,10 +74,9 @@ def test_rows_are_scored_by_their_text_and_the_eos(folder):
 
 
 def test_a_scorer_is_what_the_recipe_asks_for(folder):
-    data = PromptDataConfig(path="d.jsonl")
-    settings = {"weight": 3.0, "microbatch_tokens": 77, "dtype": "bfloat16"}
-    scorer = load_scorer(replace(folder, **settings), place=on_cpu)
-    assert scorer.weight == scorer.reward_for(make_tokenizer(), data, ROWS, OneProcess()).weight == 3.0
+    config = replace(folder, weight=3.0, microbatch_tokens=77, dtype="bfloat16")
+    scorer = load_scorer(config, place=on_cpu)
+    assert reward_on(RewardConfig(model=config)).weight == 3.0
     assert scorer.scorer.microbatch_tokens == 77
     assert scorer.scorer.module.dtype == torch.bfloat16
     x = torch.tensor([0.5, 4.5])

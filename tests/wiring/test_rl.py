@@ -58,7 +58,7 @@ def test_the_schedule_ends_with_the_run(config):
 
 def test_one_temperature_for_sampling_and_for_log_probabilities(config):
     run, _ = build_run(config)
-    assert run.trainer.temperature == 0.5
+    assert run.trainer.sampling.temperature == 0.5
     assert run.trainer.trained["actor"].module.temperature == 0.5
     run.prepare()
     assert run.trainer.iterate().values()["policy/rollout_gap"] < 1e-5
