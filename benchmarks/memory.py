@@ -27,32 +27,15 @@ import torch
 from common import MIB, memory, reset_memory, store
 from live_tensors import LiveTensors
 
-from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.distributed.collectives import join_ranks, leave_ranks
-from llmrl.distributed.launch import read_launch
+from llmrl.distributed.collectives import join_ranks, leave_ranks, make_context
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import load_tokenizer
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import Trackers
 from llmrl.settings import read_recipe
 from llmrl.sizing import estimate_memory, launched_strategy, read_shape
-from llmrl.wiring import (
-    build_grpo,
-    build_ppo,
-    build_reward_model,
-    build_sft,
-    check_ppo,
-    check_reward_run,
-    check_rl,
-    check_sft,
-)
+from llmrl.wiring.runs import RUNS
 
-KINDS = {
-    "sft": (SFTRun, check_sft, build_sft),
-    "reward-model": (RewardModelRun, check_reward_run, build_reward_model),
-    "grpo": (GRPORun, check_rl, build_grpo),
-    "ppo": (PPORun, check_ppo, build_ppo),
-}
 PHASES = {"rollout": "rollout", "reward": "scoring", "logprobs": "scoring", "update": "update"}
 """Of the estimate, by what trainers call them."""
 
@@ -201,17 +184,16 @@ def work(args: argparse.Namespace) -> None:
 def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path) -> dict[str, Any]:
     """One case: two iterations, so that the optimizer has its states in the second."""
     algorithm, settings = CASES[case]
-    kind, check, build = KINDS[algorithm]
-    launch = read_launch()
+    kind, live = RUNS[algorithm], LiveTensors()
+    context = make_context(join_ranks(), TellsPhase(live))
     recipe = write_recipe(algorithm, args.model, lengths, Path(tempfile.mkdtemp(dir=folder)))
-    config = read_recipe(kind, recipe, list(settings))
+    config = read_recipe(kind.settings, recipe, list(settings))
+    check, build = kind.checker(), kind.builder()
     checked = check(config, dry=False)
-    if launch.sharding == "deepspeed":
+    if context.launch.sharding == "deepspeed":
         importlib.import_module("deepspeed")
     baseline = reset_memory("cpu")
-    live = LiveTensors()
-    progress, trackers = TellsPhase(live), Trackers(config.trackers, output_dir=folder)
-    run = build(config, checked, progress=progress, trackers=trackers)
+    run = build(config, checked, context, Trackers(config.trackers, output_dir=folder))
     gc.collect()
     with live:
         for _ in range(2):
@@ -219,7 +201,7 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     resident = memory("cpu")[1] - baseline
     shape = read_shape(config.model)
     assert shape is not None, "the model is a folder"
-    estimate = estimate_memory(config, shape, launched_strategy(launch))
+    estimate = estimate_memory(config, shape, launched_strategy(context.launch))
     phases = {name: live.peaks[name] for name in PHASES.values() if name in live.peaks}
     return {
         "case": case,

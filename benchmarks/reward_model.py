@@ -36,16 +36,17 @@ from transformers import TrainerCallback
 
 from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.preferences import EncodedPair, PairSource, load_preference_rows
-from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.collectives import OneProcess, make_context
 from llmrl.distributed.device import pick_device, prepare_device
 from llmrl.models.config import ModelConfig
+from llmrl.models.loaded import LoadedRewardModel
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig
 from llmrl.trainers.reward_model import RewardModelObjective
-from llmrl.wiring.reward_model import LoadedRewardModel, load_trained_reward_model
+from llmrl.wiring.reward_model import load_trained_reward_model
 
 TRAINERS = ("llmrl", "trl")
 COLUMNS = ("step_ms", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
@@ -123,7 +124,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         microbatch_tokens=2 * args.max_tokens * args.batch_size,  # the whole batch
     )
     config = ModelConfig(path=str(args.model), dtype=args.dtype)
-    loaded = load_trained_reward_model(config, settings, seed=args.seed)
+    loaded = load_trained_reward_model(config, settings, torch.device(args.device), seed=args.seed)
     data = PreferenceDataConfig(path=str(args.pairs), max_tokens=args.max_tokens)
     source = PairSource(load_preference_rows(data), loaded.tokenizer, data, seed=args.seed)
     num_steps = args.warmup_steps + args.steps
@@ -165,8 +166,7 @@ def prepare_llmrl(
         held_out=None,
         batch_size=settings.batch_size,
         microbatch_tokens=settings.microbatch_tokens,
-        collectives=OneProcess(),
-        progress=Silent(),
+        context=make_context(OneProcess(), Silent()),
     )
 
     def run() -> tuple[Losses, int]:

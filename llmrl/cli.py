@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,8 +24,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from llmrl.messages import counted, with_interval, without_ends
+from llmrl.messages import with_interval, without_ends
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_yaml
+from llmrl.wiring.runs import RUNS, Kind
 
 REFUSALS = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
@@ -92,62 +94,25 @@ def _options(
     """What comes before a command."""
 
 
-@app.command()
-def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Fine-tunes a model on prompts with given responses."""
-    with bad_input_ends_with_status_2():
-        from llmrl.wiring import build_sft, check_sft
+def _command(verb: str, kind: Kind) -> Callable[..., None]:
+    """The command that trains a kind of run."""
 
-        config = _read(recipe, overrides, "sft")
-        checked = check_sft(config, dry=dry_run)
-    sentence = (
-        f"Each of {config.run.num_iterations} iterations is one optimizer step on {config.sft.batch_size} examples"
-        f"{_epochs(config.run.num_iterations * config.sft.batch_size, 'examples', checked.rows)}."
-    )
-    if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked, checked.notes)
-    else:
-        _train(config, sentence, lambda **roles: build_sft(config, checked, **roles))
+    def command(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+        with bad_input_ends_with_status_2():
+            check, build = kind.checker(), kind.builder()
+            config = _read(recipe, overrides, verb)
+            checked = check(config, dry=dry_run)
+        sentence = config.plan(None if checked.rows is None else len(checked.rows))
+        if dry_run:
+            _print_dry_run(config, sentence, checked.unchecked, checked.notes)
+        else:
+            _train(config, sentence, partial(build, config, checked))
 
-
-@app.command()
-def reward_model(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Trains a reward model on pairs of responses, one of which was preferred."""
-    with bad_input_ends_with_status_2():
-        from llmrl.wiring import build_reward_model, check_reward_run
-
-        config = _read(recipe, overrides, "reward-model")
-        checked = check_reward_run(config, dry=dry_run)
-    epochs, size = config.reward_model.num_epochs, config.reward_model.batch_size
-    rows = f" over {counted(len(checked.rows), 'row')}" if checked.rows else ""
-    sentence = f"Each iteration is one optimizer step on {size} pairs; {counted(epochs, 'epoch')}{rows}."
-    if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked, checked.notes)
-    else:
-        _train(config, sentence, lambda **roles: build_reward_model(config, checked, **roles))
-        _print_card(Path(config.run.output_dir))
+    return command
 
 
-@app.command()
-def grpo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Improves a model by GRPO, or one of its kin, against rewards that programs verify."""
-    with bad_input_ends_with_status_2():
-        from llmrl.wiring import build_grpo, check_rl
-
-        config = _read(recipe, overrides, "grpo")
-        checked = check_rl(config, dry=dry_run)
-    _reinforce(config, checked, build_grpo, dry_run=dry_run)
-
-
-@app.command()
-def ppo(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Improves a model by PPO: actor, critic, frozen reference and a reward, learned or by program."""
-    with bad_input_ends_with_status_2():
-        from llmrl.wiring import build_ppo, check_ppo
-
-        config = _read(recipe, overrides, "ppo")
-        checked = check_ppo(config, dry=dry_run)
-    _reinforce(config, checked, build_ppo, dry_run=dry_run)
+for _verb, _kind in RUNS.items():
+    app.command(_verb, help=_kind.help)(_command(_verb, _kind))
 
 
 @app.command()
@@ -164,9 +129,10 @@ def evaluate(
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
         from llmrl.distributed.device import prepare_device
-        from llmrl.wiring import build_evaluator, check_rl
+        from llmrl.wiring.checks import check_rl
+        from llmrl.wiring.rl import build_evaluator
 
-        config = _read(recipe, overrides, "grpo", "ppo")
+        config = _read(recipe, overrides, *(verb for verb, kind in RUNS.items() if kind.samples))
         if config.evaluation_data is None:
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         _check_output(output)
@@ -174,10 +140,9 @@ def evaluate(
         before = _earlier(compare) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
     prepare_device(deterministic=config.run.deterministic)
-    with failures_in_one_line(), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
-        _warn_of_missed_gpu(progress)
-        values = build_evaluator(config, checked, progress=progress).evaluate()
-    if not is_first:
+    with failures_in_one_line(), _context(config.distributed) as context:
+        values = build_evaluator(config, checked, context).evaluate()
+    if not context.collectives.is_first:
         raise typer.Exit()
     if output is not None:
         _write(output, json.dumps({"model": config.model.path, **values}, indent=1))
@@ -204,9 +169,10 @@ def score(
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.data.config import SupervisedDataConfig
         from llmrl.data.supervised import load_supervised_rows
-        from llmrl.distributed.device import prepare_device
+        from llmrl.distributed.device import pick_device, prepare_device
         from llmrl.rewards.config import LearnedRewardConfig
-        from llmrl.wiring import check_scorer, score_rows
+        from llmrl.wiring.checks import check_scorer
+        from llmrl.wiring.rewards import score_rows
 
         _check_output(output)
         if output is not None and output.resolve() == Path(file).expanduser().resolve():
@@ -221,7 +187,7 @@ def score(
     prepare_device()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
-        scores = score_rows(config, rows, data)
+        scores = score_rows(config, rows, data, pick_device())
     lines = [json.dumps({**row, "score": value}, default=str) for row, value in zip(rows, scores, strict=True)]
     if output is None:
         print("\n".join(lines))
@@ -246,10 +212,10 @@ def generate(
     """Responds to prompts."""
     names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
-        from llmrl.distributed.device import prepare_device
+        from llmrl.distributed.device import pick_device, prepare_device
         from llmrl.models.checking import check_model
         from llmrl.models.config import ModelConfig
-        from llmrl.wiring import respond
+        from llmrl.wiring.engines import respond
 
         if not 0 <= temperature < math.inf:
             raise SettingError(f"--temperature ({temperature}) must be a finite number, 0 or greater")
@@ -267,6 +233,7 @@ def generate(
         responses = respond(
             config,
             prompts,
+            pick_device(),
             system_prompt=system_prompt,
             temperature=temperature,
             num_responses=num_responses,
@@ -279,14 +246,12 @@ def generate(
 
 
 @app.command()
-def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model, grpo or ppo")]) -> None:
+def settings(run: Annotated[str, typer.Argument(help=", ".join(RUNS))]) -> None:
     """Every setting with its default and what it does."""
     with bad_input_ends_with_status_2():
-        from llmrl.config import RUNS
-
-        if algorithm not in RUNS:
-            raise SettingError(f"{algorithm} has no settings; choose {' or '.join(RUNS)}")
-    for path, kind, default, text in describe(RUNS[algorithm]):
+        if run not in RUNS:
+            raise SettingError(f"{run} has no settings; choose {' or '.join(RUNS)}")
+    for path, kind, default, text in describe(RUNS[run].settings):
         if sys.stdout.isatty():
             print(f"{path}  ({kind}{', ' if default else ''}{default})\n    {text}")
         else:
@@ -295,12 +260,10 @@ def settings(algorithm: Annotated[str, typer.Argument(help="sft, reward-model, g
 
 def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
     """The run that a recipe of one of these commands describes."""
-    from llmrl.config import RUNS
-
     try:
-        return read_either([RUNS[command] for command in commands], recipe, overrides or [])
+        return read_either([RUNS[command].settings for command in commands], recipe, overrides or [])
     except SettingError:
-        whose = owner(RUNS, recipe)
+        whose = owner({verb: kind.settings for verb, kind in RUNS.items()}, recipe)
         if whose is None or whose in commands:
             raise
         asked = " or ".join(f"`llmrl {command}`" for command in commands)
@@ -313,65 +276,54 @@ def _refuse_recipe(model: str) -> None:
         raise SettingError(f"MODEL ({model}) is a recipe; name a model folder, such as the final/ of its output folder")
 
 
-def _reinforce(config: Any, checked: Any, build: Callable[..., Any], *, dry_run: bool) -> None:
-    num_prompts = config.run.num_iterations * config.rollout.prompts_per_iteration
-    sentence = (
-        f"Each of {config.run.num_iterations} iterations samples {config.rollout.prompts_per_iteration} prompts x "
-        f"{config.algorithm.group_size} responses = {config.num_responses} responses of at most "
-        f"{config.rollout.max_response_tokens} tokens and learns from them in "
-        f"{counted(config.optimizer_steps_per_iteration, 'optimizer step')}: "
-        f"{counted(config.update.num_epochs, 'epoch')} of minibatches of {config.minibatch_size} responses"
-        f"{_epochs(num_prompts, 'prompts', checked.rows)}."
-    )
-    if dry_run:
-        _print_dry_run(config, sentence, checked.unchecked, checked.notes)
-    else:
-        _train(config, sentence, lambda **roles: build(config, checked, **roles))
-
-
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.distributed.device import pick_device, prepare_device
-    from llmrl.distributed.launch import read_launch
+    from llmrl.distributed.device import prepare_device
     from llmrl.reports.trackers import TrackerConfig, Trackers
     from llmrl.sizing import launched_strategy
-    from llmrl.wiring import with_dtypes
+    from llmrl.wiring.precision import with_dtypes
 
     way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
     prepare_device(deterministic=config.run.deterministic)
-    with failures_in_one_line(way_out), _ranks(config.distributed) as is_first, _progress(is_first) as progress:
-        progress.message(sentence)
+    with failures_in_one_line(way_out), _context(config.distributed) as context:
+        context.progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
-        progress.message(f"Computes on {pick_device().type} in {dtype}, {launched_strategy(read_launch()).name}.")
-        _warn_of_missed_gpu(progress)
+        strategy = launched_strategy(context.launch).name
+        context.progress.message(f"Computes on {context.device.type} in {dtype}, {strategy}.")
+        _warn_of_missed_gpu(context)
+        is_first = context.collectives.is_first
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
-        run = build(progress=progress, trackers=trackers)
+        run = build(context, trackers)
         with trackers:
             run.train()
     if not is_first:
         raise typer.Exit()
     print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
+    _print_card(config.run.folder)
 
 
-def _warn_of_missed_gpu(progress: Any) -> None:
-    from llmrl.distributed.device import pick_device
+def _warn_of_missed_gpu(context: Any) -> None:
     from llmrl.distributed.launch import missed_gpu
 
-    if told := missed_gpu(has_gpu=pick_device().type != "cpu"):
-        progress.message(f"warning: {told}")
+    if warning := missed_gpu(has_gpu=context.device.type != "cpu"):
+        context.progress.message(f"warning: {warning}")
 
 
 @contextmanager
-def _ranks(config: Any) -> Iterator[bool]:
-    """Around what all ranks of a launch do together. Whether this one is the first, which speaks and writes."""
-    from llmrl.distributed.collectives import join_ranks, leave_ranks
+def _context(config: Any) -> Iterator[Any]:
+    """Around what all ranks of a launch do together; the first one prints and writes."""
+    from llmrl.distributed.activity import FollowedProgress
+    from llmrl.distributed.collectives import join_ranks, leave_ranks, make_context
     from llmrl.distributed.heartbeat import watched
+    from llmrl.reports.progress import Silent, make_progress
     from llmrl.trainers.run import Stopped
 
     collectives = join_ranks()
     stopped = None
     with watched(collectives, config):
         try:
-            yield collectives.is_first
+            _quiet()
+            with make_progress() if collectives.is_first else nullcontext(Silent()) as progress:
+                yield make_context(collectives, FollowedProgress(progress))
         except Stopped as error:
             stopped = error  # which is no failure: all ranks stop together
     leave_ranks()
@@ -387,16 +339,6 @@ def _end_at_once(status: int, told: str = "") -> None:
         sys.stderr.write(told)
         sys.stderr.flush()
         os._exit(status)
-
-
-@contextmanager
-def _progress(is_first: bool) -> Iterator[Any]:
-    from llmrl.distributed.activity import FollowedProgress
-    from llmrl.reports.progress import Silent, make_progress
-
-    _quiet()
-    with make_progress() if is_first else nullcontext(Silent()) as progress:
-        yield FollowedProgress(progress)
 
 
 def _quiet() -> None:
@@ -551,17 +493,9 @@ def _earlier(file: Path) -> dict[str, Any]:
     raise SettingError(f"--compare ({file}) does not hold what --output of llmrl evaluate writes; name such a file")
 
 
-def _epochs(num_used: int, what: str, rows: list | None) -> str:
-    return (
-        f"; {num_used:,} {what} in all, {num_used / len(rows):.2f} epochs of {counted(len(rows), 'row')}"
-        if rows
-        else ""
-    )
-
-
 def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list[str]) -> None:
     from llmrl.sizing import describe_memory
-    from llmrl.wiring import with_dtypes
+    from llmrl.wiring.precision import with_dtypes
 
     with bad_input_ends_with_status_2():
         config = with_dtypes(config)
@@ -579,6 +513,8 @@ def _print_card(folder: Path) -> None:
     from llmrl.reports.report_card import print_report_card
 
     file = folder / "final" / "report_card.json"
+    if not file.exists():
+        return
     print_report_card(json.loads(file.read_text()), Console())
     print(f"The report card is {file}.")
 

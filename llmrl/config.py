@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
 from llmrl.distributed.config import DistributedConfig
+from llmrl.messages import counted
 from llmrl.models.config import CriticConfig, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
@@ -54,6 +55,14 @@ class SFTRun:
         evaluates = self.evaluation_data is not None and every != 0
         _check_best(self.run, evaluates=evaluates, way_out=_way_to_evaluate("sft.evaluate_every", self.evaluation_data))
 
+    def plan(self, num_rows: int | None) -> str:
+        """What an iteration does, and how often it comes to each of the rows, if their number is known."""
+        num_used = self.run.num_iterations * self.sft.batch_size
+        return (
+            f"Each of {self.run.num_iterations} iterations is one optimizer step on {self.sft.batch_size} examples"
+            f"{_epochs(num_used, 'examples', num_rows)}."
+        )
+
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest example that the run may have."""
@@ -84,6 +93,12 @@ class RewardModelRun:
     def __post_init__(self) -> None:
         evaluates = self.reward_model.evaluate_every != 0
         _check_best(self.run, evaluates=evaluates, way_out="reward_model.evaluate_every")
+
+    def plan(self, num_rows: int | None) -> str:
+        """What an iteration does, and how often it comes to each of the rows, if their number is known."""
+        epochs = counted(self.reward_model.num_epochs, "epoch")
+        rows = f" over {counted(num_rows, 'row')}" if num_rows else ""
+        return f"Each iteration is one optimizer step on {self.reward_model.batch_size} pairs; {epochs}{rows}."
 
     @property
     def longest_sequence(self) -> int:
@@ -174,6 +189,18 @@ class RLRun:
             )
         way_out = _way_to_evaluate("evaluation.every", self.evaluation_data)
         _check_best(self.run, evaluates=self.evaluates, way_out=way_out)
+
+    def plan(self, num_rows: int | None) -> str:
+        """What an iteration does, and how often it comes to each of the rows, if their number is known."""
+        num_prompts = self.run.num_iterations * self.rollout.prompts_per_iteration
+        return (
+            f"Each of {self.run.num_iterations} iterations samples {self.rollout.prompts_per_iteration} prompts x "
+            f"{self.algorithm.group_size} responses = {self.num_responses} responses of at most "
+            f"{self.rollout.max_response_tokens} tokens and learns from them in "
+            f"{counted(self.optimizer_steps_per_iteration, 'optimizer step')}: "
+            f"{counted(self.update.num_epochs, 'epoch')} of minibatches of {self.minibatch_size} responses"
+            f"{_epochs(num_prompts, 'prompts', num_rows)}."
+        )
 
     def _sizes_near(self, wanted: int) -> list[int]:
         """The sizes of a minibatch that both rules allow, whole groups that divide a rollout, from the nearest on."""
@@ -285,8 +312,10 @@ class PPORun(RLRun):
         return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
 
 
-RUNS: dict[str, type] = {"sft": SFTRun, "reward-model": RewardModelRun, "grpo": GRPORun, "ppo": PPORun}
-"""What each command of the command line runs."""
+def _epochs(num_used: int, what: str, num_rows: int | None) -> str:
+    if not num_rows:
+        return ""
+    return f"; {num_used:,} {what} in all, {num_used / num_rows:.2f} epochs of {counted(num_rows, 'row')}"
 
 
 def _check_base(actor: ModelConfig) -> None:

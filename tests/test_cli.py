@@ -449,7 +449,7 @@ def test_settings_are_named_as_they_were_given(told, expected):
 
 
 def test_a_wrong_column_is_blamed_on_its_option(data, monkeypatch):
-    monkeypatch.setattr("llmrl.wiring.check_scorer", lambda _: [])
+    monkeypatch.setattr("llmrl.wiring.checks.check_scorer", lambda _: [])
     error = refused("score", "m", data / "sft.jsonl", "--response-column", "reply")
     assert "no column 'reply'" in error
 
@@ -469,7 +469,7 @@ def test_an_interruption_is_one_line(grpo_recipe, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmrl.wiring.check_rl", interrupt)
+    monkeypatch.setattr("llmrl.wiring.checks.check_rl", interrupt)
     assert llmrl("grpo", grpo_recipe) == (130, "", "error: interrupted\n")
 
 
@@ -478,7 +478,7 @@ def test_what_the_file_system_refuses_is_one_line_and_a_bug_is_not(grpo_recipe, 
     def fail(*_, **__):
         raise OSError(number, "not now", "some/file") if number else OSError("a bug")
 
-    monkeypatch.setattr("llmrl.wiring.check_rl", fail)
+    monkeypatch.setattr("llmrl.wiring.checks.check_rl", fail)
     if status is None:
         with pytest.raises(OSError, match="a bug"):
             llmrl("grpo", grpo_recipe)
@@ -660,7 +660,7 @@ def test_every_command_sets_the_device_up_before_it_loads(command, grpo_recipe, 
         raise Prepared(deterministic)
 
     monkeypatch.setattr("llmrl.distributed.device.prepare_device", prepare)
-    monkeypatch.setattr("llmrl.wiring.check_scorer", lambda config: [])
+    monkeypatch.setattr("llmrl.wiring.checks.check_scorer", lambda config: [])
     monkeypatch.setattr("llmrl.models.checking.check_model", lambda config, **_: [])
     recipe = (grpo_recipe, "run.deterministic=true")
     arguments = {"grpo": recipe, "evaluate": recipe, "score": (TINY, data / "sft.jsonl"), "generate": (TINY, "1+1=")}

@@ -15,10 +15,10 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.batches import Experience
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.distributed.device import pick_device
 from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
-from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
@@ -30,18 +30,13 @@ from llmrl.trainers.config import (
     SFTConfig,
     UpdateConfig,
 )
-from llmrl.wiring import (
-    build_grpo,
-    build_ppo,
-    build_reward_model,
-    build_sft,
-    check_ppo,
-    check_reward_run,
-    check_rl,
-    check_sft,
-    respond,
-    score_rows,
-)
+from llmrl.wiring.checks import check_ppo, check_reward_run, check_rl, check_sft
+from llmrl.wiring.engines import respond
+from llmrl.wiring.reward_model import build_reward_model
+from llmrl.wiring.rewards import score_rows
+from llmrl.wiring.rl import build_grpo, build_ppo
+from llmrl.wiring.sft import build_sft
+from tests.contexts import context_of
 from tests.rollout.tiny import SIZES
 from tests.simulated import NAME, Far, Meeting, Simulated
 
@@ -171,7 +166,7 @@ def build(config):
     config = replace(config, run=replace(config.run, output_dir=folder))
     make, check = BUILD[type(config)]
     trackers = Trackers(TrackerConfig(), output_dir=Path(config.run.output_dir))
-    return make(config, check(config, dry=False), progress=Silent(), trackers=trackers)
+    return make(config, check(config, dry=False), context=context_of(), trackers=trackers)
 
 
 def iterations(config):
@@ -221,8 +216,8 @@ def test_texts_are_answered_and_scored_on_the_device(scorer):
     for place in (nullcontext(), Simulated()):
         torch.manual_seed(0)
         with place:
-            answers.append(respond(TINY, ["1+1=", "12+2="], **limits))
-            scores.append(score_rows(scorer, rows, data))
+            answers.append(respond(TINY, ["1+1=", "12+2="], pick_device(), **limits))
+            scores.append(score_rows(scorer, rows, data, pick_device()))
     assert answers[0] == answers[1]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 

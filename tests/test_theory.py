@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Prompts, Scores
-from llmrl.distributed.collectives import OneProcess
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
@@ -23,6 +22,7 @@ from llmrl.reports.progress import Silent
 from llmrl.rollout.native import NativeEngine
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
+from tests.contexts import context_of, sampling_of
 
 NUM_ACTIONS = 6
 SCORES = torch.tensor([1.0, 0.2, 0.8, 0.0, 0.5, 0.9])
@@ -87,11 +87,8 @@ def train(config, *, scores=SCORES, num_iterations=150):
         trained={"actor": LocalTrainable(module, optimizer, num_steps=num_iterations)},
         update=UpdateConfig(minibatch_size=512),
         prompts_per_iteration=512 // config.group_size,
-        group_size=config.group_size,
-        temperature=1.0,
-        seed=0,
-        collectives=OneProcess(),
-        progress=Silent(),
+        sampling=sampling_of(config.group_size, seed=0, max_response_tokens=1),
+        context=context_of(),
         observe=lambda iteration, experience: None,
     )
     for _ in range(num_iterations):

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmrl.distributed.activity import HERE
+from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device, synchronize
 from llmrl.distributed.launch import check_meeting, read_launch
-from llmrl.roles import Collectives
+from llmrl.roles import Collectives, Progress
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """Ranks may wait so long for each other. How long is too long is for the heartbeat to say, which names who is late."""
@@ -67,6 +68,11 @@ def join_ranks() -> Collectives:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return ProcessGroup()
+
+
+def make_context(collectives: Collectives, progress: Progress) -> Context:
+    """The context of this process, as it was launched."""
+    return Context(launch=read_launch(), device=pick_device(), collectives=collectives, progress=progress)
 
 
 def leave_ranks() -> None:

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from llmrl.distributed.launch import LaunchError, is_on, local_rank, read_launch
+from llmrl.distributed.launch import LaunchError, is_on, local_rank
 
 
 def pick_device() -> torch.device:
@@ -46,8 +46,3 @@ def synchronize(device: torch.device) -> None:
     """Waits for what a GPU has been asked to do; a CPU has done it."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def loading_device() -> torch.device:
-    """Where models that learn are loaded: where they compute, or on the CPU if no device has to hold them whole."""
-    return torch.device("cpu") if read_launch().splits_weights else pick_device()

@@ -5,9 +5,10 @@
 
 import os
 import re
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
+
+from llmrl.distributed.context import Launch
 
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each of several processes beside their number."""
@@ -18,24 +19,8 @@ class LaunchError(ValueError):
     """A launch that cannot be served as it was asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How a run was launched."""
-
-    world_size: int
-    sharding: Literal["none", "deepspeed", "fsdp"]
-    """none: every process holds all weights. deepspeed: ZeRO, at the stage that the launch file says. fsdp: FSDP2."""
-    zero_stage: int = 0
-    """Of DeepSpeed: from 3 on no process has whole weights."""
-
-    @property
-    def splits_weights(self) -> bool:
-        """Whether a process holds only a part of each weight, but for while it computes with it."""
-        return self.sharding == "fsdp" or self.zero_stage == 3
-
-
 def read_launch() -> Launch:
-    """How this process was launched; by itself, where nobody says anything.
+    """How this process was launched; by itself, where the environment says nothing.
 
     Raises:
         LaunchError: The launcher asks for what llmrl does not do.

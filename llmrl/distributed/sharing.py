@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
-from llmrl.distributed.device import pick_device
+from llmrl.distributed.context import Context
 from llmrl.microbatches import in_row_order, parts_of_rank
 from llmrl.roles import (
     ActorCritic,
@@ -34,9 +34,10 @@ Answer = TypeVar("Answer", bound=Batch)
 class DistributedEngine:
     """`RolloutEngine`: each rank responds to its block of the prompts, by the random numbers of one process."""
 
-    def __init__(self, engine: RolloutEngine, collectives: Collectives) -> None:
+    def __init__(self, engine: RolloutEngine, context: Context) -> None:
         self.engine = engine
-        self.collectives = collectives
+        self.collectives = context.collectives
+        self.device = context.device
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """See `RolloutEngine`. The whole rollout, on every rank."""
@@ -47,7 +48,7 @@ class DistributedEngine:
             begins = sampling.first_response + int(mine[0]) * sampling.num_responses
             return self.engine.generate(prompts.select(mine), replace(sampling, first_response=begins))
 
-        return Rollout.cat(share_blocks(respond, len(prompts.rows), self.collectives)).to(pick_device())
+        return Rollout.cat(share_blocks(respond, len(prompts.rows), self.collectives)).to(self.device)
 
     def load_weights(self, trained: Trainable) -> None:
         """See `RolloutEngine`."""

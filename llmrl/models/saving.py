@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmrl.distributed.context import Context
 from llmrl.models.companions import Companions
+from llmrl.roles import Trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +35,53 @@ class Blueprint:
         }
         memo[id(self.config)] = self.config
         return copy.deepcopy(self.modules, memo)
+
+
+class Saver:
+    """Writes a model that is trained: all ranks bring its weights together, the first one writes.
+
+    To be made before the weights are split over ranks. What stands beside the weights is tried out at once.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        adapted: "PeftModel | None",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        dtype: torch.dtype,
+        context: Context,
+    ) -> None:
+        self.model = model
+        self.adapted = adapted
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.is_first = context.collectives.is_first
+        self.companions = Companions(model, tokenizer)
+        if self.is_first:
+            self.companions.try_out(model, adapted, tokenizer)
+        self.blueprint = None if context.launch.sharding == "none" else Blueprint(model, adapted)
+
+    def save(self, folder: Path, trained: Trainable, records: Mapping[str, Any] | None = None) -> None:
+        """See `save_policy`. All ranks must call it together."""
+        model, adapted = self.model, self.adapted
+        if self.blueprint is not None:
+            whole = {}
+            for name, weight in trained.whole(self.model):
+                if self.is_first:
+                    whole[name] = weight.to("cpu", copy=True)
+            if self.is_first:
+                model, adapted = self.blueprint.filled(whole)
+        if self.is_first:
+            save_policy(
+                folder,
+                model=model,
+                adapted=adapted,
+                tokenizer=self.tokenizer,
+                dtype=self.dtype,
+                companions=self.companions,
+                records=records,
+            )
 
 
 def save_policy(

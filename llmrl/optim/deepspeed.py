@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llmrl.distributed.device import pick_device
 from llmrl.distributed.launch import deepspeed_settings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import adamw, check_same, learning_parameters, shapes_of
@@ -30,16 +29,18 @@ class DeepSpeedTrainable(StepSchedule):
         *,
         num_steps: int,
         collectives: Collectives,
+        device: torch.device,
         peaks: Mapping[str, float] | None = None,
     ) -> None:
-        """Splits the weights of `module`, which stand on the CPU at stage 3; see `LocalTrainable` for the arguments."""
+        """Splits the weights of `module`, which stand on the CPU at stage 3 and are then used on `device`; see
+        `LocalTrainable` for the other arguments."""
         import deepspeed
 
         collectives.barrier()  # which waits longer for a rank that is still loading than what comes next would
         settings = _of_engine(config.max_grad_norm)
         self.module = module
         self.collectives = collectives
-        self.device = pick_device()
+        self.device = device
         self.parameters = learning_parameters(module)
         self.shapes = shapes_of(self.parameters)
         self.splits_weights = settings["zero_optimization"]["stage"] == 3

@@ -1,26 +1,26 @@
 """Modules as the launch asks for them: whole in every process, or split over ranks."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from llmrl.distributed.config import DistributedConfig
-from llmrl.distributed.device import pick_device
-from llmrl.distributed.launch import read_launch
+from llmrl.distributed.context import Context
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
-from llmrl.roles import Collectives, Trainable
+from llmrl.roles import Trainable
 
 
-def place_frozen(module: nn.Module, config: DistributedConfig, collectives: Collectives) -> None:
+def place_frozen(module: nn.Module, config: DistributedConfig, context: Context) -> None:
     """Puts a module that never learns where it computes: whole on every rank, or split over them."""
-    if config.frozen == "replicated" or collectives.world_size == 1:
-        module.to(pick_device())
+    if config.frozen == "replicated" or context.collectives.world_size == 1:
+        module.to(context.device)
         return
     from llmrl.optim.fsdp import shard
 
-    shard(module, is_frozen=True)
+    shard(module, context.device, is_frozen=True)
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ def make_trainable(
     config: OptimizerConfig,
     *,
     num_steps: int,
-    collectives: Collectives,
+    context: Context,
     peaks: Mapping[str, float] | None = None,
 ) -> Trainable:
     """The module of a role with its optimizer: under DeepSpeed, under FSDP or by itself. The role calls it as it is
@@ -43,13 +43,17 @@ def make_trainable(
 
     The module may hold no more than parts of its weights afterwards: it is copied, or tried, before.
     """
-    match read_launch().sharding:
+    match context.launch.sharding:
         case "deepspeed":
-            from llmrl.optim.deepspeed import DeepSpeedTrainable as Kind
+            from llmrl.optim.deepspeed import DeepSpeedTrainable
+
+            kind = partial(DeepSpeedTrainable, device=context.device)
         case "fsdp":
-            from llmrl.optim.fsdp import ShardedTrainable as Kind
+            from llmrl.optim.fsdp import ShardedTrainable
+
+            kind = partial(ShardedTrainable, device=context.device)
         case _:
-            Kind = LocalTrainable
-    trainable = Kind(caller.module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
+            kind = LocalTrainable
+    trainable = kind(caller.module, config, num_steps=num_steps, collectives=context.collectives, peaks=peaks)
     caller.module = trainable.wrapped
     return trainable

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llmrl.distributed.device import pick_device
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable, whole_tensor
 from llmrl.roles import Collectives
@@ -30,11 +29,12 @@ class ShardedTrainable(LocalTrainable):
         *,
         num_steps: int,
         collectives: Collectives,
+        device: torch.device,
         peaks: Mapping[str, float] | None = None,
     ) -> None:
-        """Splits the weights of `module`; see `LocalTrainable` for the arguments."""
+        """Splits the weights of `module`, which are then used on `device`; see `LocalTrainable`."""
         collectives.barrier()  # which waits longer for a rank that is still loading than what comes next would
-        shard(module)
+        shard(module, device)
         super().__init__(module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
         self.first = collectives.is_first
         self.holds_all = collectives.world_size == 1
@@ -66,14 +66,14 @@ class ShardedTrainable(LocalTrainable):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shard(module: nn.Module, *, is_frozen: bool = False) -> None:
+def shard(module: nn.Module, device: torch.device, *, is_frozen: bool = False) -> None:
     """Spreads the weights of a module over all ranks, on the device of each: the layers of the models in it one by one,
     what is left of it at once. Gradients are added up over ranks.
 
     What is left, embeddings and head, stays whole from a forward pass to its backward pass; of a module that is frozen,
     for which none comes, only as long as the forward pass lasts.
     """
-    mesh = init_device_mesh(pick_device().type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in list(_layers(module)):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True if is_frozen else None)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from llmrl.batches import PreferencePairs, Sequences
+from llmrl.distributed.context import Context
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.microbatches import parts_of_rank
-from llmrl.roles import BatchSource, Collectives, Objective, Progress, Trainable
+from llmrl.roles import BatchSource, Objective, Trainable
 from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
 
@@ -26,8 +27,7 @@ class BatchTrainer(Resumable):
         held_out: What evaluations are on, on the device; None for a run without them.
         batch_size: Rows per optimizer step, over all ranks.
         microbatch_tokens: Tokens per forward pass on one device, padding included.
-        collectives: Those of the run.
-        progress: Receives the phases of an iteration.
+        context: That of the run.
     """
 
     def __init__(
@@ -39,8 +39,7 @@ class BatchTrainer(Resumable):
         held_out: Sequences | PreferencePairs | None,
         batch_size: int,
         microbatch_tokens: int,
-        collectives: Collectives,
-        progress: Progress,
+        context: Context,
     ) -> None:
         ((self.name, trainable),) = trained.items()
         self.device = trainable.device
@@ -49,8 +48,8 @@ class BatchTrainer(Resumable):
         self.held_out = held_out
         self.batch_size = batch_size
         self.microbatch_tokens = microbatch_tokens
-        self.collectives = collectives
-        self.progress = progress
+        self.collectives = context.collectives
+        self.progress = context.progress
         self.evaluated: tuple[int, Any] | None = None
         """Outputs on the held-out data, and after how many iterations."""
         super().__init__(trained, source)

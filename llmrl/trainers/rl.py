@@ -10,12 +10,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmrl.batches import Experience, Prompts, Rollout, Scores
+from llmrl.distributed.context import Context
 from llmrl.functional.advantages import flat_groups
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
@@ -23,16 +25,7 @@ from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
 from llmrl.metrics import Metrics
 from llmrl.microbatches import parts_of_rank
-from llmrl.roles import (
-    Algorithm,
-    Collectives,
-    Progress,
-    PromptSource,
-    RewardFunction,
-    RolloutEngine,
-    Sampling,
-    Trainable,
-)
+from llmrl.roles import Algorithm, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
@@ -58,11 +51,8 @@ class RLTrainer(Resumable):
         trained: Mapping[str, Trainable],
         update: UpdateConfig,
         prompts_per_iteration: int,
-        group_size: int,
-        temperature: float,
-        seed: int,
-        collectives: Collectives,
-        progress: Progress,
+        sampling: Sampling,
+        context: Context,
         observe: Callable[[int, Experience], None],
     ) -> None:
         self.algorithm = algorithm
@@ -71,11 +61,12 @@ class RLTrainer(Resumable):
         self.prompts = prompts
         self.config = update
         self.prompts_per_iteration = prompts_per_iteration
-        self.group_size = group_size
-        self.temperature = temperature
-        self.seed = seed
-        self.collectives = collectives
-        self.progress = progress
+        self.sampling = sampling
+        """How every rollout is drawn, except for the number of its first response."""
+        self.group_size = sampling.num_responses
+        self.seed = sampling.seed
+        self.collectives = context.collectives
+        self.progress = context.progress
         self.observe = observe
         """Sees every experience before it is learned from: samples are written there."""
         self.num_responses = 0
@@ -156,19 +147,10 @@ class RLTrainer(Resumable):
         over that.
         """
         first_response = math.ceil(self.num_responses / self.group_size) * self.group_size
-        sampling = Sampling(
-            temperature=self.temperature,
-            num_responses=self.group_size,
-            max_response_tokens=self.algorithm.max_response_tokens,
-            greedy=False,
-            seed=self.seed,
-            purpose=Purpose.TRAINING,
-            first_response=first_response,
-        )
         num_responses = len(prompts.rows) * self.group_size
         self.num_responses = first_response + num_responses
         with self.phase("rollout", num_responses):
-            rollout = self.engine.generate(prompts, sampling)
+            rollout = self.engine.generate(prompts, replace(self.sampling, first_response=first_response))
         with self.phase("reward", num_responses):
             scores = self.reward(rollout)
         return rollout, scores

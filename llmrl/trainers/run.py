@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from llmrl.distributed.context import Context
 from llmrl.files import WriteError, writing
 from llmrl.messages import counted, format_evaluation
-from llmrl.roles import Collectives, Progress, Trainer
+from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.best import BestModel
 from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -67,15 +68,14 @@ class Run:
         save_model: Callable[[Path], None],
         evaluate: Callable[[], dict[str, float]] | None,
         evaluate_every: int | None,
-        collectives: Collectives,
-        progress: Progress,
+        context: Context,
         sink: MetricsSink,
         alarms: Alarms,
         warmup_iterations: int,
     ) -> None:
         self.config = config
-        self.collectives = collectives
-        self.keeps_records = collectives.is_first
+        self.collectives = context.collectives
+        self.keeps_records = self.collectives.is_first
         """Every rank trains; one of them writes."""
         self.settings = settings
         self.trainer = trainer
@@ -83,19 +83,19 @@ class Run:
         self.evaluate = evaluate
         self.evaluate_every = config.num_iterations if evaluate_every is None else evaluate_every
         """Before the first iteration and after the last one in any case, unless it is 0."""
-        self.progress = progress
+        self.progress = context.progress
         self.sink = sink
         self.alarms = alarms
         """What reports that a run is dead or broken."""
         self.folder = config.folder
-        self.records = Records(self.folder, settings, progress)
+        self.records = Records(self.folder, settings, self.progress)
         self.best = BestModel(
             self.folder,
             metric=config.best_metric,
             mode=config.best_mode,
             warmup_iterations=warmup_iterations,
             save_model=save_model,
-            collectives=collectives,
+            collectives=self.collectives,
         )
         self.stop_signal: int | None = None
 

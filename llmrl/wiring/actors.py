@@ -1,51 +1,39 @@
 """The policy that is trained, and the reference that it started from."""
 
 import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from llmrl.distributed.config import DistributedConfig
-from llmrl.distributed.device import loading_device
+from llmrl.distributed.context import Context
 from llmrl.models.adapters import AsLoaded, load_adapted
 from llmrl.models.config import ModelConfig
 from llmrl.models.heads import choose_head
+from llmrl.models.loaded import Actor
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.models.training import ready_to_train, shrink_linear_layers
 from llmrl.models.vocabulary import num_token_ids
 from llmrl.optim.factory import place_frozen
-from llmrl.roles import Collectives, Policy
+from llmrl.roles import Policy
 from llmrl.wiring.precision import dtype_of
 from llmrl.wiring.trunks import settle_passes
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Actor:
-    """A loaded policy with everything that belongs to it."""
-
-    model: "PreTrainedModel"
-    adapted: "PeftModel | None"
-    tokenizer: "PreTrainedTokenizerBase"
-    module: PolicyModule
-    policy: TransformersPolicy
-    dtype: torch.dtype
-    warnings: tuple[str, ...]
-    """What the user must know of how this model is read."""
-
 
 def load_actor(
-    config: ModelConfig, *, temperature: float, microbatch_tokens: int, seed: int, longest: int = 0
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    temperature: float,
+    microbatch_tokens: int,
+    seed: int,
+    longest: int = 0,
 ) -> Actor:
     """The model to be trained, ready for log-probabilities; on the CPU where its weights are to be split over ranks.
 
     Args:
         config: Which model.
+        device: Where it is loaded, see `Context.loading_device`.
         temperature: Divides the logits.
         microbatch_tokens: Tokens of a pass without gradient.
         seed: Of random weights and fresh adapters.
@@ -54,7 +42,7 @@ def load_actor(
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config)
-    ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
+    ready_to_train(model, device, gradient_checkpointing=config.gradient_checkpointing)
     _, warnings = settle_passes(model, longest)
     dtype = dtype_of(config)
     head = choose_head(model, num_token_ids(tokenizer, model))
@@ -71,7 +59,7 @@ def load_actor(
     )
 
 
-def reference_of(actor: Actor, config: DistributedConfig, collectives: Collectives) -> Policy:
+def reference_of(actor: Actor, config: DistributedConfig, context: Context) -> Policy:
     """The actor as it is now, frozen: its adapter switched off where it has one, else a copy, placed as config says.
 
     To be taken before the actor's weights are split over ranks.
@@ -81,5 +69,5 @@ def reference_of(actor: Actor, config: DistributedConfig, collectives: Collectiv
     frozen = copy.deepcopy(actor.model).requires_grad_(False)
     shrink_linear_layers(frozen, actor.dtype, head=frozen.get_output_embeddings())
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
-    place_frozen(module, config, collectives)
+    place_frozen(module, config, context)
     return TransformersPolicy(module, microbatch_tokens=actor.policy.microbatch_tokens)

@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmrl.config import PPORun
+from llmrl.distributed.context import Context
 from llmrl.models.adapters import base_of, lora_config
 from llmrl.models.critic import (
     SeparateNetworks,
@@ -15,13 +15,12 @@ from llmrl.models.critic import (
     ValueHead,
     ValueModule,
 )
+from llmrl.models.loaded import Actor, Networks
 from llmrl.models.loading import ModelError
-from llmrl.models.policy import TransformersPolicy
 from llmrl.models.reward_loading import load_reward_model
 from llmrl.models.training import ready_to_train, turn_dropout_off
 from llmrl.optim.factory import make_trainable
-from llmrl.roles import ActorCritic, Collectives, Trainable
-from llmrl.wiring.actors import Actor
+from llmrl.roles import Trainable
 from llmrl.wiring.checks import naming, reward_model_config
 from llmrl.wiring.trunks import settle_passes
 
@@ -29,31 +28,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Networks:
-    """What PPO reads, and what learns."""
-
-    both: ActorCritic
-    actor: TransformersPolicy | SharedTrunk
-    value: TransformersValueFunction | None
-    """None where the actor's trunk bears the critic."""
-    critic: "PreTrainedModel"
-    """The model below the value head."""
-
-    def train(self, config: PPORun, collectives: Collectives) -> dict[str, Trainable]:
-        """Actor and critic with their optimizers, as the launch asks for them; both are then called as wrapped."""
-        if self.value is None:
-            peaks = {"head.weight": config.critic_optimizer.learning_rate}
-            steps = {"num_steps": config.num_optimizer_steps, "collectives": collectives, "peaks": peaks}
-            return {"actor": make_trainable(self.actor, config.optimizer, **steps)}
-        return {
-            "actor": make_trainable(
-                self.actor, config.optimizer, num_steps=config.num_actor_steps, collectives=collectives
-            ),
-            "critic": make_trainable(
-                self.value, config.critic_optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
-            ),
-        }
+def train_networks(networks: Networks, config: PPORun, context: Context) -> dict[str, Trainable]:
+    """Actor and critic with their optimizers, as the launch asks for them; both are then called as wrapped."""
+    if networks.value is None:
+        peaks = {"head.weight": config.critic_optimizer.learning_rate}
+        steps = {"num_steps": config.num_optimizer_steps, "context": context, "peaks": peaks}
+        return {"actor": make_trainable(networks.actor, config.optimizer, **steps)}
+    actor = make_trainable(networks.actor, config.optimizer, num_steps=config.num_actor_steps, context=context)
+    num_steps = config.num_optimizer_steps
+    critic = make_trainable(networks.value, config.critic_optimizer, num_steps=num_steps, context=context)
+    return {"actor": actor, "critic": critic}
 
 
 def load_networks(config: PPORun, actor: Actor) -> Networks:

@@ -9,8 +9,6 @@ import torch
 from llmrl.batches import Prompts
 from llmrl.data.config import PromptDataConfig
 from llmrl.data.prompts import encode_prompts
-from llmrl.distributed.device import pick_device
-from llmrl.distributed.launch import read_launch
 from llmrl.functional.streams import Purpose
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import load_model, load_tokenizer
@@ -35,15 +33,15 @@ def build_engine(
     *,
     dtype: torch.dtype,
     progress: Progress,
-    trains: bool = False,
+    copy_device: torch.device | None = None,
 ) -> RolloutEngine:
-    """The engine that the config names, over a loaded model; one that trains may be about to have its weights split."""
+    """The engine that the config names, over a loaded model. See `Context.copy_device`."""
     common: dict[str, Any] = {
         "eos_ids": end_ids(tokenizer, model),
         "vocab_size": num_token_ids(tokenizer, model),
         "dtype": dtype,
         "progress": progress,
-        "apart": pick_device() if trains and read_launch().splits_weights else None,
+        "apart": copy_device,
     }
     if config.engine == "transformers":
         return TransformersEngine(model, **common)
@@ -59,16 +57,17 @@ def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, confi
         check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens, whose=whose)
 
 
-def load_for_sampling(config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
+def load_for_sampling(config: ModelConfig, device: torch.device) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     """Tokenizer and model in the precision that it computes in, on the device."""
     tokenizer = load_tokenizer(config)
     model = load_model(config, dtype=dtype_of(config))
-    return tokenizer, model.to(pick_device())  # type: ignore[arg-type,return-value]
+    return tokenizer, model.to(device)  # type: ignore[arg-type,return-value]
 
 
 def respond(
     config: ModelConfig,
     texts: Sequence[str],
+    device: torch.device,
     *,
     system_prompt: str | None,
     temperature: float,
@@ -77,7 +76,7 @@ def respond(
     seed: int,
 ) -> list[list[str]]:
     """Responses to texts, as text; greedy at temperature 0."""
-    tokenizer, model = load_for_sampling(config)
+    tokenizer, model = load_for_sampling(config, device)
     data = PromptDataConfig(path="the command line", system_prompt=system_prompt, max_prompt_tokens=sys.maxsize)
     prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
     check_ids(data.path, prompts.ids.tolist(), model, tokenizer)

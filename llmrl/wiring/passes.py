@@ -5,6 +5,7 @@ import torch
 from llmrl.batches import Prompts
 from llmrl.functional.streams import Purpose
 from llmrl.messages import in_one_line
+from llmrl.models.loaded import Actor
 from llmrl.models.policy import PolicyModule
 from llmrl.models.probe import exact_float32, probe_rows
 from llmrl.models.vocabulary import num_token_ids
@@ -12,7 +13,6 @@ from llmrl.reports.progress import Silent
 from llmrl.roles import Sampling
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError, position_limit
-from llmrl.wiring.actors import Actor
 from llmrl.wiring.engines import build_engine
 
 TOLERANCE = 1e-3

@@ -1,32 +1,31 @@
 """The training of reward models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import Sequences
 from llmrl.config import RewardModelRun
 from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.preferences import PairSource
 from llmrl.data.rows import DataError
-from llmrl.distributed.collectives import join_ranks
-from llmrl.distributed.device import loading_device, pick_device
+from llmrl.distributed.context import Context
 from llmrl.distributed.sharing import DistributedScorer
 from llmrl.models.config import ModelConfig
+from llmrl.models.loaded import LoadedRewardModel
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel, shares_prompts_exactly
-from llmrl.models.reward_record import Normalization, TextForm, normalization_on
+from llmrl.models.reward_record import Normalization, TextForm
+from llmrl.models.saving import Saver
 from llmrl.models.training import ready_to_train
 from llmrl.models.vocabulary import check_ids, check_vocabulary
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Progress, Scorer
+from llmrl.roles import Scorer
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
@@ -36,13 +35,7 @@ from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.run import Run
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
-from llmrl.wiring.saving import Saver
 from llmrl.wiring.trunks import settle_passes
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 PAD_NOTE = (
     "pad equals EOS and the vocabulary has no known spare token: plain transformers reads the score one token before "
@@ -50,40 +43,17 @@ PAD_NOTE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedRewardModel:
-    """A reward model with everything that belongs to it."""
-
-    model: "PreTrainedModel"
-    adapted: "PeftModel | None"
-    tokenizer: "PreTrainedTokenizerBase"
-    module: RewardModule
-    scorer: TransformersRewardModel
-    has_own_pad: bool
-    """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
-    warnings: tuple[str, ...]
-    """What the user must know of how this model is read."""
-
-    def normalize(self, pairs: PreferencePairs, scorer: Scorer) -> Normalization:
-        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1. `scorer` is the
-        model's own, or that of all ranks."""
-        with torch.no_grad():
-            normalization = normalization_on(torch.cat(scorer.pair_scores(pairs)))
-        normalization.write(self.model.config)
-        return normalization
-
-
 def load_trained_reward_model(
-    config: ModelConfig, settings: RewardModelConfig, *, seed: int, longest: int = 0
+    config: ModelConfig, settings: RewardModelConfig, device: torch.device, *, seed: int, longest: int = 0
 ) -> LoadedRewardModel:
-    """The reward model to be trained, on the device. `longest`: tokens of a prompt with one response, if known."""
+    """The reward model to be trained, on this device. `longest`: tokens of a prompt with one response, if known."""
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)  # a new head and fresh adapters: everything later draws from streams of its own
     model = load_reward_model(config, head_init=settings.head_init)
     check_vocabulary(config, model, tokenizer)
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
-    ready_to_train(model, loading_device(), gradient_checkpointing=config.gradient_checkpointing)
+    ready_to_train(model, device, gradient_checkpointing=config.gradient_checkpointing)
     _, warnings = settle_passes(model, longest)
     module = RewardModule(model, dtype=dtype_of(config))
     scorer = TransformersRewardModel(
@@ -102,13 +72,16 @@ def load_trained_reward_model(
     )
 
 
-def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+def build_reward_model(config: RewardModelRun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """The training of a reward model. Each model that it saves has its report card beside it."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
+    progress = context.progress
     checked.tell(progress)
-    settings, collectives = config.reward_model, join_ranks()
-    loaded = load_trained_reward_model(config.model, settings, seed=config.run.seed, longest=config.longest_sequence)
+    settings, longest = config.reward_model, config.longest_sequence
+    loaded = load_trained_reward_model(
+        config.model, settings, context.loading_device, seed=config.run.seed, longest=longest
+    )
     for warning in (*loaded.warnings, *precision_warnings(loaded.model, loaded.module.dtype)):
         progress.message(f"warning: {warning}")
     pairs = PairSource(checked.rows, loaded.tokenizer, config.data, seed=config.run.seed)
@@ -125,27 +98,25 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
     if not loaded.has_own_pad:
         progress.message(PAD_NOTE)
     TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
-    device = pick_device()
-    reference = pairs.evenly_spaced(settings.num_reference_pairs).to(device)
+    reference = pairs.evenly_spaced(settings.num_reference_pairs).to(context.device)
     num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
     saver = Saver(
         loaded.model,
         loaded.adapted,
         loaded.tokenizer,
         dtype=torch.float32,  # so that the folder scores as the model that was trained
-        collectives=collectives,
+        context=context,
     )
-    trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, collectives=collectives)
-    scorer = DistributedScorer(loaded.scorer, collectives, microbatch_tokens=settings.microbatch_tokens)
+    trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, context=context)
+    scorer = DistributedScorer(loaded.scorer, context.collectives, microbatch_tokens=settings.microbatch_tokens)
     trainer = BatchTrainer(
         objective=RewardModelObjective(settings, scorer=scorer),
         trained={"reward_model": trained},
         source=pairs,
-        held_out=held_out.all().to(device),
+        held_out=held_out.all().to(context.device),
         batch_size=settings.batch_size,
         microbatch_tokens=settings.microbatch_tokens,
-        collectives=collectives,
-        progress=progress,
+        context=context,
     )
 
     def save(folder: Path) -> None:
@@ -169,8 +140,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, *, progress: Pr
         save_model=save,
         evaluate=trainer.evaluate,
         evaluate_every=settings.evaluate_every,
-        collectives=collectives,
-        progress=progress,
+        context=context,
         sink=trackers,
         alarms=Alarms(),
         warmup_iterations=0,

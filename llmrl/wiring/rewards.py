@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from llmrl.batches import Rollout, Row, Sequences
 from llmrl.data.chat import as_sequences, uses_chat
@@ -15,23 +16,22 @@ from llmrl.data.preferences import split_open_transcript
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, encode_examples
-from llmrl.distributed.config import DistributedConfig
-from llmrl.distributed.device import pick_device
+from llmrl.distributed.context import Context
 from llmrl.distributed.sharing import DistributedReward, DistributedScorer
 from llmrl.models.adapters import base_of
+from llmrl.models.loaded import RewardScorer
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import load_reward_model, load_reward_on_base
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel, score_layer
-from llmrl.models.reward_record import Normalization, TextForm, saved_normalization, saved_text_form
+from llmrl.models.reward_record import Normalization, saved_normalization, saved_text_form
 from llmrl.models.training import shrink_linear_layers
 from llmrl.models.vocabulary import check_ids, check_vocabulary
-from llmrl.optim.factory import place_frozen
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function
-from llmrl.roles import Collectives, RewardFunction
+from llmrl.roles import RewardFunction
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.wiring.checks import naming, reward_model_config
@@ -43,81 +43,61 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Rewards:
-    """Everything that scores the responses of one policy. A reward model is loaded once, for whatever data there is."""
+def reward_on(
+    data: PromptDataConfig,
+    rows: Sequence[Row],
+    config: RewardConfig,
+    functions: Sequence[Function],
+    scorer: RewardScorer | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: Context,
+) -> RewardFunction:
+    """The reward of responses to these prompts, the work shared by the ranks.
 
-    def __init__(
-        self,
-        config: RewardConfig,
-        functions: Sequence[Function],
-        tokenizer: "PreTrainedTokenizerBase",
-        distributed: DistributedConfig,
-        collectives: Collectives,
-        adapted: "PeftModel | None" = None,
-        *,
-        longest: int = 0,
-    ) -> None:
-        """`adapted` is the actor, where its frozen base may serve the reward model too; `longest` is of a prompt with
-        its response, in tokens, if known."""
-        self.config = config
-        self.functions = functions
-        self.tokenizer = tokenizer
-        self.collectives = collectives
-        self.scorer = None
-        if config.model is not None:
-            self.scorer = load_scorer(
-                config.model,
-                adapted,
-                longest=longest,
-                place=lambda module: place_frozen(module, distributed, collectives),
+    Args:
+        data: How the rows are read.
+        rows: Prompts with their columns.
+        config: Names and weights.
+        functions: Those that the config names.
+        scorer: The reward model that it names, which serves any data.
+        tokenizer: The policy's.
+        context: Reaches the other ranks.
+    """
+    rewards: list[RewardFunction] = []
+    if functions:
+        reward = FunctionReward(
+            config,
+            functions=functions,
+            tokenizer=tokenizer,
+            prompt_column=data.prompt_column,
+            columns=column_names(rows),
+        )
+        rewards.append(DistributedReward(reward, context.collectives))
+    if scorer is not None:
+        assert config.model is not None, "it was loaded from there"
+        rewards.append(
+            LearnedReward(
+                DistributedScorer(
+                    scorer.scorer, context.collectives, microbatch_tokens=scorer.scorer.microbatch_tokens
+                ),
+                encode=_encoder(scorer, tokenizer, data, rows),
+                normalize=scorer.normalize,
+                weight=config.model.weight,
             )
-
-    def on(self, data: PromptDataConfig, rows: Sequence[Row]) -> RewardFunction:
-        """The reward of responses to these prompts."""
-        rewards: list[RewardFunction] = []
-        if self.functions:
-            reward = FunctionReward(
-                self.config,
-                functions=self.functions,
-                tokenizer=self.tokenizer,
-                prompt_column=data.prompt_column,
-                columns=column_names(rows),
-            )
-            rewards.append(DistributedReward(reward, self.collectives))
-        if self.scorer is not None:
-            rewards.append(self.scorer.reward_for(self.tokenizer, data, rows, self.collectives))
-        return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
+        )
+    return rewards[0] if len(rewards) == 1 else CombinedReward(rewards)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardScorer:
-    """A reward model that is only asked: frozen, on the device."""
-
-    scorer: TransformersRewardModel
-    tokenizer: "PreTrainedTokenizerBase"
-    normalize: Callable[[Tensor], Tensor]
-    weight: float
-    text_form: TextForm
-    """For prompts that bring no settings of their own."""
-    position_limit: int | None
-    """Tokens of the longest sequence that it can read."""
-
-    def reward_for(
-        self,
-        policy_tokenizer: "PreTrainedTokenizerBase",
-        data: PromptDataConfig,
-        rows: Sequence[Row],
-        collectives: Collectives,
-    ) -> LearnedReward:
-        """The reward of responses to these prompts: on the policy's own ids where both have the same tokens. The ranks
-        share the work."""
-        eos_id: Any = self.tokenizer.eos_token_id
-        encode: Callable[[Rollout], Sequences] = partial(ended_by, eos_id=eos_id)
-        if not same_tokens(policy_tokenizer, self.tokenizer):
-            encode = Rerenderer(data, policy_tokenizer=policy_tokenizer, tokenizer=self.tokenizer)
-            encode.check(rows)
-        scorer = DistributedScorer(self.scorer, collectives, microbatch_tokens=self.scorer.microbatch_tokens)
-        return LearnedReward(scorer, encode=encode, normalize=self.normalize, weight=self.weight)
+def _encoder(
+    scorer: RewardScorer, tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
+) -> Callable[[Rollout], Sequences]:
+    """A rollout in the reward model's tokens: the policy's own ids where both have the same."""
+    eos_id: Any = scorer.tokenizer.eos_token_id
+    if same_tokens(tokenizer, scorer.tokenizer):
+        return partial(ended_by, eos_id=eos_id)
+    rerenderer = Rerenderer(data, policy_tokenizer=tokenizer, tokenizer=scorer.tokenizer)
+    rerenderer.check(rows)
+    return rerenderer
 
 
 def load_scorer(
@@ -125,7 +105,7 @@ def load_scorer(
     adapted: "PeftModel | None" = None,
     *,
     longest: int = 0,
-    place: Callable[[nn.Module], object] = lambda module: module.to(pick_device()),
+    place: Callable[[nn.Module], object],
 ) -> RewardScorer:
     """The reward model that a recipe or a command names, in eval mode and without gradient.
 
@@ -156,25 +136,26 @@ def load_scorer(
         scorer=TransformersRewardModel(module, microbatch_tokens=config.microbatch_tokens, shares_prompts=False),
         tokenizer=tokenizer,
         normalize=normalization or Normalization(mean=0.0, std=1.0),
-        weight=config.weight,
         text_form=saved_text_form(model.config),
         position_limit=position_limit(model),
     )
 
 
-def score_rows(config: LearnedRewardConfig, rows: Sequence[Row], data: SupervisedDataConfig) -> list[float]:
+def score_rows(
+    config: LearnedRewardConfig, rows: Sequence[Row], data: SupervisedDataConfig, device: torch.device
+) -> list[float]:
     """The score of each row's response by a reward model, which reads prompts as it did in training.
 
     Of `data` the path and the columns count: template and system prompt are those that are stored with the model.
     """
-    scorer = load_scorer(config)
+    scorer = load_scorer(config, place=lambda module: module.to(device))
     data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
     ids = [ids for example in examples for ids in example]
     check_ids(data.path, ids, scorer.scorer.module.model, scorer.tokenizer)  # type: ignore[arg-type]
     check_rows(data.path, examples, partial(_length_problem, limit=scorer.position_limit), places=places_of(rows))
-    sequences = as_sequences(*zip(*examples, strict=True)).to(pick_device())
+    sequences = as_sequences(*zip(*examples, strict=True)).to(device)
     if warning := pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max())):  # type: ignore[arg-type]
         print(warning, file=sys.stderr)
     scores = scorer.normalize(scorer.scorer.scores(sequences))

@@ -12,13 +12,16 @@ from llmrl.batches import Prompts
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
 from llmrl.data.rerender import same_tokens
-from llmrl.distributed.collectives import join_ranks
+from llmrl.distributed.context import Context
 from llmrl.distributed.sharing import DistributedEngine, DistributedNetworks, DistributedPolicy
+from llmrl.functional.streams import Purpose
+from llmrl.models.loaded import Actor, RewardScorer
+from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
-from llmrl.optim.factory import make_trainable
+from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Algorithm, Collectives, Policy, Progress, RolloutEngine, Trainable
+from llmrl.roles import Algorithm, Policy, RolloutEngine, Sampling, Trainable
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.settings import to_dict
@@ -26,90 +29,71 @@ from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
-from llmrl.wiring.actors import Actor, load_actor, reference_of
+from llmrl.wiring.actors import load_actor, reference_of
 from llmrl.wiring.checks import Checked
-from llmrl.wiring.critics import load_networks
+from llmrl.wiring.critics import load_networks, train_networks
 from llmrl.wiring.engines import build_engine, check_room, load_for_sampling
 from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.precision import precision_warnings, with_dtypes
-from llmrl.wiring.rewards import Rewards
+from llmrl.wiring.rewards import load_scorer, reward_on
 from llmrl.wiring.rows import EVALUATION, tell_dropped
-from llmrl.wiring.saving import Saver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def build_grpo(config: GRPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
-    actor, collectives = _load_actor(config), join_ranks()
-    reference = _reference_of(actor, config, collectives)
-    whole = _around(actor, config, checked, collectives, progress)
-    trained = {
-        "actor": make_trainable(
-            actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, collectives=collectives
-        )
-    }
+    actor = _load_actor(config, context)
+    parts = _parts_of(actor, config, context)
+    trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
+    microbatch_tokens = config.update.microbatch_tokens
     name = config.algorithm.name
     make = GRPO if name == "grpo" else partial(make_user_algorithm, name)
     algorithm = make(
         config.algorithm,
-        actor=DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.update.microbatch_tokens),
-        reference=reference,
+        actor=DistributedPolicy(actor.policy, context.collectives, microbatch_tokens=microbatch_tokens),
+        reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
     )
     readers = {"the model": actor.model}
-    return _build_run(config, checked, whole, algorithm, trained, readers, progress=progress, trackers=trackers)
+    return _build_run(config, checked, context, trackers, parts, algorithm, {"actor": trained}, readers)
 
 
-def build_ppo(config: PPORun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
-    actor, collectives = _load_actor(config), join_ranks()
+    actor = _load_actor(config, context)
     networks = load_networks(config, actor)
-    reference = _reference_of(actor, config, collectives)
-    whole = _around(actor, config, checked, collectives, progress)
-    trained = networks.train(config, collectives)
+    parts = _parts_of(actor, config, context)
+    trained = train_networks(networks, config, context)
+    microbatch_tokens = config.update.microbatch_tokens
     algorithm = PPO(
         config.algorithm,
-        networks=DistributedNetworks(networks.both, collectives, microbatch_tokens=config.update.microbatch_tokens),
-        reference=reference,
+        networks=DistributedNetworks(networks.both, context.collectives, microbatch_tokens=microbatch_tokens),
+        reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
         value_coef=config.critic.value_coef,
     )
     readers = {"the model": actor.model, "the critic": networks.critic}
-    return _build_run(config, checked, whole, algorithm, trained, readers, progress=progress, trackers=trackers)
+    return _build_run(config, checked, context, trackers, parts, algorithm, trained, readers)
 
 
-def build_evaluator(config: RLRun, checked: Checked, *, progress: Progress) -> Evaluator:
+def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evaluator:
     """An evaluation of the model that a recipe names, without anything that trains."""
-    checked.tell(progress)
-    tokenizer, model = load_for_sampling(config.model)
+    checked.tell(context.progress)
+    tokenizer, model = load_for_sampling(config.model, context.device)
     if warning := pin_rope(model, config.longest_sequence):
-        progress.message(warning)
-    collectives = join_ranks()
-    engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=progress)
-    engine = DistributedEngine(engine, collectives)
-    rewards = Rewards(
-        config.reward, checked.functions, tokenizer, config.distributed, collectives, longest=config.longest_sequence
-    )
-    return _evaluator(config, checked, tokenizer, model, engine, rewards, progress)
+        context.progress.message(warning)
+    engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=context.progress)
+    scorer = _load_scorer(config, context)
+    return _evaluator(config, checked, context, tokenizer, model, DistributedEngine(engine, context), scorer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Whole:
-    """What is made of whole weights, before they are split over ranks."""
-
-    collectives: Collectives
-    actor: Actor
-    engine: RolloutEngine
-    rewards: Rewards
-    saver: Saver
-
-
-def _load_actor(config: RLRun) -> Actor:
+def _load_actor(config: RLRun, context: Context) -> Actor:
     return load_actor(
         config.model,
+        context.loading_device,
         temperature=config.rollout.temperature,
         microbatch_tokens=config.update.microbatch_tokens,
         longest=config.longest_sequence,
@@ -117,106 +101,131 @@ def _load_actor(config: RLRun) -> Actor:
     )
 
 
-def _around(actor: Actor, config: RLRun, checked: Checked, collectives: Collectives, progress: Progress) -> Whole:
-    progress.phase("start", 1)  # which takes a while where the model is large
+def _load_scorer(config: RLRun, context: Context, actor: Actor | None = None) -> RewardScorer | None:
+    if config.reward.model is None:
+        return None
+    return load_scorer(
+        config.reward.model,
+        actor and actor.adapted,
+        longest=config.longest_sequence,
+        place=partial(place_frozen, config=config.distributed, context=context),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What is made of whole weights, before training splits them over ranks."""
+
+    actor: Actor
+    reference: Policy | None
+    engine: RolloutEngine
+    scorer: RewardScorer | None
+    saver: Saver
+
+
+def _parts_of(actor: Actor, config: GRPORun | PPORun, context: Context) -> _Parts:
+    reference = _reference_of(actor, config, context)
+    context.progress.phase("start", 1)  # which takes a while where the model is large
     check_sampling(actor, config.rollout)
     engine = build_engine(
-        config.rollout, actor.model, actor.tokenizer, dtype=actor.dtype, progress=progress, trains=True
+        config.rollout,
+        actor.model,
+        actor.tokenizer,
+        dtype=actor.dtype,
+        progress=context.progress,
+        copy_device=context.copy_device,
     )
-    return Whole(
-        collectives=collectives,
+    return _Parts(
         actor=actor,
-        engine=DistributedEngine(engine, collectives),
-        rewards=Rewards(
-            config.reward,
-            checked.functions,
-            actor.tokenizer,
-            config.distributed,
-            collectives,
-            actor.adapted,
-            longest=config.longest_sequence,
-        ),
-        saver=Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives),
+        reference=reference,
+        engine=DistributedEngine(engine, context),
+        scorer=_load_scorer(config, context, actor),
+        saver=Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context),
     )
 
 
-def _reference_of(actor: Actor, config: GRPORun | PPORun, collectives: Collectives) -> Policy | None:
-    """Where a nat has its price, and where a reference takes no memory: then the KL is measured all the same."""
+def _reference_of(actor: Actor, config: GRPORun | PPORun, context: Context) -> Policy | None:
+    """A reference where `kl_coef` > 0, or where LoRA makes one free (then the KL is only logged); else None."""
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
-    reference = reference_of(actor, config.distributed, collectives)
-    return DistributedPolicy(reference, collectives, microbatch_tokens=config.update.microbatch_tokens)
+    reference = reference_of(actor, config.distributed, context)
+    return DistributedPolicy(reference, context.collectives, microbatch_tokens=config.update.microbatch_tokens)
 
 
 def _build_run(
     config: RLRun,
     checked: Checked,
-    whole: Whole,
+    context: Context,
+    trackers: Trackers,
+    parts: _Parts,
     algorithm: Algorithm,
     trained: Mapping[str, Trainable],
     readers: Mapping[str, "PreTrainedModel"],
-    *,
-    progress: Progress,
-    trackers: Trackers,
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
-    actor, engine, rewards, collectives = whole.actor, whole.engine, whole.rewards, whole.collectives
-    checked.tell(progress)
+    actor = parts.actor
+    checked.tell(context.progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
-        progress.message(f"warning: {warning}")
+        context.progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
-    tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", progress)
+    tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
-    readers = {**readers, **_scorer_of(rewards)}
+    readers = {**readers, **_reader_of(parts.scorer, actor.tokenizer)}
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, _one_epoch(prompts), config.rollout)
     trainer = RLTrainer(
         algorithm=algorithm,
-        engine=engine,
-        reward=rewards.on(config.data, checked.rows),
+        engine=parts.engine,
+        reward=reward_on(
+            config.data, checked.rows, config.reward, checked.functions, parts.scorer, actor.tokenizer, context
+        ),
         prompts=prompts,
         trained=trained,
         update=config.update,
         prompts_per_iteration=config.rollout.prompts_per_iteration,
-        group_size=config.algorithm.group_size,
-        temperature=config.rollout.temperature,
-        seed=config.run.seed,
-        collectives=collectives,
-        progress=progress,
+        sampling=Sampling(
+            temperature=config.rollout.temperature,
+            num_responses=config.algorithm.group_size,
+            max_response_tokens=config.rollout.max_response_tokens,
+            greedy=False,
+            seed=config.run.seed,
+            purpose=Purpose.TRAINING,
+            first_response=0,
+        ),
+        context=context,
         observe=SampleWriter(
             config.run.folder / "samples.jsonl",
-            num_samples=config.run.samples_per_iteration if collectives.is_first else 0,
+            num_samples=config.run.samples_per_iteration if context.collectives.is_first else 0,
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
     )
     evaluator = None
     if config.evaluates:
-        evaluator = _evaluator(config, checked, actor.tokenizer, actor.model, engine, rewards, progress)
+        evaluator = _evaluator(config, checked, context, actor.tokenizer, actor.model, parts.engine, parts.scorer)
     return Run(
         config.run,
         settings=to_dict(with_dtypes(config)),
         trainer=trainer,
-        save_model=lambda folder: whole.saver.save(folder, trained["actor"]),
+        save_model=lambda folder: parts.saver.save(folder, trained["actor"]),
         evaluate=evaluator.evaluate if evaluator is not None else None,
         evaluate_every=config.evaluation.every,
-        collectives=collectives,
-        progress=progress,
+        context=context,
         sink=trackers,
         alarms=Alarms(str(actor.dtype).removeprefix("torch.")),
         warmup_iterations=config.warmup_iterations,
     )
 
 
-def _scorer_of(rewards: Rewards) -> dict[str, "PreTrainedModel"]:
+def _reader_of(scorer: RewardScorer | None, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":
     """The reward model where it reads the policy's own tokens; of others the length is not known before."""
-    if rewards.scorer is None or not same_tokens(rewards.tokenizer, rewards.scorer.tokenizer):
+    if scorer is None or not same_tokens(tokenizer, scorer.tokenizer):
         return {}
-    return {"the reward model": rewards.scorer.scorer.module.model}  # type: ignore[dict-item]
+    return {"the reward model": scorer.scorer.module.model}  # type: ignore[dict-item]
 
 
 def _one_epoch(source: PromptSource) -> Prompts:
-    """Every prompt of the source, which then stands where it stood."""
+    """Every prompt of the source, whose position does not change."""
     place = source.state_dict()
     prompts = source.next(source.num_rows)
     source.load_state_dict(place)
@@ -226,25 +235,26 @@ def _one_epoch(source: PromptSource) -> Prompts:
 def _evaluator(
     config: RLRun,
     checked: Checked,
+    context: Context,
     tokenizer: "PreTrainedTokenizerBase",
     model: "PreTrainedModel",
     engine: RolloutEngine,
-    rewards: Rewards,
-    progress: Progress,
+    scorer: RewardScorer | None,
 ) -> Evaluator:
     assert config.evaluation_data is not None, "an evaluation needs prompts"
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
-    prompts, num_dropped = encode_prompts(checked.evaluation_rows, tokenizer, config.evaluation_data)
-    tell_dropped(num_dropped, EVALUATION, "max_prompt_tokens", progress)
-    check_ids(config.evaluation_data.path, prompts.ids.tolist(), model, tokenizer)
-    check_room({"the model": model, **_scorer_of(rewards)}, prompts, config.rollout)
+    data, rows = config.evaluation_data, checked.evaluation_rows
+    prompts, num_dropped = encode_prompts(rows, tokenizer, data)
+    tell_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
+    check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
+    check_room({"the model": model, **_reader_of(scorer, tokenizer)}, prompts, config.rollout)
     return Evaluator(
         config.evaluation,
         engine=engine,
-        reward=rewards.on(config.evaluation_data, checked.evaluation_rows),
+        reward=reward_on(data, rows, config.reward, checked.functions, scorer, tokenizer, context),
         prompts=prompts,
         criterion=config.reward.labels[0],
         max_response_tokens=config.rollout.max_response_tokens,
         seed=config.run.seed,
-        progress=progress,
+        progress=context.progress,
     )

@@ -6,32 +6,32 @@ from llmrl.batches import Row, Sequences
 from llmrl.config import SFTRun
 from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.supervised import SupervisedSource
-from llmrl.distributed.collectives import join_ranks
-from llmrl.distributed.device import pick_device
+from llmrl.distributed.context import Context
 from llmrl.distributed.sharing import DistributedPolicy
+from llmrl.models.loaded import Actor
+from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Progress
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTObjective
-from llmrl.wiring.actors import Actor, load_actor
+from llmrl.wiring.actors import load_actor
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import precision_warnings, with_dtypes
 from llmrl.wiring.rows import EVALUATION, tell_dropped
-from llmrl.wiring.saving import Saver
 
 
-def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers: Trackers) -> Run:
+def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A supervised run, ready to train."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
+    progress = context.progress
     checked.tell(progress)
-    collectives = join_ranks()
     actor = load_actor(
         config.model,
+        context.loading_device,
         temperature=1.0,
         microbatch_tokens=config.sft.microbatch_tokens,
         longest=config.longest_sequence,
@@ -42,20 +42,17 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
     check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
-    saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, collectives=collectives)
-    trained = make_trainable(
-        actor.policy, config.optimizer, num_steps=config.run.num_iterations, collectives=collectives
-    )
-    policy = DistributedPolicy(actor.policy, collectives, microbatch_tokens=config.sft.microbatch_tokens)
+    saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context)
+    trained = make_trainable(actor.policy, config.optimizer, num_steps=config.run.num_iterations, context=context)
+    policy = DistributedPolicy(actor.policy, context.collectives, microbatch_tokens=config.sft.microbatch_tokens)
     trainer = BatchTrainer(
         objective=SFTObjective(policy),
         trained={"actor": trained},
         source=examples,
-        held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, progress),
+        held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, context),
         batch_size=config.sft.batch_size,
         microbatch_tokens=config.sft.microbatch_tokens,
-        collectives=collectives,
-        progress=progress,
+        context=context,
     )
     return Run(
         config.run,
@@ -64,8 +61,7 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
         save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,
         evaluate_every=config.sft.evaluate_every,
-        collectives=collectives,
-        progress=progress,
+        context=context,
         sink=trackers,
         alarms=Alarms(),
         warmup_iterations=0,
@@ -73,14 +69,14 @@ def build_sft(config: SFTRun, checked: Checked, *, progress: Progress, trackers:
 
 
 def _held_out(
-    config: SupervisedDataConfig | None, rows: Sequence[Row] | None, actor: Actor, progress: Progress
+    config: SupervisedDataConfig | None, rows: Sequence[Row] | None, actor: Actor, context: Context
 ) -> Sequences | None:
     if config is None or rows is None:
         return None
     examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
-    tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", progress)
+    tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", context.progress)
     check_ids(config.path, _ids(examples), actor.model, actor.tokenizer)
-    return examples.next(examples.num_rows).to(pick_device())
+    return examples.next(examples.num_rows).to(context.device)
 
 
 def _ids(source: SupervisedSource) -> Iterator[list[int]]:

@@ -13,11 +13,10 @@ from torch import nn
 
 from llmrl.algorithms.ppo import PPO
 from llmrl.batches import Prompts, Rollout, Scores, Sequences, TokenOutputs
-from llmrl.distributed.collectives import OneProcess
 from llmrl.functional.streams import uniforms
-from llmrl.reports.progress import Silent
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
+from tests.contexts import context_of, sampling_of
 
 END = 0
 
@@ -183,11 +182,8 @@ def make_trainer(algorithm, engine, reward, trained, *, update, prompts_per_iter
         trained=trained,
         update=UpdateConfig(**update),
         prompts_per_iteration=prompts_per_iteration,
-        group_size=group_size,
-        temperature=1.0,
-        seed=seed,
-        collectives=OneProcess(),
-        progress=Silent(),
+        sampling=sampling_of(group_size, seed=seed, max_response_tokens=algorithm.max_response_tokens),
+        context=context_of(),
         observe=lambda iteration, experience: None,
     )
 

@@ -17,12 +17,13 @@ from llmrl.config import PPORun
 from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import CriticConfig, ModelConfig
 from llmrl.optim.config import OptimizerConfig
-from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.config import RLRunConfig, UpdateConfig
-from llmrl.wiring import build_ppo, check_rl
+from llmrl.wiring.checks import check_rl
+from llmrl.wiring.rl import build_ppo
+from tests.contexts import context_of
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "recipes" / "models" / "tiny_char_llama"
@@ -68,7 +69,7 @@ def build(model, folder, *, learning_rate, network):
     )
     (folder / "run").mkdir()
     trackers = Trackers(TrackerConfig(), output_dir=folder / "run")
-    return build_ppo(config, check_rl(config, dry=False), progress=Silent(), trackers=trackers).trainer
+    return build_ppo(config, check_rl(config, dry=False), context=context_of(), trackers=trackers).trainer
 
 
 def watched_iteration(trainer):

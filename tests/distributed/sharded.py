@@ -14,6 +14,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.optim.schedule import MAX_SKIPPED_STEPS
 from llmrl.roles import StateMismatch, Trainable
+from tests.contexts import CPU
 
 CONFIG = OptimizerConfig(
     learning_rate=0.1, schedule="cosine", warmup_steps=1, weight_decay=0.1, max_grad_norm=0.5, beta2=0.9
@@ -59,7 +60,7 @@ class LikeLocal:
         local, other = network(), network()
         return (
             LocalTrainable(local, CONFIG, num_steps=9, peaks=PEAKS),
-            self.kind(other, CONFIG, num_steps=9, collectives=group, peaks=PEAKS),
+            self.kind(other, CONFIG, num_steps=9, collectives=group, device=CPU, peaks=PEAKS),
         )
 
     def test_steps_are_those_of_one_process(self, group: ProcessGroup):

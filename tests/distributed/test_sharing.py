@@ -22,6 +22,7 @@ from llmrl.functional.streams import Purpose
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.roles import Sampling
+from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
 
 SAMPLING = Sampling(
@@ -124,7 +125,7 @@ def test_a_rollout_is_that_of_one_process(world_size, prompts, rollout):
     """The same global numbers, so the same random numbers; a rank may have nothing to do."""
     engines = [NumberingEngine() for _ in range(world_size)]
     shared = on_ranks(
-        world_size, lambda ranks: DistributedEngine(engines[ranks.rank], ranks).generate(prompts, SAMPLING)
+        world_size, lambda ranks: DistributedEngine(engines[ranks.rank], context_of(ranks)).generate(prompts, SAMPLING)
     )
     for each in shared:
         assert_same(each, rollout)
@@ -136,7 +137,7 @@ def test_a_rollout_is_that_of_one_process(world_size, prompts, rollout):
 def test_weights_are_loaded_by_every_engine():
     engine = NumberingEngine()
     weights = LocalTrainable(nn.Linear(1, 1), OptimizerConfig(), num_steps=1)
-    DistributedEngine(engine, OneProcess()).load_weights(weights)
+    DistributedEngine(engine, context_of(OneProcess())).load_weights(weights)
     assert engine.asked == [weights]
 
 
@@ -248,7 +249,7 @@ def test_one_process_asks_the_engine_and_the_reward_about_everything(monkeypatch
     scores = Scores(total=zeros, per_token=torch.zeros_like(rollout.rollout_logprobs), parts={})
     engine = NumberingEngine()
     monkeypatch.setattr(engine, "generate", lambda *asked: rollout if asked == (prompts, SAMPLING) else None)
-    assert DistributedEngine(engine, OneProcess()).generate(prompts, SAMPLING) is rollout
+    assert DistributedEngine(engine, context_of(OneProcess())).generate(prompts, SAMPLING) is rollout
 
     def reward(asked: Rollout) -> Scores:
         assert asked is rollout

@@ -9,6 +9,7 @@ from llmrl.distributed.launch import deepspeed_settings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.deepspeed import DeepSpeedTrainable
 from llmrl.optim.factory import make_trainable
+from tests.contexts import CPU, context_of
 from tests.distributed.one_rank import group  # noqa: F401
 from tests.distributed.sharded import LikeLocal, network
 
@@ -38,14 +39,14 @@ def test_the_launch_says_the_stage_and_the_recipe_the_clipping(group):  # noqa: 
     stage = deepspeed_settings()["zero_optimization"]["stage"]
     for max_norm, clipping in ((0.25, 0.25), (float("inf"), 0.0)):
         config = OptimizerConfig(max_grad_norm=max_norm)
-        engine = DeepSpeedTrainable(network(), config, num_steps=1, collectives=group).wrapped
+        engine = DeepSpeedTrainable(network(), config, num_steps=1, collectives=group, device=CPU).wrapped
         assert engine.zero_optimization_stage() == stage
         assert engine.gradient_clipping() == clipping
 
 
 def test_a_role_calls_the_engine(group):  # noqa: F811
     role = SimpleNamespace(module=network())
-    trainable = make_trainable(role, OptimizerConfig(), num_steps=1, collectives=group)
+    trainable = make_trainable(role, OptimizerConfig(), num_steps=1, context=context_of(group))
     assert isinstance(trainable, DeepSpeedTrainable)
     assert role.module is trainable.wrapped is not trainable.module
     assert role.module(torch.ones(1, 3)).requires_grad

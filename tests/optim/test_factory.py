@@ -7,11 +7,12 @@ from torch.distributed.tensor import DTensor
 
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.config import DistributedConfig
-from llmrl.distributed.device import loading_device, pick_device
+from llmrl.distributed.device import pick_device
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.optim.fsdp import ShardedTrainable
 from llmrl.optim.local import LocalTrainable
+from tests.contexts import context_of
 from tests.distributed.one_rank import group  # noqa: F401
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
@@ -39,19 +40,11 @@ def test_a_role_calls_its_module_as_it_was_wrapped(environment, kind, monkeypatc
         monkeypatch.setenv(name, value)
     role = Role()
     module = role.module
-    trainable = make_trainable(role, OptimizerConfig(), num_steps=1, collectives=group)
+    trainable = make_trainable(role, OptimizerConfig(), num_steps=1, context=context_of(group))
     assert type(trainable) is kind
     assert trainable.module is module
     assert role.module is trainable.wrapped
     assert role.module(torch.ones(1, 3)).requires_grad
-
-
-@pytest.mark.parametrize(("environment", "is_whole"), [({}, True), (DEEPSPEED, True), (ZERO3, False), (FSDP, False)])
-def test_what_will_be_split_is_loaded_on_the_cpu(environment, is_whole, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("llmrl.distributed.device.pick_device", lambda: torch.device("cuda", 3))
-    assert loading_device() == (torch.device("cuda", 3) if is_whole else torch.device("cpu"))
 
 
 def test_what_is_frozen_is_whole_unless_it_is_to_be_split_over_several_ranks(group):  # noqa: F811
@@ -61,6 +54,6 @@ def test_what_is_frozen_is_whole_unless_it_is_to_be_split_over_several_ranks(gro
         (DistributedConfig(frozen="split"), TwoRanks(), True),
     ):
         module = nn.Linear(3, 2).requires_grad_(False)
-        place_frozen(module, config, ranks)
+        place_frozen(module, config, context_of(ranks))
         assert isinstance(module.weight, DTensor) == is_split
         assert module.weight.device.type == pick_device().type

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llmrl.optim.fsdp import ShardedTrainable, shard
+from tests.contexts import CPU
 from tests.distributed.one_rank import group  # noqa: F401
 from tests.distributed.sharded import LikeLocal
 
@@ -33,7 +34,7 @@ def test_layers_are_split_one_by_one_and_answers_stay(model: nn.Module):
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         expected = model(ids).logits
-        shard(model)
+        shard(model, CPU)
         assert_close(model(ids).logits, expected)
     split = [type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule)]
     assert len(split) == 1 + 3
@@ -48,7 +49,7 @@ def test_of_what_is_frozen_nothing_stays_whole():
     """No backward pass comes that would need it."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=4, num_hidden_layers=2, num_attention_heads=2))
     model.requires_grad_(False)
-    shard(model, is_frozen=True)
+    shard(model, CPU, is_frozen=True)
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     assert all(isinstance(p, DTensor) for p in model.parameters())

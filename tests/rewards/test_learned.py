@@ -16,12 +16,12 @@ from transformers import (
 from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.data.config import PromptDataConfig
-from llmrl.distributed.collectives import OneProcess
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward
-from llmrl.wiring import load_scorer
+from llmrl.wiring.rewards import load_scorer, reward_on
+from tests.contexts import context_of, on_cpu
 from tests.data.conftest import CHAT_TEMPLATE, EOS, make_tokenizer, spell
 from tests.data.test_rerender import OTHER_EOS, make_other, make_rollout, spell_other
 from tests.models.tiny import SIZES
@@ -47,7 +47,12 @@ def learned(path, **settings):
 
 def reward_of(config, rollout, *, policy=None, data=DATA):
     """As a run wires it, from the folder on."""
-    return load_scorer(config).reward_for(policy or make_tokenizer(), data, rollout.rows, OneProcess())
+    return learned_reward(config, policy or make_tokenizer(), data, rollout.rows)
+
+
+def learned_reward(config, tokenizer, data, rows):
+    scorer = load_scorer(config, place=on_cpu)
+    return reward_on(data, rows, RewardConfig(model=config), (), scorer, tokenizer, context_of())
 
 
 def rollout_of(responses=RESPONSES):
@@ -178,7 +183,7 @@ def test_what_the_reward_model_cannot_read_is_told_before_any_response(tmp_path,
     folder = save(tmp_path / "plain", make_other(None))
     chat = [{"role": "user", "content": "a"}]
     with pytest.raises(ValueError, match=r"^the reward model cannot read these prompts: .* no chat template"):
-        load_scorer(learned(folder)).reward_for(make_tokenizer(), DATA, [{"prompt": chat}], OneProcess())
+        learned_reward(learned(folder), make_tokenizer(), DATA, [{"prompt": chat}])
 
 
 # --- frozen -----------------------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.batches import Sequences
-from llmrl.distributed.collectives import OneProcess
 from llmrl.functional.statistics import Total
 from llmrl.metrics import Metrics
-from llmrl.reports.progress import Silent
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RunConfig
 from llmrl.trainers.run import Run
+from tests.contexts import context_of
 
 from . import test_reward_model, test_sft
 
@@ -62,11 +61,10 @@ def run(make: Make, folder: Path, num_iterations: int, **config: Any) -> Run:
         RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
         settings={},
         trainer=trainer,
-        collectives=OneProcess(),
+        context=context_of(),
         save_model=lambda _: None,
         evaluate=trainer.evaluate,
         evaluate_every=2,
-        progress=Silent(),
         sink=Nobody(),
         alarms=Alarms(),
         warmup_iterations=0,
@@ -185,8 +183,7 @@ def one_weight(held_out: Sequences | None = None) -> tuple[BatchTrainer, OneWeig
         held_out=held_out,
         batch_size=5,
         microbatch_tokens=20,
-        collectives=OneProcess(),
-        progress=Silent(),
+        context=context_of(),
     )
     return trainer, objective
 

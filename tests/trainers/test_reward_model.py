@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from llmrl.batches import PreferencePairs, Sequences
-from llmrl.distributed.collectives import OneProcess
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
@@ -22,6 +21,7 @@ from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig
 from llmrl.trainers.reward_model import RewardModelObjective
 from tests import oracles
+from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
 
 from .test_sft import Counter, Keeper, batch
@@ -92,8 +92,7 @@ def make_trainer(
         held_out=as_pairs(held_out or rows),
         batch_size=batch_size or len(rows),
         microbatch_tokens=microbatch_tokens,
-        collectives=OneProcess(),
-        progress=progress or Silent(),
+        context=context_of(progress=progress),
     )
 
 

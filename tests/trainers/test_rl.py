@@ -20,6 +20,7 @@ from llmrl.rollout.native import NativeEngine
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import FlatGroupsError, RLTrainer
 from tests.algorithms import tabular
+from tests.contexts import context_of, sampling_of
 
 VOCAB, EOS, LIMIT = 12, 0, 6
 MODELS = {
@@ -102,11 +103,8 @@ def make_trainer(
         trained={"actor": LocalTrainable(module, OptimizerConfig(learning_rate=learning_rate), num_steps=100)},
         update=UpdateConfig(**({"minibatch_size": 12} | update)),
         prompts_per_iteration=6,
-        group_size=config.group_size,
-        temperature=1.0,
-        seed=3,
-        collectives=OneProcess(),
-        progress=Silent(),
+        sampling=sampling_of(config.group_size, seed=3, max_response_tokens=LIMIT),
+        context=context_of(),
         observe=Recorder(),
     )
 

@@ -26,6 +26,7 @@ from llmrl.trainers.checkpoint import CheckpointError
 from llmrl.trainers.config import RunConfig
 from llmrl.trainers.output import keep_iterations
 from llmrl.trainers.run import Run, RunError, Stopped, check_output
+from tests.contexts import context_of
 
 Hooks = dict[tuple[int, str], Callable[[], object]]
 
@@ -165,11 +166,10 @@ class Bench:
             RunConfig(output_dir=str(self.folder), num_iterations=num_iterations, **config),
             settings=settings or {},
             trainer=trainer,
-            collectives=collectives or OneProcess(),
             save_model=save or save_model,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
-            progress=self.said,
+            context=context_of(collectives, self.said),
             sink=self.sink,
             alarms=Alarms(),
             warmup_iterations=warmup_iterations,

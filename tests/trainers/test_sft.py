@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmrl.batches import Sequences
-from llmrl.distributed.collectives import OneProcess
 from llmrl.models.heads import LinearHead
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
@@ -18,6 +17,7 @@ from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.sft import SFTObjective
+from tests.contexts import context_of
 
 VOCAB, EOS = 10, 9
 Example = tuple[list[int], list[int]]
@@ -132,8 +132,7 @@ def make_trainer(
         held_out=None if held_out is None else batch(held_out),
         batch_size=batch_size or len(examples),
         microbatch_tokens=microbatch_tokens,
-        collectives=OneProcess(),
-        progress=progress or Silent(),
+        context=context_of(progress=progress),
     )
 
 

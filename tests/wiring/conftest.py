@@ -14,7 +14,9 @@ from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.trainers.config import RLRunConfig, UpdateConfig
-from llmrl.wiring import build_grpo, check_rl
+from llmrl.wiring.checks import check_rl
+from llmrl.wiring.rl import build_grpo
+from tests.contexts import context_of
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
@@ -56,10 +58,16 @@ class Heard(Silent):
 
 
 def roles_of(config):
-    """Who hears what the run of these settings says: ``progress`` and ``trackers``."""
-    return {"progress": Heard(), "trackers": Trackers(TrackerConfig(), output_dir=Path(config.run.output_dir))}
+    """What a run of these settings is built with: ``context``, whose progress keeps the messages, and ``trackers``."""
+    trackers = Trackers(TrackerConfig(), output_dir=Path(config.run.output_dir))
+    return {"context": context_of(progress=Heard()), "trackers": trackers}
+
+
+def messages_of(roles):
+    """What was reported to these."""
+    return roles["context"].progress.messages
 
 
 def build_run(config):
     roles = roles_of(config)
-    return build_grpo(config, check_rl(config, dry=False), **roles), roles["progress"].messages
+    return build_grpo(config, check_rl(config, dry=False), **roles), messages_of(roles)

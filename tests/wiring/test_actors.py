@@ -2,16 +2,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.config import DistributedConfig
 from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.wiring import load_actor, reference_of
+from llmrl.wiring.actors import load_actor, reference_of
+from tests.contexts import CPU, context_of
 from tests.models.tiny import FAMILIES, assert_same_gradients, build, dense, gradients, make_sequences, save_folder
 
 
 def actor_of(folder, seed=3, **settings):
     config = ModelConfig(path=str(folder), **settings)
-    return load_actor(config, temperature=0.7, microbatch_tokens=16, seed=seed)
+    return load_actor(config, CPU, temperature=0.7, microbatch_tokens=16, seed=seed)
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma2"])
@@ -40,7 +40,7 @@ def test_gradient_checkpointing_changes_memory_alone(folder, lora):
 def test_the_reference_stays_where_the_actor_started(folder, lora, dtype):
     actor = actor_of(folder, lora=lora, dtype=dtype)
     assert actor.model.training
-    reference = reference_of(actor, DistributedConfig(), OneProcess())
+    reference = reference_of(actor, DistributedConfig(), context_of())
     with torch.no_grad():
         start = actor.policy.logprobs(make_sequences()).logprobs
         for p in actor.model.parameters():
@@ -52,7 +52,7 @@ def test_the_reference_stays_where_the_actor_started(folder, lora, dtype):
 
 def test_a_bfloat16_reference_is_smaller_than_its_actor(folder):
     actor = actor_of(folder, dtype="bfloat16")
-    reference = reference_of(actor, DistributedConfig(), OneProcess()).module
+    reference = reference_of(actor, DistributedConfig(), context_of()).module
     sizes = [sum(p.nbytes for p in module.parameters()) for module in (actor.module, reference)]
     assert sizes[1] < 0.8 * sizes[0]
 

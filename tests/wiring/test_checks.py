@@ -11,7 +11,7 @@ from llmrl.data.rows import SKIP, DataError
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.config import EvaluationConfig
 from llmrl.trainers.run import RunError
-from llmrl.wiring import check_rl, check_sft
+from llmrl.wiring.checks import check_rl, check_sft
 
 
 def test_held_out_prompts_are_read_only_where_they_are_used(config):

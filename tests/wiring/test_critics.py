@@ -33,26 +33,21 @@ from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueMod
 from llmrl.models.loading import ModelError
 from llmrl.models.saving import save_policy
 from llmrl.optim.config import OptimizerConfig
-from llmrl.reports.progress import Silent
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.config import EvaluationConfig, OutputConfig, RewardModelConfig, RLRunConfig, UpdateConfig
-from llmrl.wiring import (
-    build_evaluator,
-    build_ppo,
-    build_reward_model,
-    check_ppo,
-    check_reward_run,
-    check_rl,
-    load_actor,
-    load_scorer,
-)
+from llmrl.wiring.actors import load_actor
+from llmrl.wiring.checks import check_ppo, check_reward_run, check_rl
+from llmrl.wiring.reward_model import build_reward_model
+from llmrl.wiring.rewards import load_scorer
+from llmrl.wiring.rl import build_evaluator, build_ppo
+from tests.contexts import CPU, context_of, on_cpu
 from tests.models.tiny import assert_same_gradients
 from tests.rollout.tiny import SIZES
 from tests.test_cli import refuse_to_load, write_jsonl
 
-from .conftest import TINY, roles_of
+from .conftest import TINY, messages_of, roles_of
 
 LORA = LoraSettings(rank=2)
 OTHER_LORA = {
@@ -230,7 +225,7 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
     rollout, scores = rollout_of(run)
     sequences = run.trainer.reward.encode(rollout)
 
-    merged = load_scorer(LearnedRewardConfig(path=str(folders.lora)))
+    merged = load_scorer(LearnedRewardConfig(path=str(folders.lora)), place=on_cpu)
     assert_close(run.trainer.reward.scorer.scores(sequences), merged.scorer.scores(sequences), rtol=1e-5, atol=1e-5)
     assert_close(scores.parts["model"], merged.normalize(merged.scorer.scores(sequences)), rtol=1e-4, atol=1e-5)
 
@@ -239,7 +234,7 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
         ref_logprobs = algorithm.reference.logprobs(rollout.sequences).logprobs
         of_critic = critic_apart(roles.critic, folders.base).values(rollout.sequences)
         assert_close(dict(of_critic.named), {name: outputs.named[name] for name in ("values", "last_values")})
-        start = load_actor(ModelConfig(path=str(folders.base)), temperature=1.0, microbatch_tokens=10_000, seed=0)
+        start = load_actor(ModelConfig(path=str(folders.base)), CPU, temperature=1.0, microbatch_tokens=10_000, seed=0)
         assert_close(ref_logprobs, start.policy.logprobs(rollout.sequences).logprobs, rtol=1e-5, atol=1e-5)
         again = algorithm.networks.both(rollout.sequences)
     assert (ref_logprobs - outputs.logprobs).abs().max() > 0.1
@@ -389,7 +384,7 @@ def test_a_body_from_the_actor_is_the_actor_bit_for_bit(config, folders, lora, d
 def test_a_body_from_an_actor_that_came_with_an_adapter_has_it_merged(config, folders, tmp_path):
     """Such a run goes on training the adapter: the actor is more than its base."""
     actor = load_actor(
-        ModelConfig(path=str(folders.base), lora=LORA), temperature=1.0, microbatch_tokens=10_000, seed=0
+        ModelConfig(path=str(folders.base), lora=LORA), CPU, temperature=1.0, microbatch_tokens=10_000, seed=0
     )
     move(actor.model)
     parts = {"model": actor.model, "adapted": actor.adapted, "tokenizer": actor.tokenizer, "dtype": actor.dtype}
@@ -453,7 +448,7 @@ def test_an_evaluation_must_leave_its_reward_model_room_too(config, tmp_path):
     limited = with_reward(config, path=save_scorer(tmp_path / "short", short))
     limited = dataclasses.replace(limited, evaluation_data=config.data)
     with pytest.raises(RolloutError, match="exceeds the 9 positions of the reward model"):
-        build_evaluator(limited, check_rl(limited, dry=False, trains=False), progress=Silent())
+        build_evaluator(limited, check_rl(limited, dry=False, trains=False), context_of())
 
 
 def test_targets_that_the_critic_lacks_are_refused(one_base):
@@ -597,7 +592,7 @@ def test_settings_that_nothing_reads_are_told(config):
     roles = roles_of(config)
     idle = with_critic(config, value_coef=0.125)
     build_ppo(idle, check_ppo(idle, dry=False), **roles)
-    assert "warning: critic.value_coef is read only where critic.network is shared" in roles["progress"].messages
+    assert "warning: critic.value_coef is read only where critic.network is shared" in messages_of(roles)
 
 
 # --- what is refused before anything loads ----------------------------------------------------------------------------

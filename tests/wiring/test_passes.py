@@ -21,10 +21,12 @@ from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.config import RewardModelConfig, UpdateConfig
-from llmrl.wiring import load_scorer, load_trained_reward_model
 from llmrl.wiring.actors import load_actor
 from llmrl.wiring.critics import load_networks
 from llmrl.wiring.passes import check_sampling
+from llmrl.wiring.reward_model import load_trained_reward_model
+from llmrl.wiring.rewards import load_scorer
+from tests.contexts import CPU, on_cpu
 
 from .conftest import TINY
 
@@ -32,7 +34,7 @@ ENGINES = ["native", "transformers"]
 
 
 def actor_of(config=TINY):
-    return load_actor(config, temperature=0.7, microbatch_tokens=64, seed=0)
+    return load_actor(config, CPU, temperature=0.7, microbatch_tokens=64, seed=0)
 
 
 @pytest.fixture(params=ENGINES)
@@ -107,8 +109,8 @@ def test_the_rope_of_a_run_is_that_of_its_longest_sequence(tmp_path):
     config = LlamaConfig(vocab_size=size, **sizes, max_position_embeddings=32, rope_parameters=rope)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = {"temperature": 1.0, "microbatch_tokens": 64, "seed": 0}
-    assert load_actor(ModelConfig(path=str(tmp_path)), **settings, longest=32).warnings == ()
-    actor = load_actor(ModelConfig(path=str(tmp_path)), **settings, longest=33)
+    assert load_actor(ModelConfig(path=str(tmp_path)), CPU, **settings, longest=32).warnings == ()
+    actor = load_actor(ModelConfig(path=str(tmp_path)), CPU, **settings, longest=33)
     assert "sequences here may have 33" in actor.warnings[0]
     short = torch.arange(5)[None]
     with torch.no_grad():
@@ -164,8 +166,8 @@ def test_a_reward_model_that_attends_both_ways_is_refused(tmp_path, monkeypatch,
 
     def load():
         if trains:
-            return load_trained_reward_model(folder, RewardModelConfig(), seed=0)
-        return load_scorer(LearnedRewardConfig(path=folder.path))
+            return load_trained_reward_model(folder, RewardModelConfig(), CPU, seed=0)
+        return load_scorer(LearnedRewardConfig(path=folder.path), place=on_cpu)
 
     load()
     attend = LlamaAttention.forward

@@ -10,8 +10,11 @@ import torch
 
 from llmrl.models.config import ModelConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
-from llmrl.wiring import load_actor, load_for_sampling, precision, with_dtypes
-from llmrl.wiring.precision import dtype_of, precision_warnings
+from llmrl.wiring import precision
+from llmrl.wiring.actors import load_actor
+from llmrl.wiring.engines import load_for_sampling
+from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
+from tests.contexts import CPU
 from tests.models.tiny import gpt2, llama, qwen2
 
 from .conftest import TINY, build_run
@@ -93,12 +96,12 @@ def test_float32_with_shared_keys_on_a_gpu_is_told(model, dtype, device, told):
 
 def test_a_model_that_only_samples_is_loaded_in_what_suits_the_device(on):
     on("cuda")
-    _, model = load_for_sampling(OPEN)
+    _, model = load_for_sampling(OPEN, CPU)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_an_actor_on_its_own_computes_in_what_suits_the_device(on):
     on("cuda")
-    actor = load_actor(OPEN, temperature=1.0, microbatch_tokens=64, seed=0)
+    actor = load_actor(OPEN, CPU, temperature=1.0, microbatch_tokens=64, seed=0)
     assert actor.dtype == actor.module.dtype == torch.bfloat16
     assert {p.dtype for p in actor.model.parameters()} == {torch.float32}

@@ -15,10 +15,12 @@ from llmrl.data.rows import DataError
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import ModelError
 from llmrl.trainers.config import OutputConfig, RewardModelConfig
-from llmrl.wiring import build_reward_model, check_reward_run, load_trained_reward_model
 from llmrl.wiring import reward_model as under_test
+from llmrl.wiring.checks import check_reward_run
+from llmrl.wiring.reward_model import build_reward_model, load_trained_reward_model
+from tests.contexts import CPU
 
-from .conftest import TINY, roles_of
+from .conftest import TINY, messages_of, roles_of
 
 
 def build(folder, model=TINY, extra="", **data_settings):
@@ -30,7 +32,7 @@ def build(folder, model=TINY, extra="", **data_settings):
     )
     roles = roles_of(config)
     run = build_reward_model(config, check_reward_run(config, dry=False), **roles)
-    return run, roles["progress"].messages
+    return run, messages_of(roles)
 
 
 def test_the_order_of_the_pairs_comes_from_the_seed(tmp_path):
@@ -155,7 +157,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_
     (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": 50}))
     config = ModelConfig(path=str(folder), from_scratch=True)
     with pytest.raises(ModelError, match=r"has 49 tokens, such as 'J' \(id 50\), beyond the 50 embeddings"):
-        load_trained_reward_model(config, RewardModelConfig(), seed=0)
+        load_trained_reward_model(config, RewardModelConfig(), CPU, seed=0)
 
 
 def test_a_pair_with_a_token_that_has_no_embedding_is_refused(one_token_more, tmp_path):

@@ -11,15 +11,14 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.rows import DataError
-from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.config import DistributedConfig
 from llmrl.models.loading import ModelError
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward
-from llmrl.wiring import load_scorer, score_rows
-from llmrl.wiring.rewards import Rewards
+from llmrl.wiring import rewards as under_test
+from llmrl.wiring.rewards import load_scorer, score_rows
+from tests.contexts import CPU, context_of, on_cpu
 from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer, spell
 from tests.models.tiny import SIZES
 
@@ -41,10 +40,12 @@ def folder(tmp_path):
     return LearnedRewardConfig(path=str(tmp_path), dtype="float32")
 
 
+DATA = PromptDataConfig(path="d.jsonl")
+
+
 def reward_on(config, functions=()):
-    return Rewards(config, functions, make_tokenizer(), DistributedConfig(), OneProcess()).on(
-        PromptDataConfig(path="d.jsonl"), ROWS
-    )
+    scorer = None if config.model is None else load_scorer(config.model, place=on_cpu)
+    return under_test.reward_on(DATA, ROWS, config, functions, scorer, make_tokenizer(), context_of())
 
 
 def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
@@ -54,35 +55,37 @@ def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
 
 
 def test_a_reward_model_is_loaded_once_for_all_data(folder):
-    rewards = Rewards(RewardConfig(model=folder), (), make_tokenizer(), DistributedConfig(), OneProcess())
-    first, second = (rewards.on(PromptDataConfig(path="d.jsonl"), rows) for rows in (ROWS, ROWS[:1]))
+    scorer, config = load_scorer(folder, place=on_cpu), RewardConfig(model=folder)
+    first, second = (
+        under_test.reward_on(DATA, rows, config, (), scorer, make_tokenizer(), context_of())
+        for rows in (ROWS, ROWS[:1])
+    )
     assert first.scorer.scorer is second.scorer.scorer
 
 
 def test_rows_are_scored_by_their_text_and_the_eos(folder):
-    model = load_scorer(folder).scorer.module.model
+    model = load_scorer(folder, place=on_cpu).scorer.module.model
     expected = [
         (model(input_ids=torch.tensor([[*spell(row["prompt"] + row["response"]), 1]])).logits.item() - 0.5) / 2.0
         for row in ROWS
     ]
-    scores = score_rows(folder, ROWS, SupervisedDataConfig(path="d.jsonl"))
+    scores = score_rows(folder, ROWS, SupervisedDataConfig(path="d.jsonl"), CPU)
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_scorer_is_what_the_recipe_asks_for(folder):
-    data = PromptDataConfig(path="d.jsonl")
-    settings = {"weight": 3.0, "microbatch_tokens": 77, "dtype": "bfloat16"}
-    scorer = load_scorer(replace(folder, **settings))
-    assert scorer.weight == scorer.reward_for(make_tokenizer(), data, ROWS, OneProcess()).weight == 3.0
+    config = replace(folder, weight=3.0, microbatch_tokens=77, dtype="bfloat16")
+    scorer = load_scorer(config, place=on_cpu)
+    assert reward_on(RewardConfig(model=config)).weight == 3.0
     assert scorer.scorer.microbatch_tokens == 77
     assert scorer.scorer.module.dtype == torch.bfloat16
     x = torch.tensor([0.5, 4.5])
     assert scorer.normalize(x).tolist() == [0.0, 2.0]
-    assert load_scorer(replace(folder, normalize=False)).normalize(x).tolist() == [0.5, 4.5]
+    assert load_scorer(replace(folder, normalize=False), place=on_cpu).normalize(x).tolist() == [0.5, 4.5]
 
 
 def test_the_head_of_a_scorer_stays_in_float32(folder):
-    model = load_scorer(replace(folder, dtype="bfloat16")).scorer.module.model
+    model = load_scorer(replace(folder, dtype="bfloat16"), place=on_cpu).scorer.module.model
     assert model.score.weight.dtype == torch.float32
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
@@ -94,7 +97,7 @@ def change(folder, **settings):
 
 
 def raw_score(folder, text):
-    model = load_scorer(folder).scorer.module.model
+    model = load_scorer(folder, place=on_cpu).scorer.module.model
     return model(input_ids=torch.tensor([[*spell(text), 1]])).logits.item()
 
 
@@ -110,7 +113,7 @@ def test_rows_are_read_as_in_training(folder, form, row, read):
     """Whatever else the data says."""
     make_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ bos_token }}", "")).save_pretrained(folder.path)
     change(folder, **form)
-    scores = score_rows(folder, [{**row, "response": "x"}], SupervisedDataConfig(path="d.jsonl"))
+    scores = score_rows(folder, [{**row, "response": "x"}], SupervisedDataConfig(path="d.jsonl"), CPU)
     assert scores == pytest.approx([(raw_score(folder, read) - 0.5) / 2.0], abs=1e-5)
 
 
@@ -120,7 +123,7 @@ def test_an_open_transcript_is_read_as_the_pairs_of_training_are(folder):
         {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: ", "response": " x"},
         {"prompt": [{"role": "user", "content": "a"}], "response": "x"},
     ]
-    scores = score_rows(folder, rows, SupervisedDataConfig(path="d.jsonl"))
+    scores = score_rows(folder, rows, SupervisedDataConfig(path="d.jsonl"), CPU)
     read = "user:a|assistant:b|user:c|assistant:x", "user:a|assistant:x"
     assert scores == pytest.approx([(raw_score(folder, text) - 0.5) / 2.0 for text in read], abs=1e-5)
 
@@ -137,9 +140,9 @@ def test_a_row_longer_than_the_model_has_positions_is_named(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     rows, data = [{"prompt": "ab", "response": "c" * n} for n in (5, 6)], SupervisedDataConfig(path="d.jsonl")
     model = LearnedRewardConfig(path=str(tmp_path))
-    assert len(score_rows(model, rows[:1], data)) == 1
+    assert len(score_rows(model, rows[:1], data, CPU)) == 1
     with pytest.raises(DataError, match=r"row 2: it has 9 tokens, and the model has 8 positions"):
-        score_rows(model, rows, data)
+        score_rows(model, rows, data, CPU)
 
 
 def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(folder):
@@ -148,7 +151,7 @@ def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(folder):
     tokenizer.save_pretrained(folder.path)
     told = r"^reward\.model\.path .* its tokenizer has 11 tokens, such as '<9>' \(id 40\), beyond the 40 embeddings"
     with pytest.raises(ModelError, match=told):
-        load_scorer(folder)
+        load_scorer(folder, place=on_cpu)
 
 
 def test_one_long_row_that_changes_the_scores_of_all_is_told(folder, capsys):
@@ -156,7 +159,7 @@ def test_one_long_row_that_changes_the_scores_of_all_is_told(folder, capsys):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     change(folder, max_position_embeddings=8, rope_parameters=rope)
     rows, data = [{"prompt": "ab", "response": "c" * n} for n in (3, 9)], SupervisedDataConfig(path="d.jsonl")
-    short = score_rows(folder, rows[:1], data)
+    short = score_rows(folder, rows[:1], data, CPU)
     assert "rope" not in capsys.readouterr().err
-    assert score_rows(folder, rows, data)[0] != short[0]
+    assert score_rows(folder, rows, data, CPU)[0] != short[0]
     assert "sequences here may have 12: every row, short ones too" in capsys.readouterr().err

@@ -18,7 +18,9 @@ from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.trainers.config import EvaluationConfig
-from llmrl.wiring import build_evaluator, build_grpo, check_rl
+from llmrl.wiring.checks import check_rl
+from llmrl.wiring.rl import build_evaluator, build_grpo
+from tests.contexts import context_of
 
 from .conftest import TINY, build_run, roles_of
 
@@ -34,7 +36,7 @@ def test_the_probe_of_sampling_belongs_to_a_phase(config, monkeypatch):
     monkeypatch.setattr(Silent, "phase", lambda _, name, total: begun.append((name, total)))
     seen = []
     monkeypatch.setattr("llmrl.wiring.rl.check_sampling", lambda *_: seen.extend(begun))
-    roles = {**roles_of(config), "progress": Silent()}
+    roles = {**roles_of(config), "context": context_of()}
     build_grpo(config, check_rl(config, dry=False), **roles)
     assert seen == [("start", 1)]
 
@@ -56,7 +58,7 @@ def test_the_schedule_ends_with_the_run(config):
 
 def test_one_temperature_for_sampling_and_for_log_probabilities(config):
     run, _ = build_run(config)
-    assert run.trainer.temperature == 0.5
+    assert run.trainer.sampling.temperature == 0.5
     assert run.trainer.trained["actor"].module.temperature == 0.5
     run.prepare()
     assert run.trainer.iterate().values()["policy/rollout_gap"] < 1e-5
@@ -151,7 +153,7 @@ def test_prompts_that_leave_no_room_are_refused_before_the_first_rollout(config,
     with pytest.raises(RolloutError, match=r"with a prompt of 6 tokens exceeds the 18 positions"):
         build_run(measured)
     with pytest.raises(RolloutError, match=r"with a prompt of 6 tokens exceeds the 18 positions"):
-        build_evaluator(measured, check_rl(measured, dry=False), progress=Silent())
+        build_evaluator(measured, check_rl(measured, dry=False), context_of())
 
 
 def test_a_column_of_a_later_row_reaches_the_reward(config, tmp_path):
@@ -210,7 +212,7 @@ def test_what_is_sampled_comes_from_the_seed(config, tmp_path):
         run, _ = build_run(with_run(settings, seed=seed))
         assert run.trainer.seed == seed
         assert run.evaluate.__self__.sampling.seed == seed
-    first, second = (build_evaluator(s, check_rl(s, dry=False), progress=Silent()) for s in (settings, settings))
+    first, second = (build_evaluator(s, check_rl(s, dry=False), context_of()) for s in (settings, settings))
     assert first.evaluate() == second.evaluate()
 
 
@@ -219,7 +221,7 @@ def test_an_evaluation_is_what_the_recipe_asks_for(config, tmp_path, alone):
     settings = with_held_out(config, tmp_path, num_responses=6, temperature=0.3, pass_at=(2,))
     settings = with_rollout(settings, max_response_tokens=17)
     if alone:
-        evaluator = build_evaluator(settings, check_rl(settings, dry=False), progress=Silent())
+        evaluator = build_evaluator(settings, check_rl(settings, dry=False), context_of())
     else:
         evaluator = build_run(settings)[0].evaluate.__self__
     sampling = evaluator.sampling
@@ -236,7 +238,7 @@ def test_an_evaluation_reads_its_own_columns_and_its_own_system_prompt(config, t
     rule = RewardConfig(functions=(RewardFunctionConfig(name=f"{tmp_path}/rule.py:knows_its_prompt"),))
     settings = dataclasses.replace(with_held_out(config, tmp_path, settings={"max_prompt_tokens": 9}), reward=rule)
     assert build_run(settings)[0].evaluate()["eval/accuracy"] == 1.0
-    evaluator = build_evaluator(settings, check_rl(settings, dry=False), progress=Silent())
+    evaluator = build_evaluator(settings, check_rl(settings, dry=False), context_of())
     assert evaluator.evaluate()["eval/accuracy"] == 1.0
     assert evaluator.reward.reward.prompt_column == "question"
 

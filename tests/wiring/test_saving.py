@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from llmrl.distributed.collectives import OneProcess
 from llmrl.models.folders import ModelError
+from llmrl.models.saving import Saver
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
-from llmrl.wiring.saving import Saver
+from tests.contexts import context_of
 from tests.models.tiny import FAMILIES, make_tokenizer
 
 
@@ -30,7 +31,7 @@ def launch(request, monkeypatch):
 def test_the_first_rank_writes_the_weights_as_they_are_by_then(ranks, writes, tmp_path):
     torch.manual_seed(0)
     model = FAMILIES["gpt2"]()
-    saver = Saver(model, None, make_tokenizer(), dtype=torch.float32, collectives=ranks)
+    saver = Saver(model, None, make_tokenizer(), dtype=torch.float32, context=context_of(ranks))
     trained = LocalTrainable(model, OptimizerConfig(), num_steps=1)
     with torch.no_grad():
         model.transformer.wte.weight += 1.0
@@ -50,4 +51,4 @@ def test_what_stands_beside_the_weights_is_tried_out_before_training(ranks, trie
     model, tokenizer = FAMILIES["gpt2"](), make_tokenizer()
     monkeypatch.setattr(type(model.config), "save_pretrained", refuse)
     with pytest.raises(ModelError, match="a setting that cannot be saved") if tries else nullcontext():
-        Saver(model, None, tokenizer, dtype=torch.float32, collectives=ranks)
+        Saver(model, None, tokenizer, dtype=torch.float32, context=context_of(ranks))

@@ -8,9 +8,10 @@ from llmrl.config import SFTRun
 from llmrl.data.config import SupervisedDataConfig
 from llmrl.models.loading import ModelError
 from llmrl.trainers.config import RunConfig, SFTConfig
-from llmrl.wiring import build_sft, check_sft
+from llmrl.wiring.checks import check_sft
+from llmrl.wiring.sft import build_sft
 
-from .conftest import TINY, roles_of
+from .conftest import TINY, messages_of, roles_of
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def config(tmp_path):
 
 def build_run(config):
     roles = roles_of(config)
-    return build_sft(config, check_sft(config, dry=False), **roles), roles["progress"].messages
+    return build_sft(config, check_sft(config, dry=False), **roles), messages_of(roles)
 
 
 def test_rows_that_are_too_long_are_told(config):

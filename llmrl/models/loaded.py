@@ -1,0 +1,81 @@
+"""Loaded models, each with everything that belongs to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmrl.batches import PreferencePairs
+from llmrl.models.critic import SharedTrunk, TransformersValueFunction
+from llmrl.models.policy import PolicyModule, TransformersPolicy
+from llmrl.models.reward_model import RewardModule, TransformersRewardModel
+from llmrl.models.reward_record import Normalization, TextForm, normalization_on
+from llmrl.roles import ActorCritic, Scorer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """The policy that is trained."""
+
+    model: "PreTrainedModel"
+    adapted: "PeftModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    module: PolicyModule
+    policy: TransformersPolicy
+    dtype: torch.dtype
+    warnings: tuple[str, ...]
+    """What the user must know of how this model is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """Actor and critic of PPO."""
+
+    both: ActorCritic
+    actor: TransformersPolicy | SharedTrunk
+    value: TransformersValueFunction | None
+    """None where both are heads on one trunk."""
+    critic: "PreTrainedModel"
+    """The model below the value head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRewardModel:
+    """A reward model that is trained."""
+
+    model: "PreTrainedModel"
+    adapted: "PeftModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    module: RewardModule
+    scorer: TransformersRewardModel
+    has_own_pad: bool
+    """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
+    warnings: tuple[str, ...]
+    """What the user must know of how this model is read."""
+
+    def normalize(self, pairs: PreferencePairs, scorer: Scorer) -> Normalization:
+        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1. `scorer` is the
+        model's own, or that of all ranks."""
+        with torch.no_grad():
+            normalization = normalization_on(torch.cat(scorer.pair_scores(pairs)))
+        normalization.write(self.model.config)
+        return normalization
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScorer:
+    """A reward model that is only read: frozen, on the device."""
+
+    scorer: TransformersRewardModel
+    tokenizer: "PreTrainedTokenizerBase"
+    normalize: Callable[[Tensor], Tensor]
+    text_form: TextForm
+    """For prompts that bring no settings of their own."""
+    position_limit: int | None
+    """Tokens of the longest sequence that it can read."""
