@@ -142,9 +142,3 @@ def test_batches_cannot_be_changed(short):
     with pytest.raises(AttributeError):
         short.advantages = torch.zeros(2, 1)
     assert isinstance(short, Batch)
-
-
-# --- by_token_budget --------------------------------------------------------------------------------------------------
-
-
-# --- parts_of_rank ----------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from llmrl.distributed.device import loading_device, pick_device
 from llmrl.distributed.sharing import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import load_tokenizer
+from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
-from llmrl.models.reward_model import RewardModule, TransformersRewardModel, shares_prompts_exactly
+from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.models.reward_record import Normalization, TextForm, normalization_on
 from llmrl.models.training import ready_to_train
 from llmrl.models.vocabulary import check_ids, check_vocabulary
@@ -88,7 +89,7 @@ def load_trained_reward_model(
     scorer = TransformersRewardModel(
         module,
         microbatch_tokens=settings.microbatch_tokens,
-        shares_prompts=shares_prompts_exactly(module, len(tokenizer)),
+        shares_prompts=shares_prompts_exactly(model, len(tokenizer)),
     )
     return LoadedRewardModel(
         model=model,

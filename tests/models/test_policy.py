@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.models.policy import TransformersPolicy, to_left_margin
+from llmrl.models.policy import TransformersPolicy
 from tests.rollout.tiny import VOCAB
 
-from .tiny import ROWS, assert_same_gradients, build, dense, gradients, make_sequences, module_of
+from .tiny import assert_same_gradients, build, dense, gradients, make_sequences, module_of
 
 
 def policy_of(family, *, microbatch_tokens=10_000, **settings):
@@ -121,13 +121,3 @@ def test_the_head_multiplies_in_the_arithmetic_of_the_rest(dtype, product):
     module.head = watched
     module(make_sequences())
     assert seen == [product]
-
-
-def test_left_margin_by_hand():
-    ids, response_start = to_left_margin(make_sequences(ROWS[1:4], prompt_padding=(36,), response_padding=(35,)))
-    assert ids.tolist() == [
-        [2, 14, 15, 0, 0, 0, 0, 0, 0],
-        [3, 4, 5, 6, 30, 31, 32, 33, 2],
-        [34, 16, 17, 0, 0, 0, 0, 0, 0],
-    ]
-    assert response_start.tolist() == [2, 8, 1]
