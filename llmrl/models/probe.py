@@ -112,7 +112,7 @@ def _probe_pairs(vocab_size: int) -> PreferencePairs:
     def side(first: int, lengths: list[int]) -> Sequences:
         response_lengths = torch.tensor(lengths)
         mask = torch.arange(max(lengths)) < response_lengths[:, None]
-        return Sequences(
+        return Sequences.from_rows(
             prompt_ids=torch.arange(8).view(2, 4) % vocab_size,
             prompt_mask=torch.tensor([[False, True, True, True], [True, True, True, True]]),
             response_ids=(first + torch.arange(mask.numel()).view(mask.shape)) % vocab_size,
