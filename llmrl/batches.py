@@ -1,10 +1,12 @@
 """The nouns that cross a stage boundary: Prompts -> Rollout -> Scores -> Experience.
 
 Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to response token t. Prompts are padded left,
-responses right. Two prompts "ab" and "c", a response to each, "xy" (ended with EOS ``$``) and "z" (cut by the limit):
+responses right. Two prompts "ab" and "c"; two responses to the first, "xy" (ended with EOS ``$``) and "z" (cut by the
+limit), and "v" to the second:
 
-    prompt_ids   a b    prompt_mask  1 1      response_ids  x y $    response_mask  1 1 1    finished  1
-                 . c                 0 1                    z . .                   1 0 0              0
+    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x y $    response_mask  1 1 1    finished  1
+                       . c                   0                  z . .                   1 0 0              0
+                                             1                  v $ .                   1 1 0              1
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +19,12 @@ from torch import Tensor
 
 Row = Mapping[str, Any]
 B = TypeVar("B", bound="Batch")
+S = TypeVar("S", bound="Sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows side by side: the first axis of every tensor and every tuple is the row."""
+    """Rows side by side: the first axis of every tensor and every tuple is the row, unless its class says otherwise."""
 
     def select(self: B, index: Tensor) -> B:
         """The rows that an index tensor names, in its order."""
@@ -39,20 +42,79 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences(Batch):
-    """What `Policy` and `ValueFunction` read: prompts and the responses to them, as token ids."""
+    """What `Policy` and `ValueFunction` read: prompts and the responses to them, as token ids.
 
-    prompt_ids: Int[Tensor, "B P"]
-    prompt_mask: Bool[Tensor, "B P"]
+    A prompt is held once, however many of the rows respond to it.
+    """
+
+    unique_prompt_ids: Int[Tensor, "N P"]
+    unique_prompt_mask: Bool[Tensor, "N P"]
+    prompt_of_row: Int[Tensor, " B"]
+    """Which of the prompts each row responds to."""
     response_ids: Int[Tensor, "B T"]
     response_mask: Bool[Tensor, "B T"]
     """True on the tokens that the actor chose, its EOS included."""
     response_lengths: Int[Tensor, " B"]
     """Every attended response token, tool output included."""
 
+    @classmethod
+    def from_rows(
+        cls,
+        *,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        response_ids: Int[Tensor, "B T"],
+        response_mask: Bool[Tensor, "B T"],
+        response_lengths: Int[Tensor, " B"],
+    ) -> "Sequences":
+        """Sequences in which each row has a prompt of its own."""
+        return cls(
+            unique_prompt_ids=prompt_ids,
+            unique_prompt_mask=prompt_mask,
+            prompt_of_row=torch.arange(len(prompt_ids), device=prompt_ids.device),
+            response_ids=response_ids,
+            response_mask=response_mask,
+            response_lengths=response_lengths,
+        )
+
+    @property
+    def prompt_ids(self) -> Int[Tensor, "B P"]:
+        """The prompt of each row."""
+        return self.unique_prompt_ids[self.prompt_of_row]
+
+    @property
+    def prompt_mask(self) -> Bool[Tensor, "B P"]:
+        """True on the tokens of the prompt of each row."""
+        return self.unique_prompt_mask[self.prompt_of_row]
+
     @property
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Prompt and response tokens of each row, padding left out."""
-        return self.prompt_mask.sum(dim=1) + self.response_lengths
+        return self.unique_prompt_mask.sum(dim=1)[self.prompt_of_row] + self.response_lengths
+
+    def select(self: S, index: Tensor) -> S:
+        """The rows that an index tensor names, in its order.
+
+        Prompts that none of them responds to go, the others keep their order and their width.
+        """
+        used, prompt_of_row = _select(self.prompt_of_row, index).unique(return_inverse=True)
+        return type(self)(
+            unique_prompt_ids=self.unique_prompt_ids[used],
+            unique_prompt_mask=self.unique_prompt_mask[used],
+            prompt_of_row=prompt_of_row,
+            response_ids=_select(self.response_ids, index),
+            response_mask=_select(self.response_mask, index),
+            response_lengths=_select(self.response_lengths, index),
+        )
+
+    @classmethod
+    def cat(cls: type[S], parts: Sequence[S]) -> S:  # type: ignore[override]
+        """The rows of several batches as one; a prompt that two of them hold is held twice."""
+        num_prompts, renumbered = 0, []
+        for part in parts:
+            renumbered.append(replace(part, prompt_of_row=part.prompt_of_row + num_prompts))
+            num_prompts += len(part.unique_prompt_ids)
+        return super().cat(renumbered)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +266,7 @@ def _cat(values: list[Any], name: str) -> Any:
             return torch.cat(values)
         case Tensor():
             width = max(value.shape[1] for value in values)
-            left = name in ("ids", "mask", "prompt_ids", "prompt_mask")
+            left = name in ("ids", "mask", "unique_prompt_ids", "unique_prompt_mask")
             return torch.cat([pad_columns(value, width, left=left) for value in values])
         case Batch():
             return type(values[0]).cat(values)

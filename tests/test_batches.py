@@ -3,7 +3,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from llmrl.batches import Batch, Experience, GRPOExperience, Prompts, Rollout, Scores, Sequences
+from llmrl.batches import (
+    Batch,
+    Experience,
+    GRPOExperience,
+    PreferencePairs,
+    Prompts,
+    Rollout,
+    Scores,
+    Sequences,
+    TokenOutputs,
+)
 
 
 def tensor(*rows, dtype=torch.long):
@@ -16,7 +26,7 @@ def make_experience(prompts, responses, scores, *, first_group=0) -> GRPOExperie
     ids = tensor(*([99] * (width - len(p)) + list(p) for p in prompts))
     response_ids = tensor(*(list(r) + [99] * (length - len(r)) for r in responses))
     mask = tensor(*([True] * len(r) + [False] * (length - len(r)) for r in responses), dtype=torch.bool)
-    sequences = Sequences(
+    sequences = Sequences.from_rows(
         prompt_ids=ids,
         prompt_mask=tensor(*([False] * (width - len(p)) + [True] * len(p) for p in prompts), dtype=torch.bool),
         response_ids=response_ids,
@@ -122,7 +132,7 @@ def test_a_batch_of_something_else_is_an_error():
 
 def test_tokens_of_a_row():
     """Prompt and response, tool output included, padding not."""
-    sequences = Sequences(
+    sequences = Sequences.from_rows(
         prompt_ids=tensor([0, 7], [8, 9]),
         prompt_mask=tensor([0, 1], [1, 1], dtype=torch.bool),
         response_ids=tensor([5, 5, 5], [5, 0, 0]),
@@ -144,7 +154,147 @@ def test_batches_cannot_be_changed(short):
     assert isinstance(short, Batch)
 
 
-# --- by_token_budget --------------------------------------------------------------------------------------------------
+# --- prompts of sequences ---------------------------------------------------------------------------------------------
 
 
-# --- parts_of_rank ----------------------------------------------------------------------------------------------------
+def grouped(prompts, prompt_of_row, *, first_id=10) -> Sequences:
+    """Row b responds to prompt `prompt_of_row[b]` with the one id `first_id` + b."""
+    rows = make_experience(prompts, [[1]] * len(prompts), [0.0] * len(prompts)).sequences
+    count = len(prompt_of_row)
+    return Sequences(
+        unique_prompt_ids=rows.prompt_ids,
+        unique_prompt_mask=rows.prompt_mask,
+        prompt_of_row=torch.tensor(prompt_of_row),
+        response_ids=first_id + torch.arange(count)[:, None],
+        response_mask=torch.ones(count, 1, dtype=torch.bool),
+        response_lengths=torch.ones(count, dtype=torch.long),
+    )
+
+
+def prompts_of(sequences: Sequences) -> list[list[int]]:
+    """The prompt of each row, padding gone."""
+    return [ids[mask].tolist() for ids, mask in zip(sequences.prompt_ids, sequences.prompt_mask, strict=True)]
+
+
+def test_each_row_reads_its_prompt():
+    sequences = grouped([[1], [2, 3]], [1, 0, 1])
+    assert sequences.prompt_ids.tolist() == [[2, 3], [99, 1], [2, 3]]
+    assert sequences.prompt_mask.int().tolist() == [[1, 1], [0, 1], [1, 1]]
+    assert sequences.num_tokens.tolist() == [3, 2, 3]
+
+
+def test_rows_with_prompts_of_their_own():
+    sequences = grouped([[1], [2, 3]], [0, 1])
+    fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "response_lengths")
+    same = Sequences.from_rows(**{name: getattr(sequences, name) for name in fields})
+    assert same.prompt_of_row.tolist() == [0, 1]
+    assert same.unique_prompt_ids.tolist() == [[99, 1], [2, 3]]
+    assert same.response_ids.tolist() == [[10], [11]]
+
+
+@pytest.mark.parametrize(
+    ("index", "unique", "prompt_of_row"),
+    [
+        ([0, 1], [[99, 4]], [0, 0]),
+        ([4, 2, 0], [[99, 4], [99, 5], [6, 7]], [2, 1, 0]),  # prompts keep their order, whatever that of the rows
+        ([5, 5, 1], [[99, 4], [6, 7]], [1, 1, 0]),
+        ([3], [[99, 5]], [0]),  # and their width
+        ([], [], []),
+    ],
+)
+def test_select_keeps_the_prompts_that_are_responded_to(index, unique, prompt_of_row):
+    sequences = grouped([[4], [5], [6, 7]], [0, 0, 1, 1, 2, 2])
+    some = sequences.select(torch.tensor(index, dtype=torch.long))
+    assert some.unique_prompt_ids.tolist() == unique
+    assert some.unique_prompt_ids.shape == some.unique_prompt_mask.shape == (len(unique), 2)
+    assert some.prompt_of_row.tolist() == prompt_of_row
+    assert some.response_ids.flatten().tolist() == [10 + row for row in index]
+    assert torch.equal(some.prompt_ids, sequences.prompt_ids[index])
+    assert torch.equal(some.prompt_mask, sequences.prompt_mask[index])
+
+
+def test_cat_of_groups():
+    """A prompt that two parts hold is held twice."""
+    parts = [grouped([[1], [2]], [0, 0, 1]), grouped([[3, 4, 5], [2]], [1, 0], first_id=20)]
+    both = Sequences.cat([*parts, parts[0].select(torch.tensor([2]))])
+    assert both.unique_prompt_ids.tolist() == [[0, 0, 1], [0, 0, 2], [3, 4, 5], [99, 99, 2], [0, 0, 2]]
+    assert both.prompt_of_row.tolist() == [0, 0, 1, 3, 2, 4]
+    assert prompts_of(both) == [[1], [1], [2], [2], [3, 4, 5], [2]]
+    assert both.response_ids.flatten().tolist() == [10, 11, 12, 20, 21, 12]
+
+
+def test_a_batch_that_is_cut_and_put_together_reads_as_before():
+    """Whatever the cut: a group may be torn apart by it."""
+    sequences = grouped([[4], [5], [6, 7]], [0, 0, 1, 1, 2, 2])
+    parts = torch.tensor([3, 0, 5, 1, 2, 4]).split([1, 3, 2])
+    again = Sequences.cat([sequences.select(part) for part in parts]).select(torch.cat(parts).argsort())
+    assert torch.equal(again.prompt_ids, sequences.prompt_ids)
+    assert torch.equal(again.prompt_mask, sequences.prompt_mask)
+    assert torch.equal(again.response_ids, sequences.response_ids)
+
+
+def test_pairs_and_rollouts_select_their_prompts():
+    sequences = grouped([[4], [5]], [0, 0, 1])
+    pairs = PreferencePairs(chosen=sequences, rejected=sequences, margin=torch.zeros(3))
+    assert pairs.num_tokens.tolist() == [4, 4, 4]
+    assert pairs.select(torch.tensor([2])).rejected.unique_prompt_ids.tolist() == [[5]]
+    assert prompts_of(PreferencePairs.cat([pairs, pairs]).chosen) == [[4], [4], [5]] * 2
+
+
+def test_prompts_of_sequences_move():
+    moved = grouped([[4], [5]], [0, 1]).to("meta")
+    assert {moved.unique_prompt_ids.device.type, moved.unique_prompt_mask.device.type} == {"meta"}
+    assert moved.prompt_of_row.device.type == "meta"
+
+
+# --- outputs by name --------------------------------------------------------------------------------------------------
+
+
+def outputs(first: float) -> TokenOutputs:
+    """Of two rows: one output of each shape, and one without a property."""
+    table = first + torch.arange(4.0).view(2, 2)
+    return TokenOutputs(named={"logprobs": table, "last_values": -table[:, 0], "auxiliary": 10 * table})
+
+
+def test_outputs_are_read_by_name():
+    named = {name: torch.full((1, 2), float(n)) for n, name in enumerate(["logprobs", "entropy", "values"])}
+    every = TokenOutputs(named={**named, "last_values": torch.tensor([3.0])})
+    read = (every.logprobs, every.entropy, every.values, every.last_values)
+    assert [float(x.flatten()[0]) for x in read] == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["logprobs", "entropy", "values", "last_values"])
+def test_an_output_that_the_module_does_not_have_is_an_error(name):
+    with pytest.raises(KeyError, match=name):
+        getattr(TokenOutputs(named={}), name)
+
+
+def test_outputs_of_two_modules_become_one():
+    policy, critic = (
+        TokenOutputs(named={"logprobs": torch.zeros(1, 2)}),
+        TokenOutputs(named={"values": torch.ones(1, 2)}),
+    )
+    both = policy.merge(critic)
+    assert list(both.named) == ["logprobs", "values"]
+    assert both.logprobs is policy.logprobs
+    assert both.values is critic.values
+    assert list(policy.named) == ["logprobs"]
+
+
+def test_every_output_is_selected_moved_and_put_together():
+    """Those without a property too; tables are padded on the right."""
+    wide = TokenOutputs(
+        named={
+            "logprobs": torch.full((1, 3), 9.0),
+            "last_values": torch.tensor([8.0]),
+            "auxiliary": torch.full((1, 3), 7.0),
+        }
+    )
+    both = TokenOutputs.cat([outputs(0.0), wide])
+    assert both.logprobs.tolist() == [[0, 1, 0], [2, 3, 0], [9, 9, 9]]
+    assert both.last_values.tolist() == [0, -2, 8]
+    assert both.named["auxiliary"].tolist() == [[0, 10, 0], [20, 30, 0], [7, 7, 7]]
+    some = both.select(torch.tensor([2, 0]))
+    assert some.last_values.tolist() == [8, 0]
+    assert some.named["auxiliary"].tolist() == [[7, 7, 7], [0, 10, 0]]
+    assert {x.device.type for x in both.to("meta").named.values()} == {"meta"}

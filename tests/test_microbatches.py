@@ -1,11 +1,14 @@
 """Microbatches hold their token budget, and every row is in one of them on one rank."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
-from llmrl.microbatches import by_token_budget, parts_of_rank
+from llmrl.batches import Batch, TokenOutputs
+from llmrl.microbatches import by_token_budget, in_microbatches, in_row_order, padded_tokens, parts_of_rank
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,147 @@ def test_rows_are_dealt_on_the_cpu_wherever_tensors_are_made_by_default():
     with torch.device("meta"):  # which holds no numbers
         parts, _ = parts_of_rank(lengths, 100, rank=0, world_size=2)
     assert [part.tolist() for part in parts] == [[0]]
+
+
+# --- units and costs --------------------------------------------------------------------------------------------------
+
+
+def packed_tokens(lengths):
+    """Of rows without padding."""
+    return sum(lengths)
+
+
+def units_by_definition(units: list[int]) -> list[list[int]]:
+    """The rows of each unit, in the order of its first."""
+    return [[row for row, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units)]
+
+
+def parts_by_definition(lengths: list[int], max_tokens: int, cost, units: list[list[int]]) -> list[list[int]]:
+    """As many of the cheapest units as fit, at least one; then of the others."""
+    left = sorted(units, key=lambda rows: (cost([lengths[row] for row in rows]), units.index(rows)))
+    parts = []
+    while left:
+        cuts = [list(itertools.chain(*left[:n])) for n in range(1, len(left) + 1)]
+        num = max([n for n, rows in enumerate(cuts, 1) if cost([lengths[row] for row in rows]) <= max_tokens] or [1])
+        parts.append(cuts[num - 1])
+        left = left[num:]
+    return parts
+
+
+def dealt_by_definition(lengths: list[int], world_size: int, cost, units: list[list[int]]) -> list[list[list[int]]]:
+    """The units of each rank: the dearest first, each to the first of the ranks with the least to do."""
+
+    def of_unit(rows: list[int]) -> int:
+        return cost([lengths[row] for row in rows])
+
+    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
+    for unit in sorted(units, key=lambda rows: (-of_unit(rows), units.index(rows))):
+        min(ranks, key=lambda mine: sum(map(of_unit, mine))).append(unit)
+    return ranks
+
+
+def test_costs_by_hand():
+    assert padded_tokens([3, 1, 2]) == 9
+    assert padded_tokens([4]) == 4
+
+
+@pytest.mark.parametrize(
+    ("units", "max_tokens", "parts"),
+    [
+        ([7, 7, 5, 5], 8, [[2, 3], [0, 1]]),  # 2 rows of 1, 2 rows of 4
+        ([7, 7, 5, 5], 16, [[2, 3, 0, 1]]),
+        ([7, 5, 7, 5], 1, [[0, 2], [1, 3]]),  # longer than the budget: alone, and never torn apart
+        ([0, 0, 0, 0], 1, [[0, 1, 2, 3]]),
+    ],
+)
+def test_whole_units_by_hand(units, max_tokens, parts):
+    found = by_token_budget(torch.tensor([4, 4, 1, 1]), max_tokens, units=torch.tensor(units))
+    assert [part.tolist() for part in found] == parts
+
+
+@pytest.mark.parametrize("cost", [padded_tokens, packed_tokens])
+@pytest.mark.parametrize("num_units", [1, 4, 60])
+@pytest.mark.parametrize("max_tokens", [1, 50, 300, 10_000])
+def test_whole_units_by_definition(num_units, max_tokens, cost):
+    random = torch.Generator().manual_seed(num_units)
+    lengths, units = torch.randint(1, 12, (40,), generator=random), torch.randint(num_units, (40,), generator=random)
+    found = by_token_budget(lengths, max_tokens, cost=cost, units=units)
+    expected = parts_by_definition(lengths.tolist(), max_tokens, cost, units_by_definition(units.tolist()))
+    assert [part.tolist() for part in found] == expected
+
+
+@pytest.mark.parametrize("cost", [padded_tokens, packed_tokens])
+@pytest.mark.parametrize("num_units", [1, 4, 60])
+@pytest.mark.parametrize("world_size", [1, 3, 50])
+def test_whole_units_of_ranks_by_definition(num_units, world_size, cost):
+    random = torch.Generator().manual_seed(num_units)
+    lengths, units = torch.randint(1, 12, (40,), generator=random), torch.randint(num_units, (40,), generator=random)
+    dealt = dealt_by_definition(lengths.tolist(), world_size, cost, units_by_definition(units.tolist()))
+    expected = [parts_by_definition(lengths.tolist(), 60, cost, mine) for mine in dealt]
+    most = max(map(len, expected))
+    for rank in range(world_size):
+        parts, idle = parts_of_rank(lengths, 60, rank, world_size, cost=cost, units=units)
+        assert [part.tolist() for part in parts] == expected[rank]
+        assert len(parts) + len(idle) == most
+
+
+def test_a_row_is_a_unit_unless_told_otherwise():
+    lengths = torch.randint(1, 40, (50,), generator=torch.Generator().manual_seed(1))
+    rows, of_rank = by_token_budget(lengths, 100), parts_of_rank(lengths, 100, 1, 3)[0]
+    own = torch.arange(50)
+    assert [part.tolist() for part in by_token_budget(lengths, 100, units=own)] == [part.tolist() for part in rows]
+    again, _ = parts_of_rank(lengths, 100, 1, 3, units=own)
+    assert [part.tolist() for part in again] == [part.tolist() for part in of_rank]
+
+
+def test_rows_of_equal_length_keep_their_order():
+    parts = by_token_budget(torch.tensor([2, 1, 2, 1, 2]), 4)
+    assert [part.tolist() for part in parts] == [[1, 3], [0, 2], [4]]
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers(Batch):
+    number: Tensor
+
+
+class Asked:
+    """Answers a row with ten times its number, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+
+    def __call__(self, part: Numbers) -> TokenOutputs:
+        self.parts.append(part.number.tolist())
+        return TokenOutputs(named={"values": 10.0 * part.number[:, None], "last_values": 10.0 * part.number})
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "parts"), [(1, [[2], [4], [3], [1]]), (6, [[2, 4], [3], [1]]), (100, [[2, 4, 3, 1]])]
+)
+def test_answers_come_in_row_order_however_they_are_asked(max_tokens, parts):
+    ask, batch = Asked(), Numbers(number=torch.tensor([1, 2, 3, 4]))
+    outputs = in_microbatches(ask, batch, torch.tensor([9, 1, 7, 3]), max_tokens)
+    assert outputs.last_values.tolist() == [10, 20, 30, 40]
+    assert outputs.values.tolist() == [[10], [20], [30], [40]]
+    assert ask.parts == parts
+
+
+def test_of_no_rows_there_is_one_question():
+    """So that the answer has its fields and widths."""
+    ask, none = Asked(), torch.tensor([], dtype=torch.long)
+    outputs = in_microbatches(ask, Numbers(number=none), none, 10)
+    assert ask.parts == [[]]
+    assert outputs.values.shape == (0, 1)
+
+
+def test_row_order_by_hand():
+    """Answers of unequal width are padded."""
+    answers = [
+        TokenOutputs(named={"values": torch.tensor([[2.0, 2.5], [0.0, 0.5]])}),
+        TokenOutputs(named={"values": torch.tensor([[1.0]])}),
+    ]
+    outputs = in_row_order(answers, [torch.tensor([2, 0]), torch.tensor([1])])
+    assert outputs.values.tolist() == [[0, 0.5], [1, 0], [2, 2.5]]

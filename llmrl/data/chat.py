@@ -217,7 +217,7 @@ def as_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[
     """Prompts and responses as one batch, in which every response token counts."""
     prompt_ids, prompt_mask = padded(prompts, left=True)
     response_ids, response_mask = padded(responses, left=False)
-    return Sequences(
+    return Sequences.from_rows(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         response_ids=response_ids,

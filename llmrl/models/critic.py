@@ -10,13 +10,14 @@ The head begins at zero, so that every value is 0 before the critic has learned 
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmrl.batches import Sequences, TokenOutputs
 from llmrl.models.config import HeadInit
-from llmrl.models.policy import PolicyModule, computing_in, last_hidden_states, outputs_of, to_left_margin
+from llmrl.models.policy import PolicyModule, outputs_of
 from llmrl.models.training import initialize_head
+from llmrl.models.trunk import HiddenStates, encode, on_mask
 from llmrl.roles import Policy, ValueFunction
 
 if TYPE_CHECKING:
@@ -35,17 +36,10 @@ class ValueHead(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             return torch.squeeze_copy(super().forward(input.float()), -1)  # FSDP warns of a view, which its hooks mark
 
-    def read(
-        self, hidden: Float[Tensor, "B S H"], sequences: Sequences, response_start: Int[Tensor, " B"]
-    ) -> dict[str, Tensor]:
-        """`values` (B, T) and `last_values` (B,) from the hidden states of rows at the left margin."""
+    def read(self, hidden: HiddenStates, sequences: Sequences) -> dict[str, Tensor]:
+        """`values` (B, T) and `last_values` (B,) from the hidden states."""
         mask = sequences.response_mask
-        row, token = mask.nonzero(as_tuple=True)
-        before = hidden[row, response_start[row] + token - 1]
-        values = torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, self(before))
-        last = response_start + sequences.response_lengths - 1
-        last_values = self(hidden[torch.arange(len(last), device=hidden.device), last])
-        return {"values": values, "last_values": last_values}
+        return {"values": on_mask(mask, self(hidden.before(mask))), "last_values": self(hidden.last())}
 
 
 class ValueModule(nn.Module):
@@ -59,10 +53,7 @@ class ValueModule(nn.Module):
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
         """`values` before each token in the response mask, 0 elsewhere; `last_values` after the last token."""
-        ids, response_start = to_left_margin(sequences)
-        with computing_in(self.dtype, ids.device):
-            hidden = last_hidden_states(self.trunk, ids)
-        return self.head.read(hidden, sequences, response_start)
+        return self.head.read(encode(self.trunk, sequences, dtype=self.dtype), sequences)
 
 
 class SharedModule(nn.Module):
@@ -80,9 +71,8 @@ class SharedModule(nn.Module):
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
         """Outputs of actor and critic, in one pass."""
-        ids, response_start = to_left_margin(sequences)
-        hidden = self.policy.hidden(ids)
-        return self.policy.read(hidden, sequences, response_start) | self.head.read(hidden, sequences, response_start)
+        hidden = self.policy.encode(sequences)
+        return self.policy.read(hidden, sequences) | self.head.read(hidden, sequences)
 
 
 class TransformersValueFunction:

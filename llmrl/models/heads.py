@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from llmrl.functional.logprobs import entropy, linear_token_logprobs, token_logprobs
 from llmrl.models.loading import ModelError
 from llmrl.models.probe import exact_float32, probe_rows
+from llmrl.models.trunk import last_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +118,7 @@ def choose_head(model: "PreTrainedModel", vocab_size: int) -> Head:
     """
     ids = probe_rows(model, vocab_size)
     labels = ids.roll(-1, dims=1)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = last_hidden_states(model.base_model, ids).flatten(0, 1)
     logits = model(input_ids=ids, use_cache=False).logits
     output_layer = model.get_output_embeddings()
     assert output_layer is not None, "a causal language model has an output layer"

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llmrl.batches import PreferencePairs, Sequences
 from llmrl.messages import in_one_line
 from llmrl.models.loading import ModelError
+from llmrl.models.trunk import encode, last_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +64,28 @@ def probe_trunk(model: "PreTrainedModel", *, longest: int = 0) -> int:
     return expected.shape[-1]
 
 
+@torch.no_grad()
+def shares_prompts_exactly(model: "PreTrainedModel", vocab_size: int) -> bool:
+    """Whether both responses of a pair have the hidden states in one row that each has in a row of its own.
+
+    A window that slides over columns sees other tokens in a shared row once that is longer than the window, so models
+    that have one are not asked; nor those whose bias counts columns (ALiBi), nor kernels of attention that take no mask
+    of their own. The probe runs in float32: the kernels of a mask and of none may round differently.
+    """
+    config = model.config.get_text_config()
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    by_column = windows or getattr(config, "sliding_window", None) or getattr(config, "alibi", False)
+    if config._attn_implementation != "sdpa" or by_column:
+        return False
+    pairs = _probe_pairs(vocab_size).to(model.device)
+
+    def last(batch: Sequences | PreferencePairs) -> Float[Tensor, "B H"]:
+        return encode(model.base_model, batch, dtype=torch.float32).last()
+
+    apart = torch.stack([last(pairs.chosen), last(pairs.rejected)], dim=1).flatten(0, 1)
+    return bool((last(pairs) - apart).abs().max() <= TOLERANCE * apart.abs().max())  # never, where one is NaN
+
+
 def probe_rows(model: "PreTrainedModel", vocab_size: int) -> Int[Tensor, "2 S"]:
     """Two rows of ids that all differ, as far as the vocabulary goes, no longer than the model's positions."""
     config = model.config.get_text_config(decoder=True)
@@ -82,6 +106,23 @@ def exact_float32() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def _probe_pairs(vocab_size: int) -> PreferencePairs:
+    """Two ragged pairs of ids that all differ, as far as the vocabulary goes."""
+
+    def side(first: int, lengths: list[int]) -> Sequences:
+        response_lengths = torch.tensor(lengths)
+        mask = torch.arange(max(lengths)) < response_lengths[:, None]
+        return Sequences.from_rows(
+            prompt_ids=torch.arange(8).view(2, 4) % vocab_size,
+            prompt_mask=torch.tensor([[False, True, True, True], [True, True, True, True]]),
+            response_ids=(first + torch.arange(mask.numel()).view(mask.shape)) % vocab_size,
+            response_mask=mask,
+            response_lengths=response_lengths,
+        )
+
+    return PreferencePairs(chosen=side(11, [3, 1]), rejected=side(23, [2, 4]), margin=torch.zeros(2))
+
+
 def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int = 0) -> Float[Tensor, "B S H"]:
     """Last hidden states; with `longest`, the rows after the first of a rotary model stand at the end of a sequence of
     that length."""
@@ -91,7 +132,7 @@ def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int =
         columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         positions = {"position_ids": torch.cat([columns[:1], columns[1:] + longest - ids.shape[1]])}
     try:
-        return trunk(input_ids=ids, use_cache=False, **positions).last_hidden_state.detach()
+        return last_hidden_states(trunk, ids, **positions).detach()
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) cannot be used here: a plain pass over a few tokens "

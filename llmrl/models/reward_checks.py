@@ -1,5 +1,6 @@
 """What must hold of any reward model, whatever it learned: asked of the model itself, on pairs of the data."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,12 +55,12 @@ def _widened(sequences: Sequences, *, by: int, filled_with: int) -> Sequences:
         wide = pad_columns(mask, width, left=left)
         return pad_columns(ids, width, left=left).masked_fill(~wide, filled_with), wide
 
-    prompt_ids, prompt_mask = widen(sequences.prompt_ids, sequences.prompt_mask, True)
+    prompt_ids, prompt_mask = widen(sequences.unique_prompt_ids, sequences.unique_prompt_mask, True)
     response_ids, response_mask = widen(sequences.response_ids, sequences.response_mask, False)
-    return Sequences(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
+    return replace(
+        sequences,
+        unique_prompt_ids=prompt_ids,
+        unique_prompt_mask=prompt_mask,
         response_ids=response_ids,
         response_mask=response_mask,
-        response_lengths=sequences.response_lengths,
     )

@@ -1,8 +1,8 @@
 """Reward models: the trunk of a causal language model with one linear score, read at the last real token.
 
 The same text gets the same score alone, in a batch, beside the other response of its pair, in training and from the
-saved folder: padding stands behind the last token, where causal attention never looks, and the last token is found by
-position, whatever its id. The head computes in float32.
+saved folder: padding is never read, and the last token is found by position, whatever its id. The head computes in
+float32.
 
 A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon et al. 2020, arXiv:2009.01325, app. B.
 """
@@ -10,18 +10,16 @@ A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmrl.batches import PreferencePairs, Sequences, TokenOutputs
 from llmrl.microbatches import in_microbatches
 from llmrl.models.folders import ModelError
-from llmrl.models.policy import attended, computing_in, last_hidden_states, to_left_margin
+from llmrl.models.trunk import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PROBE_TOLERANCE = 1e-4
 
 
 class RewardModule(nn.Module):
@@ -34,60 +32,11 @@ class RewardModule(nn.Module):
 
     def forward(self, batch: Sequences | PreferencePairs) -> Tensor:
         """Scores (B,) of sequences; (B, 2) of pairs, chosen and rejected, their prompt encoded once."""
-        last = self.last_hidden(batch)
+        last = encode(self.model.base_model, batch, dtype=self.dtype).last()
+        if isinstance(batch, PreferencePairs):
+            last = last.unflatten(0, (-1, 2))
         with torch.autocast(last.device.type, enabled=False):
             return torch.squeeze_copy(score_layer(self.model)(last.float()), -1)
-
-    def last_hidden(self, batch: Sequences | PreferencePairs) -> Tensor:
-        """Hidden states (B, H) behind the last token of sequences; (B, 2, H) of pairs."""
-        if isinstance(batch, Sequences):
-            ids, _ = to_left_margin(batch)
-            return self._hidden(ids, {}, batch.num_tokens[:, None] - 1).squeeze(1)
-        row = PairRow(batch)
-        return self._hidden(row.ids, {"attention_mask": row.attends, "position_ids": row.positions}, row.last)
-
-    def _hidden(self, ids: Int[Tensor, "B S"], context: dict[str, Tensor], at: Int[Tensor, "B K"]) -> Tensor:
-        """Last hidden states (B, K, H) at these columns; `context` is what attention is told beyond the ids."""
-        with computing_in(self.dtype, ids.device):
-            hidden = last_hidden_states(self.model.base_model, ids, **context)
-        return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
-
-
-class PairRow:
-    """Pairs as rows of prompt, chosen and rejected without a gap.
-
-    Positions of both responses count on from the prompt. For "ab" with "x" and "yz", what each token attends to:
-
-            a b x y z
-        a   1
-        b   1 1
-        x   1 1 1
-        y   1 1   1
-        z   1 1   1 1
-    """
-
-    def __init__(self, pairs: PreferencePairs) -> None:
-        chosen, rejected = pairs.chosen, pairs.rejected
-        prompts = chosen.prompt_mask.sum(dim=1)
-        ends = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
-        lengths = ends[:, 1] + rejected.response_lengths
-        columns = torch.arange(int(lengths.max()) if len(lengths) else 1, device=prompts.device)
-        filled = columns < lengths[:, None]
-        parts = [
-            (chosen.prompt_ids, chosen.prompt_mask),
-            (chosen.response_ids, attended(chosen)),
-            (rejected.response_ids, attended(rejected)),
-        ]
-        ids, mask = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        self.ids: Int[Tensor, "B S"] = torch.zeros_like(filled, dtype=ids.dtype).masked_scatter(filled, ids[mask])
-        in_rejected = columns >= ends[:, 1:]
-        in_chosen = (columns >= ends[:, :1]) & ~in_rejected
-        positions = columns - in_rejected * chosen.response_lengths[:, None]
-        self.positions: Int[Tensor, "B S"] = positions * filled  # padding may lie beyond the last that a model has
-        causal = columns[:, None] >= columns
-        apart = in_rejected[:, :, None] & in_chosen[:, None, :]
-        self.attends: Bool[Tensor, "B 1 S S"] = (causal & ~apart)[:, None]
-        self.last: Int[Tensor, "B 2"] = torch.stack([ends[:, 1], lengths], dim=1) - 1
 
 
 class TransformersRewardModel:
@@ -147,40 +96,3 @@ def score_layer(model: "PreTrainedModel") -> nn.Module:
         )
     assert isinstance(layer, nn.Module)
     return layer
-
-
-@torch.no_grad()
-def shares_prompts_exactly(module: RewardModule, vocab_size: int) -> bool:
-    """Whether pairs in a row with their prompt score as each response does on its own: asked of the model, on a probe.
-
-    A window that slides over columns sees other tokens in a shared row once that is longer than the window, so models
-    that have one are not asked; nor those whose bias counts columns (ALiBi), nor kernels of attention that take no mask
-    of their own. The probe runs in float32: the kernels of a mask and of none may round differently.
-    """
-    config = module.model.config.get_text_config()
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    by_column = windows or getattr(config, "sliding_window", None) or getattr(config, "alibi", False)
-    if config._attn_implementation != "sdpa" or by_column:
-        return False
-    exact = RewardModule(module.model, dtype=torch.float32)
-    pairs = _probe(vocab_size).to(module.model.device)
-    shared = exact.last_hidden(pairs)
-    apart = torch.stack([exact.last_hidden(pairs.chosen), exact.last_hidden(pairs.rejected)], dim=1)
-    return bool((shared - apart).abs().max() <= PROBE_TOLERANCE * apart.abs().max())  # never, where one is NaN
-
-
-def _probe(vocab_size: int) -> PreferencePairs:
-    """Two ragged pairs of ids that all differ, as far as the vocabulary goes."""
-
-    def side(first: int, lengths: list[int]) -> Sequences:
-        response_lengths = torch.tensor(lengths)
-        mask = torch.arange(max(lengths)) < response_lengths[:, None]
-        return Sequences(
-            prompt_ids=torch.arange(8).view(2, 4) % vocab_size,
-            prompt_mask=torch.tensor([[False, True, True, True], [True, True, True, True]]),
-            response_ids=(first + torch.arange(mask.numel()).view(mask.shape)) % vocab_size,
-            response_mask=mask,
-            response_lengths=response_lengths,
-        )
-
-    return PreferencePairs(chosen=side(11, [3, 1]), rejected=side(23, [2, 4]), margin=torch.zeros(2))

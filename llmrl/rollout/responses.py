@@ -40,8 +40,9 @@ def assemble(prompts: Prompts, responses: Sequence[Response], sampling: Sampling
     logprobs[mask] = torch.tensor([x for response in responses for x in response.logprobs], device=device)
     return Rollout(
         sequences=Sequences(
-            prompt_ids=prompts.ids.repeat_interleave(group_size, dim=0),
-            prompt_mask=prompts.mask.repeat_interleave(group_size, dim=0),
+            unique_prompt_ids=prompts.ids,
+            unique_prompt_mask=prompts.mask,
+            prompt_of_row=torch.arange(len(prompts.rows), device=device).repeat_interleave(group_size),
             response_ids=ids,
             response_mask=mask,
             response_lengths=lengths,

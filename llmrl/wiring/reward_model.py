@@ -15,9 +15,10 @@ from llmrl.distributed.sharing import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.loaded import LoadedRewardModel
 from llmrl.models.loading import load_tokenizer
+from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
-from llmrl.models.reward_model import RewardModule, TransformersRewardModel, shares_prompts_exactly
+from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.models.reward_record import Normalization, TextForm
 from llmrl.models.saving import Saver
 from llmrl.models.training import ready_to_train
@@ -59,7 +60,7 @@ def load_trained_reward_model(
     scorer = TransformersRewardModel(
         module,
         microbatch_tokens=settings.microbatch_tokens,
-        shares_prompts=shares_prompts_exactly(module, len(tokenizer)),
+        shares_prompts=shares_prompts_exactly(model, len(tokenizer)),
     )
     return LoadedRewardModel(
         model=model,

@@ -103,8 +103,9 @@ class TabularEngine:
             ids, alive = torch.cat([ids, token[:, None]], dim=1), alive & (token != END)
         mask = torch.stack(masks, dim=1)
         sequences = Sequences(
-            prompt_ids=prompts.ids.repeat_interleave(sampling.num_responses, dim=0),
-            prompt_mask=prompts.mask.repeat_interleave(sampling.num_responses, dim=0),
+            unique_prompt_ids=prompts.ids,
+            unique_prompt_mask=prompts.mask,
+            prompt_of_row=torch.arange(len(prompts.rows)).repeat_interleave(sampling.num_responses),
             response_ids=ids,
             response_mask=mask,
             response_lengths=mask.sum(dim=1),

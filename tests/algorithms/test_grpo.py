@@ -36,7 +36,7 @@ def make_rollout(lengths=LENGTHS, groups=GROUPS):
     mask = mask_of(lengths)
     prompts = torch.ones(len(lengths), 2, dtype=torch.long)
     return Rollout(
-        sequences=Sequences(
+        sequences=Sequences.from_rows(
             prompt_ids=prompts,
             prompt_mask=prompts.bool(),
             response_ids=torch.where(mask, 5, 0),

@@ -63,7 +63,7 @@ def make_rollout(*, lengths=LENGTHS, mask=None, finished=None, rollout_logprobs=
     mask = mask_of(lengths) if mask is None else mask
     prompts = torch.arange(len(lengths))[:, None]
     return Rollout(
-        sequences=Sequences(
+        sequences=Sequences.from_rows(
             prompt_ids=prompts,
             prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
             response_ids=torch.where(mask, 5, 0),

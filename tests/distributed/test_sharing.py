@@ -50,11 +50,11 @@ class NumberingEngine:
         lengths = numbers % 4 + 1
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         index = torch.arange(len(prompts.rows)).repeat_interleave(sampling.num_responses)
-        asked = prompts.select(index)
         return Rollout(
             sequences=Sequences(
-                prompt_ids=asked.ids,
-                prompt_mask=asked.mask,
+                unique_prompt_ids=prompts.ids,
+                unique_prompt_mask=prompts.mask,
+                prompt_of_row=index,
                 response_ids=torch.where(mask, numbers[:, None], 0),
                 response_mask=mask,
                 response_lengths=lengths,
@@ -62,7 +62,7 @@ class NumberingEngine:
             rollout_logprobs=torch.where(mask, -0.5, 0.0),
             finished=numbers % 2 == 0,
             group_ids=numbers // sampling.num_responses,
-            rows=asked.rows,
+            rows=prompts.select(index).rows,
         )
 
     def load_weights(self, trained):

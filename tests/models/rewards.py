@@ -19,6 +19,9 @@ from llmrl.models.training import turn_dropout_off
 from .tiny import EOS, FAMILIES, make_sequences
 
 PAD = 36  # in none of the rows
+SHARING = ("llama", "qwen3", "gpt2")
+SLIDING = ("mistral", "gemma2", "gemma3")
+"""Families that can share a row, and those with a window that slides over columns."""
 
 
 PROMPTS = [[7, 8, 9], [EOS, 14, EOS], [3, 4, 5, 6, 30, 31, 32, 33], [34], [35, 18]]

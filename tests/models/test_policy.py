@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from llmrl.models.policy import TransformersPolicy, to_left_margin
+from llmrl.models.policy import TransformersPolicy, outputs_of
 from tests.rollout.tiny import VOCAB
 
-from .tiny import ROWS, assert_same_gradients, build, dense, gradients, make_sequences, module_of
+from .tiny import assert_same_gradients, build, dense, gradients, make_sequences, module_of
 
 
 def policy_of(family, *, microbatch_tokens=10_000, **settings):
@@ -123,11 +124,29 @@ def test_the_head_multiplies_in_the_arithmetic_of_the_rest(dtype, product):
     assert seen == [product]
 
 
-def test_left_margin_by_hand():
-    ids, response_start = to_left_margin(make_sequences(ROWS[1:4], prompt_padding=(36,), response_padding=(35,)))
-    assert ids.tolist() == [
-        [2, 14, 15, 0, 0, 0, 0, 0, 0],
-        [3, 4, 5, 6, 30, 31, 32, 33, 2],
-        [34, 16, 17, 0, 0, 0, 0, 0, 0],
-    ]
-    assert response_start.tolist() == [2, 8, 1]
+# --- outputs of any module --------------------------------------------------------------------------------------------
+
+
+class Lengths(nn.Module):
+    """Answers each row with its length, and counts the passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[list[int]] = []
+
+    def forward(self, sequences):
+        self.passes.append(sequences.num_tokens.tolist())
+        return {"auxiliary": sequences.num_tokens.float()}
+
+
+@pytest.mark.parametrize(
+    ("grad", "passes"), [(True, [[9, 3, 9, 3, 6]]), (False, [[3, 3], [6], [9], [9]])], ids=["grad", "no grad"]
+)
+def test_with_gradient_a_module_makes_one_pass_and_without_it_microbatches(grad, passes):
+    """Outputs that llmrl has no name for come through, in row order."""
+    module = Lengths()
+    with torch.set_grad_enabled(grad):
+        outputs = outputs_of(module, make_sequences(), 12)
+    assert outputs.named.keys() == {"auxiliary"}
+    assert outputs.named["auxiliary"].tolist() == [9, 3, 9, 3, 6]
+    assert module.passes == passes

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     FalconConfig,
@@ -20,8 +21,9 @@ from transformers import (
 
 from llmrl.models.heads import LinearHead, choose_head
 from llmrl.models.loading import ModelError
-from llmrl.models.probe import exact_float32, probe_rows, probe_trunk
+from llmrl.models.probe import exact_float32, probe_rows, probe_trunk, shares_prompts_exactly
 from llmrl.models.training import turn_dropout_off
+from tests.models.rewards import SLIDING, reward_model
 from tests.rollout.tiny import VOCAB
 
 from .tiny import FAMILIES, HEAD_SIZES, build, gpt2, llama
@@ -237,3 +239,62 @@ def test_the_passes_are_short():
     begun = time.monotonic()
     probe_trunk(model, longest=10**9)
     assert time.monotonic() - begun < 1
+
+
+# --- pairs in a row with their prompt ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [4, 4096])
+@pytest.mark.parametrize("family", SLIDING)
+def test_models_with_a_window_do_not_share_prompts(family, window):
+    """Not even where the probe would fit into it."""
+    config = FAMILIES[family]().config
+    config.num_labels, config.sliding_window = 1, window
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert not shares_prompts_exactly(model, VOCAB)
+
+
+def test_other_kernels_of_attention_do_not_share_prompts():
+    model = reward_model("llama")
+    model.set_attn_implementation("eager")
+    assert not shares_prompts_exactly(model, VOCAB)
+
+
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_model_that_takes_no_notice_of_the_row_does_not_share_prompts(ignored):
+    model = reward_model("llama")
+
+    def ignore(_, args, kwargs):
+        return args, {**kwargs, ignored: None}
+
+    model.base_model.register_forward_pre_hook(ignore, with_kwargs=True)
+    assert not shares_prompts_exactly(model, VOCAB)
+
+
+def test_a_broken_model_does_not_share_prompts():
+    model = reward_model("llama")
+    with torch.no_grad():
+        model.base_model.norm.weight[0] = torch.nan
+    assert not shares_prompts_exactly(model, VOCAB)
+
+
+def test_asking_leaves_nothing_behind():
+    model = reward_model("llama").train()
+    assert shares_prompts_exactly(model, 3)  # a vocabulary smaller than the probe
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+
+
+def test_rounding_is_no_reason_not_to_share_prompts():
+    """The kernels of a mask and of none may round differently in bfloat16, so it is float32 that is asked."""
+    model, dtypes = reward_model("llama"), []
+    model.base_model.layers[0].mlp.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert shares_prompts_exactly(model, VOCAB)
+    assert set(dtypes) == {torch.float32}
+
+
+def test_a_bias_that_counts_columns_does_not_share_prompts():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForSequenceClassification.from_config(FalconConfig(**sizes, alibi=True, num_labels=1))
+    assert not shares_prompts_exactly(model, VOCAB)

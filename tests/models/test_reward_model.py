@@ -6,26 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForSequenceClassification,
-    FalconConfig,
-)
+from transformers import AutoModelForSequenceClassification
 
 from llmrl.batches import PreferencePairs
 from llmrl.models.config import ModelConfig
+from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_loading import choose_pad, load_reward_model
-from llmrl.models.reward_model import (
-    PairRow,
-    shares_prompts_exactly,
-)
 from llmrl.models.saving import save_policy
-from tests.models.rewards import CHOSEN, PAD, PROMPTS, REJECTED, alone, pairs, reward_model, scorer_of, sequences
+from llmrl.models.trunk import encode
+from tests.models.rewards import (
+    CHOSEN,
+    PAD,
+    PROMPTS,
+    REJECTED,
+    SHARING,
+    SLIDING,
+    alone,
+    pairs,
+    reward_model,
+    scorer_of,
+    sequences,
+)
 from tests.rollout.tiny import VOCAB
 
-from .tiny import EOS, FAMILIES, assert_same_gradients, make_sequences, make_tokenizer
-
-SHARING = ("llama", "qwen3", "gpt2")
-SLIDING = ("mistral", "gemma2", "gemma3")
+from .tiny import EOS, assert_same_gradients, make_sequences, make_tokenizer
 
 
 def weighted_gradients(model: Any, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -126,37 +130,10 @@ def test_the_saved_folder_scores_alike(family, dtype, tmp_path):
 # --- pairs in a row ---------------------------------------------------------------------------------------------------
 
 
-def test_pairs_in_a_row_by_hand():
-    """The picture of the docstring, beside a longer row."""
-    a, b, x, y, z = 7, 8, 10, 20, 21
-    row = PairRow(pairs([[a, b], [3]], [[x], [11, 12]], [[y, z], [22, 23, 24]], response_padding=(-1,)))
-    assert row.ids.tolist() == [[a, b, x, y, z, 0], [3, 11, 12, 22, 23, 24]]
-    assert row.positions[0, :5].tolist() == [0, 1, 2, 2, 3]
-    assert row.positions[1].tolist() == [0, 1, 2, 1, 2, 3]
-    assert row.last.tolist() == [[2, 4], [2, 5]]
-    assert row.attends.shape == (2, 1, 6, 6)
-    assert row.attends[0, 0, :5].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0],
-        [1, 1, 0, 1, 1, 0],
-    ]
-    assert row.attends[1, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 0, 0, 1, 0, 0],
-        [1, 0, 0, 1, 1, 0],
-        [1, 0, 0, 1, 1, 1],
-    ]
-    assert row.attends.any(dim=-1).all()  # a token that attends to nothing is NaN
-
-
 @pytest.mark.parametrize("family", SHARING)
 def test_a_shared_prompt_changes_neither_scores_nor_gradients(family):
     scorer, plain = scorer_of(reward_model(family), shares_prompts=True), reward_model(family)
-    assert shares_prompts_exactly(scorer.module, VOCAB)
+    assert shares_prompts_exactly(scorer.module.model, VOCAB)
     ours = scorer.pair_scores(pairs())
     theirs = alone(plain, responses=CHOSEN), alone(plain, responses=REJECTED)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -194,62 +171,6 @@ def test_a_row_may_be_longer_than_the_model_has_positions():
     assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [4, 4096])
-@pytest.mark.parametrize("family", SLIDING)
-def test_models_with_a_window_do_not_share_prompts(family, window):
-    """Not even where the probe would fit into it."""
-    config = FAMILIES[family]().config
-    config.num_labels, config.sliding_window = 1, window
-    model = AutoModelForSequenceClassification.from_config(config)
-    assert not shares_prompts_exactly(scorer_of(model).module, VOCAB)
-
-
-def test_other_kernels_of_attention_do_not_share_prompts():
-    model = reward_model("llama")
-    model.set_attn_implementation("eager")
-    assert not shares_prompts_exactly(scorer_of(model).module, VOCAB)
-
-
-@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_a_model_that_takes_no_notice_of_the_row_does_not_share_prompts(ignored):
-    model = reward_model("llama")
-
-    def ignore(_, args, kwargs):
-        return args, {**kwargs, ignored: None}
-
-    model.base_model.register_forward_pre_hook(ignore, with_kwargs=True)
-    assert not shares_prompts_exactly(scorer_of(model).module, VOCAB)
-
-
-def test_a_broken_model_does_not_share_prompts():
-    model = reward_model("llama")
-    with torch.no_grad():
-        model.base_model.norm.weight[0] = torch.nan
-    assert not shares_prompts_exactly(scorer_of(model).module, VOCAB)
-
-
-def test_asking_leaves_nothing_behind():
-    module = scorer_of(reward_model("llama")).module
-    assert shares_prompts_exactly(module, 3)  # a vocabulary smaller than the probe
-    assert all(p.grad is None for p in module.parameters())
-    assert module.training
-
-
-def test_rounding_is_no_reason_not_to_share_prompts():
-    """The kernels of a mask and of none may round differently in bfloat16, so it is float32 that is asked."""
-    module = scorer_of(reward_model("llama"), dtype=torch.bfloat16).module
-    dtypes = []
-    module.model.base_model.layers[0].mlp.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
-    assert shares_prompts_exactly(module, VOCAB)
-    assert set(dtypes) == {torch.float32}
-
-
-def test_a_bias_that_counts_columns_does_not_share_prompts():
-    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = AutoModelForSequenceClassification.from_config(FalconConfig(**sizes, alibi=True, num_labels=1))
-    assert not shares_prompts_exactly(scorer_of(model).module, VOCAB)
-
-
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +194,8 @@ def test_the_head_computes_in_float32():
         scores = scorer.module(sequences())
     ((last, output),) = seen
     assert last.dtype == output.dtype == torch.float32
-    assert torch.equal(last, scorer.module.last_hidden(sequences()))  # which the last norm has left unrounded
+    hidden = encode(scorer.module.model.base_model, sequences(), dtype=torch.bfloat16)
+    assert torch.equal(last, hidden.last())  # which the last norm has left unrounded
     exact = last.double() @ scorer.module.model.score.weight[0].double()
     assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -330,15 +252,3 @@ def test_no_rows_have_no_scores():
     assert scorer.scores(sequences().select(none)).shape == (0,)
     with torch.no_grad():
         assert [scores.shape for scores in scorer.pair_scores(pairs().select(none))] == [(0,), (0,)]
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-# --- the pad ----------------------------------------------------------------------------------------------------------
-
-
-# --- normalization ----------------------------------------------------------------------------------------------------

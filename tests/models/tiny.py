@@ -124,7 +124,7 @@ def make_sequences(rows=ROWS, *, prompt_padding=(EOS,), response_padding=(EOS,))
     def cycle(ids, count):
         return [ids[n % len(ids)] for n in range(count)]
 
-    return Sequences(
+    return Sequences.from_rows(
         prompt_ids=torch.tensor([cycle(prompt_padding, width - len(p)) + p for p, _, _ in rows]),
         prompt_mask=torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p, _, _ in rows]),
         response_ids=torch.tensor([r + cycle(response_padding, length - len(r)) for _, r, _ in rows]),

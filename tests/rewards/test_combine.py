@@ -13,7 +13,7 @@ from llmrl.rewards.combine import CombinedReward
 @pytest.fixture
 def rollout():
     ids = torch.ones(3, 2, dtype=torch.long)
-    sequences = Sequences(
+    sequences = Sequences.from_rows(
         prompt_ids=ids,
         prompt_mask=ids == 1,
         response_ids=ids,

@@ -41,7 +41,7 @@ def rollout():
     lengths = torch.tensor([2, 2, 1])
     mask = torch.arange(3) < lengths[:, None]
     prompt = torch.zeros(3, 1, dtype=torch.long)
-    sequences = Sequences(
+    sequences = Sequences.from_rows(
         prompt_ids=prompt,
         prompt_mask=prompt == 0,
         response_ids=ids,

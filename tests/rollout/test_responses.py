@@ -23,6 +23,7 @@ def test_a_rollout_by_hand():
     ]
     rollout = assemble(PROMPTS, responses, make_sampling(first_response=12))
     sequences = rollout.sequences
+    assert sequences.prompt_of_row.tolist() == [0, 0, 1, 1]
     assert sequences.prompt_ids.tolist() == [[2, 7, 8], [2, 7, 8], [2, 2, 9], [2, 2, 9]]
     assert sequences.prompt_mask.int().tolist() == [[0, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]]
     assert sequences.response_ids.tolist() == [[4, 2, 0], [5, 6, 7], [2, 0, 0], [8, 9, 0]]

@@ -37,7 +37,7 @@ def batch(examples: list[Example]) -> Sequences:
     width, length = (max(map(len, column)) for column in zip(*examples, strict=True))
     masks = [[[False] * (width - len(p)) + [True] * len(p) for p, _ in examples]]
     masks += [[[True] * len(r) + [False] * (length - len(r)) for _, r in examples]]
-    return Sequences(
+    return Sequences.from_rows(
         prompt_ids=torch.tensor([[EOS] * (width - len(p)) + p for p, _ in examples]),
         prompt_mask=torch.tensor(masks[0]),
         response_ids=torch.tensor([r + [EOS] * (length - len(r)) for _, r in examples]),

@@ -148,7 +148,7 @@ def test_a_critic_is_as_wide_as_what_it_reads(config, tmp_path, network):
     networks = load_networks(run, actor)
     ids = torch.arange(6).view(2, 3)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    sequences = Sequences(
+    sequences = Sequences.from_rows(
         prompt_ids=ids, prompt_mask=mask, response_ids=ids, response_mask=mask, response_lengths=torch.tensor([3, 3])
     )
     outputs = networks.both.values(sequences)
