@@ -43,7 +43,7 @@ def build_engine(
         "vocab_size": num_token_ids(tokenizer, model),
         "dtype": dtype,
         "progress": progress,
-        "apart": pick_device() if trains and read_launch().splits_weights else None,
+        "copy_device": pick_device() if trains and read_launch().splits_weights else None,
     }
     if config.engine == "transformers":
         return TransformersEngine(model, **common)
