@@ -4,13 +4,14 @@ Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to res
 responses right. Two prompts "ab" and "c"; two responses to the first, "xy" (ended with EOS ``$``) and "z" (cut by the
 limit), and "v" to the second:
 
-    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x y $    response_mask  1 1 1    finished  1
-                       . c                   0                  z . .                   1 0 0              0
-                                             1                  v $ .                   1 1 0              1
+    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x y $    response_mask  1 1 1    stop_reason  EOS
+                       . c                   0                  z . .                   1 0 0                 LENGTH
+                                             1                  v $ .                   1 1 0                 EOS
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
@@ -175,6 +176,17 @@ class Prompts(Batch):
     """Each data row unchanged, messages and columns alike, for rewards and samples."""
 
 
+class StopReason(IntEnum):
+    """Why a response ended."""
+
+    NONE = 0
+    """It is still under way. Never in a `Rollout`."""
+    EOS = 1
+    """The actor chose an end-of-sequence token."""
+    LENGTH = 2
+    """The length limit cut it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Batch):
     """Responses that the engine sampled."""
@@ -182,11 +194,16 @@ class Rollout(Batch):
     sequences: Sequences
     rollout_logprobs: Float[Tensor, "B T"]
     """As the engine reported them, at the sampling temperature; 0 outside the mask."""
-    finished: Bool[Tensor, " B"]
-    """Ended by itself; False where the length limit cut it."""
+    stop_reason: Int[Tensor, " B"]
+    """Why each response ended, a `StopReason`."""
     group_ids: Int[Tensor, " B"]
     """Which draw of which prompt; unique per draw, never used twice in a run."""
     rows: tuple[Row, ...]
+
+    @property
+    def finished(self) -> Bool[Tensor, " B"]:
+        """True where a response ended by itself, False where the length limit cut it."""
+        return self.stop_reason == StopReason.EOS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from llmrl.batches import (
     Rollout,
     Scores,
     Sequences,
+    StopReason,
     TokenOutputs,
 )
 
@@ -36,7 +37,7 @@ def make_experience(prompts, responses, scores, *, first_group=0) -> GRPOExperie
     rollout = Rollout(
         sequences=sequences,
         rollout_logprobs=response_ids / 100,
-        finished=torch.tensor([len(r) < length for r in responses]),
+        stop_reason=torch.where(torch.tensor([len(r) < length for r in responses]), StopReason.EOS, StopReason.LENGTH),
         group_ids=torch.arange(len(prompts)) + first_group,
         rows=tuple({"prompt": p} for p in prompts),
     )
@@ -68,12 +69,17 @@ def test_cat_pads_prompts_on_the_left_and_all_else_on_the_right(short, wide):
     assert both.sequences.response_mask.tolist() == [[True, False, False], [True, False, False], [True, True, True]]
     assert both.sequences.response_lengths.tolist() == [1, 1, 3]
     assert torch.equal(both.rollout.rollout_logprobs, torch.tensor([[0.1, 0, 0], [0.11, 0, 0], [0.12, 0.13, 0.14]]))
-    assert both.rollout.finished.tolist() == [False, False, False]
+    assert both.rollout.stop_reason.tolist() == [StopReason.LENGTH] * 3
     assert both.rollout.group_ids.tolist() == [0, 1, 2]
     assert [row["prompt"] for row in both.rollout.rows] == [[1], [2, 3], [4, 5, 6]]
     assert both.scores.parts["format"][:2].tolist() == [0.0, -1.0]
     assert both.scores.parts.keys() == {"correct", "format"}
     assert both.scores.per_token.shape == both.advantages.shape == both.ref_logprobs.shape == (3, 3)
+
+
+def test_a_response_is_finished_unless_the_length_limit_cut_it(short):
+    stop_reason = torch.tensor([StopReason.LENGTH, StopReason.EOS])
+    assert replace(short.rollout, stop_reason=stop_reason).finished.tolist() == [False, True]
 
 
 def test_cat_of_prompts():

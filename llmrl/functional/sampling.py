@@ -1,4 +1,4 @@
-"""Drawing tokens: one uniform a token, through the inverse of the cumulative distribution."""
+"""Drawing tokens: one uniform per token, through the inverse of the cumulative distribution."""
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -9,6 +9,26 @@ from llmrl.functional.masking import check_shapes
 
 BLOCK = 256
 """Columns per block: two short searches, and no cumulative sum over the whole vocabulary."""
+
+
+def draw_tokens(
+    logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"] | None, *, temperature: float
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """One token per row, by inverse CDF of softmax(logits / temperature), or the likeliest; and its log-probability.
+
+    A pure function on the device: no state, and nothing waits for the host.
+
+    Args:
+        logits: Of the ids that may be drawn; any floating dtype, computed on in float32.
+        uniforms: One u per row, in [0, 1); None takes the likeliest token.
+        temperature: Divides the logits; greater than 0.
+
+    Returns:
+        ``(ids, logprobs)``, the log-probability at the temperature, NaN where the logits are not finite numbers.
+    """
+    all_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    ids = all_logprobs.argmax(dim=-1) if uniforms is None else inverse_cdf(all_logprobs.exp(), uniforms)
+    return ids, all_logprobs.gather(1, ids[:, None]).squeeze(1)
 
 
 def inverse_cdf(probabilities: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:

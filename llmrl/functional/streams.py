@@ -76,7 +76,8 @@ def philox(
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a 32 x 32-bit product, in halves of the word so that int64 never overflows."""
-    low = (word & LOW_16) * multiplier
-    high = (word >> 16) * multiplier + (low >> 16)
+    """The high and the low 32 bits of a 32 x 32-bit product, in halves of the multiplier so that int64 never
+    overflows."""
+    low = word * (multiplier & LOW_16)
+    high = word * (multiplier >> 16) + (low >> 16)
     return high >> 16, ((high & LOW_16) << 16) | (low & LOW_16)

@@ -77,16 +77,24 @@ class SlotCache(Cache):
         self.columns = columns
         self.window = Window()
 
-    def fill(self, slot: int, prefilled: Sequence[DynamicLayer], copies: int) -> None:
-        """Puts prefilled prompts, padded left, before the write column: each into `copies` slots, from `slot` on."""
-        states = [_states(layer) for layer in prefilled]
+    def fill(self, slot: int, states: Sequence[tuple[Tensor, Tensor]], copies: int) -> None:
+        """Puts each layer's keys and values of rows, padded left, before the write column: each row into `copies`
+        slots, from `slot` on."""
         if not self.layers:
             self.layers = [SlotLayer(self.window, self._buffer(keys), self._buffer(values)) for keys, values in states]
         for layer, pair in zip(self.layers, states, strict=True):
-            for buffer, prompts in zip(layer.buffers, pair, strict=True):
-                start = self.window.end - prompts.shape[2]
-                target = buffer[slot : slot + len(prompts) * copies, :, start : self.window.end]
-                target.unflatten(0, (-1, copies)).copy_(prompts[:, None])
+            for buffer, rows in zip(layer.buffers, pair, strict=True):
+                start = self.window.end - rows.shape[2]
+                target = buffer[slot : slot + len(rows) * copies, :, start : self.window.end]
+                target.unflatten(0, (-1, copies)).copy_(rows[:, None])
+
+    def copy_slots(self, slots: Sequence[int]) -> Cache:
+        """The window of these slots in a cache of its own, which grows by every token that the model writes."""
+        copy = Cache(layers=[DynamicLayer() for _ in self.layers])
+        for index, layer in enumerate(self.layers):
+            keys, values = layer.view(self.window.start, self.window.end)
+            copy.update(keys[slots], values[slots], index)
+        return copy
 
     def move_row(self, source: int, target: int) -> None:
         """Copies the live columns of one slot to another."""
@@ -95,7 +103,7 @@ class SlotCache(Cache):
                 buffer[target] = buffer[source]
 
     def move_columns(self, shift: int) -> None:
-        """Moves the window this many columns to the front."""
+        """Moves the window this many columns to the front; to the back, where negative."""
         start, end = self.window.start, self.window.end
         for layer in self.layers:
             for old, new in zip(layer.view(start, end), layer.view(start - shift, end - shift), strict=True):
@@ -108,7 +116,13 @@ class SlotCache(Cache):
         return states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
 
 
-def _states(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+def layer_states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer of a cache of transformers, (rows, heads, columns, head_dim) each."""
+    return [_states(layer) for layer in cache.layers]
+
+
+def _states(layer: object) -> tuple[Tensor, Tensor]:
+    assert isinstance(layer, DynamicLayer)
     assert layer.keys is not None
     assert layer.values is not None
     return layer.keys, layer.values

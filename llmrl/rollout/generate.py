@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmrl.batches import Prompts, Rollout
+from llmrl.batches import Prompts, Rollout, StopReason
 from llmrl.roles import Progress, Sampling, Trainable
-from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import check_length
@@ -31,7 +31,8 @@ class TransformersEngine:
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
         progress: Advanced by one for each complete response.
-        apart: Where to sample from copies of all weights, if those that are trained are about to be split over ranks.
+        copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
+            them.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class TransformersEngine:
         vocab_size: int,
         dtype: torch.dtype,
         progress: Progress,
-        apart: torch.device | None = None,
+        copy_device: torch.device | None = None,
     ) -> None:
-        self.weights = SamplingWeights(model, dtype, apart)
+        self.weights = SamplingWeights(model, dtype, copy_device)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.progress = progress
@@ -56,15 +57,15 @@ class TransformersEngine:
         check_length(model, longest, sampling.max_response_tokens)
         pin_rope(model, longest + sampling.max_response_tokens)
         prompts = prompts.to(model.device)
-        responses = new_responses(prompts, sampling)
-        sampler = Sampler(sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size, progress=self.progress)
+        responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
+        drawing = DrawingProcessor(Sampler(sampling, vocab_size=self.vocab_size), responses, self.progress)
         with evaluating(model), own_generation_config(model, self.eos_ids, sampling):
             cast(Any, model).generate(
                 prompts.ids[:, -longest:].repeat_interleave(sampling.num_responses, dim=0),
                 attention_mask=prompts.mask[:, -longest:].repeat_interleave(sampling.num_responses, dim=0).long(),
-                logits_processor=LogitsProcessorList([DrawingProcessor(sampler, responses)]),
+                logits_processor=LogitsProcessorList([drawing]),
             )
-        return assemble(prompts, responses, sampling)
+        return responses.rollout()
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
@@ -74,14 +75,21 @@ class TransformersEngine:
 class DrawingProcessor(LogitsProcessor):
     """Draws from the logits, and leaves `generate` no other choice than the drawn ids."""
 
-    def __init__(self, sampler: Sampler, responses: list[Response]) -> None:
+    def __init__(self, sampler: Sampler, responses: Responses, progress: Progress) -> None:
         self.sampler = sampler
         self.responses = responses
+        self.progress = progress
+        self.rows = torch.arange(len(responses.numbers), device=responses.ids.device)
+        self.live = self.rows
+        """The rows that are under way."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        growing = [row for row, response in enumerate(self.responses) if not self.sampler.is_complete(response)]
-        self.sampler.extend([self.responses[row] for row in growing], scores[growing])
-        drawn = torch.tensor([response.ids[-1] for response in self.responses], device=scores.device)
+        stop_reasons = self.sampler.extend(self.responses, self.live, scores[self.live])
+        under_way = [index for index, reason in enumerate(stop_reasons) if reason == StopReason.NONE]
+        if len(under_way) < len(stop_reasons):
+            self.progress.advance(len(stop_reasons) - len(under_way))
+            self.live = self.live[under_way]
+        drawn = self.responses.last_ids(self.rows)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 

@@ -6,17 +6,19 @@ nothing; as soon as a group's slots are free, the next prompt moves in. The resu
 """
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
-from llmrl.batches import Prompts, Rollout
+from llmrl.batches import Prompts, Rollout, StopReason
 from llmrl.roles import Progress, Sampling, Trainable
-from llmrl.rollout.cache import SlotCache, num_columns
-from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.cache import SlotCache, layer_states, num_columns
+from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import RolloutError, check_cache, check_length
@@ -40,7 +42,8 @@ class NativeEngine:
         dtype: Precision of sampling.
         max_rows: Responses decoded at once.
         progress: Advanced by one for each complete response.
-        apart: Where to sample from copies of all weights, if those that are trained are about to be split over ranks.
+        copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
+            them.
     """
 
     def __init__(
@@ -52,10 +55,10 @@ class NativeEngine:
         dtype: torch.dtype,
         max_rows: int,
         progress: Progress,
-        apart: torch.device | None = None,
+        copy_device: torch.device | None = None,
     ) -> None:
         check_cache(model)
-        self.weights = SamplingWeights(model, dtype, apart)
+        self.weights = SamplingWeights(model, dtype, copy_device)
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_rows = max_rows
@@ -73,12 +76,12 @@ class NativeEngine:
                 f"set it to at least {sampling.num_responses}"
             )
         prompts = prompts.to(model.device)
-        responses = new_responses(prompts, sampling)
-        sampler = Sampler(sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size, progress=self.progress)
-        cache = self._new_cache(len(responses), sampling.num_responses, longest + sampling.max_response_tokens)
+        responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
+        sampler = Sampler(sampling, vocab_size=self.vocab_size)
+        cache = self._new_cache(len(responses.numbers), sampling.num_responses, longest + sampling.max_response_tokens)
         with evaluating(model):
-            Decoding(model, cache, sampler, prompts, responses, longest).run()
-        return assemble(prompts, responses, sampling)
+            Decoding(model, cache, sampler, responses, self.progress).run()
+        return responses.rollout()
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
@@ -94,45 +97,51 @@ class NativeEngine:
 class Row:
     """A response that is being decoded."""
 
-    response: Response
+    index: int
+    """Its row in `Responses`."""
     start: int
     """Column of its first prompt token."""
+    stop_reason: int = StopReason.NONE
 
 
 class Decoding:
-    """One rollout on its way. Live rows are slots 0 .. len(rows) - 1 of the cache."""
+    """One rollout on its way. Live rows are slots 0 .. len(rows) - 1 of the cache.
+
+    The last token of a live row is not in the cache yet: the next pass reads it.
+    """
 
     def __init__(
-        self,
-        model: "PreTrainedModel",
-        cache: SlotCache,
-        sampler: Sampler,
-        prompts: Prompts,
-        responses: list[Response],
-        longest_prompt: int,
+        self, model: "PreTrainedModel", cache: SlotCache, sampler: Sampler, responses: Responses, progress: Progress
     ) -> None:
         self.model = model
         self.cache = cache
         self.sampler = sampler
-        self.prompts = prompts
-        self.prompt_lengths = prompts.mask.sum(dim=1).tolist()
-        self.longest_prompt = longest_prompt
-        self.group_size = sampler.sampling.num_responses
         self.responses = responses
-        self.waiting = deque(range(len(prompts.rows)))
+        self.progress = progress
+        self.prompts = responses.prompts
+        self.prompt_lengths = self.prompts.mask.sum(dim=1).tolist()
+        self.longest_prompt = max(self.prompt_lengths)
+        self.group_size = responses.group_size
+        self.waiting = deque(range(len(self.prompts.rows)))
         self.rows: list[Row] = []
+        self.layout: list[tuple[int, int]] = []
+        """Index and start of each live row, as `layout_on_device` has them."""
+        self.layout_on_device = self._tensor([])
 
     def run(self) -> None:
+        """Decodes until every response is complete."""
         while self.rows or self.waiting:
-            while self._admit():
-                pass
+            while self.admit():
+                self.retire()
             if self.rows:
-                self._step()
+                self.step()
+                self.retire()
 
-    def _admit(self) -> bool:
+    def admit(self) -> bool:
         """Moves waiting prompts in, as many as have free slots for whole groups and fit in one forward pass, and draws
         their first tokens. Returns whether there were any."""
-        count = self._num_to_admit()
+        free = (self.cache.slots - len(self.rows)) // self.group_size
+        count = num_in_one_pass([self.prompt_lengths[prompt] for prompt in islice(self.waiting, free)])
         if count == 0:
             return False
         window = self.cache.window
@@ -140,47 +149,101 @@ class Decoding:
             window.end = self.longest_prompt
         admitted = [self.waiting.popleft() for _ in range(count)]
         prefilled, logits = self._prefill(admitted)
-        self.cache.fill(len(self.rows), prefilled, copies=self.group_size)
+        self.cache.fill(len(self.rows), layer_states(prefilled), copies=self.group_size)
         rows = [
-            Row(self.responses[prompt * self.group_size + g], window.end - self.prompt_lengths[prompt])
+            Row(prompt * self.group_size + g, window.end - self.prompt_lengths[prompt])
             for prompt in admitted
             for g in range(self.group_size)
         ]
         self.rows += rows
-        self.sampler.extend([row.response for row in rows], logits.repeat_interleave(self.group_size, dim=0))
-        self._retire()
+        self._fit_window()
+        self._extend(rows, self._indices(rows), logits.repeat_interleave(self.group_size, dim=0))
         return True
 
-    def _num_to_admit(self) -> int:
-        free = min(len(self.waiting), (self.cache.slots - len(self.rows)) // self.group_size)
-        width = 0
-        for count in range(free):
-            width = max(width, self.prompt_lengths[self.waiting[count]])
-            if count and (count + 1) * width > PREFILL_TOKENS:
-                return count
-        return free
+    def step(self) -> None:
+        """Draws one more token for every live row."""
+        window = self.cache.window
+        if window.end == self.cache.columns:
+            self._move_to_front()
+        indices, starts = self._place()
+        mask = torch.arange(window.start, window.end + 1, device=starts.device) >= starts[:, None]
+        ids = self.responses.last_ids(indices)
+        logits = self._forward(ids[:, None], mask, (window.end - starts)[:, None], self.cache)
+        window.end += 1
+        self._extend(self.rows, indices, logits)
 
-    def _prefill(self, admitted: list[int]) -> tuple[list[DynamicLayer], Tensor]:
+    def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
+        """Feeds tokens to live rows, by their index in `Responses`: one or more to each, and all at once.
+
+        Between a draw and `retire`, so that a row goes on which its EOS has just ended. The next step draws what comes
+        after the last fed token.
+
+        Raises:
+            ValueError: A response has no room for them.
+        """
+        rows = [row for row in self.rows if row.index in fed]
+        assert len(rows) == len(fed), "only live rows can be fed"
+        assert all(fed.values()), "a row is fed at least one token"
+        indices = self._indices(rows)
+        last_ids = self.responses.last_ids(indices).tolist()
+        self.responses.feed(fed)
+        for row, stop_reason in zip(rows, self.responses.stop_reason[indices].tolist(), strict=True):
+            row.stop_reason = stop_reason
+        unread = [[last_id, *fed[row.index][:-1]] for last_id, row in zip(last_ids, rows, strict=True)]
+        room = min((row.start - len(ids) for row, ids in zip(rows, unread, strict=True)), default=0)
+        if room < 0:
+            self._shift(room)
+        while rows:
+            count = num_in_one_pass([len(ids) for ids in unread])
+            self._read(rows[:count], unread[:count])
+            rows, unread = rows[count:], unread[count:]
+
+    def retire(self) -> None:
+        """Gives the slot of every complete row to the last live one, and fits the window to the rows that are left."""
+        for slot in reversed(range(len(self.rows))):
+            if self.rows[slot].stop_reason != StopReason.NONE:
+                last = self.rows.pop()
+                if slot < len(self.rows):
+                    self.rows[slot] = last
+                    self.cache.move_row(len(self.rows), slot)
+                self.progress.advance()
+        self._fit_window()
+
+    def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor) -> None:
+        for row, stop_reason in zip(rows, self.sampler.extend(self.responses, indices, logits), strict=True):
+            row.stop_reason = stop_reason
+
+    def _prefill(self, admitted: list[int]) -> tuple[Cache, Tensor]:
         """Keys and values of prompts, padded left to the longest of them, and the logits after their last tokens."""
         width = max(self.prompt_lengths[prompt] for prompt in admitted)
         ids = self.prompts.ids[admitted, -width:]
         mask = self.prompts.mask[admitted, -width:]
         cache = DynamicCache(config=self.model.config)
         logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
-        return cast("list[DynamicLayer]", cache.layers), logits
+        return cache, logits
 
-    def _step(self) -> None:
-        """One more token for every live row."""
-        window = self.cache.window
-        if window.end == self.cache.columns:
-            self._move_to_front()
-        device = self.prompts.ids.device
-        tokens, starts = torch.tensor([(row.response.ids[-1], row.start) for row in self.rows], device=device).T
-        mask = torch.arange(window.start, window.end + 1, device=device) >= starts[:, None]
-        logits = self._forward(tokens[:, None], mask, (window.end - starts)[:, None], self.cache)
-        window.end += 1
-        self.sampler.extend([row.response for row in self.rows], logits)
-        self._retire()
+    def _read(self, rows: list[Row], unread: list[list[int]]) -> None:
+        """Writes keys and values of each row's unread tokens before the write column; what the row had moves to the
+        front by as many columns.
+
+        Tokens are padded on the right: then no row has a gap between what it had and what is new.
+        """
+        start, end = self.cache.window.start, self.cache.window.end
+        slots = [self.rows.index(row) for row in rows]
+        starts = self._tensor([row.start for row in rows])[:, None]
+        counts = self._tensor([len(ids) for ids in unread])[:, None]
+        width = max(len(ids) for ids in unread)
+        ids = self._tensor([ids + [0] * (width - len(ids)) for ids in unread])
+        columns = torch.arange(start, end + width, device=ids.device)
+        positions = end - starts + torch.arange(width, device=ids.device).minimum(counts - 1)
+        cache = self.cache.copy_slots(slots)
+        self._forward(ids, (columns >= starts) & (columns < end + counts), positions, cache)
+        states = layer_states(cache)
+        for n, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            kept = slice(row.start - start, end - start + len(unread[n]))
+            self.cache.fill(slot, [(k[n : n + 1, :, kept], v[n : n + 1, :, kept]) for k, v in states], copies=1)
+            row.start -= len(unread[n])
+        self._fit_window()
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """The model's own forward; positions count real tokens only. Logits of the last column."""
@@ -194,16 +257,12 @@ class Decoding:
         )
         return output.logits[:, -1]
 
-    def _retire(self) -> None:
-        """Gives the slot of every complete row to the last live one, and fits the window to the rows that are left."""
-        self._fit_window()
-        for slot in reversed(range(len(self.rows))):
-            if self.sampler.is_complete(self.rows[slot].response):
-                last = self.rows.pop()
-                if slot < len(self.rows):
-                    self.rows[slot] = last
-                    self.cache.move_row(len(self.rows), slot)
-        self._fit_window()
+    def _place(self) -> tuple[Tensor, Tensor]:
+        """Indices and starts of the live rows on the device, copied there only when they have changed."""
+        layout = [(row.index, row.start) for row in self.rows]
+        if layout != self.layout:
+            self.layout, self.layout_on_device = layout, self._tensor(layout)
+        return self.layout_on_device[:, 0], self.layout_on_device[:, 1]
 
     def _fit_window(self) -> None:
         window = self.cache.window
@@ -213,7 +272,27 @@ class Decoding:
     def _move_to_front(self) -> None:
         """Moves the window as far to the front as the longest waiting prompt allows."""
         window = self.cache.window
-        shift = window.end - max(window.end - window.start, self.longest_prompt)
-        self.cache.move_columns(shift)
+        self._shift(window.end - max(window.end - window.start, self.longest_prompt))
+
+    def _shift(self, columns: int) -> None:
+        """Moves the window this many columns to the front; to the back, where negative."""
+        self.cache.move_columns(columns)
         for row in self.rows:
-            row.start -= shift
+            row.start -= columns
+
+    def _indices(self, rows: list[Row]) -> Tensor:
+        return self._tensor([row.index for row in rows])
+
+    def _tensor(self, numbers: Sequence[object]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.prompts.ids.device)
+
+
+def num_in_one_pass(lengths: Sequence[int]) -> int:
+    """How many rows of these lengths, in order and padded to the longest, fit in one forward pass: at least one, if
+    there is any."""
+    width = 0
+    for count, length in enumerate(lengths):
+        width = max(width, length)
+        if count and (count + 1) * width > PREFILL_TOKENS:
+            return count
+    return len(lengths)

@@ -1,10 +1,13 @@
 """An engine without a model: for tests of the loop and of algorithms."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from llmrl.batches import Prompts, Rollout, Row
+import torch
+
+from llmrl.batches import Prompts, Rollout, Row, StopReason
 from llmrl.roles import Sampling, Trainable
-from llmrl.rollout.responses import Response, assemble, new_responses
+from llmrl.rollout.responses import Responses
 
 Script = Callable[[Row, int], tuple[Sequence[int], Sequence[float], bool]]
 """(data row, global response number) -> (ids, log-probabilities, finished)."""
@@ -17,15 +20,15 @@ class ScriptedEngine:
         self.script = script
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
-        responses = [
-            self._play(prompts.rows[index // sampling.num_responses], response.number)
-            for index, response in enumerate(new_responses(prompts, sampling))
-        ]
-        return assemble(prompts, responses, sampling)
+        data_rows = [row for row in prompts.rows for _ in range(sampling.num_responses)]
+        played = [self.script(row, sampling.first_response + index) for index, row in enumerate(data_rows)]
+        longest = max(len(ids) for ids, _, _ in played)
+        responses = Responses(prompts, replace(sampling, max_response_tokens=longest), eos_ids=())
+        for row, (ids, logprobs, finished) in enumerate(played):
+            for token_id, logprob in zip(ids, logprobs, strict=True):
+                responses.append(*(torch.tensor([x], device=prompts.ids.device) for x in (row, token_id, logprob)))
+            responses.stop_reason[row] = StopReason.EOS if finished else StopReason.LENGTH
+        return responses.rollout()
 
     def load_weights(self, trained: Trainable) -> None:
         """Nothing to do: the script has no weights."""
-
-    def _play(self, row: Row, number: int) -> Response:
-        ids, logprobs, finished = self.script(row, number)
-        return Response(number=number, ids=list(ids), logprobs=list(logprobs), finished=finished)

@@ -17,27 +17,32 @@ if TYPE_CHECKING:
 class SamplingWeights:
     """Weights in the precision of sampling.
 
-    Parameters that have it already are the trained ones themselves and always live, unless they are to be split over
-    ranks. The others are copied, and the copy is refreshed in place by `load`. A stale copy is detected by
-    the number of optimizer steps since.
+    Without a `copy_device`, parameters that have the precision already are the trained ones themselves and always live.
+    The others are copied, and `load` refreshes the copy in place. A stale copy is detected by the number of optimizer
+    steps since.
+
+    Args:
+        trained: The trained model.
+        dtype: Precision of sampling.
+        copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
+            them.
     """
 
-    def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype, apart: torch.device | None) -> None:
-        """`apart` is where every parameter is copied to, if those that are trained are about to be split over ranks."""
+    def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype, copy_device: torch.device | None) -> None:
         self.trained = trained
         self._copies = {
-            name: _copied(p, dtype, apart or p.device)
+            name: _copied(p, dtype, copy_device or p.device)
             for name, p in trained.named_parameters()
-            if apart is not None or (p.is_floating_point() and p.dtype != dtype)
+            if copy_device is not None or (p.is_floating_point() and p.dtype != dtype)
         }
-        self._model = rebuilt(trained, self._copies, apart) if self._copies else trained
+        self._model = rebuilt(trained, self._copies, copy_device) if self._copies else trained
         self._trainable: Trainable | None = None
         self._num_steps = 0
 
     @torch.no_grad()
     def load(self, trainable: Trainable) -> None:
-        """Brings the copy up to date with the trained model, which must be the one that it was made of. A collective of
-        all ranks: weights that are split over them come together once for a whole rollout."""
+        """Copies the trained weights, which must be those of the model that the copy was made of. Collective: sharded
+        weights are gathered once per rollout."""
         if trainable.module.model is not self.trained:
             raise ValueError("load_weights got another model than the one that the engine was built over")
         if self._copies:
@@ -61,8 +66,8 @@ def _copied(p: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter
 
 
 def rebuilt(model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device | None) -> "PreTrainedModel":
-    """The modules of a model anew, around these parameters, and around its own tensors where there is none. What is no
-    parameter may be copied to a device."""
+    """A copy of the model's modules with these parameters; the other tensors are shared, and buffers are copied to
+    `device`, if there is one."""
     memo: dict[int, Tensor] = {id(t): t for t in model.parameters()}
     memo |= {id(b): b.to(device or b.device) for b in model.buffers()}
     memo |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}

@@ -41,7 +41,7 @@ def build_engine(
         "vocab_size": num_token_ids(tokenizer, model),
         "dtype": dtype,
         "progress": progress,
-        "apart": copy_device,
+        "copy_device": copy_device,
     }
     if config.engine == "transformers":
         return TransformersEngine(model, **common)

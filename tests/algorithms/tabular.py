@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmrl.algorithms.ppo import PPO
-from llmrl.batches import Prompts, Rollout, Scores, Sequences, TokenOutputs
+from llmrl.batches import Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.streams import uniforms
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
@@ -114,7 +114,7 @@ class TabularEngine:
         return Rollout(
             sequences=sequences,
             rollout_logprobs=self.actor.logprobs(sequences).logprobs.float(),
-            finished=~alive,
+            stop_reason=torch.where(~alive, StopReason.EOS, StopReason.LENGTH),
             group_ids=number // sampling.num_responses,
             rows=rows,
         )

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
-from llmrl.batches import Rollout, Scores, Sequences, TokenOutputs
+from llmrl.batches import Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.losses import token_weights
 
 LENGTHS = [3, 1, 4, 2, 4, 3]  # two groups of three
@@ -44,7 +44,7 @@ def make_rollout(lengths=LENGTHS, groups=GROUPS):
             response_lengths=torch.tensor(lengths),
         ),
         rollout_logprobs=torch.zeros(mask.shape),
-        finished=torch.ones(len(lengths), dtype=torch.bool),
+        stop_reason=torch.full((len(lengths),), StopReason.EOS),
         group_ids=torch.tensor(groups),
         rows=tuple({"prompt": "p"} for _ in lengths),
     )

@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.algorithms.config import PPOConfig
-from llmrl.batches import Rollout, Scores, Sequences, TokenOutputs
+from llmrl.batches import Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.losses import token_weights
 from llmrl.functional.statistics import Mean
@@ -61,6 +61,7 @@ def mask_of(lengths=LENGTHS):
 
 def make_rollout(*, lengths=LENGTHS, mask=None, finished=None, rollout_logprobs=None):
     mask = mask_of(lengths) if mask is None else mask
+    ended = torch.tensor([True] * len(lengths) if finished is None else finished)
     prompts = torch.arange(len(lengths))[:, None]
     return Rollout(
         sequences=Sequences.from_rows(
@@ -71,7 +72,7 @@ def make_rollout(*, lengths=LENGTHS, mask=None, finished=None, rollout_logprobs=
             response_lengths=torch.tensor(lengths),
         ),
         rollout_logprobs=torch.zeros(mask.shape) if rollout_logprobs is None else rollout_logprobs,
-        finished=torch.tensor([True] * len(lengths) if finished is None else finished),
+        stop_reason=torch.where(ended, StopReason.EOS, StopReason.LENGTH),
         group_ids=prompts[:, 0],
         rows=tuple({"number": number} for number in range(len(lengths))),
     )

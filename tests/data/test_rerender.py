@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.batches import Rollout
+from llmrl.batches import Rollout, StopReason
 from llmrl.data.chat import as_sequences
 from llmrl.data.config import PromptDataConfig
 from llmrl.data.rerender import Rerenderer, ended_by, same_ids, same_tokens
@@ -43,7 +43,7 @@ def make_rollout(*rows):
     return Rollout(
         sequences=sequences,
         rollout_logprobs=torch.zeros(sequences.response_ids.shape),
-        finished=torch.tensor([finished for *_, finished in rows]),
+        stop_reason=torch.where(torch.tensor([finished for *_, finished in rows]), StopReason.EOS, StopReason.LENGTH),
         group_ids=torch.arange(len(rows)),
         rows=tuple({"prompt": prompt, "other": 1} for prompt, *_ in rows),
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
+from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.sharing import (
     DistributedEngine,
@@ -60,7 +60,7 @@ class NumberingEngine:
                 response_lengths=lengths,
             ),
             rollout_logprobs=torch.where(mask, -0.5, 0.0),
-            finished=numbers % 2 == 0,
+            stop_reason=torch.where(numbers % 2 == 0, StopReason.EOS, StopReason.LENGTH),
             group_ids=numbers // sampling.num_responses,
             rows=prompts.select(index).rows,
         )
@@ -114,7 +114,7 @@ def rollout(prompts: Prompts) -> Rollout:
 
 def assert_same(left: Rollout, right: Rollout):
     assert left.rows == right.rows
-    for name in ("rollout_logprobs", "finished", "group_ids"):
+    for name in ("rollout_logprobs", "stop_reason", "group_ids"):
         assert_close(getattr(left, name), getattr(right, name))
     for name, ours in vars(left.sequences).items():
         assert_close(ours, vars(right.sequences)[name])

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.functional.sampling import BLOCK, _running_sums, _search, inverse_cdf
+from llmrl.functional.sampling import BLOCK, _running_sums, _search, draw_tokens, inverse_cdf
 from llmrl.functional.streams import Purpose, uniforms
 from tests import oracles
 
@@ -111,3 +113,58 @@ def test_where_algorithms_have_to_be_deterministic_no_cumulative_sum_is_asked_fo
     monkeypatch.setattr(torch.Tensor, "cumsum", None)
     assert_close(_running_sums(masses), expected, rtol=1e-13, atol=0.0)
     assert torch.equal(inverse_cdf(p, u), drawn)
+
+
+PROBABILITIES = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.97, 0.01, 0.01, 0.01]])
+
+
+def tokens(probabilities, *, temperature=1.0, count=400):
+    """Ids and log-probabilities of this many draws from the same probabilities."""
+    logits = torch.tensor(probabilities).log().expand(count, -1)
+    numbers = torch.arange(count)
+    return draw_tokens(
+        logits, uniforms(0, Purpose.TRAINING, numbers, torch.zeros_like(numbers)), temperature=temperature
+    )
+
+
+def test_a_token_is_where_the_uniform_number_falls():
+    u = [0.3001, 0.9699]
+    ids, logprobs = draw_tokens(PROBABILITIES.log(), torch.tensor(u, dtype=torch.float64), temperature=1.0)
+    assert ids.tolist() == [2, 0] == [oracles.inverse_cdf(p, x) for p, x in zip(PROBABILITIES.tolist(), u, strict=True)]
+    assert_close(logprobs.exp(), torch.tensor([0.3, 0.97]))
+
+
+def test_a_row_draws_the_same_among_other_rows():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    together, _ = draw_tokens(logits, u, temperature=1.0)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    reordered, _ = draw_tokens(logits[order], u[order], temperature=1.0)
+    assert together[order].equal(reordered)
+
+
+def test_an_impossible_token_is_never_drawn():
+    ids, _ = tokens([0.0, 0.5, 0.0, 0.5])
+    assert set(ids.tolist()) == {1, 3}
+
+
+def test_temperature_divides_the_logits():
+    ids, logprobs = tokens([0.2, 0.8], temperature=0.5)
+    expected = torch.tensor([0.04, 0.64]) / 0.68
+    assert_close(logprobs, expected.log()[ids])
+    assert abs((ids == 0).float().mean() - expected[0]) < 4 * math.sqrt(expected[0] / 400)
+
+
+def test_without_a_uniform_number_the_likeliest_token_is_taken():
+    ids, logprobs = draw_tokens(torch.tensor([[0.2, 0.5, 0.3]]).log(), None, temperature=2.0)
+    assert ids.tolist() == [1]
+    assert_close(
+        logprobs[0], torch.tensor(math.log(math.sqrt(0.5) / (math.sqrt(0.2) + math.sqrt(0.5) + math.sqrt(0.3))))
+    )
+
+
+@pytest.mark.parametrize("u", [None, torch.tensor([0.5], dtype=torch.float64)])
+def test_logits_that_are_no_numbers_have_no_logprob(u):
+    for bad in (math.nan, math.inf):
+        _, logprobs = draw_tokens(torch.tensor([[0.0, bad, 0.0]]), u, temperature=1.0)
+        assert logprobs.isnan().all()

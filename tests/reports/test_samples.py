@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrl.batches import Experience, Rollout, Scores, Sequences
+from llmrl.batches import Experience, Rollout, Scores, Sequences, StopReason
 from llmrl.reports.samples import SampleWriter
 
 ALPHABET = "_abcdefgh$"
@@ -34,7 +34,7 @@ def experience(num_responses: int, totals: list[float] | None = None) -> Experie
         rollout=Rollout(
             sequences=sequences,
             rollout_logprobs=torch.zeros(response_mask.shape),
-            finished=numbers % 2 == 0,
+            stop_reason=torch.where(numbers % 2 == 0, StopReason.EOS, StopReason.LENGTH),
             group_ids=100 + numbers // 2,
             rows=tuple({} for _ in range(num_responses)),
         ),

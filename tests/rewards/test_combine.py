@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.batches import Rollout, Scores, Sequences
+from llmrl.batches import Rollout, Scores, Sequences, StopReason
 from llmrl.rewards.combine import CombinedReward
 
 
@@ -23,7 +23,7 @@ def rollout():
     return Rollout(
         sequences=sequences,
         rollout_logprobs=torch.zeros(3, 2),
-        finished=torch.tensor([True, False, True]),
+        stop_reason=torch.where(torch.tensor([True, False, True]), StopReason.EOS, StopReason.LENGTH),
         group_ids=torch.arange(3),
         rows=({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}),
     )

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.batches import Rollout, Sequences
+from llmrl.batches import Rollout, Sequences, StopReason
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
 
@@ -51,7 +51,7 @@ def rollout():
     return Rollout(
         sequences=sequences,
         rollout_logprobs=torch.zeros(3, 3),
-        finished=torch.tensor([True, False, True]),
+        stop_reason=torch.where(torch.tensor([True, False, True]), StopReason.EOS, StopReason.LENGTH),
         group_ids=torch.arange(3),
         rows=ROWS,
     )

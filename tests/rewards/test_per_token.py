@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
-from llmrl.batches import Rollout, TokenOutputs
+from llmrl.batches import Rollout, StopReason, TokenOutputs
 from llmrl.data.chat import as_sequences
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
@@ -138,10 +138,11 @@ RESPONSES = [["one", EOS], ["two", "three", "four"], [EOS]]  # texts "one", "two
 
 def make_rollout(responses=RESPONSES, kind="word", groups=None):
     sequences = as_sequences([[1]] * len(responses), [ids_of(kind, tokens) for tokens in responses])
+    ended = torch.tensor([tokens[-1] == EOS for tokens in responses])
     return Rollout(
         sequences=sequences,
         rollout_logprobs=torch.zeros(sequences.response_ids.shape),
-        finished=torch.tensor([tokens[-1] == EOS for tokens in responses]),
+        stop_reason=torch.where(ended, StopReason.EOS, StopReason.LENGTH),
         group_ids=torch.tensor(groups or list(range(len(responses)))),
         rows=tuple({"prompt": f"{n}?"} for n in range(len(responses))),
     )

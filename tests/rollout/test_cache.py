@@ -1,20 +1,16 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers.cache_utils import DynamicLayer
 
-from llmrl.rollout.cache import SLACK_COLUMNS, SlotCache, num_columns
+from llmrl.rollout.cache import SLACK_COLUMNS, SlotCache, layer_states, num_columns
 
 HEADS, HEAD_DIM = 2, 3
 
 
 def prefilled(values):
-    """One layer whose keys are these numbers, a row a prompt and a column a token, and whose values are their
-    negatives."""
-    layer = DynamicLayer()
+    """Keys and values of one layer: these numbers, a row a prompt and a column a token, and their negatives."""
     states = torch.tensor(values)[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
-    layer.update(states, -states)
-    return layer
+    return states, -states
 
 
 def token(*values):
@@ -85,6 +81,23 @@ def test_a_row_moves_to_another_slot_in_every_layer(cache):
     cache.move_row(3, 0)
     assert live(cache) == [[0, 3], [1, 2], [0, 3], [0, 3]]
     assert live(cache, layer=1)[0] == [0, 300]
+
+
+def test_copied_slots_grow_by_every_token_and_leave_the_cache_alone(cache):
+    copy = cache.copy_slots([2, 0])
+    assert copy.get_seq_length() == 2
+    for layer in range(2):
+        _, values = copy.update(token(5.0, 6.0), -token(5.0, 6.0), layer)
+        assert_close(values, -layer_states(copy)[layer][0])
+    assert numbers(layer_states(copy)[0][0]) == [[0, 3, 5], [1, 2, 6]]
+    assert numbers(layer_states(copy)[1][0]) == [[0, 300, 5], [100, 200, 6]]
+    assert live(cache) == [[1, 2], [1, 2], [0, 3], [0, 3]]
+
+
+def test_columns_move_to_the_back(cache):
+    cache.move_columns(-2)
+    assert (cache.window.start, cache.window.end) == (3, 5)
+    assert live(cache) == [[1, 2], [1, 2], [0, 3], [0, 3]]
 
 
 @pytest.mark.parametrize("shift", [1, 2])

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.batches import Prompts
-from llmrl.functional.streams import Purpose
+from llmrl.batches import Prompts, StopReason
+from llmrl.functional.streams import Purpose, uniforms
 from llmrl.rollout import cache as cache_module
 from llmrl.rollout import native as native_module
 from llmrl.rollout.support import RolloutError
+from tests import oracles
 
-from .tiny import EOS, VOCAB, full_forward_logprobs, make_prompts, make_sampling, rows_of
+from .tiny import EOS, VOCAB, build, full_forward_logprobs, make_prompts, make_sampling, rows_of
 
 
 def tokens(rollout):
@@ -305,3 +306,142 @@ def test_the_rollout_can_be_learned_from(model, native, prompts):
 def test_a_group_larger_than_max_rows_is_refused(model, native, prompts):
     with pytest.raises(RolloutError, match=r"rollout\.max_rows \(4\) must hold a whole group of 5 responses"):
         native(model, max_rows=4).generate(prompts, make_sampling(num_responses=5))
+
+
+def responds_by_definition(model, prompt, number, sampling, answers):
+    """``(ids, chosen, log-probabilities of the chosen, stop reason)``: a forward over the whole row for each token, and
+    an answer fed after the actor has chosen as many tokens as its key says."""
+    ids, chosen, logprobs, stop_reason = [], [], [], StopReason.NONE
+    while stop_reason == StopReason.NONE:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1, :VOCAB].double()
+        position = torch.tensor([sum(chosen)])
+        u = uniforms(sampling.seed, sampling.purpose, torch.tensor([number]), position).item()
+        ids.append(oracles.inverse_cdf(logits.softmax(dim=0).tolist(), u))
+        chosen.append(True)
+        logprobs.append(logits.log_softmax(dim=0)[ids[-1]].item())
+        answer = answers.get(sum(chosen), [])
+        ended = ids[-1] in EOS and not answer
+        ids += answer
+        chosen += [False] * len(answer)
+        if ended:
+            stop_reason = StopReason.EOS
+        elif len(ids) == sampling.max_response_tokens:
+            stop_reason = StopReason.LENGTH
+    return ids, chosen, torch.tensor(logprobs), stop_reason
+
+
+@pytest.fixture
+def feed(monkeypatch):
+    """Has the engine feed these answers, by the index of a response and the tokens that it has chosen so far."""
+
+    def feed_answers(answers):
+        left = {index: dict(by_count) for index, by_count in answers.items()}
+
+        class Feeding(native_module.Decoding):
+            def retire(self):
+                counts = self.responses.chosen.sum(dim=1).tolist()
+                due = {row.index: left[row.index].pop(counts[row.index], []) for row in self.rows}
+                self.feed({index: answer for index, answer in due.items() if answer})
+                super().retire()
+
+        monkeypatch.setattr(native_module, "Decoding", Feeding)
+
+    return feed_answers
+
+
+def assert_responds_by_definition(model, rollout, sampling, answers):
+    sequences = rollout.sequences
+    for index, (prompt, _, logprobs, _) in enumerate(rows_of(rollout)):
+        expected = responds_by_definition(
+            model, prompt, sampling.first_response + index, sampling, answers.get(index, {})
+        )
+        length = int(sequences.response_lengths[index])
+        assert sequences.response_ids[index, :length].tolist() == expected[0]
+        assert sequences.response_mask[index, :length].tolist() == expected[1]
+        assert_close(logprobs, expected[2], atol=3e-5, rtol=0)
+        assert rollout.stop_reason[index] == expected[3]
+
+
+def make_answers(num_responses):
+    """Answers of one to five tokens, EOS among them, to about half of the first six tokens of each response."""
+    generator = torch.Generator().manual_seed(3)
+
+    def integer(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    return {
+        index: {count: [integer(0, VOCAB) for _ in range(integer(1, 6))] for count in range(1, 7) if integer(0, 2)}
+        for index in range(num_responses)
+    }
+
+
+@pytest.mark.parametrize("max_rows", [2, 4, 10])
+def test_a_fed_response_goes_on_as_by_definition(any_model, native, prompts, feed, progress, max_rows):
+    sampling, answers = make_sampling(max_response_tokens=40, first_response=6), make_answers(10)
+    feed(answers)
+    rollout = native(any_model, max_rows=max_rows).generate(prompts, sampling)
+    assert_responds_by_definition(any_model, rollout, sampling, answers)
+    assert rollout.sequences.response_mask.sum() < rollout.sequences.response_lengths.sum() - 50
+    assert progress.advanced == 10
+
+
+@pytest.mark.parametrize("budget", [1, 8])
+def test_answers_are_read_within_the_budget_of_a_pass(model, native, prompts, feed, monkeypatch, budget):
+    monkeypatch.setattr(native_module, "PREFILL_TOKENS", budget)
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    answers = {index: {3: [9] * (1 + index % 4)} for index in range(10)}
+    feed(answers)
+    sampling = make_sampling(max_response_tokens=30, num_responses=2)
+    rollout = native(model).generate(prompts, sampling)
+    assert all(rows == 1 or width == 1 or rows * width <= budget for rows, width in sizes)
+    model._forward_pre_hooks.clear()
+    assert_responds_by_definition(model, rollout, sampling, answers)
+
+
+def test_a_long_answer_moves_the_window_to_the_back(any_model, native, feed, moves):
+    """In the shortest row, which begins at the first column, beside the longest one."""
+    prompts = make_prompts([7, 8, 9, 2, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26, 27, 28])
+    sampling, answers = make_sampling(max_response_tokens=30, num_responses=1), {0: {1: [9] * 20}, 1: {2: [10, 11]}}
+    feed(answers)
+    rollout = native(any_model).generate(prompts, sampling)
+    assert min(moves) < 0
+    assert_responds_by_definition(any_model, rollout, sampling, answers)
+
+
+def test_fed_rows_stand_next_to_the_end_of_a_table_of_positions(native, feed):
+    """The padding of a short answer beside a long one has no position of its own."""
+    gpt2 = build("gpt2")
+    prompts = make_prompts([7] * 50, [8])
+    sampling, answers = make_sampling(max_response_tokens=14, num_responses=1), {0: {2: [9]}, 1: {2: [10] * 11}}
+    feed(answers)
+    rollout = native(gpt2, eos_ids=()).generate(prompts, sampling)
+    assert rollout.sequences.response_lengths.tolist() == [14, 14]
+
+
+def test_a_response_that_is_fed_up_to_the_limit_is_cut(model, native, prompts, feed):
+    sampling, answers = make_sampling(), {3: {1: [9] * 11}}
+    feed({index: answers.get(index, {}) for index in range(10)})
+    rollout = native(model, max_rows=4).generate(prompts, sampling)
+    assert rollout.stop_reason[3] == StopReason.LENGTH
+    assert rollout.sequences.response_mask[3].sum() == 1
+    assert_responds_by_definition(model, rollout, sampling, answers)
+
+
+def test_an_answer_without_room_is_refused(model, native, prompts, feed):
+    feed({index: {1: [9] * 12} for index in range(10)})
+    with pytest.raises(ValueError, match=r"12 tokens to feed to response 0 .* must be at most 11"):
+        native(model).generate(prompts, make_sampling())
+
+
+def test_the_layout_of_live_rows_is_copied_to_the_device_only_when_it_changes(model, native, prompts, monkeypatch):
+    copies = []
+    tensor = native_module.Decoding._tensor
+    monkeypatch.setattr(
+        native_module.Decoding, "_tensor", lambda self, numbers: copies.append(numbers) or tensor(self, numbers)
+    )
+    native(model, eos_ids=()).generate(prompts, make_sampling())
+    assert len(copies) == 3  # at first none; the rows of one prefill; these with their columns, for eleven steps
