@@ -41,6 +41,7 @@ from omegaconf.errors import (
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
+from llmrl.bounds import Bound, bounds
 from llmrl.paths import UserPath
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     path: str
     """Dotted; ``<n>`` stands for the index in a list, ``<name>`` for the key of a mapping."""
     type: str
+    """With its bounds, as in "whole number, at least 1"."""
     default: str
     """As a recipe would have it, or "required"; empty for a section whose settings have defaults of their own."""
     help: str
@@ -394,8 +396,14 @@ def _is_section(annotation: Any) -> TypeGuard[type]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field, bounds left aside."""
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    return {field.name: _unbound(hints[field.name]) for field in fields(cls)}
+
+
+def _unbound(annotation: Any) -> Any:
+    is_bound = any(isinstance(mark, Bound) for mark in getattr(annotation, "__metadata__", ()))
+    return annotation.__origin__ if is_bound else annotation
 
 
 def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterator[str]:
@@ -471,9 +479,13 @@ def _problem(error: ErrorDetails) -> str:
 
 
 def _in_place(sentence: str, path: Place) -> str:
-    """A class names its section as most runs have it, such as ``optimizer``; this says where it stands in this one."""
+    """The sentence with the place of its section in this run: a class names the one that most have, as ``optimizer`` or
+    ``reward.functions.<n>``."""
     named, dot, _ = sentence.partition(".")
-    return re.sub(rf"\b{named}\.", f"{path[0]}.", sentence) if path and dot and named.isidentifier() else sentence
+    if not (path and dot and named.isidentifier()):
+        return sentence
+    index = next((str(step) for step in path if isinstance(step, int)), "<n>")
+    return re.sub(rf"\b{named}\.", f"{path[0]}.", sentence).replace("<n>", index)
 
 
 def _raise_any(path: Path, problems: list[str]) -> None:
@@ -505,11 +517,13 @@ def _escape(value: Any) -> Any:
 
 
 def _describe(cls: type, prefix: str, instance: Any) -> Iterator[Setting]:
-    helps = _helps(cls)
+    helps, limits = _helps(cls), bounds(cls)
     for field, annotation in zip(fields(cls), _hints(cls).values(), strict=True):
         path = f"{prefix}{field.name}"
         default = _default(field) if instance is None else getattr(instance, field.name)
-        yield Setting(path, _type_text(annotation), _default_text(default), helps.get(field.name, ""))
+        bound, _ = limits.get(field.name, (Bound(), False))
+        kind = ", ".join(part for part in (_type_text(annotation), bound.rule) if part)
+        yield Setting(path, kind, _default_text(default), helps.get(field.name, ""))
         section, step = _section_of(annotation)
         if _is_section(section):
             yield from _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)

@@ -388,6 +388,14 @@ def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
     assert [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty] == []
 
 
+def test_the_list_of_settings_shows_bounds():
+    kinds = {setting.path: setting.type for setting in describe(PPORun)}
+    assert kinds["algorithm.clip_low"] == "number, greater than 0 and at most 1"
+    assert kinds["critic_optimizer.warmup_steps"] == "whole number, 0 or greater"
+    assert kinds["algorithm.stop_kl"] == "number | null, greater than 0"
+    assert kinds["reward.functions.<n>.weight"] == "number"
+
+
 STORED = Path(__file__).parent / "settings.txt"
 
 
@@ -397,7 +405,7 @@ def test_the_list_of_settings_is_the_one_that_was_decided_on():
     stored = STORED.read_text().splitlines()
     new, gone = sorted(set(listed) - set(stored)), sorted(set(stored) - set(listed))
     assert (new, gone) == ([], []), (
-        "a setting is a decision: a new one needs a user who cannot do without it, and one that is renamed or gone needs "
+        "a setting is a decision: a new one needs a user who cannot do without it, and one that is gone needs "
         "a sentence for those who still write it; if that is settled, store the list with\n"
         '    for run in sft reward-model grpo ppo; do llmrl settings $run | cut -f1 | sed "s/^/$run /"; done '
         "> tests/settings.txt"
@@ -434,6 +442,10 @@ def test_the_least_that_a_recipe_must_say(tmp_path: Path):
         ("run.best_mode=most", "run.best_mode: 'most' is not one of 'max' or 'min'"),
         ("run.num_iteration=3", "run.num_iteration is not a setting; did you mean run.num_iterations?"),
         ("run.num_iterations=0", "run.num_iterations (0) must be at least 1"),
+        (
+            "evaluation_data={path: e.jsonl, num_rows: 0}",
+            "evaluation_data.num_rows (0) must be at least 1, or null; leave",
+        ),
         ("sft.evaluate_every=5", "sft.evaluate_every (5) needs evaluation_data"),
         ("sft.batch_size=8.5", "sft.batch_size: 8.5 is not a whole number"),
     ],
@@ -444,6 +456,13 @@ def test_a_recipe_is_refused_in_the_same_words(tmp_path: Path, override: str, me
     with pytest.raises(SettingError) as raised:
         read_recipe(SFTRun, recipe, [override])
     assert message in str(raised.value)
+
+
+def test_a_bound_in_a_list_is_refused_by_the_number_of_its_item(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SFT_RECIPE + "reward: {functions: [{name: 'a.py:f'}, {name: 'a.py:g', weight: .inf}]}\n")
+    with pytest.raises(SettingError, match=r"reward\.functions\.1\.weight \(inf\) must be finite$"):
+        read_recipe(GRPORun, recipe, [])
 
 
 def test_the_settings_import_no_heavy_library():

@@ -48,7 +48,7 @@ def test_scaling_with_a_kl_warns():
         ({"clip_low": 1.1}, "algorithm.clip_low (1.1) must be greater than 0 and at most 1"),
         ({"clip_high": 0.0}, "algorithm.clip_high (0.0) must be greater than 0"),
         ({"dual_clip": 1.0}, "algorithm.dual_clip (1.0) must be greater than 1, or null"),
-        ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be greater than 1, or null"),
+        ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be finite and greater than 1, or null"),
         ({"value_clip": 0.0}, "algorithm.value_clip (0.0) must be greater than 0, or null"),
         ({"entropy_coef": -0.1}, "algorithm.entropy_coef (-0.1) must be 0 or greater"),
         ({"kl_coef": -0.1}, "algorithm.kl_coef (-0.1) must be 0 or greater"),
