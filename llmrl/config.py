@@ -1,7 +1,7 @@
 """What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
@@ -11,6 +11,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import RewardConfig
 from llmrl.rollout.config import RolloutConfig
+from llmrl.section import Like
 from llmrl.trainers.config import (
     EvaluationConfig,
     OutputConfig,
@@ -22,6 +23,10 @@ from llmrl.trainers.config import (
 )
 
 DEFAULT_MINIBATCH_SIZE = 128
+LIKE_DATA = Like("data", own=("path", "num_rows", "made_by"))
+"""Held-out rows have the form of the others, and are read as these are."""
+LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
+"""The critic learns as the actor does, at a rate of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class SFTRun:
     """How examples become optimizer steps."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """How the weights move."""
-    evaluation_data: SupervisedDataConfig | None = None
+    evaluation_data: Annotated[SupervisedDataConfig | None, LIKE_DATA] = None
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else receives the metrics."""
@@ -68,7 +73,7 @@ class RewardModelRun:
     """What it starts from: a causal language model, which gets a new head, or a reward model."""
     data: PreferenceDataConfig
     """Pairs of responses, one of which was preferred."""
-    evaluation_data: PreferenceDataConfig
+    evaluation_data: Annotated[PreferenceDataConfig, LIKE_DATA]
     """Held-out pairs: what the report card is about."""
     run: OutputConfig
     """Where to; `reward_model.num_epochs` says how long."""
@@ -132,7 +137,7 @@ class RLRun:
     """How the weights move."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How held-out prompts are answered."""
-    evaluation_data: PromptDataConfig | None = None
+    evaluation_data: Annotated[PromptDataConfig | None, LIKE_DATA] = None
     """Held-out prompts."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else receives the metrics."""
@@ -242,7 +247,9 @@ class PPORun(RLRun):
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
     critic: CriticConfig = field(default_factory=CriticConfig)
     """What predicts the rewards to come."""
-    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    critic_optimizer: Annotated[OptimizerConfig, LIKE_OPTIMIZER] = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5)
+    )
     """How the critic's weights move. Of a shared trunk only the head has this learning rate; the rest is not read."""
 
     def __post_init__(self) -> None:
@@ -273,7 +280,8 @@ class PPORun(RLRun):
         """What is allowed, but seldom meant."""
         warnings, is_shared = super().warnings(), self.critic.network == "shared"
         rate = self.critic_optimizer.learning_rate
-        if is_shared and self.critic_optimizer != OptimizerConfig(learning_rate=rate):
+        unread = [replace(optimizer, learning_rate=rate) for optimizer in (OptimizerConfig(), self.optimizer)]
+        if is_shared and self.critic_optimizer not in unread:
             warnings.append("critic.network shared reads nothing of critic_optimizer but its learning_rate")
         if not is_shared and self.critic.value_coef != CriticConfig.value_coef:
             warnings.append("critic.value_coef is read only where critic.network is shared")

@@ -41,8 +41,8 @@ from omegaconf.errors import (
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from llmrl.bounds import Bound, bounds
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Like, bounds, likes
 
 T = TypeVar("T")
 
@@ -351,13 +351,25 @@ def _validated(cls: type[T], path: Path, settings: Any) -> T:
     settings = copy.deepcopy(settings)
     _raise_any(path, _all_unknown_names(cls, settings))
     _raise_any(path, [f"{_dotted(*place)}: nan is no value of a setting" for place in _nans(settings)])
+    for name, like in likes(cls).items():
+        _inherit(cls, settings, name, like)
     for _, section, given in _sections(cls, settings):
         _fill(section, given)
     try:
         return TypeAdapter(cls).validate_json(json.dumps(settings, default=list), strict=True)
     except ValidationError as error:
-        problems = [_problem(details) for details in error.errors()]
+        problems = _once([_problem(details) for details in error.errors()], likes(cls))
         raise SettingError(_message(path, problems)) from error
+
+
+def _once(problems: list[str], likes: Mapping[str, Like]) -> list[str]:
+    """The problems, without those that a section only took over from the section that it is like."""
+    pairs = [(f"{name}.", f"{like.source}.") for name, like in likes.items()]
+    return [
+        problem
+        for problem in problems
+        if not any(problem.startswith(name) and problem.replace(name, source) in problems for name, source in pairs)
+    ]
 
 
 def _all_unknown_names(cls: type, settings: Any) -> list[str]:
@@ -396,14 +408,14 @@ def _is_section(annotation: Any) -> TypeGuard[type]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The type of each field, bounds left aside."""
+    """The type of each field, without its marks."""
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: _unbound(hints[field.name]) for field in fields(cls)}
+    return {field.name: _unmarked(hints[field.name]) for field in fields(cls)}
 
 
-def _unbound(annotation: Any) -> Any:
-    is_bound = any(isinstance(mark, Bound) for mark in getattr(annotation, "__metadata__", ()))
-    return annotation.__origin__ if is_bound else annotation
+def _unmarked(annotation: Any) -> Any:
+    is_marked = any(isinstance(mark, Bound | Like) for mark in getattr(annotation, "__metadata__", ()))
+    return annotation.__origin__ if is_marked else annotation
 
 
 def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterator[str]:
@@ -439,6 +451,15 @@ def _fill(section: type, given: dict[Any, Any]) -> None:
                 given[name] = os.path.expanduser(given[name])
         elif _is_section(hint) and _default(field) is MISSING:
             given[name] = {}
+
+
+def _inherit(cls: type, settings: Any, name: str, like: Like) -> None:
+    """Gives a section what it leaves out and its source names; a section that is left out too, if it has a default."""
+    (field,) = (field for field in fields(cls) if field.name == name)
+    given = settings.get(name, {} if is_dataclass(_default(field)) else None)
+    source = settings.get(like.source)
+    if isinstance(given, dict) and isinstance(source, dict):
+        settings[name] = {key: copy.deepcopy(value) for key, value in source.items() if key not in like.own} | given
 
 
 def _over(default: Any, given: Any) -> Any:
@@ -517,16 +538,19 @@ def _escape(value: Any) -> Any:
 
 
 def _describe(cls: type, prefix: str, instance: Any) -> Iterator[Setting]:
-    helps, limits = _helps(cls), bounds(cls)
+    helps, limits, sources = _helps(cls), bounds(cls), likes(cls)
     for field, annotation in zip(fields(cls), _hints(cls).values(), strict=True):
         path = f"{prefix}{field.name}"
         default = _default(field) if instance is None else getattr(instance, field.name)
         bound, _ = limits.get(field.name, (Bound(), False))
         kind = ", ".join(part for part in (_type_text(annotation), bound.rule) if part)
-        yield Setting(path, kind, _default_text(default), helps.get(field.name, ""))
+        like = sources.get(field.name)
+        told = f" Every other setting of `{like.source}` may stand here too; left out, it is as there." if like else ""
+        yield Setting(path, kind, _default_text(default), helps.get(field.name, "") + told)
         section, step = _section_of(annotation)
         if _is_section(section):
-            yield from _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)
+            inner = _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)
+            yield from (setting for setting in inner if like is None or setting.path.rpartition(".")[2] in like.own)
 
 
 def _section_of(annotation: Any) -> tuple[Any, str]:

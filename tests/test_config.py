@@ -20,7 +20,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
-from llmrl.settings import SettingError, describe, read_recipe
+from llmrl.settings import SettingError, describe, read_recipe, to_yaml
 from llmrl.trainers.config import (
     EvaluationConfig,
     OutputConfig,
@@ -391,7 +391,7 @@ def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
 def test_the_list_of_settings_shows_bounds():
     kinds = {setting.path: setting.type for setting in describe(PPORun)}
     assert kinds["algorithm.clip_low"] == "number, greater than 0 and at most 1"
-    assert kinds["critic_optimizer.warmup_steps"] == "whole number, 0 or greater"
+    assert kinds["optimizer.warmup_steps"] == "whole number, 0 or greater"
     assert kinds["algorithm.stop_kl"] == "number | null, greater than 0"
     assert kinds["reward.functions.<n>.weight"] == "number"
 
@@ -456,6 +456,82 @@ def test_a_recipe_is_refused_in_the_same_words(tmp_path: Path, override: str, me
     with pytest.raises(SettingError) as raised:
         read_recipe(SFTRun, recipe, [override])
     assert message in str(raised.value)
+
+
+PPO_RECIPE = """
+model: {path: m}
+data: {path: d.jsonl, num_rows: 9, made_by: make d, subset: main, prompt_column: question, system_prompt: Add.}
+evaluation_data: {path: e.jsonl, system_prompt: null}
+reward: {functions: [{name: "rule.py:score"}]}
+optimizer: {learning_rate: 1e-4, schedule: linear, beta2: 0.95}
+run: {output_dir: runs/x, num_iterations: 4}
+"""
+
+
+@pytest.fixture
+def ppo_recipe(tmp_path: Path) -> Path:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(PPO_RECIPE)
+    return recipe
+
+
+def test_held_out_prompts_are_read_as_the_others_unless_they_say_otherwise(ppo_recipe: Path):
+    read = read_recipe(PPORun, ppo_recipe, []).evaluation_data
+    assert read == PromptDataConfig(path="e.jsonl", subset="main", prompt_column="question")
+    other = read_recipe(PPORun, ppo_recipe, ["data.max_prompt_tokens=7", "evaluation_data.prompt_column=q"])
+    assert other.evaluation_data is not None
+    assert (other.evaluation_data.max_prompt_tokens, other.evaluation_data.prompt_column) == (7, "q")
+    assert read_recipe(PPORun, ppo_recipe, ["evaluation_data=null"]).evaluation_data is None
+
+
+def test_held_out_prompts_that_are_not_named_are_not_those_of_the_data(ppo_recipe: Path):
+    ppo_recipe.write_text("\n".join(line for line in PPO_RECIPE.splitlines() if not line.startswith("evaluation_data")))
+    assert read_recipe(PPORun, ppo_recipe, []).evaluation_data is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.seed=0", OptimizerConfig(learning_rate=1e-5, schedule="linear", beta2=0.95)),
+        ("critic_optimizer.learning_rate=2", OptimizerConfig(learning_rate=2.0, schedule="linear", beta2=0.95)),
+        ("critic_optimizer.schedule=cosine", OptimizerConfig(learning_rate=1e-5, schedule="cosine", beta2=0.95)),
+    ],
+)
+def test_the_critic_learns_as_the_actor_does_at_a_rate_of_its_own(
+    ppo_recipe: Path, override: str, expected: OptimizerConfig
+):
+    config = read_recipe(PPORun, ppo_recipe, [override])
+    assert config.critic_optimizer == expected
+    assert config.warnings() == []
+
+
+def test_what_is_resolved_reads_back_equal(ppo_recipe: Path):
+    config = read_recipe(PPORun, ppo_recipe, [])
+    ppo_recipe.write_text(to_yaml(config))
+    assert read_recipe(PPORun, ppo_recipe, []) == config
+
+
+@pytest.mark.parametrize(
+    "override", ["data.max_prompt_tokens=0", "data.template=often", "optimizer.beta2=1", "optimizer.schedule=7"]
+)
+def test_what_is_wrong_in_a_section_is_told_once_though_another_takes_it_over(ppo_recipe: Path, override: str):
+    with pytest.raises(SettingError) as refused:
+        read_recipe(PPORun, ppo_recipe, [override])
+    assert [line.split()[0].rstrip(":") for line in str(refused.value).splitlines()[1:]] == [override.split("=")[0]]
+
+
+def test_what_a_section_says_itself_is_told_beside_what_the_other_says(ppo_recipe: Path):
+    with pytest.raises(SettingError) as refused:
+        read_recipe(PPORun, ppo_recipe, ["data.max_prompt_tokens=0", "evaluation_data.max_prompt_tokens=-1"])
+    assert str(refused.value).count("max_prompt_tokens (") == 2
+
+
+def test_the_list_shows_of_a_section_like_another_what_is_its_own():
+    listed = {setting.path: setting for setting in describe(PPORun)}
+    own = {path for path in listed if path.startswith(("evaluation_data.", "critic_optimizer."))}
+    names = ("evaluation_data.path", "evaluation_data.num_rows", "evaluation_data.made_by")
+    assert own == {*names, "critic_optimizer.learning_rate"}
+    assert listed["evaluation_data"].help.endswith("`data` may stand here too; left out, it is as there.")
 
 
 def test_a_bound_in_a_list_is_refused_by_the_number_of_its_item(tmp_path: Path):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmrl.bounds import Bound, Section
 from llmrl.functional.aggregation import Aggregation
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)

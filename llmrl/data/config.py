@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from llmrl.bounds import Bound, Section
 from llmrl.data.files import SURROGATE
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)

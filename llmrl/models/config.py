@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmrl.bounds import Bound, Section
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 HeadInit = Literal["zero", "normal"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmrl.bounds import Bound, Section
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from llmrl.bounds import Bound, Section
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
 """What every reward function can ask for beside the columns of the data, and gets though a column has the same name."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from llmrl.bounds import Bound, Section
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import pytest
 
-from llmrl.bounds import Bound, Section, bounds
+from llmrl.section import Bound, Section, bounds
 
 NEXT_TO_ONE = math.nextafter(1, 2)
 

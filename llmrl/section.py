@@ -1,4 +1,4 @@
-"""Bounds of settings: declared beside the type of a field, checked wherever its section is made."""
+"""Sections of settings, and what is marked on the types of their fields: bounds, and where a default comes from."""
 
 import math
 from collections.abc import Iterator
@@ -39,6 +39,16 @@ class Bound:
         return " and ".join(f"{word} {limit}" for word, limit in words.items() if math.isfinite(limit))
 
 
+@dataclass(frozen=True)
+class Like:
+    """Where a recipe's section gets what it does not name, as in ``Annotated[DataConfig, Like("data", ("path",))]``."""
+
+    source: str
+    """The section of the same run whose settings stand in."""
+    own: tuple[str, ...]
+    """Settings that are never taken from there: left out, they have their own defaults."""
+
+
 class Section:
     """Base of the dataclasses that hold settings: making one checks the bounds of its fields.
 
@@ -66,12 +76,24 @@ def bounds(section: type) -> dict[str, tuple[Bound, bool]]:
     return dict(_bounds(section))
 
 
+@cache
+def likes(section: type) -> dict[str, Like]:
+    """For each field that takes settings from another one, from which."""
+    return {name: mark for name, _, mark in _marks(section) if isinstance(mark, Like)}
+
+
 def _bounds(section: type) -> Iterator[tuple[str, tuple[Bound, bool]]]:
+    for name, kind, mark in _marks(section):
+        if isinstance(mark, Bound):
+            yield name, (mark, NoneType in get_args(kind))
+
+
+def _marks(section: type) -> Iterator[tuple[str, Any, Any]]:
+    """``(name, type, mark)`` of every field with something marked on its type."""
     hints = get_type_hints(section, include_extras=True)
     for field in fields(section):
-        for bound in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(bound, Bound):
-                yield field.name, (bound, NoneType in get_args(hints[field.name].__origin__))
+        for mark in getattr(hints[field.name], "__metadata__", ()):
+            yield field.name, hints[field.name].__origin__, mark
 
 
 def _refusal(place: str, value: int | float, bound: Bound, *, may_be_null: bool) -> str:
