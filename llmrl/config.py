@@ -1,7 +1,8 @@
 """What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
@@ -245,6 +246,10 @@ class PPORun(RLRun):
     algorithm: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
+    moved: ClassVar[Mapping[str, str]] = {
+        "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
+    }
+    """Settings of other days, and what to write now."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """What predicts the rewards to come."""
     critic_optimizer: Annotated[OptimizerConfig, LIKE_OPTIMIZER] = field(
@@ -259,8 +264,8 @@ class PPORun(RLRun):
                 "critic.network adapter needs model.lora: it is an adapter on the actor's frozen base; where model.path"
                 " is an adapter, so that there is no model.lora, set critic.network to own, or merge that adapter first"
             )
-        if self.critic.body == "reward_model" and self.reward.model is None:
-            raise ValueError("critic.body reward_model needs reward.model; name one, or set critic.body to actor")
+        if self.critic.network == "reward_model" and self.reward.model is None:
+            raise ValueError("critic.network reward_model needs reward.model; name one, or set critic.network to own")
         if self.critic.warmup_iterations >= self.run.num_iterations:
             raise ValueError(
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "

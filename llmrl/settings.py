@@ -68,6 +68,7 @@ def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
 
     Args:
         cls: Frozen dataclass of frozen dataclasses, tuples and dicts of them, ``X | None``, ``Literal`` and scalars.
+            Its ``moved``, if it has one, says of each setting that is gone, by its dotted path, what to write now.
         path: YAML file; OmegaConf's interpolation ``${a.b}`` is resolved after the overrides.
         overrides: ``a.b=value``, read by the type of the setting; list items by index, as in
             ``reward.functions.0.weight=2``.
@@ -373,7 +374,8 @@ def _once(problems: list[str], likes: Mapping[str, Like]) -> list[str]:
 
 
 def _all_unknown_names(cls: type, settings: Any) -> list[str]:
-    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place)]
+    moved: Mapping[str, str] = getattr(cls, "moved", {})
+    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place, moved)]
 
 
 def _sections(annotation: Any, value: Any, path: Place = ()) -> Iterator[tuple[Place, type, dict[Any, Any]]]:
@@ -418,12 +420,14 @@ def _unmarked(annotation: Any) -> Any:
     return annotation.__origin__ if is_marked else annotation
 
 
-def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterator[str]:
+def _unknown_names(path: Place, section: type, given: dict[Any, Any], moved: Mapping[str, str]) -> Iterator[str]:
     known = list(_hints(section))
     for name in given:
         fixed = getattr(section, str(name), None)
         if isinstance(fixed, property) and fixed.__doc__:
             yield f"{_dotted(*path, name)} cannot be set: {fixed.__doc__.rstrip('.')}"
+        elif (old := _dotted(*path, name)) in moved:
+            yield f"{old} is not a setting any more; {moved[old]}"
         elif name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
             way_out = f"did you mean {_dotted(*path, nearest[0])}?" if nearest else f"known here: {', '.join(known)}"

@@ -218,10 +218,10 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
         ),
         (
             {
-                "critic": CriticConfig(body="reward_model"),
+                "critic": CriticConfig(network="reward_model"),
                 "reward": RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),)),
             },
-            r"critic\.body reward_model needs reward\.model; name one, or set critic\.body to actor$",
+            r"critic\.network reward_model needs reward\.model; name one, or set critic\.network to own$",
         ),
         (
             {"critic": CriticConfig(warmup_iterations=4)},
@@ -248,7 +248,7 @@ def test_sections_of_ppo_that_do_not_fit_are_refused(sections: dict[str, Any], m
         {"critic": CriticConfig(network="adapter"), "model": LORA},
         {"critic": CriticConfig(network="shared"), "model": LORA},
         {"critic": CriticConfig(network="own"), "model": LORA},
-        {"critic": CriticConfig(body="reward_model", warmup_iterations=3)},
+        {"critic": CriticConfig(network="reward_model", warmup_iterations=3)},
         {"reward": ON_BASE, "model": LORA},
         {"update": UpdateConfig(minibatch_size=1)},
         {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=128)},
@@ -503,6 +503,14 @@ def test_the_critic_learns_as_the_actor_does_at_a_rate_of_its_own(
     config = read_recipe(PPORun, ppo_recipe, [override])
     assert config.critic_optimizer == expected
     assert config.warnings() == []
+
+
+@pytest.mark.parametrize(("run", "old"), [(run, old) for run in RUNS.values() for old in getattr(run, "moved", {})])
+def test_an_old_name_is_told_its_new_one(ppo_recipe: Path, run: type, old: str):
+    assert old not in {setting.path for setting in describe(run)}
+    with pytest.raises(SettingError) as refused:
+        read_recipe(run, ppo_recipe, [f"{old}=1"])
+    assert str(refused.value).splitlines()[1:] == [f"  {old} is not a setting any more; {run.moved[old]}"]
 
 
 def test_what_is_resolved_reads_back_equal(ppo_recipe: Path):

@@ -52,11 +52,10 @@ class ModelConfig:
 class CriticConfig(Section, place="critic"):
     """The network that predicts rewards still to come."""
 
-    network: Literal["own", "adapter", "shared"] = "own"
-    """own: a network of its own, every weight trained. adapter: with model.lora, an adapter of its own on the actor's
-    frozen base, which stands in memory once. shared: a head on the actor's own trunk, trained by both losses' sum."""
-    body: Literal["actor", "reward_model"] = "actor"
-    """What a network of its own begins as: the actor, or the reward model, without their heads."""
+    network: Literal["own", "reward_model", "adapter", "shared"] = "own"
+    """own: a network of its own, every weight trained, that begins as the actor. reward_model: the same, beginning as
+    the reward model. adapter: with model.lora, an adapter of its own on the actor's frozen base, which stands in memory
+    once. shared: a head on the actor's own trunk, trained by both losses' sum."""
     head_init: Literal["zero", "normal"] = "zero"
     """The new head: zeros, or normal with variance 1 / (hidden size + 1)."""
     warmup_iterations: Annotated[int, Bound(least=0)] = 0
@@ -69,10 +68,5 @@ class CriticConfig(Section, place="critic"):
         if self.network == "shared" and self.warmup_iterations:
             raise ValueError(
                 f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "
-                "critic.network shared is the actor's trunk; set it to 0, or choose critic.network own or adapter"
-            )
-        if self.network != "own" and self.body == "reward_model":
-            raise ValueError(
-                f"critic.body reward_model goes with critic.network own; critic.network {self.network} is on the "
-                "actor's weights; set critic.body to actor, or critic.network to own"
+                "critic.network shared is the actor's trunk; set it to 0, or choose another critic.network"
             )

@@ -22,10 +22,8 @@ def test_all_linear_is_another_name_for_none():
         (
             {"network": "shared", "warmup_iterations": 3},
             r"^critic\.warmup_iterations \(3\) needs a critic that can learn alone.*; set it to 0, or choose "
-            r"critic\.network own or adapter$",
+            r"another critic\.network$",
         ),
-        ({"network": "shared", "body": "reward_model"}, r"^critic\.body reward_model goes with critic\.network own"),
-        ({"network": "adapter", "body": "reward_model"}, r"^critic\.body reward_model goes with critic\.network own"),
     ],
 )
 def test_settings_of_a_critic_that_make_no_sense_are_refused(settings, told):
