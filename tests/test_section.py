@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 
@@ -61,7 +61,7 @@ def test_infinity_only_where_it_is_allowed_and_only_upwards():
         ({"decay": 0.0}, "model.lora.decay (0.0) must be greater than 0"),
     ],
 )
-def test_a_value_out_of_bounds_is_refused_by_place_value_rule_and_way_out(settings: dict[str, float], message: str):
+def test_a_value_out_of_bounds_is_refused_by_place_value_rule_and_way_out(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match="must be") as refused:
         Wider(**settings)
     assert str(refused.value) == message
