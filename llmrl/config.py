@@ -1,7 +1,8 @@
 """What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
@@ -12,6 +13,7 @@ from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import RewardConfig
 from llmrl.rollout.config import RolloutConfig
+from llmrl.section import Like
 from llmrl.trainers.config import (
     EvaluationConfig,
     OutputConfig,
@@ -23,6 +25,10 @@ from llmrl.trainers.config import (
 )
 
 DEFAULT_MINIBATCH_SIZE = 128
+LIKE_DATA = Like("data", own=("path", "num_rows", "made_by"))
+"""Held-out rows have the form of the others, and are read as these are."""
+LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
+"""The critic learns as the actor does, at a rate of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class SFTRun:
     """How examples become optimizer steps."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """How the weights move."""
-    evaluation_data: SupervisedDataConfig | None = None
+    evaluation_data: Annotated[SupervisedDataConfig | None, LIKE_DATA] = None
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else receives the metrics."""
@@ -77,7 +83,7 @@ class RewardModelRun:
     """What it starts from: a causal language model, which gets a new head, or a reward model."""
     data: PreferenceDataConfig
     """Pairs of responses, one of which was preferred."""
-    evaluation_data: PreferenceDataConfig
+    evaluation_data: Annotated[PreferenceDataConfig, LIKE_DATA]
     """Held-out pairs: what the report card is about."""
     run: OutputConfig
     """Where to; `reward_model.num_epochs` says how long."""
@@ -147,7 +153,7 @@ class RLRun:
     """How the weights move."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How held-out prompts are answered."""
-    evaluation_data: PromptDataConfig | None = None
+    evaluation_data: Annotated[PromptDataConfig | None, LIKE_DATA] = None
     """Held-out prompts."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Who else receives the metrics."""
@@ -267,9 +273,15 @@ class PPORun(RLRun):
     algorithm: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
+    moved: ClassVar[Mapping[str, str]] = {
+        "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
+    }
+    """Settings of other days, and what to write now."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """What predicts the rewards to come."""
-    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    critic_optimizer: Annotated[OptimizerConfig, LIKE_OPTIMIZER] = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5)
+    )
     """How the critic's weights move. Of a shared trunk only the head has this learning rate; the rest is not read."""
 
     def __post_init__(self) -> None:
@@ -279,8 +291,8 @@ class PPORun(RLRun):
                 "critic.network adapter needs model.lora: it is an adapter on the actor's frozen base; where model.path"
                 " is an adapter, so that there is no model.lora, set critic.network to own, or merge that adapter first"
             )
-        if self.critic.body == "reward_model" and self.reward.model is None:
-            raise ValueError("critic.body reward_model needs reward.model; name one, or set critic.body to actor")
+        if self.critic.network == "reward_model" and self.reward.model is None:
+            raise ValueError("critic.network reward_model needs reward.model; name one, or set critic.network to own")
         if self.critic.warmup_iterations >= self.run.num_iterations:
             raise ValueError(
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
@@ -300,7 +312,8 @@ class PPORun(RLRun):
         """What is allowed, but seldom meant."""
         warnings, is_shared = super().warnings(), self.critic.network == "shared"
         rate = self.critic_optimizer.learning_rate
-        if is_shared and self.critic_optimizer != OptimizerConfig(learning_rate=rate):
+        unread = [replace(optimizer, learning_rate=rate) for optimizer in (OptimizerConfig(), self.optimizer)]
+        if is_shared and self.critic_optimizer not in unread:
             warnings.append("critic.network shared reads nothing of critic_optimizer but its learning_rate")
         if not is_shared and self.critic.value_coef != CriticConfig.value_coef:
             warnings.append("critic.value_coef is read only where critic.network is shared")

@@ -42,6 +42,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Like, bounds, likes
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     path: str
     """Dotted; ``<n>`` stands for the index in a list, ``<name>`` for the key of a mapping."""
     type: str
+    """With its bounds, as in "whole number, at least 1"."""
     default: str
     """As a recipe would have it, or "required"; empty for a section whose settings have defaults of their own."""
     help: str
@@ -66,6 +68,7 @@ def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
 
     Args:
         cls: Frozen dataclass of frozen dataclasses, tuples and dicts of them, ``X | None``, ``Literal`` and scalars.
+            Its ``moved``, if it has one, says of each setting that is gone, by its dotted path, what to write now.
         path: YAML file; OmegaConf's interpolation ``${a.b}`` is resolved after the overrides.
         overrides: ``a.b=value``, read by the type of the setting; list items by index, as in
             ``reward.functions.0.weight=2``.
@@ -349,17 +352,30 @@ def _validated(cls: type[T], path: Path, settings: Any) -> T:
     settings = copy.deepcopy(settings)
     _raise_any(path, _all_unknown_names(cls, settings))
     _raise_any(path, [f"{_dotted(*place)}: nan is no value of a setting" for place in _nans(settings)])
+    for name, like in likes(cls).items():
+        _inherit(cls, settings, name, like)
     for _, section, given in _sections(cls, settings):
         _fill(section, given)
     try:
         return TypeAdapter(cls).validate_json(json.dumps(settings, default=list), strict=True)
     except ValidationError as error:
-        problems = [_problem(details) for details in error.errors()]
+        problems = _once([_problem(details) for details in error.errors()], likes(cls))
         raise SettingError(_message(path, problems)) from error
 
 
+def _once(problems: list[str], likes: Mapping[str, Like]) -> list[str]:
+    """The problems, without those that a section only took over from the section that it is like."""
+    pairs = [(f"{name}.", f"{like.source}.") for name, like in likes.items()]
+    return [
+        problem
+        for problem in problems
+        if not any(problem.startswith(name) and problem.replace(name, source) in problems for name, source in pairs)
+    ]
+
+
 def _all_unknown_names(cls: type, settings: Any) -> list[str]:
-    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place)]
+    moved: Mapping[str, str] = getattr(cls, "moved", {})
+    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place, moved)]
 
 
 def _sections(annotation: Any, value: Any, path: Place = ()) -> Iterator[tuple[Place, type, dict[Any, Any]]]:
@@ -394,16 +410,24 @@ def _is_section(annotation: Any) -> TypeGuard[type]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field, without its marks."""
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    return {field.name: _unmarked(hints[field.name]) for field in fields(cls)}
 
 
-def _unknown_names(path: Place, section: type, given: dict[Any, Any]) -> Iterator[str]:
+def _unmarked(annotation: Any) -> Any:
+    is_marked = any(isinstance(mark, Bound | Like) for mark in getattr(annotation, "__metadata__", ()))
+    return annotation.__origin__ if is_marked else annotation
+
+
+def _unknown_names(path: Place, section: type, given: dict[Any, Any], moved: Mapping[str, str]) -> Iterator[str]:
     known = list(_hints(section))
     for name in given:
         fixed = getattr(section, str(name), None)
         if isinstance(fixed, property) and fixed.__doc__:
             yield f"{_dotted(*path, name)} cannot be set: {fixed.__doc__.rstrip('.')}"
+        elif (old := _dotted(*path, name)) in moved:
+            yield f"{old} is not a setting any more; {moved[old]}"
         elif name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
             way_out = f"did you mean {_dotted(*path, nearest[0])}?" if nearest else f"known here: {', '.join(known)}"
@@ -431,6 +455,15 @@ def _fill(section: type, given: dict[Any, Any]) -> None:
                 given[name] = os.path.expanduser(given[name])
         elif _is_section(hint) and _default(field) is MISSING:
             given[name] = {}
+
+
+def _inherit(cls: type, settings: Any, name: str, like: Like) -> None:
+    """Gives a section what it leaves out and its source names; a section that is left out too, if it has a default."""
+    (field,) = (field for field in fields(cls) if field.name == name)
+    given = settings.get(name, {} if is_dataclass(_default(field)) else None)
+    source = settings.get(like.source)
+    if isinstance(given, dict) and isinstance(source, dict):
+        settings[name] = {key: copy.deepcopy(value) for key, value in source.items() if key not in like.own} | given
 
 
 def _over(default: Any, given: Any) -> Any:
@@ -471,9 +504,13 @@ def _problem(error: ErrorDetails) -> str:
 
 
 def _in_place(sentence: str, path: Place) -> str:
-    """A class names its section as most runs have it, such as ``optimizer``; this says where it stands in this one."""
+    """The sentence with the place of its section in this run: a class names the one that most have, as ``optimizer`` or
+    ``reward.functions.<n>``."""
     named, dot, _ = sentence.partition(".")
-    return re.sub(rf"\b{named}\.", f"{path[0]}.", sentence) if path and dot and named.isidentifier() else sentence
+    if not (path and dot and named.isidentifier()):
+        return sentence
+    index = next((str(step) for step in path if isinstance(step, int)), "<n>")
+    return re.sub(rf"\b{named}\.", f"{path[0]}.", sentence).replace("<n>", index)
 
 
 def _raise_any(path: Path, problems: list[str]) -> None:
@@ -505,14 +542,19 @@ def _escape(value: Any) -> Any:
 
 
 def _describe(cls: type, prefix: str, instance: Any) -> Iterator[Setting]:
-    helps = _helps(cls)
+    helps, limits, sources = _helps(cls), bounds(cls), likes(cls)
     for field, annotation in zip(fields(cls), _hints(cls).values(), strict=True):
         path = f"{prefix}{field.name}"
         default = _default(field) if instance is None else getattr(instance, field.name)
-        yield Setting(path, _type_text(annotation), _default_text(default), helps.get(field.name, ""))
+        bound, _ = limits.get(field.name, (Bound(), False))
+        kind = ", ".join(part for part in (_type_text(annotation), bound.rule) if part)
+        like = sources.get(field.name)
+        told = f" Every other setting of `{like.source}` may stand here too; left out, it is as there." if like else ""
+        yield Setting(path, kind, _default_text(default), helps.get(field.name, "") + told)
         section, step = _section_of(annotation)
         if _is_section(section):
-            yield from _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)
+            inner = _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)
+            yield from (setting for setting in inner if like is None or setting.path.rpartition(".")[2] in like.own)
 
 
 def _section_of(annotation: Any) -> tuple[Any, str]:

@@ -118,9 +118,9 @@ def weights(folder):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", ["actor", "reward_model"])
-def test_a_run_leaves_its_health_its_samples_and_a_model(recipe, models, tmp_path, body):
-    status, output, error = llmrl("ppo", recipe, f"critic.body={body}", "run.best_metric=score/mean")
+@pytest.mark.parametrize("network", ["own", "reward_model"])
+def test_a_run_leaves_its_health_its_samples_and_a_model(recipe, models, tmp_path, network):
+    status, output, error = llmrl("ppo", recipe, f"critic.network={network}", "run.best_metric=score/mean")
     assert status == 0, error
     assert "8 prompts x 1 responses = 8 responses of at most 6 tokens and learns from them in 4" in output
     run = tmp_path / "run"
@@ -142,8 +142,7 @@ def test_a_run_leaves_its_health_its_samples_and_a_model(recipe, models, tmp_pat
     assert {"config.json", "samples.jsonl", "checkpoints", "final", "best"} <= {p.name for p in run.iterdir()}
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert settings["critic"] == {
-        "network": "own",
-        "body": body,
+        "network": network,
         "head_init": "zero",
         "warmup_iterations": 0,
         "value_coef": 0.5,
@@ -200,7 +199,7 @@ def test_a_reward_model_of_another_tokenizer_reads_the_text(recipe, tmp_path):
         ["algorithm.missing_eos_penalty=0", "algorithm.bootstrap_truncated=true", "algorithm.value_lambda=1"],
         ["algorithm.entropy_coef=0.01", "algorithm.dual_clip=3.0", "algorithm.value_clip=null"],
         ["algorithm.kl_coef=0", "algorithm.overlong_buffer_tokens=2", "algorithm.gamma=0.9"],
-        ["model.dtype=bfloat16", "reward.model.dtype=bfloat16", "critic.body=reward_model"],
+        ["model.dtype=bfloat16", "reward.model.dtype=bfloat16", "critic.network=reward_model"],
         ["model.gradient_checkpointing=true", "critic.network=shared", "critic.value_coef=0.1"],
         ["rollout.engine=transformers", "critic.head_init=normal", "model.lora.rank=2"],
     ],
@@ -238,7 +237,7 @@ STATEFUL = [
 @pytest.mark.parametrize("networks", ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora"])
 def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     overrides = {
-        "own": ["critic.body=reward_model"],
+        "own": ["critic.network=reward_model"],
         "warm-up": ["critic.warmup_iterations=3"],
         "one base": one_base,
         "one base bfloat16": [*one_base, "model.dtype=bfloat16", "model.gradient_checkpointing=true"],
@@ -346,7 +345,7 @@ def test_evaluate_takes_a_ppo_recipe(recipe, tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["critic.body=reward_model"],
+        ["critic.network=reward_model"],
         ["model.lora.rank=2", "critic.network=adapter", "reward.model.on_actor_base=true"],
         ["update.minibatch_size=2"],
     ],
@@ -377,7 +376,7 @@ def test_settings_of_ppo():
 
 def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeypatch, tmp_path):
     refuse_to_load(monkeypatch)
-    for overrides in ([], one_base, ["critic.body=reward_model"]):
+    for overrides in ([], one_base, ["critic.network=reward_model"]):
         status, output, error = llmrl("ppo", recipe, *overrides, "--dry-run")
         assert status == 0, error
         settings, _, sentence = output.partition("\nEach of 3 iterations samples 8 prompts x 1 responses")
@@ -398,16 +397,16 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         (["algorithm.baseline=mean"], ["algorithm.baseline is not a setting"]),
         (["update.minibatch_size=3"], ["update.minibatch_size (3) must divide the 8 responses", "try 2 or 4"]),
         (["critic.network=adapter"], ["critic.network adapter needs model.lora"]),
-        (["critic.network=other"], ["critic.network: 'other' is not one of 'own', 'adapter' or 'shared'"]),
         (
-            ["critic.body=reward_model", "reward={model: null, functions: [{name: 'r.py:length'}]}"],
-            ["critic.body reward_model needs reward.model; name one, or set critic.body to actor"],
+            ["critic.network=other"],
+            ["critic.network: 'other' is not one of 'own', 'reward_model', 'adapter' or 'shared'"],
+        ),
+        (
+            ["critic.network=reward_model", "reward={model: null, functions: [{name: 'r.py:length'}]}"],
+            ["critic.network reward_model needs reward.model; name one, or set critic.network to own"],
         ),
         (["critic.network=shared", "critic.warmup_iterations=1"], ["critic.warmup_iterations (1) needs a critic that"]),
-        (
-            ["critic.network=shared", "critic.body=reward_model"],
-            ["critic.body reward_model goes with critic.network own"],
-        ),
+        (["critic.body=reward_model"], ["critic.body is not a setting any more; set critic.network to reward_model"]),
         (["critic.warmup_iterations=3"], ["critic.warmup_iterations (3) must be less than run.num_iterations (3)"]),
         (["reward.model.on_actor_base=true"], ["reward.model.on_actor_base needs model.lora"]),
         (
@@ -443,11 +442,11 @@ def test_a_body_of_another_tokenizer_is_told_before_anything_loads(recipe, model
     tokenizer.eos_token = next(token for token in tokenizer.get_vocab() if token.isalpha())
     tokenizer.save_pretrained(tmp_path / "foreign")
     refuse_to_load(monkeypatch)
-    overrides = ["critic.body=reward_model", f"reward.model.path={tmp_path / 'foreign'}"]
+    overrides = ["critic.network=reward_model", f"reward.model.path={tmp_path / 'foreign'}"]
     status, output, error = llmrl("ppo", recipe, *overrides, *["--dry-run"] * dry)
     assert (status, output) == (2, "")
-    assert error.startswith("error: critic.body reward_model: reward.model.path (")
-    assert "set critic.body to actor" in error
+    assert error.startswith("error: critic.network reward_model: reward.model.path (")
+    assert "set critic.network to own" in error
     assert len(error.splitlines()) == 1
 
 

@@ -1,11 +1,11 @@
 """Settings of the algorithms."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from llmrl.functional.aggregation import Aggregation
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 from llmrl.user_code import names_code
 
 CLIPS = ("clip_low", "clip_high", "dual_clip")
@@ -13,13 +13,13 @@ CLIPS = ("clip_low", "clip_high", "dual_clip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
+class GRPOConfig(Section, place="algorithm"):
     """GRPO (Shao et al. 2024, arXiv:2402.03300) and its kin: see the table at the top of grpo.py."""
 
     name: Literal["grpo"] | UserPath = "grpo"
     """The algorithm: grpo, or a class of your own, ``path/to/file.py:Class`` or ``package.module:Class``, which is made
     with the same arguments; see docs/extend.md."""
-    group_size: int = 8
+    group_size: Annotated[int, Bound(least=2, why="a response is compared with its siblings")] = 8
     """Responses per prompt, G."""
     baseline: Literal["mean", "leave_one_out"] | UserPath = "mean"
     """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO), or
@@ -34,41 +34,26 @@ class GRPOConfig:
     loss: Literal["clipped"] | UserPath = "clipped"
     """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
     (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Bound(above=0, most=1)] = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Bound(above=0)] = 0.2
     """The ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the KL to the reference in the loss. 0 keeps no reference model, and then no kl/* is measured, unless
     model.lora is set, where a reference takes no memory."""
     kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
     """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
     alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
-    overlong_buffer_tokens: int = 0
+    overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0
     """DAPO: responses in the last so many tokens before the length limit lose up to 1 point; 0 for no penalty."""
-    max_redraws: int = 0
+    max_redraws: Annotated[int, Bound(least=0)] = 0
     """DAPO: groups of equal scores teach nothing and are replaced by groups of new prompts, at most so many times in an
     iteration; 0 keeps them."""
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"algorithm.group_size ({self.group_size}) must be at least 2: a response is compared with its siblings"
-            )
-        if not 0 < self.clip_low <= 1:
-            raise ValueError(f"algorithm.clip_low ({self.clip_low}) must be greater than 0 and at most 1")
-        if self.clip_high <= 0:
-            raise ValueError(f"algorithm.clip_high ({self.clip_high}) must be greater than 0")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be greater than 1, or null for no bound")
-        if self.kl_coef < 0:
-            raise ValueError(f"algorithm.kl_coef ({self.kl_coef}) must be 0 or greater")
-        if self.overlong_buffer_tokens < 0:
-            raise ValueError(f"algorithm.overlong_buffer_tokens ({self.overlong_buffer_tokens}) must be 0 or greater")
-        if self.max_redraws < 0:
-            raise ValueError(f"algorithm.max_redraws ({self.max_redraws}) must be 0 or greater")
+        super().__post_init__()
         _check_name("name", self.name, "grpo")
         _check_name("baseline", self.baseline, "mean", "leave_one_out")
         _check_name("loss", self.loss, "clipped")
@@ -94,75 +79,59 @@ class GRPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
+class PPOConfig(Section, place="algorithm"):
     """PPO (Schulman et al. 2017, arXiv:1707.06347) on language models."""
 
-    gamma: float = 1.0
+    gamma: Annotated[float, Bound(least=0, most=1)] = 1.0
     """Discount per token."""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, Bound(least=0, most=1)] = 0.95
     """Of the advantages: 0 trusts the critic one token ahead, 1 waits for what really came (Schulman et al. 2016,
     arXiv:1506.02438)."""
-    value_lambda: float | None = None
+    value_lambda: Annotated[float | None, Bound(least=0, most=1)] = None
     """Of the critic's targets; null takes gae_lambda. 1 gives targets without bias."""
     loss: Literal["clipped"] | UserPath = "clipped"
     """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
     (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Bound(above=0, most=1)] = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Bound(above=0)] = 0.2
     """The ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
-    value_clip: float | None = 0.2
+    value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before its gradient is cut; null for no clip."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the entropy bonus in the actor's loss."""
     aggregation: Aggregation = "token"
     """How token losses become one number: each token counts the same, each response does, or a constant divides."""
-    kl_coef: float = 0.05
+    kl_coef: Annotated[float, Bound(least=0)] = 0.05
     """Price, in score, of a nat between actor and reference; the first one, if steered. 0 keeps no reference model, and
     then no kl/* is measured, unless model.lora is set, where a reference takes no memory."""
-    kl_target: float | None = None
+    kl_target: Annotated[float | None, Bound(above=0)] = None
     """Steers kl_coef so that kl/sequence comes to so many nats (Ziegler et al. 2019, arXiv:1909.08593); null: none."""
-    kl_horizon: int = 10_000
+    kl_horizon: Annotated[int, Bound(above=0)] = 10_000
     """Responses in which kl_coef can change by a fifth at most; at least those of a rollout. Read with kl_target."""
-    step_kl_target: float | None = None
+    step_kl_target: Annotated[float | None, Bound(above=0)] = None
     """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by so many
     nats per token (penalized TRPO); null for no such penalty."""
-    step_kl_coef: float = 1.0
+    step_kl_coef: Annotated[float, Bound(above=0)] = 1.0
     """The first price of that."""
-    stop_kl: float | None = None
+    stop_kl: Annotated[float | None, Bound(above=0)] = None
     """Ends an iteration's updates after a minibatch with more KL(old, current) per token than this; null never does.
     Learning-rate schedules count the steps that were taken."""
-    score_clip: float | None = None
+    score_clip: Annotated[float | None, Bound(above=0)] = None
     """Scores are clipped at plus and minus this before anything else; null for no clip."""
     normalize_scores: bool = False
     """Shifts and scales scores by the mean and spread of all so far."""
-    missing_eos_penalty: float = 0.0
+    missing_eos_penalty: Annotated[float, Bound(least=0)] = 0.0
     """What is subtracted from the score of a response that did not end by itself."""
-    overlong_buffer_tokens: int = 0
+    overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0
     """Responses in the last so many tokens before the length limit lose up to 1 point (DAPO); 0 for no penalty."""
     bootstrap_truncated: bool = False
     """A response that was cut gets the critic's value behind its last token in place of a score."""
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "gae_lambda", "value_lambda"):
-            if not 0 <= (getattr(self, name) if getattr(self, name) is not None else 0) <= 1:
-                raise ValueError(f"algorithm.{name} ({getattr(self, name)}) must be between 0 and 1")
-        if not 0 < self.clip_low <= 1:
-            raise ValueError(f"algorithm.clip_low ({self.clip_low}) must be greater than 0 and at most 1")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be greater than 1, or null for no bound")
-        for name in ("clip_high", "kl_horizon", "step_kl_coef"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name} ({getattr(self, name)}) must be greater than 0")
-        for name in ("entropy_coef", "kl_coef", "missing_eos_penalty", "overlong_buffer_tokens"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name} ({getattr(self, name)}) must be 0 or greater")
-        for name in ("value_clip", "kl_target", "step_kl_target", "stop_kl", "score_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"algorithm.{name} ({value}) must be greater than 0, or null for none")
+        super().__post_init__()
         _check_name("loss", self.loss, "clipped")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(

@@ -1,14 +1,15 @@
 """Settings of data: which rows to read, and how they become prompts, examples or pairs."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from llmrl.data.files import SURROGATE
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, place="data"):
     """Which rows to read, and how they become prompts."""
 
     path: UserPath
@@ -24,7 +25,7 @@ class DataConfig:
     template: Literal["auto", "chat", "none"] = "auto"
     """How a text becomes tokens: "chat" makes it the user's message in the tokenizer's chat template, "none" takes it
     as it is, "auto" is "chat" for a tokenizer that has a chat template and "none" for any other."""
-    num_rows: int | None = None
+    num_rows: Annotated[int | None, Bound(least=1, way_out="leave it out to use every row")] = None
     """Uses only this many rows, from the start."""
     skip_bad_rows: bool = False
     """Drops and counts the rows that cannot be used; otherwise one of them refuses the file."""
@@ -34,10 +35,9 @@ class DataConfig:
     """Command that makes the file; named when the file is missing."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.path:
             raise ValueError('data.path ("") must name a file or a data set on the hub')
-        if self.num_rows is not None and self.num_rows < 1:
-            raise ValueError(f"data.num_rows ({self.num_rows}) must be at least 1; leave it out to use every row")
         if self.system_prompt is not None and SURROGATE.search(self.system_prompt):
             raise ValueError(f"data.system_prompt ({self.system_prompt!r}) is no Unicode text; write it as UTF-8")
         if self.template == "none" and self.system_prompt is not None:
@@ -51,13 +51,8 @@ class DataConfig:
 class PromptDataConfig(DataConfig):
     """Rows of prompts."""
 
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: Annotated[int, Bound(least=1)] = 512
     """Longer prompts are dropped and counted, never truncated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_prompt_tokens < 1:
-            raise ValueError(f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +61,8 @@ class SupervisedDataConfig(DataConfig):
 
     response_column: str = "response"
     """Column of the response, a text."""
-    max_tokens: int = 1024
+    max_tokens: Annotated[int, Bound(least=2, why="a prompt token and the EOS")] = 1024
     """Longer examples, prompt and response together, are dropped and counted, never truncated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens < 2:
-            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +77,7 @@ class PreferenceDataConfig(DataConfig):
     """Column of how much better the chosen side is, 0 or greater; it may be missing."""
     source_column: str = "source"
     """Column of where a pair comes from, a text that the report card groups by; it may be missing."""
-    max_tokens: int = 1024
+    max_tokens: Annotated[int, Bound(least=2, why="a prompt token and the EOS")] = 1024
     """Tokens of the prompt and the longer response together."""
     truncate: bool = False
     """Cuts the responses of longer pairs, which then end without EOS; otherwise such pairs are dropped and counted."""
@@ -98,5 +88,3 @@ class PreferenceDataConfig(DataConfig):
             raise ValueError(
                 f"data.chosen_column and data.rejected_column ({self.chosen_column}) must be two different columns"
             )
-        if self.max_tokens < 2:
-            raise ValueError(f"data.max_tokens ({self.max_tokens}) must be at least 2: a prompt token and the EOS")

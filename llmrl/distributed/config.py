@@ -1,33 +1,24 @@
 """Settings of what several processes do together."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributedConfig:
+class DistributedConfig(Section, place="distributed"):
     """How ranks, the processes of one launch, share what is frozen, and see that one of them has failed. Of this one
     process reads `phase_timeout_s` alone."""
 
     frozen: Literal["replicated", "split"] = "replicated"
     """Weights that never learn, those of the reference and of the reward model: whole on every rank, or split over
     ranks, which come together for each layer of each forward pass."""
-    silent_after_s: float = 60.0
+    silent_after_s: Annotated[float, Bound(least=3, why="a rank gives a sign of life every second")] = 60.0
     """A rank that gave no sign of life for so many seconds is taken for gone, and the others end."""
-    phase_timeout_s: float | None = None
+    phase_timeout_s: Annotated[float | None, Bound(above=0, most=1e8)] = None
     """The longest that one phase may last on any rank, in seconds; then all ranks end and say where each one is. None:
     3600 where there are several processes, no limit where there is one."""
-
-    def __post_init__(self) -> None:
-        if not self.silent_after_s >= 3:
-            raise ValueError(
-                f"distributed.silent_after_s ({self.silent_after_s}) must be at least 3: a rank gives a sign of life "
-                "every second"
-            )
-        if self.phase_timeout_s is not None and not 0 < self.phase_timeout_s <= 1e8:
-            raise ValueError(
-                f"distributed.phase_timeout_s ({self.phase_timeout_s}) must be greater than 0 and at most 1e8"
-            )
 
     @property
     def phase_limit_s(self) -> float:

@@ -1,32 +1,29 @@
 """Settings of models: which one, in which arithmetic, whole or by adapters; and the critic's network."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 HeadInit = Literal["zero", "normal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings:
+class LoraSettings(Section, place="model.lora"):
     """Low-rank adapters in place of full fine-tuning. Hu et al. 2021, arXiv:2106.09685."""
 
-    rank: int = 16
+    rank: Annotated[int, Bound(least=1)] = 16
     """Rank of each update."""
-    alpha: int = 32
+    alpha: Annotated[int, Bound(above=0)] = 32
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] | Literal["all-linear"] = ()
     """Names of the layers that get an adapter; none named, or all-linear: every linear layer but the LM head."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "all-linear" in self.targets:
             object.__setattr__(self, "targets", ())
-        if self.rank < 1:
-            raise ValueError(f"model.lora.rank ({self.rank}) must be at least 1")
-        if self.alpha <= 0:
-            raise ValueError(f"model.lora.alpha ({self.alpha}) must be greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +49,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticConfig:
+class CriticConfig(Section, place="critic"):
     """The network that predicts rewards still to come."""
 
-    network: Literal["own", "adapter", "shared"] = "own"
-    """own: a network of its own, every weight trained. adapter: with model.lora, an adapter of its own on the actor's
-    frozen base, which stands in memory once. shared: a head on the actor's own trunk, trained by both losses' sum."""
-    body: Literal["actor", "reward_model"] = "actor"
-    """What a network of its own begins as: the actor, or the reward model, without their heads."""
+    network: Literal["own", "reward_model", "adapter", "shared"] = "own"
+    """own: a network of its own, every weight trained, that begins as the actor. reward_model: the same, beginning as
+    the reward model. adapter: with model.lora, an adapter of its own on the actor's frozen base, which stands in memory
+    once. shared: a head on the actor's own trunk, trained by both losses' sum."""
     head_init: Literal["zero", "normal"] = "zero"
     """The new head: zeros, or normal with variance 1 / (hidden size + 1)."""
-    warmup_iterations: int = 0
+    warmup_iterations: Annotated[int, Bound(least=0)] = 0
     """Iterations at the start in which the critic learns alone; not for a shared trunk."""
-    value_coef: float = 0.5
+    value_coef: Annotated[float, Bound(above=0)] = 0.5
     """Weight of the critic's loss beside the actor's, where they share a trunk; read by nothing else."""
 
     def __post_init__(self) -> None:
-        if self.warmup_iterations < 0:
-            raise ValueError(f"critic.warmup_iterations ({self.warmup_iterations}) must be 0 or greater")
-        if not 0 < self.value_coef < math.inf:
-            raise ValueError(f"critic.value_coef ({self.value_coef}) must be greater than 0")
+        super().__post_init__()
         if self.network == "shared" and self.warmup_iterations:
             raise ValueError(
                 f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "
-                "critic.network shared is the actor's trunk; set it to 0, or choose critic.network own or adapter"
-            )
-        if self.network != "own" and self.body == "reward_model":
-            raise ValueError(
-                f"critic.body reward_model goes with critic.network own; critic.network {self.network} is on the "
-                "actor's weights; set critic.body to actor, or critic.network to own"
+                "critic.network shared is the actor's trunk; set it to 0, or choose another critic.network"
             )

@@ -1,12 +1,12 @@
 """Settings of rewards: functions and a reward model."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llmrl.catalogue import reserved
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 from llmrl.user_code import names_code
 
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
@@ -16,24 +16,23 @@ AMBIGUOUS_COLUMNS = ("completions", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardFunctionConfig:
+class RewardFunctionConfig(Section, place="reward.functions.<n>"):
     """One function that scores responses."""
 
     name: UserPath
     """``path/to/file.py:function``, relative to the current folder, or ``package.module:function``."""
-    weight: float = 1.0
+    weight: Annotated[float, Bound()] = 1.0
     """Factor on its scores before they are summed; 0 only logs them in the metrics."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the function, such as the pattern of ``llmrl.rewards.rules:matches_pattern``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not names_code(self.name):
             raise ValueError(
                 f"reward.functions.<n>.name ({self.name!r}) must name a function: "
                 "path/to/file.py:function or package.module:function"
             )
-        if not math.isfinite(self.weight):
-            raise ValueError(f"reward.functions.<n>.weight ({self.weight}) of {self.name} must be a finite number")
         for name in ROLLOUT_COLUMNS:
             if name in self.arguments:
                 raise ValueError(
@@ -43,19 +42,19 @@ class RewardFunctionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedRewardConfig:
+class LearnedRewardConfig(Section, place="reward.model"):
     """A reward model that scores responses: what `llmrl reward-model` leaves, or a decoder with a linear score head
     (one label)."""
 
     path: UserPath
     """A folder, or a name on the Hugging Face hub."""
-    weight: float = 1.0
+    weight: Annotated[float, Bound()] = 1.0
     """Factor on its scores before they are summed."""
     normalize: bool = True
     """Standardizes by the mean and standard deviation stored with the model, if present."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of its forward passes; null: bfloat16 on a GPU, float32 on a CPU. The head computes in float32."""
-    microbatch_tokens: int = 16384
+    microbatch_tokens: Annotated[int, Bound(least=1)] = 16384
     """Tokens per forward pass, padding included. Changes memory, never the result."""
     on_actor_base: bool = False
     """Scores with the adapter that the reward model was trained with, on the actor's frozen base, in place of a second
@@ -66,13 +65,12 @@ class LearnedRewardConfig:
     """Command that creates this folder; printed if it is missing."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight) or self.weight == 0:
+        super().__post_init__()
+        if self.weight == 0:
             raise ValueError(
-                f"reward.model.weight ({self.weight}) must be a finite number other than 0; "
+                f"reward.model.weight ({self.weight}) must be other than 0; "
                 "to do without the reward model, leave reward.model out"
             )
-        if self.microbatch_tokens < 1:
-            raise ValueError(f"reward.model.microbatch_tokens ({self.microbatch_tokens}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,7 @@ class _Reinforcement(_Parts):
         yield from self.scoring()
         work, num_rows = self._work(), -(-self.config.minibatch_size // self.strategy.num_devices)
         yield from self.updating(work, num_rows)
-        if self.critic == "own" and self.num_adapter:
+        if self.critic in ("own", "reward_model") and self.num_adapter:
             critic = replace(work, learns=True, rank=0, response_tokens=0)
             sizes = [
                 activations.saved_bytes(self.shape, x) + activations.peak_extra_bytes(self.shape, x)

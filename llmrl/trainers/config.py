@@ -1,26 +1,26 @@
 """Settings of the trainers and of what a run leaves."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from llmrl.paths import UserPath
+from llmrl.section import Bound, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputConfig:
+class OutputConfig(Section, place="run"):
     """What a run leaves."""
 
     output_dir: UserPath
     """Folder of everything that the run leaves."""
-    seed: int = 0
+    seed: Annotated[int, Bound(least=0, below=2**32)] = 0
     """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
     resume: bool = False
     """Continues from the newest checkpoint in the folder, or starts where there is none."""
-    checkpoint_every: int = 50
+    checkpoint_every: Annotated[int, Bound(least=0)] = 50
     """Iterations between checkpoints; 0 for one at the end only."""
-    keep_checkpoints: int = 1
+    keep_checkpoints: Annotated[int, Bound(least=1)] = 1
     """Newest checkpoints that are kept."""
     best_metric: str | None = None
     """The model with the best value of this metric is kept in best/; null keeps none."""
@@ -30,13 +30,9 @@ class OutputConfig:
     """Makes a GPU compute the same bits each time, which it otherwise does not; slower. A CPU always does."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.output_dir:
             raise ValueError("run.output_dir is empty; name a folder")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"run.seed ({self.seed}) must be at least 0 and less than 2**32")
-        for name, least in (("checkpoint_every", 0), ("keep_checkpoints", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"run.{name} ({getattr(self, name)}) must be at least {least}")
 
     @property
     def folder(self) -> Path:
@@ -48,38 +44,28 @@ class OutputConfig:
 class RunConfig(OutputConfig):
     """How long a run is, and what it leaves."""
 
-    num_iterations: int
+    num_iterations: Annotated[int, Bound(least=1)]
     """Iterations in all, those before a resume included."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_iterations < 1:
-            raise ValueError(f"run.num_iterations ({self.num_iterations}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLRunConfig(RunConfig):
     """What a run of reinforcement learning leaves beside that."""
 
-    samples_per_iteration: int = 4
+    samples_per_iteration: Annotated[int, Bound(least=0)] = 4
     """Responses of an iteration that are written to samples.jsonl."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples_per_iteration < 0:
-            raise ValueError(f"run.samples_per_iteration ({self.samples_per_iteration}) must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Section, place="evaluation"):
     """How held-out prompts are answered, and what counts as correct."""
 
-    every: int | None = None
+    every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations during training; before the first and after the last too. null for these two only,
     where `evaluation_data` is named; 0 for none."""
-    num_responses: int = 1
+    num_responses: Annotated[int, Bound(least=1)] = 1
     """Responses per prompt: 1 takes the greedy one, more are sampled."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Bound(above=0, way_out="evaluation.num_responses 1 takes the likeliest token")] = 1.0
     """Sampling temperature where responses are sampled."""
     pass_at: tuple[int, ...] = ()
     """Every k for which pass@k is estimated: the share of prompts that k sampled responses would solve."""
@@ -88,15 +74,7 @@ class EvaluationConfig:
     there is none, from the reward model, whose normalized scores have mean 0 and standard deviation 1."""
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 0:
-            raise ValueError(f"evaluation.every ({self.every}) must be 0 or greater")
-        if self.num_responses < 1:
-            raise ValueError(f"evaluation.num_responses ({self.num_responses}) must be at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"evaluation.temperature ({self.temperature}) must be a finite number greater than 0; "
-                "evaluation.num_responses 1 takes the likeliest token"
-            )
+        super().__post_init__()
         for k in self.pass_at:
             if not 1 <= k <= self.num_responses:
                 raise ValueError(
@@ -105,70 +83,49 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateConfig:
+class UpdateConfig(Section, place="update"):
     """How an experience is cut up for the optimizer."""
 
-    num_epochs: int = 1
+    num_epochs: Annotated[int, Bound(least=1)] = 1
     """Passes over each experience."""
-    minibatch_size: int | None = None
+    minibatch_size: Annotated[int | None, Bound(least=1)] = None
     """Responses per optimizer step, over all ranks; a multiple of the group size. null for the one nearest to
     128 that divides a rollout."""
-    microbatch_tokens: int = 8192
+    microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
     """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "microbatch_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"update.{name} ({value}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelConfig:
+class RewardModelConfig(Section, place="reward_model"):
     """How pairs are cut up for the optimizer, and what is learned from them. An iteration is one optimizer step."""
 
-    num_epochs: int = 1
+    num_epochs: Annotated[int, Bound(least=1)] = 1
     """Passes over the pairs; a reward model learns them by heart in the second."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Bound(least=1)] = 32
     """Pairs per optimizer step, over all ranks."""
-    microbatch_tokens: int = 8192
+    microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
     """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
     head_init: Literal["zero", "normal"] = "normal"
     """A new head: zeros, or normal with variance 1 / (hidden size + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
     use_margin: bool = True
     """Asks for the margin that a pair brings (Touvron et al. 2023, arXiv:2307.09288); a pair without one asks for 0."""
-    center_coef: float = 0.0
+    center_coef: Annotated[float, Bound(least=0)] = 0.0
     """Pulls the sum of a pair's scores to 0 (Eisenstein et al. 2023, arXiv:2312.09244); 0.01 is usual; 0 for none."""
-    evaluate_every: int | None = None
+    evaluate_every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations on `evaluation_data`; before the first and after the last too. null for these two
     only; 0 for none."""
-    num_reference_pairs: int = 512
+    num_reference_pairs: Annotated[int, Bound(least=1)] = 512
     """Scores have mean 0 and standard deviation 1 on both responses of so many pairs, spread over the data."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "microbatch_tokens", "num_reference_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"reward_model.{name} ({getattr(self, name)}) must be at least 1")
-        if self.evaluate_every is not None and self.evaluate_every < 0:
-            raise ValueError(f"reward_model.evaluate_every ({self.evaluate_every}) must be 0 or greater")
-        if not 0 <= self.center_coef < math.inf:
-            raise ValueError(f"reward_model.center_coef ({self.center_coef}) must be 0 or greater")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
+class SFTConfig(Section, place="sft"):
     """How examples are cut up for the optimizer. An iteration is one optimizer step."""
 
-    batch_size: int = 32
+    batch_size: Annotated[int, Bound(least=1)] = 32
     """Examples per optimizer step, over all ranks."""
-    microbatch_tokens: int = 8192
+    microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
     """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
-    evaluate_every: int | None = None
+    evaluate_every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations of the loss on `evaluation_data`; before the first and after the last too. null
     for these two only, where `evaluation_data` is named; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "microbatch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name} ({getattr(self, name)}) must be at least 1")
-        if self.evaluate_every is not None and self.evaluate_every < 0:
-            raise ValueError(f"sft.evaluate_every ({self.evaluate_every}) must be 0 or greater")

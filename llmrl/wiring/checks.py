@@ -191,7 +191,7 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
 def check_ppo(config: PPORun, *, dry: bool) -> Checked:
     """Checks a run of PPO: that of any algorithm, and that the critic's body reads the policy's tokens."""
     checked = check_rl(config, dry=dry)
-    if config.critic.body == "reward_model":
+    if config.critic.network == "reward_model":
         assert config.reward.model is not None, "checked with the settings"
         if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")
@@ -206,8 +206,8 @@ def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
         theirs = load_tokenizer(reward_model_config(reward_model))
     if not same_ids(load_tokenizer(model), theirs):
         raise ModelError(
-            f"critic.body reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
-            f"model.path ({model.path}), and the critic reads the policy's; set critic.body to actor"
+            f"critic.network reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
+            f"model.path ({model.path}), and the critic reads the policy's; set critic.network to own"
         )
 
 

@@ -66,7 +66,7 @@ def _share_trunk(config: PPORun, actor: Actor) -> Networks:
 
 def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
     """Weights of its own, equal to the actor's or the reward model's bit for bit."""
-    if config.critic.body == "reward_model":
+    if config.critic.network == "reward_model":
         assert config.reward.model is not None, "checked with the settings"
         with naming("reward.model"):
             model = load_reward_model(reward_model_config(config.reward.model), head_init=None)

@@ -63,7 +63,7 @@ def test_clips_that_no_loss_reads_warn(config):
         ({"clip_low": 1.1}, "algorithm.clip_low (1.1) must be greater than 0 and at most 1"),
         ({"clip_high": 0.0}, "algorithm.clip_high (0.0) must be greater than 0"),
         ({"dual_clip": 1.0}, "algorithm.dual_clip (1.0) must be greater than 1, or null"),
-        ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be greater than 1, or null"),
+        ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be finite and greater than 1, or null"),
         (
             {"loss": "kl"},
             "algorithm.loss ('kl') must be clipped, or name your own: path/to/file.py:name or package.modul",

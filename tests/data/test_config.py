@@ -7,7 +7,7 @@ from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig
     ("settings", "message"),
     [
         ({"path": ""}, r"data\.path"),
-        ({"path": "a", "num_rows": 0}, r"data\.num_rows \(0\) must be at least 1; leave it out"),
+        ({"path": "a", "num_rows": 0}, r"data\.num_rows \(0\) must be at least 1, or null; leave it out"),
         ({"path": "a", "template": "none", "system_prompt": "x"}, r"data\.system_prompt needs a chat template"),
         ({"path": "a", "system_prompt": "x \udcff"}, r"data\.system_prompt \('x \\udcff'\) is no Unicode text"),
     ],

@@ -50,7 +50,7 @@ PPO: dict[str, Any] = {
     "algorithm": {"missing_eos_penalty": 0.5},
     "update": UPDATE | {"minibatch_size": 4},
     "evaluation": EVALUATION,
-    "critic_optimizer": {"learning_rate": 1e-2},
+    "critic_optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0},
 }
 PAIRS = {"batch_size": 8, "microbatch_tokens": 60}
 LORA = {"model": {"lora": {"rank": 2}}}

@@ -110,6 +110,15 @@ def test_a_critic_of_its_own_beside_an_adapter_has_the_larger_activations(shape)
     assert item(own, "activations of the critic beyond the actor's") >= 0
 
 
+def test_a_critic_takes_the_same_whichever_model_it_begins_as(shape):
+    settings = {"reward": REWARD_MODEL, "lora": {"rank": 2}}
+    own, learned = (
+        estimate_memory(rl(PPORun, critic=critic, **settings), shape, Strategy(), reward_shape=shape)
+        for critic in ("own", "reward_model")
+    )
+    assert own == learned
+
+
 def test_pairs_have_no_logits(shape):
     data = {"path": "x", "max_tokens": 10}
     settings = {

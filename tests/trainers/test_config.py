@@ -12,12 +12,12 @@ NAN = float("nan")
     ("setting", "value", "message"),
     [
         ("output_dir", "", r"run\.output_dir is empty; name a folder"),
-        ("seed", -1, r"run\.seed \(-1\) must be at least 0 and less than 2\*\*32"),
-        ("seed", 2**32, r"run\.seed \(4294967296\) must be at least 0 and less than 2\*\*32"),
+        ("seed", -1, r"run\.seed \(-1\) must be at least 0 and less than 4294967296"),
+        ("seed", 2**32, r"run\.seed \(4294967296\) must be at least 0 and less than 4294967296"),
         ("num_iterations", 0, r"run\.num_iterations \(0\) must be at least 1"),
-        ("checkpoint_every", -1, r"run\.checkpoint_every \(-1\) must be at least 0"),
+        ("checkpoint_every", -1, r"run\.checkpoint_every \(-1\) must be 0 or greater"),
         ("keep_checkpoints", 0, r"run\.keep_checkpoints \(0\) must be at least 1"),
-        ("samples_per_iteration", -1, r"run\.samples_per_iteration \(-1\) must be at least 0"),
+        ("samples_per_iteration", -1, r"run\.samples_per_iteration \(-1\) must be 0 or greater"),
     ],
 )
 def test_a_setting_of_the_run_out_of_range_is_refused(setting: str, value: Any, message: str):
@@ -41,10 +41,10 @@ def test_the_ends_of_the_ranges_are_allowed(setting: str, value: Any):
         ({"num_responses": 0}, r"evaluation\.num_responses \(0\) must be at least 1"),
         (
             {"temperature": 0.0},
-            r"evaluation\.temperature \(0\.0\) must be a finite number greater than 0; evaluation\.num",
+            r"evaluation\.temperature \(0\.0\) must be greater than 0; evaluation\.num",
         ),
-        ({"temperature": NAN}, r"evaluation\.temperature \(nan\) must be a finite number greater than 0"),
-        ({"temperature": math.inf}, r"evaluation\.temperature \(inf\) must be a finite number greater than 0"),
+        ({"temperature": NAN}, r"evaluation\.temperature \(nan\) must be finite and greater than 0"),
+        ({"temperature": math.inf}, r"evaluation\.temperature \(inf\) must be finite and greater than 0"),
         ({"pass_at": (0,)}, r"evaluation\.pass_at \(0\) must be between 1 and evaluation\.num_responses \(1\)"),
         (
             {"pass_at": (1, 5), "num_responses": 4},
@@ -60,7 +60,7 @@ def test_a_setting_of_the_evaluation_out_of_range_is_refused(settings: dict[str,
 @pytest.mark.parametrize("name", ["num_epochs", "minibatch_size", "microbatch_tokens"])
 def test_a_setting_of_the_update_out_of_range_is_refused(name: str):
     assert getattr(UpdateConfig(**{name: 1}), name) == 1
-    with pytest.raises(ValueError, match=rf"^update\.{name} \(0\) must be at least 1$"):
+    with pytest.raises(ValueError, match=rf"^update\.{name} \(0\) must be at least 1(, or null)?$"):
         UpdateConfig(**{name: 0})
 
 
@@ -72,8 +72,8 @@ def test_a_setting_of_the_update_out_of_range_is_refused(name: str):
         ("microbatch_tokens", 0, "at least 1"),
         ("num_reference_pairs", 0, "at least 1"),
         ("center_coef", -0.01, "0 or greater"),
-        ("center_coef", math.nan, "0 or greater"),
-        ("center_coef", math.inf, "0 or greater"),
+        ("center_coef", math.nan, "finite and 0 or greater"),
+        ("center_coef", math.inf, "finite and 0 or greater"),
         ("evaluate_every", -1, "0 or greater"),
     ],
 )

@@ -328,13 +328,11 @@ def test_saving_the_actor_leaves_no_trace_of_the_others(one_base, folders, tmp_p
     assert changed(roles.actor, before["actor"]) >= learning(roles.actor)
 
 
-@pytest.mark.parametrize(
-    ("network", "body"), [("own", "actor"), ("own", "reward_model"), ("adapter", "actor"), ("shared", "actor")]
-)
-def test_gradient_checkpointing_changes_memory_alone(one_base, network, body):
+@pytest.mark.parametrize("network", ["own", "reward_model", "adapter", "shared"])
+def test_gradient_checkpointing_changes_memory_alone(one_base, network):
     grads, num_forwards = [], []
     for checkpointing in (False, True):
-        settings = with_critic(one_base, network=network, body=body)
+        settings = with_critic(one_base, network=network)
         run = build_run(with_model(settings, gradient_checkpointing=checkpointing))
         trained = {name: trainable.module for name, trainable in run.trainer.trained.items()}
         calls = []
@@ -405,7 +403,7 @@ def test_a_body_from_an_actor_that_came_with_an_adapter_has_it_merged(config, fo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_body_from_the_reward_model_is_the_reward_model_bit_for_bit(config, folders, lora, dtype):
-    run = build_run(with_reward(with_critic(with_model(config, lora=lora), body="reward_model"), dtype=dtype))
+    run = build_run(with_reward(with_critic(with_model(config, lora=lora), network="reward_model"), dtype=dtype))
     theirs = weights_of(AutoModelForSequenceClassification.from_pretrained(folders.whole).base_model)
     ours = weights_of(modules_of(run).critic.trunk)
     assert ours.keys() == theirs.keys()
@@ -423,7 +421,7 @@ def save_scorer(folder: Path, config: Any) -> str:
 
 def test_the_head_is_as_wide_as_its_trunk(config, tmp_path):
     wide = LlamaConfig(**(SIZES | {"vocab_size": 99, "hidden_size": 48, "pad_token_id": 0, "eos_token_id": 1}))
-    body = with_critic(with_reward(config, path=save_scorer(tmp_path / "wide", wide)), body="reward_model")
+    body = with_critic(with_reward(config, path=save_scorer(tmp_path / "wide", wide)), network="reward_model")
     run = build_run(body)
     roles = modules_of(run)
     assert roles.critic.head.weight.shape == (1, 48)
@@ -432,11 +430,11 @@ def test_the_head_is_as_wide_as_its_trunk(config, tmp_path):
     assert changed(roles.critic, before) == learning(roles.critic)
 
 
-@pytest.mark.parametrize(("body", "whose"), [("reward_model", "critic"), ("actor", "reward model")])
-def test_every_model_that_reads_a_response_must_have_room_for_it(config, tmp_path, body, whose):
+@pytest.mark.parametrize(("network", "whose"), [("reward_model", "critic"), ("own", "reward model")])
+def test_every_model_that_reads_a_response_must_have_room_for_it(config, tmp_path, network, whose):
     """Prompts of up to 4 tokens with responses of 6. Whatever the policy's own positions are."""
     short = GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1, n_positions=9, pad_token_id=0, eos_token_id=1)
-    limited = with_critic(with_reward(config, path=save_scorer(tmp_path / "short", short)), body=body)
+    limited = with_critic(with_reward(config, path=save_scorer(tmp_path / "short", short)), network=network)
     told = rf"rollout\.max_response_tokens \(6\) with a prompt of \d+ tokens exceeds the 9 positions of the {whose};"
     with pytest.raises(RolloutError, match=told):
         build_run(limited)
@@ -459,9 +457,9 @@ def test_targets_that_the_critic_lacks_are_refused(one_base):
         build_run(head)
 
 
-@pytest.mark.parametrize("body", ["actor", "reward_model"])
-def test_actor_and_critic_learn_each_by_itself(config, body):
-    run = build_run(with_critic(config, body=body))
+@pytest.mark.parametrize("network", ["own", "reward_model"])
+def test_actor_and_critic_learn_each_by_itself(config, network):
+    run = build_run(with_critic(config, network=network))
     roles, trained = modules_of(run), run.trainer.trained
     losses = losses_of(run)
     for name, loss, _ in losses:
@@ -625,7 +623,7 @@ def test_a_body_may_have_another_chat_template(config, folders, monkeypatch, tmp
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     other = retokenized(folders.whole, tmp_path / "other", tokenizer)
     refuse_to_load(monkeypatch)
-    check_ppo(with_reward(with_critic(config, body="reward_model"), path=str(other)), dry=False)
+    check_ppo(with_reward(with_critic(config, network="reward_model"), path=str(other)), dry=False)
 
 
 @pytest.mark.parametrize("dry", [False, True])
@@ -635,17 +633,19 @@ def test_a_body_that_reads_other_tokens_is_refused(config, folders, foreign, mon
     if idle:
         gone = PromptDataConfig(path="gone.jsonl")
         config = dataclasses.replace(config, evaluation_data=gone, evaluation=EvaluationConfig(every=0))
-    body = with_reward(with_critic(config, body="reward_model"), path=str(foreign))
+    body = with_reward(with_critic(config, network="reward_model"), path=str(foreign))
     assert refusal(body, monkeypatch, dry=dry) == (
-        f"critic.body reward_model: reward.model.path ({foreign}) reads other tokens than model.path ({folders.base}), "
-        "and the critic reads the policy's; set critic.body to actor"
+        f"critic.network reward_model: reward.model.path ({foreign}) reads other tokens than "
+        f"model.path ({folders.base}), and the critic reads the policy's; set critic.network to own"
     )
     check_ppo(with_reward(config, path=str(foreign)), dry=dry)
 
 
 def test_a_dry_run_says_that_a_body_was_not_checked(config, monkeypatch):
     refuse_to_load(monkeypatch)
-    body = with_reward(with_critic(config, body="reward_model"), path="runs/none/final", made_by="llmrl reward-model r")
+    body = with_reward(
+        with_critic(config, network="reward_model"), path="runs/none/final", made_by="llmrl reward-model r"
+    )
     assert check_ppo(body, dry=True).unchecked == [
         "reward.model.path (runs/none/final) does not exist yet; `llmrl reward-model r` makes it",
         "whether the critic's body reads the policy's tokens",
@@ -692,5 +692,10 @@ def test_an_adapter_that_names_no_base_is_refused(one_base, folders, monkeypatch
 
 def test_what_fits_passes_without_a_model(one_base, config, monkeypatch):
     refuse_to_load(monkeypatch)
-    for fitting in (one_base, config, with_critic(config, body="reward_model"), with_critic(config, network="shared")):
+    for fitting in (
+        one_base,
+        config,
+        with_critic(config, network="reward_model"),
+        with_critic(config, network="shared"),
+    ):
         assert check_ppo(copy.deepcopy(fitting), dry=False).unchecked == []
