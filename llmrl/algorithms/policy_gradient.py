@@ -14,6 +14,7 @@ from llmrl.functional.losses import clipped_policy_loss
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Mean, Statistic
+from llmrl.user_code import names_code
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
 """From `logprobs`, `old_logprobs`, `advantages` and `weights`, each (B, T), to ``(loss, metrics)``."""
@@ -21,7 +22,7 @@ PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, 
 
 def make_policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
     """The policy loss that the settings name: the clipped surrogate with their clips, or a function of a user."""
-    if config.loss != "clipped":
+    if names_code(config.loss):
         return UserLoss(config.loss)
     return partial(clipped_policy_loss, **{name: getattr(config, name) for name in CLIPS})
 

@@ -12,7 +12,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.functional.losses import ratio_metrics
 from llmrl.functional.statistics import Statistic
 from llmrl.roles import Algorithm
-from llmrl.user_code import UserCodeError, UserCodeFailure, describe_exception, load_object
+from llmrl.user_code import UserCodeError, UserCodeFailure, describe_exception, load_object, names_code
 
 BASELINE, LOSS, NAME = "algorithm.baseline", "algorithm.loss", "algorithm.name"
 ALGORITHM_ARGUMENTS = ("actor", "reference", "max_response_tokens")
@@ -25,11 +25,11 @@ def check_user_functions(config: object) -> None:
     Raises:
         UserCodeError: Something is missing, does not load, or does not take what it would be called with.
     """
-    if isinstance(config, GRPOConfig | PPOConfig) and config.loss != "clipped":
+    if isinstance(config, GRPOConfig | PPOConfig) and names_code(config.loss):
         UserLoss(config.loss)
-    if isinstance(config, GRPOConfig) and config.baseline not in ("mean", "leave_one_out"):
+    if isinstance(config, GRPOConfig) and names_code(config.baseline):
         UserBaseline(config.baseline)
-    if isinstance(config, GRPOConfig) and config.name != "grpo":
+    if isinstance(config, GRPOConfig) and names_code(config.name):
         load_algorithm(config.name)
 
 

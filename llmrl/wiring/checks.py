@@ -63,28 +63,30 @@ class Checked:
 
 def check_sft(config: SFTRun, *, dry: bool) -> Checked:
     """Checks a supervised run. A dry one may name what does not exist yet; see `read_rows`."""
-    read_launch()
-    check_output(config.run, _inputs(config))
-    unchecked = _check_model(config.model, dry=dry)
-    knows_models = not unchecked
-    read = _reader(load_supervised_rows, fit_supervised_rows, config.model, unchecked, dry=dry)
-    rows = read(config.data, "data")
-    evaluation_rows = read(config.evaluation_data, EVALUATION) if config.evaluation_data is not None else None
-    Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    return Checked(
-        rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
-    )
+    return _check_batches(config, load_supervised_rows, fit_supervised_rows, dry=dry)
 
 
 def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     """Checks the training of a reward model."""
+    return _check_batches(config, load_preference_rows, fit_preference_rows, dry=dry, needs_head=False)
+
+
+def _check_batches(
+    config: SFTRun | RewardModelRun,
+    load: Callable[[C], Rows],
+    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
+    *,
+    dry: bool,
+    needs_head: bool | None = None,
+) -> Checked:
+    """Checks a run that learns from batches of data; `load` and `fit` read them."""
     read_launch()
     check_output(config.run, _inputs(config))
-    unchecked = _check_model(config.model, dry=dry, needs_head=False)
+    unchecked = _check_model(config.model, dry=dry, needs_head=needs_head)
     knows_models = not unchecked
-    read = _reader(load_preference_rows, fit_preference_rows, config.model, unchecked, dry=dry)
+    read: Callable[..., Rows | None] = _reader(load, fit, config.model, unchecked, dry=dry)
     rows = read(config.data, "data")
-    evaluation_rows = read(config.evaluation_data, EVALUATION)
+    evaluation_rows = None if config.evaluation_data is None else read(config.evaluation_data, EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     return Checked(
         rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
