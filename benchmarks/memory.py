@@ -37,7 +37,7 @@ from llmrl.sizing import estimate_memory, launched_strategy, read_shape
 from llmrl.wiring.runs import RUNS
 
 PHASES = {"rollout": "rollout", "reward": "scoring", "logprobs": "scoring", "update": "update"}
-"""Of the estimate, by what trainers call them."""
+"""Phases of the estimate, by the names that trainers report."""
 
 BFLOAT16, CHECKPOINTS, LORA = "model.dtype=bfloat16", "model.gradient_checkpointing=true", "model.lora.rank=8"
 REFERENCE = "algorithm.kl_coef=0.1"
@@ -72,7 +72,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How much there is of everything."""
+    """Lengths and counts of a recipe: tokens, and responses of an iteration."""
 
     prompt: int
     response: int
@@ -143,7 +143,7 @@ def run_worker(args: argparse.Namespace, strategy: str, cases: list[str]) -> lis
 
 
 def launch_settings(args: argparse.Namespace, strategy: str, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` would tell the processes, in the environment."""
+    """Environment variables that `accelerate launch` would set."""
     zero = STRATEGIES[strategy]
     if not zero:
         return FSDP if strategy == "FSDP2" else {}
@@ -185,7 +185,7 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     """One case: two iterations, so that the optimizer has its states in the second."""
     algorithm, settings = CASES[case]
     kind, live = RUNS[algorithm], LiveTensors()
-    context = make_context(join_ranks(), TellsPhase(live))
+    context = make_context(join_ranks(), PhaseRecorder(live))
     recipe = write_recipe(algorithm, args.model, lengths, Path(tempfile.mkdtemp(dir=folder)))
     config = read_recipe(kind.settings, recipe, list(settings))
     check, build = kind.checker(), kind.builder()
@@ -213,8 +213,8 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     }
 
 
-class TellsPhase(Silent):
-    """Tells the phases of an iteration to whoever measures."""
+class PhaseRecorder(Silent):
+    """`Progress` that begins a phase of the measurement with each phase of an iteration."""
 
     def __init__(self, live: LiveTensors) -> None:
         self.live = live

@@ -105,7 +105,7 @@ class Clock:
         self.ends.append((time.perf_counter(), time.process_time()))
 
     def figures(self, num_tokens: int, *, after: int) -> dict[str, Any]:
-        """Of the steps after the first `after`, which had so many tokens."""
+        """Times and rates of the steps after the first `after`, which had this many tokens."""
         wall, cpu = zip(*self.ends[after - 1 :], strict=True)
         seconds = [end - start for start, end in pairwise(wall)]
         return {
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def deal(source: PairSource, count: int) -> list[EncodedPair]:
-    """The pairs that the source deals next. It then stands where it stood."""
+    """The next pairs of the source, whose position is restored."""
     place = source.state_dict()
     pairs = source.take(count)
     source.load_state_dict(place)
@@ -188,7 +188,7 @@ def prepare_trl(
     num_steps: int,
     clock: Clock,
 ) -> Callable[[], tuple[Losses, int]]:
-    class TellsClock(TrainerCallback):
+    class ClockCallback(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step_ended()
 
@@ -206,7 +206,7 @@ def prepare_trl(
         args=trl_settings(args, trl.RewardConfig, num_steps=num_steps),
         train_dataset=Dataset.from_list(rows),
         processing_class=loaded.tokenizer,
-        callbacks=[TellsClock()],
+        callbacks=[ClockCallback()],
     )
 
     def run() -> tuple[Losses, int]:

@@ -1,4 +1,4 @@
-"""The nouns that cross a stage boundary: Prompts -> Rollout -> Scores -> Experience.
+"""Batches that pass from stage to stage of an iteration: Prompts -> Rollout -> Scores -> Experience.
 
 Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to response token t. Prompts are padded left,
 responses right. Two prompts "ab" and "c"; two responses to the first, "xy" (ended with EOS ``$``) and "z" (cut by the
@@ -25,14 +25,14 @@ S = TypeVar("S", bound="Sequences")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows side by side: the first axis of every tensor and every tuple is the row, unless its class says otherwise."""
+    """A batch of rows: the first axis of every tensor and every tuple is the row, unless its class says otherwise."""
 
     def select(self: B, index: Tensor) -> B:
         """The rows that an index tensor names, in its order."""
         return replace(self, **{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
 
     def to(self: B, device: torch.device | str) -> B:
-        """The same with every tensor on another device."""
+        """This batch with every tensor on another device."""
         return replace(self, **{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
 
     @classmethod
@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences(Batch):
-    """What `Policy` and `ValueFunction` read: prompts and the responses to them, as token ids.
+    """Prompts and the responses to them, as token ids: the input of `Policy` and `ValueFunction`.
 
     A prompt is held once, however many of the rows respond to it.
     """
@@ -51,7 +51,7 @@ class Sequences(Batch):
     unique_prompt_ids: Int[Tensor, "N P"]
     unique_prompt_mask: Bool[Tensor, "N P"]
     prompt_of_row: Int[Tensor, " B"]
-    """Which of the prompts each row responds to."""
+    """Index of the prompt that each row responds to."""
     response_ids: Int[Tensor, "B T"]
     response_mask: Bool[Tensor, "B T"]
     """True on the tokens that the actor chose, its EOS included."""
@@ -90,13 +90,13 @@ class Sequences(Batch):
 
     @property
     def num_tokens(self) -> Int[Tensor, " B"]:
-        """Prompt and response tokens of each row, padding left out."""
+        """Number of prompt and response tokens of each row, padding left out."""
         return self.unique_prompt_mask.sum(dim=1)[self.prompt_of_row] + self.response_lengths
 
     def select(self: S, index: Tensor) -> S:
         """The rows that an index tensor names, in its order.
 
-        Prompts that none of them responds to go, the others keep their order and their width.
+        Prompts that none of them responds to are dropped; the others keep their order and their width.
         """
         used, prompt_of_row = _select(self.prompt_of_row, index).unique(return_inverse=True)
         return type(self)(
@@ -138,12 +138,12 @@ class TokenOutputs(Batch):
 
     @property
     def values(self) -> Float[Tensor, "B T"]:
-        """Critic's values before each response token is chosen."""
+        """Values of the critic before each response token is chosen."""
         return self.named["values"]
 
     @property
     def last_values(self) -> Float[Tensor, " B"]:
-        """Critic's value after the last token of each response."""
+        """Value of the critic after the last token of each response."""
         return self.named["last_values"]
 
     def merge(self, other: "TokenOutputs") -> "TokenOutputs":
@@ -162,7 +162,7 @@ class PreferencePairs(Batch):
 
     @property
     def num_tokens(self) -> Int[Tensor, " B"]:
-        """Tokens of both sequences of each pair, the prompt in each."""
+        """Number of tokens in both sequences of each pair, the prompt in each."""
         return self.chosen.num_tokens + self.rejected.num_tokens
 
 
@@ -173,14 +173,14 @@ class Prompts(Batch):
     ids: Int[Tensor, "N P"]
     mask: Bool[Tensor, "N P"]
     rows: tuple[Row, ...]
-    """Each data row unchanged, messages and columns alike, for rewards and samples."""
+    """The data row of each prompt, unchanged, for rewards and samples."""
 
 
 class StopReason(IntEnum):
     """Why a response ended."""
 
     NONE = 0
-    """It is still under way. Never in a `Rollout`."""
+    """It is still being decoded. Never in a `Rollout`."""
     EOS = 1
     """The actor chose an end-of-sequence token."""
     LENGTH = 2
@@ -193,11 +193,11 @@ class Rollout(Batch):
 
     sequences: Sequences
     rollout_logprobs: Float[Tensor, "B T"]
-    """As the engine reported them, at the sampling temperature; 0 outside the mask."""
+    """Log-probabilities that the engine reports, nats, at the sampling temperature; 0 outside the mask."""
     stop_reason: Int[Tensor, " B"]
     """Why each response ended, a `StopReason`."""
     group_ids: Int[Tensor, " B"]
-    """Which draw of which prompt; unique per draw, never used twice in a run."""
+    """Number of the group of each response: unique per draw of a prompt, never used twice in a run."""
     rows: tuple[Row, ...]
 
     @property
@@ -208,22 +208,22 @@ class Rollout(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(Batch):
-    """What reward models and verifiers say. NaN in `total` means "could not be scored"."""
+    """Scores of responses by reward functions and reward models. NaN in `total` means "could not be scored"."""
 
     total: Float[Tensor, " B"]
     per_token: Float[Tensor, "B T"]
-    """Zero where a reward has none."""
+    """Scores of single tokens; 0 where a reward gives none."""
     parts: Mapping[str, Float[Tensor, " B"]]
 
     @property
     def per_response(self) -> Float[Tensor, " B"]:
-        """What each response is worth in all: `total` and what its tokens got."""
+        """Score of each response and its tokens together: `total` plus the sum of `per_token`."""
         return self.total + self.per_token.sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Batch):
-    """What an update learns from. Frozen for the whole iteration."""
+    """Input of an update: a rollout with scores, old log-probabilities and advantages. Frozen for the iteration."""
 
     rollout: Rollout
     scores: Scores
@@ -242,14 +242,15 @@ class Experience(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOExperience(Experience):
-    """Adds the reference, which the KL in the loss reads. Zeros where there is no KL and so no reference."""
+    """Experience with log-probabilities of the reference, for the KL in the loss; zeros where there is no reference."""
 
     ref_logprobs: Float[Tensor, "B T"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOExperience(Experience):
-    """Adds what the critic said at collection and what it is to say. Advantages are standardized, returns are not."""
+    """Experience with the critic's values at collection and their targets, the returns. Advantages are standardized,
+    returns are not."""
 
     old_values: Float[Tensor, "B T"]
     returns: Float[Tensor, "B T"]

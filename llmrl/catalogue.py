@@ -1,7 +1,7 @@
 """Every metric that a run can log: its unit, its meaning, and what to look for.
 
-A name in angle brackets stands for several: ``score/<part>`` for a reward function each. docs/metrics.md is made from
-this table, and the tests hold it against what runs log.
+A name in angle brackets stands for several: ``score/<part>`` for one metric per reward function. docs/metrics.md is
+generated from this table, and tests compare it with what runs log.
 """
 
 import re
@@ -12,15 +12,15 @@ RL = (GRPO, PPO)
 BATCHES = (SFT, REWARD_MODEL)
 
 PLACEHOLDERS = {"<module>": "(actor|critic|reward_model)", "<part>": ".+", "<k>": r"\d+"}
-"""What may stand in the place of each, as a regular expression."""
+"""Regular expression of the names or numbers that each placeholder stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What is to be known of a metric, or of a family of them."""
+    """Description of a metric, or of a family of metrics."""
 
     name: str
-    """As it stands in metrics.jsonl; ``<module>``, ``<part>`` and ``<k>`` stand for names and numbers."""
+    """Name in metrics.jsonl; ``<module>``, ``<part>`` and ``<k>`` stand for names and numbers."""
     unit: str
     meaning: str
     look_for: str = ""
@@ -54,7 +54,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="pairs/accuracy",
         unit="fraction",
         meaning="Pairs of the batch whose chosen response scores higher; a tie counts as half.",
-        look_for="Rises from 0.5; far above eval/accuracy, the pairs are learned by heart.",
+        look_for="Rises from 0.5; far above eval/accuracy, the pairs are memorized.",
         runs=(REWARD_MODEL,),
     ),
     Metric(
@@ -82,7 +82,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="score/unscored",
         unit="responses",
-        meaning="Responses that no reward could score. They leave baseline, losses, counts and moments.",
+        meaning="Responses that no reward could score. They are left out of baseline, losses, counts and moments.",
         look_for="0, unless rules return None for rows of another task.",
         runs=RL,
     ),
@@ -105,7 +105,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="reward/mean",
         unit="score",
         meaning="Mean over responses of their summed rewards: the score after clipping, normalization and penalties, "
-        "rewards for single tokens, less kl/coef times the KL.",
+        "rewards for single tokens, minus kl/coef times the KL.",
         look_for="Rises; falls while score/mean rises where the KL costs more than the score brings.",
         runs=(PPO,),
     ),
@@ -141,7 +141,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="response/finished_fraction",
         unit="fraction",
         meaning="Responses that ended by themselves; the others were cut at rollout.max_response_tokens.",
-        look_for="Near 1. A fall is a policy that has unlearned to end.",
+        look_for="Near 1. A fall is a policy that no longer ends its responses.",
         runs=RL,
     ),
     Metric(
@@ -175,7 +175,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="policy/rollout_gap",
         unit="nats per token",
-        meaning="Mean distance of a token's log-probability in the engine and in training.",
+        meaning="Mean absolute difference of a token's log-probability in the engine and in training.",
         look_for="Rounding: below 1e-4 in float32, 0.003 to 0.006 in bfloat16. Above 0.01 and 0.1 a run warns.",
         runs=RL,
     ),
@@ -239,7 +239,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="value/std",
         unit="score",
         meaning="Population standard deviation of these values.",
-        look_for="Above 0: the critic tells states apart.",
+        look_for="Above 0: the critic distinguishes states.",
         runs=(PPO,),
     ),
     Metric(
@@ -253,7 +253,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="value/clip_fraction",
         unit="fraction",
-        meaning="Tokens whose value the clip of algorithm.value_clip holds back.",
+        meaning="Tokens whose gradient the clip of algorithm.value_clip cuts.",
         look_for="Below 0.2; above, values are larger than the clip was meant for.",
         runs=(PPO,),
     ),
@@ -280,14 +280,14 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="<module>/skipped_steps",
         unit="optimizer steps",
-        meaning="Optimizer steps left out, since the gradient was not finite.",
+        meaning="Optimizer steps skipped because the gradient was not finite.",
         look_for="0; a run warns of others.",
         runs=(*BATCHES, *RL),
     ),
     Metric(
         name="update/cut_short",
         unit="iterations",
-        meaning="1 for an iteration whose last minibatches were left out after a second Ctrl-C. Else not logged.",
+        meaning="1 for an iteration whose last minibatches were left out after a second Ctrl-C. Otherwise not logged.",
         runs=RL,
     ),
     Metric(
@@ -340,7 +340,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="eval/score",
         unit="score",
         meaning="Mean score of the held-out responses that could be scored.",
-        look_for="Rises with score/mean; if it does not, the prompts are learned by heart.",
+        look_for="Rises with score/mean; if it does not, the prompts are memorized.",
         runs=RL,
     ),
     Metric(
@@ -386,7 +386,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="tokens/per_s",
         unit="tokens per second",
         meaning="tokens/sampled over time/iteration_s: sampling, scoring and updates together, over all ranks.",
-        look_for="The speed of a run of reinforcement learning; time/ says where it goes.",
+        look_for="The speed of a run of reinforcement learning; time/* shows where the time goes.",
         runs=RL,
     ),
     Metric(
@@ -433,15 +433,15 @@ CATALOGUE: tuple[Metric, ...] = (
 
 
 def find(name: str) -> Metric | None:
-    """The entry of a logged name; None where there is none. A family has the names that no other entry has."""
+    """The entry of a logged name; None where there is none. An entry of its own takes precedence over a family."""
     matching = [metric for metric in CATALOGUE if metric.matches(name)]
     return min(matching, key=lambda metric: metric.is_family, default=None)
 
 
 def reserved(family: str) -> frozenset[str]:
-    """The names that a member of a family must not have, since another metric would be logged under it.
+    """Names that no member of a family may have, because another metric is logged under them.
 
-    ``score/<part>``: mean, std, ...
+    For ``score/<part>``: mean, std, ...
     """
     (entry,) = (metric for metric in CATALOGUE if metric.name == family)
     start, _, _ = family.partition("<")

@@ -1,4 +1,4 @@
-"""The numbers of an iteration: pooled as sums and counts on the device, turned into floats once, at the end."""
+"""Metrics of an iteration: pooled as sums and counts on the device, turned into floats once, at the end."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 from llmrl.functional.statistics import Explained, Maximum, Mean, Moments, Statistic, Total
 
 VARIANCE_ROUNDING = 2.0**-40
-"""A variance below this share of the mean squares that it was reckoned from is the rounding of float32, and so none."""
+"""Smallest variance, relative to the mean squares it is computed from; below it is the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,23 @@ class Metrics:
     statistics: dict[str, Statistic] = field(default_factory=dict)
 
     def merge(self, other: "Metrics") -> "Metrics":
-        """Pools both; a name that only one of them has is kept as it is."""
+        """Statistics of both, pooled; a name that only one of them has is kept as it is."""
         merged = dict(self.statistics)
         for name, statistic in other.statistics.items():
             merged[name] = pool(merged[name], statistic) if name in merged else statistic
         return Metrics(merged)
 
     def without(self, *names: str) -> "Metrics":
-        """The same without the statistics of these names."""
+        """These metrics without the statistics of these names."""
         return Metrics({name: statistic for name, statistic in self.statistics.items() if name not in names})
 
     def in_floats(self) -> "Metrics":
-        """The same in Python's numbers, to be sent to other ranks."""
+        """These metrics as Python floats, in one transfer from the device, to be sent to other ranks."""
         flat = iter(_flatten(self.statistics))
         return Metrics({name: type(s)(*(next(flat) for _ in s)) for name, s in self.statistics.items()})
 
     def per_step(self) -> "Metrics":
-        """Every `Total` of one optimizer step as the first observation of a mean over optimizer steps."""
+        """Each `Total` as a `Mean` of count 1, so that merging optimizer steps averages them."""
         return Metrics(
             {
                 name: Mean(statistic.value, 1.0) if isinstance(statistic, Total) else statistic
@@ -44,9 +44,9 @@ class Metrics:
         )
 
     def values(self) -> dict[str, float]:
-        """Floats, in one transfer from the device. `Moments` named ``x`` become ``x/mean`` and ``x/std``.
+        """Values as floats, in one transfer from the device. `Moments` named ``x`` become ``x/mean`` and ``x/std``.
 
-        A mean over nothing is left out: there is no number to print. So is the explained share of no variance.
+        A mean over nothing is left out, and so is the explained variance of targets without variance.
         """
         flat = _flatten(self.statistics)
         floats: dict[str, float] = {}
@@ -57,7 +57,11 @@ class Metrics:
 
 
 def pool(left: Statistic, right: Statistic) -> Statistic:
-    """Two statistics of the same kind as one of everything that either saw."""
+    """One statistic of everything that two of the same kind cover.
+
+    Raises:
+        TypeError: They are of different kinds.
+    """
     match left, right:
         case Maximum(), Maximum():
             return Maximum(_maximum(left.value, right.value))
@@ -102,6 +106,6 @@ def _read(name: str, statistic: Statistic, numbers: list[float]) -> dict[str, fl
 
 
 def _variance(count: float, total: float, square: float) -> float:
-    """Of a population."""
+    """Population variance from count, sum and sum of squares."""
     mean = total / count
     return max(square / count - mean * mean, 0.0)

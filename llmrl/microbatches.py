@@ -1,4 +1,4 @@
-"""Who forms a microbatch: units of rows dealt to ranks and cut by a token budget."""
+"""Microbatches: units of rows assigned to ranks and cut by a token budget."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -12,7 +12,7 @@ from llmrl.batches import Batch
 Part = TypeVar("Part", bound=Batch)
 Answer = TypeVar("Answer", bound=Batch)
 Cost = Callable[[Sequence[int]], int]
-"""Tokens that one forward pass over rows of these lengths takes, padding and all."""
+"""Tokens of one forward pass over rows of these lengths, padding included."""
 
 
 def padded_tokens(lengths: Sequence[int]) -> int:
@@ -27,13 +27,13 @@ def by_token_budget(
     cost: Cost = padded_tokens,
     units: Int[Tensor, " B"] | None = None,
 ) -> list[Int[Tensor, " part"]]:
-    """Units of rows, the cheapest first, cut into parts that cost at most `max_tokens`.
+    """Row indices of microbatches: units of rows, the cheapest first, cut into parts that cost at most `max_tokens`.
 
     A unit that costs more is a part of its own. The parts change memory, never a result.
 
     Args:
         num_tokens: Tokens of each row, padding left out.
-        max_tokens: What a part may cost.
+        max_tokens: Largest cost of a part, tokens.
         cost: Tokens that a forward pass over rows of these lengths takes.
         units: Rows with the same number stay in one part; None: each row is a unit.
     """
@@ -56,7 +56,7 @@ def rows_of_ranks(
     cost: Cost = padded_tokens,
     units: Int[Tensor, " B"] | None = None,
 ) -> list[Int[Tensor, " part"]]:
-    """The rows of each rank: the dearest unit first, each goes to the rank whose units cost least so far."""
+    """Row indices of each rank: the most expensive unit first, each goes to the rank whose units cost least so far."""
     lengths = num_tokens.tolist()
     loads: list[int] = [0] * world_size
     rows: list[list[int]] = [[] for _ in range(world_size)]
@@ -76,10 +76,10 @@ def parts_of_rank(
     cost: Cost = padded_tokens,
     units: Int[Tensor, " B"] | None = None,
 ) -> tuple[list[Int[Tensor, " part"]], list[Int[Tensor, " 1"]]]:
-    """``(parts, idle)`` of one rank: the rows dealt to it, cut by the token budget as `by_token_budget` does; and one
-    filler row for each pass in which only other ranks still have work.
+    """``(parts, idle)`` of one rank: its row indices, cut by the token budget as `by_token_budget` does; and one filler
+    row for each pass in which only other ranks still have work.
 
-    Where weights are sharded, a pass is something that all ranks do together, so each makes as many as the busiest.
+    Where weights are sharded, a forward pass is collective, so each rank makes as many as the busiest.
     """
     num_tokens = num_tokens.cpu()
     units = torch.arange(len(num_tokens), device="cpu") if units is None else units.cpu()
@@ -94,13 +94,13 @@ def parts_of_rank(
 def in_microbatches(
     ask: Callable[[Part], Answer], batch: Part, num_tokens: Int[Tensor, " B"], max_tokens: int
 ) -> Answer:
-    """Answers about every row, in row order, asked in microbatches of at most `max_tokens` tokens."""
+    """Outputs of `ask` for every row, in row order, computed in microbatches of at most `max_tokens` tokens."""
     parts = by_token_budget(num_tokens, max_tokens) or [torch.arange(0)]
     return in_row_order([ask(batch.select(part)) for part in parts], parts)
 
 
 def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:
-    """One batch of the answers about parts of a batch: row ``parts[i][j]`` of it is row j of ``answers[i]``."""
+    """Outputs for the parts of a batch as one batch: row ``parts[i][j]`` of it is row j of ``answers[i]``."""
     return type(answers[0]).cat(answers).select(torch.cat(list(parts)).argsort())
 
 

@@ -1,7 +1,7 @@
 """Group relative policy optimization and its critic-free kin.
 
-One rollout, G responses to each prompt. A response is as good as it is better than its siblings, and each of its tokens
-shares that advantage. No critic. Everything that tells GRPO, Dr. GRPO, RLOO, DAPO and GSPO apart is a setting:
+G responses to each prompt. The advantage of a response is its score compared with the other responses of its group, and
+each of its tokens has that advantage. No critic. GRPO, Dr. GRPO, RLOO, DAPO and GSPO differ in settings only:
 
     algorithm   baseline       scale  aggregation  clip low / high  and
     GRPO        mean           std    sequence     0.2 / 0.2        kl_coef: 0.04, kl_form: k3_paper
@@ -32,13 +32,13 @@ from llmrl.roles import Algorithm, Policy
 
 
 class GRPO(Algorithm):
-    """What to learn from a rollout, and the loss that learns it.
+    """`Algorithm` of GRPO and its variants: group-relative advantages and the policy loss.
 
     Args:
-        config: Every number of it.
-        actor: The policy that learns.
-        reference: The frozen policy from which the KL is measured; None where there is none.
-        max_response_tokens: Length limit of a response.
+        config: The settings of the algorithm.
+        actor: The policy that is trained.
+        reference: The frozen policy from which the KL is measured; None: no KL.
+        max_response_tokens: Length limit of a response, tokens.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class GRPO(Algorithm):
         self.policy_loss = make_policy_loss(config)
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
-        """Advantages from the scores of each group; log-probabilities of the actor now and of the reference."""
+        """Advantages from the scores of each group, log-probabilities of actor and reference, and metrics. Called
+        without gradient."""
         outputs = self.actor.logprobs(rollout.sequences)
         old_logprobs = outputs.logprobs
         ref_logprobs = torch.zeros_like(old_logprobs)
@@ -78,7 +79,8 @@ class GRPO(Algorithm):
         return experience, Metrics(statistics)
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
-        """The policy loss, and the KL to the reference."""
+        """Yields the policy loss, with the KL to the reference added, of one microbatch; `weights` from
+        `token_weights`."""
         counted = batch.response_mask
         logprobs = self.actor.logprobs(batch.sequences).logprobs
         current, old = logprobs, batch.old_logprobs
@@ -104,7 +106,11 @@ class GRPO(Algorithm):
 
 
 def make_advantages(config: GRPOConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """From scores and group ids, each (B,), to the advantage of each response (B,), as the settings say."""
+    """The function that the settings name, from scores and group ids, each (B,), to advantages of responses (B,).
+
+    Raises:
+        UserCodeError: The settings name a user's function that does not load, or does not take these.
+    """
     match config.baseline:
         case "mean":
             return partial(group_relative, scale=config.scale)

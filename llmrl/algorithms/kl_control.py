@@ -1,23 +1,23 @@
-"""Who sets the price of a nat: of moving away from the reference, and of one iteration's step.
+"""Controllers of the two KL coefficients: against the reference, and against the policy before this iteration.
 
-Both are coefficients that move by what the last iteration measured. Their state is a number, which is saved.
+Each moves its coefficient by the KL that the last iteration measured. Its state is that coefficient, which is saved.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 BAND = 1.5
-"""Of `StepKLControl`: how far from its target, as a factor, the KL may be before the coefficient moves, and by what."""
-FURTHEST = 1000.0
-"""Of `StepKLControl`: how far from the first coefficient, as a factor, it may come. Else a target that a run cannot
-reach would let it vanish, and the target would mean nothing for as long again once it can."""
-LARGEST_ERROR = 0.2
-"""Of `KLControl`: bounds how much one iteration can change the coefficient, relatively, per horizon."""
+"""Factor of `StepKLControl`: the coefficient moves by it once the KL is off its target by more than it."""
+MAX_DRIFT = 1000.0
+"""Bound of `StepKLControl`: the largest factor between the coefficient and its start. Without it, a target that a run
+cannot reach would let the coefficient vanish, and it would take as long to come back once the target can be reached."""
+MAX_ERROR = 0.2
+"""Bound of `KLControl`: how much one iteration can change the coefficient, relatively, per horizon."""
 
 
 @dataclass
 class KLControl:
-    """The price of a nat between actor and reference: fixed, or steered so that `kl/sequence` comes to a target.
+    """KL coefficient against the reference: fixed, or steered so that `kl/sequence` approaches a target.
 
         error = clip(kl / target - 1, -0.2, 0.2)
         coef  = coef * (1 + error * num_responses / horizon)
@@ -26,29 +26,31 @@ class KLControl:
     """
 
     coef: float
+    """Penalty per nat, in units of the score."""
     target: float | None
-    """Nats per response; None keeps the coefficient as it is."""
+    """Nats per response; None: the coefficient is fixed."""
     horizon: int
     """Responses in which a constant error of 0.2 changes the coefficient by a fifth."""
 
     def update(self, kl: float, num_responses: int) -> None:
-        """After a rollout of so many responses, whose KL to the reference summed to `kl` on average."""
+        """Moves the coefficient after a rollout of this many responses; `kl` is their mean KL to the reference, nats
+        per response."""
         if self.target is not None:
-            error = min(max(kl / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
+            error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
             self.coef *= 1 + error * num_responses / self.horizon
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the coefficient where it is steered; a fixed one is what the settings say now."""
+        """Restores a steered coefficient; a fixed one stays as the settings have it now."""
         if self.target is not None:
             self.coef = state["coef"]
 
 
 @dataclass
 class StepKLControl:
-    """The price of a nat between the actor before an iteration's updates and after them: penalized TRPO.
+    """KL coefficient between the actor before and after an iteration's updates: PPO with an adaptive KL penalty.
 
         coef = coef * 1.5  where  kl > 1.5 * target
         coef = coef / 1.5  where  kl < target / 1.5
@@ -65,12 +67,12 @@ class StepKLControl:
         self.first = self.coef
 
     def update(self, kl: float) -> None:
-        """After the updates of an iteration, which moved the actor by `kl` on average over its tokens."""
+        """Moves the coefficient after the updates of an iteration; `kl` is KL(old, new), nats per token."""
         if kl > self.target * BAND:
             self.coef *= BAND
         elif kl < self.target / BAND:
             self.coef /= BAND
-        self.coef = min(max(self.coef, self.first / FURTHEST), self.first * FURTHEST)
+        self.coef = min(max(self.coef, self.first / MAX_DRIFT), self.first * MAX_DRIFT)
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}

@@ -1,4 +1,4 @@
-"""What policy-gradient algorithms do alike: the policy loss, the penalty for length, and the metrics of a policy."""
+"""Parts that policy-gradient algorithms share: the policy loss, the length penalty, and the metrics of a policy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +21,18 @@ PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, 
 
 
 def make_policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
-    """The policy loss that the settings name: the clipped surrogate with their clips, or a function of a user."""
+    """The policy loss that the settings name: the clipped surrogate with their clips, or a user's function.
+
+    Raises:
+        UserCodeError: The user's function does not load, or does not take these.
+    """
     if names_code(config.loss):
         return UserLoss(config.loss)
     return partial(clipped_policy_loss, **{name: getattr(config, name) for name in CLIPS})
 
 
 def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor, " B"]:
-    """What each response loses in the last `buffer` tokens before the length limit; 0 where there is no buffer."""
+    """`overlong_penalty` of each response, 0 or below; 0 without a buffer. `limit` and `buffer` in tokens."""
     lengths = rollout.sequences.response_lengths
     return overlong_penalty(lengths, limit=limit, buffer=buffer) if buffer else torch.zeros_like(lengths).float()
 

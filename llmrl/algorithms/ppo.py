@@ -1,16 +1,16 @@
 """Proximal policy optimization with four models: actor, critic, frozen reference and reward model.
 
-Each token is an action. Its reward is the price of the nats by which the actor prefers it over the reference, and the
-last one's also the score of the whole response. The critic predicts, before each token, what is still to come; the
-advantage of a token is how much better things turned out than that.
+Each token is an action. Its reward is minus the KL penalty against the reference; the last token's reward includes the
+score of the whole response. The critic predicts, before each token, the return from there on; the advantage of a token
+is how much better the outcome was than that prediction.
 
-    score     clipped, normalized, less what the response loses for not ending or for its length
+    score     clipped, normalized, minus the penalties on a missing EOS and on length
     rewards   r_t = -kl_coef (log π_t - log π_ref,t) + [t is last] score + what a reward function gave for this token
     returns   of `gae` on rewards and old values; advantages are standardized over all tokens of the rollout
-    losses    the clipped surrogate of the actor, less the entropy bonus; the clipped squared error of the critic
+    losses    the clipped surrogate of the actor, minus the entropy bonus; the clipped squared error of the critic
 
-All of that is frozen for the iteration, however many epochs it takes. Schulman et al. 2017, arXiv:1707.06347; for
-language models Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155.
+All of that except the losses is frozen for the iteration, however many epochs it takes. Schulman et al. 2017,
+arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155.
 """
 
 from collections.abc import Iterator
@@ -36,14 +36,14 @@ Losses = Iterator[tuple[str, Tensor, Metrics]]
 
 
 class PPO(Algorithm):
-    """What to learn from a rollout, and the two losses that learn it.
+    """`Algorithm` of PPO: rewards, advantages and returns of a rollout, and the losses of actor and critic.
 
     Args:
-        config: Every number of it.
+        config: The settings of the algorithm.
         networks: Actor and critic.
-        reference: The frozen policy that a nat is counted from; None where nothing is paid for one.
-        max_response_tokens: Length limit of a response.
-        warmup_iterations: So many iterations train the critic alone.
+        reference: The frozen policy from which the KL is measured; None: no KL.
+        max_response_tokens: Length limit of a response, tokens.
+        warmup_iterations: Iterations at the start that train the critic alone.
         value_coef: Weight of the critic's loss where both share a trunk, and so one loss.
     """
 
@@ -74,10 +74,10 @@ class PPO(Algorithm):
         """Count, sum and sum of squares of every clipped score so far."""
         self.num_iterations = 0
 
-    # --- what is learned from -----------------------------------------------------------------------------------------
+    # --- experience ---------------------------------------------------------------------------------------------------
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[PPOExperience, Metrics]:
-        """Rewards, values, advantages and returns of a rollout. Called without gradient."""
+        """Values, standardized advantages and returns of a rollout, and metrics. Called without gradient."""
         outputs = self.networks.both(rollout.sequences)
         old_logprobs, values = outputs.logprobs, outputs.values
         mask = rollout.sequences.response_mask & ~scores.total.isnan()[:, None]
@@ -104,7 +104,7 @@ class PPO(Algorithm):
         return experience, metrics
 
     def _shape_scores(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
-        """Clipped, then normalized, then less the penalties; 0 where the critic's value stands for a score."""
+        """Scores clipped, then normalized, then minus the penalties; 0 where the critic's value replaces the score."""
         replaced = ~rollout.finished & self.config.bootstrap_truncated
         if self.config.score_clip is not None:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
@@ -115,7 +115,7 @@ class PPO(Algorithm):
         return torch.where(replaced, 0.0, scores + penalty)
 
     def _normalize(self, scores: Float[Tensor, " B"], scored: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """By the moments of every score so far, these included."""
+        """Scores standardized by the moments of every score so far, these included."""
         batch = masked_moments(scores, scored)
         count, total, square = (x + float(y) for x, y in zip(self.score_moments, batch, strict=True))
         self.score_moments = (count, total, square)
@@ -128,7 +128,7 @@ class PPO(Algorithm):
         mask: Bool[Tensor, "B T"],
         bootstrap_values: Float[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(advantages, returns)``, each by its own lambda."""
+        """``(advantages, returns)``, each with its own lambda."""
         gamma, gae_lambda = self.config.gamma, self.config.gae_lambda
         advantages, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=gae_lambda)
         if self.config.value_lambda is not None:
@@ -136,10 +136,11 @@ class PPO(Algorithm):
             _, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=value_lambda)
         return advantages, returns
 
-    # --- what learns --------------------------------------------------------------------------------------------------
+    # --- losses -------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: PPOExperience, weights: Float[Tensor, "B T"]) -> Losses:
-        """The actor's loss and the critic's; of a shared trunk their sum. Warm-up iterations train the critic alone."""
+        """Yields the losses of actor and critic of one microbatch; their sum where they share a trunk. Warm-up
+        iterations train the critic alone. `weights` from `token_weights`."""
         if self.networks.share_trunk:
             outputs = self.networks.both(batch.sequences)
             policy_loss, policy = self._policy_loss(outputs, batch, weights)
@@ -170,17 +171,17 @@ class PPO(Algorithm):
         )
         return loss, Metrics({"value/loss": Total(loss.detach()), **statistics})
 
-    # --- what steers itself -------------------------------------------------------------------------------------------
+    # --- control and state --------------------------------------------------------------------------------------------
 
     def should_stop(self, update: Metrics) -> bool:
-        """Whether a minibatch has found the actor further from the old one than `stop_kl` allows."""
+        """Whether KL(old, current) of a minibatch exceeds `stop_kl`, so that the iteration's updates end."""
         kl = update.statistics.get("policy/approx_kl")
         if self.config.stop_kl is None or not isinstance(kl, Mean):
             return False
         return bool(kl.total > self.config.stop_kl * kl.num)
 
     def finish(self, experience: PPOExperience) -> Metrics:
-        """After the updates. The price of a step moves by how far they took the actor, which is measured for that."""
+        """Metrics of the step's KL, measured after the updates of an iteration, and its controller's step from it."""
         steps_taken = not self._warming_up
         self.num_iterations += 1
         if self.step_kl_control is None or not steps_taken:
@@ -197,7 +198,7 @@ class PPO(Algorithm):
 
     @property
     def _warming_up(self) -> bool:
-        """Whether the critic learns alone in this iteration."""
+        """Whether this iteration trains the critic alone."""
         return self.num_iterations < self.warmup_iterations
 
     def _control_kl(self, kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Metrics:
@@ -210,7 +211,7 @@ class PPO(Algorithm):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Prices, moments of the scores, and how many iterations are done."""
+        """KL coefficients, moments of the scores, and the number of iterations done."""
         step = {} if self.step_kl_control is None else {"step_kl": self.step_kl_control.state_dict()}
         return {
             "kl": self.kl_control.state_dict(),
@@ -229,7 +230,7 @@ class PPO(Algorithm):
 
 
 def _value_metrics(experience: PPOExperience, rewards: Float[Tensor, "B T"]) -> dict[str, Statistic]:
-    """Rewards, values, and how much of the variance of the returns the values explain, over what is counted."""
+    """Moments of summed rewards and of values, and explained variance of the returns, over the tokens that count."""
     mask = experience.response_mask
     return {
         "reward": Moments(*masked_moments(torch.where(mask, rewards, 0.0).sum(dim=1), mask.any(dim=1))),

@@ -1,4 +1,4 @@
-"""Mathematics of users in place of ours, as the settings name it: a baseline, a policy loss, an algorithm."""
+"""Baselines, policy losses and algorithms that users write and the settings name."""
 
 import inspect
 from collections.abc import Callable
@@ -20,10 +20,10 @@ ALGORITHM_ARGUMENTS = ("actor", "reference", "max_response_tokens")
 
 
 def check_user_functions(config: object) -> None:
-    """Loads whatever of a user's the settings of an algorithm name, before a model loads.
+    """Checks the user's functions and class that the settings of an algorithm name, by loading them.
 
     Raises:
-        UserCodeError: Something is missing, does not load, or does not take what it would be called with.
+        UserCodeError: One is missing, does not load, or does not take what it would be called with.
     """
     if isinstance(config, GRPOConfig | PPOConfig) and names_code(config.loss):
         UserLoss(config.loss)
@@ -34,13 +34,13 @@ def check_user_functions(config: object) -> None:
 
 
 class UserBaseline:
-    """Advantages over a baseline of a user.
+    """Advantages over a user's baseline.
 
     The function gets the scores and groups of the responses that could be scored, on the CPU and in order: `scores`
     (B,), float64, and `group_ids` (B,). It returns what is subtracted from each score, (B,).
 
     Args:
-        name: Of the function, as in a recipe.
+        name: Name of the function, as in a recipe.
 
     Raises:
         UserCodeError: There is no such function, or it does not take these.
@@ -51,7 +51,11 @@ class UserBaseline:
         self.function = _load_function(name, BASELINE, ("scores", "group_ids"))
 
     def __call__(self, scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Scores less the baseline, in the dtype of the scores; 0 for a response that could not be scored."""
+        """Scores minus the baseline, in the dtype of the scores; 0 for a response that could not be scored.
+
+        Raises:
+            UserCodeFailure: The function raised, or returned no finite number for some score.
+        """
         scored = ~scores.isnan().cpu()
         exact = scores.double().cpu()
         advantages = torch.zeros_like(exact)
@@ -75,13 +79,13 @@ class UserBaseline:
 
 
 class UserLoss:
-    """A policy loss of a user, called as `clipped_policy_loss` is, without its clips.
+    """A user's policy loss, called as `clipped_policy_loss` is, without its clips.
 
-    The function gets `logprobs`, which bear the gradient, `old_logprobs`, `advantages` and `weights`, each (B, T). It
+    The function gets `logprobs`, which have the gradient, `old_logprobs`, `advantages` and `weights`, each (B, T). It
     returns the loss, a tensor without dimensions, or ``(loss, metrics)`` with statistics by name.
 
     Args:
-        name: Of the function, as in a recipe.
+        name: Name of the function, as in a recipe.
 
     Raises:
         UserCodeError: There is no such function, or it does not take these.
@@ -98,7 +102,11 @@ class UserLoss:
         advantages: Float[Tensor, "B T"],
         weights: Float[Tensor, "B T"],
     ) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
-        """``(loss, metrics)``: those of `ratio_metrics`, and what the function measures."""
+        """``(loss, metrics)``; the metrics are those of `ratio_metrics` and the function's own.
+
+        Raises:
+            UserCodeFailure: The function raised, or returned no loss with a gradient.
+        """
         returned = _call(self.function, LOSS, self.name, logprobs, old_logprobs, advantages, weights)
         loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
         if not isinstance(loss, Tensor) or loss.shape != ():
@@ -120,7 +128,7 @@ class UserLoss:
 
 
 def load_algorithm(name: str) -> Callable[..., Algorithm]:
-    """The class of an algorithm of a user.
+    """The class of a user's algorithm.
 
     Raises:
         UserCodeError: There is no such class, it lacks methods of `Algorithm`, or it cannot be made as `GRPO` is.
@@ -140,10 +148,10 @@ def load_algorithm(name: str) -> Callable[..., Algorithm]:
 
 
 def make_user_algorithm(name: str, config: GRPOConfig, **roles: Any) -> Algorithm:
-    """An algorithm of a user, made with what `GRPO` is made with.
+    """A user's algorithm, constructed with the arguments of `GRPO`.
 
     Raises:
-        UserCodeFailure: The class cannot be made, or sets no attribute of a name that the loop reads.
+        UserCodeFailure: The constructor raised, or sets no attribute of a name that the loop reads.
     """
     algorithm = _call(load_algorithm(name), NAME, name, config, **roles)
     if lacking := [attribute for attribute in inspect.get_annotations(Algorithm) if not hasattr(algorithm, attribute)]:
@@ -155,7 +163,7 @@ def make_user_algorithm(name: str, config: GRPOConfig, **roles: Any) -> Algorith
 
 
 def _load_function(name: str, setting: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """The function that a setting names, which takes these by position."""
+    """The function that a setting names, checked to take these parameters by position."""
     function = load_object(name, role=setting)
     if inspect.isclass(function) or not callable(function):
         raise UserCodeError(f"{setting} {name} is {_describe(function)}; name a function of {_listed(parameters)}")
@@ -181,10 +189,10 @@ def _check_signature(
 
 
 def _call(function: Callable[..., Any], setting: str, name: str, *arguments: Any, **by_name: Any) -> Any:
-    """What a function of a user returns.
+    """What a user's function returns.
 
     Raises:
-        UserCodeFailure: It raised, and the exception is its cause. That the memory is full is passed on as it is.
+        UserCodeFailure: It raised, and the exception is its cause. Running out of memory is raised as it is.
     """
     try:
         return function(*arguments, **by_name)
@@ -199,7 +207,7 @@ def _listed(parameters: tuple[str, ...], *more: str) -> str:
 
 
 def _describe(value: Any) -> str:
-    """What something is, for messages."""
+    """Description of a value, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"the class {value.__name__}" if inspect.isclass(value) else f"{value!r:.60} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""How much better than expected: per token with a critic, per response with the other responses to the prompt."""
+"""Advantages: per token with a critic (GAE), per response against the other responses to its prompt (GRPO, RLOO)."""
 
 from typing import Literal
 
@@ -21,25 +21,28 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Generalized advantage estimates and the value targets that go with them.
+    """Generalized advantage estimates (GAE), and the returns that the critic learns.
 
         δ_t = r_t + γ V_{t+1} - V_t
         A_t = δ_t + γ λ A_{t+1}
         R_t = A_t + V_t
 
-    Positions outside the mask are stepped over: t+1 means the next token the policy chose, whatever tool output or
-    padding lies between.
+    Positions outside the mask are skipped: t+1 means the next token the policy chose, whatever tool output or padding
+    lies between.
 
     Args:
         rewards: Per-token rewards, KL penalty included.
-        values: The critic's V(s_t), read *before* token t is chosen.
+        values: The critic's V(s_t), *before* token t is chosen.
         response_mask: True on the tokens the policy chose.
-        bootstrap_values: V after the last token: 0 unless the response was cut and its end is to be guessed.
+        bootstrap_values: V after the last token; 0 where the response ended, or where a truncated one counts as ended.
         gamma: Discount per token, in [0, 1].
         gae_lambda: λ in [0, 1]; 0 is one-step TD, 1 is Monte Carlo minus V.
 
     Returns:
         ``(advantages, returns)``, both 0 outside the mask. Not standardized.
+
+    Raises:
+        ValueError: Shapes differ.
 
     Reference: Schulman et al. 2016, arXiv:1506.02438, eq. 11-16.
     """
@@ -58,7 +61,18 @@ def gae(
 def discounted_returns(
     rewards: Float[Tensor, "B T"], response_mask: Bool[Tensor, "B T"], *, gamma: float
 ) -> Float[Tensor, "B T"]:
-    """Monte Carlo returns R_t = r_t + γ R_{t+1}, where t+1 is the next token under the mask; 0 outside it."""
+    """Monte Carlo returns R_t = r_t + γ R_{t+1}, where t+1 is the next token under the mask; 0 outside it.
+
+    Args:
+        rewards: Per-token rewards.
+        response_mask: True on the tokens the policy chose.
+        gamma: Discount per token, in [0, 1].
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Sutton and Barto 2018, "Reinforcement learning: an introduction", eq. 3.9.
+    """
     check_shapes(rewards=(rewards, "B T"), response_mask=(response_mask, "B T"))
     return _discounted_sums(rewards, response_mask, gamma)
 
@@ -69,13 +83,16 @@ def group_relative(
     """Advantage over the mean score of the group: (score - mean) / (population std + 1e-6).
 
     Args:
-        scores: One per response; NaN means "could not be scored" and leaves mean and std.
-        group_ids: Which group each response belongs to, in any order; each has at least two.
+        scores: One per response; NaN means "could not be scored" and is left out of mean and std.
+        group_ids: The group of each response, in any order; each group has at least two.
         scale: ``"none"`` leaves the division out (Dr. GRPO, arXiv:2503.20783).
 
     Returns:
-        Computed in float64, in the dtype of `scores`. Exactly 0 where all scored responses of the group have the same
-        score, where only one is left, and for a response without a score.
+        Advantages, computed in float64, in the dtype of `scores`. Exactly 0 where all scored responses of the group
+        have the same score, where only one is scored, and for a response without a score.
+
+    Raises:
+        ValueError: A group has one response, `scale` is unknown, or shapes differ.
 
     Reference: Shao et al. 2024, arXiv:2402.03300, section 4.1.2.
     """
@@ -93,7 +110,7 @@ def group_relative(
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Score minus the mean score of the *other* scored responses in the group (RLOO).
 
-    NaN scores, dtypes and exact zeros are as in `group_relative`.
+    NaN scores, dtypes, exact zeros and errors are as in `group_relative`.
 
     Reference: Ahmadian et al. 2024, arXiv:2402.14740, section 3.
     """
@@ -104,7 +121,7 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
 
 
 def flat_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """For each response whether its group teaches nothing: one score shared by all that are scored, or none scored."""
+    """True for each response whose group has no advantages: all its scores are equal, or none of it is scored."""
     _, shifted, group = _by_group(scores, group_ids)
     return (_group_sums(shifted, group) == 0).to(scores.device)
 
@@ -136,7 +153,8 @@ def _discounted_sums(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], decay: 
 def _by_group(
     scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
 ) -> tuple[Bool[Tensor, " B"], Float64[Tensor, " B"], Int[Tensor, " B"]]:
-    """Which are scored; scores minus the lowest of their group, 0 where unscored; and groups numbered from 0.
+    """``(scored, shifted, group)``: True where scored; scores minus the lowest of their group, 0 where unscored; group
+    numbers from 0.
 
     The shift makes a flat group all zeros, which no rounding of a mean can disturb. All three are on the CPU: a GPU
     adds up in another order each time.
@@ -154,5 +172,5 @@ def _by_group(
 
 
 def _group_sums(x: Float64[Tensor, " B"], group: Int[Tensor, " B"]) -> Float64[Tensor, " B"]:
-    """For each response the sum over its group."""
+    """Sum over the group of each response."""
     return torch.zeros_like(x).index_add(0, group, x)[group]

@@ -1,4 +1,4 @@
-"""How token losses become one number, by name."""
+"""Names of the ways to aggregate token losses into one number; see `token_weights`."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: of all that is given 0.8, eight in ten should happen."""
+"""Calibration of probabilities: of all events given 0.8, eight in ten should happen."""
 
 import math
 
@@ -12,7 +12,7 @@ from llmrl.functional.masking import check_shapes
 def expected_calibration_error(
     probabilities: Float[Tensor, " N"], outcomes: Float[Tensor, " N"], *, num_bins: int
 ) -> Float64[Tensor, ""]:
-    """How far the rate of an outcome is from its probability, on average over bins of equal width.
+    """Expected calibration error (ECE): mean distance of outcome rates from probabilities, over bins of equal width.
 
         ECE = Σ_b (n_b / N) |mean outcome in b - mean probability in b|
 
@@ -20,6 +20,9 @@ def expected_calibration_error(
         probabilities: In [0, 1]; bin b holds those in ((b - 1) / num_bins, b / num_bins], the first also 0.
         outcomes: 1 for what happened, 0 for what did not; 0.5 for a draw.
         num_bins: At least 1.
+
+    Raises:
+        ValueError: There are no probabilities, one is outside [0, 1] or NaN, or `num_bins` is below 1.
 
     Reference: Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
@@ -30,16 +33,19 @@ def expected_calibration_error(
 
 
 def chance_calibration_error(probabilities: Float[Tensor, " N"], *, num_bins: int) -> Float64[Tensor, ""]:
-    """What `expected_calibration_error` is expected to be when every probability is exactly right.
+    """Expectation of `expected_calibration_error` when every probability is exactly right.
 
         Σ_b sqrt(2/π Σ_{i in b} p_i (1 - p_i)) / N
 
-    The mean size of a normal variable with the variance that the outcomes of a bin have: of few outcomes it is large,
-    and an error near it says nothing.
+    The mean absolute value of a normal variable with the variance of a bin's outcomes. With few outcomes it is large,
+    and a calibration error near it is noise.
 
     Args:
         probabilities: In [0, 1].
-        num_bins: As there.
+        num_bins: At least 1.
+
+    Raises:
+        ValueError: As there.
 
     Reference: the bias of binned estimates, Roelofs et al. 2022, arXiv:2012.08668; E|X| = σ sqrt(2/π) of a normal X.
     """

@@ -1,4 +1,4 @@
-"""How strongly two quantities move together."""
+"""Correlation coefficients of two quantities."""
 
 import torch
 from jaxtyping import Float, Float64
@@ -8,7 +8,7 @@ from llmrl.functional.masking import check_shapes
 
 
 def pearson_correlation(x: Float[Tensor, " N"], y: Float[Tensor, " N"]) -> Float64[Tensor, ""]:
-    """Linear correlation, in [-1, 1]; NaN where there is none: equal values on one side, none at all, NaN, infinity.
+    """Linear correlation, in [-1, 1]; NaN where it is undefined: equal values on one side, no values, NaN, infinity.
 
         r = Σ (x_i - x̄)(y_i - ȳ) / sqrt(Σ (x_i - x̄)² Σ (y_i - ȳ)²)
 
@@ -21,11 +21,11 @@ def pearson_correlation(x: Float[Tensor, " N"], y: Float[Tensor, " N"]) -> Float
 
 
 def spearman_correlation(x: Float[Tensor, " N"], y: Float[Tensor, " N"]) -> Float64[Tensor, ""]:
-    """Correlation of the ranks, equal values sharing the mean of theirs: any monotone relation gives 1 or -1.
+    """Correlation of ranks, ties sharing their mean rank: any monotone relation gives 1 or -1.
 
         r_s = r(rank x, rank y)
 
-    NaN where `pearson_correlation` of the ranks has none, and for NaN.
+    NaN where `pearson_correlation` of the ranks is undefined, and for NaN values.
 
     Reference: Spearman 1904, "The proof and measurement of association between two things".
     """

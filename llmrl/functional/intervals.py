@@ -1,4 +1,4 @@
-"""How sure a measured rate is."""
+"""Confidence intervals of measured rates and means, and pass@k."""
 
 import math
 
@@ -11,11 +11,17 @@ Z_95 = 1.959964
 
 
 def wilson_interval(num_successes: float | int, num_trials: int, *, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval ``(low, high)`` of a success probability; ``(0, 1)`` without trials.
-
-    A tie may count as half a success.
+    """Wilson score interval ``(low, high)`` of a success probability; ``(0, 1)`` without trials.
 
         (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
+
+    Args:
+        num_successes: In [0, num_trials]; a tie may count as half.
+        num_trials: n.
+        z: Standard normal quantile of the confidence level.
+
+    Raises:
+        ValueError: `num_successes` is out of range.
 
     Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -30,14 +36,17 @@ def wilson_interval(num_successes: float | int, num_trials: int, *, z: float = Z
 
 
 def pass_at_k(num_correct: Int[Tensor, " N"], num_samples: int, k: int) -> Float64[Tensor, " N"]:
-    """Unbiased probability that at least one of k samples is correct, where c of n were.
+    """pass@k of each prompt: unbiased estimate of the probability that at least one of k samples is correct.
 
         1 - C(n - c, k) / C(n, k) = 1 - Π_{j < k} (n - c - j) / (n - j)
 
     Args:
-        num_correct: c of each prompt.
-        num_samples: n, the same for all.
+        num_correct: c, the correct samples of each prompt.
+        num_samples: n, the samples of each prompt.
         k: In [1, n].
+
+    Raises:
+        ValueError: `k` is out of range.
 
     Reference: Chen et al. 2021, arXiv:2107.03374, eq. 1.
     """
@@ -49,9 +58,12 @@ def pass_at_k(num_correct: Int[Tensor, " N"], num_samples: int, k: int) -> Float
 
 
 def mean_interval(values: Float[Tensor, " N"], *, z: float = Z_95) -> tuple[float, float, float]:
-    """Normal interval ``(mean, low, high)`` of a mean over prompts: mean ± z s / sqrt(N), s with N - 1.
+    """Normal confidence interval ``(mean, low, high)`` of a mean: mean ± z s / sqrt(N), s with N - 1.
 
-    Not clipped to any range. Of a single value nothing is known: the interval is infinite.
+    Not clipped to any range; infinite for a single value.
+
+    Raises:
+        ValueError: There are no values.
     """
     if len(values) == 0:
         raise ValueError("values: an interval needs at least one value")

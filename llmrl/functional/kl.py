@@ -1,4 +1,4 @@
-"""The KL divergence between two policies, token by token, and the reward that it is taken from."""
+"""KL divergence between two policies, per token, and rewards with the KL penalty."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ Estimator = Literal["k1", "k2", "k3"]
 def estimate_kl(
     logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"], *, estimator: Estimator
 ) -> Float[Tensor, "B T"]:
-    """Estimates KL(policy, reference) from tokens that the policy sampled.
+    """KL(policy, reference) estimated per token, in nats, from tokens that the policy sampled.
 
     With d = logprobs - ref_logprobs:
 
@@ -23,6 +23,9 @@ def estimate_kl(
         k3 = exp(-d) - 1 + d    unbiased, never negative
 
     There is no mask: select with one before the sum.
+
+    Raises:
+        ValueError: The estimator is unknown, or shapes differ.
 
     Reference: Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
     """
@@ -45,12 +48,17 @@ def shape_rewards(
 
     Args:
         scores: One per response. Not read where the response has no token under the mask.
-        kl: Per token, as `estimate_kl` says.
+        kl: Per token, from `estimate_kl`, nats.
         response_mask: True on the tokens the policy chose.
-        kl_coef: Price of a nat.
+        kl_coef: Penalty per nat, in units of the score.
 
     Returns:
-        0 outside the mask.
+        Rewards; 0 outside the mask.
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, with the logarithm of the ratio summed by tokens.
     """
     check_shapes(scores=(scores, "B"), kl=(kl, "B T"), response_mask=(response_mask, "B T"))
     num_left = response_mask.flip(1).cumsum(dim=1).flip(1)

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens, in nats: from logits, or straight from hidden states and the output layer.
 
 The softmax is taken in float32 (float64 stays), at the temperature that divides the logits. A logit of -infinity is a
-token of probability 0: it adds nothing to an entropy and to no gradient.
+token of probability 0: it contributes nothing to an entropy or a gradient.
 """
 
 from collections.abc import Iterator
@@ -16,21 +16,29 @@ from torch.nn.functional import linear
 from llmrl.functional.masking import check_shapes
 
 SMALLEST_EXPONENT = -87.0
-"""Its exponential, 2e-38, is the smallest that float32 holds in full: nothing beside 1, and unlike the denormal numbers
-and the infinity below it, neither slow nor a cause of NaN."""
+"""Its exponential, 2e-38, is the smallest normal float32: negligible beside 1, and unlike the denormal numbers and the
+infinity below it, neither slow nor a cause of NaN."""
 
 
 def token_logprobs(
     logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], *, temperature: float = 1.0
 ) -> Float[Tensor, "B T"]:
-    """log softmax(logits / temperature) at the given ids."""
+    """Log-probabilities of the given ids, nats: log softmax(logits / temperature).
+
+    Raises:
+        ValueError: The temperature is not positive, or shapes differ.
+    """
     check_shapes(logits=(logits, "B T V"), ids=(ids, "B T"))
     scaled = _scale(logits, temperature)
     return scaled.gather(-1, ids.long()[..., None]).squeeze(-1) - scaled.logsumexp(dim=-1)
 
 
 def entropy(logits: Float[Tensor, "B T V"], *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
-    """H = -Σ p log p with p = softmax(logits / temperature)."""
+    """Entropies of the token distributions, nats: H = -Σ p log p with p = softmax(logits / temperature).
+
+    Raises:
+        ValueError: The temperature is not positive.
+    """
     logprobs = _scale(logits, temperature).log_softmax(dim=-1)
     probabilities = logprobs.exp()
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(dim=-1)
@@ -47,20 +55,23 @@ def linear_token_logprobs(
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
     """`token_logprobs` and `entropy` of logits = hidden @ weight.T + bias that are never held all at once.
 
-    The logits of `chunk_tokens` tokens at a time are made in the forward pass and once more in the backward pass. The
+    The logits of `chunk_tokens` tokens at a time are computed in the forward pass and again in the backward pass. The
     matrix products are in the dtype of the inputs, or that of autocast where it is on; all else is in float32 at least,
     the sum of the weight's gradient over chunks included.
 
     Args:
-        hidden: Last hidden states, one row a token.
-        weight: Of the output layer.
-        ids: The token whose log-probability is wanted, row by row.
-        temperature: Divides the logits.
-        bias: Of the output layer.
+        hidden: Last hidden states, one row per token.
+        weight: Weight of the output layer.
+        ids: The token of each row whose log-probability is wanted.
+        temperature: Divides the logits; greater than 0.
+        bias: Bias of the output layer.
         chunk_tokens: Bounds the memory; never changes the result.
 
     Returns:
-        ``(logprobs, entropy)``, both differentiable in `hidden`, `weight` and `bias`.
+        ``(logprobs, entropy)``, nats, both differentiable in `hidden`, `weight` and `bias`.
+
+    Raises:
+        ValueError: `temperature` is not positive, `chunk_tokens` is below 1, or shapes differ.
     """
     shapes = {"hidden": (hidden, "M H"), "weight": (weight, "V H"), "ids": (ids, "M")}
     check_shapes(**shapes, **({} if bias is None else {"bias": (bias, "V")}))
@@ -140,7 +151,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 def _logit_chunks(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows, and their logits over the temperature, fresh and free to be overwritten."""
+    """Yields ``(rows, logits)``: rows of a chunk, and their logits over the temperature, which may be overwritten."""
     bias = None if bias is None else bias.to(ctx.matmul_dtype)
     for start in range(0, len(hidden), ctx.chunk_tokens):
         rows = slice(start, start + ctx.chunk_tokens)
@@ -151,7 +162,7 @@ def _logit_chunks(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None)
 def _grad_logits(
     logps: Tensor, ids: Tensor, entropies: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None
 ) -> Tensor:
-    """The gradient in the scaled logits of one chunk. Overwrites `logps`, their log-softmax."""
+    """Gradient with respect to the scaled logits of one chunk. Overwrites `logps`, their log-softmax."""
     probabilities = logps.clamp_(min=SMALLEST_EXPONENT).exp()
     slope = grad_logprobs[:, None]
     if grad_entropies is not None:
@@ -182,7 +193,7 @@ def _softmax_dtype(x: Tensor) -> torch.dtype:
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """What autocast would choose: its own dtype where it is on, except for float64, which it leaves alone."""
+    """Dtype that autocast would choose: its own where it is on, except for float64, which it leaves alone."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -1,9 +1,9 @@
-"""Losses. Every token loss is a plain sum of weights times losses per token.
+"""Losses of policies, critics and reward models. Every token loss is a plain sum of weights times losses per token.
 
 The weights carry the aggregation and the counts of the whole optimizer step, so no loss knows what a microbatch or a
-rank is, and the gradients of the parts add up to that of the whole. A weight of 0 means "not counted": what stands
-there is selected away before it is used. Each loss returns ``(loss, metrics)``; the metrics are detached statistics
-that can be pooled.
+rank is, and the gradients of the parts add up to that of the whole. A weight of 0 means "not counted": whatever stands
+there, NaN included, is selected away before it is used. Each loss returns ``(loss, metrics)``; the metrics are detached
+statistics that can be pooled.
 """
 
 import torch
@@ -27,7 +27,7 @@ def token_weights(
     num_responses: Count,
     max_response_tokens: int,
 ) -> Float[Tensor, "B T"]:
-    """How much each token counts in a loss.
+    """Weight of each token in a loss, by the way that token losses are aggregated.
 
         token       1 / num_tokens                              every token the same
         sequence    1 / (num_responses * tokens of the row)     the mean of means per response
@@ -39,12 +39,15 @@ def token_weights(
     Args:
         response_mask: True on the tokens that count, in whole rows.
         aggregation: One of the above.
-        num_tokens: Tokens under the mask.
-        num_responses: Responses with at least one of them.
+        num_tokens: Tokens under the mask, in the whole optimizer step.
+        num_responses: Responses with at least one of them, in the whole optimizer step.
         max_response_tokens: The length that `constant` divides by.
 
     Returns:
-        float32, 0 outside the mask.
+        Weights in float32, 0 outside the mask.
+
+    Raises:
+        ValueError: The aggregation is unknown.
     """
     match aggregation:
         case "token":
@@ -61,7 +64,11 @@ def token_weights(
 def importance_ratio(
     logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """exp(logprobs - old_logprobs) under the mask, 1 outside it."""
+    """Importance ratio of each token: exp(logprobs - old_logprobs) under the mask, 1 outside it.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
     check_shapes(logprobs=(logprobs, "B T"), old_logprobs=(old_logprobs, "B T"), mask=(mask, "B T"))
     return torch.where(mask, logprobs - old_logprobs, 0.0).exp()
 
@@ -69,11 +76,14 @@ def importance_ratio(
 def sequence_log_ratio(
     logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """The logarithm of GSPO's ratio of a whole response, at every one of its tokens; 0 for a row without tokens.
+    """Logarithm of GSPO's sequence-level importance ratio, at every token of a row; 0 for a row without tokens.
 
         log s_i = 1/|y_i| Σ_t (logprobs_t - old_logprobs_t)
 
     As `logprobs` of `clipped_policy_loss`, with zeros as `old_logprobs` and `sequence` weights, it gives GSPO.
+
+    Raises:
+        ValueError: Shapes differ.
 
     Reference: Zheng et al. 2025, arXiv:2507.18071, eq. 7.
     """
@@ -92,7 +102,7 @@ def clipped_policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
-    """The clipped surrogate of PPO.
+    """Clipped surrogate loss of PPO.
 
         L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip_low, 1 + clip_high)),    ρ_t = exp(logprobs - old_logprobs)
 
@@ -100,9 +110,9 @@ def clipped_policy_loss(
     where A_t >= 0, and below by 1 - clip_low and above by c where A_t < 0; a bound that acts cuts the gradient.
 
     Args:
-        logprobs: Of the current actor.
-        old_logprobs: Of the actor at the start of the iteration.
-        advantages: Constants.
+        logprobs: Log-probabilities of the current actor; the only argument with a gradient.
+        old_logprobs: Log-probabilities of the actor at the start of the iteration.
+        advantages: Advantages of the tokens.
         weights: From `token_weights`.
         clip_low: How far the ratio may fall below 1 where the advantage is negative.
         clip_high: How far it may rise above 1 where the advantage is positive.
@@ -111,6 +121,9 @@ def clipped_policy_loss(
     Returns:
         ``(loss, metrics)``: fraction of tokens whose gradient the clip cuts, KL(old, current) by k3, and the largest
         |ρ_t - 1|.
+
+    Raises:
+        ValueError: A clip is out of its range, or shapes differ.
 
     Reference: Schulman et al. 2017, arXiv:1707.06347, eq. 7; Ye et al. 2020, arXiv:1912.09729, eq. 5;
     Yu et al. 2025, arXiv:2503.14476, eq. 10, for two clips.
@@ -139,8 +152,12 @@ def clipped_policy_loss(
 def ratio_metrics(
     logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> dict[str, Statistic]:
-    """How far the current actor is from the old one: KL(old, current) by k3 per token under the mask, and the largest
-    |ρ_t - 1|, ρ_t = exp(logprobs - old_logprobs)."""
+    """Distance of the current actor from the old one, as metrics: KL(old, current) by k3, nats per token under the
+    mask, and the largest |ρ_t - 1|, ρ_t = exp(logprobs - old_logprobs).
+
+    Raises:
+        ValueError: Shapes differ.
+    """
     ratio = importance_ratio(logprobs, old_logprobs, mask)
     kl = estimate_kl(old_logprobs, logprobs, estimator="k3")
     return {
@@ -157,19 +174,24 @@ def clipped_value_loss(
     *,
     value_clip: float | None,
 ) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
-    """Half the squared error of the critic, with the values kept near the old ones.
+    """Clipped value loss: half the squared error of the critic, no smaller than that of values clipped to the old ones.
 
         L_t = 1/2 max((V_t - R_t)^2, (clip(V_t, V_old - value_clip, V_old + value_clip) - R_t)^2)
 
     Args:
-        values: Of the current critic.
-        old_values: Of the critic at collection.
-        returns: Targets.
+        values: Values of the current critic.
+        old_values: Values of the critic at collection.
+        returns: Targets of the values.
         weights: From `token_weights`.
-        value_clip: Half the width of the clip. None: no clip.
+        value_clip: Half the width of the clip, in units of the returns. None: no clip.
 
     Returns:
         ``(loss, metrics)``: fraction of tokens whose gradient the clip cuts.
+
+    Raises:
+        ValueError: `value_clip` is negative, or shapes differ.
+
+    Reference: Engstrom et al. 2020, arXiv:2005.12729, "Value function clipping".
     """
     if value_clip is not None and value_clip < 0:
         raise ValueError(f"value_clip ({value_clip}) must not be negative; None switches the clip off")
@@ -193,19 +215,22 @@ def bradley_terry_loss(
     center_coef: float = 0.0,
     num_pairs: Count,
 ) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
-    """Negative log-likelihood that the chosen response wins, P = sigmoid(chosen - rejected - margin).
+    """Bradley-Terry loss: negative log-likelihood that the chosen response wins, sigmoid(chosen - rejected - margin).
 
         L = Σ [-log sigmoid(chosen - rejected - margin) + center_coef (chosen + rejected)^2] / num_pairs
 
     Args:
-        chosen_scores: One per pair.
-        rejected_scores: One per pair.
+        chosen_scores: Scores of the preferred responses, one per pair.
+        rejected_scores: Scores of the other responses, one per pair.
         margin: How much better the chosen response is known to be, one per pair.
         center_coef: Pulls the scores of a pair, whose common shift the likelihood leaves free, around 0.
-        num_pairs: Of the whole optimizer step, over all microbatches and ranks; 0 gives a loss of 0.
+        num_pairs: Pairs of the whole optimizer step, over all microbatches and ranks; 0 gives a loss of 0.
 
     Returns:
         ``(loss, metrics)``: how often chosen scores higher, a tie as half, and the mean of chosen - rejected.
+
+    Raises:
+        ValueError: Shapes differ.
 
     Reference: Bradley and Terry 1952; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centering: Eisenstein et
     al. 2023, arXiv:2312.09244.

@@ -1,7 +1,7 @@
-"""Sums, means and moments over the tokens that count, and the check of shapes at the door of every public function.
+"""Sums, means and moments over the tokens that count, and the shape check that public functions begin with.
 
 A mask is boolean and True means "count it". What stands outside is selected away, never multiplied by zero: NaN and
-infinity there change nothing, in the gradient neither.
+infinity there change neither results nor gradients.
 """
 
 from collections.abc import Iterable
@@ -13,24 +13,24 @@ from torch import Tensor
 VARIANCE_FLOOR = 1e-8
 """Added to the variance before `standardize` takes its root."""
 MEAN_ROUNDING = 2.0**-44
-"""Bounds the relative rounding error of a mean summed in float64. Deviations below it are no deviations."""
+"""Bound on the relative rounding error of a mean summed in float64. Deviations below it count as 0."""
 
 
 def masked_sum(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"]) -> Float[Tensor, ""]:
-    """The sum of the entries under the mask."""
+    """Sum of the entries under the mask."""
     check_shapes(x=(x, "*s"), mask=(mask, "*s"))
     return torch.where(mask, x, 0.0).sum()
 
 
 def masked_mean(x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"]) -> Float[Tensor, ""]:
-    """The mean of the entries under the mask; 0 where there are none."""
+    """Mean of the entries under the mask; 0 where there are none."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def masked_moments(
     x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"]
 ) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""], Float64[Tensor, ""]]:
-    """``(count, sum, sum of squares)`` of the entries under the mask, in float64; those of parts add up."""
+    """``(count, sum, sum of squares)`` of the entries under the mask, in float64. Moments of parts add up."""
     check_shapes(x=(x, "*s"), mask=(mask, "*s"))
     counted = torch.where(mask, x, 0.0).double()
     return mask.sum(dtype=torch.float64), counted.sum(), counted.square().sum()
@@ -39,16 +39,17 @@ def masked_moments(
 def standardize(
     x: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], *, moments: Iterable[Tensor] | None = None
 ) -> Float[Tensor, "*s"]:
-    """Shifts and scales to mean 0 and variance 1 under the mask: (x - mean) / sqrt(population variance + 1e-8).
+    """Values at mean 0 and variance 1 under the mask: (x - mean) / sqrt(population variance + 1e-8).
 
     Args:
-        x: What to standardize.
+        x: Values to standardize.
         mask: True on the entries that count.
         moments: ``(count, sum, sum of squares)`` of everything that shares the scale, such as `masked_moments` summed
-            over ranks. Left out: the moments of `x` itself.
+            over ranks. None: the moments of `x` itself.
 
     Returns:
-        In the dtype of `x`; 0 outside the mask, and exactly 0 where all values are equal or there is only one.
+        Standardized values in the dtype of `x`; 0 outside the mask, and exactly 0 where all values are equal or there
+        is only one.
     """
     check_shapes(x=(x, "*s"), mask=(mask, "*s"))
     count, total, square = masked_moments(x, mask) if moments is None else moments

@@ -1,4 +1,4 @@
-"""Drawing tokens: one uniform per token, through the inverse of the cumulative distribution."""
+"""Sampling of tokens: one uniform per token, through the inverse of the cumulative distribution."""
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -14,17 +14,17 @@ BLOCK = 256
 def draw_tokens(
     logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"] | None, *, temperature: float
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """One token per row, by inverse CDF of softmax(logits / temperature), or the likeliest; and its log-probability.
+    """One token per row, sampled from softmax(logits / temperature) or the likeliest, and its log-probability.
 
     A pure function on the device: no state, and nothing waits for the host.
 
     Args:
-        logits: Of the ids that may be drawn; any floating dtype, computed on in float32.
+        logits: Logits of the ids that may be drawn, in any floating dtype; computed in float32.
         uniforms: One u per row, in [0, 1); None takes the likeliest token.
         temperature: Divides the logits; greater than 0.
 
     Returns:
-        ``(ids, logprobs)``, the log-probability at the temperature, NaN where the logits are not finite numbers.
+        ``(ids, logprobs)``: log-probabilities in nats at the temperature, NaN where the logits are not finite numbers.
     """
     all_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     ids = all_logprobs.argmax(dim=-1) if uniforms is None else inverse_cdf(all_logprobs.exp(), uniforms)
@@ -39,6 +39,11 @@ def inverse_cdf(probabilities: Float[Tensor, "B V"], uniforms: Float[Tensor, " B
     Args:
         probabilities: Not negative, with a positive sum in each row, which need not be 1.
         uniforms: One u per row, in [0, 1).
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Devroye 1986, "Non-uniform random variate generation", section III.2.
     """
     check_shapes(probabilities=(probabilities, "B V"), uniforms=(uniforms, "B"))
     sums = _block_sums(probabilities)
@@ -51,7 +56,7 @@ def inverse_cdf(probabilities: Float[Tensor, "B V"], uniforms: Float[Tensor, " B
 
 
 def _block_sums(probabilities: Float[Tensor, "B V"]) -> Float64[Tensor, "B K"]:
-    """Sums over blocks of columns; the last is over what whole blocks leave, perhaps nothing."""
+    """Sums over blocks of columns; the last one is over the remaining columns, of which there may be none."""
     num_blocks = probabilities.shape[1] // BLOCK
     whole, rest = probabilities[:, : num_blocks * BLOCK], probabilities[:, num_blocks * BLOCK :]
     sums = whole.unflatten(1, (num_blocks, BLOCK)).sum(dim=2, dtype=torch.float64)
@@ -61,8 +66,8 @@ def _block_sums(probabilities: Float[Tensor, "B V"]) -> Float64[Tensor, "B K"]:
 def _search(
     masses: Float64[Tensor, "B K"], target: Float64[Tensor, " B"]
 ) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
-    """The first positive mass at which the cumulative sum exceeds the target, else the last one; and what is left of
-    the target there."""
+    """Index of the first positive mass at which the cumulative sum exceeds the target, else of the last one; and the
+    target minus the sum before it."""
     cumulative = _running_sums(masses)
     position = torch.arange(masses.shape[1], device=masses.device)
     positive = masses > 0
@@ -75,8 +80,8 @@ def _search(
 
 
 def _running_sums(masses: Float64[Tensor, "B K"]) -> Float64[Tensor, "B K"]:
-    """Cumulative sums of each row. On a GPU torch has none that it vouches for as deterministic: there a product with
-    a triangle of ones stands for them where that is asked for."""
+    """Cumulative sums of each row. On a GPU torch calls its own not deterministic: where determinism is asked for, a
+    product with a triangle of ones replaces it."""
     if not torch.are_deterministic_algorithms_enabled():
         return masses.cumsum(dim=1)
     return masses @ torch.ones(masses.shape[1], masses.shape[1], dtype=masses.dtype, device=masses.device).triu()

@@ -1,4 +1,4 @@
-"""What a loss reports beside its value: statistics that can be pooled over microbatches, minibatches and ranks.
+"""Statistics that losses report beside their value, and that can be pooled over microbatches, minibatches and ranks.
 
 A mean of means is wrong as soon as two parts differ in size, so no part ever reports a mean: it reports the sums from
 which the mean of the whole follows.
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """Which share of the variance of targets predictions explain: 1 - Var(target - prediction) / Var(target)."""
+    """Explained variance of predictions: 1 - Var(target - prediction) / Var(target)."""
 
     num: Tensor | float
     total: Tensor | float

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a number is a function of its name, so no draw depends on any other.
+"""Counter-based random numbers: each one is a function of its key, so no draw depends on any other.
 
-A stream has no state. Asked twice, on whatever device, rank or batch, the same (seed, purpose, number, token) gives
-the same uniform, and different names give independent ones.
+A stream has no state. On any device, rank or batch, the same (seed, purpose, number, token) gives the same uniform, and
+different keys give independent ones.
 
 Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3 (Philox 4x32-10).
 """
@@ -21,7 +21,7 @@ NUM_ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What the numbers are for. Two purposes never share one."""
+    """Use of a random number. Two purposes never share one."""
 
     TRAINING = 0
     EVALUATION = 1
@@ -34,10 +34,13 @@ def uniforms(seed: int, purpose: Purpose, number: Int[Tensor, "*s"], token: Int[
     """Uniforms in [0, 1) with 53 random bits, on the device of `number`.
 
     Args:
-        seed: Of the run, in [0, 2^32).
-        purpose: What the numbers are for.
+        seed: Seed of the run, in [0, 2^32).
+        purpose: Use of the numbers.
         number: Global number of the response, in [0, 2^63).
         token: Position in the response, in [0, 2^32).
+
+    Raises:
+        ValueError: The seed is out of range, or shapes differ.
     """
     check_shapes(number=(number, "*s"), token=(token, "*s"))
     if not 0 <= seed <= LOW_32:
@@ -48,14 +51,17 @@ def uniforms(seed: int, purpose: Purpose, number: Int[Tensor, "*s"], token: Int[
 
 
 def permutation(n: int, seed: int, purpose: Purpose, *, epoch: int, iteration: int = 0) -> Int[Tensor, " n"]:
-    """A random order of 0 .. n - 1, the same on every rank; on the CPU.
+    """Random permutation of 0 .. n - 1, the same on every rank; on the CPU.
 
     Args:
-        n: How many to order.
-        seed: Of the run, in [0, 2^32).
-        purpose: What the order is for.
-        epoch: Which pass, in [0, 2^32); each has its own order.
-        iteration: Of the run, in [0, 2^31); each has its own orders.
+        n: Length of the permutation.
+        seed: Seed of the run, in [0, 2^32).
+        purpose: Use of the permutation.
+        epoch: Number of the epoch, in [0, 2^32); each has its own permutation.
+        iteration: Iteration of the run, in [0, 2^31); each has its own permutations.
+
+    Raises:
+        ValueError: The seed is out of range.
     """
     token = torch.arange(n)
     return uniforms(seed, purpose, torch.full_like(token, (iteration << 32) + epoch), token).argsort(stable=True)

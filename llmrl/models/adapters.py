@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def naming_adapter(config: ModelConfig) -> Iterator[None]:
-    """Around what checks or loads the base of an adapter."""
+    """Context in which an error about the base of an adapter names the adapter."""
     try:
         yield
     except ModelError as error:
@@ -46,8 +46,8 @@ def naming_adapter(config: ModelConfig) -> Iterator[None]:
 def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | None]":
     """The model to be trained, in float32, and peft's view of it if adapters are trained.
 
-    The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the adapter
-    off; for an adapter that came with the folder it is a frozen snapshot of it, under the name ``reference``.
+    The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the model
+    with the adapter off; for an adapter that came with the folder it is a frozen copy, under the name ``reference``.
     """
     from peft import PeftModel, get_peft_model
 
@@ -73,7 +73,11 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
 
 
 def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
-    """Refuses names of layers that a model lacks, or that an adapter cannot stand on."""
+    """Refuses names of layers that a model lacks, or that cannot have an adapter.
+
+    Raises:
+        ModelError: `lora.targets` has such a name.
+    """
     from transformers.pytorch_utils import Conv1D
 
     layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)}
@@ -87,7 +91,7 @@ def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
 
 
 def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list[str] | None = None) -> "LoraConfig":
-    """The settings in peft's words."""
+    """peft's configuration of an adapter from ours."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -100,17 +104,17 @@ def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list
 
 
 def base_of(adapted: "PeftModel") -> "PreTrainedModel":
-    """The modules of an adapted model anew and without its adapters, around the very same frozen weights.
+    """A copy of the modules of an adapted model without its adapters, sharing the frozen weights.
 
-    Another adapter injected there leaves this one alone, and the weights stand in memory once. So several roles on one
-    base need not switch adapters, which each backward pass would have to find switched back.
+    Another adapter injected there leaves this one alone, and the weights are in memory once. So several roles on one
+    base need not switch adapters, which would have to be switched back before each backward pass.
     """
     view = copy.deepcopy(adapted, {id(x): x for x in (*adapted.parameters(), *adapted.buffers())})
     return view.unload()  # type: ignore[operator]
 
 
 def refuse_tied(model: "PreTrainedModel") -> None:
-    """Refuses what cannot be saved: merged into one of two tied layers, an adapter would change the other.
+    """Refuses adapters on tied embeddings, which cannot be saved: merged into one layer, they would change the other.
 
     Raises:
         ModelError: An adapter, or a whole copy that is trained beside it, is on one of them.
@@ -128,10 +132,10 @@ def refuse_tied(model: "PreTrainedModel") -> None:
 
 
 @contextmanager
-def as_loaded(adapted: "PeftModel") -> Iterator[None]:
-    """For the while, the adapted model is the one that was loaded: the reference.
+def as_reference(adapted: "PeftModel") -> Iterator[None]:
+    """Temporarily makes an adapted model the reference: the model as it was loaded.
 
-    Switching back restores what may learn: peft takes `requires_grad` from adapters that are not active.
+    Switching back restores `requires_grad`, which peft takes from adapters that are not active.
     """
     if "reference" not in adapted.peft_config:
         with adapted.disable_adapter():
@@ -144,8 +148,8 @@ def as_loaded(adapted: "PeftModel") -> Iterator[None]:
         adapted.set_adapter("default")
 
 
-class AsLoaded:
-    """`Policy`: the actor as it was loaded, its adapter temporarily switched off."""
+class AdapterReference:
+    """`Policy` of the reference that LoRA makes free: the actor as it was loaded, its adapter temporarily off."""
 
     def __init__(self, actor: Policy, adapted: "PeftModel") -> None:
         self.actor = actor
@@ -153,5 +157,5 @@ class AsLoaded:
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        with as_loaded(self.adapted):
+        with as_reference(self.adapted):
             return self.actor.logprobs(sequences)

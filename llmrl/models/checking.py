@@ -1,5 +1,4 @@
-"""What can be known of a model before any weights load: from the names and shapes in its files, its settings, its
-tokenizer."""
+"""Checks of a model before any weights load: from the names and shapes in its files, its settings, its tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,11 +41,11 @@ def check_model(config: ModelConfig, *, may_be_random: bool = True) -> list[str]
     """Checks a causal language model.
 
     Args:
-        config: Which model.
-        may_be_random: Whether `from_scratch` would be a way out where there are no weights.
+        config: The model to check.
+        may_be_random: Whether an error about missing weights suggests `from_scratch`.
 
     Returns:
-        Sentences on what could not be checked: a hub name that is not in the local cache.
+        Warnings about what could not be checked: a hub name that is not in the local cache.
 
     Raises:
         ModelError: The folder is missing or incomplete, holds another kind of model, or brings code that was not
@@ -70,8 +69,8 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
     """Checks a reward model as `check_model` does a causal language model.
 
     Args:
-        config: Which model.
-        needs_head: Whether its head must be there; to train one, a causal language model will do.
+        config: The model to check.
+        needs_head: Whether it must have a score head; a causal language model is enough to train one.
     """
     if not _is_folder(config):
         return _check_cached(config, _classifying())
@@ -108,7 +107,7 @@ def _is_folder(config: ModelConfig) -> bool:
 
 
 def _check_cached(config: ModelConfig, kind: Any) -> list[str]:
-    """Checks the settings of a model of the hub, if they are here."""
+    """Checks the settings of a hub model, if they are in the local cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -130,7 +129,7 @@ def _check_cached(config: ModelConfig, kind: Any) -> list[str]:
 def _check_folder(
     config: ModelConfig, folder: Path, kind: Any, *, may_be_random: bool, needs_head: bool = False
 ) -> "PreTrainedModel | None":
-    """The model of a folder without its weights, which fit; None where it needs code of the folder's own."""
+    """The model of a folder on the meta device, its weights checked to fit; None where it needs the folder's code."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.path ({config.path}) holds no config.json: is it a transformers model folder?")
     settings = {name: json_object(folder / name, config.path) for name in JSON_FILES if (folder / name).is_file()}
@@ -156,7 +155,7 @@ def _check_folder(
 
 
 def _check_family(config: ModelConfig, settings: dict[str, Any], kind: Any) -> "PretrainedConfig":
-    """Refuses, by config.json alone, what no causal pass over plain weights can be made of."""
+    """Refuses, by config.json alone, models without a causal pass over plain weights; returns the model's settings."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -199,7 +198,7 @@ def _check_family(config: ModelConfig, settings: dict[str, Any], kind: Any) -> "
 
 
 def _brings_code(files: Sequence[Path], config: ModelConfig) -> bool:
-    """Whether these settings name code of the folder's own; refused where that is not allowed."""
+    """Whether these settings name Python code of the folder; refused where that is not allowed."""
     brings_code = any("auto_map" in json_object(file, config.path) for file in files if file.is_file())
     if brings_code and not config.trust_remote_code:
         raise ModelError(
@@ -210,7 +209,7 @@ def _brings_code(files: Sequence[Path], config: ModelConfig) -> bool:
 
 
 def _check_tokenizer(config: ModelConfig, folder: Path, model: "PreTrainedModel") -> None:
-    """Refuses a tokenizer that cannot be read, has other tokens than the model or never ends a response."""
+    """Refuses a tokenizer that cannot be read, has tokens without embeddings or never ends a response."""
     check_vocabulary_file(folder, config.path)
     tokenizer = load_tokenizer(config)
     if not tokenizer.get_vocab():
@@ -228,15 +227,15 @@ def _check_tokenizer(config: ModelConfig, folder: Path, model: "PreTrainedModel"
 
 
 def _try_lora(config: ModelConfig, model: "PreTrainedModel") -> None:
-    """Puts adapters on a model without weights."""
+    """Injects adapters into a model on the meta device, to see whether it can be done."""
     from peft import get_peft_model
 
     assert config.lora is not None
     check_targets(config.lora, model)
-    speaks = model.get_output_embeddings() is not None
+    is_causal = model.get_output_embeddings() is not None
     with reading(config):
-        get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM" if speaks else "SEQ_CLS"))
-    if speaks:
+        get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM" if is_causal else "SEQ_CLS"))
+    if is_causal:
         refuse_tied(model)
 
 
@@ -279,7 +278,7 @@ def _check_adapter(config: ModelConfig, folder: Path) -> list[str]:
 
 
 def _try_adapter(config: ModelConfig, folder: Path, model: "PreTrainedModel") -> None:
-    """Refuses an adapter whose weights are not those that its settings make on this base."""
+    """Refuses an adapter whose weights have other names or shapes than its settings give on this base."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from safetensors import safe_open
 

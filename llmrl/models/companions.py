@@ -1,8 +1,8 @@
-"""What stands beside the weights in a saved folder: settings, generation settings, tokenizer.
+"""Files beside the weights in a saved folder: settings, generation settings, tokenizer.
 
-Whatever read the folder that training began from reads the one that it left, servers with transformers 4.57 too, where
-transformers 5 writes rotary settings in another place and tokenizer classes of other names. So the files of tokenizer
-and generation settings are those that came, and config.json has both forms.
+Whatever could read the folder that training started from can read the saved one, servers with transformers 4.57 too,
+although transformers 5 writes rotary settings in another place and other names of tokenizer classes. So the files of
+tokenizer and generation settings are the original ones, and config.json has both forms.
 """
 
 import json
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 NOT_KEPT = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
-"""Settings of config.json that transformers writes anew, or leaves out for a reason."""
+"""Settings of the original config.json that are not copied: transformers writes them, or omits them for a reason."""
 
 
 class Companions:
-    """Companion files of one model and its tokenizer; read when it is made, so that the source may go afterwards."""
+    """Companion files of a model and its tokenizer, read by the constructor: the source may be deleted later."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         read_from, tokens_from = model.config.name_or_path, tokenizer.name_or_path
@@ -37,10 +37,10 @@ class Companions:
     def try_out(
         self, model: "PreTrainedModel", adapted: "PeftModel | None", tokenizer: "PreTrainedTokenizerBase"
     ) -> None:
-        """Writes everything but weights to a temporary folder.
+        """Writes everything except the weights to a temporary folder.
 
         Raises:
-            ModelError: It could not be written when training has ended.
+            ModelError: It cannot be written, as it will have to be after training.
         """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -59,7 +59,7 @@ class Companions:
                 ) from error
 
     def write(self, folder: Path, model: "PreTrainedModel") -> None:
-        """Generation settings as they came, and config.json in both forms, over what transformers wrote."""
+        """Writes the original generation settings, and config.json in both forms, over what transformers wrote."""
         if self.generation is not None and model.can_generate():
             (folder / "generation_config.json").write_bytes(self.generation)
         file = folder / "config.json"
@@ -67,7 +67,7 @@ class Companions:
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def write_tokenizer(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Nothing trains it, so its files are those that came; only its padding may have changed."""
+        """Writes the original tokenizer files; only the pad token may have changed."""
         tokenizer.save_pretrained(folder)
         for name, content in self.tokenizer_files.items():
             (folder / name).write_bytes(content)
@@ -79,11 +79,11 @@ class Companions:
 
 
 def in_both_forms(saved: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 5 writes as config.json, with what older readers look for.
+    """The config.json that transformers 5 writes, with the settings that older readers look for added.
 
     Args:
-        saved: As transformers wrote it.
-        source: The config.json that training began from; what it says and `saved` leaves out is kept.
+        saved: The config.json that transformers wrote.
+        source: The config.json that training started from; its settings that `saved` lacks are kept.
     """
     kept = {
         name: value
@@ -115,7 +115,7 @@ def _rope_of_old(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _readable_tokenizer(settings: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Settings of a tokenizer with its padding as it is now, and no class or list that transformers 4 does not know."""
+    """Settings of a tokenizer with its current pad token, and no class or list that transformers 4 does not know."""
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(extra := settings.get("extra_special_tokens"), list):

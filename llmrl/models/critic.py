@@ -4,7 +4,7 @@ A network of its own by default. Where actor and critic share a trunk, the gradi
 `value_coef` has to weigh nats against squared rewards; Andrychowicz et al. 2021, arXiv:2006.05990, C5.1, found separate
 networks better. The shared trunk is there for its memory: one model, one forward pass for both.
 
-The head begins at zero, so that every value is 0 before the critic has learned anything, and computes in float32.
+The head starts at zero, so that every value is 0 before the critic has learned anything, and computes in float32.
 """
 
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ValueHead(nn.Linear):
-    """From a hidden state to a value, in float32 whatever the precision of the trunk."""
+    """Linear layer from a hidden state to a value, in float32 whatever the precision of the trunk."""
 
     def __init__(self, hidden_size: int, *, init: HeadInit) -> None:
         super().__init__(hidden_size, 1, bias=False)
@@ -43,7 +43,7 @@ class ValueHead(nn.Linear):
 
 
 class ValueModule(nn.Module):
-    """The module that is wrapped and trained: every parameter is touched inside its forward."""
+    """Trunk and value head as the module that is wrapped and trained: its forward uses every parameter."""
 
     def __init__(self, trunk: "PreTrainedModel", head: ValueHead, *, dtype: torch.dtype) -> None:
         super().__init__()

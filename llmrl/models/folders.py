@@ -1,4 +1,4 @@
-"""Folders of models, by their files alone: which folder is meant, whether it is whole, and what its JSON says."""
+"""Model folders, by their files alone: which folder a path means, whether it is complete, and what its JSON says."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CODE_FILES = ("config.json", "tokenizer_config.json")
-"""What may name Python code that comes with a model."""
+"""Files that may name Python code that comes with a model."""
 JSON_FILES = (*CODE_FILES, "generation_config.json", "special_tokens_map.json")
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -39,7 +39,7 @@ class ModelError(ValueError):
 
 
 def resolved(path: str) -> str:
-    """A folder's path from the root, so that what is saved names it wherever it is read; a hub name as it is."""
+    """Absolute path of a folder, so that a saved reference to it is valid from anywhere; a hub name unchanged."""
     return str(Path(path).expanduser().absolute()) if is_local(path) else path
 
 
@@ -80,7 +80,7 @@ def find_folder(path: str, made_by: str | None = None) -> Path:
 
 
 def neighbour(path: str) -> str | None:
-    """The existing folder whose path is most like one that does not exist."""
+    """The existing folder whose path is most similar to one that does not exist; None where none is similar."""
     here = Path()
     parts = Path(path).expanduser().parts
     for number, part in enumerate(parts):
@@ -116,7 +116,7 @@ def _describes_model(folder: Path) -> bool:
 
 
 def json_object(file: Path, path: str) -> dict[str, Any]:
-    """What a file of the model folder says.
+    """Content of a JSON file of the model folder.
 
     Raises:
         ModelError: It is no JSON object.
@@ -132,7 +132,7 @@ def json_object(file: Path, path: str) -> dict[str, Any]:
 
 
 def refuse_pointer(file: Path, path: str) -> None:
-    """Refuses what Git LFS leaves in place of a file that was not fetched."""
+    """Refuses a Git LFS pointer, which stands in place of a file that was not fetched."""
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(
@@ -169,7 +169,7 @@ def weight_files(folder: Path, path: str) -> list[Path]:
 
 
 def check_safetensors(file: Path, path: str) -> None:
-    """Refuses a file that is not in this format, or shorter than its header says."""
+    """Refuses a file that is not safetensors, or is shorter than its header says."""
     refuse_pointer(file, path)
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -191,7 +191,7 @@ def check_safetensors(file: Path, path: str) -> None:
 
 
 def check_vocabulary_file(folder: Path, path: str) -> None:
-    """Refuses a folder without the tokens of a tokenizer, for which transformers may make an empty one up."""
+    """Refuses a folder without a vocabulary file, for which transformers may make up an empty tokenizer."""
     files = [folder / name for name in VOCABULARY_FILES if (folder / name).is_file()]
     if not files:
         raise ModelError(
@@ -209,7 +209,7 @@ def has_vocabulary_file(path: str) -> bool:
 
 @contextmanager
 def reading_files(path: str) -> Iterator[None]:
-    """Around what looks into a folder: what the file system refuses is an error of the input."""
+    """Context in which an error of the file system is raised as a `ModelError` about the path."""
     try:
         yield
     except OSError as error:
@@ -217,10 +217,10 @@ def reading_files(path: str) -> Iterator[None]:
 
 
 def base_of_adapter(config: ModelConfig) -> ModelConfig:
-    """The model that an adapter stands on: where its folder says, read from here, else from the adapter's folder.
+    """The base model that an adapter's folder names: a path from the current folder, else from the adapter's folder.
 
     Raises:
-        ModelError: The folder does not say.
+        ModelError: The folder does not name one.
     """
     folder = Path(config.path).expanduser()
     base = json_object(folder / "adapter_config.json", config.path).get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities, without ever holding a (tokens x vocabulary) tensor."""
+"""Heads: from hidden states to log-probabilities, without ever holding a (tokens x vocabulary) tensor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ class Head(Protocol):
 
 
 class LinearHead:
-    """Logits are ``hidden @ weight.T + bias`` and nothing else. Ids beyond the tokenizer's get no probability."""
+    """`Head` whose logits are ``hidden @ weight.T + bias``. Ids beyond the tokenizer's get no probability."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -45,7 +45,7 @@ class LinearHead:
 
 
 class OwnHead:
-    """Logits by the model's own forward on a few hidden states at a time: soft caps, scales and adapters included."""
+    """`Head` by the model's own forward on a few hidden states at a time: soft caps, scales and adapters included."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -100,7 +100,7 @@ def trunk_replaced(model: "PreTrainedModel") -> Iterator[None]:
 
 @contextmanager
 def input_scaled(module: nn.Module, factor: float | Tensor) -> Iterator[None]:
-    """For the while, the module reads `factor` times its input."""
+    """Temporarily scales the input of a module by `factor`."""
     handle = module.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]))
     try:
         yield
@@ -136,9 +136,9 @@ def choose_head(model: "PreTrainedModel", vocab_size: int) -> Head:
 
 
 def _candidates(model: "PreTrainedModel", vocab_size: int, *, loud: Tensor) -> Iterator[tuple[Head, float | Tensor]]:
-    """Heads, and how many times its hidden states each is to be tried on.
+    """Yields heads, and the factor on the hidden states at which each is tried.
 
-    The linear one at logits as large as training may make them: on those of random weights no soft cap shows.
+    The linear one is tried at logits as large as training may make them: at those of random weights no soft cap shows.
     """
     if type(model.get_output_embeddings()) is nn.Linear:
         yield LinearHead(vocab_size), loud

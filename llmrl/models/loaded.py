@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """The policy that is trained."""
+    """The policy that is trained, with its tokenizer."""
 
     model: "PreTrainedModel"
     adapted: "PeftModel | None"
@@ -30,7 +30,7 @@ class Actor:
     policy: TransformersPolicy
     dtype: torch.dtype
     warnings: tuple[str, ...]
-    """What the user must know of how this model is read."""
+    """Sentences for the user on how this model is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class Networks:
     value: TransformersValueFunction | None
     """None where both are heads on one trunk."""
     critic: "PreTrainedModel"
-    """The model below the value head."""
+    """The trunk that the value head reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRewardModel:
-    """A reward model that is trained."""
+    """The reward model that is trained, with its tokenizer."""
 
     model: "PreTrainedModel"
     adapted: "PeftModel | None"
@@ -57,11 +57,11 @@ class LoadedRewardModel:
     has_own_pad: bool
     """Pad and EOS differ, so that plain transformers reads the score where llmrl does."""
     warnings: tuple[str, ...]
-    """What the user must know of how this model is read."""
+    """Sentences for the user on how this model is read."""
 
     def normalize(self, pairs: PreferencePairs, scorer: Scorer) -> Normalization:
-        """Stores with the model what makes its scores of both sides of these pairs mean 0 and spread 1. `scorer` is the
-        model's own, or that of all ranks."""
+        """Normalization to mean 0 and standard deviation 1 over both sides of these pairs, stored in the model's
+        config. `scorer` is the model's own, or that of all ranks."""
         with torch.no_grad():
             normalization = normalization_on(torch.cat(scorer.pair_scores(pairs)))
         normalization.write(self.model.config)
@@ -70,12 +70,12 @@ class LoadedRewardModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScorer:
-    """A reward model that is only read: frozen, on the device."""
+    """A frozen reward model on the device, with its tokenizer."""
 
     scorer: TransformersRewardModel
     tokenizer: "PreTrainedTokenizerBase"
     normalize: Callable[[Tensor], Tensor]
     text_form: TextForm
-    """For prompts that bring no settings of their own."""
+    """Template and system prompt for prompts that bring none of their own."""
     position_limit: int | None
-    """Tokens of the longest sequence that it can read."""
+    """Tokens of the longest sequence that it can read; None: no limit."""

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLAIN_FORWARD = {"output_router_logits": False, "output_attentions": False, "output_hidden_states": False}
-"""Outputs that nothing here reads. A config that asks for them keeps that in the folder that is saved."""
+"""Outputs that nothing here reads, so they are off. The saved folder keeps the original setting."""
 OLD_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".attn.causal_mask", ".embed_positions.weights")
-"""Ends of names of causal masks and sinusoids, which folders of GPT-2, GPT-Neo, CodeGen and XGLM once held beside the
+"""Suffixes of causal masks and sinusoids, which old folders of GPT-2, GPT-Neo, CodeGen and XGLM hold beside the
 weights."""
 MAX_REASON = 300
-"""Characters of a library's own words in an error."""
+"""Characters of a library's message that an error quotes."""
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -39,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
         return load_tokenizer(base_of_adapter(config))
     with reading(config):
         tokenizer = AutoTokenizer.from_pretrained(resolved(config.path), trust_remote_code=config.trust_remote_code)
-        tokenizer("a")  # some settings that it cannot work with show only here
+        tokenizer("a")  # some invalid settings show only here
     return tokenizer
 
 
@@ -54,7 +54,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "P
 
 
 def read_config(config: ModelConfig) -> "PretrainedConfig":
-    """The settings of the model, less the outputs that it would give beyond what is read here."""
+    """transformers' settings of the model, with `PLAIN_FORWARD` outputs off."""
     from transformers import AutoConfig
 
     with reading(config):
@@ -72,11 +72,11 @@ def read_model(
     """``(model, report)``: what transformers reports of weights that are missing, unexpected or of another shape.
 
     Args:
-        config: Which model.
-        kind: The class of transformers that picks the model's own, such as `AutoModelForCausalLM`.
-        settings: By which the model is built.
-        dtype: Of the weights.
-        on_meta: Takes shapes alone: no weight is read.
+        config: The model to read.
+        kind: Auto class of transformers, such as `AutoModelForCausalLM`.
+        settings: Settings that the model is built from.
+        dtype: Dtype of the weights.
+        on_meta: Shapes only: no weight is read.
     """
     device, trust = torch.device("meta" if on_meta else "cpu"), config.trust_remote_code
     with reading(config), _no_table():
@@ -101,11 +101,14 @@ def refuse_weights(
     """Refuses weights that do not fit, by what transformers reports of them.
 
     Args:
-        config: Which model.
-        model: As it was built.
-        report: Empty for random weights.
+        config: The model that was read.
+        model: The built model.
+        report: From `read_model`; empty for random weights.
         has_score: Whether the score head of a sequence classification model must be among them. Weights that the
-            model does not know are refused too, save heads of other kinds.
+            model does not know are refused too, except heads of other kinds.
+
+    Raises:
+        ModelError: A weight has another shape, is missing or is not one of this model.
     """
     if not report:
         return
@@ -130,7 +133,7 @@ def refuse_weights(
 
 @contextmanager
 def _no_table() -> Iterator[None]:
-    """Keeps off the screen the table that transformers prints of weights that do not fit; `refuse_weights` reads it."""
+    """Context without the table that transformers prints of weights that do not fit; `refuse_weights` reports them."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -146,9 +149,9 @@ def _no_table() -> Iterator[None]:
 
 @contextmanager
 def reading(config: ModelConfig) -> Iterator[None]:
-    """Around one call of a library that reads the folder or asks the hub for it: whatever it raises is about the input.
+    """Context of one library call that reads a model folder or the hub: any exception is raised as a `ModelError`.
 
-    Transformers asks a hub that does not answer again and again, for most of a minute; so it is asked once before.
+    Transformers retries a hub that does not respond for most of a minute; so the hub is asked once before.
     """
     local = is_local(config.path)
     what = "cannot be loaded" if local else "is neither a folder here nor a model on the hub that can be reached"

@@ -1,4 +1,4 @@
-"""A policy over any causal language model of transformers."""
+"""Policies over any causal language model of transformers."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PolicyModule(nn.Module):
-    """The module that is wrapped and trained: every parameter is touched inside its forward."""
+    """Language model and head as the module that is wrapped and trained: its forward uses every parameter."""
 
     def __init__(self, model: "PreTrainedModel", head: Head, *, temperature: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class PolicyModule(nn.Module):
 class TransformersPolicy:
     """`Policy` over a `PolicyModule`, wrapped or not.
 
-    Without gradient it forms its own microbatches, so that a whole rollout can be handed in; with gradient the caller
-    decides, because the activations stay until the backward pass.
+    Without gradient it forms its own microbatches, so that a whole rollout can be passed; with gradient the caller
+    forms them, because the activations stay until the backward pass.
     """
 
     def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
@@ -59,7 +59,7 @@ class TransformersPolicy:
 
 
 def outputs_of(module: nn.Module, sequences: Sequences, microbatch_tokens: int) -> TokenOutputs:
-    """Outputs of a module: in one pass with gradient, in microbatches without."""
+    """Outputs of a module for sequences: in one pass with gradient, in microbatches without."""
 
     def ask(part: Sequences) -> TokenOutputs:
         return TokenOutputs(named=module(part))

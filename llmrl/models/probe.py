@@ -1,4 +1,4 @@
-"""Whether the passes over a model agree, tried on a few short rows before it is trained or asked.
+"""Probes that forward passes over a model agree, run on a few short rows before it is trained or used.
 
 The tokens of a rollout are sampled, scored and trained on beside different rows, in eval mode and in train mode. Their
 log-probabilities, values and scores mean the same in each of these passes only if a row's hidden states depend on
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 12
 NUM_REPEATS = 8
-"""Passes that tell what is random, and perhaps rarely, from what depends on other tokens."""
+"""Repeated passes, which distinguish randomness, even a rare one, from dependence on other tokens."""
 RANDOM = "two passes over the same rows differ"
 TOLERANCE = 1e-4
-"""Bound on the largest difference between two hidden states of one token, relative to the largest number in them."""
+"""Largest difference allowed between two hidden states of one token, relative to the largest number in them."""
 
 
 @torch.no_grad()
 def probe_trunk(model: "PreTrainedModel", *, longest: int = 0) -> int:
-    """Tries the trunk of a model in the mode that it is in.
+    """Checks that the trunk's hidden states of a row depend on that row alone; in the mode that the model is in.
 
     Args:
-        model: In train mode, if it is to be trained.
+        model: The model, in train mode if it is to be trained.
         longest: Tokens of the longest sequence that it will read, if known. A neighbour of the probe's row stands at
             the end of that, so that what depends on the longest row of a batch shows without a long pass.
 
@@ -82,8 +82,8 @@ def shares_prompts_exactly(model: "PreTrainedModel", vocab_size: int) -> bool:
     def last(batch: Sequences | PreferencePairs) -> Float[Tensor, "B H"]:
         return encode(model.base_model, batch, dtype=torch.float32).last()
 
-    apart = torch.stack([last(pairs.chosen), last(pairs.rejected)], dim=1).flatten(0, 1)
-    return bool((last(pairs) - apart).abs().max() <= TOLERANCE * apart.abs().max())  # never, where one is NaN
+    separate = torch.stack([last(pairs.chosen), last(pairs.rejected)], dim=1).flatten(0, 1)
+    return bool((last(pairs) - separate).abs().max() <= TOLERANCE * separate.abs().max())  # False where one is NaN
 
 
 def probe_rows(model: "PreTrainedModel", vocab_size: int) -> Int[Tensor, "2 S"]:
@@ -96,7 +96,7 @@ def probe_rows(model: "PreTrainedModel", vocab_size: int) -> Int[Tensor, "2 S"]:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Inside, products of float32 are products of float32, whatever was allowed for the sake of speed."""
+    """Temporarily computes float32 matrix products in full float32, even where faster ones are allowed."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -141,7 +141,7 @@ def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int =
 
 
 def _difference(states: Float[Tensor, "A L H"], expected: Float[Tensor, "B S H"]) -> float:
-    """Of the first rows, as far as both go."""
+    """Largest difference of the first rows over the columns of both, relative to the largest number in them."""
     expected = expected[0, : states.shape[1]]
     return float((states[0] - expected).abs().max() / expected.abs().max())
 

@@ -1,4 +1,4 @@
-"""What must hold of any reward model, whatever it learned: asked of the model itself, on pairs of the data."""
+"""Sanity checks that any trained reward model must pass, run on pairs of the data."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 END_CHECK = "end token scored"
 NUM_PROBED = 8
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""How far scores of the same sequence may be apart, in parts of the largest: rounding."""
+"""Largest difference between scores of the same sequence, relative to the largest score: rounding."""
 
 
 def sanity_checks(

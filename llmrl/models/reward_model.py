@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RewardModule(nn.Module):
-    """The module that is wrapped and trained: every parameter is touched inside its forward. Scores are raw."""
+    """Reward model as the module that is wrapped and trained: its forward uses every parameter. Scores are raw."""
 
     def __init__(self, model: "PreTrainedModel", *, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a reward model's config.json keeps of its training: normalization of scores, and how texts became tokens."""
+"""Records of training in a reward model's config.json: normalization of scores, and how texts became tokens."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal

@@ -78,7 +78,7 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> t
 
 
 def _as_ids(value: Any) -> Iterator[int]:
-    """Of an id, a list of ids or nothing."""
+    """Yields the ids of one id, a list of ids or None."""
     match value:
         case int():
             yield value

@@ -1,1 +1,1 @@
-"""What says how good a response is."""
+"""Rewards: functions, rules and models that score responses."""

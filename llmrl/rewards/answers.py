@@ -10,7 +10,7 @@ _BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|[,;]?\s*(?:\\text\{\s*(?:and|or)\s*\
 _THOUSANDS = r"(?:,?\s?\\[,;:! ]\s?|\{,\}|[ ~'\u2019\u00a0\u2007\u2009\u202f])"
 _SEPARATOR = re.compile(_THOUSANDS)
 _COUNTED = r"(?<=\d \d{3})(?:-(?!\d)|[^\W\d_])"
-"""Behind a blank between two numbers: the second belongs to a word, as in "5 100-dollar bills" or "2 500g bags"."""
+"""After a blank between two numbers: the second belongs to a word, as in "5 100-dollar bills" or "2 500g bags"."""
 _GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!{_THOUSANDS}?\d|{_COUNTED})")
 _MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]|(?<![\\w)])\u2013(?=[\\d$.])")
 

@@ -13,8 +13,8 @@ from functools import cache
 from threading import Thread
 from typing import Any
 
-FAREWELL_S = 5.0
-"""How long tasks that are still there at exit get, to end when they are cancelled."""
+SHUTDOWN_S = 5.0
+"""Seconds that cancelled tasks get to end at exit."""
 
 
 def run_in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -42,7 +42,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
     def close() -> None:
         loop.call_soon_threadsafe(is_over.set)
-        thread.join(FAREWELL_S)
+        thread.join(SHUTDOWN_S)
 
     atexit.register(close)
     return loop

@@ -180,7 +180,7 @@ def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, A
         for name, function in functions.items():
             results[name] = _ask(name, function, call)
             if inspect.iscoroutine(results[name]):
-                stack.callback(results[name].close)  # where another function raises, nobody awaits it
+                stack.callback(results[name].close)  # where another function raises, it is never awaited
         stack.pop_all()
     waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
     answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]

@@ -96,7 +96,7 @@ def required_columns(config: RewardConfig, functions: Iterable[Function]) -> dic
 
 
 def row_problem(row: Row, required: Mapping[str, str]) -> str | None:
-    """Why no response to a row can be scored by the functions that `required_columns` speaks of; None if it can."""
+    """Why no response to a row can be scored by the functions of `required_columns`; None if it can."""
     for column, name in required.items():
         if column not in row:
             return f"no column {column!r}, which {name} reads"

@@ -156,7 +156,7 @@ def _same(said: str, gold: str) -> bool:
 
 
 def _letter(answer: str) -> str | None:
-    """That of a choice: ``B``, ``(B)``, ``\text{(B)}``."""
+    """Letter of a choice: ``B``, ``(B)``, ``\text{(B)}``."""
     match = _LETTER.fullmatch(_bare(answer).upper())
     return match and match[1]
 

@@ -1,7 +1,7 @@
 """Rules that check an answer: pure functions, used by name as in ``llmrl.rewards.rules:exact_answer``.
 
-Each gives 1.0 to a right response and 0.0 to a wrong one, but `right_equations` to places in it. ``answer`` is the data
-column of that name, of texts or numbers; a row without an answer gets None, which says nothing of it.
+Each gives 1.0 to a right response and 0.0 to a wrong one, except `right_equations`, which scores places in it.
+``answer`` is the data column of that name, of texts or numbers; a row without an answer gets None: not scored.
 """
 
 import re

@@ -105,7 +105,7 @@ class Row:
 
 
 class Decoding:
-    """One rollout on its way. Live rows are slots 0 .. len(rows) - 1 of the cache.
+    """Decoding of one rollout. Live rows are slots 0 .. len(rows) - 1 of the cache.
 
     The last token of a live row is not in the cache yet: the next pass reads it.
     """

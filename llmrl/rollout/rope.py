@@ -62,7 +62,7 @@ def _extended_length(config: "PretrainedConfig") -> int:
 
 
 def _rope_parameters(config: "PretrainedConfig") -> Iterator[dict[str, Any]]:
-    """Those that depend on the batch, of all layers alike or of each kind of layer."""
+    """Yields rope parameters that depend on the batch, of all layers alike or of each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for one in (parameters, *parameters.values()):
         if isinstance(one, dict) and _switches(one.get("rope_type")):

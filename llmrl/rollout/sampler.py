@@ -1,4 +1,4 @@
-"""How a next token is drawn: the same for every engine that has logits."""
+"""Sampler of next tokens: the same for every engine that has logits."""
 
 import math
 

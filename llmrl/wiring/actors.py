@@ -6,7 +6,7 @@ import torch
 
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.context import Context
-from llmrl.models.adapters import AsLoaded, load_adapted
+from llmrl.models.adapters import AdapterReference, load_adapted
 from llmrl.models.config import ModelConfig
 from llmrl.models.heads import choose_head
 from llmrl.models.loaded import Actor
@@ -65,7 +65,7 @@ def reference_of(actor: Actor, config: DistributedConfig, context: Context) -> P
     To be taken before the actor's weights are split over ranks.
     """
     if actor.adapted is not None:
-        return AsLoaded(actor.policy, actor.adapted)
+        return AdapterReference(actor.policy, actor.adapted)
     frozen = copy.deepcopy(actor.model).requires_grad_(False)
     shrink_linear_layers(frozen, actor.dtype, head=frozen.get_output_embeddings())
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from llmrl.models.adapters import as_loaded, load_adapted
+from llmrl.models.adapters import as_reference, load_adapted
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.models.loading import load_model, load_tokenizer
@@ -74,12 +74,12 @@ def test_the_reference_is_the_model_as_loaded(folder, adapter, brought):
     moved = logits(model)
     assert not torch.allclose(moved, as_it_came, atol=0.1)
 
-    with as_loaded(adapted):
+    with as_reference(adapted):
         assert torch.equal(logits(model), as_it_came)
     assert torch.equal(logits(model), moved)
     assert trainable(adapted) == flags
 
-    with pytest.raises(KeyError), as_loaded(adapted):
+    with pytest.raises(KeyError), as_reference(adapted):
         raise KeyError
     assert torch.equal(logits(model), moved)
     assert trainable(adapted) == flags
