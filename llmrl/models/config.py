@@ -44,8 +44,6 @@ class ModelConfig:
     """Random weights in the shape of the folder's config.json, instead of the folder's weights."""
     trust_remote_code: bool = False
     """Allows a model folder to bring and run its own Python code."""
-    made_by: str | None = None
-    """Command that creates this folder; printed if it is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -643,9 +643,8 @@ def test_a_body_that_reads_other_tokens_is_refused(config, folders, foreign, mon
 
 def test_a_dry_run_says_that_a_body_was_not_checked(config, monkeypatch):
     refuse_to_load(monkeypatch)
-    body = with_reward(
-        with_critic(config, network="reward_model"), path="runs/none/final", made_by="llmrl reward-model r"
-    )
+    body = with_reward(with_critic(config, network="reward_model"), path="runs/none/final")
+    body = dataclasses.replace(body, made_by={"runs/none/final": "llmrl reward-model r"})
     assert check_ppo(body, dry=True).unchecked == [
         "reward.model.path (runs/none/final) does not exist yet; `llmrl reward-model r` makes it",
         "whether the critic's body reads the policy's tokens",
