@@ -31,7 +31,9 @@ LIKE_DATA = Like("data", own=("path", "num_rows"))
 LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
 """The critic learns as the actor does, at a rate of its own."""
 MADE_BY = "name the command by the path that it makes, in the mapping made_by of the recipe"
-MOVED: dict[str, str] = dict.fromkeys(("model.made_by", "data.made_by", "evaluation_data.made_by"), MADE_BY)
+MOVED: dict[str, str] = dict.fromkeys(("model.made_by", "data.made_by", "evaluation_data.made_by"), MADE_BY) | {
+    "run.best_mode": "put a minus before the name in run.best_metric where less is better, as in -eval/loss",
+}
 """Settings of every run that are gone, and what to write now."""
 
 
@@ -367,8 +369,8 @@ def _way_to_evaluate(setting: str, data: DataConfig | None) -> str:
 
 
 def _check_best(run: OutputConfig, *, evaluates: bool, way_out: str) -> None:
-    if run.best_metric is not None and run.best_metric.startswith("eval/") and not evaluates:
+    name = (run.best_metric or "").removeprefix("-")
+    if name.startswith("eval/") and not evaluates:
         raise ValueError(
-            f"run.best_metric ({run.best_metric}) is never measured: set {way_out}, run.best_metric=null, or name "
-            "another metric"
+            f"run.best_metric ({name}) is never measured: set {way_out}, run.best_metric=null, or name another metric"
         )

@@ -106,8 +106,9 @@ def test_an_evaluated_sft_run_needs_held_out_examples():
     sft(sft=SFTConfig(evaluate_every=5), evaluation_data=SupervisedDataConfig(path="e.jsonl"))
 
 
-def test_the_best_reward_model_needs_evaluations():
-    best = OutputConfig(output_dir="o", best_metric="eval/accuracy")
+@pytest.mark.parametrize("metric", ["eval/accuracy", "-eval/accuracy"])
+def test_the_best_reward_model_needs_evaluations(metric: str):
+    best = OutputConfig(output_dir="o", best_metric=metric)
     message = (
         r"^run\.best_metric \(eval/accuracy\) is never measured: set reward_model\.evaluate_every, run\.best_metric"
     )
@@ -443,7 +444,7 @@ def test_the_least_that_a_recipe_must_say(tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.best_mode=most", "run.best_mode: 'most' is not one of 'max' or 'min'"),
+        ("data.template=often", "data.template: 'often' is not one of 'auto', 'chat' or 'none'"),
         ("run.num_iteration=3", "run.num_iteration is not a setting; did you mean run.num_iterations?"),
         ("run.num_iterations=0", "run.num_iterations (0) must be at least 1"),
         (
