@@ -1,7 +1,8 @@
 """What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
@@ -25,10 +26,15 @@ from llmrl.trainers.config import (
 )
 
 DEFAULT_MINIBATCH_SIZE = 128
-LIKE_DATA = Like("data", own=("path", "num_rows", "made_by"))
+LIKE_DATA = Like("data", own=("path", "num_rows"))
 """Held-out rows have the form of the others, and are read as these are."""
 LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
 """The critic learns as the actor does, at a rate of its own."""
+MADE_BY = "name the command by the path that it makes, in the mapping made_by of the recipe"
+MOVED: dict[str, str] = dict.fromkeys(("model.made_by", "data.made_by", "evaluation_data.made_by"), MADE_BY) | {
+    "run.best_mode": "put a minus before the name in run.best_metric where less is better, as in -eval/loss",
+}
+"""Settings of every run that are gone, and what to write now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,10 @@ class SFTRun:
     """Who else receives the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """What several processes do together."""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
+    moved: ClassVar[dict[str, str]] = MOVED
+    """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
         every = self.sft.evaluate_every
@@ -95,6 +105,10 @@ class RewardModelRun:
     """Who else receives the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """What several processes do together."""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
+    moved: ClassVar[dict[str, str]] = MOVED
+    """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
         evaluates = self.reward_model.evaluate_every != 0
@@ -159,6 +173,10 @@ class RLRun:
     """Who else receives the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """What several processes do together."""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
+    moved: ClassVar[dict[str, str]] = MOVED | {"reward.model.made_by": MADE_BY}
+    """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
         if self.update.minibatch_size is None:
@@ -273,10 +291,10 @@ class PPORun(RLRun):
     algorithm: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
-    moved: ClassVar[Mapping[str, str]] = {
+    moved = RLRun.moved | {
+        "critic.head_init": "leave it out: the critic's head begins at zero",
         "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
     }
-    """Settings of other days, and what to write now."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """What predicts the rewards to come."""
     critic_optimizer: Annotated[OptimizerConfig, LIKE_OPTIMIZER] = field(
@@ -325,6 +343,12 @@ class PPORun(RLRun):
         return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
 
 
+def command_for(path: str, run: SFTRun | RewardModelRun | RLRun) -> str | None:
+    """The command that a run names for a file or folder which it reads."""
+    commands = {Path(os.path.expanduser(made)): command for made, command in run.made_by.items()}
+    return commands.get(Path(path))
+
+
 def _epochs(num_used: int, what: str, num_rows: int | None) -> str:
     if not num_rows:
         return ""
@@ -346,8 +370,8 @@ def _way_to_evaluate(setting: str, data: DataConfig | None) -> str:
 
 
 def _check_best(run: OutputConfig, *, evaluates: bool, way_out: str) -> None:
-    if run.best_metric is not None and run.best_metric.startswith("eval/") and not evaluates:
+    name = (run.best_metric or "").removeprefix("-")
+    if name.startswith("eval/") and not evaluates:
         raise ValueError(
-            f"run.best_metric ({run.best_metric}) is never measured: set {way_out}, run.best_metric=null, or name "
-            "another metric"
+            f"run.best_metric ({name}) is never measured: set {way_out}, run.best_metric=null, or name another metric"
         )

@@ -175,14 +175,9 @@ def _nearest_file(path: Path) -> str:
 
 
 def _override(tree: DictConfig, overrides: Sequence[str], classes: Sequence[type]) -> None:
-    """Writes the overrides into the tree.
-
-    ``made_by`` is the command that makes the recipe's own file, so it goes when an override names another ``path``.
-    """
-    given: set[str] = set()
+    """Writes the overrides into the tree."""
     for override in overrides:
         key, value = _parse(override, classes)
-        given.update(_leaves(key, value))
         _refuse_interpolated(tree, key, override)
         try:
             OmegaConf.update(tree, key, value)
@@ -192,10 +187,6 @@ def _override(tree: DictConfig, overrides: Sequence[str], classes: Sequence[type
         except (OmegaConfBaseException, TypeError) as error:
             told = f"override {override!r}: {_first_line(error)}{_text_instead(error)}"
             raise SettingError(told) from error
-    for key in given:
-        section, _, name = key.rpartition(".")
-        if name == "path" and section and f"{section}.made_by" not in given:
-            OmegaConf.select(tree, section).pop("made_by", None)
 
 
 def _parse(override: str, classes: Sequence[type]) -> tuple[str, Any]:
@@ -295,14 +286,6 @@ def _annotation_below(annotation: Any, name: str) -> Any:
     if get_origin(annotation) is tuple:
         return get_args(annotation)[0]
     return Any if annotation is Any else None
-
-
-def _leaves(key: str, value: Any) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield key
-        return
-    for name, item in value.items():
-        yield from _leaves(f"{key}.{name}", item)
 
 
 def _refuse_interpolated(tree: DictConfig, key: str, override: str) -> None:

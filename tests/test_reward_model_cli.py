@@ -390,12 +390,16 @@ def test_a_dry_run_says_what_it_could_not_check(grpo_recipe, recipe, monkeypatch
     assert status == 0, error
     told = output.split("not checked: ")[1:]
     assert told == ["reward.model.path (nobody/nosuchreward) is a hub name that is not in the local cache\n"]
-    made_by = "reward.model.made_by=llmrl reward-model r.yaml"
+    made_by = "made_by={runs/none/rm/final: llmrl reward-model r.yaml}"
     status, output, error = llmrl("grpo", grpo_recipe, made_by, "--dry-run")
     assert status == 0, error
     assert "reward.model.path (runs/none/rm/final) does not exist yet; `llmrl reward-model r.yaml` makes it" in output
-    missing = ["model.path=runs/none/sft/final", "model.made_by=llmrl sft s.yaml", "model.from_scratch=false"]
-    data = ["evaluation_data.path=gone.jsonl", "evaluation_data.made_by=python make.py"]
+    missing = [
+        "model.path=runs/none/sft/final",
+        "made_by={runs/none/sft/final: llmrl sft s.yaml}",
+        "model.from_scratch=false",
+    ]
+    data = ["evaluation_data.path=gone.jsonl", "made_by={gone.jsonl: python make.py}"]
     status, output, error = llmrl("reward-model", recipe, *missing, *data, "--dry-run")
     assert status == 0, error
     assert "not checked: model.path (runs/none/sft/final) does not exist yet" in output

@@ -42,8 +42,8 @@ class Optimizer:
 class Model:
     path: Path
     """Folder."""
-    made_by: str | None = None
-    """Command that makes it."""
+    origin: str | None = None
+    """Where it comes from."""
     bf16: bool = False
     """Precision."""
 
@@ -84,7 +84,7 @@ Write = Callable[[str], Path]
 
 RECIPE = """
 output_dir: runs/x
-model: {path: "${output_dir}/sft", made_by: llmrl sft}
+model: {path: "${output_dir}/sft", origin: llmrl sft}
 optimizer: {lr: 1e-6}
 rules:
   - {file: a.py}
@@ -115,7 +115,7 @@ def test_a_recipe_and_its_overrides_become_the_dataclass(write: Write):
     overrides = ["rules.0.weight=2", "output_dir=runs/y", "optimizer.schedule.kind=cosine", "limits=[3, 4]", "seed=7"]
     assert read_recipe(Run, write(RECIPE), overrides) == Run(
         output_dir="runs/y",
-        model=Model(path=Path("runs/y/sft"), made_by="llmrl sft"),
+        model=Model(path=Path("runs/y/sft"), origin="llmrl sft"),
         optimizer=Optimizer(lr=1e-6, schedule=Schedule(kind="cosine")),
         rules=(Rule(file="a.py", weight=2.0), Rule(file="b.py", weight=1.0)),
         limits=(3, 4),
@@ -147,22 +147,6 @@ def test_an_optional_section_can_be_overridden_with_null(write: Write):
 def test_an_override_may_hold_an_equals_sign_and_an_interpolation(write: Write):
     run = read_recipe(Run, write(RECIPE), ["columns.a=x=y", "columns.b=${output_dir}"])
     assert run.columns == {"a": "x=y", "b": "runs/x"}
-
-
-@pytest.mark.parametrize("override", ["model.path=mine", "model={path: mine}"])
-def test_the_users_own_path_drops_the_command_that_makes_the_recipes(write: Write, override: str):
-    assert read_recipe(Run, write(RECIPE), [override]).model == Model(path=Path("mine"))
-
-
-@pytest.mark.parametrize("made_by_first", [True, False])
-def test_the_command_stays_when_it_is_overridden_too(write: Write, made_by_first: bool):
-    overrides = ["model.path=mine", "model.made_by=make mine"]
-    run = read_recipe(Run, write(RECIPE), overrides[::-1] if made_by_first else overrides)
-    assert run.model == Model(path=Path("mine"), made_by="make mine")
-
-
-def test_another_override_leaves_the_command(write: Write):
-    assert read_recipe(Run, write(RECIPE), ["model.bf16=true"]).model.made_by == "llmrl sft"
 
 
 # --- the file and the overrides ---------------------------------------------------------------------------------------
@@ -285,14 +269,14 @@ def given_as(text: str, write: Write, key: str = "output_dir") -> Any:
     run = read_recipe(Run, write(RECIPE + "critic: {path: x}"), [f"{key}={text}"])
     return {
         "output_dir": run.output_dir,
-        "critic.made_by": run.critic and run.critic.made_by,
+        "critic.origin": run.critic and run.critic.origin,
         "columns.a": run.columns.get("a"),
         "rules.1.file": run.rules[1].file,
     }[key]
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-@pytest.mark.parametrize("key", ["output_dir", "critic.made_by", "columns.a", "rules.1.file"])
+@pytest.mark.parametrize("key", ["output_dir", "critic.origin", "columns.a", "rules.1.file"])
 def test_a_text_is_what_the_shell_hands_over(write: Write, key: str, text: str):
     assert given_as(text, write, key) == text
 
@@ -327,7 +311,7 @@ def test_a_number_may_be_infinite(write: Write, text: str, expected: float):
 
 
 def test_null_is_null_where_the_setting_may_be_null_and_text_elsewhere(write: Write):
-    assert given_as("null", write, "critic.made_by") is None
+    assert given_as("null", write, "critic.origin") is None
     assert given_as("null", write) == "null"
 
 
@@ -611,8 +595,8 @@ FULL = Run(
 
 def test_to_dict_is_json():
     expected: dict[str, Any] = {
-        "model": {"path": "m", "made_by": None, "bf16": False},
-        "critic": {"path": "c", "made_by": None, "bf16": False},
+        "model": {"path": "m", "origin": None, "bf16": False},
+        "critic": {"path": "c", "origin": None, "bf16": False},
         "optimizer": {"lr": 1e-5, "schedule": {"kind": "constant", "num_warmup": 0}},
         "critic_optimizer": {"lr": 3e-4, "schedule": {"kind": "constant", "num_warmup": 10}},
         "rules": [{"file": "a", "weight": 1.0}],
@@ -653,7 +637,7 @@ def test_describe_lists_every_setting():
         Setting("rules.<n>.weight", "number", "1.0", "Share of the total."),
         Setting("model", "Model | null", "null", "What is trained."),
         Setting("model.path", "path", "required", "Folder."),
-        Setting("model.made_by", "text | null", "null", "Command that makes it."),
+        Setting("model.origin", "text | null", "null", "Where it comes from."),
         Setting("model.bf16", "true | false", "false", "Precision."),
         Setting("optimizer", "Optimizer", "", ""),
         Setting("optimizer.lr", "number", "0.5", "Peak learning rate."),

@@ -31,8 +31,6 @@ class DataConfig(Section, place="data"):
     """Drops and counts the rows that cannot be used; otherwise one of them refuses the file."""
     rename_columns: dict[str, str | None] = field(default_factory=dict)
     """New names of columns, as in {question: prompt}; null leaves a column out."""
-    made_by: str | None = None
-    """Command that makes the file; named when the file is missing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,9 +60,9 @@ class Rows(list[FileRow]):
         self.notes = list(notes)
 
 
-def read_file(path: Path, made_by: str | None = None) -> Rows:
+def read_file(path: Path) -> Rows:
     """Every row of a file, those included that have a `problem`."""
-    _check_file(path, made_by)
+    _check_file(path)
     kind = path.name.lower().removesuffix(".gz")
     if kind.endswith(".parquet"):
         return _read_parquet(path)
@@ -72,12 +72,12 @@ def read_file(path: Path, made_by: str | None = None) -> Rows:
     return _parse_jsonl(path, text) if kind.endswith(".jsonl") else _parse_json(path, text)
 
 
-def _check_file(path: Path, made_by: str | None) -> None:
+def _check_file(path: Path) -> None:
     """Refuses what is no file of a known kind."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path} does not exist{_way_out(path, made_by)}") from None
+        raise DataError(f"{path} does not exist{_way_out(path)}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     is_parquet_folder = path.is_dir() and path.name.lower().endswith(".parquet")
@@ -89,9 +89,7 @@ def _check_file(path: Path, made_by: str | None) -> None:
         raise DataError(f"{path} is no regular file but a pipe or a device; write the rows to a file")
 
 
-def _way_out(path: Path, made_by: str | None) -> str:
-    if made_by:
-        return f"; make it with `{made_by}`"
+def _way_out(path: Path) -> str:
     siblings = [sibling.name for sibling in path.parent.glob("*") if sibling.is_file()]
     nearest = [f"; did you mean {path.with_name(name)}?" for name in get_close_matches(path.name, siblings, n=1)]
     return "".join(nearest) if path.is_absolute() or nearest else f" in {Path.cwd()}"

@@ -41,7 +41,7 @@ def load_config_rows(config: DataConfig) -> Rows:
     JSON values keep their types and a key that a row lacks stays absent. CSV values are texts.
     """
     path = config.path
-    rows = read_file(expanded(path), config.made_by) if is_file(path) else _load_hub(path, config.subset, config.split)
+    rows = read_file(expanded(path)) if is_file(path) else _load_hub(path, config.subset, config.split)
     if not rows:
         raise DataError(f"{path} has no rows")
     rows = usable_rows(Rows(rows[: config.num_rows], rows.notes), config, lambda row: row.problem)

@@ -51,10 +51,10 @@ def check_model(config: ModelConfig, *, may_be_random: bool = True) -> list[str]
         ModelError: The folder is missing or incomplete, holds another kind of model, or brings code that was not
             allowed.
     """
-    if not _is_folder(config):
+    if not is_local(config.path):
         return _check_cached(config, _causal())
     with reading_files(config.path):
-        folder = find_folder(config.path, config.made_by)
+        folder = find_folder(config.path)
         if is_adapter(config.path):
             return _check_adapter(config, folder)
         model = _check_folder(config, folder, _causal(), may_be_random=may_be_random)
@@ -72,10 +72,10 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
         config: The model to check.
         needs_head: Whether it must have a score head; a causal language model is enough to train one.
     """
-    if not _is_folder(config):
+    if not is_local(config.path):
         return _check_cached(config, _classifying())
     with reading_files(config.path):
-        folder = find_folder(config.path, config.made_by)
+        folder = find_folder(config.path)
         if is_adapter(config.path):
             raise ModelError(
                 f"model.path ({config.path}) is a peft adapter, which no reward model is read from; name the folder of "
@@ -100,10 +100,6 @@ def _classifying() -> Any:
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification
-
-
-def _is_folder(config: ModelConfig) -> bool:
-    return config.made_by is not None or is_local(config.path)
 
 
 def _check_cached(config: ModelConfig, kind: Any) -> list[str]:
@@ -261,7 +257,7 @@ def _check_adapter(config: ModelConfig, folder: Path) -> list[str]:
     brings_code = _brings_code([folder / name for name in CODE_FILES], config)
     base = base_of_adapter(config)
     with naming_adapter(config):
-        if not _is_folder(base):
+        if not is_local(base.path):
             return _check_cached(base, _causal())
         base_folder = find_folder(base.path)
         if is_adapter(base.path):

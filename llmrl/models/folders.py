@@ -48,7 +48,7 @@ def is_adapter(path: str) -> bool:
     return (Path(path).expanduser() / "adapter_config.json").is_file()
 
 
-def find_folder(path: str, made_by: str | None = None) -> Path:
+def find_folder(path: str) -> Path:
     """The folder that a path means.
 
     Raises:
@@ -59,8 +59,8 @@ def find_folder(path: str, made_by: str | None = None) -> Path:
         raise ModelError(f"model.path ({path}) is a file; name the folder that it lies in: {folder.parent}")
     if not folder.is_dir():
         near = neighbour(path)
-        hint = f"; make it with `{made_by}`" if made_by else f"; did you mean {near}?" if near else ""
-        raise ModelError(f"model.path ({path}) is no folder{hint or '; give a folder or a hub name'}")
+        hint = f"did you mean {near}?" if near else "give a folder or a hub name"
+        raise ModelError(f"model.path ({path}) is no folder; {hint}")
     if (folder / "state.safetensors").is_file() and (folder / "manifest.json").is_file():
         run = folder.absolute().parent.parent
         raise ModelError(

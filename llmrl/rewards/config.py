@@ -61,8 +61,6 @@ class LearnedRewardConfig(Section, place="reward.model"):
     model in memory. Needs model.lora, and a reward model trained by LoRA from the actor's own model."""
     trust_remote_code: bool = False
     """Allows a model folder to bring and run its own Python code."""
-    made_by: str | None = None
-    """Command that creates this folder; printed if it is missing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

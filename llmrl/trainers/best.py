@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmrl.files import read_object, write_atomically, writing
 from llmrl.roles import Collectives
@@ -17,8 +17,7 @@ class BestModel:
 
     Args:
         output: The output folder.
-        metric: Its name; None keeps no model.
-        mode: Which direction is better.
+        metric: Its name, after a minus if less is better; None keeps no model.
         warmup_iterations: How many iterations at the start lack metrics of later ones.
         save_model: Writes the model as it is to a folder; all ranks call it together.
         collectives: Those of the run; the first rank writes the record.
@@ -29,14 +28,13 @@ class BestModel:
         output: Path,
         *,
         metric: str | None,
-        mode: Literal["max", "min"],
         warmup_iterations: int,
         save_model: Callable[[Path], None],
         collectives: Collectives,
     ) -> None:
         self.folder = output / "best"
-        self.metric = metric
-        self.mode = mode
+        self.metric = metric and metric.removeprefix("-")
+        self.sign = -1 if metric and metric.startswith("-") else 1
         self.warmup_iterations = warmup_iterations
         self.save_model = save_model
         self.collectives = collectives
@@ -92,6 +90,4 @@ class BestModel:
         """Whether a value beats the best so far; one that is not finite never does."""
         if not math.isfinite(value):
             return False
-        if best is None:
-            return True
-        return value > best if self.mode == "max" else value < best
+        return best is None or self.sign * value > self.sign * best

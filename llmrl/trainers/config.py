@@ -23,9 +23,8 @@ class OutputConfig(Section, place="run"):
     keep_checkpoints: Annotated[int, Bound(least=1)] = 1
     """Newest checkpoints that are kept."""
     best_metric: str | None = None
-    """The model with the best value of this metric is kept in best/; null keeps none."""
-    best_mode: Literal["max", "min"] = "max"
-    """Which direction of `best_metric` is better."""
+    """The model with the greatest value of this metric is kept in best/, or with a minus before the name, as in
+    -eval/loss, that with the least; null keeps none."""
     deterministic: bool = False
     """Makes a GPU compute the same bits each time, which it otherwise does not; slower. A CPU always does."""
 

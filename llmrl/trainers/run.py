@@ -92,7 +92,6 @@ class Run:
         self.best = BestModel(
             self.folder,
             metric=config.best_metric,
-            mode=config.best_mode,
             warmup_iterations=warmup_iterations,
             save_model=save_model,
             collectives=self.collectives,
@@ -192,7 +191,7 @@ class Run:
             return
         if self.keeps_records:
             self.records.rewrite_last(number, last | values)
-        if (self.config.best_metric or "").startswith("eval/"):
+        if (self.best.metric or "").startswith("eval/"):
             self.best.see(number, values)
 
     def replay(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llmrl.algorithms.user_functions import check_user_functions
-from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
 from llmrl.data.preferences import fit_preference_rows, load_preference_rows
@@ -82,9 +82,10 @@ def _check_batches(
     """Checks a run that learns from batches of data; `load` and `fit` read them."""
     read_launch()
     check_output(config.run, _inputs(config))
-    unchecked = _check_model(config.model, dry=dry, needs_head=needs_head)
+    made_by = command_for(config.model.path, config)
+    unchecked = _check_model(config.model, dry=dry, made_by=made_by, needs_head=needs_head)
     knows_models = not unchecked
-    read: Callable[..., Rows | None] = _reader(load, fit, config.model, unchecked, dry=dry)
+    read: Callable[..., Rows | None] = _reader(load, fit, config, unchecked, dry=dry)
     rows = read(config.data, "data")
     evaluation_rows = None if config.evaluation_data is None else read(config.evaluation_data, EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
@@ -99,10 +100,11 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         _check_one_base(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
-    unchecked = _check_model(config.model, dry=dry)
-    read = _reader(load_prompt_rows, fit_prompt_rows, config.model, unchecked, dry=dry)
+    unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
+    read = _reader(load_prompt_rows, fit_prompt_rows, config, unchecked, dry=dry)
     if config.reward.model is not None:
-        missing = check_scorer(config.reward.model, dry=dry)
+        made_by = command_for(config.reward.model.path, config)
+        missing = check_scorer(config.reward.model, dry=dry, made_by=made_by)
         if trains and config.reward.model.on_actor_base and not (dry and missing):
             with naming("reward.model"):
                 check_shared_base(reward_model_config(config.reward.model), config.model)
@@ -147,7 +149,7 @@ def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
 def _reader(
     load: Callable[[C], Rows],
     fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
-    model: ModelConfig,
+    run: SFTRun | RewardModelRun | RLRun,
     unchecked: list[str],
     *,
     dry: bool,
@@ -158,10 +160,10 @@ def _reader(
         unchecked: Of the model, at first: if a dry run could not look at it, every row is kept. Gets a sentence for
             each section that cannot be read yet.
     """
-    tokenizer = None if dry and unchecked else load_tokenizer(model)
+    tokenizer = None if dry and unchecked else load_tokenizer(run.model)
 
     def read(config: C, section: str) -> Rows | None:
-        rows = read_rows(config, load, unchecked, dry=dry, section=section)
+        rows = read_rows(config, load, unchecked, dry=dry, section=section, made_by=command_for(config.path, run))
         return rows if rows is None or tokenizer is None else fit(rows, tokenizer, config)
 
     return read
@@ -213,16 +215,16 @@ def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
         )
 
 
-def check_scorer(config: LearnedRewardConfig, *, dry: bool = False) -> list[str]:
-    """Checks a reward model that is to score responses. Returns sentences on what could not be checked."""
-    return _check_model(reward_model_config(config), dry=dry, section="reward.model", needs_head=True)
+def check_scorer(config: LearnedRewardConfig, *, dry: bool = False, made_by: str | None = None) -> list[str]:
+    """Checks a reward model that is to score responses, and that `made_by` makes if it is missing. Returns sentences
+    on what could not be checked."""
+    model = reward_model_config(config)
+    return _check_model(model, dry=dry, section="reward.model", needs_head=True, made_by=made_by)
 
 
 def reward_model_config(config: LearnedRewardConfig) -> ModelConfig:
     """The same model as the settings of one that is loaded."""
-    return ModelConfig(
-        path=config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, made_by=config.made_by
-    )
+    return ModelConfig(path=config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
 
 
 @contextmanager
@@ -235,11 +237,18 @@ def naming(section: str) -> Iterator[None]:
 
 
 def _check_model(
-    config: ModelConfig, *, dry: bool, section: str = "model", needs_head: bool | None = None
+    config: ModelConfig,
+    *,
+    dry: bool,
+    made_by: str | None,
+    section: str = "model",
+    needs_head: bool | None = None,
 ) -> list[str]:
     """Checks a model; `needs_head` is for reward models: whether their head must be there already."""
-    if dry and config.made_by and not Path(config.path).exists():
-        return [f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it"]
+    if made_by is not None and not Path(config.path).exists():
+        if dry:
+            return [f"{section}.path ({config.path}) does not exist yet; `{made_by}` makes it"]
+        raise ModelError(f"{section}.path ({config.path}) is no folder; make it with `{made_by}`")
     with naming(section):
         unchecked = check_model(config) if needs_head is None else check_reward_model(config, needs_head=needs_head)
     return [_in_section(sentence, section) for sentence in unchecked]

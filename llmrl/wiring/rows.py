@@ -1,11 +1,11 @@
 """The rows of a recipe: read, and told about where some were dropped."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from llmrl.data.config import DataConfig
-from llmrl.data.rows import is_file
+from llmrl.data.files import DataError
+from llmrl.data.rows import expanded, is_file
 from llmrl.roles import Progress
 
 C = TypeVar("C", bound=DataConfig)
@@ -14,12 +14,27 @@ R = TypeVar("R", bound=list)
 EVALUATION = "evaluation_data"
 
 
-def read_rows(config: C, load: Callable[[C], R], unchecked: list[str], *, dry: bool, section: str = "data") -> R | None:
-    """The rows that a config names. A dry run passes over a file that a command is still to make, and over the hub."""
+def read_rows(
+    config: C,
+    load: Callable[[C], R],
+    unchecked: list[str],
+    *,
+    dry: bool,
+    section: str = "data",
+    made_by: str | None = None,
+) -> R | None:
+    """The rows that a config names. A dry run passes over a file that a command is still to make, and over the hub.
+
+    Raises:
+        DataError: There is no such file, and `made_by` is the command that makes it; or what `load` raises.
+    """
+    to_make = made_by is not None and is_file(config.path) and not expanded(config.path).exists()
     if dry and not is_file(config.path):
         unchecked.append(f"{section}.path ({config.path}) is a data set on the hub, which a dry run does not fetch")
-    elif dry and config.made_by and not Path(config.path).exists():
-        unchecked.append(f"{section}.path ({config.path}) does not exist yet; `{config.made_by}` makes it")
+    elif dry and to_make:
+        unchecked.append(f"{section}.path ({config.path}) does not exist yet; `{made_by}` makes it")
+    elif to_make:
+        raise DataError(f"{expanded(config.path)} does not exist; make it with `{made_by}`")
     else:
         return load(config)
     return None

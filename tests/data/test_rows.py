@@ -87,12 +87,6 @@ def test_csv_with_a_header_only(tmp_path: Path):
         read(write(tmp_path / "a.csv", "a,b\n"))
 
 
-def test_missing_file_names_the_command_that_makes_it():
-    with pytest.raises(DataError) as error:
-        load_config_rows(DataConfig(path="./none.jsonl", made_by="python make.py"))
-    assert str(error.value) == "none.jsonl does not exist; make it with `python make.py`"
-
-
 def test_bad_lines_are_listed_with_number_and_reason(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n\n[1]\n"x"\n{"a": 2}\n')
     with pytest.raises(DataError) as error:

@@ -53,7 +53,6 @@ def test_a_folder_is_named_from_the_root(here, monkeypatch):
 
 def test_no_folder():
     assert refusal(find_folder, "./nowhere") == "model.path (./nowhere) is no folder; give a folder or a hub name"
-    assert refusal(find_folder, "m/tiny", "make tiny") == "model.path (m/tiny) is no folder; make it with `make tiny`"
 
 
 def test_a_mistyped_folder_has_a_neighbour(here):

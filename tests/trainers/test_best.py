@@ -15,18 +15,18 @@ def make(folder: Path, **settings: Any) -> BestModel:
     def save_model(to: Path) -> None:
         to.mkdir(parents=True, exist_ok=True)
 
-    chosen = {"metric": "x", "mode": "max", "warmup_iterations": 0, "collectives": OneProcess()} | settings
+    chosen = {"metric": "x", "warmup_iterations": 0, "collectives": OneProcess()} | settings
     return BestModel(folder, save_model=save_model, **chosen)
 
 
-@pytest.mark.parametrize(("mode", "iteration"), [("max", 4), ("min", 2)])
-def test_it_is_of_the_iteration_with_the_best_finite_value(tmp_path, mode, iteration):
-    best = make(tmp_path, mode=mode)
+@pytest.mark.parametrize(("metric", "iteration"), [("x", 4), ("-x", 2)])
+def test_it_is_of_the_iteration_with_the_best_finite_value(tmp_path, metric, iteration):
+    best = make(tmp_path, metric=metric)
     for number, value in enumerate([2.0, 1.0, math.inf, 3.0, 3.0, 1.0, math.nan], start=1):
         best.see(number, {"x": value})
     record = best.record()
     assert record is not None
-    assert record["iteration"] == iteration
+    assert (record["metric"], record["iteration"]) == ("x", iteration)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
@@ -36,8 +36,9 @@ def test_no_metric_keeps_no_model(tmp_path):
     assert best.record() is None
 
 
-def test_a_name_is_judged_after_the_warm_up(tmp_path):
-    best = make(tmp_path, metric="y", warmup_iterations=2)
+@pytest.mark.parametrize("metric", ["y", "-y"])
+def test_a_name_is_judged_after_the_warm_up(tmp_path, metric):
+    best = make(tmp_path, metric=metric, warmup_iterations=2)
     best.see(2, {"x": 1.0})
     with pytest.raises(RunError, match=r"run\.best_metric \(y\) is not measured"):
         best.see(3, {"x": 1.0})

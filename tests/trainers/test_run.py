@@ -392,26 +392,29 @@ def test_nothing_is_left_half_written(bench: Bench):
 
 
 @pytest.mark.parametrize(
-    ("mode", "losses", "iteration"),
+    ("metric", "losses", "iteration"),
     [
-        ("max", [1.0, 3.0, 2.0, 3.0], 2),  # the earlier one of two equals
-        ("min", [3.0, 1.0, 2.0, 1.0], 2),
-        ("max", [-4.0, -3.0, -2.0, -1.0], 4),
-        ("min", [1.0, 2.0, 3.0, 4.0], 1),
-        ("max", [float("nan"), 1.0, float("nan"), float("inf")], 2),
-        ("min", [float("nan"), 1.0, float("nan"), -float("inf")], 2),
+        ("loss", [1.0, 3.0, 2.0, 3.0], 2),  # the earlier one of two equals
+        ("-loss", [3.0, 1.0, 2.0, 1.0], 2),
+        ("loss", [-4.0, -3.0, -2.0, -1.0], 4),
+        ("-loss", [1.0, 2.0, 3.0, 4.0], 1),
+        ("loss", [float("nan"), 1.0, float("nan"), float("inf")], 2),
+        ("-loss", [float("nan"), 1.0, float("nan"), -float("inf")], 2),
     ],
 )
-def test_the_best_model_is_kept(bench: Bench, mode: Any, losses: list[float], iteration: int):
-    bench.make(4, losses=losses, best_metric="loss", best_mode=mode).train()
+def test_the_best_model_is_kept(bench: Bench, metric: str, losses: list[float], iteration: int):
+    bench.make(4, losses=losses, best_metric=metric).train()
     assert bench.best() == {"metric": "loss", "value": losses[iteration - 1], "iteration": iteration}
     assert bench.model("best") == WEIGHTS[iteration - 1]
 
 
-@pytest.mark.parametrize(("first", "best"), [(0.1, (0.5, 2)), (0.9, (0.9, 0))])
-def test_a_metric_of_the_evaluation_can_be_the_best(bench: Bench, first: float, best: tuple[float, int]):
+@pytest.mark.parametrize(
+    ("metric", "first", "best"),
+    [("eval/x", 0.1, (0.5, 2)), ("eval/x", 0.9, (0.9, 0)), ("-eval/x", 0.1, (0.1, 0)), ("-eval/x", 0.9, (0.4, 4))],
+)
+def test_a_metric_of_the_evaluation_can_be_the_best(bench: Bench, metric: str, first: float, best: tuple[float, int]):
     scores = iter([first, 0.5, 0.4])  # before the first iteration, after 2, after 4
-    bench.make(4, evaluate=lambda: {"eval/x": next(scores)}, evaluate_every=2, best_metric="eval/x").train()
+    bench.make(4, evaluate=lambda: {"eval/x": next(scores)}, evaluate_every=2, best_metric=metric).train()
     assert bench.best() == {"metric": "eval/x", "value": best[0], "iteration": best[1]}
     assert bench.model("best") == [0.0, *WEIGHTS][best[1]]
 
@@ -891,7 +894,7 @@ def test_a_new_run_takes_nothing_from_the_trackers_of_one_that_was_removed(bench
 
 
 def test_a_run_that_broke_says_so_once_and_at_its_end_and_names_the_best_model(bench: Bench):
-    bench.make(6, losses=[2.0, 1.0, 90.0, 91.0, 92.0, 93.0], best_metric="loss", best_mode="min").train()
+    bench.make(6, losses=[2.0, 1.0, 90.0, 91.0, 92.0, 93.0], best_metric="-loss").train()
     warnings = [text for text in bench.said.messages if text.startswith("warning: the loss has exploded")]
     assert [text.split(",")[0] for text in warnings] == [
         "warning: the loss has exploded: 92",

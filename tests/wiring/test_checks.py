@@ -8,6 +8,7 @@ import pytest
 from llmrl.config import SFTRun
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.rows import SKIP, DataError
+from llmrl.models.folders import ModelError
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.config import EvaluationConfig
 from llmrl.trainers.run import RunError
@@ -65,8 +66,11 @@ def test_prompts_are_tried_in_the_chat_template_before_anything_loads(strict, tm
 
 
 def test_a_dry_run_tries_no_template_of_a_model_that_is_still_to_be_made(config):
-    model = dataclasses.replace(config.model, path="gone", made_by="make model")
-    assert len(check_rl(dataclasses.replace(config, model=model), dry=True).rows) == 3
+    model = dataclasses.replace(config.model, path="gone")
+    run = dataclasses.replace(config, model=model, made_by={"gone": "make model"})
+    assert len(check_rl(run, dry=True).rows) == 3
+    with pytest.raises(ModelError, match=r"^model\.path \(gone\) is no folder; make it with `make model`$"):
+        check_rl(run, dry=False)
 
 
 def test_a_run_may_not_write_into_anything_that_it_reads(config, tmp_path):

@@ -1,21 +1,28 @@
 import pytest
 
 from llmrl.data.config import PromptDataConfig
+from llmrl.data.files import DataError
 from llmrl.wiring.rows import read_rows, tell_dropped
 
 from .conftest import Heard
 
 
-def read(dry, **settings):
+def read(dry, path, made_by=None):
     """The rows, or that they were read, and what was not checked."""
     unchecked = []
-    config = PromptDataConfig(**settings)
-    return read_rows(config, lambda config: [{"prompt": config.path}], unchecked, dry=dry), unchecked
+    config = PromptDataConfig(path=path)
+    rows = read_rows(config, lambda config: [{"prompt": config.path}], unchecked, dry=dry, made_by=made_by)
+    return rows, unchecked
 
 
-@pytest.mark.parametrize("path", ["gone.jsonl", "nobody/data"])
-def test_a_run_reads_whatever_it_is_told_to(path):
-    assert read(False, path=path, made_by="make data") == ([{"prompt": path}], [])
+@pytest.mark.parametrize(("path", "made_by"), [("gone.jsonl", None), ("nobody/data", None), ("nobody/data", "make")])
+def test_a_run_reads_whatever_it_is_told_to(path, made_by):
+    assert read(False, path, made_by) == ([{"prompt": path}], [])
+
+
+def test_a_missing_file_is_refused_with_the_command_that_makes_it():
+    with pytest.raises(DataError, match=r"^gone\.jsonl does not exist; make it with `make data`$"):
+        read(False, "./gone.jsonl", "make data")
 
 
 @pytest.mark.parametrize(
