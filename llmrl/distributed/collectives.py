@@ -10,7 +10,7 @@ from torch import Tensor
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device, synchronize
-from llmrl.distributed.launch import check_meeting, read_launch
+from llmrl.distributed.launch import check_rendezvous, read_launch
 from llmrl.roles import Collectives, Progress
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
@@ -61,7 +61,7 @@ def join_ranks() -> Collectives:
     if launch.world_size == 1 and launch.sharding == "none":
         return OneProcess()
     if not dist.is_initialized():
-        check_meeting(launch.world_size)
+        check_rendezvous(launch.world_size)
         device = pick_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)

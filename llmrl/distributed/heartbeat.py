@@ -52,7 +52,7 @@ WAITING_S = 5.0
 HEARD_S = 3.0
 """How long a rank that ends stays, so that the others hear why before its connections close."""
 
-OF_A_CONNECTION = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
+CONNECTION_ERROR = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 class AnotherRankFailed(Exception):
@@ -146,7 +146,7 @@ class Heartbeat:
         self.wake.set()
 
     def failed_first(self, error: BaseException) -> bool:
-        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then heard.
+        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then received.
 
         An error of its own that is not the first is told in a line too.
         """
@@ -156,8 +156,8 @@ class Heartbeat:
         if self.failure is None or self._is_mine(self.failure):
             return True
         own = self._own(error)
-        if own.error != self.failure.error and not _may_be_anothers_fault(error):
-            _say(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
+        if own.error != self.failure.error and not _is_lost_connection(error):
+            _print_line(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
         return False
 
     def terminate(self, *_: object) -> None:
@@ -169,13 +169,13 @@ class Heartbeat:
     def beat(self) -> None:
         """Says where this rank is, hears where the others are, and records a failure that it sees."""
         elapsed = self._tick()
-        failure, *heard = (json.loads(text) for text in self.store.multi_get(self._keys))
-        self._hear([Beat(**beat) for beat in heard], elapsed)
+        failure, *received = (json.loads(text) for text in self.store.multi_get(self._keys))
+        self._receive([Beat(**beat) for beat in received], elapsed)
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(self.beats[self.rank])))
         if failure:
             self.failure = Failure(**failure)
-        elif seen := self._see():
-            self.failure = self._record(seen)
+        elif detected := self._detect():
+            self.failure = self._record(detected)
 
     @property
     def _keys(self) -> list[str]:
@@ -190,14 +190,14 @@ class Heartbeat:
             self.terminated_s += elapsed
         return elapsed
 
-    def _hear(self, heard: list[Beat], elapsed: float) -> None:
+    def _receive(self, received: list[Beat], elapsed: float) -> None:
         for rank in self.ranks:
-            has_moved = heard[rank].count != self.beats[rank].count
+            has_moved = received[rank].count != self.beats[rank].count
             self.silent_s[rank] = 0.0 if has_moved else self.silent_s[rank] + elapsed
         own, activity = self.beats[self.rank], self.activity
         is_new = activity.num_phases != self.num_phases
         self.num_phases = activity.num_phases
-        self.beats = heard
+        self.beats = received
         self.beats[self.rank] = Beat(
             count=own.count + 1,
             iteration=activity.iteration,
@@ -207,9 +207,9 @@ class Heartbeat:
         )
         self.silent_s[self.rank] = 0.0
 
-    def _see(self) -> Failure | None:
+    def _detect(self) -> Failure | None:
         """A failure that nobody has recorded yet."""
-        if self.error is not None and not _may_be_anothers_fault(self.error):
+        if self.error is not None and not _is_lost_connection(self.error):
             return self._own(self.error)
         is_looking = self.error is not None or self.terminated_s is not None
         limit = min(SUSPECT_S, self.config.silent_after_s) if is_looking else self.config.silent_after_s
@@ -229,16 +229,16 @@ class Heartbeat:
 
     def _silence(self, rank: int) -> str:
         said = f"rank {rank} gave no sign of life for {self.silent_s[rank]:.0f} s"
-        return f"{said}; it was last seen in {self.beats[rank].place}" if self.beats[rank].count else said
+        return f"{said}; it was last detected in {self.beats[rank].place}" if self.beats[rank].count else said
 
     def _stuck(self) -> str:
         """With the place of every rank, so that one sees who keeps the others waiting."""
         places = "; ".join(f"rank {rank} {self.beats[rank]}" for rank in self.ranks)
         return f"a phase has lasted longer than distributed.phase_timeout_s ({self.config.phase_limit_s:g} s): {places}"
 
-    def _record(self, seen: Failure) -> Failure:
+    def _record(self, detected: Failure) -> Failure:
         """The first failure of all ranks: this one, unless another was quicker."""
-        return Failure(**json.loads(self.store.compare_set("failure", "{}", json.dumps(asdict(seen)))))
+        return Failure(**json.loads(self.store.compare_set("failure", "{}", json.dumps(asdict(detected)))))
 
     # --- the threads ---
 
@@ -249,14 +249,14 @@ class Heartbeat:
                 self.beat()
                 self.wake.wait(BEAT_S if self.error is None else BEAT_S / 4)
             if self.failure is not None:
-                self.tell(self.failure)
+                self.report(self.failure)
                 self._wait_until_heard()
         except RuntimeError:
             if self.is_leaving and self.error is None:
                 return
             if self.failure is None:
                 self.failure = self._without_store("is gone")
-                self.tell(self.failure)
+                self.report(self.failure)
                 signal.raise_signal(signal.SIGTERM)  # where only the launcher is gone, a run can still stop in order
         if self.failure is not None:
             self.end(self.failure)
@@ -270,11 +270,11 @@ class Heartbeat:
             silent_s, count = (silent_s + BEAT_S if own == count else 0.0), own
             if silent_s >= self.config.silent_after_s and not self.is_leaving:
                 self.failure = self._without_store(f"has not answered for {silent_s:.0f} s")
-                self.tell(self.failure)
+                self.report(self.failure)
                 self.exit_now(1)
 
     def _without_store(self, what: str) -> Failure:
-        host = f"rank 0, last seen in {self.beats[0].place}"
+        host = f"rank 0, last detected in {self.beats[0].place}"
         return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
 
     def end(self, failure: Failure) -> None:
@@ -288,14 +288,14 @@ class Heartbeat:
         if self.error is None:
             self.exit_now(failure.status)
 
-    def tell(self, failure: Failure) -> None:
+    def report(self, failure: Failure) -> None:
         """One line; none where this rank's own traceback tells it, or would tell the same again."""
         if self.error is not None and self._own(self.error).error == failure.error:
             return
-        _say(f"rank {self.rank} ends: {failure.text}")
+        _print_line(f"rank {self.rank} ends: {failure.text}")
         if failure.is_stuck and not self.beats[self.rank].is_waiting:
             stack = traceback.format_stack(sys._current_frames()[main_thread().ident or 0])
-            _say(f"rank {self.rank} is at:\n{''.join(stack)}")
+            _print_line(f"rank {self.rank} is at:\n{''.join(stack)}")
 
     def _is_mine(self, failure: Failure) -> bool:
         """Whether it is the error by which this rank ends."""
@@ -309,16 +309,16 @@ class Heartbeat:
             num_heard, waited_s = self.store.add("heard", 0), waited_s + BEAT_S / 10
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     """In one piece, so that what several ranks say at once stays legible."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-def _may_be_anothers_fault(error: BaseException) -> bool:
+def _is_lost_connection(error: BaseException) -> bool:
     """Whether it looks like the end of a connection to a rank that is gone."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and OF_A_CONNECTION.search(str(error)) is not None
+        isinstance(error, RuntimeError) and CONNECTION_ERROR.search(str(error)) is not None
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmrl.distributed.context import Launch
 
-MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each of several processes beside their number."""
 WAY_OUT = "see recipes/accelerate/ for files that work"
 
@@ -62,13 +62,13 @@ def _check_fsdp() -> None:
         )
 
 
-def check_meeting(world_size: int) -> None:
+def check_rendezvous(world_size: int) -> None:
     """Checks what ranks need to find each other, before any of them waits for the others.
 
     Raises:
         LaunchError: It is missing, or cannot be.
     """
-    missing = [name for name in MEETING if not os.environ.get(name)]
+    missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
     if missing:
         raise LaunchError(
             f"WORLD_SIZE ({world_size}) is set in the environment, and {' and '.join(missing)} not: unset WORLD_SIZE "
@@ -84,7 +84,7 @@ def local_rank() -> int:
     return max(number("LOCAL_RANK", least=-1, otherwise=0), 0)
 
 
-def missed_gpu(*, has_gpu: bool) -> str | None:
+def gpu_warning(*, has_gpu: bool) -> str | None:
     """What to say where processes were launched for GPUs, as far as one can tell, and compute on the CPU; else None."""
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or number("WORLD_SIZE", least=1, otherwise=1) > 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
@@ -124,7 +124,7 @@ def deepspeed_settings() -> dict[str, Any]:
     from accelerate.utils import DeepSpeedPlugin
 
     settings = DeepSpeedPlugin(zero3_init_flag=False).deepspeed_config
-    for name in OF_THE_RECIPE:
+    for name in RECIPE_SECTIONS:
         if settings.get(name, {}).get("enabled", name in ("optimizer", "scheduler") and name in settings):
             raise LaunchError(
                 f"{name} in the DeepSpeed file of the launch: that is for the recipe to say (optimizer, model.dtype); "
@@ -139,7 +139,7 @@ def deepspeed_settings() -> dict[str, Any]:
     return settings
 
 
-OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
+RECIPE_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
 """Sections of a DeepSpeed file for which a recipe has settings."""
 
 
