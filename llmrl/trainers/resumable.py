@@ -9,8 +9,8 @@ from llmrl.roles import Source, StateMismatch, Trainable
 class Resumable:
     """A trainer's place in its run: how many iterations are done, and where its source of data stands.
 
-    Subclasses call `finish_iteration` at the end of each iteration, and extend `position` and `move_to` by what else the
-    next one depends on.
+    Subclasses call `finish_iteration` at the end of each iteration, and extend `position` and `move_to` by what else
+    the next one depends on.
     """
 
     def __init__(self, trained: Mapping[str, Trainable], source: Source) -> None:
