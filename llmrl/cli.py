@@ -289,7 +289,7 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
         dtype = with_dtypes(config).model.dtype
         strategy = launched_strategy(context.launch).name
         context.progress.message(f"Computes on {context.device.type} in {dtype}, {strategy}.")
-        _warn_of_missed_gpu(context)
+        _warn_without_gpu(context)
         is_first = context.collectives.is_first
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
         run = build(context, trackers)
@@ -301,10 +301,10 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     _print_card(config.run.folder)
 
 
-def _warn_of_missed_gpu(context: Any) -> None:
-    from llmrl.distributed.launch import missed_gpu
+def _warn_without_gpu(context: Any) -> None:
+    from llmrl.distributed.launch import gpu_warning
 
-    if warning := missed_gpu(has_gpu=context.device.type != "cpu"):
+    if warning := gpu_warning(has_gpu=context.device.type != "cpu"):
         context.progress.message(f"warning: {warning}")
 
 
@@ -361,7 +361,7 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            if not _speaks():
+            if not _is_first_on_machine():
                 time.sleep(HEAD_START_S)
                 raise typer.Exit(2) from error
             _fail(error, 2)
@@ -452,7 +452,7 @@ def _fail(error: BaseException | str, status: int, way_out: str = "") -> NoRetur
     raise typer.Exit(status)
 
 
-def _speaks() -> bool:
+def _is_first_on_machine() -> bool:
     """Whether what all processes of a launch find before they meet is for this one to tell: its machine's first."""
     return os.environ.get("LOCAL_RANK", "0") in ("", "-1", "0")
 
@@ -500,7 +500,7 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list
     with bad_input_ends_with_status_2():
         config = with_dtypes(config)
         memory = describe_memory(config)
-    if not _speaks():
+    if not _is_first_on_machine():
         return
     print(to_yaml(config))
     print(sentence)

@@ -1,1 +1,1 @@
-"""Processes and devices: what accelerate does for us."""
+"""Launch, device, collectives, roles split over ranks, and the heartbeat."""

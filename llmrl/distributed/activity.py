@@ -1,4 +1,4 @@
-"""Where this process is: its iteration and phase, and whether it works or waits for other ranks."""
+"""Current activity of this process: its iteration and phase, and whether it works or waits for other ranks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,29 +6,29 @@ from contextlib import contextmanager
 from llmrl.roles import Progress
 
 BETWEEN_ITERATIONS = ("report card", "checkpoint", "saving")
-"""Phases that come after the iteration whose number they are told with."""
+"""Phases that run after the iteration whose number they carry."""
 
 
 class Activity:
-    """Written by the main thread, read by the thread that gives the signs of life."""
+    """Current iteration and phase: written by the main thread, read by the heartbeat."""
 
     def __init__(self) -> None:
         self.iteration = 0
-        """The current one, counted from 1; 0 where there is none."""
+        """The current iteration, counted from 1; 0: none."""
         self.phase = "start"
         self.num_phases = 0
-        """Phases begun so far: tells a phase from the next one of the same name."""
+        """Phases begun so far: distinguishes a phase from the next one of the same name."""
         self.is_waiting = False
-        """In a collective, for other ranks to come to it."""
+        """Whether it is in a collective, where it waits for other ranks."""
 
     def enter(self, phase: str, iteration: int) -> None:
-        """A new phase begins."""
+        """Records the start of a phase."""
         self.phase, self.iteration = phase, iteration
         self.num_phases += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around a collective."""
+        """Context of a collective: `is_waiting` is True in it."""
         self.is_waiting = True
         try:
             yield
@@ -37,17 +37,17 @@ class Activity:
 
 
 HERE = Activity()
-"""That of this process."""
+"""The activity of this process."""
 
 
 class FollowedProgress:
-    """`Progress` that also notes where this process is."""
+    """`Progress` that also records the activity of this process."""
 
     def __init__(self, progress: Progress, activity: Activity = HERE) -> None:
         self.progress = progress
         self.activity = activity
         self.num_done: int | None = None
-        """Iterations; None where there are none, or not yet."""
+        """Iterations done; None: no iteration has begun, or the process runs none."""
 
     def begin(self, num_iterations: int, num_done: int = 0) -> None:
         """See `Progress`."""

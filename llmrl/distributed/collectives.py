@@ -10,11 +10,11 @@ from torch import Tensor
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device, synchronize
-from llmrl.distributed.launch import check_meeting, read_launch
+from llmrl.distributed.launch import check_rendezvous, read_launch
 from llmrl.roles import Collectives, Progress
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
-"""Ranks may wait so long for each other. How long is too long is for the heartbeat to say, which names who is late."""
+"""Timeout of torch's collectives. Long, because the heartbeat ends ranks earlier, and names the one that is late."""
 
 
 class OneProcess(Collectives):
@@ -41,7 +41,7 @@ class ProcessGroup(Collectives):
         total = x.clone()
         with HERE.waiting():
             dist.all_reduce(total)
-            synchronize(total.device)  # NCCL only queues it, and whoever waits would not be seen to
+            synchronize(total.device)  # NCCL only queues it: the wait would happen outside of `waiting`
         return total
 
     def gather(self, x: Any) -> list[Any]:
@@ -52,16 +52,16 @@ class ProcessGroup(Collectives):
 
 
 def join_ranks() -> Collectives:
-    """The process group that a launcher such as `accelerate launch` asks for, or this process alone.
+    """Collectives of this launch: over a process group if there are several processes, else of this process alone.
 
-    What lies on GPUs goes through NCCL, everything else through gloo. A single process has a group too where it was
-    launched for DeepSpeed or FSDP, which need one.
+    Tensors on GPUs go through NCCL, everything else through gloo. A single process has a group too if it was launched
+    for DeepSpeed or FSDP, which need one.
     """
     launch = read_launch()
     if launch.world_size == 1 and launch.sharding == "none":
         return OneProcess()
     if not dist.is_initialized():
-        check_meeting(launch.world_size)
+        check_rendezvous(launch.world_size)
         device = pick_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -71,11 +71,11 @@ def join_ranks() -> Collectives:
 
 
 def make_context(collectives: Collectives, progress: Progress) -> Context:
-    """The context of this process, as it was launched."""
+    """Context of this process, with launch and device read from the environment."""
     return Context(launch=read_launch(), device=pick_device(), collectives=collectives, progress=progress)
 
 
 def leave_ranks() -> None:
-    """Ends the process group, where there is one: without that gloo now and then aborts at exit."""
+    """Destroys the process group, if there is one: without that gloo sometimes aborts at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

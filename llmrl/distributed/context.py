@@ -1,4 +1,4 @@
-"""How a process takes part in a run: its launch, its device, the ranks beside it, and who receives its progress."""
+"""Context of a process in a run: its launch, its device, its collectives and its progress."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,13 +10,13 @@ from llmrl.roles import Collectives, Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a run was launched."""
+    """Number of processes, and how weights are sharded over them."""
 
     world_size: int
     sharding: Literal["none", "deepspeed", "fsdp"]
     """none: every process holds all weights. deepspeed: ZeRO, at the stage that the launch file says. fsdp: FSDP2."""
     zero_stage: int = 0
-    """Stage of DeepSpeed's ZeRO: from 3 on no process has whole weights."""
+    """Stage of DeepSpeed's ZeRO, 0 without DeepSpeed. From stage 3 no process has whole weights."""
 
     @property
     def splits_weights(self) -> bool:
@@ -26,17 +26,17 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every part of a run shares. Read from the environment once and handed down."""
+    """Launch, device, collectives and progress of this process: read from the environment once and passed down."""
 
     launch: Launch
     device: torch.device
-    """Where this process computes."""
+    """Device on which this process computes."""
     collectives: Collectives
     progress: Progress
 
     @property
     def loading_device(self) -> torch.device:
-        """Where models that learn are loaded: where they compute, or on the CPU if no device has to hold them whole."""
+        """Device on which trained models are loaded: the CPU if the launch shards their weights, else `device`."""
         return torch.device("cpu") if self.launch.splits_weights else self.device
 
     @property

@@ -8,8 +8,9 @@ from llmrl.distributed.launch import LaunchError, is_on, local_rank
 
 
 def pick_device() -> torch.device:
-    """A CUDA GPU if there is one and the launch does not say CPU, each process of a machine its own, else the CPU:
-    others, such as Apple's, lack the float64 that sums are taken in.
+    """Device of this process: a CUDA GPU of its own if there is one and the launch does not ask for the CPU; else CPU.
+
+    Other accelerators, such as Apple's, lack float64, in which sums are taken.
 
     Raises:
         LaunchError: The machine has fewer GPUs than processes.
@@ -26,14 +27,14 @@ def pick_device() -> torch.device:
 
 
 def prepare_device(*, deterministic: bool = False) -> None:
-    """Sets how this process computes; to be called before anything does. On a CPU only `deterministic` has an effect.
+    """Configures torch for this process. Call it before any computation. On a CPU only `deterministic` has an effect.
 
-    Attention never goes through cuDNN, which torch tries first on an H100 and its successors: there it makes a plan for
-    each new shape, tens of milliseconds of the host at every decoded token and every microbatch, and its gradient under
-    a mask can be NaN (pytorch issue 196678).
+    Attention never goes through cuDNN, which torch tries first on an H100 and its successors: there it plans each new
+    shape, tens of milliseconds of host time at every decoded token and every microbatch, and its gradient under a mask
+    can be NaN (pytorch issue 196678).
 
     Args:
-        deterministic: Makes every operator give the same bits each time, and refuse where it cannot.
+        deterministic: Every operator gives the same bits each time, or raises if it cannot.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
@@ -43,6 +44,6 @@ def prepare_device(*, deterministic: bool = False) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what a GPU has been asked to do; a CPU has done it."""
+    """Waits until the work queued on a GPU is done; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

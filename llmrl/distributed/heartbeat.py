@@ -1,20 +1,20 @@
-"""Signs of life: every rank learns within seconds that another has failed, fallen silent or is stuck, and ends too.
+"""Failure detection between ranks: each learns within seconds that another failed, fell silent or is stuck, and ends.
 
     main thread of a rank       start, rollout, reward, ...                  its error, if it ends by one
                                        |                                               |
-    its heartbeat, a thread     beat: say where this rank is, hear where the others are; see and record a failure
+    its heartbeat, a thread     beat: send where this rank is, read where the others are; record a failure
                                        |                        |
     the launcher's store        beat/0, beat/1, ...         failure: the first one, written once and never over
 
-What happens once there is a failure: each rank tells it in one line, but for the one whose traceback tells it; its main
-thread has a while to end by itself, so that a run whose weights have not moved can still be saved; then the thread ends
-the process, whatever its main thread hangs in.
+What happens once there is a failure: each rank prints it in one line, except the one whose traceback shows it; its
+main thread has `WORKING_S` to end by itself, so that a run whose weights have not moved can still be saved; then the
+thread ends the process, whatever its main thread hangs in.
 
-Ranks compare counters with their own clock, never the clocks of two hosts; and time in which this process did not run,
-because a terminal or a host suspended it, counts for nobody. Silence is told from failure only: a rank that is frozen
-and one that was killed look the same.
+Ranks compare counters with their own clock, never the clocks of two hosts; time in which this process did not run,
+because a terminal or a host suspended it, is not counted. A rank that is frozen and one that was killed look the same:
+both are silent.
 
-Seen to work between CPUs, by gloo. Between GPUs it is only reasoned about: a collective of NCCL that waits for a rank
+Tested between CPUs, with gloo. Between GPUs it is untested: a collective of NCCL that waits for a rank
 that is gone waits on, so the main thread does not end by itself, and is ended while it waits.
 """
 
@@ -40,23 +40,23 @@ from llmrl.distributed.watchdog import phases_limited
 from llmrl.roles import Collectives
 
 BEAT_S = 1.0
-"""Between two signs of life."""
+"""Seconds between two signs of life."""
 SUSPECT_S = 4.0
-"""After an error that may come of a lost connection, a rank is taken for gone when it was silent for so long."""
+"""Silence after which a rank counts as gone, once an error here may come from a lost connection."""
 LOOK_S = 6.0
-"""How long such an error waits for one of the others to turn out to be its cause."""
+"""How long such an error waits for the failure of another rank that would explain it."""
 WORKING_S = 20.0
-"""How long a main thread may go on after another rank failed: it comes to a collective, which fails, and may save."""
+"""How long a main thread may go on after another rank failed: its next collective fails, and it may save."""
 WAITING_S = 5.0
-"""How long of that in one collective."""
+"""How much of `WORKING_S` it may wait in one collective."""
 HEARD_S = 3.0
-"""How long a rank that ends stays, so that the others hear why before its connections close."""
+"""How long a rank that ends stays connected, so that the others read why before its connections close."""
 
-OF_A_CONNECTION = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
+CONNECTION_ERROR = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 class AnotherRankFailed(Exception):
-    """This rank ends because of another, which it has told."""
+    """This rank ends because of another; the reason is printed already."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Beat:
     iteration: int = 0
     phase: str = "start"
     seconds: float = 0.0
-    """In the phase so far."""
+    """Time in the phase so far."""
     is_waiting: bool = False
 
     @property
@@ -88,12 +88,12 @@ class Failure:
     error: str = ""
     """The exception by which the recording rank ends."""
     is_stuck: bool = False
-    """A phase lasts too long: nobody can be waited for."""
+    """A phase lasts too long, so no rank is waited for."""
     status: int = 1
 
 
 class Heartbeat:
-    """The signs of life of this rank, and what it makes of those of the others."""
+    """Sends the signs of life of this rank, and detects failures from those of the others."""
 
     def __init__(
         self,
@@ -117,21 +117,21 @@ class Heartbeat:
         self.beats = [Beat() for _ in self.ranks]
         """The newest sign of life of each rank."""
         self.silent_s = [0.0 for _ in self.ranks]
-        """Since a rank's counter last moved."""
+        """Seconds since the counter of each rank last moved."""
         self.num_phases = activity.num_phases
         self.error: BaseException | None = None
-        """By which the main thread ends."""
+        """The exception by which the main thread ends."""
         self.error_s = 0.0
-        """Since then."""
+        """Seconds since that exception."""
         self.terminated_s: float | None = None
-        """Since the launcher asked this process to end, outside of iterations."""
+        """Seconds since the launcher sent SIGTERM outside of iterations; None: it has not."""
         self.failure: Failure | None = None
         self.is_leaving = False
-        """This rank is done, and waits for the others to be. Whoever is first may then take the store along."""
+        """This rank is done and waits for the others. The first one to exit may close the store."""
         self.is_stopped = False
         self.wake = Event()
         for key in ("failure", *(f"beat/{rank}" for rank in self.ranks)):
-            store.compare_set(key, "", "{}")  # reading a key that is missing would wait for it
+            store.compare_set(key, "", "{}")  # reading a missing key would block until it is set
         self.threads = [Thread(target=work, daemon=True) for work in (self._live, self._guard)]
 
     # --- the main thread ---
@@ -141,12 +141,12 @@ class Heartbeat:
             thread.start()
 
     def stop(self) -> None:
-        """Everybody is done."""
+        """Stops the threads: every rank is done."""
         self.is_stopped = True
         self.wake.set()
 
     def failed_first(self, error: BaseException) -> bool:
-        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then heard.
+        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then received.
 
         An error of its own that is not the first is told in a line too.
         """
@@ -156,33 +156,33 @@ class Heartbeat:
         if self.failure is None or self._is_mine(self.failure):
             return True
         own = self._own(error)
-        if own.error != self.failure.error and not _may_be_anothers_fault(error):
-            _say(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
+        if own.error != self.failure.error and not _is_lost_connection(error):
+            _print_line(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
         return False
 
     def terminate(self, *_: object) -> None:
-        """A handler of SIGTERM: a launcher sends it when a rank has failed, and then this one first tells which."""
+        """Handler of SIGTERM: a launcher sends it when a rank has failed; this one first finds out which."""
         self.terminated_s = self.terminated_s or 0.0
 
     # --- one beat ---
 
     def beat(self) -> None:
-        """Says where this rank is, hears where the others are, and records a failure that it sees."""
+        """Sends where this rank is, reads where the others are, and records a failure that it detects."""
         elapsed = self._tick()
-        failure, *heard = (json.loads(text) for text in self.store.multi_get(self._keys))
-        self._hear([Beat(**beat) for beat in heard], elapsed)
+        failure, *received = (json.loads(text) for text in self.store.multi_get(self._keys))
+        self._receive([Beat(**beat) for beat in received], elapsed)
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(self.beats[self.rank])))
         if failure:
             self.failure = Failure(**failure)
-        elif seen := self._see():
-            self.failure = self._record(seen)
+        elif detected := self._detect():
+            self.failure = self._record(detected)
 
     @property
     def _keys(self) -> list[str]:
         return ["failure", *(f"beat/{rank}" for rank in self.ranks)]
 
     def _tick(self) -> float:
-        """Seconds since the last beat; no more than two beats, or this process was suspended."""
+        """Seconds since the last beat, at most two beats: anything longer means that this process was suspended."""
         now = self.clock()
         elapsed, self.last_tick = min(now - self.last_tick, 2 * BEAT_S), now
         self.error_s += elapsed if self.error else 0.0
@@ -190,14 +190,14 @@ class Heartbeat:
             self.terminated_s += elapsed
         return elapsed
 
-    def _hear(self, heard: list[Beat], elapsed: float) -> None:
+    def _receive(self, received: list[Beat], elapsed: float) -> None:
         for rank in self.ranks:
-            has_moved = heard[rank].count != self.beats[rank].count
+            has_moved = received[rank].count != self.beats[rank].count
             self.silent_s[rank] = 0.0 if has_moved else self.silent_s[rank] + elapsed
         own, activity = self.beats[self.rank], self.activity
         is_new = activity.num_phases != self.num_phases
         self.num_phases = activity.num_phases
-        self.beats = heard
+        self.beats = received
         self.beats[self.rank] = Beat(
             count=own.count + 1,
             iteration=activity.iteration,
@@ -207,9 +207,9 @@ class Heartbeat:
         )
         self.silent_s[self.rank] = 0.0
 
-    def _see(self) -> Failure | None:
-        """A failure that nobody has recorded yet."""
-        if self.error is not None and not _may_be_anothers_fault(self.error):
+    def _detect(self) -> Failure | None:
+        """A failure that no rank has recorded yet, or None."""
+        if self.error is not None and not _is_lost_connection(self.error):
             return self._own(self.error)
         is_looking = self.error is not None or self.terminated_s is not None
         limit = min(SUSPECT_S, self.config.silent_after_s) if is_looking else self.config.silent_after_s
@@ -224,45 +224,45 @@ class Heartbeat:
         return None
 
     def _own(self, error: BaseException) -> Failure:
-        told = traceback.format_exception_only(error)[0].splitlines()[0]
-        return Failure(self.rank, f"rank {self.rank} failed in {self.beats[self.rank].place}: {told}", told)
+        line = traceback.format_exception_only(error)[0].splitlines()[0]
+        return Failure(self.rank, f"rank {self.rank} failed in {self.beats[self.rank].place}: {line}", line)
 
     def _silence(self, rank: int) -> str:
         said = f"rank {rank} gave no sign of life for {self.silent_s[rank]:.0f} s"
-        return f"{said}; it was last seen in {self.beats[rank].place}" if self.beats[rank].count else said
+        return f"{said}; it was last detected in {self.beats[rank].place}" if self.beats[rank].count else said
 
     def _stuck(self) -> str:
-        """With the place of every rank, so that one sees who keeps the others waiting."""
+        """Message of a phase timeout, with the place of every rank: which one keeps the others waiting."""
         places = "; ".join(f"rank {rank} {self.beats[rank]}" for rank in self.ranks)
         return f"a phase has lasted longer than distributed.phase_timeout_s ({self.config.phase_limit_s:g} s): {places}"
 
-    def _record(self, seen: Failure) -> Failure:
-        """The first failure of all ranks: this one, unless another was quicker."""
-        return Failure(**json.loads(self.store.compare_set("failure", "{}", json.dumps(asdict(seen)))))
+    def _record(self, detected: Failure) -> Failure:
+        """The first failure recorded by any rank: this one, unless another was quicker."""
+        return Failure(**json.loads(self.store.compare_set("failure", "{}", json.dumps(asdict(detected)))))
 
     # --- the threads ---
 
     def _live(self) -> None:
-        """Beats until everybody is done or there is a failure, which it then sees through."""
+        """Main loop of the heartbeat: beats until every rank is done or one fails, then ends this process."""
         try:
             while self.failure is None and not self.is_stopped:
                 self.beat()
                 self.wake.wait(BEAT_S if self.error is None else BEAT_S / 4)
             if self.failure is not None:
-                self.tell(self.failure)
+                self.report(self.failure)
                 self._wait_until_heard()
         except RuntimeError:
             if self.is_leaving and self.error is None:
                 return
             if self.failure is None:
                 self.failure = self._without_store("is gone")
-                self.tell(self.failure)
+                self.report(self.failure)
                 signal.raise_signal(signal.SIGTERM)  # where only the launcher is gone, a run can still stop in order
         if self.failure is not None:
             self.end(self.failure)
 
     def _guard(self) -> None:
-        """Ends a rank whose store is frozen: what one asks of it then never returns, whatever the time limit."""
+        """Ends this rank when the store is frozen: a request to it then never returns, whatever its timeout."""
         silent_s, count = 0.0, -1
         while self.failure is None and not self.is_leaving:
             time.sleep(BEAT_S)
@@ -270,15 +270,15 @@ class Heartbeat:
             silent_s, count = (silent_s + BEAT_S if own == count else 0.0), own
             if silent_s >= self.config.silent_after_s and not self.is_leaving:
                 self.failure = self._without_store(f"has not answered for {silent_s:.0f} s")
-                self.tell(self.failure)
+                self.report(self.failure)
                 self.exit_now(1)
 
     def _without_store(self, what: str) -> Failure:
-        host = f"rank 0, last seen in {self.beats[0].place}"
+        host = f"rank 0, last detected in {self.beats[0].place}"
         return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
 
     def end(self, failure: Failure) -> None:
-        """Ends this process, unless its main thread does so in a while."""
+        """Ends this process, unless its main thread does so within `WORKING_S`."""
         left_s = 0.0 if failure.is_stuck else WORKING_S
         waiting_s = 0.0
         while self.error is None and left_s > 0 and waiting_s < WAITING_S:
@@ -288,17 +288,17 @@ class Heartbeat:
         if self.error is None:
             self.exit_now(failure.status)
 
-    def tell(self, failure: Failure) -> None:
-        """One line; none where this rank's own traceback tells it, or would tell the same again."""
+    def report(self, failure: Failure) -> None:
+        """Prints the failure in one line, unless this rank's own traceback shows it."""
         if self.error is not None and self._own(self.error).error == failure.error:
             return
-        _say(f"rank {self.rank} ends: {failure.text}")
+        _print_line(f"rank {self.rank} ends: {failure.text}")
         if failure.is_stuck and not self.beats[self.rank].is_waiting:
             stack = traceback.format_stack(sys._current_frames()[main_thread().ident or 0])
-            _say(f"rank {self.rank} is at:\n{''.join(stack)}")
+            _print_line(f"rank {self.rank} is at:\n{''.join(stack)}")
 
     def _is_mine(self, failure: Failure) -> bool:
-        """Whether it is the error by which this rank ends."""
+        """Whether this failure is the error by which this rank ends."""
         return failure.by == self.rank and failure.error != ""
 
     def _wait_until_heard(self) -> None:
@@ -309,26 +309,26 @@ class Heartbeat:
             num_heard, waited_s = self.store.add("heard", 0), waited_s + BEAT_S / 10
 
 
-def _say(text: str) -> None:
-    """In one piece, so that what several ranks say at once stays legible."""
+def _print_line(text: str) -> None:
+    """Prints to stderr in one write, so that lines of several ranks do not mix."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-def _may_be_anothers_fault(error: BaseException) -> bool:
-    """Whether it looks like the end of a connection to a rank that is gone."""
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether an error may come from the lost connection to a rank that is gone."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and OF_A_CONNECTION.search(str(error)) is not None
+        isinstance(error, RuntimeError) and CONNECTION_ERROR.search(str(error)) is not None
     )
 
 
 @contextmanager
 def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[None]:
-    """Around what ranks do together: each ends soon after another did, or when a phase lasts too long.
+    """Context of all that ranks do together: each ends soon after another failed, or when a phase lasts too long.
 
     Raises:
-        AnotherRankFailed: In place of the error by which this rank ends, if that is not the first.
-        PhaseTimeout: In a single process.
+        AnotherRankFailed: Another rank failed first; in place of this rank's own error.
+        PhaseTimeout: In a single process, a phase lasts too long.
     """
     if collectives.world_size == 1:
         with nullcontext() if config.phase_timeout_s is None else phases_limited(config.phase_timeout_s):
@@ -356,7 +356,7 @@ def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[Non
 
 
 def _own_connection(timeout_s: float) -> dist.Store:
-    """To the store by which the ranks found each other: on the old one a thread would wait behind the main thread."""
+    """New connection to the rendezvous store: on the shared one a thread would queue after the main thread."""
     shared: Any = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore("heartbeat", shared.clone())
     store.set_timeout(timedelta(seconds=timeout_s))

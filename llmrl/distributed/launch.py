@@ -1,7 +1,4 @@
-"""What the launcher asks for: how many processes, and how the weights that learn lie on them.
-
-`accelerate launch` tells its processes by environment variables.
-"""
+"""The launch, from the environment variables that `accelerate launch` sets: number of processes, sharding."""
 
 import os
 import re
@@ -10,20 +7,20 @@ from typing import Any
 
 from llmrl.distributed.context import Launch
 
-MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each of several processes beside their number."""
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that a launcher sets for each of several processes, in addition to WORLD_SIZE."""
 WAY_OUT = "see recipes/accelerate/ for files that work"
 
 
 class LaunchError(ValueError):
-    """A launch that cannot be served as it was asked for."""
+    """A launch that asks for what llmrl does not support or this machine does not have."""
 
 
 def read_launch() -> Launch:
-    """How this process was launched; by itself, where the environment says nothing.
+    """The launch of this process; a single process if the environment says nothing.
 
     Raises:
-        LaunchError: The launcher asks for what llmrl does not do.
+        LaunchError: The launcher asks for what llmrl does not support.
     """
     world_size = number("WORLD_SIZE", least=1, otherwise=1)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
@@ -62,13 +59,13 @@ def _check_fsdp() -> None:
         )
 
 
-def check_meeting(world_size: int) -> None:
-    """Checks what ranks need to find each other, before any of them waits for the others.
+def check_rendezvous(world_size: int) -> None:
+    """Checks the variables that ranks need for their rendezvous, before any rank waits for the others.
 
     Raises:
-        LaunchError: It is missing, or cannot be.
+        LaunchError: One is missing or invalid.
     """
-    missing = [name for name in MEETING if not os.environ.get(name)]
+    missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
     if missing:
         raise LaunchError(
             f"WORLD_SIZE ({world_size}) is set in the environment, and {' and '.join(missing)} not: unset WORLD_SIZE "
@@ -80,12 +77,12 @@ def check_meeting(world_size: int) -> None:
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine; 0 where no launcher says any, as -1 does not."""
+    """Rank of this process on its machine; 0 if no launcher sets it, or sets it to -1."""
     return max(number("LOCAL_RANK", least=-1, otherwise=0), 0)
 
 
-def missed_gpu(*, has_gpu: bool) -> str | None:
-    """What to say where processes were launched for GPUs, as far as one can tell, and compute on the CPU; else None."""
+def gpu_warning(*, has_gpu: bool) -> str | None:
+    """A warning if the launch seems to be for GPUs and this process computes on the CPU; else None."""
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or number("WORLD_SIZE", least=1, otherwise=1) > 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     hides_gpus = not visible or visible.startswith("-1")
@@ -99,10 +96,10 @@ def missed_gpu(*, has_gpu: bool) -> str | None:
 
 
 def number(name: str, *, least: int, otherwise: int) -> int:
-    """What a variable of the environment says, or `otherwise` where it is not set or empty.
+    """Integer value of an environment variable, or `otherwise` if it is not set or empty.
 
     Raises:
-        LaunchError: It is no whole number, or less than `least`.
+        LaunchError: It is not a whole number, or less than `least`.
     """
     text = os.environ.get(name) or str(otherwise)
     if not re.fullmatch(r"-?[0-9]+", text) or int(text) < least:
@@ -111,20 +108,20 @@ def number(name: str, *, least: int, otherwise: int) -> int:
 
 
 def is_on(name: str) -> bool:
-    """Whether a variable of the environment says yes."""
+    """Whether an environment variable is true, 1 or yes."""
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
 
 def deepspeed_settings() -> dict[str, Any]:
-    """DeepSpeed's settings, as the launch file gives them: its own lines, or the file of DeepSpeed that it names.
+    """DeepSpeed's settings from the launch file: its own lines, or the DeepSpeed file that it names.
 
     Raises:
-        LaunchError: They ask for what is the recipe's to say.
+        LaunchError: They set what the recipe sets.
     """
     from accelerate.utils import DeepSpeedPlugin
 
     settings = DeepSpeedPlugin(zero3_init_flag=False).deepspeed_config
-    for name in OF_THE_RECIPE:
+    for name in RECIPE_SECTIONS:
         if settings.get(name, {}).get("enabled", name in ("optimizer", "scheduler") and name in settings):
             raise LaunchError(
                 f"{name} in the DeepSpeed file of the launch: that is for the recipe to say (optimizer, model.dtype); "
@@ -139,9 +136,9 @@ def deepspeed_settings() -> dict[str, Any]:
     return settings
 
 
-OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
+RECIPE_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
 """Sections of a DeepSpeed file for which a recipe has settings."""
 
 
 BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are added up over ranks at once, unless a DeepSpeed file says how many."""
+"""Gradient elements reduced over ranks at once, unless a DeepSpeed file sets the number."""

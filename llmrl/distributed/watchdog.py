@@ -1,4 +1,4 @@
-"""The limit on a phase of a single process, which has no other rank to say that it hangs."""
+"""Time limit on a phase in a single process, which has no other rank to notice that it hangs."""
 
 import signal
 import time
@@ -9,11 +9,11 @@ from threading import Event, Thread, main_thread
 from llmrl.distributed.activity import HERE, Activity
 
 LOOK_S = 0.5
-"""Between two looks at the clock."""
+"""Seconds between two looks at the clock."""
 
 
 class PhaseTimeout(BaseException):
-    """A phase lasts longer than it may. No `Exception`: a function that tries again and again would swallow it."""
+    """A phase exceeds its time limit. Not an `Exception`: a function that retries would swallow it."""
 
 
 @contextmanager

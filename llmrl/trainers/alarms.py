@@ -46,7 +46,7 @@ class Alarms:
 
     def __init__(self, dtype: str = "float32") -> None:
         self.gap_limit = GAP_LIMITS[dtype]
-        self.num_seen = 0
+        self.num_iterations = 0
         self.start: dict[str, float] = {}
         """The first value of every metric."""
         self.best_score = -math.inf
@@ -59,10 +59,10 @@ class Alarms:
         """What the last iteration that could tell said, of the kinds that held there."""
         self.raised: set[str] = set()
 
-    def see(self, values: Values) -> list[str]:
+    def observe(self, values: Values) -> list[str]:
         """The metrics of the next iteration, or those of an evaluation alone. Returns the warnings that are new."""
         self.start = {**values, **self.start}
-        self.num_seen += any(not name.startswith("eval/") for name in values)
+        self.num_iterations += any(not name.startswith("eval/") for name in values)
         for name, value in values.items():
             if name.endswith("/skipped_steps"):
                 module = name.removesuffix("/skipped_steps")
@@ -84,9 +84,9 @@ class Alarms:
     def enough(self, kind: str) -> int:
         """In how many iterations, up to the end, a kind must hold to be said there."""
         if kind in LEARNS_NOTHING:
-            return min(PATIENCE, self.num_seen)
+            return min(PATIENCE, self.num_iterations)
         _, patience, _ = self.kinds()[kind]
-        return min(patience, max(self.num_seen - 1, 1))  # the first iteration is what others are compared with
+        return min(patience, max(self.num_iterations - 1, 1))  # the first iteration is what others are compared with
 
     def note(self, kind: str, text: str | None) -> None:
         """A kind holds, and this says it, or it does not."""

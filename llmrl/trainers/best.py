@@ -44,7 +44,7 @@ class BestModel:
         if (record := self.record()) and record["iteration"] > iteration:
             shutil.rmtree(self.folder)
 
-    def see(self, iteration: int, values: Mapping[str, float]) -> None:
+    def update(self, iteration: int, values: Mapping[str, float]) -> None:
         """Saves the model, with a record of why, if it is the best so far.
 
         Raises:

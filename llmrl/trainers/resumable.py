@@ -9,8 +9,8 @@ from llmrl.roles import Source, StateMismatch, Trainable
 class Resumable:
     """A trainer's place in its run: how many iterations are done, and where its source of data stands.
 
-    Subclasses call `finish_iteration` at the end of each iteration, and extend `cursor` and `go_to` by what else the
-    next one depends on.
+    Subclasses call `finish_iteration` at the end of each iteration, and extend `position` and `move_to` by what else
+    the next one depends on.
     """
 
     def __init__(self, trained: Mapping[str, Trainable], source: Source) -> None:
@@ -25,7 +25,7 @@ class Resumable:
     def finish_iteration(self, number: int) -> None:
         """So many iterations are done: from here the next one starts."""
         self.iteration = number
-        self.start = self.cursor()
+        self.start = self.position()
         self.steps_at_start = self._optimizer_steps()
         self.is_cut_short = False
 
@@ -48,7 +48,7 @@ class Resumable:
             return False
         for trainable in self.trained.values():
             trainable.module.zero_grad(set_to_none=True)
-        self.go_to(self.start)
+        self.move_to(self.start)
         return True
 
     @property
@@ -56,19 +56,19 @@ class Resumable:
         """Whether this rank has the whole state by itself; if not, all ranks must ask for it together."""
         return all(trainable.holds_all for trainable in self.trained.values())
 
-    def cursor(self) -> dict[str, Any]:
+    def position(self) -> dict[str, Any]:
         """Where the run stands, but for the weights."""
         return {"iteration": self.iteration, "source": self.source.state_dict()}
 
-    def go_to(self, cursor: dict[str, Any]) -> None:
+    def move_to(self, position: dict[str, Any]) -> None:
         """To a place that `cursor` told."""
-        self.source.load_state_dict(cursor["source"])
-        self.finish_iteration(cursor["iteration"])
+        self.source.load_state_dict(position["source"])
+        self.finish_iteration(position["iteration"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
         return {
-            "cursor": self.cursor(),
+            "cursor": self.position(),
             "trained": {name: trainable.state_dict() for name, trainable in self.trained.items()},
         }
 
@@ -86,7 +86,7 @@ class Resumable:
             )
         for name, trainable in self.trained.items():
             trainable.load_state_dict(state["trained"][name])
-        self.go_to(state["cursor"])
+        self.move_to(state["cursor"])
 
     def _optimizer_steps(self) -> dict[str, int]:
         return {name: trainable.num_steps_done for name, trainable in self.trained.items()}

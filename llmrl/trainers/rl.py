@@ -206,13 +206,13 @@ class RLTrainer(Resumable):
             torch.cuda.synchronize()  # or the next phase would be charged for what this one has queued
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def cursor(self) -> dict[str, Any]:
-        return super().cursor() | {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
+    def position(self) -> dict[str, Any]:
+        return super().position() | {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
 
-    def go_to(self, cursor: dict[str, Any]) -> None:
-        self.num_responses = cursor["num_responses"]
-        self.algorithm.load_state_dict(cursor["algorithm"])
-        super().go_to(cursor)
+    def move_to(self, position: dict[str, Any]) -> None:
+        self.num_responses = position["num_responses"]
+        self.algorithm.load_state_dict(position["algorithm"])
+        super().move_to(position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -161,9 +161,9 @@ class Run:
         if self.keeps_records:
             self.sink.log(number, values)
         self.progress.iteration(number, values)
-        for warning in self.alarms.see(values):
+        for warning in self.alarms.observe(values):
             self.progress.message(f"warning: {warning}")
-        self.best.see(number, values)
+        self.best.update(number, values)
         last = number == self.config.num_iterations
         if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
             self.progress.phase("checkpoint", 1)
@@ -192,7 +192,7 @@ class Run:
         if self.keeps_records:
             self.records.rewrite_last(number, last | values)
         if (self.best.metric or "").startswith("eval/"):
-            self.best.see(number, values)
+            self.best.update(number, values)
 
     def replay(self) -> None:
         """What earlier processes measured: to trackers that lack it, and to the alarms, which stay silent for now.
@@ -203,7 +203,7 @@ class Run:
             return
         for number, values in self.records.lines():
             self.sink.log(number, values)
-            self.alarms.see(values)
+            self.alarms.observe(values)
 
     def prepare(self) -> None:
         """Makes the folder, or takes up the newest checkpoint in it and removes what came after that.

@@ -55,7 +55,7 @@ class Checked:
         sections = {"data": self.rows, EVALUATION: self.evaluation_rows}
         return [f"{section}: {note}" for section, rows in sections.items() if rows is not None for note in rows.notes]
 
-    def tell(self, progress: Progress) -> None:
+    def report_notes(self, progress: Progress) -> None:
         """Reports the notes."""
         for note in self.notes:
             progress.message(note)

@@ -11,7 +11,7 @@ from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.preferences import PairSource
 from llmrl.data.rows import DataError
 from llmrl.distributed.context import Context
-from llmrl.distributed.sharing import DistributedScorer
+from llmrl.distributed.roles import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.loaded import LoadedRewardModel
 from llmrl.models.loading import load_tokenizer
@@ -78,7 +78,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
     progress = context.progress
-    checked.tell(progress)
+    checked.report_notes(progress)
     settings, longest = config.reward_model, config.longest_sequence
     loaded = load_trained_reward_model(
         config.model, settings, context.loading_device, seed=config.run.seed, longest=longest

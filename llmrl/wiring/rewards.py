@@ -17,7 +17,7 @@ from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, encode_examples
 from llmrl.distributed.context import Context
-from llmrl.distributed.sharing import DistributedReward, DistributedScorer
+from llmrl.distributed.roles import DistributedReward, DistributedScorer
 from llmrl.models.adapters import base_of
 from llmrl.models.loaded import RewardScorer
 from llmrl.models.loading import load_tokenizer

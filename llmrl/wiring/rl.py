@@ -13,7 +13,7 @@ from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import PromptSource, encode_prompts
 from llmrl.data.rerender import same_tokens
 from llmrl.distributed.context import Context
-from llmrl.distributed.sharing import DistributedEngine, DistributedNetworks, DistributedPolicy
+from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, DistributedPolicy
 from llmrl.functional.streams import Purpose
 from llmrl.models.loaded import Actor, RewardScorer
 from llmrl.models.saving import Saver
@@ -36,7 +36,7 @@ from llmrl.wiring.engines import build_engine, check_room, load_for_sampling
 from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.precision import precision_warnings, with_dtypes
 from llmrl.wiring.rewards import load_scorer, reward_on
-from llmrl.wiring.rows import EVALUATION, tell_dropped
+from llmrl.wiring.rows import EVALUATION, report_dropped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
 
 def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evaluator:
     """An evaluation of the model that a recipe names, without anything that trains."""
-    checked.tell(context.progress)
+    checked.report_notes(context.progress)
     tokenizer, model = load_for_sampling(config.model, context.device)
     if warning := pin_rope(model, config.longest_sequence):
         context.progress.message(warning)
@@ -164,12 +164,12 @@ def _build_run(
 ) -> Run:
     """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
     actor = parts.actor
-    checked.tell(context.progress)
+    checked.report_notes(context.progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         context.progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
-    tell_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
+    report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
     readers = {**readers, **_reader_of(parts.scorer, actor.tokenizer)}
     if any(position_limit(model) is not None for model in readers.values()):
@@ -245,7 +245,7 @@ def _evaluator(
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
     data, rows = config.evaluation_data, checked.evaluation_rows
     prompts, num_dropped = encode_prompts(rows, tokenizer, data)
-    tell_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
+    report_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
     check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
     check_room({"the model": model, **_reader_of(scorer, tokenizer)}, prompts, config.rollout)
     return Evaluator(

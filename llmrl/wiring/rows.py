@@ -40,7 +40,7 @@ def read_rows(
     return None
 
 
-def tell_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:
+def report_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:
     """Says how many rows a length limit dropped, if it dropped any."""
     if num_dropped:
         progress.message(f"{section}: {num_dropped} rows are longer than {section}.{limit} and were dropped")

@@ -7,7 +7,7 @@ from llmrl.config import SFTRun
 from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.context import Context
-from llmrl.distributed.sharing import DistributedPolicy
+from llmrl.distributed.roles import DistributedPolicy
 from llmrl.models.loaded import Actor
 from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
@@ -21,14 +21,14 @@ from llmrl.trainers.sft import SFTObjective
 from llmrl.wiring.actors import load_actor
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import precision_warnings, with_dtypes
-from llmrl.wiring.rows import EVALUATION, tell_dropped
+from llmrl.wiring.rows import EVALUATION, report_dropped
 
 
 def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A supervised run, ready to train."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
     progress = context.progress
-    checked.tell(progress)
+    checked.report_notes(progress)
     actor = load_actor(
         config.model,
         context.loading_device,
@@ -40,7 +40,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     for warning in (*actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         progress.message(f"warning: {warning}")
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
-    tell_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    report_dropped(examples.num_dropped, "data", "max_tokens", progress)
     check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.run.num_iterations, context=context)
@@ -74,7 +74,7 @@ def _held_out(
     if config is None or rows is None:
         return None
     examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
-    tell_dropped(examples.num_dropped, EVALUATION, "max_tokens", context.progress)
+    report_dropped(examples.num_dropped, EVALUATION, "max_tokens", context.progress)
     check_ids(config.path, _ids(examples), actor.model, actor.tokenizer)
     return examples.next(examples.num_rows).to(context.device)
 

@@ -219,7 +219,7 @@ def test_each_rank_but_the_one_that_failed_tells_it_in_one_line(capsys):
     ranks.hearts[1].error = BROKEN
     ranks.pass_s(2)
     for heart in ranks.hearts:
-        heart.tell(heart.failure)
+        heart.report(heart.failure)
     told = "ends: rank 1 failed in the phase start: AssertionError: planted"
     assert capsys.readouterr().err == f"rank 0 {told}\nrank 2 {told}\n"
 
@@ -252,7 +252,7 @@ def test_a_rank_that_works_where_a_phase_does_not_end_shows_its_stack(capsys):
     with ranks.hearts[0].activity.waiting():
         ranks.pass_s(5)
     for heart in ranks.hearts:
-        heart.tell(heart.failure)
+        heart.report(heart.failure)
     told = capsys.readouterr().err
     assert "rank 0 is at" not in told
     assert "rank 1 is at:\n" in told

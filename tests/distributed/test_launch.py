@@ -2,10 +2,10 @@
 
 import pytest
 
-from llmrl.distributed.launch import Launch, LaunchError, check_meeting, local_rank, missed_gpu, read_launch
+from llmrl.distributed.launch import Launch, LaunchError, check_rendezvous, gpu_warning, local_rank, read_launch
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
-MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+RENDEZVOUS = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -15,7 +15,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch):
     import os
 
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name in (*MEETING, "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        if name.startswith(("ACCELERATE_", "FSDP_")) or name in (*RENDEZVOUS, "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(name)
 
 
@@ -134,13 +134,13 @@ def test_a_number_on_the_machine_that_is_none_is_refused(monkeypatch):
     ],
 )
 def test_ranks_that_could_not_meet_do_not_wait(monkeypatch, changed, told):
-    for name, value in (MEETING | changed).items():
+    for name, value in (RENDEZVOUS | changed).items():
         monkeypatch.setenv(name, value)
     if told is None:
-        check_meeting(2)
+        check_rendezvous(2)
         return
     with pytest.raises(LaunchError, match=told):
-        check_meeting(2)
+        check_rendezvous(2)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_ranks_that_could_not_meet_do_not_wait(monkeypatch, changed, told):
         ({"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": ""}, False),
         ({"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "-1,-1"}, False),
         ({"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
-        (MEETING, True),
+        (RENDEZVOUS, True),
     ],
 )
 def test_a_launch_for_gpus_that_computes_on_the_cpu_is_told(monkeypatch, environment, warns):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (missed_gpu(has_gpu=False) is not None) == warns
-    assert missed_gpu(has_gpu=True) is None
+    assert (gpu_warning(has_gpu=False) is not None) == warns
+    assert gpu_warning(has_gpu=True) is None

@@ -26,7 +26,7 @@ HEALTHY = {
 def told(*iterations: dict[str, float], **settings: Any) -> list[list[str]]:
     """What each iteration warns of, then what the end says again."""
     alarms = Alarms(**settings)
-    return [*(alarms.see(values) for values in iterations), alarms.at_the_end()]
+    return [*(alarms.observe(values) for values in iterations), alarms.at_the_end()]
 
 
 def test_a_healthy_run_is_left_alone():

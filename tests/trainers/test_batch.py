@@ -121,7 +121,7 @@ def test_the_way_back_leads_to_where_the_iteration_began(make: Make):
     trainer.iterate()
     trainer.source.next(2)
     assert trainer.rewind()
-    assert trainer.cursor() == {"iteration": 1, "source": {"position": 3}}
+    assert trainer.position() == {"iteration": 1, "source": {"position": 3}}
 
 
 @KINDS

@@ -23,7 +23,7 @@ def make(folder: Path, **settings: Any) -> BestModel:
 def test_it_is_of_the_iteration_with_the_best_finite_value(tmp_path, metric, iteration):
     best = make(tmp_path, metric=metric)
     for number, value in enumerate([2.0, 1.0, math.inf, 3.0, 3.0, 1.0, math.nan], start=1):
-        best.see(number, {"x": value})
+        best.update(number, {"x": value})
     record = best.record()
     assert record is not None
     assert (record["metric"], record["iteration"]) == ("x", iteration)
@@ -32,21 +32,21 @@ def test_it_is_of_the_iteration_with_the_best_finite_value(tmp_path, metric, ite
 
 def test_no_metric_keeps_no_model(tmp_path):
     best = make(tmp_path, metric=None)
-    best.see(1, {"x": 1.0})
+    best.update(1, {"x": 1.0})
     assert best.record() is None
 
 
 @pytest.mark.parametrize("metric", ["y", "-y"])
 def test_a_name_is_judged_after_the_warm_up(tmp_path, metric):
     best = make(tmp_path, metric=metric, warmup_iterations=2)
-    best.see(2, {"x": 1.0})
+    best.update(2, {"x": 1.0})
     with pytest.raises(RunError, match=r"run\.best_metric \(y\) is not measured"):
-        best.see(3, {"x": 1.0})
+        best.update(3, {"x": 1.0})
 
 
 @pytest.mark.parametrize(("iteration", "is_kept"), [(4, False), (5, True), (6, True)])
 def test_a_resume_from_before_it_discards_it(tmp_path, iteration, is_kept):
     best = make(tmp_path)
-    best.see(5, {"x": 1.0})
+    best.update(5, {"x": 1.0})
     best.discard_after(iteration)
     assert best.folder.exists() == is_kept

@@ -45,7 +45,7 @@ class Doubling(Resumable):
 
 def test_a_new_one_stands_at_its_start():
     trainer = Doubling()
-    assert trainer.cursor() == {"iteration": 0, "source": {"taken": 0}}
+    assert trainer.position() == {"iteration": 0, "source": {"taken": 0}}
     assert trainer.rewind()
 
 
@@ -56,7 +56,7 @@ def test_before_any_step_it_goes_back_and_leaves_no_gradient():
         trainer.iterate(failing="before actor")
     assert trainer.source.taken == 2
     assert trainer.rewind()
-    assert trainer.cursor() == {"iteration": 1, "source": {"taken": 1}}
+    assert trainer.position() == {"iteration": 1, "source": {"taken": 1}}
     trainer.iterate()
     undisturbed.iterate()
     undisturbed.iterate()
@@ -84,7 +84,7 @@ def test_a_state_continues_bit_for_bit_and_can_be_gone_back_to():
     assert resumed.rewind()
     resumed.iterate()
     assert resumed.weights().equal(straight.weights())
-    assert resumed.cursor() == straight.cursor()
+    assert resumed.position() == straight.position()
 
 
 def test_a_state_of_other_modules_is_refused_and_changes_nothing():

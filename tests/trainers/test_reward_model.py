@@ -201,7 +201,7 @@ def test_an_iteration_takes_the_next_pairs():
     for first in (0, 2):
         loss = trainer.iterate().values()["loss"]
         assert loss == pytest.approx(plain_loss(tiny(), RAGGED[first : first + 2]).item(), rel=1e-5)
-    assert trainer.cursor() == {"iteration": 2, "source": {"position": 4}}
+    assert trainer.position() == {"iteration": 2, "source": {"position": 4}}
 
 
 def test_what_ranks_learn_together_is_what_one_process_learns():
@@ -280,7 +280,7 @@ def test_an_evaluation_is_the_mean_over_held_out_pairs_and_changes_nothing(share
     assert values["eval/accuracy"] == pytest.approx(wins / 5)
     assert all(type(value) is float for value in values.values())
     assert all(p.grad is None for p in trainer.trained["reward_model"].module.parameters())
-    assert trainer.cursor() == {"iteration": 0, "source": {"position": 0}}
+    assert trainer.position() == {"iteration": 0, "source": {"position": 0}}
     assert (counter.phases, counter.done) == ([("evaluation", 1)], 1)
 
 

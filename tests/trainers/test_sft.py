@@ -223,5 +223,5 @@ def test_the_evaluation_is_the_mean_over_held_out_tokens_and_changes_nothing():
     trainer = make_trainer(MAPPING, held_out=RAGGED, progress=counter)
     assert trainer.evaluate() == {"eval/loss": pytest.approx(plain_loss(tiny(), RAGGED).item(), rel=1e-5)}
     assert all(p.grad is None for p in trainer.trained["actor"].module.parameters())
-    assert trainer.cursor() == {"iteration": 0, "source": {"position": 0}}
+    assert trainer.position() == {"iteration": 0, "source": {"position": 0}}
     assert (counter.phases, counter.done) == ([("evaluation", 1)], 1)

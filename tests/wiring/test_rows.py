@@ -2,7 +2,7 @@ import pytest
 
 from llmrl.data.config import PromptDataConfig
 from llmrl.data.files import DataError
-from llmrl.wiring.rows import read_rows, tell_dropped
+from llmrl.wiring.rows import read_rows, report_dropped
 
 from .conftest import Heard
 
@@ -47,7 +47,7 @@ def test_a_dry_run_reads_what_is_there_and_what_nothing_makes(tmp_path):
 
 def test_only_what_was_dropped_is_told():
     progress = Heard()
-    tell_dropped(0, "data", "max_tokens", progress)
-    tell_dropped(2, "evaluation_data", "max_tokens", progress)
+    report_dropped(0, "data", "max_tokens", progress)
+    report_dropped(2, "evaluation_data", "max_tokens", progress)
     told = "evaluation_data: 2 rows are longer than evaluation_data.max_tokens and were dropped"
     assert progress.messages == [told]

@@ -9,14 +9,14 @@ from torch.testing import assert_close
 
 from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.sharing import (
+from llmrl.distributed.roles import (
     DistributedEngine,
     DistributedNetworks,
     DistributedPolicy,
     DistributedReward,
     DistributedScorer,
     block,
-    share_rows,
+    distribute_rows,
 )
 from llmrl.functional.streams import Purpose
 from llmrl.optim.config import OptimizerConfig
@@ -203,7 +203,7 @@ def test_answers_of_a_row_stay_with_it(rollout):
     @torch.no_grad()
     def ask(ranks):
         sequences = rollout.sequences
-        return share_rows(lambda part: part, sequences, sequences.num_tokens, 12, ranks)
+        return distribute_rows(lambda part: part, sequences, sequences.num_tokens, 12, ranks)
 
     for answer in on_ranks(3, ask):
         assert_close(answer.response_ids[:, :1].float(), number)

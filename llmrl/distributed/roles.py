@@ -48,7 +48,7 @@ class DistributedEngine:
             begins = sampling.first_response + int(mine[0]) * sampling.num_responses
             return self.engine.generate(prompts.select(mine), replace(sampling, first_response=begins))
 
-        return Rollout.cat(share_blocks(respond, len(prompts.rows), self.collectives)).to(self.device)
+        return Rollout.cat(distribute_blocks(respond, len(prompts.rows), self.collectives)).to(self.device)
 
     def load_weights(self, trained: Trainable) -> None:
         """See `RolloutEngine`."""
@@ -73,7 +73,7 @@ class DistributedReward:
         def score(mine: Int[Tensor, " n"]) -> Scores:
             return self.reward(rollout.select(torch.cat([rows[group] for group in mine.tolist()])))
 
-        parts = share_blocks(score, len(rows), self.collectives)
+        parts = distribute_blocks(score, len(rows), self.collectives)
         return Scores.cat(parts).to(rollout.rollout_logprobs.device)
 
 
@@ -87,11 +87,11 @@ class DistributedPolicy:
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        return self.share(self.policy.logprobs, sequences)
+        return self.distribute(self.policy.logprobs, sequences)
 
-    def share(self, ask: Callable[[Sequences], TokenOutputs], sequences: Sequences) -> TokenOutputs:
+    def distribute(self, ask: Callable[[Sequences], TokenOutputs], sequences: Sequences) -> TokenOutputs:
         """Answers about all rows, each rank asked about its part."""
-        return share_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
 
 class DistributedNetworks(DistributedPolicy):
@@ -104,11 +104,11 @@ class DistributedNetworks(DistributedPolicy):
 
     def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
-        return self.share(self.networks.values, sequences)
+        return self.distribute(self.networks.values, sequences)
 
     def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
-        return self.share(self.networks.both, sequences)
+        return self.distribute(self.networks.both, sequences)
 
 
 class DistributedScorer:
@@ -126,7 +126,7 @@ class DistributedScorer:
         def ask(part: Sequences) -> TokenOutputs:
             return TokenOutputs(named={"scores": self.scorer.scores(part)})
 
-        outputs = share_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        outputs = distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
         return outputs.named["scores"]
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -136,7 +136,7 @@ class DistributedScorer:
             chosen, rejected = self.scorer.pair_scores(part)
             return TokenOutputs(named={"chosen": chosen, "rejected": rejected})
 
-        outputs = share_rows(ask, pairs, self.pair_tokens(pairs), self.microbatch_tokens, self.collectives)
+        outputs = distribute_rows(ask, pairs, self.pair_tokens(pairs), self.microbatch_tokens, self.collectives)
         return outputs.named["chosen"], outputs.named["rejected"]
 
     def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
@@ -144,7 +144,7 @@ class DistributedScorer:
         return self.scorer.pair_tokens(pairs)
 
 
-def share_rows(
+def distribute_rows(
     ask: Callable[[Part], Answer],
     batch: Part,
     num_tokens: Int[Tensor, " B"],
@@ -166,7 +166,7 @@ def share_rows(
     return in_row_order(answers, parts).to(num_tokens.device)
 
 
-def share_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:
+def distribute_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:
     """What `work` makes of each rank's block of so many things, in order, on the CPU; a rank may have none."""
     first, last = block(count, collectives)
     part = work(torch.arange(first, last)).to("cpu") if first < last else None
