@@ -27,8 +27,9 @@ from llmrl.distributed.device import prepare_device
 from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
 from llmrl.roles import Sampling
-from llmrl.rollout import sampler
 from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.responses import Responses
+from llmrl.rollout.sampler import Sampler
 
 ENGINES = ("native", "generate")
 EOS = 2
@@ -99,13 +100,13 @@ def force_length(logits: Tensor, remaining: Tensor) -> None:
 
 
 def prepare_native(args: argparse.Namespace, model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Callable[[], int]:
-    draw = sampler.draw
+    extend = Sampler.extend
 
-    def draw_with_forced_length(logits: Tensor, numbers: Tensor, tokens: Tensor, sampling: Sampling):
-        force_length(logits, lengths[numbers] - tokens)
-        return draw(logits, numbers, tokens, sampling)
+    def extend_with_forced_length(self: Sampler, responses: Responses, rows: Tensor, logits: Tensor) -> list[int]:
+        force_length(logits, lengths[responses.numbers[rows]] - responses.lengths[rows])
+        return extend(self, responses, rows, logits)
 
-    sampler.draw = draw_with_forced_length
+    Sampler.extend = extend_with_forced_length
     engine = NativeEngine(
         model,
         eos_ids=(EOS,),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from llmrl.batches import Sequences, TokenOutputs
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import (
     ModelError,
@@ -16,18 +17,10 @@ from llmrl.models.folders import (
 )
 from llmrl.models.loading import load_model, reading
 from llmrl.models.training import turn_dropout_off
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
-
-from typing import TYPE_CHECKING
-
-from llmrl.batches import Sequences, TokenOutputs
 from llmrl.roles import Policy
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 

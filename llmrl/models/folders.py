@@ -5,14 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmrl.files import LFS_POINTER
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    pass
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CODE_FILES = ("config.json", "tokenizer_config.json")
