@@ -229,7 +229,7 @@ class Heartbeat:
 
     def _silence(self, rank: int) -> str:
         said = f"rank {rank} gave no sign of life for {self.silent_s[rank]:.0f} s"
-        return f"{said}; it was last detected in {self.beats[rank].place}" if self.beats[rank].count else said
+        return f"{said}; it was last seen in {self.beats[rank].place}" if self.beats[rank].count else said
 
     def _stuck(self) -> str:
         """Message of a phase timeout, with the place of every rank: which one keeps the others waiting."""
@@ -274,7 +274,7 @@ class Heartbeat:
                 self.exit_now(1)
 
     def _without_store(self, what: str) -> Failure:
-        host = f"rank 0, last detected in {self.beats[0].place}"
+        host = f"rank 0, last seen in {self.beats[0].place}"
         return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
 
     def end(self, failure: Failure) -> None:
