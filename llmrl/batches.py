@@ -1,11 +1,11 @@
 """Batches that pass from stage to stage of an iteration: Prompts -> Rollout -> Scores -> Experience.
 
 Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to response token t. Prompts are padded left,
-responses right. Two prompts "ab" and "c"; two responses to the first, "xy" (ended with EOS ``$``) and "z" (cut by the
-limit), and "v" to the second:
+responses right. Two prompts "ab" and "c"; two responses to the first, "x" (ended with EOS ``$``) and "yzw" (cut by
+the limit of 3), and "v" to the second:
 
-    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x y $    response_mask  1 1 1    stop_reason  EOS
-                       . c                   0                  z . .                   1 0 0                 LENGTH
+    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x $ .    response_mask  1 1 0    stop_reason  EOS
+                       . c                   0                  y z w                   1 1 1                 LENGTH
                                              1                  v $ .                   1 1 0                 EOS
 """
 
@@ -228,6 +228,7 @@ class Experience(Batch):
     rollout: Rollout
     scores: Scores
     old_logprobs: Float[Tensor, "B T"]
+    """By the trainer's own pass, before the first update; the engine's are `rollout.rollout_logprobs`."""
     advantages: Float[Tensor, "B T"]
 
     @property

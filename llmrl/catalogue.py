@@ -169,7 +169,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="policy/ratio_max_deviation",
         unit="ratio",
         meaning="Largest |importance ratio - 1| of the iteration's first minibatch, before its step.",
-        look_for="Rounding, 1e-5 in float32: the policy is still the one that sampled. Anything else is a bug.",
+        look_for="Rounding, 1e-5 in float32: two passes of the trainer over the same weights. Anything else is a bug.",
         runs=RL,
     ),
     Metric(

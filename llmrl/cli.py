@@ -332,7 +332,7 @@ def _context(config: Any) -> Iterator[Any]:
 
 
 def _end_at_once(status: int, told: str = "") -> None:
-    """Of a launch of several processes, each ends without its interpreter's farewell: threads that gloo leaves behind
+    """Ends each of several processes without its interpreter's shutdown: threads that gloo leaves there
     would now and then abort it there, and NCCL would wait there for a rank that is gone."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         sys.stdout.flush()

@@ -137,7 +137,7 @@ class AlgorithmConfig(Protocol):
 
     @property
     def overlong_buffer_tokens(self) -> int:
-        """In the last so many tokens before the length limit, a response loses up to 1 point."""
+        """In this many tokens before the length limit, a response loses up to 1 point."""
         ...
 
     def warnings(self) -> list[str]:

@@ -24,7 +24,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def without_ends(values: Mapping[str, Any]) -> list[str]:
-    """The names of what was measured, except the ends of intervals, which stand behind what they are of."""
+    """The names of what was measured, except the ends of intervals, which stand after what they are of."""
     return [name for name in values if not name.endswith(("_low", "_high"))]
 
 

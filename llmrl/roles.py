@@ -125,7 +125,7 @@ class Trainable(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step."""
+        """Learning rate of the next optimizer step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -137,8 +137,8 @@ class Trainable(Protocol):
         ...
 
     def whole(self, part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The parameters of a part of the module, by their names in it, one after another and whole: on every rank, and
-        each only until the next is asked for. All ranks must ask together."""
+        """Yields ``(name, full parameter)`` of a submodule. Each tensor is valid until the next is yielded. Collective:
+        every rank must iterate."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,10 +181,10 @@ class Collectives(Protocol):
 
 @runtime_checkable
 class Progress(Protocol):
-    """Who is told how far the run is."""
+    """Receives progress: iterations, phases, messages."""
 
     def begin(self, num_iterations: int, num_done: int = 0) -> None:
-        """The first of so many iterations, or after a resume the one behind those that are done, begins now."""
+        """Called once, before the first iteration of this process; `num_done` were done before a resume."""
         ...
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
@@ -196,12 +196,12 @@ class Progress(Protocol):
         ...
 
     def phase(self, name: str, total: int) -> None:
-        """A new phase of the iteration begins: rollout, reward, logprobs, update, evaluation, and behind
-        it checkpoint or saving; `total` units of work."""
+        """A new phase begins: rollout, reward, logprobs, update, evaluation; after the iteration checkpoint or saving.
+        It has `total` units of work."""
         ...
 
     def advance(self, amount: int = 1) -> None:
-        """So many more units of the current phase are done."""
+        """`amount` more units of the current phase are done."""
         ...
 
 

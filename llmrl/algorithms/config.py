@@ -47,10 +47,10 @@ class GRPOConfig(Section, place="algorithm"):
     """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
     alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
     overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0
-    """DAPO: responses in the last so many tokens before the length limit lose up to 1 point; 0 for no penalty."""
+    """DAPO: responses in this many tokens before the length limit lose up to 1 point; 0 for no penalty."""
     max_redraws: Annotated[int, Bound(least=0)] = 0
-    """DAPO: groups of equal scores teach nothing and are replaced by groups of new prompts, at most so many times in an
-    iteration; 0 keeps them."""
+    """DAPO: groups of equal scores teach nothing and are replaced by groups of new prompts, at most this many times in
+    an iteration; 0 keeps them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +108,12 @@ class PPOConfig(Section, place="algorithm"):
     """Price, in score, of a nat between actor and reference; the first one, if steered. 0 keeps no reference model, and
     then no kl/* is measured, unless model.lora is set, where a reference takes no memory."""
     kl_target: Annotated[float | None, Bound(above=0)] = None
-    """Steers kl_coef so that kl/sequence comes to so many nats (Ziegler et al. 2019, arXiv:1909.08593); null: none."""
+    """Steers kl_coef so that kl/sequence comes to this many nats (Ziegler et al. 2019, arXiv:1909.08593); or null."""
     kl_horizon: Annotated[int, Bound(above=0)] = 10_000
     """Responses in which kl_coef can change by a fifth at most; at least those of a rollout. Read with kl_target."""
     step_kl_target: Annotated[float | None, Bound(above=0)] = None
-    """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by so many
-    nats per token (penalized TRPO); null for no such penalty."""
+    """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by this
+    many nats per token (penalized TRPO); null for no such penalty."""
     step_kl_coef: Annotated[float, Bound(above=0)] = 1.0
     """The first price of that."""
     stop_kl: Annotated[float | None, Bound(above=0)] = None
@@ -126,9 +126,9 @@ class PPOConfig(Section, place="algorithm"):
     missing_eos_penalty: Annotated[float, Bound(least=0)] = 0.0
     """What is subtracted from the score of a response that did not end by itself."""
     overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0
-    """Responses in the last so many tokens before the length limit lose up to 1 point (DAPO); 0 for no penalty."""
+    """Responses in this many tokens before the length limit lose up to 1 point (DAPO); 0 for no penalty."""
     bootstrap_truncated: bool = False
-    """A response that was cut gets the critic's value behind its last token in place of a score."""
+    """A response that was cut gets the critic's value after its last token in place of a score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ class DistributedConfig(Section, place="distributed"):
     """Weights that never learn, those of the reference and of the reward model: whole on every rank, or split over
     ranks, which come together for each layer of each forward pass."""
     silent_after_s: Annotated[float, Bound(least=3, why="a rank gives a sign of life every second")] = 60.0
-    """A rank that gave no sign of life for so many seconds is taken for gone, and the others end."""
+    """A rank that gave no sign of life for this many seconds is taken for gone, and the others end."""
     phase_timeout_s: Annotated[float | None, Bound(above=0, most=1e8)] = None
     """The longest that one phase may last on any rank, in seconds; then all ranks end and say where each one is. None:
     3600 where there are several processes, no limit where there is one."""

@@ -148,7 +148,7 @@ class Heartbeat:
     def failed_first(self, error: BaseException) -> bool:
         """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then received.
 
-        An error of its own that is not the first is told in a line too.
+        An error of its own that is not the first is printed in a line too.
         """
         self.error = error
         self.wake.set()

@@ -167,13 +167,13 @@ def distribute_rows(
 
 
 def distribute_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:
-    """What `work` makes of each rank's block of so many things, in order, on the CPU; a rank may have none."""
+    """Results of `work` on each rank's block of `count` things, in order, on the CPU; a rank may have none."""
     first, last = block(count, collectives)
     part = work(torch.arange(first, last)).to("cpu") if first < last else None
     return [part for part in collectives.gather(part) if part is not None]
 
 
 def block(count: int, collectives: Collectives) -> tuple[int, int]:
-    """First and last + 1 of so many things, of those that are this rank's: all ranks have as many, or one more."""
+    """First and last + 1 of this rank's block of `count` things: all ranks have as many, or one more."""
     rank, size = collectives.rank, collectives.world_size
     return rank * count // size, (rank + 1) * count // size

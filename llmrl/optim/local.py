@@ -1,5 +1,4 @@
-"""A module with its optimizer and learning-rate schedule: the settings of both, and how they are where every process
-holds all weights."""
+"""A module with its optimizer and learning-rate schedule where every process holds all weights."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

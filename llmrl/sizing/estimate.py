@@ -156,8 +156,8 @@ class _Parts(ABC):
         )
 
     def updating(self, work: Pass, num_rows: int) -> Iterator[Item]:
-        """A pass, and the gradients of those before it. There are so many rows in all: the first pass through the last
-        of the models that learn has no gradients of that model before it."""
+        """A pass, and the gradients of those before it. `num_rows` counts the rows in all: the first pass through the
+        last of the models that learn has no gradients of that model before it."""
         saved, moment = activations.saved_bytes(self.shape, work), activations.peak_extra_bytes(self.shape, work)
         yield Item(name="activations", num_bytes=saved, phases=("update",))
         yield Item(name="the fullest moment of a pass", num_bytes=moment, phases=("update",))

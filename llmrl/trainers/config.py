@@ -114,7 +114,7 @@ class RewardModelConfig(Section, place="reward_model"):
     """Iterations between evaluations on `evaluation_data`; before the first and after the last too. null for these two
     only; 0 for none."""
     num_reference_pairs: Annotated[int, Bound(least=1)] = 512
-    """Scores have mean 0 and standard deviation 1 on both responses of so many pairs, spread over the data."""
+    """Scores have mean 0 and standard deviation 1 on both responses of this many pairs, spread over the data."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,11 +57,11 @@ class Resumable:
         return all(trainable.holds_all for trainable in self.trained.values())
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands, but for the weights."""
+        """Place of the run, except the weights."""
         return {"iteration": self.iteration, "source": self.source.state_dict()}
 
     def move_to(self, position: dict[str, Any]) -> None:
-        """To a place that `cursor` told."""
+        """Returns to a place that `position` gave."""
         self.source.load_state_dict(position["source"])
         self.finish_iteration(position["iteration"])
 

@@ -31,7 +31,7 @@ from llmrl.trainers.optimize import optimizer_step
 from llmrl.trainers.resumable import Resumable
 
 FIRST_ONLY = "policy/ratio_max_deviation"
-"""Told of the first minibatch that is learned from: before that step the policy is still the one that sampled."""
+"""Logged of the first minibatch that is learned from: until its step the trainer's passes read the same weights."""
 
 
 class FlatGroupsError(RuntimeError):

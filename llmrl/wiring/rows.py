@@ -1,4 +1,4 @@
-"""The rows of a recipe: read, and told about where some were dropped."""
+"""The rows of a recipe, read; and a report of those that were dropped."""
 
 from collections.abc import Callable
 from typing import TypeVar

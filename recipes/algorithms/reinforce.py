@@ -18,9 +18,9 @@ class Reinforce(Algorithm):
     def experience(self, rollout, scores):
         """Each response has one advantage, the same at each of its tokens; 0 if it could not be scored (NaN)."""
         logprobs = self.actor.logprobs(rollout.sequences).logprobs
-        known = scores.total[~scores.total.isnan()]
+        known = scores.per_response[~scores.total.isnan()]
         self.total, self.num = self.total + float(known.sum()), self.num + len(known)
-        advantages = (scores.total - self.total / max(self.num, 1)).nan_to_num()
+        advantages = (scores.per_response - self.total / max(self.num, 1)).nan_to_num()
         experience = Experience(
             rollout=rollout,
             scores=scores,
