@@ -143,7 +143,6 @@ def test_a_run_leaves_its_health_its_samples_and_a_model(recipe, models, tmp_pat
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert settings["critic"] == {
         "network": network,
-        "head_init": "zero",
         "warmup_iterations": 0,
         "value_coef": 0.5,
     }
@@ -201,7 +200,7 @@ def test_a_reward_model_of_another_tokenizer_reads_the_text(recipe, tmp_path):
         ["algorithm.kl_coef=0", "algorithm.overlong_buffer_tokens=2", "algorithm.gamma=0.9"],
         ["model.dtype=bfloat16", "reward.model.dtype=bfloat16", "critic.network=reward_model"],
         ["model.gradient_checkpointing=true", "critic.network=shared", "critic.value_coef=0.1"],
-        ["rollout.engine=transformers", "critic.head_init=normal", "model.lora.rank=2"],
+        ["rollout.engine=transformers", "model.lora.rank=2"],
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -136,7 +136,7 @@ def steered_ppo(data, scorer):
 
 
 def ppo_on_one_base(data, scorer):
-    return ppo(data, scorer, model=LORA, critic=CriticConfig(network="adapter", head_init="normal"))
+    return ppo(data, scorer, model=LORA, critic=CriticConfig(network="adapter"))
 
 
 def sft(data, _):

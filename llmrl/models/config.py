@@ -54,8 +54,6 @@ class CriticConfig(Section, place="critic"):
     """own: a network of its own, every weight trained, that begins as the actor. reward_model: the same, beginning as
     the reward model. adapter: with model.lora, an adapter of its own on the actor's frozen base, which stands in memory
     once. shared: a head on the actor's own trunk, trained by both losses' sum."""
-    head_init: Literal["zero", "normal"] = "zero"
-    """The new head: zeros, or normal with variance 1 / (hidden size + 1)."""
     warmup_iterations: Annotated[int, Bound(least=0)] = 0
     """Iterations at the start in which the critic learns alone; not for a shared trunk."""
     value_coef: Annotated[float, Bound(above=0)] = 0.5

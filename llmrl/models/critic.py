@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmrl.batches import Sequences, TokenOutputs
-from llmrl.models.config import HeadInit
 from llmrl.models.policy import PolicyModule, outputs_of
 from llmrl.models.training import initialize_head
 from llmrl.models.trunk import HiddenStates, encode, on_mask
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class ValueHead(nn.Linear):
-    """From a hidden state to a value, in float32 whatever the precision of the trunk."""
+    """From a hidden state to a value, at first 0, in float32 whatever the precision of the trunk."""
 
-    def __init__(self, hidden_size: int, *, init: HeadInit) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, 1, bias=False)
-        initialize_head(self, init)
+        initialize_head(self, "zero")
 
     def forward(self, input: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
         """Values of hidden states."""

@@ -54,8 +54,7 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
 def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
     """As wide as the hidden states that it reads."""
     width, _ = settle_passes(trunk, config.longest_sequence)
-    head = ValueHead(width, init=config.critic.head_init)
-    return head.to(trunk.device)
+    return ValueHead(width).to(trunk.device)
 
 
 def _share_trunk(config: PPORun, actor: Actor) -> Networks:

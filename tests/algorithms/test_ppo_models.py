@@ -16,6 +16,8 @@ from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun
 from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import CriticConfig, ModelConfig
+from llmrl.models.critic import ValueHead
+from llmrl.models.training import initialize_head
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
@@ -61,7 +63,7 @@ def build(model, folder, *, learning_rate, network):
         reward=RewardConfig(functions=(rule,)),
         rollout=RolloutConfig(prompts_per_iteration=24, max_response_tokens=24, temperature=1.5),
         algorithm=PPOConfig(entropy_coef=0.01, step_kl_target=0.1),
-        critic=CriticConfig(network=network, head_init="normal"),
+        critic=CriticConfig(network=network),
         update=UpdateConfig(minibatch_size=8, num_epochs=2, microbatch_tokens=100),
         optimizer=optimizer,
         critic_optimizer=optimizer,
@@ -69,7 +71,10 @@ def build(model, folder, *, learning_rate, network):
     )
     (folder / "run").mkdir()
     trackers = Trackers(TrackerConfig(), output_dir=folder / "run")
-    return build_ppo(config, check_rl(config, dry=False), context=context_of(), trackers=trackers).trainer
+    trainer = build_ppo(config, check_rl(config, dry=False), context=context_of(), trackers=trackers).trainer
+    (head,) = (part for one in trainer.trained.values() for part in one.module.modules() if isinstance(part, ValueHead))
+    initialize_head(head, "normal")
+    return trainer
 
 
 def watched_iteration(trainer):

@@ -22,7 +22,7 @@ from llmrl.models.policy import TransformersPolicy
 from llmrl.models.training import turn_dropout_off
 from llmrl.roles import ActorCritic, ValueFunction
 
-from .tiny import ROWS, assert_same_gradients, build, dense, gradients, make_sequences, module_of
+from .tiny import ROWS, DrawnHead, assert_same_gradients, build, dense, gradients, make_sequences, module_of
 
 HIDDEN = 32
 PAD = 36  # in none of the rows
@@ -31,7 +31,7 @@ GARBAGE: dict[str, Any] = {"prompt_padding": (PAD, 0, 7), "response_padding": (-
 
 def head_of(seed: int = 5) -> ValueHead:
     torch.manual_seed(seed)
-    return ValueHead(HIDDEN, init="normal")
+    return DrawnHead(HIDDEN)
 
 
 def critic_of(family: str, *, microbatch_tokens: int = 10_000, dtype=torch.float32) -> Any:
@@ -163,22 +163,12 @@ def test_gradients_are_those_of_the_dense_computation_and_reach_every_weight(fam
 
 def test_a_head_of_zeros_gives_zeros_and_learns_before_the_trunk():
     critic = critic_of("llama")
-    critic.module.head = ValueHead(HIDDEN, init="zero")
+    critic.module.head = ValueHead(HIDDEN)
     values, last_values = answers(critic.values(make_sequences()))
     assert not values.any()
     assert not last_values.any()
     ours = value_gradients(critic.module.trunk, critic.module.head, values, last_values)
     assert [name for name, grad in ours.items() if grad.any()] == ["value head"]
-
-
-def test_a_normal_head_has_variance_1_over_hidden_size_plus_1():
-    """arXiv:2009.01325, appendix B."""
-    torch.manual_seed(3)
-    weight = ValueHead(1023, init="normal").weight
-    assert weight.shape == (1, 1023)
-    assert weight.var().item() == pytest.approx(1 / 1024, rel=5 * (2 / 1023) ** 0.5)
-    assert abs(weight.mean().item()) < 5 * 1 / 32 / 1023**0.5
-    assert weight.requires_grad
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

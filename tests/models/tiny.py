@@ -25,15 +25,24 @@ from transformers import (
 )
 
 from llmrl.batches import Sequences
+from llmrl.models.critic import ValueHead
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule
-from llmrl.models.training import turn_dropout_off
+from llmrl.models.training import initialize_head, turn_dropout_off
 from tests.rollout import tiny as rollout_tiny
 from tests.rollout.tiny import SIZES, VOCAB
 
 EOS = 2
 TEMPERATURE = 0.7
 HEAD_SIZES = {name: value for name, value in SIZES.items() if name != "head_dim"}
+
+
+class DrawnHead(ValueHead):
+    """A critic's head that does not begin at zero, so that its values and their gradients are not 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        initialize_head(self, "normal")
 
 
 def llama(**changes):

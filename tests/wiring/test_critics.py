@@ -28,8 +28,8 @@ from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun, RewardModelRun
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.models.adapters import lora_config
-from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
-from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueModule
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead, ValueModule
 from llmrl.models.loading import ModelError
 from llmrl.models.saving import save_policy
 from llmrl.optim.config import OptimizerConfig
@@ -43,7 +43,7 @@ from llmrl.wiring.reward_model import build_reward_model
 from llmrl.wiring.rewards import load_scorer
 from llmrl.wiring.rl import build_evaluator, build_ppo
 from tests.contexts import CPU, context_of, on_cpu
-from tests.models.tiny import assert_same_gradients
+from tests.models.tiny import DrawnHead, assert_same_gradients
 from tests.rollout.tiny import SIZES
 from tests.test_cli import refuse_to_load, write_jsonl
 
@@ -100,6 +100,11 @@ def folders(request, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(base=base, **rewards, prompts=prompts)
 
 
+@pytest.fixture(autouse=True)
+def _drawn_heads(monkeypatch):
+    monkeypatch.setattr("llmrl.wiring.critics.ValueHead", DrawnHead)
+
+
 @pytest.fixture
 def config(folders, tmp_path) -> PPORun:
     """Full fine-tuning with a critic of its own."""
@@ -110,7 +115,6 @@ def config(folders, tmp_path) -> PPORun:
         rollout=RolloutConfig(prompts_per_iteration=8, max_response_tokens=6),
         algorithm=PPOConfig(kl_coef=0.05),
         update=UpdateConfig(minibatch_size=4, num_epochs=1, microbatch_tokens=40),
-        critic=CriticConfig(head_init="normal"),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         critic_optimizer=OptimizerConfig(learning_rate=2e-2),
         run=RLRunConfig(output_dir=str(tmp_path / "run"), num_iterations=3),
@@ -494,8 +498,9 @@ def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
     assert values.dtype == torch.float32
 
 
-def test_the_head_begins_at_zero_by_default(config):
-    run = build_run(dataclasses.replace(config, critic=CriticConfig()))
+def test_every_value_is_0_at_first(config, monkeypatch):
+    monkeypatch.setattr("llmrl.wiring.critics.ValueHead", ValueHead)
+    run = build_run(config)
     outputs = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences)
     values, last_values = outputs.values, outputs.last_values
     assert not values.any()
@@ -550,11 +555,12 @@ def test_the_settings_of_ppo_reach_it(config):
         assert {group["weight_decay"] for group in trained.optimizer.param_groups} == {0.0, expected.weight_decay}
 
 
-@pytest.mark.parametrize("init", ["zero", "normal"])
-def test_the_head_begins_as_the_recipe_says(config, init):
-    assert bool(modules_of(build_run(with_critic(config, head_init=init))).critic.head.weight.any()) == (
-        init == "normal"
-    )
+@pytest.mark.parametrize("network", ["own", "reward_model", "shared"])
+def test_the_head_begins_at_zero(config, network, monkeypatch):
+    monkeypatch.setattr("llmrl.wiring.critics.ValueHead", ValueHead)
+    trained = build_run(with_critic(config, network=network)).trainer.trained
+    (head,) = (part for one in trained.values() for part in one.module.modules() if isinstance(part, ValueHead))
+    assert not head.weight.any()
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

@@ -27,6 +27,7 @@ from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.reward_model import load_trained_reward_model
 from llmrl.wiring.rewards import load_scorer
 from tests.contexts import CPU, on_cpu
+from tests.models.tiny import DrawnHead
 
 from .conftest import TINY
 
@@ -133,14 +134,15 @@ def opt_350m():
 
 
 @pytest.mark.parametrize("network", ["own", "shared"])
-def test_a_critic_is_as_wide_as_what_it_reads(config, tmp_path, network):
+def test_a_critic_is_as_wide_as_what_it_reads(config, tmp_path, network, monkeypatch):
+    monkeypatch.setattr("llmrl.wiring.critics.ValueHead", DrawnHead)
     model = save(tmp_path / "opt", opt_350m())
     run = PPORun(
         model=model,
         data=config.data,
         reward=config.reward,
         rollout=config.rollout,
-        critic=CriticConfig(network=network, head_init="normal"),
+        critic=CriticConfig(network=network),
         update=UpdateConfig(minibatch_size=16),
         run=config.run,
     )
