@@ -28,7 +28,7 @@ from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun, RewardModelRun
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.models.adapters import lora_config
-from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
+from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead, ValueModule
 from llmrl.models.loading import ModelError
 from llmrl.models.saving import save_policy
@@ -498,8 +498,9 @@ def test_the_critic_computes_in_the_arithmetic_of_the_actor(config, network):
     assert values.dtype == torch.float32
 
 
-def test_the_head_begins_at_zero_by_default(config):
-    run = build_run(dataclasses.replace(config, critic=CriticConfig()))
+def test_every_value_is_0_at_first(config, monkeypatch):
+    monkeypatch.setattr("llmrl.wiring.critics.ValueHead", ValueHead)
+    run = build_run(config)
     outputs = run.trainer.algorithm.networks.values(rollout_of(run)[0].sequences)
     values, last_values = outputs.values, outputs.last_values
     assert not values.any()
