@@ -146,7 +146,7 @@ class Heartbeat:
         self.wake.set()
 
     def failed_first(self, error: BaseException) -> bool:
-        """Whether this rank, which ends by the error, is the first to fail. All ranks that can hear have then received.
+        """Whether this rank, which ends by the error, is the first to fail. All ranks that can be reached know it then.
 
         An error of its own that is not the first is printed in a line too.
         """
