@@ -89,9 +89,14 @@ class Sequences(Batch):
         return self.unique_prompt_mask[self.prompt_of_row]
 
     @property
+    def prompt_lengths(self) -> Int[Tensor, " B"]:
+        """Number of prompt tokens of each row, padding left out."""
+        return self.unique_prompt_mask.sum(dim=1)[self.prompt_of_row]
+
+    @property
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Number of prompt and response tokens of each row, padding left out."""
-        return self.unique_prompt_mask.sum(dim=1)[self.prompt_of_row] + self.response_lengths
+        return self.prompt_lengths + self.response_lengths
 
     def select(self: S, index: Tensor) -> S:
         """The rows that an index tensor names, in its order.

@@ -141,6 +141,7 @@ def evaluate(
         checked = check_rl(config, dry=False, trains=False)
     prepare_device(deterministic=config.run.deterministic)
     with failures_in_one_line(), _context(config.distributed) as context:
+        _warn_without_gpu(context)
         values = build_evaluator(config, checked, context).evaluate()
     if not context.collectives.is_first:
         raise typer.Exit()

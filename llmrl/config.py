@@ -140,6 +140,11 @@ class AlgorithmConfig(Protocol):
         """In this many tokens before the length limit, a response loses up to 1 point."""
         ...
 
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL to the reference; 0 where there is none."""
+        ...
+
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
         ...

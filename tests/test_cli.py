@@ -638,6 +638,18 @@ def test_an_evaluation_is_written_where_it_was_asked_for(grpo_recipe, data, monk
     assert (data / "numbers.json").is_file()
 
 
+@pytest.mark.parametrize("command", ["grpo", "evaluate"])
+def test_a_launch_for_gpus_without_one_is_said_before_anything_is_built(grpo_recipe, monkeypatch, command):
+    def stop(config, checked, context, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmrl.distributed.launch.gpu_warning", lambda *, has_gpu: None if has_gpu else "no GPU here")
+    monkeypatch.setattr("llmrl.wiring.rl.build_grpo", stop)
+    monkeypatch.setattr("llmrl.wiring.rl.build_evaluator", stop)
+    _, output, error = llmrl(command, grpo_recipe)
+    assert "warning: no GPU here" in output + error
+
+
 def test_checks_say_nothing_to_the_authors_of_libraries():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -100,7 +100,7 @@ def rows_of_sequences(sequences: Sequences) -> Layout:
     ids, _ = at_left_margin(
         (sequences.prompt_ids, sequences.prompt_mask), (sequences.response_ids, _attended(sequences))
     )
-    prompts = sequences.prompt_mask.sum(dim=1)
+    prompts = sequences.prompt_lengths
     return Layout(
         ids=ids,
         row=torch.arange(len(ids), device=ids.device),
@@ -129,7 +129,7 @@ def rows_of_pairs(pairs: PreferencePairs) -> Layout:
         (chosen.response_ids, _attended(chosen)),
         (rejected.response_ids, _attended(rejected)),
     )
-    prompts = chosen.prompt_mask.sum(dim=1)
+    prompts = chosen.prompt_lengths
     starts = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
     columns = torch.arange(ids.shape[1], device=ids.device)
     in_rejected = columns >= starts[:, 1:]

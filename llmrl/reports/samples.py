@@ -33,9 +33,11 @@ class SampleWriter:
     def _describe(self, experience: Experience, row: int) -> dict:
         rollout, scores = experience.rollout, experience.scores
         sequences = rollout.sequences
+        prompt = sequences.prompt_of_row[row]
+        prompt_ids = sequences.unique_prompt_ids[prompt][sequences.unique_prompt_mask[prompt]]
         response = sequences.response_ids[row, : sequences.response_lengths[row]]
         return {
-            "prompt": self.decode(sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()),
+            "prompt": self.decode(prompt_ids.tolist()),
             "response": self.decode(response.tolist()),
             "finished": bool(rollout.finished[row]),
             "score": _number(scores.per_response[row]),

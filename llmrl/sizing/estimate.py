@@ -253,7 +253,7 @@ class _Reinforcement(_Parts):
 
     @property
     def _has_reference(self) -> bool:
-        return self.config.algorithm.kl_coef != 0 and not self.num_adapter  # type: ignore[attr-defined]
+        return self.config.algorithm.kl_coef != 0 and not self.num_adapter
 
     def _read_only_model(self, shape: ModelShape, num: int, *, bfloat16: bool | None = None) -> int:
         """Linear layers in the precision that they compute in, all else in float32."""

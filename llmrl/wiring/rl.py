@@ -123,7 +123,7 @@ class _Parts:
     saver: Saver
 
 
-def _parts_of(actor: Actor, config: GRPORun | PPORun, context: Context) -> _Parts:
+def _parts_of(actor: Actor, config: RLRun, context: Context) -> _Parts:
     reference = _reference_of(actor, config, context)
     context.progress.phase("start", 1)  # which takes a while where the model is large
     check_sampling(actor, config.rollout)
@@ -144,7 +144,7 @@ def _parts_of(actor: Actor, config: GRPORun | PPORun, context: Context) -> _Part
     )
 
 
-def _reference_of(actor: Actor, config: GRPORun | PPORun, context: Context) -> Policy | None:
+def _reference_of(actor: Actor, config: RLRun, context: Context) -> Policy | None:
     """A reference where `kl_coef` > 0, or where LoRA makes one free (then the KL is only logged); else None."""
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
