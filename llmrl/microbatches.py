@@ -9,7 +9,6 @@ from torch import Tensor
 
 from llmrl.batches import Batch
 
-Part = TypeVar("Part", bound=Batch)
 Answer = TypeVar("Answer", bound=Batch)
 Cost = Callable[[Sequence[int]], int]
 """Tokens of one forward pass over rows of these lengths, padding included."""
@@ -89,14 +88,6 @@ def parts_of_rank(
     ]
     idle = max(map(len, parts)) - len(parts[rank])
     return parts[rank], [num_tokens.argmin().view(1)] * idle
-
-
-def in_microbatches(
-    ask: Callable[[Part], Answer], batch: Part, num_tokens: Int[Tensor, " B"], max_tokens: int
-) -> Answer:
-    """Outputs of `ask` for every row, in row order, computed in microbatches of at most `max_tokens` tokens."""
-    parts = by_token_budget(num_tokens, max_tokens) or [torch.arange(0)]
-    return in_row_order([ask(batch.select(part)) for part in parts], parts)
 
 
 def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:

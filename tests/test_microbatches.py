@@ -1,14 +1,12 @@
 """Microbatches hold their token budget, and every row is in one of them on one rank."""
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
-from llmrl.batches import Batch, TokenOutputs
-from llmrl.microbatches import by_token_budget, in_microbatches, in_row_order, padded_tokens, parts_of_rank
+from llmrl.batches import TokenOutputs
+from llmrl.microbatches import by_token_budget, in_row_order, padded_tokens, parts_of_rank
 
 
 @pytest.mark.parametrize(
@@ -161,41 +159,6 @@ def test_rows_of_equal_length_keep_their_order():
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Numbers(Batch):
-    number: Tensor
-
-
-class Asked:
-    """Answers a row with ten times its number, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.parts: list[list[int]] = []
-
-    def __call__(self, part: Numbers) -> TokenOutputs:
-        self.parts.append(part.number.tolist())
-        return TokenOutputs(named={"values": 10.0 * part.number[:, None], "last_values": 10.0 * part.number})
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "parts"), [(1, [[2], [4], [3], [1]]), (6, [[2, 4], [3], [1]]), (100, [[2, 4, 3, 1]])]
-)
-def test_answers_come_in_row_order_however_they_are_asked(max_tokens, parts):
-    ask, batch = Asked(), Numbers(number=torch.tensor([1, 2, 3, 4]))
-    outputs = in_microbatches(ask, batch, torch.tensor([9, 1, 7, 3]), max_tokens)
-    assert outputs.last_values.tolist() == [10, 20, 30, 40]
-    assert outputs.values.tolist() == [[10], [20], [30], [40]]
-    assert ask.parts == parts
-
-
-def test_of_no_rows_there_is_one_question():
-    """So that the answer has its fields and widths."""
-    ask, none = Asked(), torch.tensor([], dtype=torch.long)
-    outputs = in_microbatches(ask, Numbers(number=none), none, 10)
-    assert ask.parts == [[]]
-    assert outputs.values.shape == (0, 1)
 
 
 def test_row_order_by_hand():

@@ -51,7 +51,7 @@ def scores_of_actions(scores):
 
 def policy_over(model):
     module = PolicyModule(model, choose_head(model, NUM_ACTIONS), temperature=1.0, dtype=torch.float32)
-    return module, TransformersPolicy(module, microbatch_tokens=10**6)
+    return module, TransformersPolicy(module)
 
 
 @torch.no_grad()

@@ -141,27 +141,35 @@ class PPO(Algorithm):
     def losses(self, batch: PPOExperience, weights: Float[Tensor, "B T"]) -> Losses:
         """Yields the losses of actor and critic of one microbatch; their sum where they share a trunk. Warm-up
         iterations train the critic alone. `weights` from `token_weights`."""
-        if self.networks.share_trunk:
-            outputs = self.networks.both(batch.sequences)
-            policy_loss, policy = self._policy_loss(outputs, batch, weights)
-            value_loss, value = self._value_loss(outputs, batch, weights)
-            yield "actor", policy_loss + self.value_coef * value_loss, policy.merge(value)
-            return
-        if not self._warming_up:
-            yield "actor", *self._policy_loss(self.networks.logprobs(batch.sequences), batch, weights)
-        yield "critic", *self._value_loss(self.networks.values(batch.sequences), batch, weights)
+        share_trunk = self.networks.share_trunk
+        if share_trunk or not self._warming_up:
+            ask = self.networks.both if share_trunk else self.networks.logprobs
+            outputs = ask(batch.sequences)
+            loss, statistics = self.policy_loss(outputs.logprobs, batch.old_logprobs, batch.advantages, weights)
+            loss = self._add_regularizers(loss, outputs, batch, weights)
+            metrics = Metrics({"policy/loss": Total(loss.detach()), **statistics})
+            if share_trunk:
+                value_loss, value = self._value_loss(outputs, batch, weights)
+                loss, metrics = loss + self.value_coef * value_loss, metrics.merge(value)
+            yield "actor", loss, metrics
+        if not share_trunk:
+            yield "critic", *self._value_loss(self.networks.values(batch.sequences), batch, weights)
 
-    def _policy_loss(
-        self, outputs: TokenOutputs, batch: PPOExperience, weights: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, ""], Metrics]:
-        loss, statistics = self.policy_loss(outputs.logprobs, batch.old_logprobs, batch.advantages, weights)
+    def _add_regularizers(
+        self,
+        loss: Float[Tensor, ""],
+        outputs: TokenOutputs,
+        batch: PPOExperience,
+        weights: Float[Tensor, "B T"],
+    ) -> Float[Tensor, ""]:
+        """The policy loss minus the entropy bonus, plus the penalty on the KL of this iteration's step."""
         counted = batch.response_mask
         if self.config.entropy_coef:
             loss = loss - self.config.entropy_coef * masked_sum(weights * outputs.entropy, counted)
         if self.step_kl_control is not None:
             moved = _step_kl(batch, outputs.logprobs)
             loss = loss + self.step_kl_control.coef * masked_sum(weights * moved, counted)
-        return loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
+        return loss
 
     def _value_loss(
         self, outputs: TokenOutputs, batch: PPOExperience, weights: Float[Tensor, "B T"]

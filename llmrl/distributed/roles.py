@@ -7,6 +7,7 @@ same result.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -78,7 +79,8 @@ class DistributedReward:
 
 
 class DistributedPolicy:
-    """`Policy`: without gradient each rank takes its part of the rows; with gradient they are dealt already."""
+    """`Policy`: without gradient the rows of a rollout are asked about in microbatches, each rank's of its own; with
+    gradient the trainer has formed them, because activations stay until the backward pass."""
 
     def __init__(self, policy: Policy, collectives: Collectives, *, microbatch_tokens: int) -> None:
         self.policy = policy
@@ -87,10 +89,7 @@ class DistributedPolicy:
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        return self.distribute(self.policy.logprobs, sequences)
-
-    def distribute(self, ask: Callable[[Sequences], TokenOutputs], sequences: Sequences) -> TokenOutputs:
-        """Answers about all rows, each rank asked about its part."""
+        ask = self.policy.logprobs
         return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
 
@@ -104,11 +103,13 @@ class DistributedNetworks(DistributedPolicy):
 
     def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
-        return self.distribute(self.networks.values, sequences)
+        ask = self.networks.values
+        return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
     def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
-        return self.distribute(self.networks.both, sequences)
+        ask = self.networks.both
+        return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
 
 
 class DistributedScorer:
@@ -151,18 +152,22 @@ def distribute_rows(
     max_tokens: int,
     collectives: Collectives,
 ) -> Answer:
-    """Answers about each row, each rank asked about its part; with gradient, or in one process, about all.
+    """Outputs of `ask` for every row, in row order: in microbatches of at most `max_tokens` tokens, each rank's of its
+    own rows. With gradient, and for no rows, in one pass over what this rank was given.
 
     Every rank asks as often as every other: where weights are sharded, they come together for each forward pass.
     """
-    if torch.is_grad_enabled() or collectives.world_size == 1:
+    if torch.is_grad_enabled() or not len(num_tokens):
         return ask(batch)
     parts, idle = parts_of_rank(num_tokens, max_tokens, collectives.rank, collectives.world_size)
-    mine = [(ask(batch.select(part)).to("cpu"), part.cpu()) for part in parts]
+    answers = [ask(batch.select(part)) for part in parts]
     for row in idle:
         ask(batch.select(row))
-    answered = [pair for pairs in collectives.gather(mine) for pair in pairs]
-    answers, parts = zip(*answered, strict=True)
+    if collectives.world_size == 1:
+        return in_row_order(answers, parts)
+    on_cpu = [answer.to("cpu") for answer in answers]
+    of_ranks = collectives.gather((on_cpu, parts))
+    answers, parts = (list(chain.from_iterable(each)) for each in zip(*of_ranks, strict=True))
     return in_row_order(answers, parts).to(num_tokens.device)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmrl.batches import Sequences, TokenOutputs
-from llmrl.models.policy import PolicyModule, outputs_of
+from llmrl.models.policy import PolicyModule
 from llmrl.models.training import initialize_head
 from llmrl.models.trunk import HiddenStates, encode, on_mask
 from llmrl.roles import Policy, ValueFunction
@@ -75,15 +75,14 @@ class SharedModule(nn.Module):
 
 
 class TransformersValueFunction:
-    """`ValueFunction` over a `ValueModule`, wrapped or not. Without gradient it forms its own microbatches."""
+    """`ValueFunction` over a `ValueModule`, wrapped or not."""
 
-    def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.microbatch_tokens = microbatch_tokens
 
     def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
-        return outputs_of(self.module, sequences, self.microbatch_tokens)
+        return TokenOutputs(named=self.module(sequences))
 
 
 class SeparateNetworks:
@@ -101,17 +100,16 @@ class SeparateNetworks:
 
 
 class SharedTrunk:
-    """`ActorCritic` over a `SharedModule`, wrapped or not. Without gradient it forms its own microbatches."""
+    """`ActorCritic` over a `SharedModule`, wrapped or not."""
 
     share_trunk = True
 
-    def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.microbatch_tokens = microbatch_tokens
 
     def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
-        return outputs_of(self.module, sequences, self.microbatch_tokens)
+        return TokenOutputs(named=self.module(sequences))
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.batches import Sequences, TokenOutputs
-from llmrl.microbatches import in_microbatches
 from llmrl.models.heads import Head
 from llmrl.models.trunk import HiddenStates, computing_in, encode, on_mask
 
@@ -43,27 +42,12 @@ class PolicyModule(nn.Module):
 
 
 class TransformersPolicy:
-    """`Policy` over a `PolicyModule`, wrapped or not.
+    """`Policy` over a `PolicyModule`, wrapped or not: one forward pass over all sequences. `DistributedPolicy` forms
+    the microbatches of a rollout."""
 
-    Without gradient it forms its own microbatches, so that a whole rollout can be passed; with gradient the caller
-    forms them, because the activations stay until the backward pass.
-    """
-
-    def __init__(self, module: nn.Module, *, microbatch_tokens: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.microbatch_tokens = microbatch_tokens
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
-        return outputs_of(self.module, sequences, self.microbatch_tokens)
-
-
-def outputs_of(module: nn.Module, sequences: Sequences, microbatch_tokens: int) -> TokenOutputs:
-    """Outputs of a module for sequences: in one pass with gradient, in microbatches without."""
-
-    def ask(part: Sequences) -> TokenOutputs:
-        return TokenOutputs(named=module(part))
-
-    if torch.is_grad_enabled():
-        return ask(sequences)
-    return in_microbatches(ask, sequences, sequences.num_tokens, microbatch_tokens)
+        return TokenOutputs(named=self.module(sequences))

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmrl.batches import PreferencePairs, Sequences, TokenOutputs
-from llmrl.microbatches import in_microbatches
+from llmrl.batches import PreferencePairs, Sequences
 from llmrl.models.folders import ModelError
 from llmrl.models.trunk import encode
 
@@ -40,39 +39,28 @@ class RewardModule(nn.Module):
 
 
 class TransformersRewardModel:
-    """Scores of sequences and of pairs, by a `RewardModule`, wrapped or not.
+    """`Scorer` over a `RewardModule`, wrapped or not: one forward pass over all sequences, or pairs.
+    `DistributedScorer` forms microbatches.
 
-    Without gradient it forms its own microbatches, as `TransformersPolicy` does.
+    Args:
+        module: Is called; a `RewardModule` or its wrapper.
+        shares_prompts: Whether both sides of a pair are in one row, with their prompt once.
     """
 
-    def __init__(self, module: nn.Module, *, microbatch_tokens: int, shares_prompts: bool) -> None:
+    def __init__(self, module: nn.Module, *, shares_prompts: bool) -> None:
         self.module = module
-        self.microbatch_tokens = microbatch_tokens
         self.shares_prompts = shares_prompts
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
         """Raw scores, without gradient."""
-        outputs = in_microbatches(self._ask, sequences, sequences.num_tokens, self.microbatch_tokens)
-        return outputs.named["scores"]
+        return self.module(sequences)
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Raw scores of ``(chosen, rejected)``."""
-        if torch.is_grad_enabled():
-            outputs = self._ask_pairs(pairs)
-        else:
-            outputs = in_microbatches(self._ask_pairs, pairs, self.pair_tokens(pairs), self.microbatch_tokens)
-        return outputs.named["chosen"], outputs.named["rejected"]
-
-    def _ask(self, sequences: Sequences) -> TokenOutputs:
-        return TokenOutputs(named={"scores": self.module(sequences)})
-
-    def _ask_pairs(self, pairs: PreferencePairs) -> TokenOutputs:
         if self.shares_prompts:
-            chosen, rejected = self.module(pairs).unbind(1)
-        else:
-            chosen, rejected = self.module(Sequences.cat([pairs.chosen, pairs.rejected])).chunk(2)
-        return TokenOutputs(named={"chosen": chosen, "rejected": rejected})
+            return self.module(pairs).unbind(1)
+        return self.module(Sequences.cat([pairs.chosen, pairs.rejected])).chunk(2)
 
     def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
         """Tokens of each pair in a forward pass: one row with its prompt once, or two rows as long as the longer."""

@@ -25,7 +25,6 @@ def load_actor(
     device: torch.device,
     *,
     temperature: float,
-    microbatch_tokens: int,
     seed: int,
     longest: int = 0,
 ) -> Actor:
@@ -35,7 +34,6 @@ def load_actor(
         config: Which model.
         device: Where it is loaded, see `Context.loading_device`.
         temperature: Divides the logits.
-        microbatch_tokens: Tokens of a pass without gradient.
         seed: Of random weights and fresh adapters.
         longest: Tokens of the longest sequence of the run, if known.
     """
@@ -47,7 +45,7 @@ def load_actor(
     dtype = dtype_of(config)
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
-    policy = TransformersPolicy(module, microbatch_tokens=microbatch_tokens)
+    policy = TransformersPolicy(module)
     return Actor(
         model=model,
         adapted=adapted,
@@ -70,4 +68,4 @@ def reference_of(actor: Actor, config: DistributedConfig, context: Context) -> P
     shrink_linear_layers(frozen, actor.dtype, head=frozen.get_output_embeddings())
     module = PolicyModule(frozen, actor.module.head, temperature=actor.module.temperature, dtype=actor.dtype)
     place_frozen(module, config, context)
-    return TransformersPolicy(module, microbatch_tokens=actor.policy.microbatch_tokens)
+    return TransformersPolicy(module)

@@ -47,7 +47,7 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
     trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
     ready_to_train(trunk, actor.model.device, gradient_checkpointing=config.model.gradient_checkpointing)
     module = ValueModule(trunk, _head_on(trunk, config), dtype=actor.dtype)
-    value = TransformersValueFunction(module, microbatch_tokens=config.update.microbatch_tokens)
+    value = TransformersValueFunction(module)
     return Networks(both=SeparateNetworks(actor.policy, value), actor=actor.policy, value=value, critic=trunk)
 
 
@@ -59,7 +59,7 @@ def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
 
 def _share_trunk(config: PPORun, actor: Actor) -> Networks:
     module = SharedModule(actor.module, _head_on(actor.model, config))
-    both = SharedTrunk(module, microbatch_tokens=config.update.microbatch_tokens)
+    both = SharedTrunk(module)
     return Networks(both=both, actor=both, value=None, critic=actor.model)
 
 

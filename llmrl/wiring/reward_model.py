@@ -57,11 +57,7 @@ def load_trained_reward_model(
     ready_to_train(model, device, gradient_checkpointing=config.gradient_checkpointing)
     _, warnings = settle_passes(model, longest)
     module = RewardModule(model, dtype=dtype_of(config))
-    scorer = TransformersRewardModel(
-        module,
-        microbatch_tokens=settings.microbatch_tokens,
-        shares_prompts=shares_prompts_exactly(model, len(tokenizer)),
-    )
+    scorer = TransformersRewardModel(module, shares_prompts=shares_prompts_exactly(model, len(tokenizer)))
     return LoadedRewardModel(
         model=model,
         adapted=adapted,

@@ -16,6 +16,7 @@ from llmrl.data.preferences import split_open_transcript
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, encode_examples
+from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedReward, DistributedScorer
 from llmrl.models.adapters import base_of
@@ -77,9 +78,7 @@ def reward_on(
         assert config.model is not None, "it was loaded from there"
         rewards.append(
             LearnedReward(
-                DistributedScorer(
-                    scorer.scorer, context.collectives, microbatch_tokens=scorer.scorer.microbatch_tokens
-                ),
+                DistributedScorer(scorer.scorer, context.collectives, microbatch_tokens=config.model.microbatch_tokens),
                 encode=_encoder(scorer, tokenizer, data, rows),
                 normalize=scorer.normalize,
                 weight=config.model.weight,
@@ -133,7 +132,7 @@ def load_scorer(
     if base is None:
         place(module)
     return RewardScorer(
-        scorer=TransformersRewardModel(module, microbatch_tokens=config.microbatch_tokens, shares_prompts=False),
+        scorer=TransformersRewardModel(module, shares_prompts=False),
         tokenizer=tokenizer,
         normalize=normalization or Normalization(mean=0.0, std=1.0),
         text_form=saved_text_form(model.config),
@@ -158,7 +157,8 @@ def score_rows(
     sequences = as_sequences(*zip(*examples, strict=True)).to(device)
     if warning := pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max())):  # type: ignore[arg-type]
         print(warning, file=sys.stderr)
-    scores = scorer.normalize(scorer.scorer.scores(sequences))
+    in_microbatches = DistributedScorer(scorer.scorer, OneProcess(), microbatch_tokens=config.microbatch_tokens)
+    scores = scorer.normalize(in_microbatches.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()
 

@@ -95,7 +95,6 @@ def _load_actor(config: RLRun, context: Context) -> Actor:
         config.model,
         context.loading_device,
         temperature=config.rollout.temperature,
-        microbatch_tokens=config.update.microbatch_tokens,
         longest=config.longest_sequence,
         seed=config.run.seed,
     )

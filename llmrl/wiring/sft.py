@@ -33,7 +33,6 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
         config.model,
         context.loading_device,
         temperature=1.0,
-        microbatch_tokens=config.sft.microbatch_tokens,
         longest=config.longest_sequence,
         seed=config.run.seed,
     )

@@ -1,13 +1,13 @@
 """Roles split over ranks answer on every rank as the role itself does in one process."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
+from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.roles import (
     DistributedEngine,
@@ -258,11 +258,47 @@ def test_one_process_asks_the_engine_and_the_reward_about_everything(monkeypatch
     assert DistributedReward(reward, OneProcess())(rollout) is scores
 
 
+@dataclass(frozen=True, kw_only=True)
+class Numbers(Batch):
+    number: Tensor
+
+
+class Asked:
+    """Answers a row with ten times its number, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+
+    def __call__(self, part: Numbers) -> TokenOutputs:
+        self.parts.append(part.number.tolist())
+        return TokenOutputs(named={"values": 10.0 * part.number[:, None], "last_values": 10.0 * part.number})
+
+
 @torch.no_grad()
-def test_one_process_asks_about_all_rows_at_once(rollout):
-    networks = Lookup()
-    DistributedNetworks(networks, OneProcess(), microbatch_tokens=1).values(rollout.sequences)
-    assert (networks.num_calls, networks.num_rows) == (1, 8)
+@pytest.mark.parametrize(
+    ("max_tokens", "parts"), [(1, [[2], [4], [3], [1]]), (6, [[2, 4], [3], [1]]), (100, [[2, 4, 3, 1]])]
+)
+def test_answers_come_in_row_order_however_they_are_asked(max_tokens, parts):
+    ask, batch = Asked(), Numbers(number=torch.tensor([1, 2, 3, 4]))
+    outputs = distribute_rows(ask, batch, torch.tensor([9, 1, 7, 3]), max_tokens, OneProcess())
+    assert outputs.last_values.tolist() == [10, 20, 30, 40]
+    assert outputs.values.tolist() == [[10], [20], [30], [40]]
+    assert ask.parts == parts
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_of_no_rows_there_is_one_question(world_size):
+    """So that the answer has its fields and widths."""
+    none = torch.tensor([], dtype=torch.long)
+    asked = [Asked() for _ in range(world_size)]
+
+    @torch.no_grad()
+    def ask(ranks):
+        return distribute_rows(asked[ranks.rank], Numbers(number=none), none, 10, ranks)
+
+    for outputs in on_ranks(world_size, ask):
+        assert outputs.values.shape == (0, 1)
+    assert [each.parts for each in asked] == [[[]]] * world_size
 
 
 def test_shared_networks_say_whether_they_share_a_trunk():

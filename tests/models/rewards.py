@@ -44,11 +44,11 @@ def reward_model(family: str) -> Any:
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
-def scorer_of(model: Any, *, microbatch_tokens=10_000, shares_prompts=False, dtype=torch.float32):
+def scorer_of(model: Any, *, shares_prompts=False, dtype=torch.float32):
     """In train mode without dropout, as a run has it."""
     turn_dropout_off(model)
     module = RewardModule(model.train(), dtype=dtype)
-    return TransformersRewardModel(module, microbatch_tokens=microbatch_tokens, shares_prompts=shares_prompts)
+    return TransformersRewardModel(module, shares_prompts=shares_prompts)
 
 
 def sequences(prompts: Ids = PROMPTS, responses: Ids = CHOSEN, **padding: Any) -> Sequences:

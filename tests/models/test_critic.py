@@ -22,7 +22,17 @@ from llmrl.models.policy import TransformersPolicy
 from llmrl.models.training import turn_dropout_off
 from llmrl.roles import ActorCritic, ValueFunction
 
-from .tiny import ROWS, DrawnHead, assert_same_gradients, build, dense, gradients, make_sequences, module_of
+from .tiny import (
+    ROWS,
+    DrawnHead,
+    assert_same_gradients,
+    build,
+    dense,
+    gradients,
+    in_microbatches,
+    make_sequences,
+    module_of,
+)
 
 HIDDEN = 32
 PAD = 36  # in none of the rows
@@ -34,17 +44,15 @@ def head_of(seed: int = 5) -> ValueHead:
     return DrawnHead(HIDDEN)
 
 
-def critic_of(family: str, *, microbatch_tokens: int = 10_000, dtype=torch.float32) -> Any:
+def critic_of(family: str, *, dtype=torch.float32) -> Any:
     """In train mode without dropout, as a run has it; the same weights each time."""
     trunk = build(family).base_model
     turn_dropout_off(trunk)
-    return TransformersValueFunction(
-        ValueModule(trunk.train(), head_of(), dtype=dtype), microbatch_tokens=microbatch_tokens
-    )
+    return TransformersValueFunction(ValueModule(trunk.train(), head_of(), dtype=dtype))
 
 
-def shared_of(family: str, *, microbatch_tokens: int = 10_000) -> Any:
-    return SharedTrunk(SharedModule(module_of(build(family)), head_of()), microbatch_tokens=microbatch_tokens)
+def shared_of(family: str) -> Any:
+    return SharedTrunk(SharedModule(module_of(build(family)), head_of()))
 
 
 def answers(outputs: TokenOutputs) -> tuple[Tensor, ...]:
@@ -121,22 +129,22 @@ def test_padding_never_leaks(family):
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 10_000])
 def test_chunks_without_gradient_give_what_one_pass_with_gradient_gives(family, microbatch_tokens):
-    critic = critic_of(family, microbatch_tokens=microbatch_tokens)
+    critic = critic_of(family)
     whole = answers(critic.values(make_sequences()))
     with torch.no_grad():
-        parts = answers(critic.values(make_sequences()))
+        parts = answers(in_microbatches(critic.values, make_sequences(), microbatch_tokens))
     assert whole[0].requires_grad
     assert not parts[0].requires_grad
     assert_close(parts, tuple(x.detach() for x in whole), rtol=1e-5, atol=1e-5)
 
 
 def test_microbatches_hold_their_budget():
-    critic, shapes = critic_of("llama", microbatch_tokens=12), []
+    critic, shapes = critic_of("llama"), []
     critic.module.trunk.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with torch.no_grad():
-        answers(critic.values(make_sequences()))
+        answers(in_microbatches(critic.values, make_sequences(), 12))
     assert shapes == [(2, 3), (1, 6), (1, 9), (1, 9)]  # lengths 9, 3, 9, 3, 6
 
 
@@ -200,12 +208,11 @@ def test_the_head_computes_in_float32():
 # --- a shared trunk ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("grad", "microbatch_tokens"), [(True, 10_000), (False, 12)])
-def test_a_shared_trunk_is_the_policy_and_the_critic_at_once(family, grad, microbatch_tokens):
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_shared_trunk_is_the_policy_and_the_critic_at_once(family, grad):
     """Bit for bit."""
-    policy = TransformersPolicy(module_of(build(family)), microbatch_tokens=microbatch_tokens)
-    apart = SeparateNetworks(policy, critic_of(family, microbatch_tokens=microbatch_tokens))
-    shared = shared_of(family, microbatch_tokens=microbatch_tokens)
+    apart = SeparateNetworks(TransformersPolicy(module_of(build(family))), critic_of(family))
+    shared = shared_of(family)
     with torch.set_grad_enabled(grad):
         theirs, ours = answers(apart.both(make_sequences())), answers(shared.both(make_sequences()))
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
@@ -255,7 +262,7 @@ def test_the_engine_finds_the_actor_in_a_shared_module():
 
 def test_both_kinds_play_both_parts():
     critic = critic_of("llama")
-    separate = SeparateNetworks(TransformersPolicy(module_of(build("llama")), microbatch_tokens=10_000), critic)
+    separate = SeparateNetworks(TransformersPolicy(module_of(build("llama"))), critic)
     assert isinstance(critic, ValueFunction)
     assert isinstance(separate, ActorCritic)
     assert isinstance(shared_of("llama"), ActorCritic)
@@ -264,7 +271,7 @@ def test_both_kinds_play_both_parts():
 
 def test_separate_networks_read_one_each():
     """What moves the critic leaves the log-probabilities, and the other way round."""
-    policy, critic = TransformersPolicy(module_of(build("llama")), microbatch_tokens=10_000), critic_of("llama")
+    policy, critic = TransformersPolicy(module_of(build("llama"))), critic_of("llama")
     both = SeparateNetworks(policy, critic)
     before = copy.deepcopy([x.detach() for x in answers(both.both(make_sequences()))])
     with torch.no_grad():

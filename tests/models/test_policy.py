@@ -2,17 +2,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
-from llmrl.models.policy import TransformersPolicy, outputs_of
+from llmrl.models.policy import TransformersPolicy
 from tests.rollout.tiny import VOCAB
 
-from .tiny import assert_same_gradients, build, dense, gradients, make_sequences, module_of
+from .tiny import assert_same_gradients, build, dense, gradients, in_microbatches, make_sequences, module_of
 
 
-def policy_of(family, *, microbatch_tokens=10_000, **settings):
-    return TransformersPolicy(module_of(build(family), **settings), microbatch_tokens=microbatch_tokens)
+def policy_of(family, **settings):
+    return TransformersPolicy(module_of(build(family), **settings))
 
 
 def test_each_row_is_the_models_own_log_softmax(family):
@@ -38,23 +37,23 @@ def test_padding_never_leaks(family):
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 10_000])
 def test_chunks_without_gradient_give_what_one_pass_with_gradient_gives(family, microbatch_tokens):
-    policy = policy_of(family, microbatch_tokens=microbatch_tokens)
+    policy = policy_of(family)
     whole = policy.logprobs(make_sequences())
     with torch.no_grad():
-        parts = policy.logprobs(make_sequences())
+        parts = in_microbatches(policy.logprobs, make_sequences(), microbatch_tokens)
     assert whole.logprobs.requires_grad
     assert not parts.logprobs.requires_grad
     assert_close(parts.named, {name: x.detach() for name, x in whole.named.items()}, rtol=1e-5, atol=1e-5)
 
 
 def test_microbatches_hold_their_budget():
-    policy = policy_of("llama", microbatch_tokens=12)
+    policy = policy_of("llama")
     shapes = []
     policy.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with torch.no_grad():
-        policy.logprobs(make_sequences())
+        in_microbatches(policy.logprobs, make_sequences(), 12)
     # lengths 9, 3, 9, 3, 6 in order of length: {3, 3}, {6}, {9}, {9}
     assert shapes == [(2, 3), (1, 6), (1, 9), (1, 9)]
 
@@ -122,31 +121,3 @@ def test_the_head_multiplies_in_the_arithmetic_of_the_rest(dtype, product):
     module.head = watched
     module(make_sequences())
     assert seen == [product]
-
-
-# --- outputs of any module --------------------------------------------------------------------------------------------
-
-
-class Lengths(nn.Module):
-    """Answers each row with its length, and counts the passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.passes: list[list[int]] = []
-
-    def forward(self, sequences):
-        self.passes.append(sequences.num_tokens.tolist())
-        return {"auxiliary": sequences.num_tokens.float()}
-
-
-@pytest.mark.parametrize(
-    ("grad", "passes"), [(True, [[9, 3, 9, 3, 6]]), (False, [[3, 3], [6], [9], [9]])], ids=["grad", "no grad"]
-)
-def test_with_gradient_a_module_makes_one_pass_and_without_it_microbatches(grad, passes):
-    """Outputs that llmrl has no name for come through, in row order."""
-    module = Lengths()
-    with torch.set_grad_enabled(grad):
-        outputs = outputs_of(module, make_sequences(), 12)
-    assert outputs.named.keys() == {"auxiliary"}
-    assert outputs.named["auxiliary"].tolist() == [9, 3, 9, 3, 6]
-    assert module.passes == passes

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from llmrl.batches import PreferencePairs
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.roles import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_loading import choose_pad, load_reward_model
@@ -203,20 +205,21 @@ def test_the_head_computes_in_float32():
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 40, 10_000])
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_microbatches_change_nothing(microbatch_tokens, shares_prompts):
-    scorer = scorer_of(reward_model("llama"), microbatch_tokens=microbatch_tokens, shares_prompts=shares_prompts)
+    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
+    in_microbatches = DistributedScorer(scorer, OneProcess(), microbatch_tokens=microbatch_tokens)
     with torch.no_grad():
         expected = alone(scorer.module.model), alone(scorer.module.model, responses=REJECTED)
-        assert_close(scorer.pair_scores(pairs()), expected, rtol=1e-4, atol=1e-4)
-    assert_close(scorer.scores(sequences()), expected[0], rtol=1e-4, atol=1e-4)
+        assert_close(in_microbatches.pair_scores(pairs()), expected, rtol=1e-4, atol=1e-4)
+    assert_close(in_microbatches.scores(sequences()), expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_microbatches_hold_their_budget():
-    scorer = scorer_of(reward_model("llama"), microbatch_tokens=12)
+    scorer = scorer_of(reward_model("llama"))
     shapes = []
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    scorer.scores(sequences())
+    DistributedScorer(scorer, OneProcess(), microbatch_tokens=12).scores(sequences())
     assert shapes == [(2, 5), (1, 6), (1, 8), (1, 9)]  # lengths 8, 5, 9, 4, 6
 
 
@@ -236,13 +239,14 @@ def test_the_tokens_of_a_pair_are_those_of_its_forward_pass(shares_prompts):
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_microbatches_of_unequal_pairs_hold_their_budget(shares_prompts):
     """A long response beside a short one: two rows of the longer."""
-    scorer = scorer_of(reward_model("llama"), microbatch_tokens=48, shares_prompts=shares_prompts)
+    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
     shapes = []
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with torch.no_grad():
-        scorer.pair_scores(pairs([[7]] * 6, [[8, *[9] * 10]] * 6, [[10]] * 6))
+        unequal = pairs([[7]] * 6, [[8, *[9] * 10]] * 6, [[10]] * 6)
+        DistributedScorer(scorer, OneProcess(), microbatch_tokens=48).pair_scores(unequal)
     assert shapes == ([(3, 13), (3, 13)] if shares_prompts else [(4, 12)] * 3)
 
 

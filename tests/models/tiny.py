@@ -1,5 +1,6 @@
 """Tiny random models of ten kinds, a tokenizer, ragged rows, and an oracle that takes each row alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llmrl.batches import Sequences
+from llmrl.batches import Sequences, TokenOutputs
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.roles import distribute_rows
 from llmrl.models.critic import ValueHead
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule
@@ -35,6 +38,11 @@ from tests.rollout.tiny import SIZES, VOCAB
 EOS = 2
 TEMPERATURE = 0.7
 HEAD_SIZES = {name: value for name, value in SIZES.items() if name != "head_dim"}
+
+
+def in_microbatches(ask: Callable[[Sequences], TokenOutputs], sequences: Sequences, max_tokens: int) -> TokenOutputs:
+    """Outputs as a run in one process asks for them."""
+    return distribute_rows(ask, sequences, sequences.num_tokens, max_tokens, OneProcess())
 
 
 class DrawnHead(ValueHead):

@@ -84,7 +84,7 @@ def make_trainer(
 ) -> BatchTrainer:
     module = RewardModule(model or tiny(), dtype=torch.float32)
     module.register_forward_hook(lambda _, __, scores: scores + shift)
-    scorer = TransformersRewardModel(module, microbatch_tokens=30, shares_prompts=shares_prompts)
+    scorer = TransformersRewardModel(module, shares_prompts=shares_prompts)
     return BatchTrainer(
         objective=RewardModelObjective(RewardModelConfig(**config), scorer=scorer),
         trained={"reward_model": trainable(module)},

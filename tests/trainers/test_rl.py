@@ -93,7 +93,7 @@ def make_trainer(
     return RLTrainer(
         algorithm=GRPO(
             config,
-            actor=TransformersPolicy(module, microbatch_tokens=64),
+            actor=TransformersPolicy(module),
             reference=None,
             max_response_tokens=LIMIT,
         ),

@@ -126,7 +126,7 @@ def make_trainer(
 ) -> BatchTrainer:
     module = PolicyModule(model or tiny(), LinearHead(VOCAB), temperature=1.0, dtype=torch.float32)
     return BatchTrainer(
-        objective=SFTObjective(TransformersPolicy(module, microbatch_tokens=12)),
+        objective=SFTObjective(TransformersPolicy(module)),
         trained={"actor": trainable(module)},
         source=Cycle(examples),
         held_out=None if held_out is None else batch(held_out),

@@ -11,7 +11,7 @@ from tests.models.tiny import FAMILIES, assert_same_gradients, build, dense, gra
 
 def actor_of(folder, seed=3, **settings):
     config = ModelConfig(path=str(folder), **settings)
-    return load_actor(config, CPU, temperature=0.7, microbatch_tokens=16, seed=seed)
+    return load_actor(config, CPU, temperature=0.7, seed=seed)
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma2"])

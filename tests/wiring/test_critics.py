@@ -238,7 +238,7 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
         ref_logprobs = algorithm.reference.logprobs(rollout.sequences).logprobs
         of_critic = critic_apart(roles.critic, folders.base).values(rollout.sequences)
         assert_close(dict(of_critic.named), {name: outputs.named[name] for name in ("values", "last_values")})
-        start = load_actor(ModelConfig(path=str(folders.base)), CPU, temperature=1.0, microbatch_tokens=10_000, seed=0)
+        start = load_actor(ModelConfig(path=str(folders.base)), CPU, temperature=1.0, seed=0)
         assert_close(ref_logprobs, start.policy.logprobs(rollout.sequences).logprobs, rtol=1e-5, atol=1e-5)
         again = algorithm.networks.both(rollout.sequences)
     assert (ref_logprobs - outputs.logprobs).abs().max() > 0.1
@@ -256,7 +256,7 @@ def critic_apart(critic: Any, base: Path) -> TransformersValueFunction:
         for name, p in theirs.items():
             p.copy_(ours[name])
     merged = adapted.merge_and_unload().eval()
-    return TransformersValueFunction(ValueModule(merged, critic.head, dtype=torch.float32), microbatch_tokens=10_000)
+    return TransformersValueFunction(ValueModule(merged, critic.head, dtype=torch.float32))
 
 
 def test_every_adapter_gets_its_gradient_and_only_its_own(one_base):
@@ -385,9 +385,7 @@ def test_a_body_from_the_actor_is_the_actor_bit_for_bit(config, folders, lora, d
 
 def test_a_body_from_an_actor_that_came_with_an_adapter_has_it_merged(config, folders, tmp_path):
     """Such a run goes on training the adapter: the actor is more than its base."""
-    actor = load_actor(
-        ModelConfig(path=str(folders.base), lora=LORA), CPU, temperature=1.0, microbatch_tokens=10_000, seed=0
-    )
+    actor = load_actor(ModelConfig(path=str(folders.base), lora=LORA), CPU, temperature=1.0, seed=0)
     move(actor.model)
     parts = {"model": actor.model, "adapted": actor.adapted, "tokenizer": actor.tokenizer, "dtype": actor.dtype}
     save_policy(tmp_path / "earlier", **parts)

@@ -35,7 +35,7 @@ ENGINES = ["native", "transformers"]
 
 
 def actor_of(config=TINY):
-    return load_actor(config, CPU, temperature=0.7, microbatch_tokens=64, seed=0)
+    return load_actor(config, CPU, temperature=0.7, seed=0)
 
 
 @pytest.fixture(params=ENGINES)
@@ -109,7 +109,7 @@ def test_the_rope_of_a_run_is_that_of_its_longest_sequence(tmp_path):
     size = max(tokenizer.get_vocab().values()) + 1
     config = LlamaConfig(vocab_size=size, **sizes, max_position_embeddings=32, rope_parameters=rope)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    settings = {"temperature": 1.0, "microbatch_tokens": 64, "seed": 0}
+    settings = {"temperature": 1.0, "seed": 0}
     assert load_actor(ModelConfig(path=str(tmp_path)), CPU, **settings, longest=32).warnings == ()
     actor = load_actor(ModelConfig(path=str(tmp_path)), CPU, **settings, longest=33)
     assert "sequences here may have 33" in actor.warnings[0]

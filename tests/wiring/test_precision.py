@@ -102,6 +102,6 @@ def test_a_model_that_only_samples_is_loaded_in_what_suits_the_device(on):
 
 def test_an_actor_on_its_own_computes_in_what_suits_the_device(on):
     on("cuda")
-    actor = load_actor(OPEN, CPU, temperature=1.0, microbatch_tokens=64, seed=0)
+    actor = load_actor(OPEN, CPU, temperature=1.0, seed=0)
     assert actor.dtype == actor.module.dtype == torch.bfloat16
     assert {p.dtype for p in actor.model.parameters()} == {torch.float32}
