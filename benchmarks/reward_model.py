@@ -35,7 +35,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from llmrl.data.config import PreferenceDataConfig
-from llmrl.data.preferences import EncodedPair, PairSource, load_preference_rows
+from llmrl.data.preferences import EncodedPair, PairSource, read_preference_rows
 from llmrl.distributed.collectives import OneProcess, make_context
 from llmrl.distributed.device import pick_device, prepare_device
 from llmrl.models.config import ModelConfig
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config = ModelConfig(path=str(args.model), dtype=args.dtype)
     loaded = load_trained_reward_model(config, settings, torch.device(args.device), seed=args.seed)
     data = PreferenceDataConfig(path=str(args.pairs), max_tokens=args.max_tokens)
-    source = PairSource(load_preference_rows(data), loaded.tokenizer, data, seed=args.seed)
+    source = PairSource(read_preference_rows(data), loaded.tokenizer, data, seed=args.seed)
     num_steps = args.warmup_steps + args.steps
     pairs = deal(source, num_steps * args.batch_size)
     clock = Clock(args.device)

@@ -1,12 +1,14 @@
 """Batches that pass from stage to stage of an iteration: Prompts -> Rollout -> Scores -> Experience.
 
 Every per-token tensor is ``(B, T)`` over the *response*: entry t belongs to response token t. Prompts are padded left,
-responses right. Two prompts "ab" and "c"; two responses to the first, "x" (ended with EOS ``$``) and "yzw" (cut by
-the limit of 3), and "v" to the second:
+responses right. Two prompts "ab" and "c"; two responses to the first, "x" (ended with EOS ``$``) and "yzw" (truncated
+by the limit of 3), and "v" to the second, which no reward function could score:
 
-    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x $ .    response_mask  1 1 0    stop_reason  EOS
-                       . c                   0                  y z w                   1 1 1                 LENGTH
-                                             1                  v $ .                   1 1 0                 EOS
+    unique_prompt_ids  a b    prompt_of_row  0    response_ids  x $ .    response_mask  1 1 0    counted  1 1 0
+                       . c                   0                  y z w                   1 1 1             1 1 1
+                                             1                  v $ .                   1 1 0             0 0 0
+
+    stop_reason        EOS LENGTH EOS    scores.total  1.0 0.0 nan
 """
 
 from collections.abc import Mapping, Sequence
@@ -189,7 +191,7 @@ class StopReason(IntEnum):
     EOS = 1
     """The actor chose an end-of-sequence token."""
     LENGTH = 2
-    """The length limit cut it."""
+    """The length limit truncated it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +209,7 @@ class Rollout(Batch):
 
     @property
     def finished(self) -> Bool[Tensor, " B"]:
-        """True where a response ended by itself, False where the length limit cut it."""
+        """True where a response ended by itself, False where the length limit truncated it."""
         return self.stop_reason == StopReason.EOS
 
 
@@ -241,9 +243,9 @@ class Experience(Batch):
         return self.rollout.sequences
 
     @property
-    def response_mask(self) -> Bool[Tensor, "B T"]:
-        """True on the tokens that count; all False for a response that could not be scored."""
-        return self.sequences.response_mask & ~self.scores.total.isnan()[:, None]
+    def counted(self) -> Bool[Tensor, "B T"]:
+        """True on the tokens that baselines, losses and metrics count; see `counted_tokens`."""
+        return counted_tokens(self.rollout, self.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +262,11 @@ class PPOExperience(Experience):
 
     old_values: Float[Tensor, "B T"]
     returns: Float[Tensor, "B T"]
+
+
+def counted_tokens(rollout: Rollout, scores: Scores) -> Bool[Tensor, "B T"]:
+    """The response mask, all False for a response that could not be scored."""
+    return rollout.sequences.response_mask & ~scores.total.isnan()[:, None]
 
 
 def _select(value: Any, index: Tensor) -> Any:

@@ -169,7 +169,7 @@ def score(
     names = {"data.prompt_column": "--prompt-column", "data.response_column": "--response-column", "data.path": "FILE"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.data.config import SupervisedDataConfig
-        from llmrl.data.supervised import load_supervised_rows
+        from llmrl.data.supervised import read_supervised_rows
         from llmrl.distributed.device import pick_device, prepare_device
         from llmrl.rewards.config import LearnedRewardConfig
         from llmrl.wiring.checks import check_scorer
@@ -182,7 +182,7 @@ def score(
         config = LearnedRewardConfig(path=model, normalize=normalize, trust_remote_code=trust_remote_code)
         check_scorer(config)
         data = SupervisedDataConfig(path=file, prompt_column=prompt_column, response_column=response_column)
-        rows = load_supervised_rows(data)
+        rows = read_supervised_rows(data)
         if any("score" in row for row in rows):
             raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
     prepare_device()

@@ -1,4 +1,4 @@
-"""Microbatches: units of rows assigned to ranks and cut by a token budget."""
+"""Microbatches: units of rows assigned to ranks and split by a token budget."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -26,7 +26,7 @@ def by_token_budget(
     cost: Cost = padded_tokens,
     units: Int[Tensor, " B"] | None = None,
 ) -> list[Int[Tensor, " part"]]:
-    """Row indices of microbatches: units of rows, the cheapest first, cut into parts that cost at most `max_tokens`.
+    """Row indices of microbatches: units of rows, the cheapest first, split into parts that cost at most `max_tokens`.
 
     A unit that costs more is a part of its own. The parts change memory, never a result.
 
@@ -75,8 +75,8 @@ def parts_of_rank(
     cost: Cost = padded_tokens,
     units: Int[Tensor, " B"] | None = None,
 ) -> tuple[list[Int[Tensor, " part"]], list[Int[Tensor, " 1"]]]:
-    """``(parts, idle)`` of one rank: its row indices, cut by the token budget as `by_token_budget` does; and one filler
-    row for each pass in which only other ranks still have work.
+    """``(parts, idle)`` of one rank: its row indices, split by the token budget as `by_token_budget` does; and one
+    filler row for each pass in which only other ranks still have work.
 
     Where weights are sharded, a forward pass is collective, so each rank makes as many as the busiest.
     """

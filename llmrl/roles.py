@@ -196,8 +196,8 @@ class Progress(Protocol):
         ...
 
     def phase(self, name: str, total: int) -> None:
-        """A new phase begins: rollout, reward, logprobs, update, evaluation; after the iteration checkpoint or saving.
-        It has `total` units of work."""
+        """A new phase begins: rollout, reward, logprobs (with advantages and whatever else an algorithm's `experience`
+        computes), update, evaluation; after the iteration checkpoint or saving. It has `total` units of work."""
         ...
 
     def advance(self, amount: int = 1) -> None:

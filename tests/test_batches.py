@@ -151,7 +151,7 @@ def test_tokens_of_a_row():
 def test_what_could_not_be_scored_does_not_count(short, wide):
     both = Experience.cat([short, wide])
     assert both.sequences.response_mask.sum(dim=1).tolist() == [1, 1, 3]
-    assert both.response_mask.sum(dim=1).tolist() == [1, 1, 0]
+    assert both.counted.sum(dim=1).tolist() == [1, 1, 0]
 
 
 def test_batches_cannot_be_changed(short):

@@ -6,7 +6,7 @@ from llmrl import roles
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.data.preferences import PairSource
-from llmrl.data.prompts import PromptSource
+from llmrl.data.prompts import ShuffledPrompts
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.collectives import OneProcess
 from llmrl.models.policy import TransformersPolicy
@@ -16,9 +16,9 @@ from llmrl.reports.progress import LiveProgress, PlainProgress, Silent
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward
-from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.scripted import ScriptedEngine
+from llmrl.rollout.transformers import TransformersEngine
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.rl import RLTrainer
@@ -32,7 +32,7 @@ CAST = [
     (roles.Trainable, (LocalTrainable,)),
     (roles.Collectives, (OneProcess,)),
     (roles.Algorithm, (GRPO, PPO)),
-    (roles.PromptSource, (PromptSource,)),
+    (roles.PromptSource, (ShuffledPrompts,)),
     (roles.BatchSource, (SupervisedSource, PairSource)),
     (roles.Objective, (SFTObjective, RewardModelObjective)),
     (roles.Trainer, (RLTrainer, BatchTrainer)),

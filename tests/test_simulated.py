@@ -226,8 +226,8 @@ def test_texts_are_answered_and_scored_on_the_device(scorer):
 
 
 def test_a_stray_tensor_in_a_loss_is_found(data, monkeypatch):
-    mask = Experience.response_mask.fget
-    monkeypatch.setattr(Experience, "response_mask", property(lambda self: mask(self) & torch.ones(1, 1).bool()))
+    mask = Experience.counted.fget
+    monkeypatch.setattr(Experience, "counted", property(lambda self: mask(self) & torch.ones(1, 1).bool()))
     config = grpo(data, None)
     iterations(config)
     with Simulated(), pytest.raises(Meeting, match=r"bitwise_and: a tensor of the CPU, of shape \(1, 1\)"):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.files import DataError
-from llmrl.data.preferences import load_preference_rows, read_preferences
+from llmrl.data.preferences import parse_preferences, read_preference_rows
 
 
 def prompts_of(config: PreferenceDataConfig) -> list[str]:
     """The distinct prompts of the pairs as lines of JSON, in data order."""
-    pairs, _ = read_preferences(load_preference_rows(config), config)
+    pairs, _ = parse_preferences(read_preference_rows(config), config)
     return list(dict.fromkeys(json.dumps({"prompt": pair.prompt}) for pair in pairs))
 
 

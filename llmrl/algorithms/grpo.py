@@ -50,7 +50,7 @@ class GRPO(Algorithm):
         self.aggregation = config.aggregation
         self.max_redraws = config.max_redraws
         self.max_response_tokens = max_response_tokens
-        self.advantages = make_advantages(config)
+        self.estimate_advantages = make_advantages(config)
         self.policy_loss = make_policy_loss(config)
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
@@ -62,7 +62,7 @@ class GRPO(Algorithm):
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
         penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
-        advantages = self.advantages(scores.per_response + penalty, rollout.group_ids)
+        advantages = self.estimate_advantages(scores.per_response + penalty, rollout.group_ids)
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
@@ -75,13 +75,13 @@ class GRPO(Algorithm):
             statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
         if self.reference is not None:
             kl = estimate_kl(old_logprobs, ref_logprobs, estimator="k1")
-            statistics |= kl_metrics(kl, experience.response_mask)
+            statistics |= kl_metrics(kl, experience.counted)
         return experience, Metrics(statistics)
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
         """Yields the policy loss, with the KL to the reference added, of one microbatch; `weights` from
         `token_weights`."""
-        counted = batch.response_mask
+        counted = batch.counted
         logprobs = self.actor.logprobs(batch.sequences).logprobs
         current, old = logprobs, batch.old_logprobs
         if self.config.ratio == "sequence":

@@ -39,7 +39,7 @@ def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor
 
 def policy_metrics(experience: Experience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:
     """Entropy, and the gap between the log-probabilities of engine and trainer, per counted token, nats."""
-    mask = experience.response_mask
+    mask = experience.counted
     gap = (experience.old_logprobs - experience.rollout.rollout_logprobs).abs()
     return {
         "policy/entropy": Mean(masked_sum(entropy, mask), mask.sum()),

@@ -23,7 +23,7 @@ from torch import Tensor
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
 from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
-from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs
+from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_tokens
 from llmrl.functional.advantages import gae
 from llmrl.functional.kl import estimate_kl, shape_rewards
 from llmrl.functional.losses import clipped_value_loss
@@ -80,7 +80,7 @@ class PPO(Algorithm):
         """Values, standardized advantages and returns of a rollout, and metrics. Called without gradient."""
         outputs = self.networks.both(rollout.sequences)
         old_logprobs, values = outputs.logprobs, outputs.values
-        mask = rollout.sequences.response_mask & ~scores.total.isnan()[:, None]
+        mask = counted_tokens(rollout, scores)
         kl = torch.zeros_like(old_logprobs)
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
@@ -163,7 +163,7 @@ class PPO(Algorithm):
         weights: Float[Tensor, "B T"],
     ) -> Float[Tensor, ""]:
         """The policy loss minus the entropy bonus, plus the penalty on the KL of this iteration's step."""
-        counted = batch.response_mask
+        counted = batch.counted
         if self.config.entropy_coef:
             loss = loss - self.config.entropy_coef * masked_sum(weights * outputs.entropy, counted)
         if self.step_kl_control is not None:
@@ -195,7 +195,7 @@ class PPO(Algorithm):
         if self.step_kl_control is None or not steps_taken:
             return Metrics()
         logprobs = self.networks.logprobs(experience.sequences).logprobs
-        mask = experience.response_mask
+        mask = experience.counted
         total, num = masked_sum(_step_kl(experience, logprobs), mask), mask.sum()
         metrics = Metrics(
             {"policy/step_kl": Mean(total, num), "policy/step_kl_coef": Mean(self.step_kl_control.coef, 1.0)}
@@ -239,7 +239,7 @@ class PPO(Algorithm):
 
 def _value_metrics(experience: PPOExperience, rewards: Float[Tensor, "B T"]) -> dict[str, Statistic]:
     """Moments of summed rewards and of values, and explained variance of the returns, over the tokens that count."""
-    mask = experience.response_mask
+    mask = experience.counted
     return {
         "reward": Moments(*masked_moments(torch.where(mask, rewards, 0.0).sum(dim=1), mask.any(dim=1))),
         "value": Moments(*masked_moments(experience.old_values, mask)),
@@ -252,6 +252,6 @@ def _value_metrics(experience: PPOExperience, rewards: Float[Tensor, "B T"]) -> 
 
 def _step_kl(batch: PPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """KL(old, current) per token by k3, whose expectation and gradient are exact: the tokens are the old actor's."""
-    mask = batch.response_mask
+    mask = batch.counted
     old, current = (torch.where(mask, x, 0.0) for x in (batch.old_logprobs, logprobs))
     return estimate_kl(old, current, estimator="k3")

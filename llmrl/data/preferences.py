@@ -6,7 +6,7 @@ A row holds the two sides, and the prompt in one of these forms:
     messages on each side no prompt column: all but the last message, which both sides share
     transcripts           "\\n\\nHuman: ...\\n\\nAssistant: ...": all up to the last "Assistant:" that both sides share
                           and that answers the human; messages then, or a text still where no chat template is used
-    other texts           the longest common beginning, cut back to white space, which goes to the responses
+    other texts           the longest common beginning, shortened to white space, which goes to the responses
 
 Beside a prompt column the sides may hold the whole conversation, if the prompt is what they share or the end of that;
 two texts that both go on from a prompt of several words do.
@@ -42,8 +42,8 @@ from llmrl.data.chat import (
 )
 from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.files import Rows, kind
-from llmrl.data.rows import DataError, column_names, load_config_rows, missing_column, places_of, usable_rows
-from llmrl.data.seam import common_length, notes_on_seams, rows_in_template
+from llmrl.data.rows import DataError, column_names, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.seam import common_length, keep_in_template, notes_on_seams
 from llmrl.data.source import ShuffledSource
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -81,7 +81,7 @@ class PairCounts:
     """Preferred both ways for one prompt; all of them are dropped."""
     too_long: int
     equal_when_cut: int
-    """Both responses the same tokens, mostly because the limit cut what tells them apart."""
+    """Both responses the same tokens, mostly because the limit truncated what tells them apart."""
 
     def lines(self) -> list[str]:
         """One sentence for each reason for which pairs were dropped."""
@@ -115,30 +115,32 @@ class _EmptyResponse(Exception):
     """A pair of the right form, one response of which is empty."""
 
 
-def load_preference_rows(config: PreferenceDataConfig) -> Rows:
+def read_preference_rows(config: PreferenceDataConfig) -> Rows:
     """The rows that a config names, checked."""
-    return check_preference_rows(load_config_rows(config), config)
+    return keep_usable_pairs(read_rows(config), config)
 
 
-def check_preference_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> Rows:
-    """The rows that are pairs; see `usable_rows` for the others."""
+def keep_usable_pairs(rows: Sequence[Row], config: PreferenceDataConfig) -> Rows:
+    """The rows that are pairs; see `keep_usable` for the others."""
     return _parse_rows(rows, config)[0]
 
 
-def fit_preference_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig) -> Rows:
+def keep_pairs_in_template(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig
+) -> Rows:
     """The rows whose prompt the chat template takes, with notes on where prompts and chosen responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
     config = _as_read(config, tokenizer)
     rows, pairs = _parse_rows(rows, config)
     examples = {pair.place: (pair.prompt, pair.chosen) for pair in pairs}
     prompts = [examples[place][0] if place in examples else None for place in places_of(rows)]
-    kept = rows_in_template(rows, prompts, tokenizer, config)
+    kept = keep_in_template(rows, prompts, tokenizer, config)
     taken = [examples[place] for place in places_of(kept) if place in examples]
     kept.notes += notes_on_seams(taken, tokenizer, config)
     return kept
 
 
-def read_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
+def parse_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
     """The pairs worth learning from, in data order, and what became of the others."""
     rows, parsed = _parse_rows(rows, config)
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
@@ -199,7 +201,7 @@ class PairSource(ShuffledSource[EncodedPair]):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig, *, seed: int
     ) -> None:
         config = _as_read(config, tokenizer)
-        preferences, counts = read_preferences(rows, config)
+        preferences, counts = parse_preferences(rows, config)
         pairs, too_long, equal_when_cut = encode_pairs(preferences, tokenizer, config)
         self.counts = replace(counts, kept=len(pairs), too_long=too_long, equal_when_cut=equal_when_cut)
         if not pairs:
@@ -254,11 +256,11 @@ def _as_read(config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[Rows, list[Preference]]:
-    """The rows that are pairs, and the pairs of those without an empty response; `usable_rows` judges the others."""
+    """The rows that are pairs, and the pairs of those without an empty response; `keep_usable` judges the others."""
     columns = _present_columns(rows, config)
     parsed = [_try_row(row, config, columns, place) for row, place in zip(rows, places_of(rows), strict=True)]
     problems = iter([str(found) if isinstance(found, _BadPair) else None for found in parsed])
-    kept = usable_rows(rows, config, lambda row: next(problems))
+    kept = keep_usable(rows, config, lambda row: next(problems))
     pairs = [found for found in parsed if isinstance(found, Preference)]
     if not pairs:
         raise DataError(f"{config.path}: each of the {len(kept)} pairs has an empty response")

@@ -8,26 +8,26 @@ from llmrl.batches import Prompts, Row
 from llmrl.data.chat import padded, prompt_ids, prompt_problem
 from llmrl.data.config import PromptDataConfig
 from llmrl.data.files import Rows
-from llmrl.data.rows import DataError, load_config_rows, missing_column, places_of, usable_rows
-from llmrl.data.seam import rows_in_template
+from llmrl.data.rows import DataError, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.seam import keep_in_template
 from llmrl.data.source import ShuffledSource
 
 EncodedPrompt = tuple[Row, list[int]]
 
 
-def load_prompt_rows(config: PromptDataConfig) -> Rows:
+def read_prompt_rows(config: PromptDataConfig) -> Rows:
     """The rows that a config names, checked."""
-    return check_prompt_rows(load_config_rows(config), config)
+    return keep_usable_prompts(read_rows(config), config)
 
 
-def check_prompt_rows(rows: Sequence[Row], config: PromptDataConfig) -> Rows:
-    """The rows with a usable prompt; see `usable_rows` for the others."""
-    return usable_rows(rows, config, lambda row: _row_problem(row, config.prompt_column))
+def keep_usable_prompts(rows: Sequence[Row], config: PromptDataConfig) -> Rows:
+    """The rows with a usable prompt; see `keep_usable` for the others."""
+    return keep_usable(rows, config, lambda row: _row_problem(row, config.prompt_column))
 
 
-def fit_prompt_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> Rows:
+def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> Rows:
     """The rows whose prompt the chat template takes."""
-    return rows_in_template(rows, [row[config.prompt_column] for row in rows], tokenizer, config)
+    return keep_in_template(rows, [row[config.prompt_column] for row in rows], tokenizer, config)
 
 
 def encode_prompts(
@@ -38,8 +38,8 @@ def encode_prompts(
     return _batch(kept), len(rows) - len(kept)
 
 
-class PromptSource(ShuffledSource[EncodedPrompt]):
-    """Deals prompts in shuffled epochs."""
+class ShuffledPrompts(ShuffledSource[EncodedPrompt]):
+    """`PromptSource` of encoded rows, in shuffled epochs."""
 
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig, *, seed: int

@@ -12,7 +12,7 @@ from llmrl.data.config import DataConfig
 from llmrl.data.rows import DataError, places_of
 
 PROBE = "Is  1+2 = 3?\n Él said: 'naïve', don't."
-"""A text that tokenizers of one vocabulary still cut up differently if their rules differ."""
+"""A text that tokenizers of one vocabulary still split differently if their rules differ."""
 
 
 def same_tokens(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
@@ -80,5 +80,7 @@ class Rerenderer:
         prompts = prompt_ids([row[self.data.prompt_column] for row in rollout.rows], self.tokenizer, self.data)
         responses = response_ids(texts, self.tokenizer, self.data)
         ended = rollout.finished.tolist()
-        cut = [response if end else response[:-1] or response for response, end in zip(responses, ended, strict=True)]
-        return as_sequences(prompts, cut).to(sequences.response_ids.device)
+        without_end = [
+            response if end else response[:-1] or response for response, end in zip(responses, ended, strict=True)
+        ]
+        return as_sequences(prompts, without_end).to(sequences.response_ids.device)

@@ -35,21 +35,21 @@ def expanded(path: str) -> Path:
         ) from error
 
 
-def load_config_rows(config: DataConfig) -> Rows:
+def read_rows(config: DataConfig) -> Rows:
     """The rows that a config names, their columns renamed.
 
     JSON values keep their types and a key that a row lacks stays absent. CSV values are texts.
     """
     path = config.path
-    rows = read_file(expanded(path)) if is_file(path) else _load_hub(path, config.subset, config.split)
+    rows = read_file(expanded(path)) if is_file(path) else _read_hub(path, config.subset, config.split)
     if not rows:
         raise DataError(f"{path} has no rows")
-    rows = usable_rows(Rows(rows[: config.num_rows], rows.notes), config, lambda row: row.problem)
+    rows = keep_usable(Rows(rows[: config.num_rows], rows.notes), config, lambda row: row.problem)
     return _renamed(rows, config)
 
 
-def usable_rows(rows: Sequence[Row], config: DataConfig, problem: Callable[[Any], str | None]) -> Rows:
-    """The rows of which `problem` gives no reason. The others are refused, or dropped and noted (`skip_bad_rows`)."""
+def keep_usable(rows: Sequence[Row], config: DataConfig, problem: Callable[[Any], str | None]) -> Rows:
+    """The rows for which `problem` gives no reason. The others are refused, or dropped and noted (`skip_bad_rows`)."""
     placed = [row if isinstance(row, FileRow) else FileRow(row, f"row {n}") for n, row in enumerate(rows, start=1)]
     judged = [(row, problem(row)) for row in placed]
     bad = [(row.place, reason) for row, reason in judged if reason]
@@ -70,7 +70,7 @@ def column_names(rows: Iterable[Row]) -> list[str]:
 def check_rows(
     path: str, rows: Sequence[Value], problem: Callable[[Value], str | None], *, places: Sequence[str] | None = None
 ) -> None:
-    """Raises one `DataError` that lists the rows of which `problem` gives a reason, unless there are none.
+    """Raises one `DataError` that lists the rows for which `problem` gives a reason, unless there are none.
 
     Args:
         path: Where the rows came from.
@@ -138,7 +138,7 @@ def _renamed(rows: Rows, config: DataConfig) -> Rows:
     return Rows(renamed, rows.notes)
 
 
-def _load_hub(name: str, subset: str | None, split: str) -> Rows:
+def _read_hub(name: str, subset: str | None, split: str) -> Rows:
     from datasets import Dataset, load_dataset  # takes a second to import, and files do without it
     from datasets.exceptions import DatasetsError
 

@@ -24,7 +24,7 @@ from llmrl.data.chat import (
 )
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
-from llmrl.data.rows import usable_rows
+from llmrl.data.rows import keep_usable
 
 MAX_COMPARED = 100
 """Examples whose seam is compared: what a template does shows in the first ones."""
@@ -33,19 +33,19 @@ MAX_SHOWN = 60
 END_OF_REASONING = "</think>"
 
 
-def rows_in_template(
+def keep_in_template(
     rows: Sequence[Row], prompts: Sequence[Prompt | None], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> Rows:
-    """The rows whose prompt the chat template takes, and those without one; see `usable_rows` for the others.
+    """The rows whose prompt the chat template takes, and those without one; see `keep_usable` for the others.
 
     What a template refuses are roles and their order, so one prompt of each order is tried.
     """
     if not uses_chat(tokenizer, config):
-        return usable_rows(rows, config, lambda row: None)
+        return keep_usable(rows, config, lambda row: None)
     one_of_each = {_roles(prompt): prompt for prompt in reversed(prompts) if prompt is not None}
     problems = {roles: template_problem(prompt, tokenizer, config) for roles, prompt in one_of_each.items()}
     found = iter([problems[_roles(prompt)] if prompt is not None else None for prompt in prompts])
-    return usable_rows(rows, config, lambda row: next(found))
+    return keep_usable(rows, config, lambda row: next(found))
 
 
 def notes_on_seams(

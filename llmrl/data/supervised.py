@@ -9,27 +9,29 @@ from llmrl.batches import Row, Sequences
 from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, response_ids
 from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.files import Rows, kind
-from llmrl.data.rows import DataError, load_config_rows, missing_column, places_of, usable_rows
-from llmrl.data.seam import notes_on_seams, rows_in_template
+from llmrl.data.rows import DataError, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.seam import keep_in_template, notes_on_seams
 from llmrl.data.source import ShuffledSource
 
 EncodedExample = tuple[list[int], list[int]]
 
 
-def load_supervised_rows(config: SupervisedDataConfig) -> Rows:
+def read_supervised_rows(config: SupervisedDataConfig) -> Rows:
     """The rows that a config names, checked."""
-    return check_supervised_rows(load_config_rows(config), config)
+    return keep_usable_examples(read_rows(config), config)
 
 
-def check_supervised_rows(rows: Sequence[Row], config: SupervisedDataConfig) -> Rows:
-    """The rows with a usable prompt and response; see `usable_rows` for the others."""
-    return usable_rows(rows, config, lambda row: _row_problem(row, config))
+def keep_usable_examples(rows: Sequence[Row], config: SupervisedDataConfig) -> Rows:
+    """The rows with a usable prompt and response; see `keep_usable` for the others."""
+    return keep_usable(rows, config, lambda row: _row_problem(row, config))
 
 
-def fit_supervised_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig) -> Rows:
+def keep_examples_in_template(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
+) -> Rows:
     """The rows whose prompt the chat template takes, with notes on where prompts and responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
-    kept = rows_in_template(rows, [_split(row, config)[0] for row in rows], tokenizer, config)
+    kept = keep_in_template(rows, [_split(row, config)[0] for row in rows], tokenizer, config)
     kept.notes += notes_on_seams([_split(row, config) for row in kept], tokenizer, config)
     return kept
 

@@ -107,7 +107,7 @@ def clipped_policy_loss(
         L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip_low, 1 + clip_high)),    ρ_t = exp(logprobs - old_logprobs)
 
     and with a dual clip c, where A_t < 0, min(L_t, -c A_t). That is -A_t times a ratio bounded above by 1 + clip_high
-    where A_t >= 0, and below by 1 - clip_low and above by c where A_t < 0; a bound that acts cuts the gradient.
+    where A_t >= 0, and below by 1 - clip_low and above by c where A_t < 0; where a bound acts there is no gradient.
 
     Args:
         logprobs: Log-probabilities of the current actor; the only argument with a gradient.
@@ -119,8 +119,8 @@ def clipped_policy_loss(
         dual_clip: Bounds the ratio where the advantage is negative; greater than 1. None: no bound.
 
     Returns:
-        ``(loss, metrics)``: fraction of tokens whose gradient the clip cuts, KL(old, current) by k3, and the largest
-        |ρ_t - 1|.
+        ``(loss, metrics)``: fraction of tokens that the clip leaves no gradient, KL(old, current) by k3, and the
+        largest |ρ_t - 1|.
 
     Raises:
         ValueError: A clip is out of its range, or shapes differ.
@@ -140,13 +140,13 @@ def clipped_policy_loss(
         ratio = importance_ratio(logprobs, old_logprobs, counted)
         falls, rises = ratio.clamp(min=1 - clip_low, max=dual_clip), ratio.clamp(max=1 + clip_high)
         bounded = torch.where(advantages < 0, falls, rises)
-        cut = (bounded < ratio) | (bounded > ratio)
+        clipped = (bounded < ratio) | (bounded > ratio)
         metrics: dict[str, Statistic] = {
-            "policy/clip_fraction": Mean((cut & (advantages != 0)).sum(), counted.sum()),
+            "policy/clip_fraction": Mean((clipped & (advantages != 0)).sum(), counted.sum()),
             **ratio_metrics(logprobs, old_logprobs, counted),
         }
-    live = importance_ratio(logprobs, old_logprobs, counted & ~cut)
-    return masked_sum(weights * -advantages * torch.where(cut, bounded, live), counted), metrics
+    live = importance_ratio(logprobs, old_logprobs, counted & ~clipped)
+    return masked_sum(weights * -advantages * torch.where(clipped, bounded, live), counted), metrics
 
 
 def ratio_metrics(
@@ -186,7 +186,7 @@ def clipped_value_loss(
         value_clip: Half the width of the clip, in units of the returns. None: no clip.
 
     Returns:
-        ``(loss, metrics)``: fraction of tokens whose gradient the clip cuts.
+        ``(loss, metrics)``: fraction of tokens that the clip leaves no gradient.
 
     Raises:
         ValueError: `value_clip` is negative, or shapes differ.

@@ -142,7 +142,7 @@ def weight_files(folder: Path, path: str) -> list[Path]:
     """The files with a model's weights, each there and as long as its header says; empty where it has none.
 
     Raises:
-        ModelError: One is missing, cut or something else.
+        ModelError: One is missing, truncated or something else.
     """
     whole, index = (folder / name for name in WEIGHT_FILES)
     if whole.is_file():

@@ -37,7 +37,7 @@ def sanity_checks(
 
 
 def _ends_with(responses: Sequences, eos_id: Any) -> bool:
-    """The score is read at an EOS. Responses that truncation cut end otherwise."""
+    """The score is read at an EOS. Truncated responses end otherwise."""
     last = responses.response_ids.gather(1, responses.response_lengths[:, None] - 1)
     return bool((last == eos_id).all())
 

@@ -42,7 +42,7 @@ class SampleWriter:
             "finished": bool(rollout.finished[row]),
             "score": _number(scores.per_response[row]),
             "parts": {name: _number(part[row]) for name, part in scores.parts.items()},
-            "advantage": float(masked_mean(experience.advantages[row], experience.response_mask[row])),
+            "advantage": float(masked_mean(experience.advantages[row], experience.counted[row])),
             "group": int(rollout.group_ids[row]),
         }
 

@@ -34,7 +34,7 @@ def boxed(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}`` that is closed; None where there is no box at all.
 
     Boxes joined by nothing but a comma, "and" or "or" are one answer, as in ``\boxed{2} or \boxed{3}``. Empty where no
-    box is closed: the response was cut within its answer.
+    box is closed: the response was truncated within its answer.
     """
     boxes = [_read_box(text, match) for match in _BOX.finditer(text)]
     closed = [box for box in boxes if box is not None]

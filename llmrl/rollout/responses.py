@@ -68,7 +68,7 @@ class Responses:
         """Appends to each of these rows, all under way, a token that the actor chose. Returns their stop reasons."""
         columns = self.lengths[rows]
         lengths = columns + 1
-        stop_reason = self._limit(lengths).masked_fill(torch.isin(ids, self.eos_ids), StopReason.EOS)
+        stop_reason = self._stop_reason_at(lengths).masked_fill(torch.isin(ids, self.eos_ids), StopReason.EOS)
         self.ids[rows, columns] = ids
         self.logprobs[rows, columns] = logprobs
         self.lengths[rows] = lengths
@@ -96,7 +96,7 @@ class Responses:
         counts = self.ids.new_tensor([len(ids) for ids in fed.values()])
         self.num_fed[rows] += counts
         self.lengths[rows] += counts
-        self.stop_reason[rows] = self._limit(self.lengths[rows])
+        self.stop_reason[rows] = self._stop_reason_at(self.lengths[rows])
 
     def rollout(self) -> Rollout:
         """The rollout that the responses make, as wide as the longest."""
@@ -119,6 +119,6 @@ class Responses:
             rows=tuple(row for row in prompts.rows for _ in range(self.group_size)),
         )
 
-    def _limit(self, lengths: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+    def _stop_reason_at(self, lengths: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         """`LENGTH` for responses of these lengths that have no room, else `NONE`."""
         return torch.where(lengths == self.max_tokens, StopReason.LENGTH, StopReason.NONE)

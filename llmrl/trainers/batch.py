@@ -13,7 +13,7 @@ from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
 from llmrl.microbatches import parts_of_rank
 from llmrl.roles import BatchSource, Objective, Trainable
-from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
 
 
@@ -71,7 +71,7 @@ class BatchTrainer(Resumable):
             self.collectives.world_size,
         )
         self.progress.phase("update", len(parts))
-        metrics = optimizer_step(
+        metrics = accumulate_and_step(
             self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)
         )
         self.finish_iteration(self.iteration + 1)

@@ -1,4 +1,4 @@
-"""One optimizer step, shared by every trainer."""
+"""One optimizer step of every trained module, from the losses of microbatches: the same for every trainer."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,7 +12,7 @@ Losses = Iterable[tuple[str, Tensor, Metrics]]
 """``(trained module, loss, metrics)`` of one microbatch, each computed when it is asked for."""
 
 
-def optimizer_step(
+def accumulate_and_step(
     trained: Mapping[str, Trainable],
     microbatches: Iterable[Losses],
     collectives: Collectives,
@@ -23,8 +23,8 @@ def optimizer_step(
     """Adds up the gradients of all microbatches of all ranks, then steps every trained module that any loss was for.
 
     The losses are sums whose weights already hold the count of the whole minibatch, so nothing is divided here and how
-    the minibatch was cut, and how it was dealt to ranks, does not show in the result. Each loss is run backward before
-    the next forward.
+    the minibatch was split, and how it was dealt to ranks, does not show in the result. Each loss is run backward
+    before the next forward.
 
     Passes on what is `idle` keep step with ranks that have more to do, and count for nothing.
     """

@@ -27,7 +27,7 @@ from llmrl.metrics import Metrics
 from llmrl.microbatches import parts_of_rank
 from llmrl.roles import Algorithm, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
 from llmrl.trainers.config import UpdateConfig
-from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
 
 FIRST_ONLY = "policy/ratio_max_deviation"
@@ -169,7 +169,7 @@ class RLTrainer(Resumable):
 
         A step on a gradient of zero would still move the weights, by what the optimizer remembers.
         """
-        mask = minibatch.response_mask
+        mask = minibatch.counted
         num_tokens, num_responses = mask.sum(), mask.any(dim=1).sum()
         if not num_tokens:
             return Metrics()
@@ -192,7 +192,7 @@ class RLTrainer(Resumable):
             self.collectives.world_size,
         )
         with self.phase("update", len(parts)):
-            return optimizer_step(
+            return accumulate_and_step(
                 self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)
             )
 

@@ -1,4 +1,5 @@
-"""What can be known to be wrong before any weights load."""
+"""Checks of a run before any weights load: reads the launch, the rows, the configs and tokenizers of the models, and
+the code of users, and refuses what would fail later."""
 
 import os
 import re
@@ -13,11 +14,11 @@ from llmrl.algorithms.user_functions import check_user_functions
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
-from llmrl.data.preferences import fit_preference_rows, load_preference_rows
-from llmrl.data.prompts import fit_prompt_rows, load_prompt_rows
+from llmrl.data.preferences import keep_pairs_in_template, read_preference_rows
+from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
 from llmrl.data.rerender import same_ids
-from llmrl.data.rows import column_names, usable_rows
-from llmrl.data.supervised import fit_supervised_rows, load_supervised_rows
+from llmrl.data.rows import column_names, keep_usable
+from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, read_launch
 from llmrl.models.checking import check_model, check_reward_model
 from llmrl.models.config import ModelConfig
@@ -29,7 +30,7 @@ from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
 from llmrl.roles import Progress
 from llmrl.trainers.run import check_output
-from llmrl.wiring.rows import EVALUATION, read_rows
+from llmrl.wiring.rows import EVALUATION, read_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,32 +63,33 @@ class Checked:
 
 
 def check_sft(config: SFTRun, *, dry: bool) -> Checked:
-    """Checks a supervised run. A dry one may name what does not exist yet; see `read_rows`."""
-    return _check_batches(config, load_supervised_rows, fit_supervised_rows, dry=dry)
+    """Checks a supervised run. A dry one may name what does not exist yet; see `read_section`."""
+    return _check_batches(config, read_supervised_rows, keep_examples_in_template, dry=dry)
 
 
 def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     """Checks the training of a reward model."""
-    return _check_batches(config, load_preference_rows, fit_preference_rows, dry=dry, needs_head=False)
+    return _check_batches(config, read_preference_rows, keep_pairs_in_template, dry=dry, needs_head=False)
 
 
 def _check_batches(
     config: SFTRun | RewardModelRun,
-    load: Callable[[C], Rows],
-    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
+    read: Callable[[C], Rows],
+    keep: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
     *,
     dry: bool,
     needs_head: bool | None = None,
 ) -> Checked:
-    """Checks a run that learns from batches of data; `load` and `fit` read them."""
+    """Checks a run that learns from batches of data; `read` reads the rows, `keep` keeps those that
+    the model's chat template takes."""
     read_launch()
     check_output(config.run, _inputs(config))
     made_by = command_for(config.model.path, config)
     unchecked = _check_model(config.model, dry=dry, made_by=made_by, needs_head=needs_head)
     knows_models = not unchecked
-    read: Callable[..., Rows | None] = _reader(load, fit, config, unchecked, dry=dry)
-    rows = read(config.data, "data")
-    evaluation_rows = None if config.evaluation_data is None else read(config.evaluation_data, EVALUATION)
+    rows_of: Callable[..., Rows | None] = _reader(read, keep, config, unchecked, dry=dry)
+    rows = rows_of(config.data, "data")
+    evaluation_rows = None if config.evaluation_data is None else rows_of(config.evaluation_data, EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     return Checked(
         rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
@@ -101,7 +103,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
-    read = _reader(load_prompt_rows, fit_prompt_rows, config, unchecked, dry=dry)
+    rows_of = _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
     if config.reward.model is not None:
         made_by = command_for(config.reward.model.path, config)
         missing = check_scorer(config.reward.model, dry=dry, made_by=made_by)
@@ -116,10 +118,10 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             inputs["reward.model.path"] = config.reward.model.path
         check_output(config.run, inputs)
         Trackers(config.trackers, output_dir=Path(config.run.output_dir))
-    rows = read(config.data, "data") if trains else None
+    rows = rows_of(config.data, "data") if trains else None
     evaluation_rows = None
     if config.evaluation_data is not None and (config.evaluates or not trains):
-        evaluation_rows = read(config.evaluation_data, EVALUATION)
+        evaluation_rows = rows_of(config.evaluation_data, EVALUATION)
     elif config.evaluation_data is not None:
         unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
     functions: tuple[Function, ...] = ()
@@ -147,8 +149,8 @@ def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
 
 
 def _reader(
-    load: Callable[[C], Rows],
-    fit: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
+    read: Callable[[C], Rows],
+    keep: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
     run: SFTRun | RewardModelRun | RLRun,
     unchecked: list[str],
     *,
@@ -162,11 +164,11 @@ def _reader(
     """
     tokenizer = None if dry and unchecked else load_tokenizer(run.model)
 
-    def read(config: C, section: str) -> Rows | None:
-        rows = read_rows(config, load, unchecked, dry=dry, section=section, made_by=command_for(config.path, run))
-        return rows if rows is None or tokenizer is None else fit(rows, tokenizer, config)
+    def rows_of(config: C, section: str) -> Rows | None:
+        rows = read_section(config, read, unchecked, dry=dry, section=section, made_by=command_for(config.path, run))
+        return rows if rows is None or tokenizer is None else keep(rows, tokenizer, config)
 
-    return read
+    return rows_of
 
 
 def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple[Function, ...], Rows]:
@@ -174,7 +176,7 @@ def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple
     with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
         functions = load_functions(config, column_names(rows))
     required = required_columns(config, functions)
-    return functions, usable_rows(rows, data, partial(row_problem, required=required))
+    return functions, keep_usable(rows, data, partial(row_problem, required=required))
 
 
 def _check_one_base(config: RLRun, launch: Launch) -> None:

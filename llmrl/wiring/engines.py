@@ -17,9 +17,9 @@ from llmrl.reports.progress import Silent
 from llmrl.rewards.functions import decode_responses
 from llmrl.roles import Progress, RolloutEngine, Sampling
 from llmrl.rollout.config import RolloutConfig
-from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import check_length
+from llmrl.rollout.transformers import TransformersEngine
 from llmrl.wiring.precision import dtype_of
 
 if TYPE_CHECKING:

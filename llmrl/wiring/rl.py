@@ -10,7 +10,7 @@ from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_functions import make_user_algorithm
 from llmrl.batches import Prompts
 from llmrl.config import GRPORun, PPORun, RLRun
-from llmrl.data.prompts import PromptSource, encode_prompts
+from llmrl.data.prompts import ShuffledPrompts, encode_prompts
 from llmrl.data.rerender import same_tokens
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, DistributedPolicy
@@ -161,13 +161,14 @@ def _build_run(
     trained: Mapping[str, Trainable],
     readers: Mapping[str, "PreTrainedModel"],
 ) -> Run:
-    """A run of any algorithm: all that is left is the same for each. `readers` are the models that train."""
+    """A run of any algorithm: all that is left is the same for each. `readers` are the models in training that read
+    whole sequences, each by what an error calls it: the longest prompt with its response has to fit in them."""
     actor = parts.actor
     checked.report_notes(context.progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         context.progress.message(f"warning: {warning}")
     assert checked.rows is not None, "only a dry run may leave rows unread"
-    prompts = PromptSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
+    prompts = ShuffledPrompts(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
     readers = {**readers, **_reader_of(parts.scorer, actor.tokenizer)}
@@ -223,7 +224,7 @@ def _reader_of(scorer: RewardScorer | None, tokenizer: "PreTrainedTokenizerBase"
     return {"the reward model": scorer.scorer.module.model}  # type: ignore[dict-item]
 
 
-def _one_epoch(source: PromptSource) -> Prompts:
+def _one_epoch(source: ShuffledPrompts) -> Prompts:
     """Every prompt of the source, whose position does not change."""
     place = source.state_dict()
     prompts = source.next(source.num_rows)

@@ -14,9 +14,9 @@ R = TypeVar("R", bound=list)
 EVALUATION = "evaluation_data"
 
 
-def read_rows(
+def read_section(
     config: C,
-    load: Callable[[C], R],
+    read: Callable[[C], R],
     unchecked: list[str],
     *,
     dry: bool,
@@ -26,7 +26,7 @@ def read_rows(
     """The rows that a config names. A dry run passes over a file that a command is still to make, and over the hub.
 
     Raises:
-        DataError: There is no such file, and `made_by` is the command that makes it; or what `load` raises.
+        DataError: There is no such file, and `made_by` is the command that makes it; or what `read` raises.
     """
     to_make = made_by is not None and is_file(config.path) and not expanded(config.path).exists()
     if dry and not is_file(config.path):
@@ -36,7 +36,7 @@ def read_rows(
     elif to_make:
         raise DataError(f"{expanded(config.path)} does not exist; make it with `{made_by}`")
     else:
-        return load(config)
+        return read(config)
     return None
 
 

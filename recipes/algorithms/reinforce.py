@@ -32,7 +32,7 @@ class Reinforce(Algorithm):
     def losses(self, batch, weights):
         """The loss of one microbatch: a sum, since the weights divide by what the whole optimizer step counts."""
         logprobs = self.actor.logprobs(batch.sequences).logprobs
-        loss = -masked_sum(weights * batch.advantages * logprobs, batch.response_mask)
+        loss = -masked_sum(weights * batch.advantages * logprobs, batch.counted)
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach())})
 
     def state_dict(self):

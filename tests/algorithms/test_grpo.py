@@ -71,13 +71,13 @@ def loss_of(config, *, scores=SCORES, new=NEW, microbatches=((0, 1, 2, 3, 4, 5),
     old = GRPO(config, actor=FixedPolicy(OLD), reference=reference, max_response_tokens=LIMIT)
     experience, _ = old.experience(rollout, make_scores(scores))
     live = new.clone().requires_grad_()
-    mask = experience.response_mask
+    mask = experience.counted
     total = torch.zeros(())
     for rows in microbatches:
         index = torch.tensor(rows)
         part = experience.select(index)
         weights = token_weights(
-            part.response_mask,
+            part.counted,
             aggregation=config.aggregation,
             num_tokens=mask.sum(),
             num_responses=mask.any(dim=1).sum(),

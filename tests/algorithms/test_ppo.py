@@ -368,9 +368,9 @@ def run_update(rows, scores, *, poison) -> Any:
 
 
 def weights_of(experience, *, aggregation: Aggregation = "token", whole=None):
-    mask = experience.response_mask if whole is None else whole
+    mask = experience.counted if whole is None else whole
     return token_weights(
-        experience.response_mask,
+        experience.counted,
         aggregation=aggregation,
         num_tokens=mask.sum(),
         num_responses=mask.any(dim=1).sum(),
@@ -429,7 +429,7 @@ def losses_of(
     losses, metrics = {}, Metrics()
     for rows in cut:
         part = experience.select(torch.tensor(rows))
-        weights = weights_of(part, aggregation=config.aggregation, whole=experience.response_mask)
+        weights = weights_of(part, aggregation=config.aggregation, whole=experience.counted)
         for name, loss, told in ppo.losses(part, weights):
             loss.backward()
             losses[name] = losses.get(name, 0.0) + loss.item()

@@ -10,7 +10,7 @@ import pytest
 
 from llmrl.data.config import DataConfig
 from llmrl.data.files import DataError, FileRow, read_file
-from llmrl.data.rows import load_config_rows
+from llmrl.data.rows import read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -227,7 +227,7 @@ def test_any_damage_ends_in_rows_or_in_a_message(tmp_path: Path, kind: str, skip
     for _ in range(150):
         path.write_bytes(corrupted(content, draw))
         try:
-            rows = load_config_rows(DataConfig(path=str(path), skip_bad_rows=skip))
+            rows = read_rows(DataConfig(path=str(path), skip_bad_rows=skip))
             outcomes.add(all(isinstance(row, dict) and row.problem is None for row in rows))
         except DataError as error:
             assert str(error).startswith(str(path))  # noqa: PT017

@@ -11,11 +11,11 @@ from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.data.preferences import (
     PairCounts,
     PairSource,
-    check_preference_rows,
     encode_pairs,
-    fit_preference_rows,
-    load_preference_rows,
-    read_preferences,
+    keep_pairs_in_template,
+    keep_usable_pairs,
+    parse_preferences,
+    read_preference_rows,
 )
 from llmrl.data.prompts import encode_prompts
 from llmrl.data.rows import DataError
@@ -41,7 +41,7 @@ def config(**settings) -> PreferenceDataConfig:
 
 def read(row: dict, **settings) -> tuple:
     """The parts of the only pair of a row."""
-    (pair,), _ = read_preferences([row], config(**settings))
+    (pair,), _ = parse_preferences([row], config(**settings))
     return pair.prompt, pair.chosen, pair.rejected
 
 
@@ -209,7 +209,7 @@ def test_identical_duplicates_and_contradictions():
         texts("s", "b", "a"),
         texts("q", "a", "c"),
     ]
-    pairs, counts = read_preferences(rows, config())
+    pairs, counts = parse_preferences(rows, config())
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
         ("q", "a", "b"), ("r", "a", "b"), ("s", "b", "a"), ("q", "a", "c"),
     ]  # fmt: skip
@@ -233,14 +233,14 @@ def test_identical_duplicates_and_contradictions():
     ],
 )
 def test_an_empty_response_drops_its_pair(full: dict, empty: dict):
-    rows = check_preference_rows([empty, full, empty], config())
+    rows = keep_usable_pairs([empty, full, empty], config())
     assert len(rows) == 3
-    pairs, counts = read_preferences(rows, config())
+    pairs, counts = parse_preferences(rows, config())
     assert [pair.place for pair in pairs] == ["row 2"]
     assert counted(counts) == {"empty": 2}
     assert counts.lines() == ["dropped 2 of 3 pairs: a response is empty"]
     with pytest.raises(DataError, match=r"^rows\.jsonl: each of the 2 pairs has an empty response$"):
-        check_preference_rows([empty, empty], config())
+        keep_usable_pairs([empty, empty], config())
 
 
 def test_rows_are_parsed_once(monkeypatch, chat: PreTrainedTokenizerFast):
@@ -248,9 +248,9 @@ def test_rows_are_parsed_once(monkeypatch, chat: PreTrainedTokenizerFast):
     parse = preferences._parse_row
     monkeypatch.setattr(preferences, "_parse_row", lambda *args: (seen.append(args[-1]), parse(*args))[1])
     for read_all in (
-        lambda: check_preference_rows(ROWS, config()),
-        lambda: fit_preference_rows(ROWS, chat, config()),
-        lambda: read_preferences(ROWS, config()),
+        lambda: keep_usable_pairs(ROWS, config()),
+        lambda: keep_pairs_in_template(ROWS, chat, config()),
+        lambda: parse_preferences(ROWS, config()),
     ):
         seen.clear()
         read_all()
@@ -260,13 +260,13 @@ def test_rows_are_parsed_once(monkeypatch, chat: PreTrainedTokenizerFast):
 def test_notes_skip_pairs_with_an_empty_response():
     rows = [texts("a", " ", "b"), texts("a", "b ", "c")]
     chat = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("m.content", "m.content | trim"))
-    (note,) = fit_preference_rows(rows, chat, config()).notes
+    (note,) = keep_pairs_in_template(rows, chat, config()).notes
     assert "in 1 of the first 1 examples" in note
 
 
 def test_bad_pairs_can_be_dropped():
     rows = [texts("a", "b", "c"), texts("a", "b", None), {**texts("d", "b", "c"), "margin": -1}]
-    kept = check_preference_rows(rows, config(skip_bad_rows=True))
+    kept = keep_usable_pairs(rows, config(skip_bad_rows=True))
     assert kept == rows[:1]
     (note,) = kept.notes
     assert note.startswith(
@@ -278,22 +278,22 @@ def test_the_prompt_column_can_be_left_out(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]}) + "\n")
     with pytest.raises(DataError, match=r"leave the prompt out by data\.rename_columns=\{prompt: null\}"):
-        load_preference_rows(PreferenceDataConfig(path=str(path)))
+        read_preference_rows(PreferenceDataConfig(path=str(path)))
     settings = PreferenceDataConfig(path=str(path), rename_columns={"prompt": None})
-    (pair,), _ = read_preferences(load_preference_rows(settings), settings)
+    (pair,), _ = parse_preferences(read_preference_rows(settings), settings)
     assert (pair.prompt, pair.place) == ([USER], "line 1")
 
 
 def test_first_of_the_duplicates_is_kept():
     rows = [{**texts("q", "a", "b"), "source": name} for name in ("first", "second")]
-    (pair,), _ = read_preferences(rows, config())
+    (pair,), _ = parse_preferences(rows, config())
     assert pair.source == "first"
 
 
 def test_duplicates_of_messages():
     reordered = {"content": "hi", "role": "user"}
     rows = [{"chosen": [USER, YES], "rejected": [USER, NO]}, {"chosen": [reordered, YES], "rejected": [reordered, NO]}]
-    pairs, counts = read_preferences(rows, config())
+    pairs, counts = parse_preferences(rows, config())
     assert len(pairs) == 1
     assert counted(counts) == {"duplicates": 1}
 
@@ -305,7 +305,7 @@ def test_identical_sides_without_a_prompt_column_are_no_error():
         {"chosen": [USER, YES], "rejected": [USER, YES]},
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"},
     ]
-    pairs, counts = read_preferences(rows, config())
+    pairs, counts = parse_preferences(rows, config())
     assert pairs == []
     assert counted(counts) == {"identical": 4}
 
@@ -501,7 +501,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 )  # fmt: skip
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
-        check_preference_rows([ROWS[0], row], config())
+        keep_usable_pairs([ROWS[0], row], config())
     assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
 
 
@@ -527,7 +527,7 @@ def test_bad_rows(row: dict, problem: str):
 )
 def test_bad_rows_without_a_prompt_column(row: dict, problem: str):
     with pytest.raises(DataError) as error:
-        check_preference_rows([{"chosen": [USER, YES], "rejected": [USER, NO]}, row], config())
+        keep_usable_pairs([{"chosen": [USER, YES], "rejected": [USER, NO]}, row], config())
     assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
 
 
@@ -535,7 +535,7 @@ def test_bad_rows_without_a_prompt_column(row: dict, problem: str):
 def test_column_that_the_settings_name_and_no_row_has(setting: str):
     message = rf"^rows\.jsonl: data\.{setting}: no row has it: no column 'promt'; did you mean 'prompt'\?$"
     with pytest.raises(DataError, match=message):
-        check_preference_rows(ROWS, config(**{setting: "promt"}))
+        keep_usable_pairs(ROWS, config(**{setting: "promt"}))
 
 
 def test_load_lists_the_first_twenty_lines(tmp_path: Path):
@@ -543,9 +543,9 @@ def test_load_lists_the_first_twenty_lines(tmp_path: Path):
     rows = [texts("a", "b", "c"), *[{**texts("a", "b", "c"), "margin": -n} for n in range(1, 26)]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"path": str(path)}
-    assert load_preference_rows(PreferenceDataConfig(**settings, num_rows=1)) == rows[:1]
+    assert read_preference_rows(PreferenceDataConfig(**settings, num_rows=1)) == rows[:1]
     with pytest.raises(DataError) as error:
-        load_preference_rows(PreferenceDataConfig(**settings))
+        read_preference_rows(PreferenceDataConfig(**settings))
     first, *lines = str(error.value).splitlines()
     assert first == f"{path}: 25 bad rows"
     rule = "must be a number that is 0 or greater"
@@ -561,7 +561,7 @@ def real() -> list:
     """Rows of HH-RLHF."""
     if not HH.is_file():
         pytest.skip(f"{HH} is missing")
-    return load_preference_rows(PreferenceDataConfig(path=str(HH)))
+    return read_preference_rows(PreferenceDataConfig(path=str(HH)))
 
 
 def words(text: str) -> list[str]:
@@ -569,7 +569,7 @@ def words(text: str) -> list[str]:
 
 
 def test_real_transcripts_lose_no_pair(real: list):
-    pairs, counts = read_preferences(real, config())
+    pairs, counts = parse_preferences(real, config())
     assert (counts.rows, counts.kept, counted(counts)) == (2312, 2312, {})
     for pair, row in zip(pairs, real, strict=True):
         assert pair.prompt[-1]["role"] == "user"
@@ -581,7 +581,7 @@ def test_real_transcripts_lose_no_pair(real: list):
 
 
 def test_real_transcripts_as_plain_text_are_cut_where_the_assistant_speaks(real: list):
-    pairs, counts = read_preferences(real, config(template="none"))
+    pairs, counts = parse_preferences(real, config(template="none"))
     assert counts.kept == 2312
     for pair, row in zip(pairs, real, strict=True):
         assert pair.prompt.endswith("\n\nAssistant:")

@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.config import PromptDataConfig
-from llmrl.data.prompts import PromptSource, check_prompt_rows, encode_prompts, load_prompt_rows
+from llmrl.data.prompts import ShuffledPrompts, encode_prompts, keep_usable_prompts, read_prompt_rows
 from llmrl.data.rows import SKIP, DataError
 from tests.data.conftest import BOS, spell
 
@@ -19,7 +19,7 @@ def config(**settings) -> PromptDataConfig:
 
 def problems(*rows: dict, **settings) -> list[str]:
     with pytest.raises(DataError) as error:
-        check_prompt_rows(rows, config(**settings))
+        keep_usable_prompts(rows, config(**settings))
     return str(error.value).split("\n")
 
 
@@ -49,11 +49,11 @@ def test_special_tokens_count_towards_the_limit(chat: PreTrainedTokenizerFast):
 def test_nothing_left_is_refused(plain: PreTrainedTokenizerFast):
     message = r"rows\.jsonl: every one of the 1 prompts is longer than data\.max_prompt_tokens \(2\); raise it"
     with pytest.raises(DataError, match=message):
-        PromptSource([ROWS[1]], plain, config(max_prompt_tokens=2), seed=0)
+        ShuffledPrompts([ROWS[1]], plain, config(max_prompt_tokens=2), seed=0)
 
 
 def test_source_deals_rows_with_their_own_ids(chat: PreTrainedTokenizerFast):
-    source = PromptSource(ROWS, chat, config(max_prompt_tokens=21), seed=1)
+    source = ShuffledPrompts(ROWS, chat, config(max_prompt_tokens=21), seed=1)
     assert (source.num_rows, source.num_dropped) == (4, 1)
     seen = []
     for _ in range(4):
@@ -67,9 +67,9 @@ def test_source_deals_rows_with_their_own_ids(chat: PreTrainedTokenizerFast):
 
 
 def test_source_resumes(plain: PreTrainedTokenizerFast):
-    source = PromptSource(ROWS, plain, config(), seed=1)
+    source = ShuffledPrompts(ROWS, plain, config(), seed=1)
     source.next(3)
-    resumed = PromptSource(ROWS, plain, config(), seed=1)
+    resumed = ShuffledPrompts(ROWS, plain, config(), seed=1)
     resumed.load_state_dict(source.state_dict())
     expected, ours = source.next(4), resumed.next(4)
     assert torch.equal(ours.ids, expected.ids)
@@ -77,7 +77,7 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 
 
 def test_good_rows_pass():
-    check_prompt_rows([*ROWS, {"prompt": [{"role": "user", "content": "hi"}]}], config())
+    keep_usable_prompts([*ROWS, {"prompt": [{"role": "user", "content": "hi"}]}], config())
 
 
 def test_missing_column_suggests_the_nearest():
@@ -104,6 +104,6 @@ def test_bad_prompts_are_listed_with_their_reason():
 def test_load_checks_the_rows_that_are_used(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
-    assert load_prompt_rows(PromptDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a"}]
+    assert read_prompt_rows(PromptDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a"}]
     with pytest.raises(DataError, match="line 2: 'prompt' is an empty text"):
-        load_prompt_rows(PromptDataConfig(path=str(path)))
+        read_prompt_rows(PromptDataConfig(path=str(path)))

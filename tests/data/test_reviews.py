@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmrl.data.config import PreferenceDataConfig
-from llmrl.data.preferences import load_preference_rows, read_preferences
+from llmrl.data.preferences import parse_preferences, read_preference_rows
 from llmrl.rewards.loading import load_function
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_no_test_prompt_is_ever_trained_on(rows: dict[str, list[dict[str, Any]]]
 def test_the_pairs_are_ones_that_llmrl_keeps(folder: Path):
     for name, count in (("train", 16000), ("test", 1000)):
         config = PreferenceDataConfig(path=str(folder / f"{name}.jsonl"))
-        _, counts = read_preferences(load_preference_rows(config), config)
+        _, counts = parse_preferences(read_preference_rows(config), config)
         assert (counts.kept, counts.lines()) == (count, [])
 
 

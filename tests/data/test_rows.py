@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from llmrl.data.config import DataConfig
-from llmrl.data.rows import SKIP, DataError, check_rows, column_names, is_file, load_config_rows, places_of, usable_rows
+from llmrl.data.rows import SKIP, DataError, check_rows, column_names, is_file, keep_usable, places_of, read_rows
 
 LINES = [f"line {n}" for n in range(1, 100)]
 ROWS = [
@@ -17,7 +17,7 @@ ROWS = [
 
 
 def read(path: Path | str) -> list:
-    return load_config_rows(DataConfig(path=str(path)))
+    return read_rows(DataConfig(path=str(path)))
 
 
 def write(path: Path, text: str) -> Path:
@@ -264,15 +264,15 @@ def test_hub_name(hub, monkeypatch: pytest.MonkeyPatch):
         return datasets.Dataset.from_list([{"question": "a", "n": 1}, {"question": "b", "n": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = load_config_rows(DataConfig(path="openai/gsm8k", subset="main", split="test"))
+    rows = read_rows(DataConfig(path="openai/gsm8k", subset="main", split="test"))
     assert rows == [{"question": "a", "n": 1}, {"question": "b", "n": 2}]
     assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
 def test_first_rows_only(tmp_path: Path):
     path = str(write_kind(tmp_path, "jsonl"))
-    assert load_config_rows(DataConfig(path=path, num_rows=1)) == ROWS[:1]
-    assert load_config_rows(DataConfig(path=path)) == ROWS
+    assert read_rows(DataConfig(path=path, num_rows=1)) == ROWS[:1]
+    assert read_rows(DataConfig(path=path)) == ROWS
 
 
 def test_a_missing_file_names_its_nearest_sibling_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -295,7 +295,7 @@ def not_negative(row: dict) -> str | None:
 
 def test_bad_rows_are_dropped_and_counted(tmp_path: Path):
     config = DataConfig(path=str(write(tmp_path / "a.jsonl", BAD)), skip_bad_rows=True)
-    rows = usable_rows(load_config_rows(config), config, not_negative)
+    rows = keep_usable(read_rows(config), config, not_negative)
     assert rows == [{"a": 1}, {"a": 3}]
     assert places_of(rows) == ["line 1", "line 6"]
     unreadable, negative = rows.notes
@@ -307,7 +307,7 @@ def test_bad_rows_are_dropped_and_counted(tmp_path: Path):
 def test_one_bad_row_refuses_all_by_default(tmp_path: Path):
     config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": -2}\n')))
     with pytest.raises(DataError) as error:
-        usable_rows(load_config_rows(config), config, not_negative)
+        keep_usable(read_rows(config), config, not_negative)
     assert str(error.value) == f"{config.path}: 1 bad row\n  line 2: -2 is negative\n{SKIP}"
 
 
@@ -315,13 +315,13 @@ def test_one_bad_row_refuses_all_by_default(tmp_path: Path):
 def test_where_no_row_is_good_none_can_be_skipped(tmp_path: Path, skip: bool):
     config = DataConfig(path=str(write(tmp_path / "a.jsonl", '{"a": -1}\n{"a": -1}\n')), skip_bad_rows=skip)
     with pytest.raises(DataError) as error:
-        usable_rows(load_config_rows(config), config, not_negative)
+        keep_usable(read_rows(config), config, not_negative)
     assert str(error.value) == f"{config.path}: 2 bad rows\n  all 2 rows: -1 is negative"
 
 
 def test_columns_get_other_names_or_are_left_out(tmp_path: Path):
     path = str(write(tmp_path / "a.csv", "q,prompt,tokens\n1,2,3\n\n4,5,6\n"))
-    rows = load_config_rows(DataConfig(path=path, rename_columns={"q": "prompt", "prompt": "old", "tokens": None}))
+    rows = read_rows(DataConfig(path=path, rename_columns={"q": "prompt", "prompt": "old", "tokens": None}))
     assert rows == [{"prompt": "1", "old": "2"}, {"prompt": "4", "old": "5"}]
     assert places_of(rows) == ["line 2", "line 4"]
 
@@ -336,7 +336,7 @@ def test_columns_get_other_names_or_are_left_out(tmp_path: Path):
 def test_names_that_cannot_be(tmp_path: Path, names: dict, told: str):
     path = str(write(tmp_path / "a.csv", "a,c\n1,2\n"))
     with pytest.raises(DataError, match=told):
-        load_config_rows(DataConfig(path=path, rename_columns=names))
+        read_rows(DataConfig(path=path, rename_columns=names))
 
 
 def test_a_user_who_is_not_known():

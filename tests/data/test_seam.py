@@ -3,10 +3,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import opening_of_response, prompt_ids, without_opening
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
-from llmrl.data.preferences import encode_pairs, fit_preference_rows, read_preferences
-from llmrl.data.prompts import fit_prompt_rows
+from llmrl.data.preferences import encode_pairs, keep_pairs_in_template, parse_preferences
+from llmrl.data.prompts import keep_prompts_in_template
 from llmrl.data.rows import SKIP, DataError
-from llmrl.data.supervised import encode_examples, fit_supervised_rows
+from llmrl.data.supervised import encode_examples, keep_examples_in_template
 from tests.data.conftest import CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -31,7 +31,7 @@ def chat(template: str, *added: str) -> PreTrainedTokenizerFast:
 
 
 def prompts(*rows: dict, template: str = STRICT, **settings):
-    return fit_prompt_rows(rows, chat(template), PromptDataConfig(path="rows.jsonl", **settings))
+    return keep_prompts_in_template(rows, chat(template), PromptDataConfig(path="rows.jsonl", **settings))
 
 
 # --- prompts that a template does not take ----------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_each_order_of_roles_is_tried_once(monkeypatch: pytest.MonkeyPatch):
     render = tokenizer.apply_chat_template
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or render(*a, **k))
     rows = [{"prompt": "a"}, {"prompt": [USER]}, {"prompt": "b"}, {"prompt": [USER, ASSISTANT, USER]}] * 5
-    assert fit_prompt_rows(rows, tokenizer, PromptDataConfig(path="rows.jsonl")) == rows
+    assert keep_prompts_in_template(rows, tokenizer, PromptDataConfig(path="rows.jsonl")) == rows
     assert len(calls) == 3
 
 
@@ -108,8 +108,8 @@ def test_pairs_are_tried_in_the_template_too():
     ]
     config = PreferenceDataConfig(path="rows.jsonl")
     with pytest.raises(DataError, match=r"^rows\.jsonl: 1 bad row\n  row 3: .*no system here"):
-        fit_preference_rows(rows, chat(STRICT), config)
-    assert len(fit_preference_rows(rows[:2], chat(STRICT), config)) == 2
+        keep_pairs_in_template(rows, chat(STRICT), config)
+    assert len(keep_pairs_in_template(rows[:2], chat(STRICT), config)) == 2
 
 
 # --- where prompt and response meet -----------------------------------------------------------------------------------
@@ -142,10 +142,10 @@ def test_rows_that_teach_responses_need_an_eos(template: str | None):
     tokenizer.eos_token = None
     row = {"prompt": "hi", "response": "a", "chosen": "a", "rejected": "b"}
     with pytest.raises(DataError, match="the tokenizer has no EOS token"):
-        fit_supervised_rows([row], tokenizer, SupervisedDataConfig(path="rows.jsonl"))
+        keep_examples_in_template([row], tokenizer, SupervisedDataConfig(path="rows.jsonl"))
     with pytest.raises(DataError, match="the tokenizer has no EOS token"):
-        fit_preference_rows([row], tokenizer, PreferenceDataConfig(path="rows.jsonl"))
-    assert len(fit_prompt_rows([row], tokenizer, PromptDataConfig(path="rows.jsonl"))) == 1
+        keep_pairs_in_template([row], tokenizer, PreferenceDataConfig(path="rows.jsonl"))
+    assert len(keep_prompts_in_template([row], tokenizer, PromptDataConfig(path="rows.jsonl"))) == 1
 
 
 def test_the_tag_is_read_once_and_that_is_said():
@@ -153,7 +153,7 @@ def test_the_tag_is_read_once_and_that_is_said():
     rows = [{"prompt": "hi", "response": f"{start}a</think>b"} for start in ("<think>\n", "")]
     (_, first), (_, second) = encode_examples(rows, tokenizer, config)
     assert first == second == [*spell("a"), tokenizer.convert_tokens_to_ids("</think>"), *spell("b"), EOS]
-    assert fit_supervised_rows(rows, tokenizer, config).notes == [
+    assert keep_examples_in_template(rows, tokenizer, config).notes == [
         "1 of 2 responses begin with '<think>', which the generation prompt of the chat template writes already; "
         "it is read once"
     ]
@@ -162,9 +162,9 @@ def test_the_tag_is_read_once_and_that_is_said():
 def test_both_sides_of_a_pair_open_their_reasoning_once():
     tokenizer, config = chat(REASONS, "<think>"), PreferenceDataConfig(path="rows.jsonl")
     rows = [{"prompt": "hi", "chosen": "<think>\na", "rejected": "<think>\nb"}]
-    (pair,), *_ = encode_pairs(read_preferences(rows, config)[0], tokenizer, config)
+    (pair,), *_ = encode_pairs(parse_preferences(rows, config)[0], tokenizer, config)
     assert (pair.chosen_ids, pair.rejected_ids) == ([*spell("a"), EOS], [*spell("b"), EOS])
-    assert "1 of 1 responses begin with '<think>'" in fit_preference_rows(rows, tokenizer, config).notes[0]
+    assert "1 of 1 responses begin with '<think>'" in keep_pairs_in_template(rows, tokenizer, config).notes[0]
 
 
 EMPTY_THOUGHT = (
@@ -188,7 +188,7 @@ OTHER_END = CHAT_TEMPLATE.replace("}|{%", "}<end>{%")
 def test_a_seam_that_is_not_the_templates_is_shown(template: str, response: str, trained: str, written: str):
     tokenizer = chat(template, "<end>", "<think>")
     rows = [{"prompt": "hi", "response": response}] * 3
-    (note,) = fit_supervised_rows(rows, tokenizer, SupervisedDataConfig(path="rows.jsonl")).notes
+    (note,) = keep_examples_in_template(rows, tokenizer, SupervisedDataConfig(path="rows.jsonl")).notes
     assert note.startswith(
         f"in 3 of the first 3 examples training reads another text than the chat template writes, such as {trained!r} "
         f"where the template has {written!r}; "
@@ -207,12 +207,12 @@ def test_a_seam_that_is_not_the_templates_is_shown(template: str, response: str,
 def test_a_seam_that_is_the_templates_is_not_mentioned(template: str, response: str):
     config = SupervisedDataConfig(path="rows.jsonl")
     rows = [{"prompt": "hi", "response": response}]
-    assert fit_supervised_rows(rows, chat(template, "<think>"), config).notes == []
-    assert fit_supervised_rows(rows, make_tokenizer(), config).notes == []
+    assert keep_examples_in_template(rows, chat(template, "<think>"), config).notes == []
+    assert keep_examples_in_template(rows, make_tokenizer(), config).notes == []
 
 
 def test_a_long_text_is_shown_around_the_place_where_it_parts():
     rows = [{"prompt": "a" * 500, "response": "yes " + "b" * 500}]
-    (note,) = fit_supervised_rows(rows, chat(EMPTY_THOUGHT), SupervisedDataConfig(path="rows.jsonl")).notes
+    (note,) = keep_examples_in_template(rows, chat(EMPTY_THOUGHT), SupervisedDataConfig(path="rows.jsonl")).notes
     assert len(note) < 500
     assert "<think></think>yes" in note

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.prompts import encode_prompts
 from llmrl.data.rows import DataError
-from llmrl.data.supervised import SupervisedSource, check_supervised_rows, load_supervised_rows
+from llmrl.data.supervised import SupervisedSource, keep_usable_examples, read_supervised_rows
 from tests.data.conftest import EOS, spell
 
 ROWS = [{"prompt": "a", "response": "xy"}, {"prompt": "bcd", "response": "z"}, {"prompt": "ef", "response": "uvwx"}]
@@ -53,7 +53,7 @@ def test_prompt_is_what_the_rollout_will_see(chat: PreTrainedTokenizerFast):
 
 def test_conversation_brings_its_own_response(chat: PreTrainedTokenizerFast):
     rows = [{"messages": [USER, ASSISTANT, USER, ASSISTANT]}]
-    check_supervised_rows(rows, config(prompt_column="messages"))
+    keep_usable_examples(rows, config(prompt_column="messages"))
     batch = SupervisedSource(rows, chat, config(prompt_column="messages"), seed=0).next(1)
     assert read_rows(batch) == {
         (0, *spell("user:hi|assistant:yes|user:hi|assistant:")): [*spell("yes"), EOS],
@@ -62,7 +62,7 @@ def test_conversation_brings_its_own_response(chat: PreTrainedTokenizerFast):
 
 def test_messages_with_a_response_column(chat: PreTrainedTokenizerFast):
     rows = [{"prompt": [USER], "response": "no"}]
-    check_supervised_rows(rows, config())
+    keep_usable_examples(rows, config())
     batch = SupervisedSource(rows, chat, config(), seed=0).next(1)
     assert read_rows(batch) == {(0, *spell("user:hi|assistant:")): [*spell("no"), EOS]}
 
@@ -102,13 +102,13 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
 )
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
-        check_supervised_rows([ROWS[0], row], config())
+        keep_usable_examples([ROWS[0], row], config())
     assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
 
 
 def test_load_checks_the_rows(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-    assert load_supervised_rows(SupervisedDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a", "response": "b"}]
+    assert read_supervised_rows(SupervisedDataConfig(path=str(path), num_rows=1)) == [{"prompt": "a", "response": "b"}]
     with pytest.raises(DataError, match="line 2: no column 'response'"):
-        load_supervised_rows(SupervisedDataConfig(path=str(path)))
+        read_supervised_rows(SupervisedDataConfig(path=str(path)))

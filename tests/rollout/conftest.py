@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.transformers import TransformersEngine
 
 from .tiny import EOS, FAMILIES, VOCAB, Counter, build, make_prompts
 

@@ -16,7 +16,7 @@ from llmrl.metrics import Metrics
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
-from llmrl.trainers.optimize import optimizer_step
+from llmrl.trainers.optimize import accumulate_and_step
 from tests.distributed.threads import on_ranks
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0], [1.0, 1.0]])
@@ -58,7 +58,7 @@ class Problem:
 
     def step(self, *microbatches: list[int]) -> dict[str, float]:
         parts = [torch.tensor(rows) for rows in microbatches]
-        return optimizer_step(self.trained, map(self.losses, parts), OneProcess(), self.counter).values()
+        return accumulate_and_step(self.trained, map(self.losses, parts), OneProcess(), self.counter).values()
 
 
 CUTS = ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[5, 3], [0], [1, 2, 4]], [[0], [1], [2], [3], [4], [5]])
@@ -88,7 +88,7 @@ def test_a_total_becomes_a_mean_over_steps():
         def losses(part: float) -> Iterator[tuple[str, Tensor, Metrics]]:
             yield "actor", part * problem.module.w.sum(), Metrics({"loss": Total(part)})
 
-        return optimizer_step(problem.trained, map(losses, [loss / 2, loss / 2]), OneProcess(), Silent())
+        return accumulate_and_step(problem.trained, map(losses, [loss / 2, loss / 2]), OneProcess(), Silent())
 
     values = step(1.0).merge(step(4.0)).values()
     assert values["loss"] == pytest.approx(2.5)
@@ -104,9 +104,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(bad: float):
     def losses(factor: float) -> Iterator[tuple[str, Tensor, Metrics]]:
         yield "actor", factor * problem.module.w.sum(), Metrics()
 
-    broken = optimizer_step(problem.trained, map(losses, [bad]), OneProcess(), Silent())
+    broken = accumulate_and_step(problem.trained, map(losses, [bad]), OneProcess(), Silent())
     assert_close(problem.module.w.detach(), torch.tensor([0.5, -0.25]), rtol=0.0, atol=0.0)
-    values = broken.merge(optimizer_step(problem.trained, map(losses, [3.0]), OneProcess(), Silent())).values()
+    values = broken.merge(accumulate_and_step(problem.trained, map(losses, [3.0]), OneProcess(), Silent())).values()
     assert values["actor/skipped_steps"] == 1.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)  # of the step that was taken
     assert not torch.tensor(values["actor/grad_norm_max"]).isfinite()
@@ -146,7 +146,7 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
             yield name, torch.tensor(float(loss)), Metrics({f"{name}/loss": Total(float(loss))})
 
     trained = {name: Recorder(name) for name in ("actor", "critic")}
-    values = optimizer_step(trained, map(losses, [1, 2]), OneProcess(), Silent()).values()
+    values = accumulate_and_step(trained, map(losses, [1, 2]), OneProcess(), Silent()).values()
     assert happened == [
         "actor forward 1",
         "actor backward 1",
@@ -175,16 +175,18 @@ def test_a_module_that_no_loss_was_for_is_left_alone():
     def weights(name: str) -> Tensor:
         return networks[name].module.w.detach().clone()
 
-    optimizer_step(trained, map(losses, [("actor", "critic")]), OneProcess(), Silent())
+    accumulate_and_step(trained, map(losses, [("actor", "critic")]), OneProcess(), Silent())
     before = {name: weights(name) for name in trained}
-    values = optimizer_step(trained, map(losses, [("critic",), ("critic",)]), OneProcess(), Silent()).values()
+    values = accumulate_and_step(trained, map(losses, [("critic",), ("critic",)]), OneProcess(), Silent()).values()
     assert torch.equal(weights("actor"), before["actor"])
     assert not torch.equal(weights("critic"), before["critic"])
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 1, "critic": 2}
     assert {name.split("/")[0] for name in values} == {"critic"}
 
     # one microbatch is enough
-    values = optimizer_step(trained, map(losses, [("critic",), ("actor", "critic")]), OneProcess(), Silent()).values()
+    values = accumulate_and_step(
+        trained, map(losses, [("critic",), ("actor", "critic")]), OneProcess(), Silent()
+    ).values()
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 2, "critic": 3}
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)
     assert values["critic/grad_norm"] == pytest.approx(6.0 * 2**0.5)
@@ -199,7 +201,9 @@ def test_an_idle_pass_runs_backward_and_counts_for_nothing():
     def losses(part):
         yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-    values = optimizer_step(trained, map(losses, [3.0]), OneProcess(), Silent(), idle=map(losses, [5.0, 7.0])).values()
+    values = accumulate_and_step(
+        trained, map(losses, [3.0]), OneProcess(), Silent(), idle=map(losses, [5.0, 7.0])
+    ).values()
     assert backward == [[[3.0, 3.0]], [[0.0, 0.0]], [[0.0, 0.0]]]
     assert values["loss"] == 3.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
@@ -215,7 +219,7 @@ def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
         def losses(part):
             yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-        values = optimizer_step(trained, map(losses, [3.0] if ranks.rank == 0 else []), ranks, Silent()).values()
+        values = accumulate_and_step(trained, map(losses, [3.0] if ranks.rank == 0 else []), ranks, Silent()).values()
         return values, module.weight.detach().clone()
 
     (values, weight), (others, same) = on_ranks(2, step)

@@ -193,7 +193,7 @@ def losses_of(run: Any) -> Any:
     algorithm = run.trainer.algorithm
     with torch.no_grad():
         experience, _ = algorithm.experience(*rollout_of(run))
-    mask = experience.response_mask
+    mask = experience.counted
     return algorithm.losses(experience, mask.float() / mask.sum())
 
 

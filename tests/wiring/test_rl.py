@@ -14,9 +14,9 @@ from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.loading import ModelError
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
-from llmrl.rollout.generate import TransformersEngine
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
+from llmrl.rollout.transformers import TransformersEngine
 from llmrl.trainers.config import EvaluationConfig
 from llmrl.wiring.checks import check_rl
 from llmrl.wiring.rl import build_evaluator, build_grpo

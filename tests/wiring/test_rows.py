@@ -2,7 +2,7 @@ import pytest
 
 from llmrl.data.config import PromptDataConfig
 from llmrl.data.files import DataError
-from llmrl.wiring.rows import read_rows, report_dropped
+from llmrl.wiring.rows import read_section, report_dropped
 
 from .conftest import Heard
 
@@ -11,7 +11,7 @@ def read(dry, path, made_by=None):
     """The rows, or that they were read, and what was not checked."""
     unchecked = []
     config = PromptDataConfig(path=path)
-    rows = read_rows(config, lambda config: [{"prompt": config.path}], unchecked, dry=dry, made_by=made_by)
+    rows = read_section(config, lambda config: [{"prompt": config.path}], unchecked, dry=dry, made_by=made_by)
     return rows, unchecked
 
 
