@@ -1,4 +1,4 @@
-"""The command line: llmrl sft | reward-model | grpo | ppo | evaluate | score | generate | settings.
+"""The command line: a command for each kind of run, and for what is done with the model that it leaves.
 
 Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n stopped by signal n.
 """
@@ -371,7 +371,8 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
 @contextmanager
 def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
     """Around a command that has arguments in place of a recipe: its errors name these, not the settings."""
-    from llmrl.data.rows import SKIP, DataError
+    from llmrl.data.files import DataError
+    from llmrl.data.rows import SKIP
     from llmrl.models.folders import ModelError
     from llmrl.rollout.support import RolloutError
 
@@ -403,13 +404,13 @@ def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
 @contextmanager
 def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
-    from llmrl.data.rows import DataError
+    from llmrl.data.files import DataError
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
     from llmrl.distributed.launch import LaunchError
     from llmrl.distributed.watchdog import PhaseTimeout
     from llmrl.files import WriteError
-    from llmrl.models.loading import ModelError
+    from llmrl.models.folders import ModelError
     from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch

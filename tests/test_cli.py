@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from llmrl import cli
 from llmrl.cli import _named_as_given, _print_evaluation, _write, app, bad_input_ends_with_status_2, settings
 from llmrl.distributed.activity import HERE
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
+from llmrl.wiring.runs import RUNS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "models" / "tiny_char_llama"
@@ -350,7 +351,7 @@ def test_an_override_never_ends_in_a_traceback(grpo_recipe, override):
 def test_a_recipe_never_ends_in_a_traceback(tmp_path, content):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(content)
-    for command in ("sft", "reward-model", "grpo", "ppo", "evaluate"):
+    for command in (*RUNS, "evaluate"):
         assert str(recipe) in refused(command, recipe)
 
 
@@ -359,14 +360,11 @@ def test_a_path_of_a_recipe_never_ends_in_a_traceback(recipe):
     refused("grpo", recipe)
 
 
-@pytest.mark.parametrize("command", ["sft", "reward-model", "grpo", "ppo", "evaluate"])
+@pytest.mark.parametrize("command", [*RUNS, "evaluate"])
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if "tiny" in r.stem or "quick" in r.stem], ids=str)
 def test_a_recipe_of_another_command_is_told_whose_it_is(recipe, command):
     whose = recipe.stem.rpartition("reward_model")[1].replace("_", "-") or recipe.stem.rpartition("_")[2]
-    if (
-        command in (whose, "evaluate")
-        and whose in ("sft", "reward-model", "grpo", "ppo")[0 if command == whose else 2 :]
-    ):
+    if command == whose or (command == "evaluate" and RUNS[whose].samples):
         return
     error = refused(command, recipe)
     assert error.startswith(f"error: {recipe} is a recipe of `llmrl {whose}`, not of `llmrl ")

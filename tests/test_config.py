@@ -412,7 +412,7 @@ def test_the_list_of_settings_is_the_one_that_was_decided_on():
     assert (new, gone) == ([], []), (
         "a setting is a decision: a new one needs a user who cannot do without it, and one that is gone needs "
         "a sentence for those who still write it; if that is settled, store the list with\n"
-        '    for run in sft reward-model grpo ppo; do llmrl settings $run | cut -f1 | sed "s/^/$run /"; done '
+        f'    for run in {" ".join(RUNS)}; do llmrl settings $run | cut -f1 | sed "s/^/$run /"; done '
         "> tests/settings.txt"
     )
     assert listed == stored

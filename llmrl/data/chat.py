@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Sequences
 from llmrl.data.config import DataConfig
-from llmrl.data.files import SURROGATE, kind
-from llmrl.data.rows import DataError, check_rows
+from llmrl.data.files import SURROGATE, DataError, kind
+from llmrl.data.rows import check_rows
 from llmrl.messages import in_one_line
 
 ROLES = ("system", "user", "assistant", "tool")

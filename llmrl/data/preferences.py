@@ -41,8 +41,8 @@ from llmrl.data.chat import (
     uses_chat,
 )
 from llmrl.data.config import PreferenceDataConfig
-from llmrl.data.files import Rows, kind
-from llmrl.data.rows import DataError, column_names, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.files import DataError, Rows, kind
+from llmrl.data.rows import column_names, keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import common_length, keep_in_template, notes_on_seams
 from llmrl.data.source import ShuffledSource
 

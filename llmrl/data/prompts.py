@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from llmrl.batches import Prompts, Row
 from llmrl.data.chat import padded, prompt_ids, prompt_problem
 from llmrl.data.config import PromptDataConfig
-from llmrl.data.files import Rows
-from llmrl.data.rows import DataError, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.files import DataError, Rows
+from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import keep_in_template
 from llmrl.data.source import ShuffledSource
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from llmrl.batches import Rollout, Row, Sequences
 from llmrl.data.chat import as_sequences, prompt_ids, response_ids
 from llmrl.data.config import DataConfig
-from llmrl.data.rows import DataError, places_of
+from llmrl.data.files import DataError
+from llmrl.data.rows import places_of
 
 PROBE = "Is  1+2 = 3?\n Él said: 'naïve', don't."
 """A text that tokenizers of one vocabulary still split differently if their rules differ."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmrl.batches import Row
-from llmrl.data.rows import DataError
+from llmrl.data.files import DataError
 from llmrl.functional.streams import Purpose, permutation
 
 Example = TypeVar("Example")

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from llmrl.batches import Row, Sequences
 from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, response_ids
 from llmrl.data.config import SupervisedDataConfig
-from llmrl.data.files import Rows, kind
-from llmrl.data.rows import DataError, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.files import DataError, Rows, kind
+from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import keep_in_template, notes_on_seams
 from llmrl.data.source import ShuffledSource
 

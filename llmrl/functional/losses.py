@@ -145,6 +145,7 @@ def clipped_policy_loss(
             "policy/clip_fraction": Mean((clipped & (advantages != 0)).sum(), counted.sum()),
             **ratio_metrics(logprobs, old_logprobs, counted),
         }
+    # the same ratio again, with a gradient: clipped ones, which may have overflowed, are selected away before exp
     live = importance_ratio(logprobs, old_logprobs, counted & ~clipped)
     return masked_sum(weights * -advantages * torch.where(clipped, bounded, live), counted), metrics
 

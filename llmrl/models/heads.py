@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmrl.functional.logprobs import entropy, linear_token_logprobs, token_logprobs
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.models.probe import exact_float32, probe_rows
 from llmrl.models.trunk import last_hidden_states
 

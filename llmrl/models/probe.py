@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmrl.batches import PreferencePairs, Sequences
 from llmrl.messages import in_one_line
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.models.trunk import encode, last_hidden_states
 
 if TYPE_CHECKING:

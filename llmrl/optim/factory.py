@@ -55,5 +55,5 @@ def make_trainable(
         case _:
             kind = LocalTrainable
     trainable = kind(caller.module, config, num_steps=num_steps, collectives=context.collectives, peaks=peaks)
-    caller.module = trainable.wrapped
+    caller.module = trainable.wrapped  # sharded weights are whole, and gradients summed, only in calls of the wrapper
     return trainable

@@ -175,6 +175,8 @@ class Decoding:
     def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
         """Feeds tokens to live rows, by their index in `Responses`: one or more to each, and all at once.
 
+        For the answers of tools within a response; no engine calls it yet.
+
         Between a draw and `retire`, so that a row goes on which its EOS has just ended. The next step draws what comes
         after the last fed token.
 

@@ -76,8 +76,8 @@ class Responses:
         return stop_reason
 
     def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
-        """Appends tokens that the actor did not choose, by row. A row that its EOS had ended is under way again; no id
-        that is fed ends one.
+        """Appends tokens that the actor did not choose, by row: the answers of tools, for which no engine calls it yet.
+        A row that its EOS had ended is under way again; no id that is fed ends one.
 
         Raises:
             ValueError: A row has no room for them.

@@ -15,8 +15,8 @@ from llmrl.models.critic import (
     ValueHead,
     ValueModule,
 )
+from llmrl.models.folders import ModelError
 from llmrl.models.loaded import Actor, Networks
-from llmrl.models.loading import ModelError
 from llmrl.models.reward_loading import load_reward_model
 from llmrl.models.training import ready_to_train, turn_dropout_off
 from llmrl.optim.factory import make_trainable

@@ -8,8 +8,8 @@ import torch
 from llmrl.batches import Sequences
 from llmrl.config import RewardModelRun
 from llmrl.data.config import PreferenceDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.preferences import PairSource
-from llmrl.data.rows import DataError
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedScorer
 from llmrl.models.config import ModelConfig

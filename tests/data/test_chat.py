@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import padded, prompt_ids, prompt_problem, response_ids
 from llmrl.data.config import DataConfig
-from llmrl.data.rows import DataError
+from llmrl.data.files import DataError
 from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 USER = {"role": "user", "content": "hi"}

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from llmrl.batches import PreferencePairs, Sequences
 from llmrl.data import preferences
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.preferences import (
     PairCounts,
     PairSource,
@@ -18,7 +19,6 @@ from llmrl.data.preferences import (
     read_preference_rows,
 )
 from llmrl.data.prompts import encode_prompts
-from llmrl.data.rows import DataError
 from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base_test.jsonl.gz"

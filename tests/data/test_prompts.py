@@ -5,8 +5,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.config import PromptDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.prompts import ShuffledPrompts, encode_prompts, keep_usable_prompts, read_prompt_rows
-from llmrl.data.rows import SKIP, DataError
+from llmrl.data.rows import SKIP
 from tests.data.conftest import BOS, spell
 
 TEXTS = ["a", "bcd", "ef", "ghijkl", "mn"]

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from llmrl.batches import Rollout, StopReason
 from llmrl.data.chat import as_sequences
 from llmrl.data.config import PromptDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.rerender import Rerenderer, ended_by, same_ids, same_tokens
-from llmrl.data.rows import DataError
 from tests.data.conftest import ALPHABET, CHAT_TEMPLATE, EOS, make_tokenizer, spell
 
 DATA = PromptDataConfig(path="d.jsonl")

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import pytest
 
 from llmrl.data.config import DataConfig
-from llmrl.data.rows import SKIP, DataError, check_rows, column_names, is_file, keep_usable, places_of, read_rows
+from llmrl.data.files import DataError
+from llmrl.data.rows import SKIP, check_rows, column_names, is_file, keep_usable, places_of, read_rows
 
 LINES = [f"line {n}" for n in range(1, 100)]
 ROWS = [

@@ -3,9 +3,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.chat import opening_of_response, prompt_ids, without_opening
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.preferences import encode_pairs, keep_pairs_in_template, parse_preferences
 from llmrl.data.prompts import keep_prompts_in_template
-from llmrl.data.rows import SKIP, DataError
+from llmrl.data.rows import SKIP
 from llmrl.data.supervised import encode_examples, keep_examples_in_template
 from tests.data.conftest import CHAT_TEMPLATE, EOS, make_tokenizer, spell
 

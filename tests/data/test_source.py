@@ -1,6 +1,6 @@
 import pytest
 
-from llmrl.data.rows import DataError
+from llmrl.data.files import DataError
 from llmrl.data.source import ShuffledSource
 
 

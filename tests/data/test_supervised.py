@@ -5,8 +5,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.prompts import encode_prompts
-from llmrl.data.rows import DataError
 from llmrl.data.supervised import SupervisedSource, keep_usable_examples, read_supervised_rows
 from tests.data.conftest import EOS, spell
 

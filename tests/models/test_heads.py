@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from llmrl.models.folders import ModelError
 from llmrl.models.heads import CHUNK_TOKENS, LinearHead, OwnHead, choose_head, trunk_replaced
-from llmrl.models.loading import ModelError
 from tests.rollout.tiny import SIZES, VOCAB
 
 from .tiny import LINEAR, NOT_LINEAR, TEMPERATURE, build, dense, gemma2, gpt2, llama, make_sequences, module_of

@@ -19,8 +19,8 @@ from transformers import (
     PhimoeForCausalLM,
 )
 
+from llmrl.models.folders import ModelError
 from llmrl.models.heads import LinearHead, choose_head
-from llmrl.models.loading import ModelError
 from llmrl.models.probe import exact_float32, probe_rows, probe_trunk, shares_prompts_exactly
 from llmrl.models.training import turn_dropout_off
 from tests.models.rewards import SLIDING, reward_model

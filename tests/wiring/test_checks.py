@@ -7,7 +7,8 @@ import pytest
 
 from llmrl.config import SFTRun
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
-from llmrl.data.rows import SKIP, DataError
+from llmrl.data.files import DataError
+from llmrl.data.rows import SKIP
 from llmrl.models.folders import ModelError
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.config import EvaluationConfig

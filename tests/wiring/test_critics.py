@@ -30,7 +30,7 @@ from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.models.adapters import lora_config
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead, ValueModule
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.models.saving import save_policy
 from llmrl.optim.config import OptimizerConfig
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from llmrl.batches import Sequences
 from llmrl.config import PPORun
 from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from llmrl.config import RewardModelRun
 from llmrl.data.config import PreferenceDataConfig
-from llmrl.data.rows import DataError
+from llmrl.data.files import DataError
 from llmrl.models.config import ModelConfig
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.trainers.config import OutputConfig, RewardModelConfig
 from llmrl.wiring import reward_model as under_test
 from llmrl.wiring.checks import check_reward_run

@@ -9,9 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
+from llmrl.data.files import DataError
 from llmrl.data.preferences import split_open_transcript
-from llmrl.data.rows import DataError
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward

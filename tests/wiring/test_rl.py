@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import LoraSettings, ModelConfig
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.native import NativeEngine

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from llmrl.config import SFTRun
 from llmrl.data.config import SupervisedDataConfig
-from llmrl.models.loading import ModelError
+from llmrl.models.folders import ModelError
 from llmrl.trainers.config import RunConfig, SFTConfig
 from llmrl.wiring.checks import check_sft
 from llmrl.wiring.sft import build_sft
