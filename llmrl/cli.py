@@ -283,9 +283,8 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.sizing import launched_strategy
     from llmrl.wiring.precision import with_dtypes
 
-    way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
     prepare_device(deterministic=config.run.deterministic)
-    with failures_in_one_line(way_out), _context(config.distributed) as context:
+    with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
         context.progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
         strategy = launched_strategy(context.launch).name
@@ -388,8 +387,8 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
-    """Around everything: an interruption, and what the file system refuses, end with a line; all else propagates."""
+def _outer_causes_in_one_line(status: int, folder: Path | None = None) -> Iterator[None]:
+    """Context of a command: an interruption, and what the file system refuses, end with a line; all else propagates."""
     try:
         yield
     except KeyboardInterrupt:
@@ -397,12 +396,15 @@ def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}", status, way_out)
+        _fail(f"{error.filename}: {error.strerror}", status, folder)
 
 
 @contextmanager
-def failures_in_one_line(way_out: str = "") -> Iterator[None]:
-    """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
+def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
+    """Context of a run: failures that have a cause outside of llmrl end with their message; anything else propagates.
+
+    `folder` is the output folder of a run that can be resumed.
+    """
     from llmrl.data.rows import DataError
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
@@ -421,7 +423,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.user_code import UserCodeFailure
 
     try:
-        with _outer_causes_in_one_line(1, way_out):
+        with _outer_causes_in_one_line(1, folder):
             yield
     except (
         DataError,
@@ -434,20 +436,26 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         TrackerError,
     ) as error:
         _fail(error, 2)
-    except (RewardError, UserCodeFailure, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
-        _fail(error, 1, way_out)
+    except (RewardError, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
+        _fail(error, 1, folder)
     except Stopped as stopped:
         _fail(stopped, stopped.status)
     except AnotherRankFailed as error:
         raise typer.Exit(1) from error
     except RuntimeError as error:
-        if (told := describe_full_memory(error, HERE.phase)) is None:
+        message = describe_full_memory(error, HERE.phase)
+        if message is None and not isinstance(error, UserCodeFailure):
             raise
-        _fail(RuntimeError(told), 1, way_out)
+        _fail(message or error, 1, folder)
 
 
-def _fail(error: BaseException | str, status: int, way_out: str = "") -> NoReturn:
-    print(f"error: {error}{way_out}", file=sys.stderr)
+def _fail(error: BaseException | str, status: int, folder: Path | None = None) -> NoReturn:
+    """Ends the command with a message, and the way to resume where the folder of its run has a checkpoint."""
+    from llmrl.trainers.checkpoint import list_checkpoints
+
+    print(f"error: {error}", file=sys.stderr)
+    if folder is not None and list_checkpoints(folder / "checkpoints"):
+        print(f"mend it; the same command with run.resume=true goes on from {folder}", file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         print("(What the launcher prints below says only that this process ended.)", file=sys.stderr)
     raise typer.Exit(status)

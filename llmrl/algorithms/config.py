@@ -68,7 +68,9 @@ class GRPOConfig(Section, place="algorithm"):
             )
 
     def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant."""
+        """What is allowed, but seldom meant. A class of the user's own reports itself what it does not read."""
+        if self.name != "grpo":
+            return []
         warnings = _unread_clips(self)
         if self.kl_coef > 0 and self.scale == "std":
             warnings.append(

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llmrl.algorithms.user_algorithm import check_user_algorithm
 from llmrl.algorithms.user_functions import check_user_functions
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
@@ -100,6 +101,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         _check_one_base(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
+            check_user_algorithm(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
     read = _reader(load_prompt_rows, fit_prompt_rows, config, unchecked, dry=dry)
     if config.reward.model is not None:
