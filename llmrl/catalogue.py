@@ -35,7 +35,7 @@ class Metric:
 
     @property
     def is_family(self) -> bool:
-        """Whether the name stands for several."""
+        """Whether the name stands for several metrics."""
         return "<" in self.name
 
     def matches(self, name: str) -> bool:

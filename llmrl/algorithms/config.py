@@ -68,7 +68,7 @@ class GRPOConfig(Section, place="algorithm"):
             )
 
     def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant. A class of the user's own reports itself what it does not read."""
+        """Sentences on settings that are allowed, but seldom meant. A user's class is asked in its run."""
         if self.name != "grpo":
             return []
         warnings = _unread_clips(self)
