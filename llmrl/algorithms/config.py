@@ -68,7 +68,8 @@ class GRPOConfig(Section, place="algorithm"):
             )
 
     def warnings(self) -> list[str]:
-        """Sentences on settings that are allowed, but seldom meant. A user's class is asked in its run."""
+        """Sentences on settings that are allowed, but seldom meant. None for a user's class: its run reports what it
+        leaves unread."""
         if self.name != "grpo":
             return []
         warnings = _unread_clips(self)
