@@ -15,7 +15,10 @@ INTRODUCTION = """\
 # Metrics
 
 Every name that can stand in a line of `metrics.jsonl` beside `iteration`, or be `run.best_metric`: its unit, the
-commands whose runs log it, its meaning, and what to look for. `make docs` writes this page from `llmrl/catalogue.py`.
+runs that log it, its meaning, and what to look for. `make docs` writes this page from `llmrl/catalogue.py`.
+
+Runs are named by their commands; `own` is `llmrl grpo` with a class of your own (`algorithm.name`). What `own` logs
+comes from the loop, whatever the algorithm; the class adds metrics of other names ([`extend.md`](extend.md)).
 
 * Sums and counts are pooled over microbatches, optimizer steps, redraws and ranks, so no number is a mean of means.
 * A number that there is nothing to compute from, such as the mean score where nothing could be scored, is left out of

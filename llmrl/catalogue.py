@@ -8,8 +8,13 @@ import re
 from dataclasses import dataclass
 
 SFT, REWARD_MODEL, GRPO, PPO = "sft", "reward-model", "grpo", "ppo"
-RL = (GRPO, PPO)
+OWN = "own"
+"""Runs of `llmrl grpo` with a class of the user's own (`algorithm.name`)."""
 BATCHES = (SFT, REWARD_MODEL)
+ALGORITHMS = (GRPO, PPO)
+"""Runs that log what the algorithms of llmrl measure."""
+LOOP = (*ALGORITHMS, OWN)
+"""Runs that log what the loop of reinforcement learning measures, whatever the algorithm."""
 
 PLACEHOLDERS = {"<module>": "(actor|critic|reward_model)", "<part>": ".+", "<k>": r"\d+"}
 """Regular expression of the names or numbers that each placeholder stands for."""
@@ -26,11 +31,11 @@ class Metric:
     look_for: str = ""
     """The healthy range, or what a reader should watch."""
     runs: tuple[str, ...]
-    """The commands whose runs log it."""
+    """Kinds of runs that log it: commands, and `OWN`."""
 
     @property
     def is_family(self) -> bool:
-        """Whether the name stands for several."""
+        """Whether the name stands for several metrics."""
         return "<" in self.name
 
     def matches(self, name: str) -> bool:
@@ -70,21 +75,21 @@ CATALOGUE: tuple[Metric, ...] = (
         meaning="Mean score over all responses that were drawn and could be scored: weighted parts, with rewards for "
         "single tokens; before clipping, normalization, penalties and KL.",
         look_for="Rises. Compare it with eval/score, and with kl/sequence, which is its cost.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="score/std",
         unit="score",
         meaning="Population standard deviation of these scores.",
         look_for="Above 0: equal scores teach nothing.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="score/unscored",
         unit="responses",
         meaning="Responses that no reward could score. They are left out of baseline, losses, counts and moments.",
         look_for="0, unless rules return None for rows of another task.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="score/overlong_penalty",
@@ -99,7 +104,7 @@ CATALOGUE: tuple[Metric, ...] = (
         meaning="Mean of what one reward gave, over the responses that it could score, unweighted. A function has the "
         "name after its colon, or its whole name where another reward or metric has that; the reward model has model.",
         look_for="Which reward the policy follows; one that falls while score/mean rises is being traded away.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="reward/mean",
@@ -121,70 +126,70 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="fraction",
         meaning="Groups whose scores are all equal: prompts that teach nothing. Those that were replaced count too.",
         look_for="Below 1; near 1, prompts are too easy or too hard, or the reward is too coarse.",
-        runs=(GRPO,),
+        runs=(GRPO, OWN),
     ),
     Metric(
         name="response/length",
         unit="tokens",
         meaning="Mean number of response tokens, EOS included, over all that were drawn.",
         look_for="A steady rise without a rise of eval/accuracy is a reward that pays for length.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="response/length_max",
         unit="tokens",
         meaning="The longest response.",
         look_for="Below rollout.max_response_tokens; at it, responses are cut.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="response/finished_fraction",
         unit="fraction",
         meaning="Responses that ended by themselves; the others were cut at rollout.max_response_tokens.",
         look_for="Near 1. A fall is a policy that no longer ends its responses.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="policy/loss",
         unit="advantage",
         meaning="The actor's loss, mean over optimizer steps: clipped surrogate, KL and entropy terms included.",
         look_for="Near 0 by construction, and no measure of success.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/clip_fraction",
         unit="fraction",
-        meaning="Tokens whose gradient the clip cuts.",
+        meaning="Tokens whose gradient the clip cuts. Only with algorithm.loss clipped.",
         look_for="0 to 0.2; above, the learning rate or the number of epochs is high.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/approx_kl",
         unit="nats per token",
         meaning="KL(old, current) by k3, over the minibatches of the iteration.",
         look_for="0.001 to 0.1; above 1 a run warns.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/ratio_max_deviation",
         unit="ratio",
         meaning="Largest |importance ratio - 1| of the iteration's first minibatch, before its step.",
         look_for="Rounding, 1e-5 in float32: two passes of the trainer over the same weights. Anything else is a bug.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/rollout_gap",
         unit="nats per token",
         meaning="Mean absolute difference of a token's log-probability in the engine and in training.",
         look_for="Rounding: below 1e-4 in float32, 0.003 to 0.006 in bfloat16. Above 0.01 and 0.1 a run warns.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/entropy",
         unit="nats per token",
         meaning="Mean entropy of the distributions that tokens were drawn from, at rollout.temperature.",
         look_for="Falls slowly. Below 1e-4 the policy has collapsed, and a run warns.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/step_kl",
@@ -205,14 +210,14 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="nats per token",
         meaning="KL to the reference by k1. Only where there is a reference: kl_coef above 0, or LoRA.",
         look_for="Rises from 0 and levels off. Above 1, and above twice the entropy of the start, a run warns.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="kl/sequence",
         unit="nats per response",
         meaning="The same, summed over each response. What algorithm.kl_target steers.",
         look_for="What the rise of the score costs; compare runs at equal values.",
-        runs=RL,
+        runs=ALGORITHMS,
     ),
     Metric(
         name="kl/coef",
@@ -261,34 +266,34 @@ CATALOGUE: tuple[Metric, ...] = (
         name="<module>/learning_rate",
         unit="1",
         meaning="Learning rate of the optimizer steps, their mean. Modules are actor, critic and reward_model.",
-        runs=(*BATCHES, *RL),
+        runs=(*BATCHES, *LOOP),
     ),
     Metric(
         name="<module>/grad_norm",
         unit="loss per weight",
         meaning="Global norm of the gradient before clipping, mean over the optimizer steps that were not skipped.",
         look_for="Steady, and mostly below optimizer.max_grad_norm.",
-        runs=(*BATCHES, *RL),
+        runs=(*BATCHES, *LOOP),
     ),
     Metric(
         name="<module>/grad_norm_max",
         unit="loss per weight",
         meaning="The largest of these norms.",
         look_for="Spikes far above the mean come from single minibatches.",
-        runs=(*BATCHES, *RL),
+        runs=(*BATCHES, *LOOP),
     ),
     Metric(
         name="<module>/skipped_steps",
         unit="optimizer steps",
         meaning="Optimizer steps skipped because the gradient was not finite.",
         look_for="0; a run warns of others.",
-        runs=(*BATCHES, *RL),
+        runs=(*BATCHES, *LOOP),
     ),
     Metric(
         name="update/cut_short",
         unit="iterations",
         meaning="1 for an iteration whose last minibatches were left out after a second Ctrl-C. Otherwise not logged.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/accuracy",
@@ -296,19 +301,19 @@ CATALOGUE: tuple[Metric, ...] = (
         meaning="Held-out responses with more than evaluation.correct_above from the first reward; for reward models, "
         "held-out pairs whose chosen response scores higher, a tie as half.",
         look_for="Rises. Below the interval of the start a run warns.",
-        runs=(REWARD_MODEL, *RL),
+        runs=(REWARD_MODEL, *LOOP),
     ),
     Metric(
         name="eval/accuracy_low",
         unit="fraction",
         meaning="Lower end of its 95 % confidence interval.",
-        runs=(REWARD_MODEL, *RL),
+        runs=(REWARD_MODEL, *LOOP),
     ),
     Metric(
         name="eval/accuracy_high",
         unit="fraction",
         meaning="Upper end of its 95 % confidence interval.",
-        runs=(REWARD_MODEL, *RL),
+        runs=(REWARD_MODEL, *LOOP),
     ),
     Metric(
         name="eval/loss",
@@ -322,72 +327,72 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="fraction",
         meaning="Held-out prompts that k sampled responses would solve, for every k of evaluation.pass_at.",
         look_for="If accuracy rises and this falls, the policy answers with less variety.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/pass_at_<k>_low",
         unit="fraction",
         meaning="Lower end of its 95 % confidence interval.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/pass_at_<k>_high",
         unit="fraction",
         meaning="Upper end of its 95 % confidence interval.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/score",
         unit="score",
         meaning="Mean score of the held-out responses that could be scored.",
         look_for="Rises with score/mean; if it does not, the prompts are memorized.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/score/<part>",
         unit="score",
         meaning="Mean of what one reward gave to them, unweighted. Only where there are several.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/num_prompts",
         unit="prompts",
         meaning="Held-out prompts that the accuracy is over: those that the first reward is for.",
         look_for="Constant.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/unscored",
         unit="responses",
         meaning="Held-out responses that no reward could score.",
         look_for="0.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/response_length",
         unit="tokens",
         meaning="Mean number of tokens of the held-out responses, EOS included.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="eval/finished_fraction",
         unit="fraction",
         meaning="Held-out responses that ended by themselves.",
         look_for="Near 1; answers that are cut are mostly wrong.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="tokens/sampled",
         unit="tokens",
         meaning="Response tokens that were drawn, in groups that were replaced too, over all ranks.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="tokens/per_s",
         unit="tokens per second",
         meaning="tokens/sampled over time/iteration_s: sampling, scoring and updates together, over all ranks.",
         look_for="The speed of a run of reinforcement learning; time/* shows where the time goes.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="tokens/trained_per_s",
@@ -401,33 +406,33 @@ CATALOGUE: tuple[Metric, ...] = (
         name="time/iteration_s",
         unit="seconds",
         meaning="The whole iteration, without evaluation and checkpoint.",
-        runs=(*BATCHES, *RL),
+        runs=(*BATCHES, *LOOP),
     ),
     Metric(
         name="time/rollout_s",
         unit="seconds",
         meaning="Sampling, in redraws too.",
         look_for="Usually the largest part.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="time/reward_s",
         unit="seconds",
         meaning="Reward functions and reward model.",
         look_for="Small; a slow judge shows here.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="time/logprobs_s",
         unit="seconds",
         meaning="Log-probabilities of actor and reference, values, advantages.",
-        runs=RL,
+        runs=LOOP,
     ),
     Metric(
         name="time/update_s",
         unit="seconds",
         meaning="Optimizer steps.",
-        runs=RL,
+        runs=LOOP,
     ),
 )
 

@@ -31,7 +31,7 @@ from llmrl.wiring.runs import RUNS, Kind
 REFUSALS = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
 )
-"""What a file system answers that has its cause outside of llmrl."""
+"""Errors of a file system whose cause lies outside of llmrl."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,12 +41,13 @@ app = typer.Typer(
 
 
 def _at_home(path: Path | None) -> Path | None:
-    """With the home folder in place of a tilde, which no shell expands after ``--output=``."""
+    """A path with the home folder in place of a tilde, which no shell expands after ``--output=``."""
     return path and path.expanduser()
 
 
 HEAD_START_S = 3.0
-"""For the process that speaks to print an error that all have: a launcher ends every process as soon as one ends."""
+"""Seconds that other processes wait while the first on a machine prints an error that all have: a launcher ends every
+process as soon as one ends."""
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML file of settings, such as those in recipes/.", callback=_at_home)]
 Overrides = Annotated[
@@ -91,7 +92,7 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Prints the version and exits.")
     ] = False,
 ) -> None:
-    """What comes before a command."""
+    """Options that stand before a command."""
 
 
 def _command(verb: str, kind: Kind) -> Callable[..., None]:
@@ -205,7 +206,7 @@ def generate(
     num_responses: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
     max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random stream.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random stream.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
     ] = False,
@@ -268,8 +269,9 @@ def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
         if whose is None or whose in commands:
             raise
         asked = " or ".join(f"`llmrl {command}`" for command in commands)
-        told = f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}; run that, or name another recipe"
-        raise SettingError(told) from None
+        raise SettingError(
+            f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}; run that, or name another recipe"
+        ) from None
 
 
 def _refuse_recipe(model: str) -> None:
@@ -283,9 +285,8 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.sizing import launched_strategy
     from llmrl.wiring.precision import with_dtypes
 
-    way_out = f"\nmend it; the same command with run.resume=true goes on from {config.run.output_dir}"
     prepare_device(deterministic=config.run.deterministic)
-    with failures_in_one_line(way_out), _context(config.distributed) as context:
+    with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
         context.progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
         strategy = launched_strategy(context.launch).name
@@ -311,7 +312,7 @@ def _warn_without_gpu(context: Any) -> None:
 
 @contextmanager
 def _context(config: Any) -> Iterator[Any]:
-    """Around what all ranks of a launch do together; the first one prints and writes."""
+    """Context of all that the ranks of a launch do together; the first one prints and writes."""
     from llmrl.distributed.activity import FollowedProgress
     from llmrl.distributed.collectives import join_ranks, leave_ranks, make_context
     from llmrl.distributed.heartbeat import watched
@@ -332,19 +333,19 @@ def _context(config: Any) -> Iterator[Any]:
         raise stopped if collectives.is_first else typer.Exit(stopped.status)
 
 
-def _end_at_once(status: int, told: str = "") -> None:
+def _end_at_once(status: int, message: str = "") -> None:
     """Ends each of several processes without its interpreter's shutdown: threads that gloo leaves there
     would now and then abort it there, and NCCL would wait there for a rank that is gone."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         sys.stdout.flush()
-        sys.stderr.write(told)
+        sys.stderr.write(message)
         sys.stderr.flush()
         os._exit(status)
 
 
 def _quiet() -> None:
-    """Between our lines no bars of transformers, nothing for the authors of libraries, and no word of DeepSpeed, which
-    announces what it computes on as soon as anybody looks whether it is installed."""
+    """Keeps the output to lines of our own: no bars of transformers, no line of DeepSpeed, which announces what it
+    computes on as soon as something asks whether it is installed."""
     from transformers.utils.logging import disable_progress_bar
 
     from llmrl.distributed.device import pick_device
@@ -355,7 +356,7 @@ def _quiet() -> None:
 
 @contextmanager
 def bad_input_ends_with_status_2() -> Iterator[None]:
-    """Around everything that happens before a model loads: what is wrong there is the input."""
+    """Context of everything before a model loads: what is wrong there is the input."""
     # written for the authors of libraries, nothing that a user could do
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     with _outer_causes_in_one_line(2):
@@ -370,7 +371,7 @@ def bad_input_ends_with_status_2() -> Iterator[None]:
 
 @contextmanager
 def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
-    """Around a command that has arguments in place of a recipe: its errors name these, not the settings."""
+    """Context of a command that has arguments in place of a recipe: its errors name these, not the settings."""
     from llmrl.data.files import DataError
     from llmrl.data.rows import SKIP
     from llmrl.models.folders import ModelError
@@ -379,18 +380,18 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (DataError, ModelError, RolloutError) as error:
-        told = str(error).removesuffix(f"\n{SKIP}")
-        told = re.sub(r"(set )?\b(reward\.)?model\.trust_remote_code=true", "add --trust-remote-code", told)
-        told = re.sub(r"\b(reward\.)?model\.path=", "", told)
-        told = re.sub(r"\b(reward\.)?model\.path\b", "MODEL", told)
+        message = str(error).removesuffix(f"\n{SKIP}")
+        message = re.sub(r"(set )?\b(reward\.)?model\.trust_remote_code=true", "add --trust-remote-code", message)
+        message = re.sub(r"\b(reward\.)?model\.path=", "", message)
+        message = re.sub(r"\b(reward\.)?model\.path\b", "MODEL", message)
         for setting, name in names.items():
-            told = told.replace(setting, name)
-        raise type(error)(told) from error
+            message = message.replace(setting, name)
+        raise type(error)(message) from error
 
 
 @contextmanager
-def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
-    """Around everything: an interruption, and what the file system refuses, end with a line; all else propagates."""
+def _outer_causes_in_one_line(status: int, folder: Path | None = None) -> Iterator[None]:
+    """Context of a command: an interruption, and what the file system refuses, end with a line; all else propagates."""
     try:
         yield
     except KeyboardInterrupt:
@@ -398,12 +399,15 @@ def _outer_causes_in_one_line(status: int, way_out: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}", status, way_out)
+        _fail(f"{error.filename}: {error.strerror}", status, folder)
 
 
 @contextmanager
-def failures_in_one_line(way_out: str = "") -> Iterator[None]:
-    """Around a run: failures that have a cause outside of llmrl end with their message; anything else propagates."""
+def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
+    """Context of a run: failures that have a cause outside of llmrl end with their message; anything else propagates.
+
+    `folder` is the output folder of a run that can be resumed.
+    """
     from llmrl.data.files import DataError
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
@@ -422,7 +426,7 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
     from llmrl.user_code import UserCodeFailure
 
     try:
-        with _outer_causes_in_one_line(1, way_out):
+        with _outer_causes_in_one_line(1, folder):
             yield
     except (
         DataError,
@@ -435,27 +439,33 @@ def failures_in_one_line(way_out: str = "") -> Iterator[None]:
         TrackerError,
     ) as error:
         _fail(error, 2)
-    except (RewardError, UserCodeFailure, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
-        _fail(error, 1, way_out)
+    except (RewardError, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
+        _fail(error, 1, folder)
     except Stopped as stopped:
         _fail(stopped, stopped.status)
     except AnotherRankFailed as error:
         raise typer.Exit(1) from error
     except RuntimeError as error:
-        if (told := describe_full_memory(error, HERE.phase)) is None:
+        message = describe_full_memory(error, HERE.phase)
+        if message is None and not isinstance(error, UserCodeFailure):
             raise
-        _fail(RuntimeError(told), 1, way_out)
+        _fail(message or error, 1, folder)
 
 
-def _fail(error: BaseException | str, status: int, way_out: str = "") -> NoReturn:
-    print(f"error: {error}{way_out}", file=sys.stderr)
+def _fail(error: BaseException | str, status: int, folder: Path | None = None) -> NoReturn:
+    """Ends the command with a message, and the way to resume where the folder of its run has a checkpoint."""
+    from llmrl.trainers.checkpoint import list_checkpoints
+
+    print(f"error: {error}", file=sys.stderr)
+    if folder is not None and list_checkpoints(folder / "checkpoints"):
+        print(f"mend it; the same command with run.resume=true goes on from {folder}", file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         print("(What the launcher prints below says only that this process ended.)", file=sys.stderr)
     raise typer.Exit(status)
 
 
 def _is_first_on_machine() -> bool:
-    """Whether what all processes of a launch find before they meet is for this one to tell: its machine's first."""
+    """Whether this process is the first on its machine, which prints what all of a launch find before they meet."""
     return os.environ.get("LOCAL_RANK", "0") in ("", "-1", "0")
 
 
@@ -483,7 +493,7 @@ def _write(output: Path, text: str) -> None:
 
 
 def _earlier(file: Path) -> dict[str, Any]:
-    """What an earlier evaluation wrote."""
+    """Numbers that an earlier evaluation wrote, and the model that they are of."""
     if not file.is_file():
         raise SettingError(f"--compare ({file}) is no file; write one with --output")
     try:

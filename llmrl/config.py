@@ -1,4 +1,4 @@
-"""What a recipe holds: the settings of each part, composed. Checks that need two parts stand here, where they meet."""
+"""Settings of each kind of run, composed of those of its parts. Checks that need two parts stand here."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -27,9 +27,9 @@ from llmrl.trainers.config import (
 
 DEFAULT_MINIBATCH_SIZE = 128
 LIKE_DATA = Like("data", own=("path", "num_rows"))
-"""Held-out rows have the form of the others, and are read as these are."""
+"""Held-out rows are read as those of `data`, unless their section says otherwise."""
 LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
-"""The critic learns as the actor does, at a rate of its own."""
+"""The critic's optimizer is that of the actor at a learning rate of its own, unless its section says otherwise."""
 MADE_BY = "name the command by the path that it makes, in the mapping made_by of the recipe"
 MOVED: dict[str, str] = dict.fromkeys(("model.made_by", "data.made_by", "evaluation_data.made_by"), MADE_BY) | {
     "run.best_mode": "put a minus before the name in run.best_metric where less is better, as in -eval/loss",
@@ -46,17 +46,17 @@ class SFTRun:
     data: SupervisedDataConfig
     """Prompts with the responses to learn."""
     run: RunConfig
-    """How long, and where to."""
+    """Length of the run, and its output folder."""
     sft: SFTConfig = field(default_factory=SFTConfig)
-    """How examples become optimizer steps."""
+    """Batches of examples, and their evaluation."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
-    """How the weights move."""
+    """Optimizer of the model: learning rate, schedule, clipping."""
     evaluation_data: Annotated[SupervisedDataConfig | None, LIKE_DATA] = None
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
-    """Who else receives the metrics."""
+    """Other places that receive the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """What several processes do together."""
+    """Work of several processes together."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
@@ -72,7 +72,7 @@ class SFTRun:
         _check_best(self.run, evaluates=evaluates, way_out=_way_to_evaluate("sft.evaluate_every", self.evaluation_data))
 
     def plan(self, num_rows: int | None) -> str:
-        """What an iteration does, and how often it comes to each of the rows, if their number is known."""
+        """Sentence on what an iteration does, with the number of epochs where the number of rows is known."""
         num_used = self.run.num_iterations * self.sft.batch_size
         return (
             f"Each of {self.run.num_iterations} iterations is one optimizer step on {self.sft.batch_size} examples"
@@ -90,21 +90,21 @@ class RewardModelRun:
     """A Bradley-Terry reward model: `llmrl reward-model`."""
 
     model: ModelConfig
-    """What it starts from: a causal language model, which gets a new head, or a reward model."""
+    """The model that is trained: a causal language model, which gets a new head, or a reward model."""
     data: PreferenceDataConfig
     """Pairs of responses, one of which was preferred."""
     evaluation_data: Annotated[PreferenceDataConfig, LIKE_DATA]
     """Held-out pairs: what the report card is about."""
     run: OutputConfig
-    """Where to; `reward_model.num_epochs` says how long."""
+    """Output folder; the length of the run is `reward_model.num_epochs`."""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    """How pairs become optimizer steps."""
+    """Batches of pairs, their loss and its evaluation."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
-    """How the weights move."""
+    """Optimizer of the model: learning rate, schedule, clipping."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
-    """Who else receives the metrics."""
+    """Other places that receive the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """What several processes do together."""
+    """Work of several processes together."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
@@ -115,7 +115,7 @@ class RewardModelRun:
         _check_best(self.run, evaluates=evaluates, way_out="reward_model.evaluate_every")
 
     def plan(self, num_rows: int | None) -> str:
-        """What an iteration does, and how often it comes to each of the rows, if their number is known."""
+        """Sentence on what an iteration does, with the number of epochs where the number of rows is known."""
         epochs = counted(self.reward_model.num_epochs, "epoch")
         rows = f" over {counted(num_rows, 'row')}" if num_rows else ""
         return f"Each iteration is one optimizer step on {self.reward_model.batch_size} pairs; {epochs}{rows}."
@@ -128,7 +128,7 @@ class RewardModelRun:
 
 @runtime_checkable
 class AlgorithmConfig(Protocol):
-    """What the settings of every algorithm say."""
+    """Settings that every algorithm has."""
 
     @property
     def group_size(self) -> int:
@@ -146,38 +146,38 @@ class AlgorithmConfig(Protocol):
         ...
 
     def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant."""
+        """Sentences on settings that are allowed, but seldom meant."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLRun:
-    """What a run of reinforcement learning holds, whatever the algorithm."""
+    """Settings of a run of reinforcement learning, whatever the algorithm."""
 
     model: ModelConfig
     """The model that is trained."""
     data: PromptDataConfig
     """Prompts."""
     reward: RewardConfig
-    """What scores the responses."""
+    """Rewards of the responses: functions, a reward model, or both."""
     run: RLRunConfig
-    """How long, and where to."""
+    """Length of the run, and its output folder."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How responses are drawn."""
+    """Sampling of responses."""
     algorithm: AlgorithmConfig
-    """What is learned from them."""
+    """The algorithm: advantages and losses."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
-    """How an experience becomes optimizer steps."""
+    """Epochs and minibatches of an experience."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How the weights move."""
+    """Optimizer of the model: learning rate, schedule, clipping."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """How held-out prompts are answered."""
+    """Evaluation on held-out prompts."""
     evaluation_data: Annotated[PromptDataConfig | None, LIKE_DATA] = None
     """Held-out prompts."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
-    """Who else receives the metrics."""
+    """Other places that receive the metrics."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """What several processes do together."""
+    """Work of several processes together."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED | {"reward.model.made_by": MADE_BY}
@@ -220,7 +220,7 @@ class RLRun:
         _check_best(self.run, evaluates=self.evaluates, way_out=way_out)
 
     def plan(self, num_rows: int | None) -> str:
-        """What an iteration does, and how often it comes to each of the rows, if their number is known."""
+        """Sentence on what an iteration does, with the number of epochs where the number of rows is known."""
         num_prompts = self.run.num_iterations * self.rollout.prompts_per_iteration
         return (
             f"Each of {self.run.num_iterations} iterations samples {self.rollout.prompts_per_iteration} prompts x "
@@ -238,7 +238,7 @@ class RLRun:
         return sorted(fitting, key=lambda size: abs(size - wanted))
 
     def _fitting_sizes(self) -> str:
-        """Those next to what was asked for."""
+        """Sizes of a minibatch next to the one that was asked for, for messages."""
         return " or ".join(str(size) for size in sorted(self._sizes_near(self.minibatch_size)[:2]))
 
     @property
@@ -253,7 +253,7 @@ class RLRun:
         return self.evaluation_data is not None and self.evaluation.every != 0
 
     def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant."""
+        """Sentences on settings that are allowed, but seldom meant."""
         return self.algorithm.warnings()
 
     @property
@@ -269,7 +269,7 @@ class RLRun:
 
     @property
     def num_responses(self) -> int:
-        """Of one rollout, over all ranks."""
+        """Responses of one rollout, over all ranks."""
         return self.rollout.prompts_per_iteration * self.algorithm.group_size
 
     @property
@@ -278,7 +278,7 @@ class RLRun:
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.run.num_iterations * self.optimizer_steps_per_iteration
 
 
@@ -301,11 +301,11 @@ class PPORun(RLRun):
         "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
     }
     critic: CriticConfig = field(default_factory=CriticConfig)
-    """What predicts the rewards to come."""
+    """The network that predicts the rewards to come."""
     critic_optimizer: Annotated[OptimizerConfig, LIKE_OPTIMIZER] = field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-5)
     )
-    """How the critic's weights move. Of a shared trunk only the head has this learning rate; the rest is not read."""
+    """Optimizer of the critic. In a shared trunk only the head has this learning rate; the rest is not read."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -332,7 +332,7 @@ class PPORun(RLRun):
         return self.critic.warmup_iterations
 
     def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant."""
+        """Sentences on settings that are allowed, but seldom meant."""
         warnings, is_shared = super().warnings(), self.critic.network == "shared"
         rate = self.critic_optimizer.learning_rate
         unread = [replace(optimizer, learning_rate=rate) for optimizer in (OptimizerConfig(), self.optimizer)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 LFS_POINTER = b"version https://git-lfs"
-"""The first bytes of what Git LFS leaves in place of a file that was not fetched."""
+"""First bytes of the pointer that Git LFS leaves in place of a file that was not fetched."""
 
 
 class WriteError(Exception):
@@ -16,7 +16,7 @@ class WriteError(Exception):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes `path`.
+    """Context of writing `path`.
 
     Raises:
         WriteError: The file system refused: no space, no permission, a broken disk.
@@ -34,7 +34,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(file: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
+    """Writes a JSON file, which is there whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     with writing(file):
         partial.write_text(json.dumps(content, indent=1) + "\n")

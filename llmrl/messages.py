@@ -24,7 +24,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def without_ends(values: Mapping[str, Any]) -> list[str]:
-    """The names of what was measured, except the ends of intervals, which stand after what they are of."""
+    """Names of measured numbers, without the ends of intervals, which stand after the number that they are of."""
     return [name for name in values if not name.endswith(("_low", "_high"))]
 
 
@@ -35,5 +35,5 @@ def with_interval(name: str, values: Mapping[str, Any], *, gap: str = " ") -> st
 
 
 def format_evaluation(values: Mapping[str, float]) -> str:
-    """``accuracy 0.44 [0.347, 0.538]  score 0.44``: what an evaluation measured."""
+    """``accuracy 0.44 [0.347, 0.538]  score 0.44``: the numbers of an evaluation."""
     return "  ".join(f"{name.removeprefix('eval/')} {with_interval(name, values)}" for name in without_ends(values))

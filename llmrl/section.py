@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What a number may be, as in ``rank: Annotated[int, Bound(least=1)] = 16``; finite in any case."""
+    """Range of a number, as in ``rank: Annotated[int, Bound(least=1)] = 16``; finite unless `allows_infinity`."""
 
     least: int | float = -math.inf
     above: int | float = -math.inf
@@ -20,7 +20,7 @@ class Bound:
     why: str = ""
     """The reason for the rule, in words; empty where it is plain."""
     way_out: str = ""
-    """What to write instead; empty where any number that follows the rule will do."""
+    """Advice on what to write instead; empty where any number that follows the rule will do."""
 
     def holds(self, value: int | float) -> bool:
         """Whether a value keeps to the bounds. NaN never does."""
@@ -41,7 +41,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Like:
-    """Where a recipe's section gets what it does not name, as in ``Annotated[DataConfig, Like("data", ("path",))]``."""
+    """Section from which another one takes what it leaves out: ``Annotated[DataConfig, Like("data", ("path",))]``."""
 
     source: str
     """The section of the same run whose settings stand in."""
@@ -78,7 +78,7 @@ def bounds(section: type) -> dict[str, tuple[Bound, bool]]:
 
 @cache
 def likes(section: type) -> dict[str, Like]:
-    """For each field that takes settings from another one, from which."""
+    """Source of each field that takes settings from another one."""
     return {name: mark for name, _, mark in _marks(section) if isinstance(mark, Like)}
 
 

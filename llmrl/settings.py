@@ -57,9 +57,9 @@ class Setting(NamedTuple):
     path: str
     """Dotted; ``<n>`` stands for the index in a list, ``<name>`` for the key of a mapping."""
     type: str
-    """With its bounds, as in "whole number, at least 1"."""
+    """Type with its bounds, as in "whole number, at least 1"."""
     default: str
-    """As a recipe would have it, or "required"; empty for a section whose settings have defaults of their own."""
+    """Default as a recipe writes it, or "required"; empty for a section whose settings have defaults of their own."""
     help: str
 
 
@@ -127,7 +127,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _resolved(classes: Sequence[type], path: Path, overrides: Sequence[str]) -> Any:
-    """What the file and the overrides say together."""
+    """Settings of the file with the overrides laid over them."""
     tree = _load(path)
     _override(tree, overrides, classes)
     try:
@@ -182,11 +182,11 @@ def _override(tree: DictConfig, overrides: Sequence[str], classes: Sequence[type
         try:
             OmegaConf.update(tree, key, value)
         except ValueError as error:
-            told = f"override {override!r}: an item of a list is named by its number, as in reward.functions.0.weight=2"
-            raise SettingError(told) from error
+            raise SettingError(
+                f"override {override!r}: an item of a list is named by its number, as in reward.functions.0.weight=2"
+            ) from error
         except (OmegaConfBaseException, TypeError) as error:
-            told = f"override {override!r}: {_first_line(error)}{_text_instead(error)}"
-            raise SettingError(told) from error
+            raise SettingError(f"override {override!r}: {_first_line(error)}{_text_instead(error)}") from error
 
 
 def _parse(override: str, classes: Sequence[type]) -> tuple[str, Any]:
@@ -204,7 +204,7 @@ def _parse(override: str, classes: Sequence[type]) -> tuple[str, Any]:
 
 
 def _meant(text: str, annotation: Any) -> Any:
-    """What the text after the equals sign of an override means to a setting of this type; see the top of the file."""
+    """Value of the text after the equals sign of an override, for a setting of this type; see the top of the file."""
     members = _members(annotation)
     if all(_is_text(member) or member is NoneType for member in members):
         return None if text == "null" and NoneType in members else text
@@ -223,7 +223,7 @@ def _is_text(annotation: Any) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    """What stands between the quotes of a line that is a quoted text of YAML as a whole; any other text as it is."""
+    """Text between the quotes of a line that is a quoted text of YAML as a whole; any other text as it is."""
     node = _node(text) if text[:1] in ("'", '"') and len(text.splitlines()) == 1 else None
     return node.value if isinstance(node, yaml.ScalarNode) else text
 
@@ -428,8 +428,8 @@ def _nans(value: Any, path: Place = ()) -> Iterator[Place]:
 
 
 def _fill(section: type, given: dict[Any, Any]) -> None:
-    """Where a class gives a section a default of its own, the recipe's section is laid over that default. A required
-    section that is left out is empty, so that errors name the settings that it lacks."""
+    """Lays a recipe's section over the default that a class gives it. A required section that is left out is empty, so
+    that errors name the settings that it lacks."""
     for field in fields(section):
         name, hint = field.name, _hints(section)[field.name]
         if name in given:
@@ -532,8 +532,8 @@ def _describe(cls: type, prefix: str, instance: Any) -> Iterator[Setting]:
         bound, _ = limits.get(field.name, (Bound(), False))
         kind = ", ".join(part for part in (_type_text(annotation), bound.rule) if part)
         like = sources.get(field.name)
-        told = f" Every other setting of `{like.source}` may stand here too; left out, it is as there." if like else ""
-        yield Setting(path, kind, _default_text(default), helps.get(field.name, "") + told)
+        rest = f" Every other setting of `{like.source}` may stand here too; left out, it is as there." if like else ""
+        yield Setting(path, kind, _default_text(default), helps.get(field.name, "") + rest)
         section, step = _section_of(annotation)
         if _is_section(section):
             inner = _describe(section, f"{path}{step}.", default if is_dataclass(default) else None)
@@ -541,7 +541,7 @@ def _describe(cls: type, prefix: str, instance: Any) -> Iterator[Setting]:
 
 
 def _section_of(annotation: Any) -> tuple[Any, str]:
-    """What stands in a field or in each item of it, and how a path goes from the field to it."""
+    """Type of a field, or of each item of it, and the step of a path from the field to it."""
     inner = _not_null(annotation)
     arguments = get_args(inner)
     if get_origin(inner) is tuple:

@@ -30,7 +30,7 @@ __path__: list[str] = []  # makes this module a package, whose modules the finde
 
 
 class UserCodeError(ValueError):
-    """Code that cannot be used as it was named; the message is meant for the person who named it."""
+    """Code that cannot be used as it was named; the message addresses the person who named it."""
 
 
 class UserCodeFailure(RuntimeError):
@@ -48,7 +48,7 @@ def load_object(name: str, *, role: str) -> Any:
     """The object that ``path/to/file.py:name`` or ``package.module:name`` names.
 
     Args:
-        name: Of an object that can be called.
+        name: Name of an object that can be called.
         role: What errors call it, such as ``reward function``.
 
     Raises:
@@ -79,13 +79,13 @@ def import_file(path: Path) -> ModuleType:
 
 
 def source_file(function: Callable[..., Any]) -> str | None:
-    """The file in which a function is written, if it is a file; a `partial` of one counts as the function."""
+    """The file that a function or class is written in; None where it is in none. A `partial` counts as its function."""
     module = sys.modules.get(_unbound(function).__module__)
     return getattr(module, "__file__", None)
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """How a recipe could name a function."""
+    """Name of a function as a recipe writes it."""
     function = _unbound(function)
     named = function if hasattr(function, "__qualname__") else type(function)
     is_of_file = named.__module__.startswith(f"{__name__}.")
@@ -93,7 +93,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def describe_exception(function: Callable[..., Any], error: BaseException) -> str:
-    """What a function raised, and the last line of its own file on the way there."""
+    """Exception that a function or class raised, with the last line of its own file that led to it."""
     file = source_file(function)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f" at {file}:{lines[-1]}" if lines else ""
@@ -131,7 +131,7 @@ class _Finder(MetaPathFinder):
 
 
 def _imported_names(path: Path) -> Iterator[str]:
-    """What a file imports, wherever in it, up to the first dot."""
+    """Names of the modules that a file imports, anywhere in it, up to the first dot."""
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -151,7 +151,7 @@ def _check_neighbour(path: Path, name: str) -> None:
 
 
 def _places(folder: Path, name: str) -> tuple[Path, Path]:
-    """Where a module may lie in a folder."""
+    """Paths of a module in a folder: its file, or that of a package."""
     return folder / f"{name}.py", folder / name / "__init__.py"
 
 

@@ -1,4 +1,4 @@
-"""The catalogue of metrics against what runs log: the golden runs as stored, and four that bring what those lack."""
+"""The catalogue of metrics against what runs log: the golden runs as stored, and five that bring what those lack."""
 
 import importlib.util
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llmrl.catalogue import CATALOGUE, find, reserved
+from llmrl.catalogue import CATALOGUE, OWN, find, reserved
 from llmrl.reports.progress import HEADLINES, PARTS
 from llmrl.trainers.rl import RLTrainer
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
@@ -18,11 +18,25 @@ TIMED = {
     "reward-model": {"reward_model": PAIRS},
     "grpo": {**GRPO, **TWO_REWARDS, **SAMPLED},
     "ppo": {**PPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"step_kl_target": 0.1}},
+    OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT"}},
 }
-"""By command: what logs times and speed, parts and pass@k of an evaluation, and the KL of an iteration."""
+"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, and the KL of an iteration."""
+SILENT = """
+from llmrl.algorithms.grpo import GRPO
+from llmrl.metrics import Metrics
+
+class Silent(GRPO):
+    def experience(self, rollout, scores):
+        return super().experience(rollout, scores)[0], Metrics()
+
+    def losses(self, batch, weights):
+        for module, loss, _ in super().losses(batch, weights):
+            yield module, loss, Metrics()
+"""
+"""An algorithm that logs nothing: all that its run logs comes from the loop."""
 
 Logged = set[tuple[str, str]]
-"""Pairs of a command and a name."""
+"""Pairs of a kind of run and a name."""
 
 
 def interrupted(self: RLTrainer, experience):
@@ -45,22 +59,25 @@ def logged(tmp_path_factory) -> Logged:
         patch.setattr(RLTrainer, "minibatches", interrupted)
         make_models(folder)
         make_data(folder)
-        for verb, sections in TIMED.items():
-            train(verb, "llama", sections, folder, output=folder / verb)
-            lines += [(verb, line) for line in read_metrics(folder / verb)]
-    return {(verb, name) for verb, line in lines for name in line if name != "iteration"}
+        (folder / "silent.py").write_text(SILENT)
+        for kind, sections in TIMED.items():
+            if kind == OWN:
+                sections["algorithm"]["name"] = f"{folder / 'silent.py'}:Silent"
+            train("grpo" if kind == OWN else kind, "llama", sections, folder, output=folder / kind)
+            lines += [(kind, line) for line in read_metrics(folder / kind)]
+    return {(kind, name) for kind, line in lines for name in line if name != "iteration"}
 
 
 def test_every_logged_name_is_in_the_catalogue(logged: Logged):
-    for verb, name in sorted(logged):
+    for kind, name in sorted(logged):
         metric = find(name)
-        assert metric is not None, f"{verb} logs {name}"
-        assert verb in metric.runs, f"{verb} logs {name}"
+        assert metric is not None, f"{kind} logs {name}"
+        assert kind in metric.runs, f"{kind} logs {name}"
 
 
 def test_every_entry_is_logged_by_the_runs_that_it_names(logged: Logged):
-    entries = {(verb, metric.name) for verb, name in logged if (metric := find(name))}
-    assert {(verb, metric.name) for metric in CATALOGUE for verb in metric.runs} - entries == set()
+    entries = {(kind, metric.name) for kind, name in logged if (metric := find(name))}
+    assert {(kind, metric.name) for metric in CATALOGUE for kind in metric.runs} - entries == set()
 
 
 def test_headlines_are_in_the_catalogue():

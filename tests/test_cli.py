@@ -24,6 +24,7 @@ from llmrl import cli
 from llmrl.cli import _named_as_given, _print_evaluation, _write, app, bad_input_ends_with_status_2, settings
 from llmrl.distributed.activity import HERE
 from llmrl.models.folders import ModelError
+from llmrl.user_code import UserCodeFailure
 from llmrl.wiring.runs import RUNS
 
 ROOT = Path(__file__).parents[1]
@@ -680,14 +681,30 @@ def test_every_command_sets_the_device_up_before_it_loads(command, grpo_recipe, 
 
 def test_full_memory_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(HERE, "phase", "rollout")
-    with pytest.raises(cli.typer.Exit) as ended, cli.failures_in_one_line("\nmend it"):
+    with pytest.raises(cli.typer.Exit) as ended, cli.failures_in_one_line():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     assert ended.value.exit_code == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: the GPU is out of memory, in the phase rollout: lower rollout.max_rows")
-    assert told.endswith("\nmend it\n")
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: the GPU is out of memory, in the phase rollout: lower rollout.max_rows")
+    assert len(printed.splitlines()) == 1
+    code = "raised RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"
+    with pytest.raises(cli.typer.Exit), cli.failures_in_one_line():
+        raise UserCodeFailure(f"algorithm.loss mine.py:loss {code}")
+    assert "error: the machine has no " in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug of ours"), cli.failures_in_one_line():
         raise RuntimeError("a bug of ours")
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_the_way_to_resume_is_printed_where_there_is_a_checkpoint(tmp_path, capsys, has_checkpoint):
+    if has_checkpoint:
+        (tmp_path / "checkpoints" / "step_000003").mkdir(parents=True)
+    for error in (UserCodeFailure("mine.py:loss"), PermissionError(errno.EACCES, "denied", "a.json")):
+        with pytest.raises(cli.typer.Exit), cli.failures_in_one_line(tmp_path):
+            raise error
+        _, *more = capsys.readouterr().err.splitlines()
+        hint = f"mend it; the same command with run.resume=true goes on from {tmp_path}"
+        assert more == [hint] * has_checkpoint
 
 
 @pytest.mark.parametrize(

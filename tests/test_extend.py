@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "models" / "tiny_char_llama"
 PAGE = (ROOT / "docs" / "extend.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
-SECTIONS = [yaml.safe_load(text)["algorithm"] for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+RECIPES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+SECTIONS = [yaml.safe_load(text)["algorithm"] for text in RECIPES[:-1]]
 OURS = """
 import torch
 from llmrl.functional.losses import clipped_policy_loss
@@ -86,8 +87,21 @@ def metrics(name):
 
 
 def test_the_page_shows_the_files_of_the_repository():
-    assert len(FILES) == len(SECTIONS) == 4
+    assert (len(FILES), len(SECTIONS)) == (5, 4)
     assert {name: (ROOT / name).read_text() for name in FILES} == FILES
+
+
+def test_the_recipe_of_the_page_learns():
+    name, _, text = RECIPES[-1].removeprefix("# ").partition("\n")
+    assert (ROOT / name).read_text() == text
+    Path("mine.yaml").write_text(text)
+    override = (f"model.path={TINY}", "data.path=rows.jsonl", "run.num_iterations=5", "run.output_dir=run")
+    status, printed = llmrl("grpo", "mine.yaml", *override)
+    assert status == 0, printed
+    assert "warning" not in printed
+    first, *_, last = metrics("run")
+    assert last["score/mean"] > first["score/mean"] + 0.2
+    assert {"policy/entropy", "policy/rollout_gap"} <= first.keys()
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: next(iter(section.values())).rpartition(":")[2])
@@ -190,6 +204,63 @@ def test_a_loss_that_fails_ends_the_run_with_its_line_and_a_checkpoint():
 def test_an_evaluation_needs_no_loss():
     path = recipe("run", {"loss": "gone.py:loss"}, evaluation_data={"path": "rows.jsonl", "num_rows": 3})
     assert llmrl("evaluate", path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "file", "message"),
+    [
+        (
+            {"name": "bad.py:Bad"},
+            "from llmrl.algorithms.grpo import GRPO\n"
+            "class Bad(GRPO):\n"
+            "    def experience(self, rollout, scores):\n"
+            "        return super().experience(rollout, scores.totals)\n",
+            r"algorithm\.name bad\.py:Bad\.experience raised AttributeError: .* no attribute 'totals' at /.*bad\.py:4",
+        ),
+        (
+            {"name": "bad.py:Bad"},
+            "from llmrl.algorithms.grpo import GRPO\n"
+            "class Bad(GRPO):\n"
+            "    def losses(self, batch, weights):\n"
+            "        for module, loss, metrics in super().losses(batch, weights):\n"
+            "            yield module, loss * float('nan'), metrics\n",
+            r"algorithm\.name bad\.py:Bad\.losses yielded nan as the loss; expected a finite number; .*",
+        ),
+        (
+            {"loss": "bad.py:loss"},
+            "def loss(logprobs, old_logprobs, advantages, weights):\n    return logprobs.sum() * float('nan')\n",
+            r"algorithm\.loss bad\.py:loss returned nan as the loss; expected a finite number; .*",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_way_to_resume(algorithm, file, message):
+    Path("bad.py").write_text(file)
+    status, error = llmrl("grpo", recipe("run", algorithm))
+    assert status == 1
+    *_, line, hint = error.splitlines()
+    assert re.fullmatch(f"error: {message}", line)
+    assert hint.startswith("mend it; the same command with run.resume=true goes on from /")
+
+
+def test_a_mistake_before_there_is_a_checkpoint_is_one_line():
+    Path("bad.py").write_text(
+        "from llmrl.algorithms.grpo import GRPO\n"
+        "class Bad(GRPO):\n"
+        "    def __init__(self, config, **roles):\n"
+        "        self.config = config.kl\n"
+    )
+    status, error = llmrl("grpo", recipe("run", {"name": "bad.py:Bad"}))
+    assert status == 1
+    *_, line = error.splitlines()
+    assert re.fullmatch(r"error: algorithm\.name bad\.py:Bad raised AttributeError: .*'kl' at /.*/bad\.py:4", line)
+
+
+def test_a_setting_that_a_class_does_not_read_is_reported_after_the_first_iteration():
+    algorithm = {"name": "recipes/algorithms/reinforce.py:Reinforce", "clip_low": 0.1, "aggregation": "sequence"}
+    status, printed = llmrl("grpo", recipe("run", algorithm))
+    assert status == 0
+    assert printed.count("warning: algorithm.") == 1
+    assert "algorithm.clip_low (0.1) is set, and algorithm.name recipes/algorithms/reinforce.py:Reinforce" in printed
 
 
 def test_clips_that_a_loss_of_ones_own_does_not_read_are_told():

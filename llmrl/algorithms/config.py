@@ -68,7 +68,10 @@ class GRPOConfig(Section, place="algorithm"):
             )
 
     def warnings(self) -> list[str]:
-        """What is allowed, but seldom meant."""
+        """Sentences on settings that are allowed, but seldom meant. None for a user's class: its run reports what it
+        leaves unread."""
+        if self.name != "grpo":
+            return []
         warnings = _unread_clips(self)
         if self.kl_coef > 0 and self.scale == "std":
             warnings.append(

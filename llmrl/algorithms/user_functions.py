@@ -1,26 +1,28 @@
-"""Baselines, policy losses and algorithms that users write and the settings name."""
+"""Baselines and policy losses that users write and the settings name."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed import DistError
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.catalogue import CATALOGUE, OWN
 from llmrl.functional.losses import ratio_metrics
 from llmrl.functional.statistics import Statistic
-from llmrl.roles import Algorithm
 from llmrl.user_code import UserCodeError, UserCodeFailure, describe_exception, load_object, names_code
 
-BASELINE, LOSS, NAME = "algorithm.baseline", "algorithm.loss", "algorithm.name"
-ALGORITHM_ARGUMENTS = ("actor", "reference", "max_response_tokens")
-"""Keyword arguments that the class of an algorithm without a critic is made with, after its settings."""
+BASELINE, LOSS = "algorithm.baseline", "algorithm.loss"
+OF_THE_LOOP = frozenset(metric.name for metric in CATALOGUE if OWN in metric.runs)
+"""Names of metrics that runs log whatever the algorithm."""
 
 
 def check_user_functions(config: object) -> None:
-    """Checks the user's functions and class that the settings of an algorithm name, by loading them.
+    """Checks the user's functions that the settings of an algorithm name: each is loaded, and its signature compared.
 
     Raises:
         UserCodeError: One is missing, does not load, or does not take what it would be called with.
@@ -29,8 +31,6 @@ def check_user_functions(config: object) -> None:
         UserLoss(config.loss)
     if isinstance(config, GRPOConfig) and names_code(config.baseline):
         UserBaseline(config.baseline)
-    if isinstance(config, GRPOConfig) and names_code(config.name):
-        load_algorithm(config.name)
 
 
 class UserBaseline:
@@ -47,7 +47,7 @@ class UserBaseline:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.place = f"{BASELINE} {name}"
         self.function = _load_function(name, BASELINE, ("scores", "group_ids"))
 
     def __call__(self, scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -65,14 +65,15 @@ class UserBaseline:
         return advantages.to(scores)
 
     def _baseline(self, scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-        baseline = _call(self.function, BASELINE, self.name, scores, group_ids)
+        with failures_of(self.function, self.place):
+            baseline = self.function(scores, group_ids)
         expected = f"expected a tensor of {len(scores)} numbers, one for each score"
         if not isinstance(baseline, Tensor) or baseline.shape != scores.shape:
-            raise UserCodeFailure(f"{BASELINE} {self.name} returned {_describe(baseline)}; {expected}")
+            raise UserCodeFailure(f"{self.place} returned {describe(baseline)}; {expected}")
         if not baseline.isfinite().all():
             first = int((~baseline.isfinite()).nonzero()[0])
             raise UserCodeFailure(
-                f"{BASELINE} {self.name} returned {float(baseline[first])} for score {first} "
+                f"{self.place} returned {float(baseline[first])} for score {first} "
                 f"({float(scores[first])}, group {int(group_ids[first])}); {expected}, each finite"
             )
         return baseline.detach().double().cpu()
@@ -92,7 +93,7 @@ class UserLoss:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.place = f"{LOSS} {name}"
         self.function = _load_function(name, LOSS, ("logprobs", "old_logprobs", "advantages", "weights"))
 
     def __call__(
@@ -105,73 +106,71 @@ class UserLoss:
         """``(loss, metrics)``; the metrics are those of `ratio_metrics` and the function's own.
 
         Raises:
-            UserCodeFailure: The function raised, or returned no loss with a gradient.
+            UserCodeFailure: The function raised, or returned no finite loss with a gradient.
         """
-        returned = _call(self.function, LOSS, self.name, logprobs, old_logprobs, advantages, weights)
+        with failures_of(self.function, self.place):
+            returned = self.function(logprobs, old_logprobs, advantages, weights)
         loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
-        if not isinstance(loss, Tensor) or loss.shape != ():
-            raise UserCodeFailure(
-                f"{LOSS} {self.name} returned {_describe(loss)} as the loss; expected a tensor without dimensions, "
-                "such as (weights * losses).sum()"
-            )
-        if not loss.requires_grad:
-            raise UserCodeFailure(
-                f"{LOSS} {self.name} returned a loss without gradient; compute it from logprobs, with no detach(), "
-                "item() or no_grad() on the way"
-            )
-        if not isinstance(metrics, dict) or not all(isinstance(value, Statistic) for value in metrics.values()):
-            raise UserCodeFailure(
-                f"{LOSS} {self.name} returned {_describe(metrics)} as metrics; expected statistics by name, such as "
-                '{"policy/my_share": Mean(total, num)} with Mean of llmrl.functional.statistics'
-            )
+        check_statistics(metrics, f"{self.place} returned")
+        loss = checked_loss(loss, f"{self.place} returned")
         return loss, {**ratio_metrics(logprobs.detach(), old_logprobs, weights != 0), **metrics}
 
 
-def load_algorithm(name: str) -> Callable[..., Algorithm]:
-    """The class of a user's algorithm.
+def checked_loss(loss: object, subject: str) -> Float[Tensor, ""]:
+    """The loss, which is a finite number with a gradient.
 
     Raises:
-        UserCodeError: There is no such class, it lacks methods of `Algorithm`, or it cannot be made as `GRPO` is.
+        UserCodeFailure: It is not; `subject` begins the message.
     """
-    algorithm = load_object(name, role=NAME)
-    if not inspect.isclass(algorithm):
-        raise UserCodeError(f"{NAME} {name} is {_describe(algorithm)}; name a class, such as a subclass of GRPO")
-    methods = [method for method, value in vars(Algorithm).items() if callable(value) and not method.startswith("_")]
-    stubs = (None, Algorithm.experience, Algorithm.losses)
-    if lacking := [method for method in methods if getattr(algorithm, method, None) in stubs]:
-        raise UserCodeError(
-            f"{NAME} {name} lacks {', '.join(lacking)}; write {'it' if len(lacking) == 1 else 'them'}, or make it a "
-            "subclass of llmrl.roles.Algorithm, which has all but experience and losses, or of GRPO"
-        )
-    _check_signature(algorithm, NAME, name, ("config",), ALGORITHM_ARGUMENTS)
-    return cast(Callable[..., Algorithm], algorithm)
-
-
-def make_user_algorithm(name: str, config: GRPOConfig, **roles: Any) -> Algorithm:
-    """A user's algorithm, constructed with the arguments of `GRPO`.
-
-    Raises:
-        UserCodeFailure: The constructor raised, or sets no attribute of a name that the loop reads.
-    """
-    algorithm = _call(load_algorithm(name), NAME, name, config, **roles)
-    if lacking := [attribute for attribute in inspect.get_annotations(Algorithm) if not hasattr(algorithm, attribute)]:
+    if not isinstance(loss, Tensor) or loss.shape != ():
         raise UserCodeFailure(
-            f"{NAME} {name} has no {', '.join(lacking)}, which the loop reads; set it in __init__, such as "
-            f"self.{lacking[0]} = ..."
+            f"{subject} {describe(loss)} as the loss; expected a tensor without dimensions, such as "
+            "(weights * losses).sum()"
         )
-    return algorithm
+    if not loss.requires_grad:
+        raise UserCodeFailure(
+            f"{subject} a loss without gradient; compute it from logprobs, with no detach(), item() or no_grad() on "
+            "the way"
+        )
+    if not loss.isfinite():
+        raise UserCodeFailure(
+            f"{subject} {loss.item()} as the loss; expected a finite number; select with torch.where(weights != 0, x, "
+            "0.0) before exp, log and division, as anything may stand where the weight is 0"
+        )
+    return loss
+
+
+def check_statistics(statistics: object, subject: str) -> None:
+    """Raises UserCodeFailure where metrics are no statistics by names of their own; `subject` begins the message."""
+    if not isinstance(statistics, dict) or not all(isinstance(value, Statistic) for value in statistics.values()):
+        raise UserCodeFailure(
+            f"{subject} {describe(statistics)} as metrics; expected statistics by name, such as "
+            '{"policy/my_share": Mean(total, num)} with Mean of llmrl.functional.statistics'
+        )
+    for name, statistic in statistics.items():
+        for number in statistic:
+            if not (isinstance(number, int | float) or (isinstance(number, Tensor) and number.shape == ())):
+                raise UserCodeFailure(
+                    f"{subject} {describe(number)} in the metric {name!r}; expected numbers, or tensors without "
+                    "dimensions, such as Mean(x.sum(), x.numel())"
+                )
+        if not OF_THE_LOOP.isdisjoint((name, f"{name}/mean")):
+            raise UserCodeFailure(
+                f"{subject} a metric {name!r}, which every run logs itself; choose another name, such as "
+                "policy/my_share"
+            )
 
 
 def _load_function(name: str, setting: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
     """The function that a setting names, checked to take these parameters by position."""
     function = load_object(name, role=setting)
     if inspect.isclass(function) or not callable(function):
-        raise UserCodeError(f"{setting} {name} is {_describe(function)}; name a function of {_listed(parameters)}")
-    _check_signature(function, setting, name, parameters, ())
+        raise UserCodeError(f"{setting} {name} is {describe(function)}; name a function of {_listed(parameters)}")
+    check_signature(function, setting, name, parameters, ())
     return function
 
 
-def _check_signature(
+def check_signature(
     function: Callable[..., Any], setting: str, name: str, positional: tuple[str, ...], by_name: tuple[str, ...]
 ) -> None:
     """Raises UserCodeError where a function cannot be called with these."""
@@ -188,26 +187,34 @@ def _check_signature(
         ) from error
 
 
-def _call(function: Callable[..., Any], setting: str, name: str, *arguments: Any, **by_name: Any) -> Any:
-    """What a user's function returns.
+@contextmanager
+def failures_of(code: Callable[..., Any], place: str) -> Iterator[None]:
+    """Context of a call of a user's function or class: what it raises becomes one line, which begins with `place`.
+
+    Memory that ran out, a lost connection between ranks, and a failure that has its line already pass as they are.
 
     Raises:
-        UserCodeFailure: It raised, and the exception is its cause. Running out of memory is raised as it is.
+        UserCodeFailure: It raised, and the exception is its cause.
     """
     try:
-        return function(*arguments, **by_name)
-    except torch.OutOfMemoryError:
+        yield
+    except (torch.OutOfMemoryError, DistError, UserCodeFailure):
         raise
     except (Exception, SystemExit) as error:
-        raise UserCodeFailure(f"{setting} {name} {describe_exception(function, error)}") from error
+        raise UserCodeFailure(f"{place} {describe_exception(code, error)}") from error
 
 
 def _listed(parameters: tuple[str, ...], *more: str) -> str:
     return f"({', '.join((*parameters, *more))})"
 
 
-def _describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Description of a value, for messages."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"the class {value.__name__}" if inspect.isclass(value) else f"{value!r:.60} ({type(value).__name__})"
+    match value:
+        case Tensor():
+            return f"a tensor of shape {tuple(value.shape)}"
+        case tuple():
+            return f"({', '.join(type(item).__name__ for item in value)})"
+        case type():
+            return f"the class {value.__name__}"
+    return f"{value!r:.60} ({type(value).__name__})"

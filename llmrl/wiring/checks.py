@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llmrl.algorithms.user_algorithm import check_user_algorithm
 from llmrl.algorithms.user_functions import check_user_functions
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
@@ -102,6 +103,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         _check_one_base(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
+            check_user_algorithm(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
     rows_of = _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
     if config.reward.model is not None:

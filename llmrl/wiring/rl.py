@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
-from llmrl.algorithms.user_functions import make_user_algorithm
+from llmrl.algorithms.user_algorithm import make_user_algorithm
 from llmrl.batches import Prompts
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import ShuffledPrompts, encode_prompts
@@ -49,7 +49,7 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
     microbatch_tokens = config.update.microbatch_tokens
     name = config.algorithm.name
-    make = GRPO if name == "grpo" else partial(make_user_algorithm, name)
+    make = GRPO if name == "grpo" else partial(make_user_algorithm, name, progress=context.progress)
     algorithm = make(
         config.algorithm,
         actor=DistributedPolicy(actor.policy, context.collectives, microbatch_tokens=microbatch_tokens),

@@ -1,5 +1,6 @@
 """An algorithm from the ground up: REINFORCE (Williams 1992) with the mean of all scores so far as baseline."""
 
+from llmrl.algorithms.policy_gradient import policy_metrics
 from llmrl.batches import Experience
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.statistics import Mean, Total
@@ -17,17 +18,18 @@ class Reinforce(Algorithm):
 
     def experience(self, rollout, scores):
         """Each response has one advantage, the same at each of its tokens; 0 if it could not be scored (NaN)."""
-        logprobs = self.actor.logprobs(rollout.sequences).logprobs
+        outputs = self.actor.logprobs(rollout.sequences)
         known = scores.per_response[~scores.total.isnan()]
         self.total, self.num = self.total + float(known.sum()), self.num + len(known)
         advantages = (scores.per_response - self.total / max(self.num, 1)).nan_to_num()
         experience = Experience(
             rollout=rollout,
             scores=scores,
-            old_logprobs=logprobs,
-            advantages=advantages[:, None].expand_as(logprobs),
+            old_logprobs=outputs.logprobs,
+            advantages=advantages[:, None].expand_as(outputs.logprobs),
         )
-        return experience, Metrics({"policy/baseline": Mean(self.total, self.num)})
+        statistics = policy_metrics(experience, outputs.entropy)
+        return experience, Metrics({**statistics, "policy/baseline": Mean(self.total, self.num)})
 
     def losses(self, batch, weights):
         """The loss of one microbatch: a sum, since the weights divide by what the whole optimizer step counts."""

@@ -49,6 +49,11 @@ def test_clips_that_no_loss_reads_warn(config):
     assert config(loss="mine.py:loss").warnings() == config(clip_high=0.3).warnings() == []
 
 
+def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
+    own = {"name": "mine.py:Mine", "loss": "mine.py:loss", "clip_high": 0.3, "kl_coef": 0.1}
+    assert GRPOConfig(**own).warnings() == []
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

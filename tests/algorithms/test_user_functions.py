@@ -1,4 +1,4 @@
-"""Functions and classes of users: what equals ours gives our numbers, and whatever is wrong is named."""
+"""Functions of users: what equals ours gives our numbers, and whatever is wrong is named."""
 
 import re
 from functools import partial
@@ -7,19 +7,11 @@ import pytest
 import torch
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
-from llmrl.algorithms.user_functions import (
-    UserBaseline,
-    UserLoss,
-    check_user_functions,
-    load_algorithm,
-    make_user_algorithm,
-)
+from llmrl.algorithms.user_functions import UserBaseline, UserLoss, check_user_functions
 from llmrl.functional.advantages import group_relative, leave_one_out
 from llmrl.functional.losses import clipped_policy_loss
 from llmrl.functional.statistics import Mean
 from llmrl.user_code import UserCodeError, UserCodeFailure
-
-from .test_grpo import FixedPolicy
 
 GROUPS = torch.tensor([7, 4, 7, 4, 7, 4, 7])
 SCORES = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.25, -3.0, 0.1])
@@ -86,6 +78,15 @@ def plain_metric(*tensors):
 def three(*tensors):
     return reinforce(*tensors), {}, 3
 
+def per_token_metric(logprobs, old_logprobs, advantages, weights):
+    return (weights * logprobs).sum(), {"policy/mine": Mean(weights, 2.0)}
+
+def metric_of_the_loop(*tensors):
+    return reinforce(*tensors), {"score": Mean(1.0, 2.0)}
+
+def not_finite(logprobs, old_logprobs, advantages, weights):
+    return (weights * logprobs).sum() / 0.0
+
 class Loss:
     def __call__(self, logprobs, old_logprobs, advantages, weights):
         return -(weights * advantages * logprobs).sum()
@@ -94,41 +95,12 @@ made = Loss()
 two = lambda logprobs, weights: logprobs
 named = lambda logprobs, *, old_logprobs, advantages, weights: logprobs
 """
-CLASSES = """
-from llmrl.algorithms.grpo import GRPO
-from llmrl.roles import Algorithm
-
-class Same(GRPO):
-    pass
-
-class Bare(Algorithm):
-    def __init__(self, config, *, actor, reference, max_response_tokens):
-        self.aggregation = config.aggregation
-
-    def experience(self, rollout, scores): ...
-    def losses(self, batch, weights): ...
-
-class Empty(Algorithm):
-    pass
-
-class Apart:
-    def experience(self, rollout, scores): ...
-    def losses(self, batch, weights): ...
-
-class Narrow(GRPO):
-    def __init__(self, config, actor):
-        pass
-
-class Failing(GRPO):
-    def __init__(self, config, *, actor, reference, max_response_tokens):
-        raise ValueError("no such config")
-"""
 
 
 @pytest.fixture(autouse=True)
 def _files(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, text in {"baselines.py": BASELINES, "losses.py": LOSSES, "classes.py": CLASSES}.items():
+    for name, text in {"baselines.py": BASELINES, "losses.py": LOSSES}.items():
         (tmp_path / name).write_text(text)
 
 
@@ -216,6 +188,7 @@ def test_the_gradient_is_that_of_the_loss(batch, name):
 
 
 def test_how_far_the_actor_moved_is_measured_whatever_the_loss_measures(batch):
+    batch = [x.nan_to_num() for x in batch]
     _, metrics = UserLoss("losses.py:own_metric")(*batch)
     _, ours = clipped_policy_loss(*batch, clip_low=0.1, clip_high=0.2)
     moved = ("policy/approx_kl", "policy/ratio_max_deviation")
@@ -231,7 +204,19 @@ def test_how_far_the_actor_moved_is_measured_whatever_the_loss_measures(batch):
             r"returned a tensor of shape \(3, 4\) as the loss; expected a tensor without dimensions, such as",
         ),
         ("number", r"returned 0\.5 \(float\) as the loss; expected a tensor without dimensions"),
-        ("three", r"returned .* \(tuple\) as the loss; expected"),
+        ("three", r"returned \(Tensor, dict, int\) as the loss; expected"),
+        (
+            "not_finite",
+            r"returned nan as the loss; expected a finite number; select with torch\.where\(weights != 0, x, 0\.0\)",
+        ),
+        (
+            "per_token_metric",
+            r"returned a tensor of shape \(3, 4\) in the metric 'policy/mine'; expected numbers, or tensors with",
+        ),
+        (
+            "metric_of_the_loop",
+            r"returned a metric 'score', which every run logs itself; choose another name, such as policy/my_share$",
+        ),
         ("detached", r"returned a loss without gradient; compute it from logprobs, with no detach\(\)"),
         ("plain_metric", r"returned \{'policy/mine': 1\.0\} \(dict\) as metrics; expected statistics by name, such as"),
     ],
@@ -262,50 +247,6 @@ def test_a_loss_that_cannot_be_called_is_refused_with_the_way_out(name, told):
         UserLoss(name)
 
 
-# --- algorithms -------------------------------------------------------------------------------------------------------
-
-
-def made(name):
-    return make_user_algorithm(
-        f"classes.py:{name}", GRPOConfig(), actor=FixedPolicy(None), reference=None, max_response_tokens=5
-    )
-
-
-def test_a_class_is_made_with_what_grpo_is_made_with():
-    algorithm = made("Same")
-    assert type(algorithm) is load_algorithm("classes.py:Same")
-    assert (algorithm.aggregation, algorithm.max_redraws, algorithm.max_response_tokens) == ("token", 0, 5)
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("classes.py:Empty", "lacks experience, losses; write them, or make it a subclass of llmrl.roles.Algorithm"),
-        ("classes.py:Apart", "lacks should_stop, finish, state_dict, load_state_dict; write them"),
-        ("classes.py:Narrow", r"takes \(config, actor\) and is called with \(config, \*, actor, reference, max_resp"),
-        ("losses.py:made", r"is <llmrl.* \(Loss\); name a class, such as a subclass of GRPO"),
-    ],
-)
-def test_a_class_that_cannot_be_used_is_refused_with_the_way_out(name, told):
-    with pytest.raises(UserCodeError, match=rf"^algorithm\.name {re.escape(name)} {told}"):
-        load_algorithm(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        (
-            "Bare",
-            "has no max_redraws, max_response_tokens, which the loop reads; set it in __init__, such as self.max_",
-        ),
-        ("Failing", r"raised ValueError: no such config at .*/classes\.py:28$"),
-    ],
-)
-def test_a_class_that_cannot_be_made_is_named(name, told):
-    with pytest.raises(UserCodeFailure, match=rf"^algorithm\.name classes\.py:{name} {told}"):
-        made(name)
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +255,6 @@ def test_a_class_that_cannot_be_made_is_named(name, told):
     [
         GRPOConfig(loss="gone.py:x"),
         GRPOConfig(baseline="gone.py:x", scale="none"),
-        GRPOConfig(name="gone.py:x"),
         PPOConfig(loss="gone.py:x"),
     ],
     ids=repr,
