@@ -297,6 +297,7 @@ class PPORun(RLRun):
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
     moved = RLRun.moved | {
+        "algorithm.step_kl_coef": "leave it out: the price of a step begins at 1 and is steered by step_kl_target",
         "critic.head_init": "leave it out: the critic's head begins at zero",
         "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
     }

@@ -112,10 +112,8 @@ class PPOConfig(Section, place="algorithm"):
     kl_horizon: Annotated[int, Bound(above=0)] = 10_000
     """Responses in which kl_coef can change by a fifth at most; at least those of a rollout. Read with kl_target."""
     step_kl_target: Annotated[float | None, Bound(above=0)] = None
-    """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by this
-    many nats per token (penalized TRPO); null for no such penalty."""
-    step_kl_coef: Annotated[float, Bound(above=0)] = 1.0
-    """The first price of that."""
+    """Penalizes KL(old actor, new actor) in the loss, its price steered, from 1 on, so that an iteration moves the
+    actor by this many nats per token (penalized TRPO); null for no such penalty."""
     stop_kl: Annotated[float | None, Bound(above=0)] = None
     """Ends an iteration's updates after a minibatch with more KL(old, current) per token than this; null never does.
     Learning-rate schedules count the steps that were taken."""
@@ -151,12 +149,10 @@ class PPOConfig(Section, place="algorithm"):
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
-        pairs = (("step_kl_coef", "step_kl_target"), ("kl_horizon", "kl_target"))
-        return _unread_clips(self) + [
-            f"algorithm.{name} is read only where algorithm.{target} is set"
-            for name, target in pairs
-            if getattr(self, target) is None and getattr(self, name) != getattr(type(self), name)
-        ]
+        warnings = _unread_clips(self)
+        if self.kl_target is None and self.kl_horizon != PPOConfig.kl_horizon:
+            warnings.append("algorithm.kl_horizon is read only where algorithm.kl_target is set")
+        return warnings
 
 
 def _check_name(setting: str, value: str, *ours: str) -> None:

@@ -48,7 +48,7 @@ class KLControl:
             self.coef = state["coef"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepKLControl:
     """KL coefficient between the actor before and after an iteration's updates: PPO with an adaptive KL penalty.
 
@@ -59,7 +59,8 @@ class StepKLControl:
     Reference: Schulman et al. 2017, arXiv:1707.06347, section 4, whose factor is 2 where this is 1.5.
     """
 
-    coef: float
+    coef: float = 1.0
+    """Penalty per nat. Where it starts matters little: ten iterations can change it by a factor of 57."""
     target: float
     """Nats per token."""
 

@@ -69,7 +69,7 @@ class PPO(Algorithm):
         self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self.step_kl_control = None
         if config.step_kl_target is not None:
-            self.step_kl_control = StepKLControl(coef=config.step_kl_coef, target=config.step_kl_target)
+            self.step_kl_control = StepKLControl(target=config.step_kl_target)
         self.score_moments = (0.0, 0.0, 0.0)
         """Count, sum and sum of squares of every clipped score so far."""
         self.num_iterations = 0

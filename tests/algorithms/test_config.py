@@ -76,7 +76,6 @@ def test_clips_that_no_loss_reads_warn(config):
         ({"kl_target": 6.0, "kl_coef": 0.0}, "must not begin at 0; try 0.05"),
         ({"kl_horizon": 0}, "algorithm.kl_horizon (0) must be greater than 0"),
         ({"step_kl_target": 0.0}, "algorithm.step_kl_target (0.0) must be greater than 0, or null"),
-        ({"step_kl_coef": 0.0}, "algorithm.step_kl_coef (0.0) must be greater than 0"),
         ({"stop_kl": 0.0}, "algorithm.stop_kl (0.0) must be greater than 0, or null"),
         ({"stop_kl": NAN}, "algorithm.stop_kl (nan)"),
         ({"score_clip": 0.0}, "algorithm.score_clip (0.0) must be greater than 0, or null"),
@@ -108,9 +107,7 @@ def test_settings_at_the_edge_of_sense(settings):
     assert all(getattr(config, name) == value for name, value in settings.items())
 
 
-def test_a_price_that_nothing_reads_warns():
-    assert "read only where algorithm.step_kl_target" in PPOConfig(step_kl_coef=2.0).warnings()[0]
-    assert PPOConfig(step_kl_coef=2.0, step_kl_target=0.01).warnings() == []
+def test_a_horizon_that_nothing_reads_warns():
     assert "kl_horizon is read only where algorithm.kl_target" in PPOConfig(kl_horizon=9).warnings()[0]
     assert PPOConfig(kl_horizon=9, kl_target=1.0).warnings() == []
     assert PPOConfig().warnings() == []

@@ -571,9 +571,9 @@ def test_the_entropy_bonus_is_weighted_like_the_loss():
 
 def test_the_step_penalty_is_the_kl_from_old_to_new():
     """ρ - 1 - log ρ at each token, ρ = new over old: at ρ = 1 nothing, and its slope in log ρ is ρ - 1."""
-    settings = {"step_kl_target": 0.01, "step_kl_coef": 0.7}
+    settings = {"step_kl_target": 0.01}
     without, (plain, _, _), _, _ = losses_of({})
-    losses, (gradient, _, _), _, _ = losses_of(settings)
+    losses, (gradient, _, _), _, _ = losses_of(settings, step_kl_coef=0.7)
     total = 0.0
     for row, length in enumerate(LENGTHS):
         for t in range(length):
@@ -582,7 +582,7 @@ def test_the_step_penalty_is_the_kl_from_old_to_new():
             slope = 0.7 * (math.exp(log_ratio) - 1) / sum(LENGTHS)
             assert float(gradient[row, t] - plain[row, t]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
     assert losses["actor"] == pytest.approx(without["actor"] + 0.7 * total / sum(LENGTHS), rel=1e-5)
-    here, _, _, _ = losses_of(settings, new=OLD)
+    here, _, _, _ = losses_of(settings, new=OLD, step_kl_coef=0.7)
     assert here["actor"] == pytest.approx(losses_of({}, new=OLD)[0]["actor"], abs=1e-7)
 
 
@@ -630,9 +630,9 @@ def step_kl(new=NEW):
 
 @pytest.mark.parametrize(("target", "factor"), [(0.001, 1.5), (None, 1.0), (1000.0, 1 / 1.5)])
 def test_the_price_of_a_step_follows_how_far_the_updates_went(target, factor):
-    config = PPOConfig(kl_coef=0.0, step_kl_target=step_kl() if target is None else target, step_kl_coef=0.6)
+    config = PPOConfig(kl_coef=0.0, step_kl_target=step_kl() if target is None else target)
     networks = FixedNetworks(OLD)
-    ppo = make_ppo(config, networks, max_response_tokens=LIMIT)
+    ppo = make_ppo(config, networks, max_response_tokens=LIMIT, step_kl_coef=0.6)
     experience, _ = ppo.experience(make_rollout(), make_scores(SCORES))
     ppo.networks = FixedNetworks(NEW)
     told = ppo.finish(experience).values()
