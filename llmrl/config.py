@@ -297,6 +297,7 @@ class PPORun(RLRun):
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
     moved = RLRun.moved | {
+        "algorithm.kl_horizon": "leave it out: algorithm.kl_target steers algorithm.kl_coef over 10,000 responses",
         "algorithm.step_kl_coef": "leave it out: the price of a step begins at 1 and is steered by step_kl_target",
         "critic.head_init": "leave it out: the critic's head begins at zero",
         "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
@@ -321,11 +322,6 @@ class PPORun(RLRun):
             raise ValueError(
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
                 f"({self.run.num_iterations}), or the actor never learns"
-            )
-        if self.algorithm.kl_target is not None and self.algorithm.kl_horizon < self.num_responses:
-            raise ValueError(
-                f"algorithm.kl_horizon ({self.algorithm.kl_horizon}) must be at least the {self.num_responses} "
-                "responses of a rollout, or one rollout could change algorithm.kl_coef by more than a fifth"
             )
 
     @property

@@ -216,10 +216,6 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
             r"where model\.path is an adapter, .* set critic\.network to own, or merge that adapter first$",
         ),
         (
-            {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=127)},
-            r"algorithm\.kl_horizon \(127\) must be at least the 128 responses of a rollout",
-        ),
-        (
             {
                 "critic": CriticConfig(network="reward_model"),
                 "reward": RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),)),
@@ -254,8 +250,6 @@ def test_sections_of_ppo_that_do_not_fit_are_refused(sections: dict[str, Any], m
         {"critic": CriticConfig(network="reward_model", warmup_iterations=3)},
         {"reward": ON_BASE, "model": LORA},
         {"update": UpdateConfig(minibatch_size=1)},
-        {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=128)},
-        {"algorithm": PPOConfig(kl_horizon=1)},
     ],
 )
 def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
@@ -266,7 +260,6 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
     ("sections", "told"),
     [
         ({}, []),
-        ({"algorithm": PPOConfig(kl_horizon=1)}, ["kl_horizon is read only where"]),
         ({"critic": CriticConfig(value_coef=0.1)}, ["critic.value_coef is read only where critic.network is shared"]),
         ({"critic": CriticConfig(network="shared", value_coef=0.1)}, []),
         ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),

@@ -228,7 +228,6 @@ def test_the_warm_up_is_the_critics(recipe, models, tmp_path):
 STATEFUL = [
     "algorithm.normalize_scores=true",
     "algorithm.kl_target=0.01",
-    "algorithm.kl_horizon=20",
     "algorithm.step_kl_target=1e-4",
 ]
 

@@ -108,9 +108,8 @@ class PPOConfig(Section, place="algorithm"):
     """Price, in score, of a nat between actor and reference; the first one, if steered. 0 keeps no reference model, and
     then no kl/* is measured, unless model.lora is set, where a reference takes no memory."""
     kl_target: Annotated[float | None, Bound(above=0)] = None
-    """Steers kl_coef so that kl/sequence comes to this many nats (Ziegler et al. 2019, arXiv:1909.08593); or null."""
-    kl_horizon: Annotated[int, Bound(above=0)] = 10_000
-    """Responses in which kl_coef can change by a fifth at most; at least those of a rollout. Read with kl_target."""
+    """Steers kl_coef, by a fifth at most in 10,000 responses or in one rollout, so that kl/sequence comes to this many
+    nats (Ziegler et al. 2019, arXiv:1909.08593); null keeps it as it is."""
     step_kl_target: Annotated[float | None, Bound(above=0)] = None
     """Penalizes KL(old actor, new actor) in the loss, its price steered, from 1 on, so that an iteration moves the
     actor by this many nats per token (penalized TRPO); null for no such penalty."""
@@ -149,10 +148,7 @@ class PPOConfig(Section, place="algorithm"):
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
-        warnings = _unread_clips(self)
-        if self.kl_target is None and self.kl_horizon != PPOConfig.kl_horizon:
-            warnings.append("algorithm.kl_horizon is read only where algorithm.kl_target is set")
-        return warnings
+        return _unread_clips(self)
 
 
 def _check_name(setting: str, value: str, *ours: str) -> None:
