@@ -31,7 +31,10 @@ LIKE_DATA = Like("data", own=("path", "num_rows"))
 LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
 """The critic learns as the actor does, at a rate of its own."""
 MADE_BY = "name the command by the path that it makes, in the mapping made_by of the recipe"
+BETAS = "write both of them as the list betas, as in [0.9, 0.999]"
 MOVED: dict[str, str] = dict.fromkeys(("model.made_by", "data.made_by", "evaluation_data.made_by"), MADE_BY) | {
+    "optimizer.beta1": BETAS,
+    "optimizer.beta2": BETAS,
     "run.best_mode": "put a minus before the name in run.best_metric where less is better, as in -eval/loss",
 }
 """Settings of every run that are gone, and what to write now."""
@@ -299,6 +302,8 @@ class PPORun(RLRun):
     moved = RLRun.moved | {
         "algorithm.kl_horizon": "leave it out: algorithm.kl_target steers algorithm.kl_coef over 10,000 responses",
         "algorithm.step_kl_coef": "leave it out: the price of a step begins at 1 and is steered by step_kl_target",
+        "critic_optimizer.beta1": BETAS,
+        "critic_optimizer.beta2": BETAS,
         "critic.head_init": "leave it out: the critic's head begins at zero",
         "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
     }

@@ -264,7 +264,7 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
         ({"critic": CriticConfig(network="shared", value_coef=0.1)}, []),
         ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),
         (
-            {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(beta1=0.5)},
+            {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(betas=(0.5, 0.999))},
             ["critic.network shared reads nothing of critic_optimizer but its learning_rate"],
         ),
     ],
@@ -461,7 +461,7 @@ model: {path: m}
 data: {path: d.jsonl, num_rows: 9, subset: main, prompt_column: question, system_prompt: Add.}
 evaluation_data: {path: e.jsonl, system_prompt: null}
 reward: {functions: [{name: "rule.py:score"}]}
-optimizer: {learning_rate: 1e-4, schedule: linear, beta2: 0.95}
+optimizer: {learning_rate: 1e-4, schedule: linear, betas: [0.9, 0.95]}
 run: {output_dir: runs/x, num_iterations: 4}
 """
 
@@ -490,9 +490,9 @@ def test_held_out_prompts_that_are_not_named_are_not_those_of_the_data(ppo_recip
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("run.seed=0", OptimizerConfig(learning_rate=1e-5, schedule="linear", beta2=0.95)),
-        ("critic_optimizer.learning_rate=2", OptimizerConfig(learning_rate=2.0, schedule="linear", beta2=0.95)),
-        ("critic_optimizer.schedule=cosine", OptimizerConfig(learning_rate=1e-5, schedule="cosine", beta2=0.95)),
+        ("run.seed=0", OptimizerConfig(learning_rate=1e-5, schedule="linear", betas=(0.9, 0.95))),
+        ("critic_optimizer.learning_rate=2", OptimizerConfig(learning_rate=2.0, schedule="linear", betas=(0.9, 0.95))),
+        ("critic_optimizer.schedule=cosine", OptimizerConfig(learning_rate=1e-5, schedule="cosine", betas=(0.9, 0.95))),
     ],
 )
 def test_the_critic_learns_as_the_actor_does_at_a_rate_of_its_own(
@@ -523,7 +523,14 @@ def test_what_is_resolved_reads_back_equal(ppo_recipe: Path):
 
 
 @pytest.mark.parametrize(
-    "override", ["data.max_prompt_tokens=0", "data.template=often", "optimizer.beta2=1", "optimizer.schedule=7"]
+    "override",
+    [
+        "data.max_prompt_tokens=0",
+        "data.template=often",
+        "optimizer.betas=[0.9, 1]",
+        "optimizer.betas=[0.9]",
+        "optimizer.schedule=7",
+    ],
 )
 def test_what_is_wrong_in_a_section_is_told_once_though_another_takes_it_over(ppo_recipe: Path, override: str):
     with pytest.raises(SettingError) as refused:
