@@ -171,7 +171,7 @@ def score(
         from llmrl.data.config import SupervisedDataConfig
         from llmrl.data.supervised import load_supervised_rows
         from llmrl.distributed.device import pick_device, prepare_device
-        from llmrl.rewards.config import LearnedRewardConfig
+        from llmrl.models.config import ModelConfig
         from llmrl.wiring.checks import check_scorer
         from llmrl.wiring.rewards import score_rows
 
@@ -179,7 +179,7 @@ def score(
         if output is not None and output.resolve() == Path(file).expanduser().resolve():
             raise SettingError(f"--output ({output}) is the file that is scored; name another")
         _refuse_recipe(model)
-        config = LearnedRewardConfig(path=model, normalize=normalize, trust_remote_code=trust_remote_code)
+        config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_scorer(config)
         data = SupervisedDataConfig(path=file, prompt_column=prompt_column, response_column=response_column)
         rows = load_supervised_rows(data)
@@ -188,7 +188,7 @@ def score(
     prepare_device()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
-        scores = score_rows(config, rows, data, pick_device())
+        scores = score_rows(config, rows, data, pick_device(), normalize=normalize)
     lines = [json.dumps({**row, "score": value}, default=str) for row, value in zip(rows, scores, strict=True)]
     if output is None:
         print("\n".join(lines))
@@ -379,7 +379,7 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except (DataError, ModelError, RolloutError) as error:
         told = str(error).removesuffix(f"\n{SKIP}")
-        told = re.sub(r"(set )?\b(reward\.)?model\.trust_remote_code=true", "add --trust-remote-code", told)
+        told = re.sub(r"(set )?\bmodel\.trust_remote_code=true", "add --trust-remote-code", told)
         told = re.sub(r"\b(reward\.)?model\.path=", "", told)
         told = re.sub(r"\b(reward\.)?model\.path\b", "MODEL", told)
         for setting, name in names.items():

@@ -183,7 +183,10 @@ class RLRun:
     """What several processes do together."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
-    moved: ClassVar[dict[str, str]] = MOVED | {"reward.model.made_by": MADE_BY}
+    moved: ClassVar[dict[str, str]] = MOVED | {
+        "reward.model.made_by": MADE_BY,
+        "reward.model.trust_remote_code": "set model.trust_remote_code, which holds for every model folder of the run",
+    }
     """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:

@@ -480,7 +480,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_loads(
     assert error.startswith(f"error: {named} ({folders / name}) ")
     assert told in error
     assert "from_scratch" not in error  # which reward.model does not have
-    assert ("reward.model.trust_remote_code=true" in error) == (name == "code" and command != "score")
+    assert ("then set model.trust_remote_code=true" in error) == (name == "code" and command != "score")
     assert len(error.splitlines()) == 1
 
 

@@ -43,7 +43,7 @@ class ModelConfig:
     from_scratch: bool = False
     """Random weights in the shape of the folder's config.json, instead of the folder's weights."""
     trust_remote_code: bool = False
-    """Allows a model folder to bring and run its own Python code."""
+    """Allows the model folders of this run, a reward model's too, to bring and run their own Python code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,6 @@ class LearnedRewardConfig(Section, place="reward.model"):
     on_actor_base: bool = False
     """Scores with the adapter that the reward model was trained with, on the actor's frozen base, in place of a second
     model in memory. Needs model.lora, and a reward model trained by LoRA from the actor's own model."""
-    trust_remote_code: bool = False
-    """Allows a model folder to bring and run its own Python code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,7 @@ from transformers import (
 from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.data.config import PromptDataConfig
+from llmrl.models.config import ModelConfig
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
@@ -45,13 +46,14 @@ def learned(path, **settings):
     return LearnedRewardConfig(path=path, **settings)
 
 
-def reward_of(config, rollout, *, policy=None, data=DATA):
+def reward_of(config, rollout, *, policy=None, data=DATA, **loading):
     """As a run wires it, from the folder on."""
-    return learned_reward(config, policy or make_tokenizer(), data, rollout.rows)
+    return learned_reward(config, policy or make_tokenizer(), data, rollout.rows, **loading)
 
 
-def learned_reward(config, tokenizer, data, rows):
-    scorer = load_scorer(config, place=on_cpu)
+def learned_reward(config, tokenizer, data, rows, *, dtype=None, microbatch_tokens=10_000):
+    model = ModelConfig(path=config.path, dtype=dtype)
+    scorer = load_scorer(model, normalize=config.normalize, microbatch_tokens=microbatch_tokens, place=on_cpu)
     return reward_on(data, rows, RewardConfig(model=config), (), scorer, tokenizer, context_of())
 
 
@@ -101,7 +103,7 @@ def other(tmp_path):
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 16384])
 def test_scores_are_those_of_plain_transformers_normalized(folder, rollout, microbatch_tokens):
-    scores = reward_of(learned(folder, microbatch_tokens=microbatch_tokens), rollout)(rollout)
+    scores = reward_of(learned(folder), rollout, microbatch_tokens=microbatch_tokens)(rollout)
     expected = (plain_scores(folder, own_texts()) - 0.75) / 0.5
     assert expected.std() > 0.1  # a random model tells them apart
     assert_close(scores.total, expected, rtol=1e-5, atol=1e-5)
@@ -116,7 +118,7 @@ def test_normalization_can_be_off_or_missing(folder, rollout, tmp_path):
 
 def test_bfloat16_is_close(folder, rollout):
     exact, rounded = (
-        reward_of(learned(folder, dtype=dtype), rollout)(rollout).total for dtype in ("float32", "bfloat16")
+        reward_of(learned(folder), rollout, dtype=dtype)(rollout).total for dtype in ("float32", "bfloat16")
     )
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.2
