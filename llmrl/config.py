@@ -185,6 +185,7 @@ class RLRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED | {
         "reward.model.made_by": MADE_BY,
+        "reward.model.dtype": "leave it out: a reward model computes in model.dtype",
         "reward.model.trust_remote_code": "set model.trust_remote_code, which holds for every model folder of the run",
     }
     """Settings of other days, and what to write now."""

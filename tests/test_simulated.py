@@ -75,7 +75,7 @@ def scorer(tmp_path):
     config = LlamaConfig(**(SIZES | {"vocab_size": 99, "num_labels": 1, "pad_token_id": 0, "eos_token_id": 1}))
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "scorer")
     AutoTokenizer.from_pretrained(TINY.path).save_pretrained(tmp_path / "scorer")
-    return LearnedRewardConfig(path=str(tmp_path / "scorer"), dtype="float32")
+    return LearnedRewardConfig(path=str(tmp_path / "scorer"))
 
 
 def reinforced(kind, data, **settings):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from llmrl.catalogue import reserved
 from llmrl.paths import UserPath
@@ -52,8 +52,6 @@ class LearnedRewardConfig(Section, place="reward.model"):
     """Factor on its scores before they are summed."""
     normalize: bool = True
     """Standardizes by the mean and standard deviation stored with the model, if present."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of its forward passes; null: bfloat16 on a GPU, float32 on a CPU. The head computes in float32."""
     microbatch_tokens: Annotated[int, Bound(least=1)] = 16384
     """Tokens per forward pass, padding included. Changes memory, never the result."""
     on_actor_base: bool = False

@@ -222,9 +222,9 @@ def check_scorer(config: ModelConfig, *, dry: bool = False, made_by: str | None 
 
 def reward_model_config(run: RLRun) -> ModelConfig:
     """The reward model of a run, which must have one, as the settings of a model that is loaded."""
-    scorer = run.reward.model
-    assert scorer is not None, "asked for where there is one"
-    return ModelConfig(path=scorer.path, dtype=scorer.dtype, trust_remote_code=run.model.trust_remote_code)
+    assert run.reward.model is not None, "asked for where there is one"
+    model = run.model
+    return ModelConfig(path=run.reward.model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
 
 
 @contextmanager

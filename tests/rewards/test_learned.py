@@ -233,7 +233,7 @@ class Says:
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_finite_number_is_an_error_that_names_the_response(rollout, score):
     reward = LearnedReward(Says(0.0, 1.0, score), encode=lambda r: r.sequences, normalize=lambda x: x, weight=1.0)
-    with pytest.raises(FloatingPointError, match=r"score of response 2 .* is not finite: .*reward\.model\.dtype"):
+    with pytest.raises(FloatingPointError, match=r"score of response 2 .* is not finite: .*set model\.dtype"):
         reward(rollout)
 
 

@@ -8,6 +8,7 @@ import pytest
 from llmrl.config import SFTRun
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.rows import SKIP, DataError
+from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.config import EvaluationConfig
@@ -90,12 +91,13 @@ def test_a_run_may_not_write_into_anything_that_it_reads(config, tmp_path):
         check_rl(dataclasses.replace(config, run=inside, reward=judged), dry=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("trusts", [False, True])
-def test_trust_holds_for_the_reward_model_too(config, trusts):
-    model = dataclasses.replace(config.model, trust_remote_code=trusts)
+def test_trust_and_precision_hold_for_the_reward_model_too(config, trusts, dtype):
+    model = dataclasses.replace(config.model, trust_remote_code=trusts, dtype=dtype)
     scored = dataclasses.replace(config.reward, model=LearnedRewardConfig(path="judge"))
     scorer = reward_model_config(dataclasses.replace(config, model=model, reward=scored))
-    assert (scorer.path, scorer.trust_remote_code) == ("judge", trusts)
+    assert scorer == ModelConfig(path="judge", dtype=dtype, trust_remote_code=trusts)
 
 
 @contextmanager
