@@ -94,7 +94,7 @@ def ppo(model: ModelConfig) -> PPORun:
     return PPORun(
         model=model,
         data=PROMPTS,
-        reward=RewardConfig(model=LearnedRewardConfig(path="reward", dtype="bfloat16", microbatch_tokens=4096)),
+        reward=RewardConfig(model=LearnedRewardConfig(path="reward", microbatch_tokens=4096)),
         run=RUN,
         rollout=ROLLOUT,
         algorithm=PPOConfig(kl_coef=0.05),

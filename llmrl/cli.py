@@ -172,7 +172,7 @@ def score(
         from llmrl.data.config import SupervisedDataConfig
         from llmrl.data.supervised import read_supervised_rows
         from llmrl.distributed.device import pick_device, prepare_device
-        from llmrl.rewards.config import LearnedRewardConfig
+        from llmrl.models.config import ModelConfig
         from llmrl.wiring.checks import check_scorer
         from llmrl.wiring.rewards import score_rows
 
@@ -180,7 +180,7 @@ def score(
         if output is not None and output.resolve() == Path(file).expanduser().resolve():
             raise SettingError(f"--output ({output}) is the file that is scored; name another")
         _refuse_recipe(model)
-        config = LearnedRewardConfig(path=model, normalize=normalize, trust_remote_code=trust_remote_code)
+        config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_scorer(config)
         data = SupervisedDataConfig(path=file, prompt_column=prompt_column, response_column=response_column)
         rows = read_supervised_rows(data)
@@ -189,7 +189,7 @@ def score(
     prepare_device()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
-        scores = score_rows(config, rows, data, pick_device())
+        scores = score_rows(config, rows, data, pick_device(), normalize=normalize)
     lines = [json.dumps({**row, "score": value}, default=str) for row, value in zip(rows, scores, strict=True)]
     if output is None:
         print("\n".join(lines))
@@ -381,7 +381,7 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except (DataError, ModelError, RolloutError) as error:
         message = str(error).removesuffix(f"\n{SKIP}")
-        message = re.sub(r"(set )?\b(reward\.)?model\.trust_remote_code=true", "add --trust-remote-code", message)
+        message = re.sub(r"(set )?\bmodel\.trust_remote_code=true", "add --trust-remote-code", message)
         message = re.sub(r"\b(reward\.)?model\.path=", "", message)
         message = re.sub(r"\b(reward\.)?model\.path\b", "MODEL", message)
         for setting, name in names.items():

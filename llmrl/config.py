@@ -31,7 +31,10 @@ LIKE_DATA = Like("data", own=("path", "num_rows"))
 LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
 """The critic's optimizer is that of the actor at a learning rate of its own, unless its section says otherwise."""
 MADE_BY = "name the command by the path that it makes, in the mapping made_by of the recipe"
+BETAS = "write both of them as the list betas, as in [0.9, 0.999]"
 MOVED: dict[str, str] = dict.fromkeys(("model.made_by", "data.made_by", "evaluation_data.made_by"), MADE_BY) | {
+    "optimizer.beta1": BETAS,
+    "optimizer.beta2": BETAS,
     "run.best_mode": "put a minus before the name in run.best_metric where less is better, as in -eval/loss",
 }
 """Settings of every run that are gone, and what to write now."""
@@ -180,7 +183,11 @@ class RLRun:
     """Work of several processes together."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
-    moved: ClassVar[dict[str, str]] = MOVED | {"reward.model.made_by": MADE_BY}
+    moved: ClassVar[dict[str, str]] = MOVED | {
+        "reward.model.made_by": MADE_BY,
+        "reward.model.dtype": "leave it out: a reward model computes in model.dtype",
+        "reward.model.trust_remote_code": "set model.trust_remote_code, which holds for every model folder of the run",
+    }
     """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
@@ -297,6 +304,10 @@ class PPORun(RLRun):
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
     moved = RLRun.moved | {
+        "algorithm.kl_horizon": "leave it out: algorithm.kl_target steers algorithm.kl_coef over 10,000 responses",
+        "algorithm.step_kl_coef": "leave it out: the price of a step begins at 1 and is steered by step_kl_target",
+        "critic_optimizer.beta1": BETAS,
+        "critic_optimizer.beta2": BETAS,
         "critic.head_init": "leave it out: the critic's head begins at zero",
         "critic.body": "set critic.network to reward_model for a critic that begins as one, else leave it out",
     }
@@ -320,11 +331,6 @@ class PPORun(RLRun):
             raise ValueError(
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
                 f"({self.run.num_iterations}), or the actor never learns"
-            )
-        if self.algorithm.kl_target is not None and self.algorithm.kl_horizon < self.num_responses:
-            raise ValueError(
-                f"algorithm.kl_horizon ({self.algorithm.kl_horizon}) must be at least the {self.num_responses} "
-                "responses of a rollout, or one rollout could change algorithm.kl_coef by more than a fifth"
             )
 
     @property

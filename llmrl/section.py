@@ -10,7 +10,8 @@ from typing import Any, ClassVar, get_args, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Range of a number, as in ``rank: Annotated[int, Bound(least=1)] = 16``; finite unless `allows_infinity`."""
+    """Range of a number, or of each of a list, as in ``rank: Annotated[int, Bound(least=1)] = 16``; finite unless
+    `allows_infinity`."""
 
     least: int | float = -math.inf
     above: int | float = -math.inf
@@ -65,9 +66,9 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, (bound, may_be_null) in bounds(type(self)).items():
-            value = getattr(self, name)
-            if value is not None and not bound.holds(value):
-                raise ValueError(_refusal(f"{self.place}.{name}", value, bound, may_be_null=may_be_null))
+            for number in _numbers(getattr(self, name)):
+                if not bound.holds(number):
+                    raise ValueError(_refusal(f"{self.place}.{name}", number, bound, may_be_null=may_be_null))
 
 
 @cache
@@ -94,6 +95,16 @@ def _marks(section: type) -> Iterator[tuple[str, Any, Any]]:
     for field in fields(section):
         for mark in getattr(hints[field.name], "__metadata__", ()):
             yield field.name, hints[field.name].__origin__, mark
+
+
+def _numbers(value: int | float | tuple[int | float, ...] | None) -> tuple[int | float, ...]:
+    """What a bound is held against: a number, each of a list, or nothing for null."""
+    match value:
+        case None:
+            return ()
+        case tuple():
+            return value
+    return (value,)
 
 
 def _refusal(place: str, value: int | float, bound: Bound, *, may_be_null: bool) -> str:

@@ -60,7 +60,7 @@ def write_recipes(folder: Path) -> None:
         "update: {minibatch_size: 2, num_epochs: 2}\n"
     )
     (folder / "ppo.yaml").write_text(
-        common + rate + loop + "algorithm: {kl_target: 1.0, kl_horizon: 100, normalize_scores: true, stop_kl: 1.0}\n"
+        common + rate + loop + "algorithm: {kl_target: 1.0, normalize_scores: true, stop_kl: 1.0}\n"
         "update: {minibatch_size: 3, num_epochs: 2}\ncritic: {warmup_iterations: 1}\n"
         "critic_optimizer: {learning_rate: 2.0e-4}\n"
     )

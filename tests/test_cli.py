@@ -437,7 +437,7 @@ def test_a_command_without_a_recipe_blames_what_it_was_given(arguments, told):
             "model.path (x) is no folder; did you mean model.path=x/final?",
             "MODEL (x) is no folder; did you mean x/final?",
         ),
-        ("read it, then set reward.model.trust_remote_code=true, or", "read it, then add --trust-remote-code, or"),
+        ("read it, then set model.trust_remote_code=true, or", "read it, then add --trust-remote-code, or"),
         ("set data.prompt_column", "set --prompt-column"),
     ],
 )

@@ -216,10 +216,6 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
             r"where model\.path is an adapter, .* set critic\.network to own, or merge that adapter first$",
         ),
         (
-            {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=127)},
-            r"algorithm\.kl_horizon \(127\) must be at least the 128 responses of a rollout",
-        ),
-        (
             {
                 "critic": CriticConfig(network="reward_model"),
                 "reward": RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),)),
@@ -254,8 +250,6 @@ def test_sections_of_ppo_that_do_not_fit_are_refused(sections: dict[str, Any], m
         {"critic": CriticConfig(network="reward_model", warmup_iterations=3)},
         {"reward": ON_BASE, "model": LORA},
         {"update": UpdateConfig(minibatch_size=1)},
-        {"algorithm": PPOConfig(kl_target=6.0, kl_horizon=128)},
-        {"algorithm": PPOConfig(kl_horizon=1)},
     ],
 )
 def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
@@ -266,12 +260,11 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
     ("sections", "told"),
     [
         ({}, []),
-        ({"algorithm": PPOConfig(kl_horizon=1)}, ["kl_horizon is read only where"]),
         ({"critic": CriticConfig(value_coef=0.1)}, ["critic.value_coef is read only where critic.network is shared"]),
         ({"critic": CriticConfig(network="shared", value_coef=0.1)}, []),
         ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),
         (
-            {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(beta1=0.5)},
+            {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(betas=(0.5, 0.999))},
             ["critic.network shared reads nothing of critic_optimizer but its learning_rate"],
         ),
     ],
@@ -468,7 +461,7 @@ model: {path: m}
 data: {path: d.jsonl, num_rows: 9, subset: main, prompt_column: question, system_prompt: Add.}
 evaluation_data: {path: e.jsonl, system_prompt: null}
 reward: {functions: [{name: "rule.py:score"}]}
-optimizer: {learning_rate: 1e-4, schedule: linear, beta2: 0.95}
+optimizer: {learning_rate: 1e-4, schedule: linear, betas: [0.9, 0.95]}
 run: {output_dir: runs/x, num_iterations: 4}
 """
 
@@ -497,9 +490,9 @@ def test_held_out_prompts_that_are_not_named_are_not_those_of_the_data(ppo_recip
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("run.seed=0", OptimizerConfig(learning_rate=1e-5, schedule="linear", beta2=0.95)),
-        ("critic_optimizer.learning_rate=2", OptimizerConfig(learning_rate=2.0, schedule="linear", beta2=0.95)),
-        ("critic_optimizer.schedule=cosine", OptimizerConfig(learning_rate=1e-5, schedule="cosine", beta2=0.95)),
+        ("run.seed=0", OptimizerConfig(learning_rate=1e-5, schedule="linear", betas=(0.9, 0.95))),
+        ("critic_optimizer.learning_rate=2", OptimizerConfig(learning_rate=2.0, schedule="linear", betas=(0.9, 0.95))),
+        ("critic_optimizer.schedule=cosine", OptimizerConfig(learning_rate=1e-5, schedule="cosine", betas=(0.9, 0.95))),
     ],
 )
 def test_the_critic_learns_as_the_actor_does_at_a_rate_of_its_own(
@@ -530,7 +523,14 @@ def test_what_is_resolved_reads_back_equal(ppo_recipe: Path):
 
 
 @pytest.mark.parametrize(
-    "override", ["data.max_prompt_tokens=0", "data.template=often", "optimizer.beta2=1", "optimizer.schedule=7"]
+    "override",
+    [
+        "data.max_prompt_tokens=0",
+        "data.template=often",
+        "optimizer.betas=[0.9, 1]",
+        "optimizer.betas=[0.9]",
+        "optimizer.schedule=7",
+    ],
 )
 def test_what_is_wrong_in_a_section_is_told_once_though_another_takes_it_over(ppo_recipe: Path, override: str):
     with pytest.raises(SettingError) as refused:

@@ -198,7 +198,7 @@ def test_a_reward_model_of_another_tokenizer_reads_the_text(recipe, tmp_path):
         ["algorithm.missing_eos_penalty=0", "algorithm.bootstrap_truncated=true", "algorithm.value_lambda=1"],
         ["algorithm.entropy_coef=0.01", "algorithm.dual_clip=3.0", "algorithm.value_clip=null"],
         ["algorithm.kl_coef=0", "algorithm.overlong_buffer_tokens=2", "algorithm.gamma=0.9"],
-        ["model.dtype=bfloat16", "reward.model.dtype=bfloat16", "critic.network=reward_model"],
+        ["model.dtype=bfloat16", "critic.network=reward_model"],
         ["model.gradient_checkpointing=true", "critic.network=shared", "critic.value_coef=0.1"],
         ["rollout.engine=transformers", "model.lora.rank=2"],
     ],
@@ -228,7 +228,6 @@ def test_the_warm_up_is_the_critics(recipe, models, tmp_path):
 STATEFUL = [
     "algorithm.normalize_scores=true",
     "algorithm.kl_target=0.01",
-    "algorithm.kl_horizon=20",
     "algorithm.step_kl_target=1e-4",
 ]
 

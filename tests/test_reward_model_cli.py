@@ -263,7 +263,7 @@ def test_a_score_that_is_no_finite_number_fails_in_one_line(trained, tmp_path):
     status, output, error = llmrl("score", tmp_path / "broken", file)
     assert (status, output) == (1, "")
     assert error.startswith("error: the reward model's score of response 0 ")
-    assert "reward.model.dtype" not in error
+    assert "model.dtype" not in error
     assert len(error.splitlines()) == 1
 
 
@@ -480,7 +480,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_loads(
     assert error.startswith(f"error: {named} ({folders / name}) ")
     assert told in error
     assert "from_scratch" not in error  # which reward.model does not have
-    assert ("reward.model.trust_remote_code=true" in error) == (name == "code" and command != "score")
+    assert ("then set model.trust_remote_code=true" in error) == (name == "code" and command != "score")
     assert len(error.splitlines()) == 1
 
 
@@ -520,7 +520,7 @@ def test_prompts_that_the_reward_model_cannot_read_end_with_status_2(trained, gr
         (["reward.model.weight=0"], ["reward.model.weight (0", "other than 0"]),
         (["reward.model.microbatch_tokens=0"], ["reward.model.microbatch_tokens (0) must be at least 1"]),
         (["reward.model.wieght=1"], ["reward.model.wieght", "did you mean", "weight"]),
-        (["reward.model.dtype=float16"], ["reward.model.dtype", "float16", "bfloat16"]),
+        (["model.dtype=float16"], ["model.dtype", "float16", "bfloat16"]),
     ],
 )
 def test_bad_settings_of_the_reward(grpo_recipe, monkeypatch, overrides, told):

@@ -16,6 +16,7 @@ class Adapter(Section, place="model.lora"):
     rank: Annotated[int, Bound(least=1, why="no rank, no update", way_out="leave the section out")] = 16
     dropout: Annotated[float | None, Bound(least=0, below=1)] = None
     scale: Annotated[float, Bound()] = 1.0
+    slopes: Annotated[tuple[float, ...], Bound(least=0)] = ()
     name: str = "a"
 
 
@@ -57,6 +58,7 @@ def test_infinity_only_where_it_is_allowed_and_only_upwards():
         ),
         ({"dropout": 1.0}, "model.lora.dropout (1.0) must be at least 0 and less than 1, or null"),
         ({"dropout": math.nan}, "model.lora.dropout (nan) must be finite and at least 0 and less than 1, or null"),
+        ({"slopes": (0.0, -1.0)}, "model.lora.slopes (-1.0) must be 0 or greater"),
         ({"scale": math.inf}, "model.lora.scale (inf) must be finite"),
         ({"decay": 0.0}, "model.lora.decay (0.0) must be greater than 0"),
     ],
@@ -78,5 +80,6 @@ def test_the_bounds_of_a_section_are_those_of_its_fields_and_of_its_base():
         "rank": False,
         "dropout": True,
         "scale": False,
+        "slopes": False,
         "decay": False,
     }

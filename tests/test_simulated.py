@@ -75,7 +75,7 @@ def scorer(tmp_path):
     config = LlamaConfig(**(SIZES | {"vocab_size": 99, "num_labels": 1, "pad_token_id": 0, "eos_token_id": 1}))
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "scorer")
     AutoTokenizer.from_pretrained(TINY.path).save_pretrained(tmp_path / "scorer")
-    return LearnedRewardConfig(path=str(tmp_path / "scorer"), dtype="float32")
+    return LearnedRewardConfig(path=str(tmp_path / "scorer"))
 
 
 def reinforced(kind, data, **settings):
@@ -212,12 +212,13 @@ def test_texts_are_answered_and_scored_on_the_device(scorer):
     limits = {"temperature": 0.7, "num_responses": 2, "max_response_tokens": 3, "seed": 1, "system_prompt": None}
     rows = [{"prompt": "1+1=", "response": "2"}, {"prompt": "12+2=", "response": "14"}]
     data = SupervisedDataConfig(path="rows.jsonl")
+    model = ModelConfig(path=scorer.path, dtype="float32")
     answers, scores = [], []
     for place in (nullcontext(), Simulated()):
         torch.manual_seed(0)
         with place:
             answers.append(respond(TINY, ["1+1=", "12+2="], pick_device(), **limits))
-            scores.append(score_rows(scorer, rows, data, pick_device()))
+            scores.append(score_rows(model, rows, data, pick_device(), normalize=True))
     assert answers[0] == answers[1]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 

@@ -111,14 +111,11 @@ class PPOConfig(Section, place="algorithm"):
     """Price, in score, of a nat between actor and reference; the first one, if steered. 0 keeps no reference model, and
     then no kl/* is measured, unless model.lora is set, where a reference takes no memory."""
     kl_target: Annotated[float | None, Bound(above=0)] = None
-    """Steers kl_coef so that kl/sequence comes to this many nats (Ziegler et al. 2019, arXiv:1909.08593); or null."""
-    kl_horizon: Annotated[int, Bound(above=0)] = 10_000
-    """Responses in which kl_coef can change by a fifth at most; at least those of a rollout. Read with kl_target."""
+    """Steers kl_coef, by a fifth at most in 10,000 responses or in one rollout, so that kl/sequence comes to this many
+    nats (Ziegler et al. 2019, arXiv:1909.08593); null keeps it as it is."""
     step_kl_target: Annotated[float | None, Bound(above=0)] = None
-    """Penalizes KL(old actor, new actor) in the loss, its price steered so that an iteration moves the actor by this
-    many nats per token (penalized TRPO); null for no such penalty."""
-    step_kl_coef: Annotated[float, Bound(above=0)] = 1.0
-    """The first price of that."""
+    """Penalizes KL(old actor, new actor) in the loss, its price steered, from 1 on, so that an iteration moves the
+    actor by this many nats per token (penalized TRPO); null for no such penalty."""
     stop_kl: Annotated[float | None, Bound(above=0)] = None
     """Ends an iteration's updates after a minibatch with more KL(old, current) per token than this; null never does.
     Learning-rate schedules count the steps that were taken."""
@@ -154,12 +151,7 @@ class PPOConfig(Section, place="algorithm"):
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
-        pairs = (("step_kl_coef", "step_kl_target"), ("kl_horizon", "kl_target"))
-        return _unread_clips(self) + [
-            f"algorithm.{name} is read only where algorithm.{target} is set"
-            for name, target in pairs
-            if getattr(self, target) is None and getattr(self, name) != getattr(type(self), name)
-        ]
+        return _unread_clips(self)
 
 
 def _check_name(setting: str, value: str, *ours: str) -> None:

@@ -12,7 +12,7 @@ MAX_DRIFT = 1000.0
 """Bound of `StepKLControl`: the largest factor between the coefficient and its start. Without it, a target that a run
 cannot reach would let the coefficient vanish, and it would take as long to come back once the target can be reached."""
 MAX_ERROR = 0.2
-"""Bound of `KLControl`: how much one iteration can change the coefficient, relatively, per horizon."""
+"""Bound of `KLControl`: how much one horizon, or one iteration, can change the coefficient, relatively."""
 
 
 @dataclass
@@ -20,24 +20,24 @@ class KLControl:
     """KL coefficient against the reference: fixed, or steered so that `kl/sequence` approaches a target.
 
         error = clip(kl / target - 1, -0.2, 0.2)
-        coef  = coef * (1 + error * num_responses / horizon)
+        coef  = coef * (1 + error * min(num_responses, horizon) / horizon)
 
-    Reference: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    Reference: Ziegler et al. 2019, arXiv:1909.08593, section 2.2, whose rollouts are shorter than the horizon.
     """
 
     coef: float
     """Penalty per nat, in units of the score."""
     target: float | None
     """Nats per response; None: the coefficient is fixed."""
-    horizon: int
-    """Responses in which a constant error of 0.2 changes the coefficient by a fifth."""
+    horizon: int = 10_000
+    """Responses in which a constant error of 0.2 changes the coefficient by a fifth: Ziegler et al.'s."""
 
     def update(self, kl: float, num_responses: int) -> None:
         """Moves the coefficient after a rollout of this many responses; `kl` is their mean KL to the reference, nats
         per response."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
-            self.coef *= 1 + error * num_responses / self.horizon
+            self.coef *= 1 + error * min(num_responses, self.horizon) / self.horizon
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}
@@ -48,7 +48,7 @@ class KLControl:
             self.coef = state["coef"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepKLControl:
     """KL coefficient between the actor before and after an iteration's updates: PPO with an adaptive KL penalty.
 
@@ -59,7 +59,8 @@ class StepKLControl:
     Reference: Schulman et al. 2017, arXiv:1707.06347, section 4, whose factor is 2 where this is 1.5.
     """
 
-    coef: float
+    coef: float = 1.0
+    """Penalty per nat. Where it starts matters little: ten iterations can change it by a factor of 57."""
     target: float
     """Nats per token."""
 

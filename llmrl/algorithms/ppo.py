@@ -66,10 +66,10 @@ class PPO(Algorithm):
         self.warmup_iterations = warmup_iterations
         self.value_coef = value_coef
         self.policy_loss = make_policy_loss(config)
-        self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+        self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target)
         self.step_kl_control = None
         if config.step_kl_target is not None:
-            self.step_kl_control = StepKLControl(coef=config.step_kl_coef, target=config.step_kl_target)
+            self.step_kl_control = StepKLControl(target=config.step_kl_target)
         self.score_moments = (0.0, 0.0, 0.0)
         """Count, sum and sum of squares of every clipped score so far."""
         self.num_iterations = 0

@@ -34,8 +34,8 @@ class ModelConfig:
     """A folder in the form of transformers, or a name on the Hugging Face hub. A folder with a peft adapter continues
     that adapter."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Arithmetic of forward passes and sampling; null: bfloat16 on a GPU, float32 on a CPU. Trained weights are always
-    kept in float32."""
+    """Arithmetic of forward passes and sampling, a reward model's too; null: bfloat16 on a GPU, float32 on a CPU.
+    Trained weights are always kept in float32."""
     lora: LoraSettings | None = None
     """Trains low-rank adapters and freezes the model; null trains every weight."""
     gradient_checkpointing: bool = False
@@ -43,7 +43,7 @@ class ModelConfig:
     from_scratch: bool = False
     """Random weights in the shape of the folder's config.json, instead of the folder's weights."""
     trust_remote_code: bool = False
-    """Allows a model folder to bring and run its own Python code."""
+    """Allows the model folders of this run, a reward model's too, to bring and run their own Python code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,12 @@ class OptimizerConfig(Section, place="optimizer"):
     """Optimizer steps of linear warm-up to the peak learning rate; the first step is already above 0."""
     weight_decay: Annotated[float, Bound(least=0)] = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
-    beta1: Annotated[float, Bound(least=0, below=1)] = 0.9
-    """Decay of the running mean of gradients."""
-    beta2: Annotated[float, Bound(least=0, below=1)] = 0.999
-    """Decay of the running mean of squared gradients."""
+    betas: Annotated[tuple[float, ...], Bound(least=0, below=1)] = (0.9, 0.999)
+    """Decay of the running means of gradients and of squared gradients."""
     max_grad_norm: Annotated[float, Bound(above=0, allows_infinity=True, way_out=".inf turns clipping off")] = 1.0
     """Clips the global gradient norm to this value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.betas) != 2:
+            raise ValueError(f"optimizer.betas ({list(self.betas)}) must be two numbers, such as [0.9, 0.999]")

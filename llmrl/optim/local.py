@@ -124,8 +124,8 @@ def adamw(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peaks: Mapping[str, float]
 ) -> torch.optim.AdamW:
     """AdamW, its groups marked with their peak learning rates."""
-    groups = _parameter_groups(parameters, config, peaks)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups, (beta1, beta2) = _parameter_groups(parameters, config, peaks), config.betas
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(beta1, beta2), fused=True)
 
 
 def in_buckets(parameters: Iterable[nn.Parameter], max_elements: int) -> Iterator[list[nn.Parameter]]:

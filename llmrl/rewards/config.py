@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from llmrl.catalogue import reserved
 from llmrl.paths import UserPath
@@ -52,15 +52,11 @@ class LearnedRewardConfig(Section, place="reward.model"):
     """Factor on its scores before they are summed."""
     normalize: bool = True
     """Standardizes by the mean and standard deviation stored with the model, if present."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of its forward passes; null: bfloat16 on a GPU, float32 on a CPU. The head computes in float32."""
     microbatch_tokens: Annotated[int, Bound(least=1)] = 16384
     """Tokens per forward pass, padding included. Changes memory, never the result."""
     on_actor_base: bool = False
     """Scores with the adapter that the reward model was trained with, on the actor's frozen base, in place of a second
     model in memory. Needs model.lora, and a reward model trained by LoRA from the actor's own model."""
-    trust_remote_code: bool = False
-    """Allows a model folder to bring and run its own Python code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,9 +50,7 @@ class LearnedReward:
         )
 
 
-def check_finite(
-    scores: Float[Tensor, " B"], *, way_out: str = "set reward.model.dtype=float32, or train it again"
-) -> None:
+def check_finite(scores: Float[Tensor, " B"], *, way_out: str = "set model.dtype=float32, or train it again") -> None:
     """Raises FloatingPointError, which names the first response whose score is no finite number, if there is one."""
     if not bool(scores.isfinite().all()):
         row = int((~scores.isfinite()).nonzero()[0])

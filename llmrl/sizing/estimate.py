@@ -247,7 +247,7 @@ class _Reinforcement(_Parts):
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             shape = self.reward_shape
-            whole = self._read_only_model(shape, shape.num_trunk, bfloat16=reward.dtype == "bfloat16")
+            whole = self._read_only_model(shape, shape.num_trunk, bfloat16=self.bfloat16)
             adapter = FLOAT32 * shape.num_adapter(self.rank, ())
             yield Item(name="reward model", num_bytes=adapter if reward.on_actor_base else whole)
 
@@ -289,7 +289,7 @@ class _Reinforcement(_Parts):
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             work = self._work(budget=reward.microbatch_tokens, response_tokens=0)
-            work = replace(work, bfloat16=reward.dtype == "bfloat16", learns=False)
+            work = replace(work, bfloat16=self.bfloat16, learns=False)
             works.append(activations.read_only(self.reward_shape, work))
         yield Item(name="a pass without gradient", num_bytes=max(works), phases=("scoring",))
 

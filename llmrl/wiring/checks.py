@@ -27,7 +27,7 @@ from llmrl.models.folders import ModelError
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import check_shared_base
 from llmrl.reports.trackers import Trackers
-from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
+from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
 from llmrl.roles import Progress
 from llmrl.trainers.run import check_output
@@ -108,10 +108,10 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     rows_of = _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
     if config.reward.model is not None:
         made_by = command_for(config.reward.model.path, config)
-        missing = check_scorer(config.reward.model, dry=dry, made_by=made_by)
+        missing = check_scorer(reward_model_config(config), dry=dry, made_by=made_by)
         if trains and config.reward.model.on_actor_base and not (dry and missing):
             with naming("reward.model"):
-                check_shared_base(reward_model_config(config.reward.model), config.model)
+                check_shared_base(reward_model_config(config), config.model)
         unchecked += missing
     knows_models = not unchecked
     if trains:
@@ -200,18 +200,17 @@ def check_ppo(config: PPORun, *, dry: bool) -> Checked:
     """Checks a run of PPO: that of any algorithm, and that the critic's body reads the policy's tokens."""
     checked = check_rl(config, dry=dry)
     if config.critic.network == "reward_model":
-        assert config.reward.model is not None, "checked with the settings"
         if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")
         else:
-            _check_body(config.model, config.reward.model)
+            _check_body(config.model, reward_model_config(config))
     return checked
 
 
-def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
+def _check_body(model: ModelConfig, reward_model: ModelConfig) -> None:
     """Refuses a reward model as the critic's body that reads other tokens than the policy writes."""
     with naming("reward.model"):
-        theirs = load_tokenizer(reward_model_config(reward_model))
+        theirs = load_tokenizer(reward_model)
     if not same_ids(load_tokenizer(model), theirs):
         raise ModelError(
             f"critic.network reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
@@ -219,16 +218,17 @@ def _check_body(model: ModelConfig, reward_model: LearnedRewardConfig) -> None:
         )
 
 
-def check_scorer(config: LearnedRewardConfig, *, dry: bool = False, made_by: str | None = None) -> list[str]:
+def check_scorer(config: ModelConfig, *, dry: bool = False, made_by: str | None = None) -> list[str]:
     """Checks a reward model that is to score responses, and that `made_by` makes if it is missing. Returns sentences
     on what could not be checked."""
-    model = reward_model_config(config)
-    return _check_model(model, dry=dry, section="reward.model", needs_head=True, made_by=made_by)
+    return _check_model(config, dry=dry, section="reward.model", needs_head=True, made_by=made_by)
 
 
-def reward_model_config(config: LearnedRewardConfig) -> ModelConfig:
-    """The same model as the settings of one that is loaded."""
-    return ModelConfig(path=config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+def reward_model_config(run: RLRun) -> ModelConfig:
+    """The reward model of a run, which must have one, as the settings of a model that is loaded."""
+    assert run.reward.model is not None, "asked for where there is one"
+    model = run.model
+    return ModelConfig(path=run.reward.model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
 
 
 @contextmanager
@@ -259,4 +259,4 @@ def _check_model(
 
 
 def _in_section(sentence: str, section: str) -> str:
-    return re.sub(r"\bmodel\.(?=path\b|trust_remote_code\b)", f"{section}.", sentence)
+    return re.sub(r"\bmodel\.(?=path\b)", f"{section}.", sentence)

@@ -66,9 +66,8 @@ def _share_trunk(config: PPORun, actor: Actor) -> Networks:
 def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
     """Weights of its own, equal to the actor's or the reward model's bit for bit."""
     if config.critic.network == "reward_model":
-        assert config.reward.model is not None, "checked with the settings"
         with naming("reward.model"):
-            model = load_reward_model(reward_model_config(config.reward.model), head_init=None)
+            model = load_reward_model(reward_model_config(config), head_init=None)
             return model.base_model  # type: ignore[return-value]
     if actor.adapted is not None:
         return copy.deepcopy(actor.adapted).merge_and_unload().base_model.requires_grad_(True)  # type: ignore[operator]

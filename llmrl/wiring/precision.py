@@ -10,7 +10,6 @@ from llmrl.config import RewardModelRun, RLRun, SFTRun
 from llmrl.distributed.device import pick_device
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import DTYPES
-from llmrl.rewards.config import LearnedRewardConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", SFTRun, RewardModelRun, RLRun)
 
 
-def dtype_of(config: ModelConfig | LearnedRewardConfig) -> torch.dtype:
+def dtype_of(config: ModelConfig) -> torch.dtype:
     """What a model computes in: as its settings say, or as suits the device."""
     return DTYPES[config.dtype or default_dtype()]
 
@@ -29,12 +28,8 @@ def default_dtype() -> Literal["float32", "bfloat16"]:
 
 
 def with_dtypes(config: R) -> R:
-    """The same run with no dtype left open: as it is recorded, printed and estimated."""
-    config = replace(config, model=replace(config.model, dtype=config.model.dtype or default_dtype()))
-    if isinstance(config, RLRun) and config.reward.model is not None:
-        scorer = replace(config.reward.model, dtype=config.reward.model.dtype or default_dtype())
-        config = replace(config, reward=replace(config.reward, model=scorer))
-    return config
+    """The same run with its dtype not left open: as it is recorded, printed and estimated."""
+    return replace(config, model=replace(config.model, dtype=config.model.dtype or default_dtype()))
 
 
 def precision_warnings(model: "PreTrainedModel", dtype: torch.dtype) -> Iterator[str]:

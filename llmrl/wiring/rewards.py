@@ -20,6 +20,7 @@ from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedReward, DistributedScorer
 from llmrl.models.adapters import base_of
+from llmrl.models.config import ModelConfig
 from llmrl.models.loaded import RewardScorer
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import load_reward_model, load_reward_on_base
@@ -35,7 +36,7 @@ from llmrl.rewards.loading import Function
 from llmrl.roles import RewardFunction
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
-from llmrl.wiring.checks import naming, reward_model_config
+from llmrl.wiring.checks import naming
 from llmrl.wiring.precision import dtype_of
 from llmrl.wiring.trunks import settle_passes
 
@@ -100,36 +101,36 @@ def _encoder(
 
 
 def load_scorer(
-    config: LearnedRewardConfig,
+    config: ModelConfig,
     adapted: "PeftModel | None" = None,
     *,
+    normalize: bool,
     longest: int = 0,
     place: Callable[[nn.Module], object],
 ) -> RewardScorer:
     """The reward model that a recipe or a command names, in eval mode and without gradient.
 
     Args:
-        config: Which one, and how.
-        adapted: The actor, on whose base it stands if the config says so.
+        config: Which one, and how it is loaded.
+        adapted: The actor, on whose base it stands; None: it is loaded whole.
+        normalize: Whether scores are standardized by the mean and standard deviation stored with the model, if present.
         longest: Tokens of the longest sequence, if known.
         place: Puts a module where it computes; not one on the actor's base, which is there.
     """
-    model_config = reward_model_config(config)
-    base = adapted if config.on_actor_base else None
     with naming("reward.model"):
-        tokenizer = load_tokenizer(model_config)
-        if base is not None:
-            model = load_reward_on_base(model_config, base_of(base))
+        tokenizer = load_tokenizer(config)
+        if adapted is not None:
+            model = load_reward_on_base(config, base_of(adapted))
         else:
-            model = load_reward_model(model_config, head_init=None)
+            model = load_reward_model(config, head_init=None)
         settle_passes(model, longest)
-        if base is None:
+        if adapted is None:
             shrink_linear_layers(model, dtype_of(config), head=score_layer(model))
-        check_vocabulary(model_config, model, tokenizer)
+        check_vocabulary(config, model, tokenizer)
     model.eval().requires_grad_(False)
-    normalization = saved_normalization(model.config) if config.normalize else None
+    normalization = saved_normalization(model.config) if normalize else None
     module = RewardModule(model, dtype=dtype_of(config))
-    if base is None:
+    if adapted is None:
         place(module)
     return RewardScorer(
         scorer=TransformersRewardModel(module, shares_prompts=False),
@@ -141,13 +142,13 @@ def load_scorer(
 
 
 def score_rows(
-    config: LearnedRewardConfig, rows: Sequence[Row], data: SupervisedDataConfig, device: torch.device
+    config: ModelConfig, rows: Sequence[Row], data: SupervisedDataConfig, device: torch.device, *, normalize: bool
 ) -> list[float]:
     """The score of each row's response by a reward model, which reads prompts as it did in training.
 
     Of `data` the path and the columns count: template and system prompt are those that are stored with the model.
     """
-    scorer = load_scorer(config, place=lambda module: module.to(device))
+    scorer = load_scorer(config, normalize=normalize, place=lambda module: module.to(device))
     data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
@@ -157,7 +158,8 @@ def score_rows(
     sequences = as_sequences(*zip(*examples, strict=True)).to(device)
     if warning := pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max())):  # type: ignore[arg-type]
         print(warning, file=sys.stderr)
-    in_microbatches = DistributedScorer(scorer.scorer, OneProcess(), microbatch_tokens=config.microbatch_tokens)
+    max_tokens = LearnedRewardConfig.microbatch_tokens
+    in_microbatches = DistributedScorer(scorer.scorer, OneProcess(), microbatch_tokens=max_tokens)
     scores = scorer.normalize(in_microbatches.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()

@@ -30,7 +30,7 @@ from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
 from llmrl.wiring.actors import load_actor, reference_of
-from llmrl.wiring.checks import Checked
+from llmrl.wiring.checks import Checked, reward_model_config
 from llmrl.wiring.critics import load_networks, train_networks
 from llmrl.wiring.engines import build_engine, check_room, load_for_sampling
 from llmrl.wiring.passes import check_sampling
@@ -101,11 +101,13 @@ def _load_actor(config: RLRun, context: Context) -> Actor:
 
 
 def _load_scorer(config: RLRun, context: Context, actor: Actor | None = None) -> RewardScorer | None:
-    if config.reward.model is None:
+    settings = config.reward.model
+    if settings is None:
         return None
     return load_scorer(
-        config.reward.model,
-        actor and actor.adapted,
+        reward_model_config(config),
+        actor.adapted if actor is not None and settings.on_actor_base else None,
+        normalize=settings.normalize,
         longest=config.longest_sequence,
         place=partial(place_frozen, config=config.distributed, context=context),
     )

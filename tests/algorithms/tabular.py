@@ -197,9 +197,10 @@ def make_ppo(
     max_response_tokens,
     warmup_iterations=0,
     value_coef=0.5,
+    step_kl_coef=None,
 ) -> Any:
     """PPO on these networks."""
-    return PPO(
+    ppo = PPO(
         config,
         networks=networks,
         reference=reference,
@@ -207,3 +208,6 @@ def make_ppo(
         warmup_iterations=warmup_iterations,
         value_coef=value_coef,
     )
+    if step_kl_coef is not None and ppo.step_kl_control is not None:
+        ppo.step_kl_control.coef = step_kl_coef
+    return ppo

@@ -79,9 +79,7 @@ def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
         ({"kl_coef": math.inf}, "algorithm.kl_coef (inf)"),
         ({"kl_target": 0.0}, "algorithm.kl_target (0.0) must be greater than 0, or null"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "must not begin at 0; try 0.05"),
-        ({"kl_horizon": 0}, "algorithm.kl_horizon (0) must be greater than 0"),
         ({"step_kl_target": 0.0}, "algorithm.step_kl_target (0.0) must be greater than 0, or null"),
-        ({"step_kl_coef": 0.0}, "algorithm.step_kl_coef (0.0) must be greater than 0"),
         ({"stop_kl": 0.0}, "algorithm.stop_kl (0.0) must be greater than 0, or null"),
         ({"stop_kl": NAN}, "algorithm.stop_kl (nan)"),
         ({"score_clip": 0.0}, "algorithm.score_clip (0.0) must be greater than 0, or null"),
@@ -104,18 +102,10 @@ def test_ppo_settings_that_make_no_sense(settings, told):
         {"gamma": 1.0, "gae_lambda": 1.0, "value_lambda": 1.0},
         {"clip_low": 1.0, "clip_high": 5.0, "dual_clip": 1.5, "value_clip": None},
         {"kl_coef": 0.0},
-        {"kl_coef": 0.1, "kl_target": 6.0, "kl_horizon": 1},
+        {"kl_coef": 0.1, "kl_target": 6.0},
         {"bootstrap_truncated": True, "score_clip": 1.0},
     ],
 )
 def test_settings_at_the_edge_of_sense(settings):
     config = PPOConfig(**settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
-
-
-def test_a_price_that_nothing_reads_warns():
-    assert "read only where algorithm.step_kl_target" in PPOConfig(step_kl_coef=2.0).warnings()[0]
-    assert PPOConfig(step_kl_coef=2.0, step_kl_target=0.01).warnings() == []
-    assert "kl_horizon is read only where algorithm.kl_target" in PPOConfig(kl_horizon=9).warnings()[0]
-    assert PPOConfig(kl_horizon=9, kl_target=1.0).warnings() == []
-    assert PPOConfig().warnings() == []

@@ -48,6 +48,13 @@ def test_a_horizon_of_responses_changes_the_coefficient_by_a_fifth():
     assert in_parts.coef == pytest.approx(1.002**100)
 
 
+def test_a_rollout_beyond_the_horizon_changes_the_coefficient_by_a_fifth_too():
+    control = KLControl(coef=1.0, target=1.0, horizon=100)
+    for kl, coef in ((math.inf, 1.2), (0.0, 1.2 * 0.8)):
+        control.update(kl, 1000)
+        assert control.coef == pytest.approx(coef)
+
+
 def test_the_adaptive_coefficient_brings_the_kl_to_its_target():
     # a policy at its optimum for scores of spread 1 pays about 1 / (2 coef^2) nats
     control = KLControl(coef=3.0, target=2.0, horizon=200)

@@ -571,9 +571,9 @@ def test_the_entropy_bonus_is_weighted_like_the_loss():
 
 def test_the_step_penalty_is_the_kl_from_old_to_new():
     """ρ - 1 - log ρ at each token, ρ = new over old: at ρ = 1 nothing, and its slope in log ρ is ρ - 1."""
-    settings = {"step_kl_target": 0.01, "step_kl_coef": 0.7}
+    settings = {"step_kl_target": 0.01}
     without, (plain, _, _), _, _ = losses_of({})
-    losses, (gradient, _, _), _, _ = losses_of(settings)
+    losses, (gradient, _, _), _, _ = losses_of(settings, step_kl_coef=0.7)
     total = 0.0
     for row, length in enumerate(LENGTHS):
         for t in range(length):
@@ -582,7 +582,7 @@ def test_the_step_penalty_is_the_kl_from_old_to_new():
             slope = 0.7 * (math.exp(log_ratio) - 1) / sum(LENGTHS)
             assert float(gradient[row, t] - plain[row, t]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
     assert losses["actor"] == pytest.approx(without["actor"] + 0.7 * total / sum(LENGTHS), rel=1e-5)
-    here, _, _, _ = losses_of(settings, new=OLD)
+    here, _, _, _ = losses_of(settings, new=OLD, step_kl_coef=0.7)
     assert here["actor"] == pytest.approx(losses_of({}, new=OLD)[0]["actor"], abs=1e-7)
 
 
@@ -630,9 +630,9 @@ def step_kl(new=NEW):
 
 @pytest.mark.parametrize(("target", "factor"), [(0.001, 1.5), (None, 1.0), (1000.0, 1 / 1.5)])
 def test_the_price_of_a_step_follows_how_far_the_updates_went(target, factor):
-    config = PPOConfig(kl_coef=0.0, step_kl_target=step_kl() if target is None else target, step_kl_coef=0.6)
+    config = PPOConfig(kl_coef=0.0, step_kl_target=step_kl() if target is None else target)
     networks = FixedNetworks(OLD)
-    ppo = make_ppo(config, networks, max_response_tokens=LIMIT)
+    ppo = make_ppo(config, networks, max_response_tokens=LIMIT, step_kl_coef=0.6)
     experience, _ = ppo.experience(make_rollout(), make_scores(SCORES))
     ppo.networks = FixedNetworks(NEW)
     told = ppo.finish(experience).values()
@@ -650,7 +650,7 @@ def test_without_a_step_target_finishing_measures_nothing():
 
 def test_prices_wait_while_the_actor_does():
     """In the warm-up no step is taken, so there is none to be measured, and none that a price could change."""
-    config = PPOConfig(step_kl_target=0.01, kl_target=1.0, kl_horizon=10)
+    config = PPOConfig(step_kl_target=0.01, kl_target=1.0)
     reference = FixedNetworks(OLD)
     ppo = make_ppo(config, FixedNetworks(OLD), reference=reference, max_response_tokens=LIMIT, warmup_iterations=2)
     for _ in range(2):
@@ -660,7 +660,7 @@ def test_prices_wait_while_the_actor_does():
     assert (ppo.kl_control.coef, ppo.step_kl_control.coef) == (0.05, 1.0)
     experience, _ = ppo.experience(make_rollout(), make_scores(SCORES))
     ppo.finish(experience)
-    assert ppo.kl_control.coef == pytest.approx(0.05 * (1 - 0.2 * 4 / 10))
+    assert ppo.kl_control.coef == pytest.approx(0.05 * (1 - 0.2 * 4 / 10_000), rel=1e-9)
     assert ppo.step_kl_control.coef == pytest.approx(1 / 1.5)
 
 
@@ -676,8 +676,9 @@ def test_the_kl_is_summed_over_a_response_and_then_averaged():
 
 def test_the_price_of_a_nat_moves_after_it_was_paid():
     """kl/sequence is 2: a target of 1 is overshot, and by 4 responses of a horizon of 10 the price rises by 8 %."""
-    config = PPOConfig(gamma=0.0, kl_coef=0.1, kl_target=1.0, kl_horizon=10)
+    config = PPOConfig(gamma=0.0, kl_coef=0.1, kl_target=1.0)
     ppo = make_ppo(config, FixedNetworks(OLD), reference=FixedNetworks(OLD - KL), max_response_tokens=LIMIT)
+    ppo.kl_control.horizon = 10
     for price in (0.1, 0.1 * 1.08, 0.1 * 1.08**2):
         experience, metrics = ppo.experience(make_rollout(), make_scores(SCORES))
         assert metrics.values()["kl/coef"] == pytest.approx(price)
@@ -694,7 +695,7 @@ def test_a_fixed_price_stays():
 
 
 def test_the_state_is_plain_numbers_and_comes_back():
-    settings = {"normalize_scores": True, "kl_coef": 0.1, "kl_target": 1.0, "kl_horizon": 10, "step_kl_target": 0.001}
+    settings = {"normalize_scores": True, "kl_coef": 0.1, "kl_target": 1.0, "step_kl_target": 0.001}
 
     def make():
         networks = FixedNetworks(OLD, OLD_VALUES)
@@ -707,7 +708,7 @@ def test_the_state_is_plain_numbers_and_comes_back():
     first.finish(experience)
     state = first.state_dict()
     assert state == {
-        "kl": {"coef": pytest.approx(0.108)},
+        "kl": {"coef": pytest.approx(0.1 * (1 + 0.2 * 4 / 10_000), rel=1e-9)},
         "step_kl": {"coef": 1.5},
         "score_moments": [4.0, 2.75, 5.3125],
         "num_iterations": 1,

@@ -218,6 +218,7 @@ OTHERS = {
 @pytest.mark.parametrize("microbatch_tokens", [1, 10_000])
 def test_an_update_is_the_papers_number_by_number(changes, adam, microbatch_tokens):
     settings = DEFAULTS | changes
+    config = PPOConfig(**{name: value for name, value in settings.items() if name != "step_kl_coef"})
     logits, reference = (random_logits(NUM_TOKENS, LIMIT, seed=seed).double() for seed in (0, 1))
     values = random_logits(NUM_TOKENS, LIMIT, seed=2).double()[:, 0].contiguous()
     paper = Paper(logits, values, reference, settings, adam)
@@ -225,10 +226,11 @@ def test_an_update_is_the_papers_number_by_number(changes, adam, microbatch_toke
     actor, critic = TabularActor(logits.clone()), TabularCritic(values.clone(), num_tokens=NUM_TOKENS)
     trainer = make_trainer(
         make_ppo(
-            PPOConfig(**settings),
+            config,
             Pair(actor, critic),
             reference=TabularActor(reference),
             max_response_tokens=LIMIT,
+            step_kl_coef=settings["step_kl_coef"],
         ),
         ScriptedEngine(script),
         reward,

@@ -17,7 +17,7 @@ from llmrl.roles import StateMismatch, Trainable
 from tests.contexts import CPU
 
 CONFIG = OptimizerConfig(
-    learning_rate=0.1, schedule="cosine", warmup_steps=1, weight_decay=0.1, max_grad_norm=0.5, beta2=0.9
+    learning_rate=0.1, schedule="cosine", warmup_steps=1, weight_decay=0.1, max_grad_norm=0.5, betas=(0.9, 0.9)
 )
 PEAKS = {"2.weight": 0.03}
 

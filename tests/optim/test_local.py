@@ -44,7 +44,7 @@ def adamw(weight, slopes, *, beta1, beta2, decay):
 def test_adamw_by_hand():
     """Decay is decoupled and falls on matrices alone."""
     module = Scalar()
-    trainable = trainable_of(module, beta1=0.8, beta2=0.9, weight_decay=0.5)
+    trainable = trainable_of(module, betas=(0.8, 0.9), weight_decay=0.5)
     matrix_slopes, vector_slopes = (3.0, -1.0, 0.5), (4.0, 0.25, -2.0)
     for slopes in zip(matrix_slopes, vector_slopes, strict=True):
         trainable.backward(module.loss(*slopes))

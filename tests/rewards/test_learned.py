@@ -16,6 +16,7 @@ from transformers import (
 from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.data.config import PromptDataConfig
+from llmrl.models.config import ModelConfig
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
@@ -45,13 +46,14 @@ def learned(path, **settings):
     return LearnedRewardConfig(path=path, **settings)
 
 
-def reward_of(config, rollout, *, policy=None, data=DATA):
+def reward_of(config, rollout, *, policy=None, data=DATA, **loading):
     """As a run wires it, from the folder on."""
-    return learned_reward(config, policy or make_tokenizer(), data, rollout.rows)
+    return learned_reward(config, policy or make_tokenizer(), data, rollout.rows, **loading)
 
 
-def learned_reward(config, tokenizer, data, rows):
-    scorer = load_scorer(config, place=on_cpu)
+def learned_reward(config, tokenizer, data, rows, *, dtype=None):
+    model = ModelConfig(path=config.path, dtype=dtype)
+    scorer = load_scorer(model, normalize=config.normalize, place=on_cpu)
     return reward_on(data, rows, RewardConfig(model=config), (), scorer, tokenizer, context_of())
 
 
@@ -116,7 +118,7 @@ def test_normalization_can_be_off_or_missing(folder, rollout, tmp_path):
 
 def test_bfloat16_is_close(folder, rollout):
     exact, rounded = (
-        reward_of(learned(folder, dtype=dtype), rollout)(rollout).total for dtype in ("float32", "bfloat16")
+        reward_of(learned(folder), rollout, dtype=dtype)(rollout).total for dtype in ("float32", "bfloat16")
     )
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.2
@@ -231,7 +233,7 @@ class Says:
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_finite_number_is_an_error_that_names_the_response(rollout, score):
     reward = LearnedReward(Says(0.0, 1.0, score), encode=lambda r: r.sequences, normalize=lambda x: x, weight=1.0)
-    with pytest.raises(FloatingPointError, match=r"score of response 2 .* is not finite: .*reward\.model\.dtype"):
+    with pytest.raises(FloatingPointError, match=r"score of response 2 .* is not finite: .*set model\.dtype"):
         reward(rollout)
 
 

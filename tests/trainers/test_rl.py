@@ -404,9 +404,7 @@ def test_the_ratio_deviation_is_that_of_the_first_minibatch_that_is_learned_from
 
 # --- an algorithm that has a state of its own -------------------------------------------------------------------------
 
-STEERED = PPOConfig(
-    normalize_scores=True, score_clip=2.0, kl_coef=0.1, kl_target=0.5, kl_horizon=100, step_kl_target=0.01
-)
+STEERED = PPOConfig(normalize_scores=True, score_clip=2.0, kl_coef=0.1, kl_target=0.5, step_kl_target=0.01)
 CRITIC_ALONE = 1
 """Iterations."""
 

@@ -9,11 +9,12 @@ from llmrl.config import SFTRun
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.files import DataError
 from llmrl.data.rows import SKIP
+from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.trainers.config import EvaluationConfig
 from llmrl.trainers.run import RunError
-from llmrl.wiring.checks import check_rl, check_sft
+from llmrl.wiring.checks import check_rl, check_sft, reward_model_config
 
 
 def test_held_out_prompts_are_read_only_where_they_are_used(config):
@@ -89,6 +90,15 @@ def test_a_run_may_not_write_into_anything_that_it_reads(config, tmp_path):
     judged = dataclasses.replace(config.reward, model=LearnedRewardConfig(path=str(data)))
     with monkeypatched_checks(), pytest.raises(RunError, match=r"inside reward\.model\.path"):
         check_rl(dataclasses.replace(config, run=inside, reward=judged), dry=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trusts", [False, True])
+def test_trust_and_precision_hold_for_the_reward_model_too(config, trusts, dtype):
+    model = dataclasses.replace(config.model, trust_remote_code=trusts, dtype=dtype)
+    scored = dataclasses.replace(config.reward, model=LearnedRewardConfig(path="judge"))
+    scorer = reward_model_config(dataclasses.replace(config, model=model, reward=scored))
+    assert scorer == ModelConfig(path="judge", dtype=dtype, trust_remote_code=trusts)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def config(folders, tmp_path) -> PPORun:
     return PPORun(
         model=ModelConfig(path=str(folders.base), dtype="float32"),
         data=PromptDataConfig(path=str(folders.prompts)),
-        reward=RewardConfig(model=LearnedRewardConfig(path=str(folders.whole), dtype="float32", microbatch_tokens=40)),
+        reward=RewardConfig(model=LearnedRewardConfig(path=str(folders.whole), microbatch_tokens=40)),
         rollout=RolloutConfig(prompts_per_iteration=8, max_response_tokens=6),
         algorithm=PPOConfig(kl_coef=0.05),
         update=UpdateConfig(minibatch_size=4, num_epochs=1, microbatch_tokens=40),
@@ -229,7 +229,7 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
     rollout, scores = rollout_of(run)
     sequences = run.trainer.reward.encode(rollout)
 
-    merged = load_scorer(LearnedRewardConfig(path=str(folders.lora)), place=on_cpu)
+    merged = load_scorer(ModelConfig(path=str(folders.lora)), normalize=True, microbatch_tokens=10_000, place=on_cpu)
     assert_close(run.trainer.reward.scorer.scores(sequences), merged.scorer.scores(sequences), rtol=1e-5, atol=1e-5)
     assert_close(scores.parts["model"], merged.normalize(merged.scorer.scores(sequences)), rtol=1e-4, atol=1e-5)
 
@@ -405,7 +405,7 @@ def test_a_body_from_an_actor_that_came_with_an_adapter_has_it_merged(config, fo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_body_from_the_reward_model_is_the_reward_model_bit_for_bit(config, folders, lora, dtype):
-    run = build_run(with_reward(with_critic(with_model(config, lora=lora), network="reward_model"), dtype=dtype))
+    run = build_run(with_critic(with_model(config, lora=lora, dtype=dtype), network="reward_model"))
     theirs = weights_of(AutoModelForSequenceClassification.from_pretrained(folders.whole).base_model)
     ours = weights_of(modules_of(run).critic.trunk)
     assert ours.keys() == theirs.keys()

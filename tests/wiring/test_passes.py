@@ -16,7 +16,6 @@ from llmrl.batches import Sequences
 from llmrl.config import PPORun
 from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.rewards.config import LearnedRewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
@@ -169,7 +168,7 @@ def test_a_reward_model_that_attends_both_ways_is_refused(tmp_path, monkeypatch,
     def load():
         if trains:
             return load_trained_reward_model(folder, RewardModelConfig(), CPU, seed=0)
-        return load_scorer(LearnedRewardConfig(path=folder.path), place=on_cpu)
+        return load_scorer(folder, normalize=True, microbatch_tokens=10_000, place=on_cpu)
 
     load()
     attend = LlamaAttention.forward
