@@ -2,7 +2,7 @@
 
 Training reads the prompt with the template's generation prompt, then the response, then EOS, as sampling does. The
 template writes a whole conversation by rules of its own: it may open the reasoning, trim the response, or end it with
-another token than EOS. What differs is said, since it is what a model in use would be served.
+another token than EOS. Differences are reported, since a model in use would be served the template's text.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from llmrl.data.files import Rows
 from llmrl.data.rows import usable_rows
 
 MAX_COMPARED = 100
-"""Examples whose seam is compared: what a template does shows in the first ones."""
+"""Number of examples whose seam is compared: what a template does shows in the first ones."""
 MAX_SHOWN = 60
 """Characters on each side of the place where two texts part that a note shows."""
 END_OF_REASONING = "</think>"
@@ -51,7 +51,7 @@ def rows_in_template(
 def notes_on_seams(
     examples: Sequence[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[str]:
-    """Sentences on what training reads otherwise than the data or the template writes it."""
+    """Sentences on where the text that training reads differs from that of the data or of the template."""
     if not uses_chat(tokenizer, config):
         return []
     opening = opening_of_response(tokenizer, config)
