@@ -207,18 +207,18 @@ class Progress(Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """What to learn from a rollout, and the losses that learn it. A subclass that keeps no state and makes every update
-    writes `experience` and `losses`, and sets the three attributes."""
+    """An algorithm: what is learned from a rollout, and its losses. A subclass that keeps no state and makes every
+    update writes `experience` and `losses`, and sets the three attributes."""
 
     max_redraws: int
-    """How often an iteration may replace groups that teach nothing; 0 keeps them."""
+    """Limit on replacements of groups that teach nothing, per iteration; 0 keeps them."""
     aggregation: Aggregation
-    """How token losses become one number: see `token_weights`."""
+    """Aggregation of token losses to one number: see `token_weights`."""
     max_response_tokens: int
     """Length limit of a response, and what aggregation by a constant divides by."""
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[Experience, Metrics]:
-        """What the update learns from, and the numbers that describe it. Called without gradient."""
+        """The experience that the update learns from, and its metrics. Called without gradient."""
         ...
 
     def losses(self, batch: Any, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
@@ -292,7 +292,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What a run drives: iterations that can be stopped between, saved and continued."""
+    """Iterations that a run drives: stopped between two, saved and continued."""
 
     iteration: int
     """Iterations done so far."""

@@ -212,7 +212,7 @@ class PairSource(ShuffledSource[EncodedPair]):
 
     @property
     def sources(self) -> tuple[str | None, ...]:
-        """Where each pair comes from, in data order."""
+        """Source of each pair, in data order."""
         return tuple(pair.source for pair in self._examples)
 
     def next(self, num_pairs: int) -> PreferencePairs:

@@ -1,4 +1,4 @@
-"""Where rows meet the chat template: prompts that it does not take, and what it writes where prompt and response meet.
+"""Checks of rows against the chat template: prompts that it refuses, and its text between prompt and response.
 
 Training reads the prompt with the template's generation prompt, then the response, then EOS, as sampling does. The
 template writes a whole conversation by rules of its own: it may open the reasoning, trim the response, or end it with
@@ -81,7 +81,7 @@ def _roles(prompt: Prompt) -> tuple[str, ...]:
 def _parted(
     prompt: Prompt, response: str, opening: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[str, str] | None:
-    """What training reads and what the template writes, around the place where they part; None where they agree."""
+    """``(training text, template text)`` around the place where they differ first; None where they agree."""
     messages = as_messages(prompt, config.system_prompt)
     try:
         before = render(messages, tokenizer)

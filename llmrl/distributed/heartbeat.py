@@ -275,7 +275,7 @@ class Heartbeat:
 
     def _without_store(self, what: str) -> Failure:
         host = f"rank 0, last seen in {self.beats[0].place}"
-        return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
+        return Failure(self.rank, f"the store that connects the ranks {what}: it is part of the launcher, or of {host}")
 
     def end(self, failure: Failure) -> None:
         """Ends this process, unless its main thread does so within `WORKING_S`."""

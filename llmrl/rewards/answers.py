@@ -54,7 +54,7 @@ def plain_digits(text: str) -> str:
 
 
 def _read_box(text: str, opening: re.Match[str]) -> tuple[int, int, str] | None:
-    """Where a box begins and ends, and its content; None where it is not closed."""
+    """Begin, end and content of a box; None where it is not closed."""
     begins, depth = opening.end(), 0
     if not text.startswith("{", begins):
         word = _UNBRACED.match(text, begins)

@@ -175,7 +175,7 @@ def _words(answer: str) -> str | None:
 
 
 def _times(answer: str) -> set[tuple[int, int, int, str]]:
-    """What a time may mean: without a.m. or p.m. it may be either."""
+    """Readings of a time: without a.m. or p.m. it may be either."""
     match = _TIME.fullmatch(_bare(answer))
     if match is None:
         return set()

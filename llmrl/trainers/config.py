@@ -57,7 +57,7 @@ class RLRunConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section, place="evaluation"):
-    """How held-out prompts are answered, and what counts as correct."""
+    """Sampling and scoring of held-out prompts: how often, how many responses, what counts as correct."""
 
     every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations during training; before the first and after the last too. null for these two only,

@@ -101,7 +101,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says in the current folder; None where there is no git or no repository."""
+    """Output of git in the current folder; None where there is no git or no repository."""
     try:
         answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

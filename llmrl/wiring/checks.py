@@ -39,7 +39,7 @@ C = TypeVar("C", bound=DataConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What the checks read, so that building need not read it again; None: could not be read yet."""
+    """Results of the checks that building uses again: rows, reward functions. None: could not be read yet."""
 
     rows: Rows | None
     evaluation_rows: Rows | None
