@@ -205,7 +205,7 @@ def generate(
     num_responses: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
     max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random stream.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random stream.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
     ] = False,

@@ -269,7 +269,7 @@ class RLRun:
 
     @property
     def num_responses(self) -> int:
-        """Of one rollout, over all ranks."""
+        """Responses of one rollout, over all ranks."""
         return self.rollout.prompts_per_iteration * self.algorithm.group_size
 
     @property
@@ -278,7 +278,7 @@ class RLRun:
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.run.num_iterations * self.optimizer_steps_per_iteration
 
 

@@ -48,7 +48,7 @@ def load_object(name: str, *, role: str) -> Any:
     """The object that ``path/to/file.py:name`` or ``package.module:name`` names.
 
     Args:
-        name: Of an object that can be called.
+        name: Name of an object that can be called.
         role: What errors call it, such as ``reward function``.
 
     Raises:
