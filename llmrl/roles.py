@@ -31,7 +31,7 @@ class Sampling:
     """Takes the likeliest token instead of drawing one. Log-probabilities are those at `temperature` all the same."""
     seed: int
     purpose: Purpose
-    """Which family of random streams: training and evaluation never share a number."""
+    """Use of the random streams: training and evaluation never share a number."""
     first_response: int
     """Global number of the first response. Response g of prompt n has the number first_response + n * G + g, and that
     number over G, rounded down, is its group."""
@@ -46,20 +46,20 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, trained: "Trainable") -> None:
-        """From now on samples from these weights."""
+        """Publishes weights: later responses are sampled from these."""
         ...
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """Says how good each response is."""
+    """Scores each response of a rollout."""
 
     def __call__(self, rollout: Rollout) -> Scores: ...
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """The probability that a language model gives to responses."""
+    """Log-probabilities that a language model gives to responses."""
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """`logprobs` and `entropy` of the response tokens, and other outputs of the same pass."""
@@ -68,7 +68,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class ValueFunction(Protocol):
-    """What a critic expects of responses."""
+    """Values of a critic: rewards still to come."""
 
     def values(self, sequences: Sequences) -> TokenOutputs:
         """`values` before each response token is chosen, `last_values` after the last one."""
@@ -88,38 +88,38 @@ class ActorCritic(Policy, ValueFunction, Protocol):
 
 
 class StateMismatch(ValueError):
-    """A saved state that belongs to other weights than those it was to be loaded into."""
+    """A saved state of other weights than those it was to be loaded into."""
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What a reward model says, not normalized."""
+    """Raw scores of a reward model, before normalization."""
 
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
-        """Of each sequence, without gradient."""
+        """Score of each sequence, without gradient."""
         ...
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """Of both sides of each pair: ``(chosen, rejected)``."""
+        """Scores of both sides of each pair: ``(chosen, rejected)``."""
         ...
 
     def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
-        """What each pair takes of the token budget of a forward pass."""
+        """Tokens that each pair takes of the budget of a forward pass."""
         ...
 
 
 @runtime_checkable
 class Trainable(Protocol):
-    """A module with its optimizer: the only place that knows how gradients are summed over ranks, and how weights lie
-    on them."""
+    """A module with its optimizer. The only place that knows how gradients are summed over ranks, and how weights are
+    split over them."""
 
     module: nn.Module
     wrapped: nn.Module
-    """What is called in place of the module."""
+    """The wrapper that is called in place of the module."""
     device: torch.device
-    """Where it computes."""
+    """Device on which it computes."""
     holds_all: bool
-    """Whether this rank has the whole state by itself. If not, all ranks must ask for it together."""
+    """Whether this rank has the whole state by itself; if not, `state_dict` is collective."""
     num_steps_done: int
     """Optimizer steps begun so far in this run."""
 
@@ -192,7 +192,7 @@ class Progress(Protocol):
         ...
 
     def message(self, text: str) -> None:
-        """Something to be read."""
+        """Prints a message."""
         ...
 
     def phase(self, name: str, total: int) -> None:
@@ -207,18 +207,18 @@ class Progress(Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """What to learn from a rollout, and the losses that learn it. A subclass that keeps no state and makes every update
-    writes `experience` and `losses`, and sets the three attributes."""
+    """An algorithm: what is learned from a rollout, and its losses. A subclass that keeps no state and makes every
+    update writes `experience` and `losses`, and sets the three attributes."""
 
     max_redraws: int
-    """How often an iteration may replace groups that teach nothing; 0 keeps them."""
+    """Limit on replacements of groups that teach nothing, per iteration; 0 keeps them."""
     aggregation: Aggregation
-    """How token losses become one number: see `token_weights`."""
+    """Aggregation of token losses to one number: see `token_weights`."""
     max_response_tokens: int
     """Length limit of a response, and what aggregation by a constant divides by."""
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[Experience, Metrics]:
-        """What the update learns from, and the numbers that describe it. Called without gradient."""
+        """The experience that the update learns from, and its metrics. Called without gradient."""
         ...
 
     def losses(self, batch: Any, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
@@ -230,12 +230,12 @@ class Algorithm(Protocol):
         return False
 
     def finish(self, experience: Any) -> Metrics:
-        """The updates on an experience are done: whatever steers itself by how they went does so. Called without
-        gradient."""
+        """Called without gradient after the updates on an experience: here controllers take their step. Returns its
+        metrics."""
         return Metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever the next iteration depends on: numbers and strings, nested by name."""
+        """State that the next iteration depends on: numbers and strings, nested by name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,32 +253,32 @@ class Source(Protocol):
 
 @runtime_checkable
 class PromptSource(Source, Protocol):
-    """Of prompts."""
+    """Source of prompts."""
 
     def next(self, num_prompts: int) -> Prompts: ...
 
 
 @runtime_checkable
 class BatchSource(Source, Protocol):
-    """Of prompts with the responses to learn, or of preference pairs."""
+    """Source of prompts with the responses to learn, or of preference pairs."""
 
     def next(self, num_rows: int, /) -> Sequences | PreferencePairs: ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What training on batches of one kind of data minimizes, and what an evaluation measures."""
+    """Loss that training on batches of one kind of data minimizes, and metrics of its evaluation."""
 
     def pass_tokens(self, batch: Any) -> Int[Tensor, " B"]:
-        """Tokens of each row in a forward pass: what it takes of the budget of a microbatch."""
+        """Tokens that each row takes of the budget of a microbatch."""
         ...
 
     def denominator(self, batch: Any) -> Int[Tensor, ""]:
-        """What the loss of a batch is a mean over: the number of its response tokens, or of its pairs."""
+        """Number of things that the loss of a batch averages over: its response tokens, or its pairs."""
         ...
 
     def outputs(self, batch: Any) -> Any:
-        """What the model says of a batch: a forward pass."""
+        """Outputs of a forward pass on a batch."""
         ...
 
     def loss(self, outputs: Any, batch: Any, denominator: Int[Tensor, ""]) -> tuple[Tensor, Metrics]:
@@ -292,18 +292,18 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What a run drives: iterations that can be stopped between, saved and continued."""
+    """Iterations that a run drives: stopped between two, saved and continued."""
 
     iteration: int
     """Iterations done so far."""
 
     @property
     def holds_all(self) -> bool:
-        """Whether this rank has the whole state by itself; if not, all ranks must ask for it together."""
+        """Whether this rank has the whole state by itself; if not, `state_dict` is collective."""
         ...
 
     def iterate(self) -> Metrics:
-        """The next iteration."""
+        """Runs the next iteration and returns its metrics."""
         ...
 
     @property
@@ -317,11 +317,11 @@ class Trainer(Protocol):
         ...
 
     def cut_short(self) -> None:
-        """The current iteration ends after the optimizer step under way."""
+        """Ends the current iteration after the optimizer step under way."""
         ...
 
     def rewind(self) -> bool:
-        """After a failure: back to the start of the iteration. False if weights have moved: there is no way back."""
+        """Returns to the start of the iteration after a failure. False if weights have moved: there is no way back."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

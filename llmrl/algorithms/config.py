@@ -88,10 +88,10 @@ class PPOConfig(Section, place="algorithm"):
     gamma: Annotated[float, Bound(least=0, most=1)] = 1.0
     """Discount per token."""
     gae_lambda: Annotated[float, Bound(least=0, most=1)] = 0.95
-    """Of the advantages: 0 trusts the critic one token ahead, 1 waits for what really came (Schulman et al. 2016,
-    arXiv:1506.02438)."""
+    """Lambda of the advantages: 0 trusts the critic one token ahead, 1 waits for what really came (Schulman et al.
+    2016, arXiv:1506.02438)."""
     value_lambda: Annotated[float | None, Bound(least=0, most=1)] = None
-    """Of the critic's targets; null takes gae_lambda. 1 gives targets without bias."""
+    """Lambda of the critic's targets; null takes gae_lambda. 1 gives targets without bias."""
     loss: Literal["clipped"] | UserPath = "clipped"
     """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
     (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""

@@ -235,7 +235,7 @@ def _check_experience(experience: Experience, subject: str, group_size: int) -> 
         if field.name != "rollout":
             _check_rows(getattr(experience, field.name), field.name, num_responses, subject)
     for name in ("old_logprobs", "advantages"):
-        _check_tokens(getattr(experience, name), name, experience.response_mask, subject)
+        _check_tokens(getattr(experience, name), name, experience.counted, subject)
 
 
 def _check_rows(value: object, name: str, num_responses: int, subject: str) -> None:
@@ -268,7 +268,7 @@ def _check_tokens(value: Tensor, name: str, mask: Bool[Tensor, "B T"], subject: 
         row, token = wrong.nonzero()[0].tolist()
         raise UserCodeFailure(
             f"{subject} {float(value[row, token])} in {name}, for response {row}, token {token}; expected a finite "
-            "number wherever response_mask is True; divide by nothing that can be 0, and leave responses that could "
+            "number wherever `counted` is True; divide by nothing that can be 0, and leave responses that could "
             "not be scored (NaN in scores.total) out of means"
         )
 

@@ -1,1 +1,1 @@
-"""Prompts and supervised examples, from files to token ids."""
+"""Prompts, supervised examples and preference pairs, from files to token ids."""

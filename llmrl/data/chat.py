@@ -45,7 +45,7 @@ def prompt_problem(prompt: Any) -> str | None:
 
 
 def text_problem(text: str) -> str | None:
-    """Why a text is none to train on; None if it is one."""
+    """Why a text cannot be trained on; None if it can."""
     if SURROGATE.search(text):
         return "holds half of a surrogate pair, which is no character"
     if WRITTEN_MESSAGES.match(text):
@@ -54,7 +54,7 @@ def text_problem(text: str) -> str | None:
 
 
 def messages_problem(messages: Sequence[Any]) -> str | None:
-    """Why a list holds something else than messages; None if all of them are."""
+    """Why a list is not one of messages; None if it is."""
     for number, message in enumerate(messages, start=1):
         if problem := _message_problem(message):
             return f"has a message {number} that {problem}"
@@ -139,7 +139,7 @@ def opening_of_response(tokenizer: PreTrainedTokenizerBase, config: DataConfig) 
 
 
 def without_opening(response: str, opening: str) -> str:
-    """A response without what the generation prompt wrote already: a model that goes on from there writes it once."""
+    """A response without the tag that the generation prompt has written already."""
     tag = opening.rstrip()
     if not tag or not response.lstrip().startswith(tag):
         return response
@@ -263,7 +263,7 @@ def _plain_texts(prompts: Sequence[Prompt], config: DataConfig) -> list[str]:
 
 
 def _open_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without an EOS at the end, which would say that there is nothing to respond, and without a second BOS."""
+    """Ids of a text without an EOS at the end, which would leave nothing to respond, and without a second BOS."""
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids

@@ -10,7 +10,7 @@ from llmrl.section import Bound, Section
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, place="data"):
-    """Which rows to read, and how they become prompts."""
+    """Source of rows, and how they become prompts."""
 
     path: UserPath
     """A .jsonl, .json, .csv (each also with .gz) or .parquet file, or a data set on the hub such as openai/gsm8k."""

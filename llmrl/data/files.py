@@ -1,4 +1,4 @@
-"""Data files: every kind that is read, each row with its place in the file, and what is said of unusable ones.
+"""Data files: every kind that is read, each row with its place in the file or why it is unusable.
 
 Blank lines are passed over, and a byte order mark. Half of a surrogate pair, which JSON can hold and UTF-8 cannot,
 becomes U+FFFD.
@@ -28,20 +28,20 @@ FOREIGN = {
     b"PAR1": "it is Parquet; let its name end with .parquet",
     b"PK": "it is a ZIP archive; unpack it",
 }
-"""What a file that is no UTF-8 text is by its first bytes, and the way out."""
+"""Kind of a file that is no UTF-8 text, by its first bytes, and the way out."""
 MAX_PLACES = 5
-"""Places that a message lists where the same is to be said of many."""
+"""Number of places that a message lists where the same holds for many."""
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 MAX_CELL = 2**31 - 1
-"""Characters of a CSV cell; Python's own limit is 131,072."""
+"""Limit on the characters of a CSV cell; Python's own is 131,072."""
 
 
 class DataError(ValueError):
-    """The data cannot be used as it is. The message says where, why, and the way out."""
+    """Data that cannot be used as it is. The message says where, why, and the way out."""
 
 
 class FileRow(dict[str, Any]):
-    """A row that knows where a person finds it: "line 3" of its file."""
+    """A row with its place for messages, such as "line 3" of its file."""
 
     __slots__ = ("place", "problem")
 
@@ -61,7 +61,7 @@ class Rows(list[FileRow]):
 
 
 def read_file(path: Path) -> Rows:
-    """Every row of a file, those included that have a `problem`."""
+    """Every row of a file, including those with a `problem`."""
     _check_file(path)
     kind = path.name.lower().removesuffix(".gz")
     if kind.endswith(".parquet"):
@@ -73,7 +73,7 @@ def read_file(path: Path) -> Rows:
 
 
 def _check_file(path: Path) -> None:
-    """Refuses what is no file of a known kind."""
+    """Refuses a path that is no file of a known kind."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -138,9 +138,9 @@ def _read_text(path: Path) -> str:
 
 
 def _foreign(content: bytes, error: UnicodeDecodeError) -> str:
-    for beginning, told in FOREIGN.items():
+    for beginning, description in FOREIGN.items():
         if content.startswith(beginning):
-            return told
+            return description
     body = content.removeprefix(codecs.BOM_UTF8)
     line = body.count(b"\n", 0, error.start) + 1
     return f"line {line} has the byte 0x{body[error.start]:02x}; convert it, as by `iconv -f latin1 -t utf-8`"
@@ -185,7 +185,7 @@ def _object_row(value: Any, place: str) -> FileRow:
 
 
 def kind(value: Any) -> str:
-    """What a value is, for a message about it."""
+    """Type of a value, for a message about it."""
     name = type(value).__name__
     return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -199,7 +199,7 @@ def _is_json(text: str) -> bool:
 
 
 def _loads(text: str) -> Any:
-    """Raises ValueError where a text is no JSON, or where an object would lose one of two values."""
+    """Value of a JSON text. Raises ValueError where it is no JSON, or an object has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
@@ -219,11 +219,11 @@ def _may_hold_surrogate(text: str) -> bool:
 
 
 def _with_whole_characters(rows: Iterable[FileRow], places: set[str]) -> Rows:
-    """The rows, in some places of which there may be halves of surrogate pairs."""
+    """The rows with halves of surrogate pairs replaced, which may be in some places, and a note on it."""
     whole = [FileRow(_mended(row), row.place, row.problem) if row.place in places else row for row in rows]
     mended = [new.place for new, old in zip(whole, rows, strict=True) if new is not old and new != old]
-    told = f"replaced halves of surrogate pairs (cut-off emoji, say) by U+FFFD: {listed(mended)}"
-    return Rows(whole, [told] if mended else [])
+    note = f"replaced halves of surrogate pairs (cut-off emoji, say) by U+FFFD: {listed(mended)}"
+    return Rows(whole, [note] if mended else [])
 
 
 def listed(places: Sequence[str]) -> str:

@@ -59,29 +59,29 @@ class Preference:
     chosen: str
     rejected: str
     margin: float
-    """0 where the data does not say."""
+    """Margin of the pair, 0 where the data has none."""
     source: str | None
     place: str
-    """Where its row is found."""
+    """Place of its row, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairCounts:
-    """What became of the rows: `rows` is the sum of all the others."""
+    """Counts of rows, kept and dropped: `rows` is the sum of all the others."""
 
     rows: int
     kept: int
     empty: int
-    """A response without words."""
+    """Pairs with a response without words."""
     identical: int
-    """Both responses the same."""
+    """Pairs with two identical responses."""
     duplicates: int
-    """Prompt and both responses seen before; the first one is kept."""
+    """Pairs whose prompt and responses were seen before; the first one is kept."""
     contradictions: int
-    """Preferred both ways for one prompt; all of them are dropped."""
+    """Pairs preferred both ways for one prompt; all of them are dropped."""
     too_long: int
     equal_when_cut: int
-    """Both responses the same tokens, mostly because the limit truncated what tells them apart."""
+    """Pairs with two responses of the same tokens, mostly because the limit truncated them where they differ."""
 
     def lines(self) -> list[str]:
         """One sentence for each reason for which pairs were dropped."""
@@ -141,7 +141,7 @@ def keep_pairs_in_template(
 
 
 def parse_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
-    """The pairs worth learning from, in data order, and what became of the others."""
+    """The pairs worth learning from, in data order, and counts of the others."""
     rows, parsed = _parse_rows(rows, config)
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
     first: dict[tuple[str, str, str], Preference] = {}
@@ -214,7 +214,7 @@ class PairSource(ShuffledSource[EncodedPair]):
 
     @property
     def sources(self) -> tuple[str | None, ...]:
-        """Where each pair comes from, in data order."""
+        """Source of each pair, in data order."""
         return tuple(pair.source for pair in self._examples)
 
     def next(self, num_pairs: int) -> PreferencePairs:
@@ -226,7 +226,7 @@ class PairSource(ShuffledSource[EncodedPair]):
         return _batch(self._examples)
 
     def evenly_spaced(self, num_pairs: int) -> PreferencePairs:
-        """So many pairs, spread over the data from the first to the last; all where there are no more."""
+        """This many pairs, spread over the data from the first to the last; all where there are no more."""
         places = torch.linspace(0, self.num_rows - 1, min(num_pairs, self.num_rows), dtype=torch.float64).round()
         return _batch([self._examples[n] for n in places.long().tolist()])
 
@@ -256,7 +256,7 @@ def _as_read(config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[Rows, list[Preference]]:
-    """The rows that are pairs, and the pairs of those without an empty response; `keep_usable` judges the others."""
+    """The rows that are pairs, and the pairs of those without an empty response; see `keep_usable` for the others."""
     columns = _present_columns(rows, config)
     parsed = [_try_row(row, config, columns, place) for row, place in zip(rows, places_of(rows), strict=True)]
     problems = iter([str(found) if isinstance(found, _BadPair) else None for found in parsed])
@@ -397,7 +397,7 @@ def _is_open_transcript(text: str) -> bool:
 
 
 def _split_transcripts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
-    """A response that itself writes further turns, as models do, keeps them."""
+    """``(prompt, chosen, rejected)`` of two transcripts. A response with further turns, as models write, keeps them."""
     for column, text in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
         if TURN.findall(text)[-1] != "Assistant":
             raise _BadPair(f"{column!r} ends with the words of the human; end with the assistant's response")
@@ -448,7 +448,7 @@ def _split_texts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tu
 
 
 def _common_beginning(one: str, other: str) -> str:
-    """What two texts share, in whole words and without white space at its end."""
+    """Beginning that two texts share, in whole words and without white space at its end."""
     end = common_length(one, other)
     common = one[:end]
     if common[-1:].isspace() or (one[end : end + 1].isspace() and other[end : end + 1].isspace()):

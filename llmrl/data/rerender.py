@@ -46,7 +46,7 @@ def ended_by(rollout: Rollout, eos_id: int | None) -> Sequences:
 
 
 class Rerenderer:
-    """Prompts through the other tokenizer's chat template, responses as their text; EOS where they ended by themselves.
+    """Encodes a rollout for another tokenizer: prompts by its chat template, responses as text, EOS where they ended.
 
     Args:
         data: Where the prompts came from.

@@ -12,9 +12,9 @@ from llmrl.hub import ask_for_dataset, is_local
 from llmrl.messages import counted, in_one_line
 
 MAX_LISTED = 20
-"""Reasons that the refusal of bad rows lists."""
+"""Number of reasons that the refusal of bad rows lists."""
 MAX_REASONS = 3
-"""Reasons that the note on dropped rows lists."""
+"""Number of reasons that the note on dropped rows lists."""
 SKIP = "set data.skip_bad_rows=true to drop and count them"
 
 Value = TypeVar("Value")
@@ -49,7 +49,7 @@ def read_rows(config: DataConfig) -> Rows:
 
 
 def keep_usable(rows: Sequence[Row], config: DataConfig, problem: Callable[[Any], str | None]) -> Rows:
-    """The rows for which `problem` gives no reason. The others are refused, or dropped and noted (`skip_bad_rows`)."""
+    """The rows for which `problem` returns None. The others are refused, or dropped and noted (`skip_bad_rows`)."""
     placed = [row if isinstance(row, FileRow) else FileRow(row, f"row {n}") for n, row in enumerate(rows, start=1)]
     judged = [(row, problem(row)) for row in placed]
     bad = [(row.place, reason) for row, reason in judged if reason]
@@ -70,13 +70,13 @@ def column_names(rows: Iterable[Row]) -> list[str]:
 def check_rows(
     path: str, rows: Sequence[Value], problem: Callable[[Value], str | None], *, places: Sequence[str] | None = None
 ) -> None:
-    """Raises one `DataError` that lists the rows for which `problem` gives a reason, unless there are none.
+    """Raises one `DataError` that lists the rows for which `problem` returns a reason, if there are any.
 
     Args:
         path: Where the rows came from.
         rows: Rows, or what was made of them.
         problem: Why one is bad, or None.
-        places: Where a person finds each; not needed for rows of a file.
+        places: Place of each, for messages; not needed for rows of a file.
     """
     judged = zip(places or places_of(rows), map(problem, rows), strict=True)
     if bad := [(place, reason) for place, reason in judged if reason]:
@@ -84,19 +84,19 @@ def check_rows(
 
 
 def places_of(rows: Sequence[Any]) -> list[str]:
-    """Where a person finds each row: its line in a file of lines, else its number."""
+    """Place of each row, for messages: its line in a file of lines, else its number."""
     return [row.place if isinstance(row, FileRow) else f"row {number}" for number, row in enumerate(rows, start=1)]
 
 
 def missing_column(row: Row, column: str, setting: str | None = None) -> str:
-    """Says that a column is missing, and which one may be meant; `setting` is the one that names it."""
+    """Message about a missing column, with the one that may be meant; `setting` names the column."""
     nearest = get_close_matches(column, row, n=1)
     way_out = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(row) or 'none'}"
     return f"no column {column!r}; {way_out}" + (f" (data.{setting} names it)" if setting else "")
 
 
 def _bad_rows(path: str, bad: Sequence[tuple[str, str]], num_rows: int, way_out: str | None = None) -> DataError:
-    """What is said of bad rows, each a place and a reason."""
+    """Error about bad rows, each a place and a reason."""
     reasons = _by_reason(bad, num_rows)
     lines = [f"{path}: {counted(len(bad), 'bad row')}", *(f"  {reason}" for reason in reasons[:MAX_LISTED])]
     if len(reasons) > MAX_LISTED:

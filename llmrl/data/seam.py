@@ -1,8 +1,8 @@
-"""Where rows meet the chat template: prompts that it does not take, and what it writes where prompt and response meet.
+"""Checks of rows against the chat template: prompts that it refuses, and its text between prompt and response.
 
 Training reads the prompt with the template's generation prompt, then the response, then EOS, as sampling does. The
 template writes a whole conversation by rules of its own: it may open the reasoning, trim the response, or end it with
-another token than EOS. What differs is said, since it is what a model in use would be served.
+another token than EOS. Differences are reported, since a model in use would be served the template's text.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from llmrl.data.files import Rows
 from llmrl.data.rows import keep_usable
 
 MAX_COMPARED = 100
-"""Examples whose seam is compared: what a template does shows in the first ones."""
+"""Number of examples whose seam is compared: what a template does shows in the first ones."""
 MAX_SHOWN = 60
 """Characters on each side of the place where two texts part that a note shows."""
 END_OF_REASONING = "</think>"
@@ -51,7 +51,7 @@ def keep_in_template(
 def notes_on_seams(
     examples: Sequence[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[str]:
-    """Sentences on what training reads otherwise than the data or the template writes it."""
+    """Sentences on where the text that training reads differs from that of the data or of the template."""
     if not uses_chat(tokenizer, config):
         return []
     opening = opening_of_response(tokenizer, config)
@@ -81,7 +81,7 @@ def _roles(prompt: Prompt) -> tuple[str, ...]:
 def _parted(
     prompt: Prompt, response: str, opening: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[str, str] | None:
-    """What training reads and what the template writes, around the place where they part; None where they agree."""
+    """``(training text, template text)`` around the place where they differ first; None where they agree."""
     messages = as_messages(prompt, config.system_prompt)
     try:
         before = render(messages, tokenizer)

@@ -1,4 +1,4 @@
-"""Which examples come next: a walk through the data in a new random order each epoch, resumed exactly."""
+"""Shuffled source of examples: a new random order each epoch, resumed exactly."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ class ShuffledSource(Generic[Example]):
     The order of an epoch is a function of the seed and the epoch, so the position is the whole state.
 
     Args:
-        examples: Encoded once, so that dealing them is cheap.
-        num_dropped: How many rows were too long to be among the examples.
+        examples: Encoded examples, so that dealing them is cheap.
+        num_dropped: Number of rows that were too long to be among the examples.
         seed: Seed of the run.
-        rows: What the examples were made of; a resumed run must have the same.
+        rows: Rows that the examples were made of; a resumed run must have the same.
     """
 
     def __init__(self, examples: Sequence[Example], *, num_dropped: int, seed: int, rows: Sequence[Row] = ()) -> None:
@@ -40,7 +40,7 @@ class ShuffledSource(Generic[Example]):
 
     @property
     def examples(self) -> Sequence[Example]:
-        """Each once, in data order."""
+        """Every example once, in data order."""
         return self._examples
 
     @property

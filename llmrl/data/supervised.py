@@ -82,7 +82,7 @@ def _brings_response(row: Row, config: SupervisedDataConfig) -> bool:
 
 
 def _split(row: Row, config: SupervisedDataConfig) -> tuple[Any, Any]:
-    """``(prompt, response)``; what they are is for `_row_problem` to judge."""
+    """``(prompt, response)`` of a row, unchecked: see `_row_problem`."""
     prompt = row[config.prompt_column]
     if _brings_response(row, config):
         return prompt[:-1], prompt[-1]["content"]

@@ -42,15 +42,15 @@ from llmrl.roles import Collectives
 BEAT_S = 1.0
 """Seconds between two signs of life."""
 SUSPECT_S = 4.0
-"""Silence after which a rank counts as gone, once an error here may come from a lost connection."""
+"""Seconds of silence after which a rank counts as gone, once an error here may come from a lost connection."""
 LOOK_S = 6.0
-"""How long such an error waits for the failure of another rank that would explain it."""
+"""Seconds that such an error waits for the failure of another rank that would explain it."""
 WORKING_S = 20.0
-"""How long a main thread may go on after another rank failed: its next collective fails, and it may save."""
+"""Seconds that a main thread may go on after another rank failed: its next collective fails, and it may save."""
 WAITING_S = 5.0
-"""How much of `WORKING_S` it may wait in one collective."""
+"""Seconds of these that it may wait in one collective."""
 HEARD_S = 3.0
-"""How long a rank that ends stays connected, so that the others read why before its connections close."""
+"""Seconds that a rank that ends stays connected, so that the others read why before its connections close."""
 
 CONNECTION_ERROR = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
@@ -80,7 +80,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why all ranks end."""
+    """Failure of a rank, for which all ranks end."""
 
     by: int
     """The rank that recorded it."""
@@ -275,7 +275,7 @@ class Heartbeat:
 
     def _without_store(self, what: str) -> Failure:
         host = f"rank 0, last seen in {self.beats[0].place}"
-        return Failure(self.rank, f"the store by which ranks speak {what}: it is part of the launcher, or of {host}")
+        return Failure(self.rank, f"the store that connects the ranks {what}: it is part of the launcher, or of {host}")
 
     def end(self, failure: Failure) -> None:
         """Ends this process, unless its main thread does so within `WORKING_S`."""

@@ -1,4 +1,4 @@
-"""Roles whose work is split over ranks: each rank does a part and gets the whole, as one process would have it.
+"""Roles whose work is split over ranks: each rank computes a part and gets the result of a single process.
 
 What crosses ranks is small beside a model: token ids, and a few numbers for each token of a rollout. So every rank has
 the whole rollout and the whole experience; statistics, advantages and control are computed on it by each rank, with the
@@ -33,7 +33,7 @@ Answer = TypeVar("Answer", bound=Batch)
 
 
 class DistributedEngine:
-    """`RolloutEngine`: each rank responds to its block of the prompts, by the random numbers of one process."""
+    """`RolloutEngine`: each rank responds to its block of the prompts, with the random numbers of a single process."""
 
     def __init__(self, engine: RolloutEngine, context: Context) -> None:
         self.engine = engine
@@ -94,7 +94,7 @@ class DistributedPolicy:
 
 
 class DistributedNetworks(DistributedPolicy):
-    """`ActorCritic`, likewise."""
+    """`ActorCritic`: splits rows as `DistributedPolicy` does."""
 
     def __init__(self, networks: ActorCritic, collectives: Collectives, *, microbatch_tokens: int) -> None:
         super().__init__(networks, collectives, microbatch_tokens=microbatch_tokens)
@@ -113,7 +113,7 @@ class DistributedNetworks(DistributedPolicy):
 
 
 class DistributedScorer:
-    """`Scorer`, likewise."""
+    """`Scorer`: splits rows as `DistributedPolicy` does."""
 
     def __init__(self, scorer: Scorer, collectives: Collectives, *, microbatch_tokens: int) -> None:
         self.scorer = scorer
@@ -155,7 +155,7 @@ def distribute_rows(
     """Outputs of `ask` for every row, in row order: in microbatches of at most `max_tokens` tokens, each rank's of its
     own rows. With gradient, and for no rows, in one pass over what this rank was given.
 
-    Every rank asks as often as every other: where weights are sharded, they come together for each forward pass.
+    Every rank runs the same number of passes: where weights are sharded, forward passes are collective.
     """
     if torch.is_grad_enabled() or not len(num_tokens):
         return ask(batch)
@@ -172,13 +172,13 @@ def distribute_rows(
 
 
 def distribute_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:
-    """Results of `work` on each rank's block of `count` things, in order, on the CPU; a rank may have none."""
+    """Results of `work` on each rank's block of `count` items, in order, on the CPU; a rank may have none."""
     first, last = block(count, collectives)
     part = work(torch.arange(first, last)).to("cpu") if first < last else None
     return [part for part in collectives.gather(part) if part is not None]
 
 
 def block(count: int, collectives: Collectives) -> tuple[int, int]:
-    """First and last + 1 of this rank's block of `count` things: all ranks have as many, or one more."""
+    """``(begin, end)`` of this rank's block of `count` items; sizes of blocks differ by at most one."""
     rank, size = collectives.rank, collectives.world_size
     return rank * count // size, (rank + 1) * count // size

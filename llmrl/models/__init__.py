@@ -1,1 +1,1 @@
-"""Policies over transformers models."""
+"""Policies, critics and reward models over models of transformers."""

@@ -84,7 +84,7 @@ def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
 
 
 def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list[str] | None = None) -> "LoraConfig":
-    """peft's configuration of an adapter from ours."""
+    """peft's settings of an adapter, made from ours."""
     from peft import LoraConfig
 
     return LoraConfig(

@@ -151,7 +151,7 @@ def _check_folder(
 
 
 def _check_family(config: ModelConfig, settings: dict[str, Any], kind: Any) -> "PretrainedConfig":
-    """Refuses, by config.json alone, models without a causal pass over plain weights; returns the model's settings."""
+    """Settings of the model. Refuses, by config.json alone, models without a causal pass over plain weights."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -52,7 +52,7 @@ class Companions:
                 self.write_tokenizer(folder, tokenizer)
             except OSError:
                 raise
-            except Exception as error:  # of transformers and peft, which refuse in classes of their own
+            except Exception as error:  # transformers and peft refuse in classes of their own
                 raise ModelError(
                     f"model.path ({model.config.name_or_path}) could not be saved after training: {reason_of(error)}; "
                     "mend its settings, or choose another model"

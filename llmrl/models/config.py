@@ -18,7 +18,7 @@ class LoraSettings(Section, place="model.lora"):
     alpha: Annotated[int, Bound(above=0)] = 32
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] | Literal["all-linear"] = ()
-    """Names of the layers that get an adapter; none named, or all-linear: every linear layer but the LM head."""
+    """Names of the layers that get an adapter; none named, or all-linear: every linear layer except the LM head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

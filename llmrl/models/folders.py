@@ -26,9 +26,9 @@ VOCABULARY_FILES = (
     "tekken.json",
     "vocab.model",
 )
-"""One of these has the tokens of a tokenizer."""
+"""Vocabulary files, one of which has the tokens of a tokenizer."""
 MAX_HEADER_BYTES = 100_000_000
-"""The largest header that safetensors reads."""
+"""Bytes of the largest header that safetensors reads."""
 
 
 class ModelError(ValueError):

@@ -20,12 +20,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def sanity_checks(
     scorer: Scorer, responses: Sequences, tokenizer: "PreTrainedTokenizerBase", *, dtype: torch.dtype
 ) -> dict[str, bool]:
-    """Each check by its name, and whether it passed.
+    """Whether each check passed, by its name.
 
     Args:
-        scorer: Trained.
-        responses: Some of the data.
-        tokenizer: The one that made them.
+        scorer: The trained reward model.
+        responses: Responses of the data, with their prompts.
+        tokenizer: The tokenizer that encoded them.
         dtype: Arithmetic of the scorer.
     """
     few = responses.select(torch.arange(min(NUM_PROBED, len(responses.response_lengths))))
@@ -37,13 +37,13 @@ def sanity_checks(
 
 
 def _ends_with(responses: Sequences, eos_id: Any) -> bool:
-    """The score is read at an EOS. Truncated responses end otherwise."""
+    """Whether every response ends with the EOS, where its score is read. Truncated responses do not."""
     last = responses.response_ids.gather(1, responses.response_lengths[:, None] - 1)
     return bool((last == eos_id).all())
 
 
 def _padding_is_inert(scorer: Scorer, few: Sequences, tolerance: float) -> bool:
-    """The same scores alone as in a batch with more padding, whatever ids stand in it."""
+    """Whether scores are the same alone as in a batch with more padding, whatever ids stand in it."""
     together = scorer.scores(_widened(few, by=7, filled_with=1))
     alone = torch.cat([scorer.scores(few.select(torch.tensor([row]))) for row in range(len(together))])
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())  # never, where a score is NaN

@@ -30,7 +30,7 @@ PAD_NAMES = (
     "<|reserved_special_token_0|>",
     "<unk>",
 )
-"""Tokens that a vocabulary may have to spare for padding."""
+"""Tokens that can serve as padding where a vocabulary has them to spare."""
 
 
 def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "PreTrainedModel":
@@ -38,8 +38,8 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
 
     Args:
         config: A folder or a hub name.
-        head_init: How the head of a causal language model begins; None refuses a folder without a head, and so does
-            a sequence classification model, which should have one.
+        head_init: Initial weights of a new head, for a causal language model. None: a folder without a head is
+            refused. A sequence classification model that lacks its head is refused in either case.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -58,7 +58,7 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
 
 
 def label_settings(config: ModelConfig, settings: "PretrainedConfig") -> bool:
-    """Whether these are of a sequence classification model; where not, they get its one label.
+    """Whether these settings are those of a sequence classification model; if not, they get one label.
 
     Raises:
         ModelError: They have several labels.
@@ -98,10 +98,10 @@ def _same_model(left: str, right: str) -> bool:
 
 
 def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTrainedModel":
-    """A reward model's adapter and head around the weights of a causal language model, which stay where they are.
+    """Reward model on the weights of a causal language model, which stay where they are: its adapter and its head.
 
     Args:
-        config: A folder that `check_shared_base` let pass.
+        config: A folder that passed `check_shared_base`.
         base: The causal language model, without adapters, which becomes part of what is returned.
     """
     from peft import PeftModel
@@ -122,7 +122,7 @@ def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTra
 
 
 def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
-    """Adapters injected in place, the head trained and saved whole beside them; None where every weight is trained."""
+    """peft's view of the model with adapters injected in place and the head trained whole; None: no adapters."""
     if config.lora is None:
         return None
     from peft import get_peft_model

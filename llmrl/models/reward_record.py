@@ -27,38 +27,38 @@ class Normalization:
         return (scores - self.mean) / self.std
 
     def write(self, config: "PretrainedConfig") -> None:
-        """Puts both numbers where `saved_normalization` finds them."""
+        """Stores both numbers in the config, where `saved_normalization` finds them."""
         setattr(config, MEAN_KEY, self.mean)
         setattr(config, STD_KEY, self.std)
 
 
 def normalization_on(scores: Float[Tensor, " B"]) -> Normalization:
-    """What makes the mean of these scores 0 and their standard deviation 1; scores that are all equal keep theirs."""
+    """Normalization of these scores to mean 0 and standard deviation 1; equal scores are only centred."""
     exact = scores.double()
     return Normalization(mean=float(exact.mean()), std=float(exact.std(correction=0)) or 1.0)
 
 
 def saved_normalization(config: "PretrainedConfig") -> Normalization | None:
-    """What was stored with a model; None for one that llmrl did not train."""
+    """The normalization stored with a model; None for one that llmrl did not train."""
     mean, std = getattr(config, MEAN_KEY, None), getattr(config, STD_KEY, None)
     return None if mean is None or std is None else Normalization(mean=mean, std=std)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextForm:
-    """How texts became tokens in training, as `data` said it. Stored in the model's config.json."""
+    """How texts became tokens in training, by the settings of `data`. Stored in the model's config.json."""
 
     template: Literal["auto", "chat", "none"] = "auto"
     system_prompt: str | None = None
 
     def write(self, config: "PretrainedConfig") -> None:
-        """Puts both where `saved_text_form` finds them."""
+        """Stores both in the config, where `saved_text_form` finds them."""
         setattr(config, TEMPLATE_KEY, self.template)
         setattr(config, SYSTEM_PROMPT_KEY, self.system_prompt)
 
 
 def saved_text_form(config: "PretrainedConfig") -> TextForm:
-    """What was stored with a model; the defaults of data for one that llmrl did not train."""
+    """The text form stored with a model; the defaults of `data` for one that llmrl did not train."""
     return TextForm(
         template=getattr(config, TEMPLATE_KEY, "auto"), system_prompt=getattr(config, SYSTEM_PROMPT_KEY, None)
     )

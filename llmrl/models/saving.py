@@ -1,4 +1,4 @@
-"""A trained model as an ordinary Hugging Face folder."""
+"""Saving of a trained model as an ordinary Hugging Face folder."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Blueprint:
-    """The modules of a model around weights that take no memory, copied before its own are split over ranks."""
+    """Modules of a model with weights on the meta device, copied before training splits its own over ranks."""
 
     def __init__(self, model: "PreTrainedModel", adapted: "PeftModel | None") -> None:
         """`adapted` is peft's view of the same model, if there is one. Both keep the model's own config."""
@@ -29,7 +29,7 @@ class Blueprint:
         self.modules: tuple[PreTrainedModel, PeftModel | None] = copy.deepcopy((model, adapted), memo)
 
     def filled(self, weights: Mapping[str, Tensor]) -> "tuple[PreTrainedModel, PeftModel | None]":
-        """Model and peft's view of it, whole, around these weights, by their names in the model."""
+        """Model and peft's view of it with these full weights, given by their names in the model."""
         memo: dict[int, Any] = {
             id(p): nn.Parameter(weights[name], p.requires_grad) for name, p in self.modules[0].named_parameters()
         }
@@ -38,9 +38,9 @@ class Blueprint:
 
 
 class Saver:
-    """Writes a model that is trained: all ranks bring its weights together, the first one writes.
+    """Writes the model that is trained: full weights are gathered from all ranks, and the first rank writes.
 
-    To be made before the weights are split over ranks. What stands beside the weights is tried out at once.
+    Construct it before training splits the weights over ranks. The constructor tries to write all other files.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Saver:
         self.blueprint = None if context.launch.sharding == "none" else Blueprint(model, adapted)
 
     def save(self, folder: Path, trained: Trainable, records: Mapping[str, Any] | None = None) -> None:
-        """See `save_policy`. All ranks must call it together."""
+        """See `save_policy`. Collective: every rank must call it."""
         model, adapted = self.model, self.adapted
         if self.blueprint is not None:
             whole = {}
@@ -94,11 +94,11 @@ def save_policy(
     companions: Companions | None = None,
     records: Mapping[str, Any] | None = None,
 ) -> None:
-    """Model, tokenizer and chat template, loadable with plain transformers; the folder is there whole or not at all.
+    """Writes model, tokenizer and chat template, loadable with plain transformers: a complete folder or none.
 
-    Adapters are merged into the model that is saved; by themselves they lie in ``adapter/``, to be continued.
-    `records` are written beside the model as JSON, by the name of their file. `companions` are what came with the
-    model; by default they are read now.
+    Adapters are merged into the saved model, and also written to ``adapter/``, from which they can be continued.
+    `records` become JSON files beside the model, by file name. `companions` are the model's companion files; by
+    default they are read now.
     """
     companions = companions or Companions(model, tokenizer)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -123,8 +123,8 @@ def save_policy(
 
 
 def _save_model(folder: Path, model: "PreTrainedModel") -> None:
-    """Weights and settings. Of generation settings transformers refuses to save some that it loads: they are saved
-    without being judged."""
+    """Writes weights and settings. Generation settings are written separately: transformers refuses to save some that
+    it loads."""
     if not model.can_generate():
         model.save_pretrained(folder)
         return

@@ -1,4 +1,4 @@
-"""A loaded model made ready: dropout and noise off, on its device, linear layers in their dtype, a new head."""
+"""Preparation of a loaded model: dropout and noise off, device, dtype of linear layers, a new head."""
 
 import math
 from types import MethodType
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
-"""What mixtures of experts call the spread of the random factors that they put on hidden states in train mode."""
+"""Attributes of mixtures of experts: spread of the random factors on hidden states in train mode."""
 
 
 SAMPLING_ROUTER = "router_jitter_noise"
-"""What marks the router of Phi-MoE, which draws its experts in train mode. Eval mode reads the number too: it stays."""
+"""Attribute of the router of Phi-MoE, which draws experts in train mode. Eval mode reads the number too: it stays."""
 
 
 def initialize_head(head: nn.Linear, init: HeadInit) -> None:
-    """A new head of one number: zeros, or normal with variance 1 / (hidden size + 1)."""
+    """Initializes a head with one output: zeros, or normal with variance 1 / (hidden size + 1)."""
     with torch.no_grad():
         head.weight.zero_() if init == "zero" else head.weight.normal_(std=1 / math.sqrt(head.in_features + 1))
 
 
 def ready_to_train(model: "PreTrainedModel", device: torch.device, *, gradient_checkpointing: bool) -> None:
-    """On the device and in train mode, which gradient checkpointing needs."""
+    """Moves a model to the device and sets train mode, which gradient checkpointing needs."""
     model.to(device).train()  # type: ignore[arg-type]
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -49,13 +49,13 @@ def turn_dropout_off(model: nn.Module) -> None:
 
 
 def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In the place of `train` of a router that draws experts at random in train mode."""
+    """Replaces `train` of a router that draws experts at random in train mode."""
     return nn.Module.train(module, False)
 
 
 def shrink_linear_layers(model: "PreTrainedModel", dtype: torch.dtype, *, head: nn.Module | None) -> None:
-    """Keeps the linear layers in the dtype to which autocast would cast them in every forward: the same numbers in less
-    memory. All else stays in float32, as it does under autocast, and so does the head."""
+    """Casts the linear layers to the dtype to which autocast would cast them in every forward: the same numbers in less
+    memory. Everything else stays in float32, as under autocast, and so does the head."""
     from transformers.pytorch_utils import Conv1D
 
     for module in model.modules():

@@ -60,7 +60,7 @@ def encode(trunk: Any, batch: Sequences | PreferencePairs, *, dtype: torch.dtype
 def last_hidden_states(trunk: Any, ids: Int[Tensor, "R S"], **context: Tensor) -> Float[Tensor, "R S H"]:
     """Last hidden states of rows at the left margin; for no rows, which transformers cannot reshape, without a pass.
 
-    `context` is what attention is told beyond the ids.
+    `context`: see `Layout`.
     """
     if not len(ids):
         return torch.zeros(*ids.shape, trunk.config.get_text_config().hidden_size, device=ids.device)
@@ -74,7 +74,7 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
 
 
 def on_mask(mask: Bool[Tensor, "B T"], chosen: Float[Tensor, " M"]) -> Float[Tensor, "B T"]:
-    """One number for each token in the mask, in reading order, put in its place; 0 elsewhere. In float32."""
+    """Numbers of the tokens in the mask, given in reading order, as (B, T) in float32; 0 elsewhere."""
     return torch.zeros(mask.shape, device=chosen.device).masked_scatter(mask, chosen.float())
 
 
@@ -92,7 +92,7 @@ class Layout:
     lengths: Int[Tensor, " B"]
     """Tokens of the response."""
     context: Mapping[str, Tensor]
-    """What attention is told beyond the ids."""
+    """Further inputs of the trunk: attention mask and position ids, where plain causal attention is not meant."""
 
 
 def rows_of_sequences(sequences: Sequences) -> Layout:

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO: optimizer states (1), gradients (2) and weights (3) are split over ranks. Rajbhandari et al. 2020,
 arXiv:1910.02054.
 
-The launch file says which stage, and what is kept in the memory of the CPU. What belongs to the recipe is the recipe's:
-optimizer, clipping and precision. Gradients are accumulated over as many microbatches as there are.
+The launch file sets the stage, and what is kept in the memory of the CPU; the recipe sets optimizer, clipping and
+precision. Gradients are accumulated over as many microbatches as there are.
 """
 
 import math
@@ -36,7 +36,7 @@ class DeepSpeedTrainable(StepSchedule):
         `LocalTrainable` for the other arguments."""
         import deepspeed
 
-        collectives.barrier()  # which waits longer for a rank that is still loading than what comes next would
+        collectives.barrier()  # waits longer for a rank that is still loading than what comes next would
         settings = _of_engine(config.max_grad_norm)
         self.module = module
         self.collectives = collectives
@@ -54,7 +54,7 @@ class DeepSpeedTrainable(StepSchedule):
         self.wrapped: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
 
     def backward(self, loss: Tensor) -> None:
-        """The engine takes the mean over ranks, and our losses are parts of a sum: this factor makes it one."""
+        """Runs backward. The engine takes the mean over ranks; losses are parts of a sum, so a factor undoes it."""
         self.wrapped.backward(loss * self.collectives.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> Tensor:
@@ -76,7 +76,7 @@ class DeepSpeedTrainable(StepSchedule):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The state of `LocalTrainable`, put together; on ranks but the first it is left empty."""
+        """The state of `LocalTrainable`, gathered; empty on every rank except the first."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link_moments()
@@ -109,7 +109,7 @@ class DeepSpeedTrainable(StepSchedule):
 
     @property
     def _moments(self) -> tuple[str, ...]:
-        """What AdamW remembers of each weight; nothing before its first step."""
+        """Names of AdamW's moments of each weight; none before its first step."""
         return ("exp_avg", "exp_avg_sq") if self._flat_state else ()
 
     @property
@@ -122,7 +122,7 @@ class DeepSpeedTrainable(StepSchedule):
         return next(iter(self._flat_state.values()))["step"].detach().cpu().clone()
 
     def _begin_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Makes room for what AdamW remembers, or forgets all, and sets how many updates that is of."""
+        """Allocates AdamW's moments, with the number of updates in them; clears them if none were saved."""
         inner = self.wrapped.optimizer
         self._flat_state.clear()
         if not saved:
@@ -136,14 +136,14 @@ class DeepSpeedTrainable(StepSchedule):
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Shows each weight its part of the state. The engine does so once, in the step of its first group, when there
-        is no state of the other groups yet."""
+        """Links each weight to its part of the state. The engine does so once, in the step of its first group, when
+        there is no state of the other groups yet."""
         if self._flat_state and not self.splits_weights:
             self.wrapped.optimizer._hp_optimizer_states_linked = False
             self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_weight(self, p: nn.Parameter, value: Tensor) -> None:
-        """In the module, and in the optimizer, which may hold parts of its own."""
+        """Sets a weight in the module, and in the optimizer, which may hold parts of its own."""
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([p], modifier_rank=0, enabled=self.splits_weights):
@@ -151,7 +151,7 @@ class DeepSpeedTrainable(StepSchedule):
         self._set(p, value, None)
 
     def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """A weight as the optimizer holds it, or by `key` what it remembers of it: this rank's part."""
+        """Sets this rank's part of a weight as the optimizer holds it, or of its moment `key`."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -171,7 +171,7 @@ class DeepSpeedTrainable(StepSchedule):
             set_moment(p, value, key)
 
     def _own_part(self, p: Any, value: Tensor) -> Tensor:
-        """Ranks have parts of equal size; the last may be filled up with zeros."""
+        """This rank's part of a tensor. Parts have equal size; the last may be padded with zeros."""
         size = p.ds_tensor.numel()
         padded = value.new_zeros(size * self.collectives.world_size)
         padded[: value.numel()] = value.flatten()
@@ -179,7 +179,7 @@ class DeepSpeedTrainable(StepSchedule):
 
 
 def _of_engine(max_grad_norm: float) -> dict[str, Any]:
-    """The launch file's settings, and what the loop needs of an engine."""
+    """Settings of an engine: those of the launch file, and those that the loop needs."""
     return deepspeed_settings() | {
         "train_batch_size": None,
         "train_micro_batch_size_per_gpu": 1,  # which nothing reads

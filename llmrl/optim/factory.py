@@ -1,4 +1,4 @@
-"""Modules as the launch asks for them: whole in every process, or split over ranks."""
+"""Factory of trainables, and placement of frozen modules: whole in every process, or split over ranks."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -38,10 +38,10 @@ def make_trainable(
     context: Context,
     peaks: Mapping[str, float] | None = None,
 ) -> Trainable:
-    """The module of a role with its optimizer: under DeepSpeed, under FSDP or by itself. The role calls it as it is
-    wrapped then. See `LocalTrainable` for the arguments.
+    """`Trainable` of a role's module: under DeepSpeed, under FSDP2 or local. From here on the role calls the wrapped
+    module. See `LocalTrainable` for the arguments.
 
-    The module may hold no more than parts of its weights afterwards: it is copied, or tried, before.
+    Copy the module, or try it, before: afterwards it may hold only parts of its weights.
     """
     match context.launch.sharding:
         case "deepspeed":

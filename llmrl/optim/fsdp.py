@@ -1,4 +1,4 @@
-"""FSDP2 of torch: each rank holds a part of every weight, and has a layer whole while it computes with it.
+"""FSDP2 of torch: each rank holds a part of every weight, and gathers a layer while it computes with it.
 
 Zhao et al. 2023, arXiv:2304.11277, in the form of `torch.distributed.fsdp.fully_shard`. It is called here directly:
 `Accelerator.prepare` would wrap by its own rules and take the mean of gradients, which are parts of a sum here.
@@ -20,7 +20,7 @@ from llmrl.roles import Collectives
 
 
 class ShardedTrainable(LocalTrainable):
-    """`Trainable` for a module whose weights, gradients and optimizer states are spread over ranks."""
+    """`Trainable` for a module whose weights, gradients and optimizer states are split over ranks."""
 
     def __init__(
         self,
@@ -33,14 +33,14 @@ class ShardedTrainable(LocalTrainable):
         peaks: Mapping[str, float] | None = None,
     ) -> None:
         """Splits the weights of `module`, which are then used on `device`; see `LocalTrainable`."""
-        collectives.barrier()  # which waits longer for a rank that is still loading than what comes next would
+        collectives.barrier()  # waits longer for a rank that is still loading than what comes next would
         shard(module, device)
         super().__init__(module, config, num_steps=num_steps, collectives=collectives, peaks=peaks)
         self.first = collectives.is_first
         self.holds_all = collectives.world_size == 1
 
     def add_up_gradients(self) -> None:
-        """Each backward pass has done so."""
+        """Does nothing: each backward pass has summed them over ranks."""
 
     @torch.no_grad()
     def whole(self, part: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -50,7 +50,7 @@ class ShardedTrainable(LocalTrainable):
             yield name, whole_tensor(p.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of `LocalTrainable`, put together; on ranks but the first it is left empty."""
+        """The state of `LocalTrainable`, gathered; empty on every rank except the first."""
         state = super().state_dict()
         for tensors in (state["parameters"], *state["optimizer"].values()):
             for name in list(tensors):
@@ -67,11 +67,11 @@ class ShardedTrainable(LocalTrainable):
 
 
 def shard(module: nn.Module, device: torch.device, *, is_frozen: bool = False) -> None:
-    """Spreads the weights of a module over all ranks, on the device of each: the layers of the models in it one by one,
-    what is left of it at once. Gradients are added up over ranks.
+    """Splits the weights of a module over all ranks, on the device of each: layer by layer, then all other weights as
+    one unit. Gradients are summed over ranks.
 
-    What is left, embeddings and head, stays whole from a forward pass to its backward pass; of a module that is frozen,
-    for which none comes, only as long as the forward pass lasts.
+    That unit, embeddings and head, stays gathered from a forward pass to its backward pass; in a frozen module, which
+    has no backward pass, only during the forward pass.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in list(_layers(module)):
@@ -84,6 +84,6 @@ def shard(module: nn.Module, device: torch.device, *, is_frozen: bool = False) -
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """What the models of transformers in a module say is not to be torn apart: their layers."""
+    """Layers of the transformers models in a module: the classes in their `_no_split_modules`."""
     names = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     return (part for part in module.modules() if type(part).__name__ in names)

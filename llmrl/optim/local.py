@@ -15,7 +15,7 @@ from llmrl.roles import Collectives, StateMismatch
 
 
 class LocalTrainable(StepSchedule):
-    """`Trainable` for a module that lives whole in this process, and in every other one."""
+    """`Trainable` for a module whose weights are whole in every process."""
 
     holds_all = True
 
@@ -28,14 +28,14 @@ class LocalTrainable(StepSchedule):
         collectives: Collectives | None = None,
         peaks: Mapping[str, float] | None = None,
     ) -> None:
-        """`collectives` reach the ranks that hold the same weights; None where there is one process. `peaks` gives
+        """`collectives`: those of the ranks that hold the same weights; None: a single process. `peaks` gives
         parameters, by name, a peak learning rate of their own.
 
         Raises:
-            ValueError: There are other ranks, and nothing reaches them.
+            ValueError: There are several ranks, and no collectives.
         """
         if collectives is None and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError("one of several ranks cannot learn without collectives: each would learn another model")
+            raise ValueError("world_size > 1 needs `collectives`; without them every rank would train its own model")
         super().__init__(config, num_steps)
         self.module = self.wrapped = module
         self.collectives = collectives
@@ -53,7 +53,7 @@ class LocalTrainable(StepSchedule):
         A gradient that is not finite changes nothing but the schedule; the caller sees it in the norm.
 
         Raises:
-            FloatingPointError: That happened several times in a row, so it will not pass by itself.
+            FloatingPointError: That happened several times in a row.
         """
         self.add_up_gradients()
         norm = whole_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).detach())
@@ -65,7 +65,7 @@ class LocalTrainable(StepSchedule):
         return norm
 
     def add_up_gradients(self) -> None:
-        """Over ranks. A parameter that has none on any rank keeps none; a rank without one adds nothing."""
+        """Sums gradients over ranks. A parameter without one on any rank keeps none; a rank without one adds 0."""
         if self.collectives is None or self.collectives.world_size == 1:
             return
         parameters = list(self.parameters.values())
@@ -85,7 +85,7 @@ class LocalTrainable(StepSchedule):
             yield name, p.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only, by name, so that safetensors and JSON can hold them."""
+        """The state by name, tensors and plain numbers only, so that safetensors and JSON can hold it."""
         moments = {
             name: {key: value.detach() for key, value in self.optimizer.state[p].items()}
             for name, p in self.parameters.items()
@@ -111,12 +111,12 @@ class LocalTrainable(StepSchedule):
         self.set_steps(state)
 
     def laid_out(self, value: Tensor, like: Tensor) -> Tensor:
-        """A copy of a whole weight, or of what the optimizer remembers of it, where and how such are kept."""
+        """Copy of a full weight, or of a moment of it, on the device and in the layout of `like`."""
         return value.to(like.device, copy=True)
 
 
 def learning_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that are not frozen, by name."""
+    """Parameters that are not frozen, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -129,7 +129,7 @@ def adamw(
 
 
 def in_buckets(parameters: Iterable[nn.Parameter], max_elements: int) -> Iterator[list[nn.Parameter]]:
-    """Parameters in their order, together so long as they have no more elements than that; a larger one alone."""
+    """Yields parameters in order, in buckets of at most `max_elements` elements; a larger parameter alone."""
     bucket, num_elements = list[nn.Parameter](), 0
     for p in parameters:
         if bucket and num_elements + p.numel() > max_elements:
@@ -142,7 +142,7 @@ def in_buckets(parameters: Iterable[nn.Parameter], max_elements: int) -> Iterato
 
 
 def whole_tensor(x: Tensor) -> Tensor:
-    """One that may be spread over ranks, put together; on all of them at once."""
+    """Full tensor of one that may be split over ranks. Collective in that case: every rank must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -168,7 +168,7 @@ def check_same(saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[in
 def _parameter_groups(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peaks: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Matrices with decay, vectors without, and by their peak learning rates."""
+    """Parameter groups: matrices with weight decay, vectors without, each by peak learning rate."""
     assert peaks.keys() <= parameters.keys(), "a learning rate of its own is for a parameter that learns"
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in parameters.items():

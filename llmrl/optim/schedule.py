@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step, and when a gradient that is not finite ends the run."""
+"""Learning-rate schedule, and the limit on consecutive gradients that are not finite."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,7 +50,7 @@ class StepSchedule:
         """Whether a gradient of this norm can be used.
 
         Raises:
-            FloatingPointError: Several in a row could not, so it will not pass by itself.
+            FloatingPointError: `MAX_SKIPPED_STEPS` in a row could not.
         """
         finite = bool(norm.isfinite())
         self.num_skipped = 0 if finite else self.num_skipped + 1
@@ -62,10 +62,10 @@ class StepSchedule:
         return finite
 
     def steps(self) -> dict[str, int]:
-        """What `set_steps` goes on from."""
+        """State of the schedule, for `set_steps`."""
         return {"num_steps_done": self.num_steps_done, "num_skipped": self.num_skipped}
 
     def set_steps(self, state: Mapping[str, Any]) -> None:
-        """On the schedule configured now."""
+        """Continues from a state of `steps`, on the schedule configured now."""
         self.num_steps_done = state["num_steps_done"]
         self.num_skipped = state["num_skipped"]

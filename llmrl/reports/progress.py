@@ -141,7 +141,7 @@ class LiveProgress:
         self.phases.add_task(name, total=total)
 
     def advance(self, amount: int = 1) -> None:
-        """So many more units of the current phase are done."""
+        """`amount` more units of the current phase are done."""
         self.phases.advance(self.phases.task_ids[0], amount)
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
@@ -185,7 +185,7 @@ class PlainProgress:
         self.phase_began = monotonic()
 
     def advance(self, amount: int = 1) -> None:
-        """So many more units of the current phase are done."""
+        """`amount` more units of the current phase are done."""
         self.done += amount
         if monotonic() - self.last_line >= HEARTBEAT_S:
             where = "" if self.num_done is None else f" in iteration {self.num_done + 1}/{self.pace.num_iterations}"

@@ -89,8 +89,8 @@ def make_report_card(
     """The card as it stands in report_card.json: numbers are finite or null, intervals are of 95 %.
 
     Args:
-        results: Of the held-out pairs, none included.
-        loss: Of the same pairs, as training minimizes it: with margins and centring where they are set.
+        results: Scores of the held-out pairs, of which there may be none.
+        loss: Loss on the same pairs, as training minimizes it: with margins and centring where they are set.
         counts: What happened to rows on the way to pairs, by section: "data" and "evaluation_data".
         checks: Whether each of the sanity checks passed, by a name such as "padding inert".
         normalization: Mean and standard deviation that are stored with the model; None: not normalized.

@@ -10,7 +10,7 @@ _BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|[,;]?\s*(?:\\text\{\s*(?:and|or)\s*\
 _THOUSANDS = r"(?:,?\s?\\[,;:! ]\s?|\{,\}|[ ~'\u2019\u00a0\u2007\u2009\u202f])"
 _SEPARATOR = re.compile(_THOUSANDS)
 _COUNTED = r"(?<=\d \d{3})(?:-(?!\d)|[^\W\d_])"
-"""After a blank between two numbers: the second belongs to a word, as in "5 100-dollar bills" or "2 500g bags"."""
+"""After a blank between two numbers, a second one that belongs to a word: "5 100-dollar bills" or "2 500g bags"."""
 _GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!{_THOUSANDS}?\d|{_COUNTED})")
 _MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]|(?<![\\w)])\u2013(?=[\\d$.])")
 
@@ -25,7 +25,7 @@ def answer_text(answer: object) -> str | None:
 
 
 def after_thinking(response: str) -> str:
-    """What follows ``</think>``, if that is there and anything follows it."""
+    """The response after ``</think>``; all of it where that is missing or nothing follows it."""
     said = response.rpartition("</think>")[2]
     return said if said.strip() else response
 
@@ -48,13 +48,13 @@ def boxed(text: str) -> str | None:
 
 
 def plain_digits(text: str) -> str:
-    r"""Numbers with an ASCII minus, and with nothing but commas between thousands: ``10\,000``, ``10 000`` and
-    ``9{,}500`` are joined."""
+    r"""The text with plain numbers: an ASCII minus, and no separator of thousands except commas. ``10\,000``,
+    ``10 000`` and ``9{,}500`` are joined."""
     return _GROUPED.sub(lambda match: _SEPARATOR.sub("", match[0]), _MINUS.sub("-", text))
 
 
 def _read_box(text: str, opening: re.Match[str]) -> tuple[int, int, str] | None:
-    """Where a box begins and ends, and its content; None where it is not closed."""
+    """Begin, end and content of a box; None where it is not closed."""
     begins, depth = opening.end(), 0
     if not text.startswith("{", begins):
         word = _UNBRACED.match(text, begins)

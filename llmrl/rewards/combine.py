@@ -1,4 +1,4 @@
-"""Several rewards as one."""
+"""Sum of several rewards."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from llmrl.roles import RewardFunction
 
 
 class CombinedReward:
-    """The sum of several rewards, weighted by themselves. One that has nothing to say of a response is left out of its
-    sum; what none of them can score, the sum cannot either."""
+    """Sum of several rewards, each with its weight already applied. A reward that does not score a response is left out
+    of its sum; a response that none of them scores gets NaN."""
 
     def __init__(self, rewards: Sequence[RewardFunction]) -> None:
         self.rewards = rewards
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """Totals and per-token scores added up, parts side by side."""
+        """Sums of totals and of per-token scores; the parts of all rewards side by side."""
         scores = [reward(rollout) for reward in self.rewards]
         return Scores(
             total=sum_of_known([each.total for each in scores]),
@@ -29,6 +29,6 @@ class CombinedReward:
 
 
 def sum_of_known(totals: Sequence[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
-    """For each response the sum of the scores that are not NaN; NaN where all are."""
+    """Sum over rewards of the scores that are not NaN, for each response; NaN where all are."""
     stacked = torch.stack(list(totals))
     return stacked.nansum(dim=0).masked_fill(stacked.isnan().all(dim=0), math.nan)

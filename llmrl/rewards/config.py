@@ -10,9 +10,9 @@ from llmrl.section import Bound, Section
 from llmrl.user_code import names_code
 
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
-"""What every reward function can ask for beside the columns of the data, and gets though a column has the same name."""
+"""Parameters that every reward function can have beside data columns; a column of the same name is not passed."""
 AMBIGUOUS_COLUMNS = ("completions", "tokens")
-"""Those of which a function that asks for them may mean the column."""
+"""Parameters of these names may be meant as data columns: refused if the data has one of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,8 @@ class RewardConfig:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each part of a score is called: a function by the part after the colon, or by its whole name where
-        another part or a metric has that; the reward model by ``model``."""
+        """Name of each part of a score: for a function the part after the colon, or its whole name where another part
+        or a metric has that; for the reward model ``model``."""
         return self.function_labels + self._model_labels
 
     @property

@@ -18,7 +18,7 @@ SHUTDOWN_S = 5.0
 
 
 def run_in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns or raises. Cancelled where the caller is interrupted."""
+    """Result of a coroutine; its exception is raised. Cancelled where the caller is interrupted."""
     answer = asyncio.run_coroutine_threadsafe(coroutine, _loop())
     try:
         return answer.result()
@@ -28,7 +28,7 @@ def run_in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """Started at the first call, closed at exit."""
+    """The event loop of this process: started at the first call, closed at exit."""
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def live() -> None:

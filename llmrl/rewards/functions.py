@@ -13,14 +13,14 @@ All lists have one entry for each response, in the same order, and are the funct
 responses of a group are in the same call. What a function returns has an entry for each response too, one of these:
 
     0.5                         a number: the score of the response
-    None                        the function has nothing to say of this response: it is left out of the response's sum;
-                                a response of which no function with a weight has anything to say is not scored
+    None                        the function does not score this response: it is left out of the response's sum; a
+                                response that no function with a weight scores counts as unscored
     [0.0, 0.5, 1.0]             a number for each token of the response, its EOS included
     [(7, 0.5), (19, 1.0)]       pairs of a character offset into the response and a number, for the token that completes
                                 the character there; the offset after the last character means the last token
 
-What can be awaited, as the result of an ``async def`` function, is awaited together, in an event loop that is the same
-in all calls of a run: a connection that is kept open stays usable.
+Awaitables, such as the results of ``async def`` functions, are awaited together, in one event loop for all calls of a
+run: a connection that is kept open stays usable.
 """
 
 import asyncio
@@ -46,10 +46,10 @@ from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_
 from llmrl.user_code import describe_exception
 
 QUICK_S = 0.1
-"""A function that failed sooner than this is asked again row by row, for the row on which it fails, unless the failure
-is that of a connection or a file."""
+"""A function that failed within this time is called again row by row, to find the row on which it fails, unless the
+failure is that of a connection or a file."""
 SEARCH_S = 1.0
-"""The longest that this may last."""
+"""Time limit of that search."""
 
 
 class RewardError(RuntimeError):
@@ -58,14 +58,14 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What the functions are asked about one rollout."""
+    """Arguments of the reward functions for one rollout."""
 
     number: int
-    """1 for the first rollout."""
+    """Number of the call: 1 for the first rollout."""
     rows: Sequence[Row]
     """The data row of each response."""
     columns: Mapping[str, list[Any]]
-    """What functions can take, by name."""
+    """Columns that functions can take, by name."""
     spellings: Sequence[Spelling]
     """The tokens of each response."""
 
@@ -75,11 +75,11 @@ class Call:
 
     @property
     def expected(self) -> str:
-        """What a function is to return, for messages."""
+        """What a function must return, for messages."""
         return f"expected a list of {self.num_responses} numbers or None, one for each response"
 
     def only(self, row: int) -> "Call":
-        """The same of a single row."""
+        """The same call for a single row."""
         columns = {name: [column[row]] for name, column in self.columns.items()}
         return Call(number=self.number, rows=[self.rows[row]], columns=columns, spellings=[self.spellings[row]])
 
@@ -91,12 +91,12 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenScores:
-    """What one function gave to each response."""
+    """Scores that one function gave."""
 
     whole: list[float]
-    """To the response as a whole: NaN where it cannot be scored, 0 where its tokens got numbers."""
+    """Score of each response as a whole: NaN where it cannot be scored, 0 where its tokens got numbers."""
     tokens: list[list[float]]
-    """To each of its tokens; nothing where the response as a whole got a score."""
+    """Scores of each response's tokens; empty where the response got a score as a whole."""
 
     @property
     def in_all(self) -> list[float]:
@@ -108,7 +108,7 @@ class FunctionReward:
 
     Args:
         config: Names and weights.
-        functions: What `load_functions` made of it.
+        functions: Those of the config, from `load_functions`.
         tokenizer: Decodes the responses.
         prompt_column: The data column that holds the prompt.
         columns: Every data column. A function that takes one gets it in every call, though a row may lack it.
@@ -131,8 +131,8 @@ class FunctionReward:
         self.num_calls = 0
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """Weighted sums: of scores as `total`, without the functions that say None, NaN where all with a weight do; of
-        numbers for tokens as `per_token`. As `parts` what each function gave a response in all, unweighted."""
+        """`total`: weighted sums of scores, without functions that return None; NaN where all with a weight do.
+        `per_token`: weighted sums of numbers for tokens. `parts`: score plus numbers of each function, unweighted."""
         call = self._next_call(rollout)
         results = call_functions(self.functions, call)
         given = [read_scores(name, results[name], call) for name in self.functions]
@@ -170,7 +170,7 @@ def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -
 
 
 def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, Any]:
-    """What each function returns, by name: one is called after the other, then what can be awaited is awaited together.
+    """Results of the functions, by name: called one after another, then awaitables are awaited together.
 
     Raises:
         RewardError: A function raised, and the exception is its cause.
@@ -188,7 +188,7 @@ def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, A
 
 
 def read_scores(name: str, result: Any, call: Call) -> GivenScores:
-    """What a function returned, in floats.
+    """Scores in floats from what a function returned.
 
     Raises:
         RewardError: For some response it is not a finite number, None, or a list for its tokens.
@@ -242,8 +242,8 @@ def _run_together(answers: Sequence[Awaitable[Any]], names: Sequence[str]) -> li
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        told = f"{type(error).__name__}: {error}"
-        raise RewardError(f"{told} while reward function {' and '.join(names)} was awaited") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise RewardError(f"{cause} while reward function {' and '.join(names)} was awaited") from error
 
 
 async def _gather(answers: Sequence[Awaitable[Any]]) -> list[Any]:
@@ -260,7 +260,7 @@ def _in_call(call: Call) -> str:
 
 
 def _failing_row(function: Function, call: Call, error: BaseException) -> str:
-    """The first row that raises the like of an error alone: found by asking again, a row at a time."""
+    """Names the first row that by itself raises an error of this kind: found by calling again, a row at a time."""
     ends = time.monotonic() + SEARCH_S
     for row in range(call.num_responses):
         if time.monotonic() > ends:
@@ -281,7 +281,7 @@ def _raises(kind: type[BaseException], function: Function, call: Call) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own numbers and lists in place of those of torch and numpy, all the way down."""
+    """Python's own numbers and lists in place of those of torch and numpy, at every depth."""
     value = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     if not isinstance(value, list | tuple):
         return value
@@ -290,7 +290,7 @@ def _plain(value: Any) -> Any:
 
 
 def _misfit(value: Any, spelling: Spelling) -> str | None:
-    """What cannot be used about that which a function gave to a response; None if all can."""
+    """Why a function's result for a response cannot be used; None if it can."""
     if isinstance(value, list):
         return spelling.misfit(value)
     return None if value is None or is_number(value) else f"{_shorten(value)} ({type(value).__name__})"
@@ -303,7 +303,7 @@ def _score_of_whole(value: Any) -> float:
 
 
 def _padded(rows: Sequence[list[float]], *, like: Tensor) -> Tensor:
-    """Rows of numbers, with zeros up to the width of another tensor."""
+    """Rows of numbers, padded with zeros to the shape of another tensor."""
     padded = torch.zeros_like(like)
     for row, numbers in enumerate(rows):
         if numbers:

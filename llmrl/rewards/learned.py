@@ -1,4 +1,4 @@
-"""Rewards that a model gives."""
+"""Reward by a frozen reward model."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ class LearnedReward:
 
     Args:
         scorer: Scores sequences of the reward model's own tokens.
-        encode: A rollout in these tokens.
+        encode: Encodes a rollout in these tokens.
         normalize: Applied to the raw scores.
-        weight: What `total` multiplies them by.
+        weight: Factor on the normalized scores in `total`.
     """
 
     def __init__(

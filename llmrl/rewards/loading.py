@@ -1,4 +1,4 @@
-"""From the name of a reward function to a function that can be called: whatever is wrong shows before a model loads."""
+"""Loading of reward functions by name, with checks of whatever can be wrong before a model loads."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -125,7 +125,7 @@ def _signature_problem(function: Function) -> str | None:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError) as error:
-        return f"does not tell its parameters ({error}); wrap it in a function, such as def score(responses)"
+        return f"has no signature that can be read ({error}); wrap it in a function, such as def score(responses)"
     unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     return f"takes {unnamed[0]!r} by its position only, and it is handed over by its name" if unnamed else None
 

@@ -31,7 +31,7 @@ _EXTRACTION = (
     ),
     ExprExtractionConfig(),
 )
-"""Without math-verify's units, among which are the c of 2c and the e of 1/e."""
+"""Extraction without math-verify's units, among which are the c of 2c and the e of 1/e."""
 
 _WRAPPED = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _CLAIM = re.compile(r"(?:answer|solution|result)\b[^.:\n]{0,40}?(?:\bis\b|:)[\s:*]*([^\n]+)", re.IGNORECASE)
@@ -50,7 +50,7 @@ _LARGE_WORD = re.compile(rf"(?<=\d)\s*(?:\\text\s*\{{\s*)?({'|'.join(_LARGE)})\b
 _UNIT = re.compile(r"(?<=[\w})])\s*\\(?:text|mathrm|mbox|pmod)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$")
 _SPELLED_UNIT = re.compile(r"(?<=\d)\s+(?:[a-zA-Z]{2,}|[msghlL])(?:[ /]+[a-zA-Z]+)*\.?(?:\^\{?\d\}?)?$")
 _PARTED = re.compile(r"(?<=\d) (?=\d{3}(?:-(?!\d)|[^\W\d_]))")
-"""Between two numbers that `plain_digits` keeps apart, and that math-verify would join."""
+"""Blank between two numbers that `plain_digits` keeps apart, and that math-verify would join."""
 _MIXED = re.compile(r"(?<![\d/.,^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'.-]+[^\W\d_]+)*[.!]?")
@@ -90,7 +90,7 @@ def _equal(response: str, answer: str | None) -> float | None:
 
 
 class _TooLong(BaseException):
-    """No `Exception`: math-verify and SymPy would swallow it."""
+    """The time limit is exceeded. Not an `Exception`: math-verify and SymPy would swallow it."""
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _words(answer: str) -> str | None:
 
 
 def _times(answer: str) -> set[tuple[int, int, int, str]]:
-    """What a time may mean: without a.m. or p.m. it may be either."""
+    """Readings of a time: without a.m. or p.m. it may be either."""
     match = _TIME.fullmatch(_bare(answer))
     if match is None:
         return set()
@@ -184,12 +184,12 @@ def _times(answer: str) -> set[tuple[int, int, int, str]]:
 
 
 def _bare(answer: str) -> str:
-    """Without fonts, and with single blanks."""
+    """The answer without fonts, and with single blanks."""
     return " ".join(_SPACE.sub(" ", _FONT.sub(r"\1", answer)).strip("*` ").split())
 
 
 def _plain(answer: str) -> str:
-    """Mathematics without currency, units and fonts."""
+    """The answer as mathematics without currency, units and fonts."""
     answer = _ROOT.sub(r"\\sqrt{\1\2}", answer).translate(_UNICODE).replace(r"\varnothing", r"\emptyset")
     answer = plain_digits(_CONSTANT.sub(r"\1", _ORDINAL.sub("", answer))).replace("\\!", "")
     answer = _CURRENCY.sub("", _SPACE.sub(" ", answer)).strip("*` ").rstrip(".")

@@ -14,7 +14,7 @@ from llmrl.batches import Sequences
 
 LARGEST_SCORE = torch.finfo(torch.float32).max
 BROKEN = "\ufffd"
-"""What decoders write for bytes that are no character."""
+"""Character that decoders write for bytes that are no character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Spelling:
 
     @property
     def expected(self) -> str:
-        """What a list for the tokens of this response is to hold, for messages."""
+        """What a list for the tokens of this response must hold, for messages."""
         return (
             f"a finite number for each of its {len(self.ids)} tokens, "
             f"or (offset, finite number) pairs with whole offsets from 0 to {len(self.text)}"
@@ -44,7 +44,7 @@ class Spelling:
         return None if fills else f"a list of length {len(given)}"
 
     def land(self, given: list[Any]) -> list[float]:
-        """One number for each token, of a list without `misfit`. Numbers that land on the same token add up."""
+        """One number for each token, from a list without `misfit`. Numbers that land on the same token add up."""
         if given and not _has_pairs(given):
             return [float(number) for number in given]
         prefix = cache(lambda last: self.decode(self.ids[: last + 1]))
@@ -86,7 +86,7 @@ def spell_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def token_texts(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    """The text of each token, decoded by itself; of a special token its name."""
+    """The text of each token, decoded by itself; for a special token its name."""
     distinct = sorted({token for row in ids for token in row})
     decoded = tokenizer.batch_decode([[token] for token in distinct], clean_up_tokenization_spaces=False)
     texts = dict(zip(distinct, decoded, strict=True))

@@ -95,14 +95,14 @@ def _final_number(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """Numbers as `_NUMBER` reads them: fractions, mixed ones included, with a slash, and powers of ten with an e."""
+    """The text with numbers as `_NUMBER` reads them: (mixed) fractions with a slash, powers of ten with an e."""
     text = _FRACTION.sub(r" \1/\2", plain_digits(text))
     text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
     return _POWER_OF_TEN.sub(r"e\1", text)
 
 
 def _read_number(match: re.Match[str]) -> Fraction | None:
-    """Through `Decimal`, which unlike `int` reads any number of digits. A fraction over zero is no number."""
+    """The number, read by `Decimal`, which unlike `int` takes any number of digits; None for a fraction over zero."""
     sign, numerator, denominator = match.groups(default="")
     divisor = _exact(denominator) if denominator else Fraction(1)
     if divisor == 0:
@@ -122,7 +122,7 @@ def _holds(calculation: str, result: str) -> bool:
 
 
 def _calculate(calculation: str) -> Fraction:
-    """A sum of products and quotients, from left to right."""
+    """Value of a sum of products and quotients, from left to right."""
     total = product = Fraction(0)
     for sign, digits in _STEP.findall(calculation):
         number = _exact(digits)

@@ -1,4 +1,4 @@
-"""How much memory a run takes, before it begins: an estimate from a recipe, a model's config.json and a launch."""
+"""Memory of a run before it begins: an estimate from a recipe, a model's config.json and a launch."""
 
 from llmrl.sizing.estimate import Estimate, Item, estimate_memory
 from llmrl.sizing.report import describe_memory

@@ -1,7 +1,7 @@
-"""What a forward and a backward pass hold beside the weights, for decoders in the manner of Llama.
+"""Memory of a forward and a backward pass beside the weights, for decoders in the manner of Llama.
 
 Attention is sdpa in a form that never holds a (tokens x tokens) matrix. h, q, k, f are the sizes of hidden states,
-queries, keys and of the feed-forward layer. Of each token, a layer keeps for its backward pass:
+queries, keys and of the feed-forward layer. For each token, a layer keeps for its backward pass:
 
     each of two norms           its input h and what it scales h, both float32
     inputs of linear layers     h twice in float32; cast by autocast, one copy for each of q, k, v, gate and up
@@ -17,9 +17,9 @@ from llmrl.sizing.shape import ModelShape
 FLOAT32 = 4
 BFLOAT16 = 2
 CHUNKS_AT_ONCE = 3
-"""Logits of a chunk, their exponentials, and the chunk before."""
+"""Tensors of one chunk held at once: its logits, their exponentials, and the logits of the chunk before."""
 LORA_LAYERS = 7
-"""Linear layers of a Llama layer."""
+"""Number of linear layers in a Llama layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def peak_extra_bytes(shape: ModelShape, work: Pass) -> int:
 
 
 def _cast(shape: ModelShape, work: Pass) -> int:
-    """Linear layers in the precision that autocast computes in."""
+    """Bytes of the linear layers cast to the precision of autocast."""
     return BFLOAT16 * shape.num_linear if work.bfloat16 else 0
 
 
@@ -90,7 +90,7 @@ def of_layer(shape: ModelShape, work: Pass) -> int:
 
 
 def head(shape: ModelShape, work: Pass) -> int:
-    """What the LM head takes while activations stand: states of scored tokens, and logits of one chunk at a time."""
+    """Bytes of the LM head while activations are held: states of scored tokens, and logits of one chunk at a time."""
     if not work.num_scored:
         return 0
     chunk = min(CHUNK_TOKENS, work.num_scored) * shape.vocab_size
@@ -102,13 +102,13 @@ def head(shape: ModelShape, work: Pass) -> int:
 
 
 def head_gradient(shape: ModelShape, work: Pass) -> int:
-    """The gradient of the LM head's matrix, which is padded to all its rows, and a product that is added to it."""
+    """Bytes of the gradient of the LM head's matrix, padded to all its rows, and of a product that is added to it."""
     matrix = shape.vocab_size * shape.hidden_size
     return matrix * (2 * FLOAT32 + (BFLOAT16 if work.bfloat16 else 0)) if work.num_scored and work.learns else 0
 
 
 def read_only(shape: ModelShape, work: Pass) -> int:
-    """The peak of a forward pass without gradient: in a layer, or in the head."""
+    """Peak bytes of a forward pass without gradient: in a layer, or in the head."""
     hidden = FLOAT32 * shape.hidden_size * work.num_tokens
     cast = _cast(shape, work) // shape.num_layers if work.learns else 0  # what is frozen is kept in that precision
     layer = 2 * hidden + work.num_tokens * work.size * (3 * shape.feed_forward_size + shape.hidden_size)

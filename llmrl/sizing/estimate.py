@@ -1,4 +1,4 @@
-"""The memory of a run, item by item: what a device holds in each phase, and what a process holds while it loads."""
+"""Estimate of a run's memory, item by item: of a device in each phase, and of a process while it loads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ Phase = Literal["rollout", "scoring", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update")
 
 LOGIT_COPIES = 5
-"""Logits of the rows being decoded, tempered, their log-softmax, its exponential and the running sum."""
+"""Tensors as large as the logits of the rows being decoded: these, tempered, log-softmax, its exponential, its sum."""
 BYTES_PER_PROMPT_TOKEN = 9
-"""Its id and its mask."""
+"""Bytes of its id and its mask."""
 BYTES_PER_RESPONSE_TOKEN = 45
-"""Its id, mask, rewards, log-probabilities, values, advantages and returns."""
+"""Bytes of its id, mask, rewards, log-probabilities, values, advantages and returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Something that takes memory, in the phases in which it does."""
+    """One consumer of memory: its bytes, and the phases in which they are held."""
 
     name: str
     num_bytes: int
@@ -35,16 +35,16 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes of one device, and of one process in the memory of the CPU."""
+    """Estimated memory in bytes: of one device, and of one process on the CPU."""
 
     items: tuple[Item, ...]
     host_loading: int
-    """The most that a process takes of the CPU's memory while models load."""
+    """Peak of a process in the memory of the CPU while models load."""
     host_training: int
-    """What is kept there by offloading."""
+    """Memory of the CPU that offloading takes in training."""
 
     def of(self, phase: Phase) -> int:
-        """All that stands in this phase."""
+        """Bytes that a device holds in this phase."""
         return sum(item.num_bytes for item in self.items if phase in item.phases)
 
     @property
@@ -63,13 +63,13 @@ def estimate_memory(
     *,
     reward_shape: ModelShape | None = None,
 ) -> Estimate:
-    """What a recipe takes at its longest prompts and responses.
+    """Memory of a run at its longest prompts and responses.
 
     Args:
-        config: Which run.
-        shape: Of the model that is trained.
-        strategy: How it is launched.
-        reward_shape: Of the reward model, where the recipe names one.
+        config: Settings of the run.
+        shape: Shape of the model that is trained.
+        strategy: Its launch.
+        reward_shape: Shape of the reward model, where the recipe names one.
     """
     if isinstance(config, SFTRun):
         parts = _Supervised(config, shape, strategy)
@@ -85,7 +85,7 @@ def estimate_memory(
 
 
 class _Parts(ABC):
-    """What all runs have: modules that learn."""
+    """Memory of what every run has: modules that learn."""
 
     def __init__(self, config: SFTRun | RewardModelRun | RLRun, shape: ModelShape, strategy: Strategy) -> None:
         self.model, self.shape, self.strategy = config.model, shape, strategy
@@ -97,19 +97,19 @@ class _Parts(ABC):
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """What a device holds."""
+        """Yields the items that a device holds."""
 
     def splits(self) -> list[Split]:
         """The modules that learn, one for each optimizer."""
         return [self.split(self.shape.num_parameters)]
 
     def host_loading(self) -> int:
-        """All weights of what learns, and of what is copied of it before it is split."""
+        """Bytes of all weights that learn, and of what is copied of them before they are split."""
         whole = FLOAT32 * sum(split.trained + split.frozen for split in self.splits())
         return whole if self.strategy.splits_weights else FLOAT32 * self.shape.num_parameters
 
     def split(self, num_model: int, *, extra: int = 0) -> Split:
-        """A model of this many parameters that is trained, or its adapters; `extra` parameters are always trained."""
+        """Split of a trained model of this many parameters, or of its adapters; `extra` ones are always trained."""
         trained = self.num_adapter or num_model
         frozen = num_model if self.num_adapter else 0
         return Split(
@@ -121,7 +121,7 @@ class _Parts(ABC):
         )
 
     def learning(self) -> Iterator[Item]:
-        """Weights, what the optimizer keeps of them, gradients, and what passes while they are put together."""
+        """Yields weights, optimizer states, and what is transient while weights and gradients are gathered."""
         totals: dict[str, int] = {}
         for split in self.splits():
             for name, num_bytes in resident(split, self.strategy):
@@ -156,8 +156,8 @@ class _Parts(ABC):
         )
 
     def updating(self, work: Pass, num_rows: int) -> Iterator[Item]:
-        """A pass, and the gradients of those before it. `num_rows` counts the rows in all: the first pass through the
-        last of the models that learn has no gradients of that model before it."""
+        """Yields a pass, and the gradients of those before it. `num_rows` counts the rows in all: the first pass
+        through the last of the models that learn has no gradients of that model before it."""
         saved, moment = activations.saved_bytes(self.shape, work), activations.peak_extra_bytes(self.shape, work)
         yield Item(name="activations", num_bytes=saved, phases=("update",))
         yield Item(name="the fullest moment of a pass", num_bytes=moment, phases=("update",))
@@ -238,7 +238,7 @@ class _Reinforcement(_Parts):
         return loading
 
     def frozen(self) -> Iterator[Item]:
-        """Copies for sampling, whole on every device; the reference and the reward model, which may be split."""
+        """Yields the copy to sample from, whole on every device; reference and reward model, which may be split."""
         num = self.shape.num_parameters + self.num_adapter
         if self.bfloat16 or self.strategy.splits_weights:
             yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
@@ -256,13 +256,13 @@ class _Reinforcement(_Parts):
         return self.config.algorithm.kl_coef != 0 and not self.num_adapter
 
     def _read_only_model(self, shape: ModelShape, num: int, *, bfloat16: bool | None = None) -> int:
-        """Linear layers in the precision that they compute in, all else in float32."""
+        """Bytes of a model that never learns: linear layers in the precision they compute in, all else in float32."""
         bfloat16 = self.bfloat16 if bfloat16 is None else bfloat16
         whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * bfloat16
         return whole // (self.strategy.num_devices if self.config.distributed.frozen == "split" else 1)
 
     def rollout(self) -> Iterator[Item]:
-        """Keys and values, the pass over the prompts, and the logits of one token of each row."""
+        """Yields keys and values, the pass over the prompts, and the logits of one token of each row."""
         rollout, group = self.config.rollout, self.config.algorithm.group_size
         prompt, response = self.config.data.max_prompt_tokens, rollout.max_response_tokens
         count = -(-rollout.prompts_per_iteration // self.strategy.num_devices) * group
@@ -284,7 +284,7 @@ class _Reinforcement(_Parts):
         return LOGIT_COPIES * FLOAT32 * rows * self.shape.vocab_size
 
     def scoring(self) -> Iterator[Item]:
-        """The larger of the passes over one microbatch."""
+        """Yields the larger of the passes without gradient over one microbatch."""
         works = [activations.read_only(self.shape, self._work())]
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:

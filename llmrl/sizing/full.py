@@ -1,4 +1,4 @@
-"""What to tell whoever runs out of memory."""
+"""Message for a run that is out of memory: in which phase, and which setting lowers it."""
 
 import re
 
@@ -18,7 +18,7 @@ OF_THE_CPU = re.compile(r"DefaultCPUAllocator: can't allocate memory: you tried 
 
 
 def describe_full_memory(error: RuntimeError, phase: str) -> str | None:
-    """One line on memory that ran out in a phase of a run, and which setting to change; None for any other error."""
+    """One line on memory that ran out in a phase of a run, with the setting to change; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         peak = (
             f", {in_units(torch.cuda.max_memory_allocated())} in tensors at its peak"

@@ -13,7 +13,7 @@ CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memo
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What this machine has, in bytes."""
+    """Memory of a machine in bytes."""
 
     cpu: int
     gpu: int | None

@@ -1,4 +1,4 @@
-"""The estimate in a few lines, for whoever is about to launch a run."""
+"""Report of the memory estimate in a few lines, printed before a run is launched."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +18,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def describe_memory(config: RunConfig) -> list[str]:
-    """What a recipe takes, launched as this process was; or a sentence on why that is not known.
+    """Lines on the memory of a run under the launch of this process, or a sentence on why it is not known.
 
     Raises:
         LaunchError: The launcher asks for what llmrl does not do.
@@ -49,8 +49,8 @@ def _reward_shape(config: RunConfig) -> tuple[ModelShape | None, list[str]]:
 
 def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
     """The phases, then the items from the largest on."""
-    told = PHASES if has_rollouts else ("update",)
-    phases = ", ".join(f"{phase} {in_units(estimate.of(phase))}" for phase in told)
+    reported = PHASES if has_rollouts else ("update",)
+    phases = ", ".join(f"{phase} {in_units(estimate.of(phase))}" for phase in reported)
     listed = sorted(estimate.items, key=lambda item: -item.num_bytes)
     of_peak = (item for item in listed if estimate.peak_phase in item.phases)
     lines = [
@@ -65,7 +65,7 @@ def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
 def _fit(
     config: RunConfig, estimate: Estimate, estimated: Callable[[RunConfig], Estimate], *, beside: str | None
 ) -> list[str]:
-    """Whether the memory of this machine holds that, and what would lower it; `beside` is what was not counted."""
+    """Lines on whether the run fits this machine, and what would lower its memory; `beside`: what was not counted."""
     machine = this_machine()
     num_processes = number("LOCAL_WORLD_SIZE", least=1, otherwise=number("WORLD_SIZE", least=1, otherwise=1))
     if machine.gpu is not None:
@@ -73,21 +73,21 @@ def _fit(
     else:
         has, each, where = machine.cpu, num_processes, "CPU, as torch sees no GPU on it,"
     needed = each * estimate.peak
-    told = f"  This machine's {where} has {in_units(has)}"
+    memory = f"  This machine's {where} has {in_units(has)}"
     if needed <= has:
         without = f" without {beside}" if beside else ""
-        return [f"{told}: the run fits{without}, with {in_units(has - needed)} to spare."]
+        return [f"{memory}: the run fits{without}, with {in_units(has - needed)} to spare."]
     lower = dict(_lowered(config, each * estimate.peak, lambda other: each * estimated(other).peak))
     ways = ", ".join(f"{setting} to {in_units(num_bytes)}" for setting, num_bytes in lower.items())
     return [
-        f"{told}, and the run takes {in_units(needed)} of it: it does not fit."
+        f"{memory}, and the run takes {in_units(needed)} of it: it does not fit."
         + (f" These lower it: {ways}." if ways else "")
         + " Other ways: a smaller model, or more devices with weights split over them; see docs/sizing.md."
     ]
 
 
 def _lowered(config: RunConfig, needed: int, peak: Callable[[RunConfig], int]) -> Iterator[tuple[str, int]]:
-    """What each setting that lowers the peak would lower it to, and all of them together."""
+    """Yields each setting that lowers the peak, with the peak that it gives; last all of them together."""
     together, names = config, []
     for setting, (path, value) in _levers(config).items():
         try:
@@ -125,7 +125,7 @@ def _with(config: Any, path: str, value: Any) -> Any:
 
 
 def in_units(num_bytes: int) -> str:
-    """With three digits, in the unit that suits."""
+    """Bytes as text: three digits, in the unit that suits."""
     for unit, size in UNITS:
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What a model is made of, in numbers of parameters: counted on modules without weights."""
+"""Shape of a model: its numbers of parameters and sizes, counted on modules without weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,16 +27,16 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A causal language model."""
+    """Shape of a causal language model."""
 
     num_parameters: int
-    """A matrix that serves as input and as output embedding counts once."""
+    """Parameters of the model; a matrix that serves as input and as output embedding counts once."""
     num_embedding: int
-    """In the input embedding."""
+    """Parameters of the input embedding."""
     num_head: int
-    """In an LM head of its own; 0 where the input embedding serves."""
+    """Parameters of an LM head of its own; 0 where the input embedding serves."""
     largest: int
-    """In the largest parameter."""
+    """Elements of the largest parameter."""
     linears: tuple[Linear, ...]
     num_layers: int
     hidden_size: int
@@ -49,26 +49,26 @@ class ModelShape:
     vocab_size: int
     """Rows of the LM head, padding included."""
     adapter_rank: int | None = None
-    """Of the LoRA adapter that comes with the folder."""
+    """LoRA rank of the adapter that comes with the folder."""
     adapter_targets: tuple[str, ...] = ()
 
     @property
     def num_linear(self) -> int:
-        """In the matrices of linear layers below the head."""
+        """Parameters in the matrices of linear layers below the head."""
         return sum(linear.inputs * linear.outputs for linear in self.linears)
 
     @property
     def num_layer(self) -> int:
-        """In one layer."""
+        """Parameters in the linear layers of one layer."""
         return self.num_linear // self.num_layers
 
     @property
     def num_trunk(self) -> int:
-        """Without an LM head of its own."""
+        """Parameters without an LM head of its own."""
         return self.num_parameters - self.num_head
 
     def num_adapter(self, rank: int, targets: Sequence[str]) -> int:
-        """In LoRA matrices of this rank on the linear layers of these names; none named: on all."""
+        """Parameters of LoRA matrices of this rank on the linear layers of these names; none named: on all."""
         chosen = [x for x in self.linears if not targets or x.name.rpartition(".")[2] in targets]
         return sum(rank * (linear.inputs + linear.outputs) for linear in chosen)
 
@@ -108,7 +108,7 @@ def _config_file(path: str) -> Path | None:
 
 
 def shape_of(config: "PretrainedConfig") -> ModelShape:
-    """The shape that transformers makes of these settings."""
+    """The shape of the model that transformers builds from these settings."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

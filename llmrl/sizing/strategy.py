@@ -1,4 +1,4 @@
-"""How what learns lies on devices: bytes that each of them holds, by the launch's way of splitting."""
+"""Bytes of trained modules on each device, by the launch: replicated, or split by ZeRO or FSDP2."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from llmrl.sizing.activations import FLOAT32
 ADAM = 8
 """Bytes of AdamW's two running means of a weight."""
 HOST_COPIES = 4
-"""Of an offloaded weight: the optimizer's own, one on its way back, its gradient, and the sum of gradients so far."""
+"""Copies of an offloaded weight: the optimizer's, one on its way back, its gradient, and the sum of gradients."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default for `stage3_max_live_parameters`: weights that stay whole at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a run is launched, as far as memory is concerned."""
+    """Launch of a run, as far as memory is concerned."""
 
     sharding: Literal["none", "deepspeed", "fsdp"] = "none"
     zero_stage: int = 0
@@ -35,7 +35,7 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        """In the words of the guide."""
+        """Name of the launch, in the words of docs/sizing.md."""
         where = f"{self.num_devices} device" + "s" * (self.num_devices > 1)
         if self.sharding == "none":
             return f"every weight on {'each of ' * (self.num_devices > 1)}{where}"
@@ -46,7 +46,7 @@ class Strategy:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The modules that learn under one optimizer."""
+    """Sizes of the modules that learn under one optimizer, in parameters."""
 
     trained: int
     """Parameters that learn."""
@@ -57,11 +57,11 @@ class Split:
     root: int
     """Parameters outside of the layers."""
     largest: int
-    """In the largest parameter."""
+    """Elements of the largest parameter."""
 
 
 def launched_strategy(launch: Launch) -> Strategy:
-    """How this process was launched."""
+    """Strategy of the launch of this process."""
     if launch.sharding != "deepspeed":
         return Strategy(sharding=launch.sharding, num_devices=launch.world_size)
     zero = deepspeed_settings()["zero_optimization"]
@@ -93,7 +93,7 @@ def resident(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
 
 
 def gradients(split: Split, strategy: Strategy) -> int:
-    """What each device holds of gradients between two microbatches, and twice that where they are put together."""
+    """Bytes of gradients on each device between two microbatches; twice that where they are reduced."""
     if strategy.offloads_optimizer:
         return 0
     whole = FLOAT32 * split.trained
@@ -116,7 +116,7 @@ def transient(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
 
 
 def host(split: Split, strategy: Strategy) -> int:
-    """What each process keeps in the memory of the CPU while it trains."""
+    """Bytes that each process keeps in the memory of the CPU while it trains."""
     weights = FLOAT32 * (split.trained + split.frozen) // strategy.num_devices if strategy.offloads_weights else 0
     if not strategy.offloads_optimizer:
         return weights

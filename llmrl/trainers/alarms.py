@@ -1,7 +1,7 @@
-"""What tells that a run is dead or broken: one warning of each kind, with the evidence and the likely cause.
+"""Alarms of a run that is dead or broken: one warning of each kind, with the evidence and the likely cause.
 
 Every kind looks at the metrics of one iteration and at those of the start. It is raised when it holds in several
-iterations in a row, so that one odd batch raises nothing, and said again at the end of the run if it still holds then.
+iterations in a row, so that one odd batch raises nothing, and repeated at the end of the run if it still holds then.
 """
 
 import math
@@ -17,7 +17,7 @@ LEARNS_NOTHING = ("unscored", "nothing to learn")
 FLAT_STD = 1e-6
 """Spread of scores, relative to their size, that is rounding."""
 SOLVED = 0.1
-"""Of what the mean score rose by: batches of solved prompts differ by no more."""
+"""Share of the rise of the mean score: batches of solved prompts differ by no more."""
 COLLAPSED_ENTROPY = 1e-4
 """Nats per token. Tasks with one right answer stay a hundred times above this when they are solved."""
 EXPLODED_KL = 2.0
@@ -41,7 +41,7 @@ class Alarms:
     """Looks at every iteration of a run, and remembers what it warned of.
 
     Args:
-        dtype: Of sampling and training, by which rounding is judged.
+        dtype: Arithmetic of sampling and training, which sets the rounding to expect.
     """
 
     def __init__(self, dtype: str = "float32") -> None:
@@ -56,11 +56,11 @@ class Alarms:
         self.streaks: dict[str, int] = {}
         """In how many iterations, up to the last one, a kind held."""
         self.current: dict[str, str] = {}
-        """What the last iteration that could tell said, of the kinds that held there."""
+        """Text of each kind that held in the last iteration that had its metric."""
         self.raised: set[str] = set()
 
     def observe(self, values: Values) -> list[str]:
-        """The metrics of the next iteration, or those of an evaluation alone. Returns the warnings that are new."""
+        """New warnings from the metrics of the next iteration, or from those of an evaluation alone."""
         self.start = {**values, **self.start}
         self.num_iterations += any(not name.startswith("eval/") for name in values)
         for name, value in values.items():
@@ -78,18 +78,18 @@ class Alarms:
         return [self.current[kind] for kind in new]
 
     def at_the_end(self) -> list[str]:
-        """What still holds after the last iteration: there as in a run, or all along in a run that was shorter."""
+        """Warnings that still hold after the last iteration: as long as in a run, or all along in a shorter run."""
         return [text for kind, text in self.current.items() if self.streaks[kind] >= self.enough(kind)]
 
     def enough(self, kind: str) -> int:
-        """In how many iterations, up to the end, a kind must hold to be said there."""
+        """Iterations, up to the end, in which a kind must hold to be repeated there."""
         if kind in LEARNS_NOTHING:
             return min(PATIENCE, self.num_iterations)
         _, patience, _ = self.kinds()[kind]
         return min(patience, max(self.num_iterations - 1, 1))  # the first iteration is what others are compared with
 
     def note(self, kind: str, text: str | None) -> None:
-        """A kind holds, and this says it, or it does not."""
+        """Records that a kind holds, with its text, or that it does not hold (None)."""
         self.streaks[kind] = 0 if text is None else self.streaks.get(kind, 0) + 1
         if text is None:
             self.current.pop(kind, None)
@@ -133,7 +133,7 @@ class Alarms:
         alike = "every response to a prompt" if "group/flat_fraction" in values else "every response"
         return (
             f"{alike} got the same score in {_in_a_row(num)} (mean {values['score/mean']:.3g}), so nothing is "
-            "learned from scores: samples.jsonl shows the responses; either the reward never tells them apart (its "
+            "learned from scores: samples.jsonl shows the responses; either the reward never distinguishes them (its "
             "answer column, the form that it expects), or the prompts are too hard for this model, or all responses "
             "are equal"
         )

@@ -21,13 +21,13 @@ class BatchTrainer(Resumable):
     """Minimizes an objective, whatever it is, on the batches of a source.
 
     Args:
-        objective: What is minimized, and what an evaluation measures.
+        objective: The loss that is minimized, and the metrics of an evaluation.
         trained: The one module that learns, by its name in the metrics.
         source: The data.
-        held_out: What evaluations are on, on the device; None for a run without them.
+        held_out: Data of evaluations, on the device; None for a run without them.
         batch_size: Rows per optimizer step, over all ranks.
         microbatch_tokens: Tokens per forward pass on one device, padding included.
-        context: That of the run.
+        context: Context of the run.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class BatchTrainer(Resumable):
         self.collectives = context.collectives
         self.progress = context.progress
         self.evaluated: tuple[int, Any] | None = None
-        """Outputs on the held-out data, and after how many iterations."""
+        """``(iterations done, outputs)`` of the last evaluation on the held-out data."""
         super().__init__(trained, source)
 
     def iterate(self) -> Metrics:
@@ -81,12 +81,12 @@ class BatchTrainer(Resumable):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """What the objective measures on the held-out data."""
+        """Metrics of the objective on the held-out data."""
         return self.objective.evaluate(*self.held_out_outputs())
 
     @torch.no_grad()
     def held_out_outputs(self) -> tuple[Any, Any]:
-        """What the model as it is says of the held-out data, computed once an iteration; and that data."""
+        """``(outputs, data)``: outputs of the current model on the held-out data, computed once an iteration."""
         assert self.held_out is not None, "evaluation without held-out data"
         if self.evaluated is None or self.evaluated[0] != self.iteration:
             self.progress.phase("evaluation", 1)

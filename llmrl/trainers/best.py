@@ -17,10 +17,10 @@ class BestModel:
 
     Args:
         output: The output folder.
-        metric: Its name, after a minus if less is better; None keeps no model.
-        warmup_iterations: How many iterations at the start lack metrics of later ones.
-        save_model: Writes the model as it is to a folder; all ranks call it together.
-        collectives: Those of the run; the first rank writes the record.
+        metric: Name of the metric, after a minus if less is better; None keeps no model.
+        warmup_iterations: Number of iterations at the start that lack metrics of later ones.
+        save_model: Writes the current model to a folder. Collective.
+        collectives: Collectives of the run; the first rank writes the record.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BestModel:
                 self._replace({"metric": name, "value": value, "iteration": iteration})
 
     def _replace(self, record: dict[str, Any]) -> None:
-        """The model that was just saved becomes the best, with a record of why."""
+        """Makes the model that was just saved the best, with a record of why."""
         new, old = self.folder.with_name(".best.new"), self.folder.with_name(".best.old")
         write_atomically(new / "best.json", record)
         shutil.rmtree(old, ignore_errors=True)
@@ -74,11 +74,11 @@ class BestModel:
         shutil.rmtree(old, ignore_errors=True)
 
     def record(self) -> dict[str, Any] | None:
-        """Which metric made the model in best/ the best, its value and its iteration; None where there is none."""
+        """Record of the model in best/: metric, value and iteration; None where there is no model."""
         return read_object(self.folder / "best.json")
 
     def _check_measured(self, name: str, values: Mapping[str, float], record: dict[str, Any] | None) -> None:
-        """Refuses the name of a metric that was never measured, as soon as it would have been."""
+        """Refuses the name of a metric that is not measured, once it would have been."""
         is_due = not name.startswith("eval/") or any(other.startswith("eval/") for other in values)
         if record is None and is_due:
             nearest = "".join(f"; did you mean {near}?" for near in get_close_matches(name, values, n=1))

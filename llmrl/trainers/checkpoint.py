@@ -115,7 +115,7 @@ def join_state(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str,
 
 
 def in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same contiguous, and copied where two would share memory: safetensors refuses that."""
+    """The tensors, contiguous, and copied where two would share memory: safetensors refuses that."""
     own: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():

@@ -10,12 +10,12 @@ from llmrl.section import Bound, Section
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(Section, place="run"):
-    """What a run leaves."""
+    """Output folder of a run: what is written there, and when."""
 
     output_dir: UserPath
-    """Folder of everything that the run leaves."""
+    """Folder that the run writes everything to."""
     seed: Annotated[int, Bound(least=0, below=2**32)] = 0
-    """Of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
+    """Seed of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
     resume: bool = False
     """Continues from the newest checkpoint in the folder, or starts where there is none."""
     checkpoint_every: Annotated[int, Bound(least=0)] = 50
@@ -41,7 +41,7 @@ class OutputConfig(Section, place="run"):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(OutputConfig):
-    """How long a run is, and what it leaves."""
+    """Length of a run, and its output folder."""
 
     num_iterations: Annotated[int, Bound(least=1)]
     """Iterations in all, those before a resume included."""
@@ -49,7 +49,7 @@ class RunConfig(OutputConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RLRunConfig(RunConfig):
-    """What a run of reinforcement learning leaves beside that."""
+    """Length of a run of reinforcement learning, and its output folder."""
 
     samples_per_iteration: Annotated[int, Bound(least=0)] = 4
     """Responses of an iteration that are written to samples.jsonl."""
@@ -57,7 +57,7 @@ class RLRunConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section, place="evaluation"):
-    """How held-out prompts are answered, and what counts as correct."""
+    """Sampling and scoring of held-out prompts: how often, how many responses, what counts as correct."""
 
     every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations during training; before the first and after the last too. null for these two only,
@@ -83,7 +83,7 @@ class EvaluationConfig(Section, place="evaluation"):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig(Section, place="update"):
-    """How an experience is cut up for the optimizer."""
+    """Epochs, minibatches and microbatches in which an experience is learned from."""
 
     num_epochs: Annotated[int, Bound(least=1)] = 1
     """Passes over each experience."""
@@ -96,7 +96,7 @@ class UpdateConfig(Section, place="update"):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(Section, place="reward_model"):
-    """How pairs are cut up for the optimizer, and what is learned from them. An iteration is one optimizer step."""
+    """Batches of preference pairs, and the loss that is learned from them. An iteration is one optimizer step."""
 
     num_epochs: Annotated[int, Bound(least=1)] = 1
     """Passes over the pairs; a reward model learns them by heart in the second."""
@@ -119,7 +119,7 @@ class RewardModelConfig(Section, place="reward_model"):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(Section, place="sft"):
-    """How examples are cut up for the optimizer. An iteration is one optimizer step."""
+    """Batches of supervised examples. An iteration is one optimizer step."""
 
     batch_size: Annotated[int, Bound(least=1)] = 32
     """Examples per optimizer step, over all ranks."""

@@ -12,7 +12,7 @@ from llmrl.trainers.config import EvaluationConfig
 
 
 class Evaluator:
-    """Answers the same held-out prompts, with the same random numbers, whenever it is asked."""
+    """Evaluates the policy on the same held-out prompts, with the same random numbers each time."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Evaluator:
         self.reward = reward
         self.prompts = prompts
         self.criterion = criterion
-        """The part of the scores that says what is correct."""
+        """Part of the scores that decides what is correct."""
         self.sampling = Sampling(
             temperature=config.temperature,
             num_responses=config.num_responses,
@@ -65,9 +65,9 @@ class Evaluator:
         return values
 
     def _correct(self, scores: Scores, num_responses: int) -> Bool[Tensor, "N G"]:
-        """Of each prompt that the criterion is for, which responses are correct: one that nothing could score is not.
+        """Which responses are correct, for each prompt of the criterion; one that nothing could score is not.
 
-        Where the criterion says nothing of a prompt and another reward scores it, the prompt is of another task.
+        A prompt that the criterion does not score and another reward does is of another task.
         """
         criterion, total = (x.view(-1, num_responses) for x in (scores.parts[self.criterion], scores.total))
         of_another_task = (criterion.isnan() & ~total.isnan()).all(dim=1)

@@ -1,4 +1,4 @@
-"""The folder that a run writes: whether it may, and what an earlier run left there."""
+"""Checks of the output folder: whether a run may write it, and what an earlier run left there."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from llmrl.files import read_object, writing
 from llmrl.trainers.checkpoint import list_checkpoints
 
 RECORDS = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "best", "final")
-"""What a run leaves."""
+"""Files and folders that a run leaves."""
 REPLACED = ("checkpoints", "best", "final")
-"""Of these, the folders that a run that goes on writes over."""
+"""Folders among these that a resumed run writes over."""
 MODEL_FILES = ("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.bin", "*.gguf")
-"""What tells the folder of a model, beside its config.json."""
+"""Files that mark the folder of a model, beside its config.json."""
 
 
 class RunError(ValueError):
@@ -89,7 +89,7 @@ def keep_iterations(file: Path, last: int) -> int:
 
 
 def _iteration(line: str) -> int | None:
-    """Which iteration a line is of; None where it is no record of one."""
+    """Iteration of a line; None where it is no record of one."""
     try:
         entry = json.loads(line)
     except ValueError:

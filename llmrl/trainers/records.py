@@ -19,7 +19,7 @@ VERSIONED = ("llmrl", "torch", "transformers", "accelerate", "deepspeed", "peft"
 
 
 class Records:
-    """The files in which a run says what it is and what it measured. One rank writes them.
+    """config.json and metrics.jsonl of a run: its settings and its metrics. One rank writes them.
 
     Args:
         folder: The output folder.
@@ -67,7 +67,7 @@ class Records:
             file.write(json.dumps(line) + "\n")
 
     def rewrite_last(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Puts a line in the place of that of the last iteration, if there is one."""
+        """Replaces the line of the last iteration, if there is one."""
         keep_iterations(self.metrics_file, iteration - 1)
         self.write(iteration, values)
 
@@ -82,7 +82,7 @@ class Records:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, time and the git state of the current folder: what one needs to know to repeat a run."""
+    """Versions, time and the git state of the current folder: what is needed to repeat a run."""
     changes = _git("status", "--porcelain")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -101,7 +101,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says in the current folder; None where there is no git or no repository."""
+    """Output of git in the current folder; None where there is no git or no repository."""
     try:
         answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

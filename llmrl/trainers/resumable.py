@@ -1,4 +1,4 @@
-"""What every trainer needs to be stopped, saved and continued."""
+"""Base of the trainers: position in the run, state to save and resume, rewind after a failure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ class Resumable:
         self.finish_iteration(0)
 
     def finish_iteration(self, number: int) -> None:
-        """So many iterations are done: from here the next one starts."""
+        """Records that this many iterations are done: the next one starts from here."""
         self.iteration = number
         self.start = self.position()
         self.steps_at_start = self._optimizer_steps()
@@ -35,11 +35,11 @@ class Resumable:
         return self._optimizer_steps() != self.steps_at_start
 
     def cut_short(self) -> None:
-        """The current iteration ends after the optimizer step under way."""
+        """Ends the current iteration after the optimizer step under way."""
         self.is_cut_short = True
 
     def rewind(self) -> bool:
-        """After a failure: back to where the iteration began, unless weights have moved since.
+        """Returns to the start of the iteration after a failure, unless weights have moved since.
 
         Returns:
             Whether the trainer now stands between two iterations, so that its state is worth saving.
@@ -53,15 +53,15 @@ class Resumable:
 
     @property
     def holds_all(self) -> bool:
-        """Whether this rank has the whole state by itself; if not, all ranks must ask for it together."""
+        """Whether this rank has the whole state by itself; if not, `state_dict` is collective."""
         return all(trainable.holds_all for trainable in self.trained.values())
 
     def position(self) -> dict[str, Any]:
-        """Place of the run, except the weights."""
+        """Position in the run, without the weights."""
         return {"iteration": self.iteration, "source": self.source.state_dict()}
 
     def move_to(self, position: dict[str, Any]) -> None:
-        """Returns to a place that `position` gave."""
+        """Returns to a position that `position` gave."""
         self.source.load_state_dict(position["source"])
         self.finish_iteration(position["iteration"])
 

@@ -27,7 +27,7 @@ class RewardModelObjective:
         return self.scorer.pair_tokens(batch)
 
     def denominator(self, batch: PreferencePairs) -> Int[Tensor, ""]:
-        """The pairs of a batch."""
+        """Number of pairs in a batch."""
         return torch.tensor(len(batch.margin), device=batch.margin.device)
 
     def outputs(self, batch: PreferencePairs) -> PairScores:

@@ -31,7 +31,7 @@ from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
 
 FIRST_ONLY = "policy/ratio_max_deviation"
-"""Logged of the first minibatch that is learned from: until its step the trainer's passes read the same weights."""
+"""Metric of the first minibatch that is learned from only: until its step all passes read the same weights."""
 
 
 class FlatGroupsError(RuntimeError):
@@ -39,7 +39,7 @@ class FlatGroupsError(RuntimeError):
 
 
 class RLTrainer(Resumable):
-    """Any algorithm over any engine, reward and policy."""
+    """Trains by any algorithm over any engine, reward and policy."""
 
     def __init__(
         self,
@@ -62,21 +62,21 @@ class RLTrainer(Resumable):
         self.config = update
         self.prompts_per_iteration = prompts_per_iteration
         self.sampling = sampling
-        """How every rollout is drawn, except for the number of its first response."""
+        """Sampling of every rollout, except for the number of its first response."""
         self.group_size = sampling.num_responses
         self.seed = sampling.seed
         self.collectives = context.collectives
         self.progress = context.progress
         self.observe = observe
-        """Sees every experience before it is learned from: samples are written there."""
+        """Called with every experience before it is learned from, to write samples."""
         self.num_responses = 0
-        """Where the global numbers of responses go on: every response so far, on every rank, has a smaller one."""
+        """Lower bound of new global response numbers: every response so far, on every rank, has a smaller one."""
         self.seconds: dict[str, float] = {}
         super().__init__(trained, prompts)
         self.engine.load_weights(trained["actor"])
 
     def iterate(self) -> Metrics:
-        """The next iteration, on the next prompts."""
+        """Runs the next iteration, on the next prompts."""
         self.seconds = {}
         started = time.perf_counter()
         metrics = self.step(self.prompts.next(self.prompts_per_iteration))
@@ -198,7 +198,7 @@ class RLTrainer(Resumable):
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:
-        """A phase of the iteration: shown while it lasts, its seconds counted."""
+        """Context of a phase of the iteration: shown while it lasts, its seconds counted."""
         self.progress.phase(name, total)
         started = time.perf_counter()
         yield
@@ -220,13 +220,13 @@ class RLTrainer(Resumable):
 
 
 def informative(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
-    """The groups whose scores differ: only there is anything to learn from a comparison."""
+    """The groups whose scores differ: a comparison within the others teaches nothing."""
     index = (~flat_groups(scores.per_response, rollout.group_ids)).nonzero().flatten()
     return rollout.select(index), scores.select(index)
 
 
 def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
-    """Everything that was drawn in numbers: scores, lengths, ends, flat groups."""
+    """Metrics of everything that was drawn: scores, lengths, ends, flat groups."""
     scored, lengths = ~scores.total.isnan(), rollout.sequences.response_lengths.double()
     statistics: dict[str, Statistic] = {
         "score": Moments(*masked_moments(scores.per_response, scored)),

@@ -40,14 +40,14 @@ class Stopped(Exception):
 
 @runtime_checkable
 class MetricsSink(Protocol):
-    """Who else receives the metrics."""
+    """Receives the metrics besides metrics.jsonl: the trackers."""
 
     def begin(self, num_done: int, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         """Called once, before the first iteration of this process; `num_done` were done before a resume."""
         ...
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """The metrics of an iteration; passed over where it has them already."""
+        """Receives the metrics of an iteration; passes over those that it has already."""
         ...
 
 
@@ -57,7 +57,7 @@ def check_output(config: OutputConfig, inputs: Mapping[str, str]) -> None:
 
 
 class Run:
-    """Drives a trainer from where it stands to the last iteration."""
+    """Drives a trainer from its current iteration to the last one."""
 
     def __init__(
         self,
@@ -76,17 +76,17 @@ class Run:
         self.config = config
         self.collectives = context.collectives
         self.keeps_records = self.collectives.is_first
-        """Every rank trains; one of them writes."""
+        """Whether this rank writes the records: every rank trains, one of them writes."""
         self.settings = settings
         self.trainer = trainer
         self.save_model = save_model
         self.evaluate = evaluate
         self.evaluate_every = config.num_iterations if evaluate_every is None else evaluate_every
-        """Before the first iteration and after the last one in any case, unless it is 0."""
+        """Iterations between evaluations; before the first and after the last one in any case, unless it is 0."""
         self.progress = context.progress
         self.sink = sink
         self.alarms = alarms
-        """What reports that a run is dead or broken."""
+        """Warnings that a run is dead or broken."""
         self.folder = config.folder
         self.records = Records(self.folder, settings, self.progress)
         self.best = BestModel(
@@ -99,7 +99,7 @@ class Run:
         self.stop_signal: int | None = None
 
     def train(self) -> dict[str, float]:
-        """Every iteration that is left. Returns the metrics of the last one.
+        """Runs every iteration that is left. Returns the metrics of the last one.
 
         Whatever ends it early, what was learned is kept: a signal stops it between two iterations, an error before an
         iteration's first optimizer step puts the trainer back to its start, and in both cases a checkpoint is written.
@@ -150,7 +150,7 @@ class Run:
         return self.stop_signal is not None
 
     def iterate(self) -> dict[str, float]:
-        """One iteration, its evaluation, its line of metrics and its checkpoint."""
+        """Runs one iteration, its evaluation, its line of metrics and its checkpoint. Returns its metrics."""
         values = self.trainer.iterate().values()
         number = self.trainer.iteration
         try:
@@ -172,7 +172,7 @@ class Run:
         return values
 
     def evaluation(self, number: int) -> dict[str, float]:
-        """What is measured after iteration `number`; nothing where no evaluation is due."""
+        """Metrics of the evaluation after iteration `number`; empty where none is due."""
         if self.evaluate is None or not self.evaluate_every:
             return {}
         if number % self.evaluate_every and number != self.config.num_iterations:
@@ -182,8 +182,8 @@ class Run:
         return values
 
     def catch_up(self) -> None:
-        """The evaluation of the model as it stands, where it is due and the file of metrics lacks it: that is before
-        the first iteration, and where a run ended in the middle of one."""
+        """Evaluates the current model where that is due and the file of metrics lacks it: before the first iteration,
+        and where a run ended in the middle of one."""
         number = self.trainer.iteration
         last = dict(self.records.lines()).get(number, {})
         is_known = self.collectives.from_first(any(name.startswith("eval/") for name in last))
@@ -195,9 +195,10 @@ class Run:
             self.best.update(number, values)
 
     def replay(self) -> None:
-        """What earlier processes measured: to trackers that lack it, and to the alarms, which stay silent for now.
+        """Replays the metrics of earlier processes to trackers that lack them, and to the alarms, whose warnings are
+        dropped.
 
-        Both speak on the rank that writes. Others must not read what it may be writing now.
+        Both exist on the rank that writes. Other ranks must not read what it may be writing now.
         """
         if not self.keeps_records:
             return
@@ -206,7 +207,7 @@ class Run:
             self.alarms.observe(values)
 
     def prepare(self) -> None:
-        """Makes the folder, or takes up the newest checkpoint in it and removes what came after that.
+        """Makes the folder, or loads the newest checkpoint in it and removes what came after that.
 
         A run that stands at iteration 0 begins anew: nothing of what it left is kept.
         """
@@ -228,10 +229,10 @@ class Run:
         self.collectives.barrier()  # no rank reads before these are in order
 
     def newest_checkpoint(self) -> Path | None:
-        """What all ranks continue from.
+        """Newest checkpoint, the same on every rank; None where there is none.
 
         Raises:
-            RunError: They do not see the same.
+            RunError: Ranks see different checkpoints.
         """
         seen = [path.name for path in list_checkpoints(self.folder / "checkpoints")[-1:]]
         for rank, other in enumerate(self.collectives.gather(seen)):
@@ -244,7 +245,7 @@ class Run:
         return self.folder / "checkpoints" / seen[0] if seen else None
 
     def begin_records(self) -> None:
-        """Removes what came after the checkpoint, and writes what the run is."""
+        """Removes what came after the checkpoint, and writes the settings of the run."""
         self.records.keep(self.trainer.iteration or -1)
         self.best.discard_after(self.trainer.iteration)
         if self.trainer.iteration >= self.config.num_iterations:
@@ -254,7 +255,7 @@ class Run:
         self.records.write_config()
 
     def checkpoint(self) -> None:
-        """The state between two iterations, unless it is saved already. All ranks bring it together, one writes."""
+        """Saves the state between two iterations, unless it is saved already. Collective; one rank writes."""
         if self.collectives.from_first(self.next_checkpoint.exists()):
             return
         state = self.trainer.state_dict()
@@ -262,7 +263,7 @@ class Run:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
 
     def rescue(self, failure: BaseException) -> None:
-        """After a failure: the state where the iteration began, if this rank has it all. Others may answer no more."""
+        """Saves the state at the start of the iteration after a failure, if this rank has all of it by itself."""
         if not self.keeps_records:
             return
         if not self.trainer.rewind():
@@ -280,20 +281,20 @@ class Run:
             )
 
     def what_is_kept(self) -> str:
-        """Of everything learned, where nothing more is saved."""
+        """Sentence on what is kept of everything learned, where nothing more is saved."""
         steps = list_checkpoints(self.folder / "checkpoints")
         newest = int(steps[-1].name.removeprefix("step_")) if steps else 0
         return f"what was learned after iteration {newest} is lost" if steps else "no checkpoint was written yet"
 
     @property
     def next_checkpoint(self) -> Path:
-        """The folder of a checkpoint taken now."""
+        """Folder of a checkpoint taken now."""
         return self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the run after the current iteration. A second SIGINT does so sooner: before the first
-        optimizer step of an iteration at once, after it with the optimizer step under way; a third one at once."""
+        """Context in which SIGINT and SIGTERM stop the run after the current iteration. A second SIGINT does so sooner:
+        at once before the iteration's first optimizer step, else with the step under way; a third one at once."""
 
         def stop(number: int, _: object) -> None:
             if self.stop_signal is not None and number == signal.SIGINT:

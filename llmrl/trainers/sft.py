@@ -22,7 +22,7 @@ class SFTObjective:
         return batch.num_tokens
 
     def denominator(self, batch: Sequences) -> Int[Tensor, ""]:
-        """The response tokens of a batch."""
+        """Number of response tokens in a batch."""
         return batch.response_mask.sum()
 
     def outputs(self, batch: Sequences) -> Float[Tensor, "B T"]:

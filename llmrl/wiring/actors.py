@@ -31,10 +31,10 @@ def load_actor(
     """The model to be trained, ready for log-probabilities; on the CPU where its weights are to be split over ranks.
 
     Args:
-        config: Which model.
+        config: Settings of the model.
         device: Where it is loaded, see `Context.loading_device`.
         temperature: Divides the logits.
-        seed: Of random weights and fresh adapters.
+        seed: Seed of random weights and fresh adapters.
         longest: Tokens of the longest sequence of the run, if known.
     """
     tokenizer = load_tokenizer(config)
@@ -60,7 +60,7 @@ def load_actor(
 def reference_of(actor: Actor, config: DistributedConfig, context: Context) -> Policy:
     """The actor as it is now, frozen: its adapter switched off where it has one, else a copy, placed as config says.
 
-    To be taken before the actor's weights are split over ranks.
+    Call it before training splits the actor's weights over ranks.
     """
     if actor.adapted is not None:
         return AdapterReference(actor.policy, actor.adapted)

@@ -41,7 +41,7 @@ C = TypeVar("C", bound=DataConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What checking read, so that building need not read it again. None stands for what could not be read yet."""
+    """Results of the checks that building uses again: rows, reward functions. None: could not be read yet."""
 
     rows: Rows | None
     evaluation_rows: Rows | None
@@ -53,7 +53,7 @@ class Checked:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on rows that were dropped, and on what training reads otherwise than it stands there."""
+        """Sentences on rows that were dropped, and on what training reads differently from the data."""
         sections = {"data": self.rows, EVALUATION: self.evaluation_rows}
         return [f"{section}: {note}" for section, rows in sections.items() if rows is not None for note in rows.notes]
 
@@ -143,7 +143,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
 
 
 def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
-    """What a run reads, by setting."""
+    """Paths that a run reads, by setting."""
     inputs = {"model.path": config.model.path, "data.path": str(config.data.path)}
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
@@ -158,11 +158,11 @@ def _reader(
     *,
     dry: bool,
 ) -> Callable[[C, str], Rows | None]:
-    """What reads the rows of a section, and keeps those that the model's chat template takes.
+    """Function that reads the rows of a section and keeps those that the model's chat template takes.
 
     Args:
-        unchecked: Of the model, at first: if a dry run could not look at it, every row is kept. Gets a sentence for
-            each section that cannot be read yet.
+        unchecked: Sentences on what could not be checked of the model: if there are any in a dry run, every row is
+            kept. Gets a sentence for each section that cannot be read yet.
     """
     tokenizer = None if dry and unchecked else load_tokenizer(run.model)
 
@@ -219,13 +219,13 @@ def _check_body(model: ModelConfig, reward_model: ModelConfig) -> None:
 
 
 def check_scorer(config: ModelConfig, *, dry: bool = False, made_by: str | None = None) -> list[str]:
-    """Checks a reward model that is to score responses, and that `made_by` makes if it is missing. Returns sentences
-    on what could not be checked."""
+    """Checks a reward model that will score responses; the command `made_by` makes it if it is missing. Returns
+    sentences on what could not be checked."""
     return _check_model(config, dry=dry, section="reward.model", needs_head=True, made_by=made_by)
 
 
 def reward_model_config(run: RLRun) -> ModelConfig:
-    """The reward model of a run, which must have one, as the settings of a model that is loaded."""
+    """Settings by which the reward model of a run, which must have one, is loaded."""
     assert run.reward.model is not None, "asked for where there is one"
     model = run.model
     return ModelConfig(path=run.reward.model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
@@ -233,7 +233,7 @@ def reward_model_config(run: RLRun) -> ModelConfig:
 
 @contextmanager
 def naming(section: str) -> Iterator[None]:
-    """Around what checks or loads a model: its errors name the section of the recipe that the model stands in."""
+    """Context in which errors about a model name the section of the recipe that the model stands in."""
     try:
         yield
     except ModelError as error:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def train_networks(networks: Networks, config: PPORun, context: Context) -> dict[str, Trainable]:
-    """Actor and critic with their optimizers, as the launch asks for them; both are then called as wrapped."""
+    """Actor and critic with their optimizers, as the launch shards them; both roles then call the wrapped modules."""
     if networks.value is None:
         peaks = {"head.weight": config.critic_optimizer.learning_rate}
         steps = {"num_steps": config.num_optimizer_steps, "context": context, "peaks": peaks}
@@ -52,7 +52,7 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
 
 
 def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
-    """As wide as the hidden states that it reads."""
+    """Value head as wide as the hidden states of the trunk."""
     width, _ = settle_passes(trunk, config.longest_sequence)
     return ValueHead(width).to(trunk.device)
 
@@ -64,7 +64,7 @@ def _share_trunk(config: PPORun, actor: Actor) -> Networks:
 
 
 def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
-    """Weights of its own, equal to the actor's or the reward model's bit for bit."""
+    """Trunk with weights of its own, equal to the actor's or the reward model's bit for bit."""
     if config.critic.network == "reward_model":
         with naming("reward.model"):
             model = load_reward_model(reward_model_config(config), head_init=None)
@@ -75,7 +75,7 @@ def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
 
 
 def _adapter_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
-    """The actor's frozen base with another adapter."""
+    """Trunk on the actor's frozen base, with an adapter of its own."""
     from peft import get_peft_model
 
     assert actor.adapted is not None, "checked with the settings"
@@ -88,7 +88,7 @@ def _adapter_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
 
 
 def _check_targets(targets: Sequence[str], trunk: "PreTrainedModel") -> None:
-    """Refuses names of layers that the actor has and its trunk has not: the LM head."""
+    """Refuses names of layers that the actor has and its trunk lacks: the LM head."""
     layers = [f".{name}" for name, _ in trunk.named_modules()]
     if targets and not any(layer.endswith(f".{target}") for layer in layers for target in targets):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What draws responses."""
+"""Rollout engines over a loaded model, and responses to texts."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,9 +49,9 @@ def build_engine(
 
 
 def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, config: RolloutConfig) -> None:
-    """Refuses before the first rollout what would fail when the longest prompt comes up.
+    """Refuses, before the first rollout, prompts that exceed a model's positions together with their responses.
 
-    `readers` are all models that read prompts with their responses, by what an error calls them.
+    `readers` are all models that read prompts with their responses, by the names that an error gives them.
     """
     for whose, model in readers.items():
         check_length(model, int(prompts.mask.sum(dim=1).max()), config.max_response_tokens, whose=whose)

@@ -1,4 +1,4 @@
-"""Whether the engine samples from what is trained, tried on a few tokens before a run begins."""
+"""Check that the engine samples from the policy that is trained, on a few tokens before a run begins."""
 
 import torch
 
@@ -16,9 +16,9 @@ from llmrl.rollout.support import RolloutError, position_limit
 from llmrl.wiring.engines import build_engine
 
 TOLERANCE = 1e-3
-"""Of the largest difference between two log-probabilities of one token, in nats."""
+"""Largest difference allowed between two log-probabilities of one token, in nats."""
 RESPONSE_TOKENS = 3
-"""Enough for steps of decoding from a cache that a step has written to."""
+"""Tokens per response: enough to decode from a cache that a decode step has written to."""
 
 
 @torch.no_grad()
@@ -49,8 +49,8 @@ def check_sampling(actor: Actor, config: RolloutConfig) -> None:
         logprobs = exact(rollout.sequences)["logprobs"]
     gap = float((logprobs - rollout.rollout_logprobs).abs().max())
     if not gap <= TOLERANCE:
-        told = f"its log-probabilities differ by {gap:.2g} from those of the pass that trains"
-        raise _refusal(actor, config, told)
+        reason = f"its log-probabilities differ by {gap:.2g} from those of the pass that trains"
+        raise _refusal(actor, config, reason)
 
 
 def _refusal(actor: Actor, config: RolloutConfig, reason: str) -> RolloutError:

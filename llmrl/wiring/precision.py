@@ -18,7 +18,7 @@ R = TypeVar("R", SFTRun, RewardModelRun, RLRun)
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
-    """What a model computes in: as its settings say, or as suits the device."""
+    """Dtype that a model computes in: that of its settings, else the default of the device."""
     return DTYPES[config.dtype or default_dtype()]
 
 
@@ -28,12 +28,12 @@ def default_dtype() -> Literal["float32", "bfloat16"]:
 
 
 def with_dtypes(config: R) -> R:
-    """The same run with its dtype not left open: as it is recorded, printed and estimated."""
+    """The run with its dtype filled in, as it is recorded, printed and estimated."""
     return replace(config, model=replace(config.model, dtype=config.model.dtype or default_dtype()))
 
 
 def precision_warnings(model: "PreTrainedModel", dtype: torch.dtype) -> Iterator[str]:
-    """What a loaded model computes in that is seldom meant."""
+    """Yields warnings about arithmetic of a loaded model that is seldom meant."""
     shape = model.config.get_text_config()
     num_heads, num_keys = (getattr(shape, f"num_{name}_heads", None) for name in ("attention", "key_value"))
     if dtype == torch.float32 and model.device.type == "cuda" and num_keys not in (None, num_heads):

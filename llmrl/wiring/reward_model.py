@@ -1,4 +1,4 @@
-"""The training of reward models."""
+"""Runs that train a reward model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +70,7 @@ def load_trained_reward_model(
 
 
 def build_reward_model(config: RewardModelRun, checked: Checked, context: Context, trackers: Trackers) -> Run:
-    """The training of a reward model. Each model that it saves has its report card beside it."""
+    """A run that trains a reward model. Each saved model has its report card beside it."""
     assert checked.rows is not None, "only a dry run may leave rows unread"
     assert checked.evaluation_rows is not None, "only a dry run may leave rows unread"
     progress = context.progress

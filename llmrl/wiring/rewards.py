@@ -1,4 +1,4 @@
-"""What scores responses: programs, and models that are only asked."""
+"""Rewards of a run: functions, and frozen reward models."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -54,16 +54,16 @@ def reward_on(
     tokenizer: "PreTrainedTokenizerBase",
     context: Context,
 ) -> RewardFunction:
-    """The reward of responses to these prompts, the work shared by the ranks.
+    """The reward of responses to these prompts, its work split over ranks.
 
     Args:
         data: How the rows are read.
         rows: Prompts with their columns.
         config: Names and weights.
-        functions: Those that the config names.
+        functions: The functions that the config names.
         scorer: The reward model that it names, which serves any data.
         tokenizer: The policy's.
-        context: Reaches the other ranks.
+        context: Context of the run.
     """
     rewards: list[RewardFunction] = []
     if functions:
@@ -91,7 +91,7 @@ def reward_on(
 def _encoder(
     scorer: RewardScorer, tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
 ) -> Callable[[Rollout], Sequences]:
-    """A rollout in the reward model's tokens: the policy's own ids where both have the same."""
+    """Encoder of a rollout in the reward model's tokens: the policy's own ids where both have the same."""
     eos_id: Any = scorer.tokenizer.eos_token_id
     if same_tokens(tokenizer, scorer.tokenizer):
         return partial(ended_by, eos_id=eos_id)
@@ -111,7 +111,7 @@ def load_scorer(
     """The reward model that a recipe or a command names, in eval mode and without gradient.
 
     Args:
-        config: Which one, and how it is loaded.
+        config: Settings by which it is loaded.
         adapted: The actor, on whose base it stands; None: it is loaded whole.
         normalize: Whether scores are standardized by the mean and standard deviation stored with the model, if present.
         longest: Tokens of the longest sequence, if known.
@@ -144,9 +144,9 @@ def load_scorer(
 def score_rows(
     config: ModelConfig, rows: Sequence[Row], data: SupervisedDataConfig, device: torch.device, *, normalize: bool
 ) -> list[float]:
-    """The score of each row's response by a reward model, which reads prompts as it did in training.
+    """Score of each row's response by a reward model, which reads prompts as it did in training.
 
-    Of `data` the path and the columns count: template and system prompt are those that are stored with the model.
+    Only path and columns of `data` are used: template and system prompt are those stored with the model.
     """
     scorer = load_scorer(config, normalize=normalize, place=lambda module: module.to(device))
     data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
@@ -166,7 +166,7 @@ def score_rows(
 
 
 def _as_in_training(row: Row, data: SupervisedDataConfig, as_messages: bool) -> Row:
-    """A row whose prompt is an open transcript, as pairs of such are read."""
+    """The row; a prompt that is an open transcript is split as in training."""
     prompt = row[data.prompt_column]
     if not isinstance(prompt, str):
         return row

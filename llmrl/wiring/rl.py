@@ -1,4 +1,4 @@
-"""Runs of reinforcement learning: one function an algorithm, and what all of them share."""
+"""Runs of reinforcement learning: one builder for each algorithm, and what all of them share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
 
 
 def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evaluator:
-    """An evaluation of the model that a recipe names, without anything that trains."""
+    """Evaluator of the model that a recipe names, without training."""
     checked.report_notes(context.progress)
     tokenizer, model = load_for_sampling(config.model, context.device)
     if warning := pin_rope(model, config.longest_sequence):
@@ -115,7 +115,7 @@ def _load_scorer(config: RLRun, context: Context, actor: Actor | None = None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What is made of whole weights, before training splits them over ranks."""
+    """Roles made from full weights, before training splits them over ranks."""
 
     actor: Actor
     reference: Policy | None
@@ -163,8 +163,8 @@ def _build_run(
     trained: Mapping[str, Trainable],
     readers: Mapping[str, "PreTrainedModel"],
 ) -> Run:
-    """A run of any algorithm: all that is left is the same for each. `readers` are the models in training that read
-    whole sequences, each by what an error calls it: the longest prompt with its response has to fit in them."""
+    """A run of any algorithm: the steps that all builders share. `readers` are the models that train, by their names in
+    errors: the longest prompt with its response has to fit in each."""
     actor = parts.actor
     checked.report_notes(context.progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
@@ -220,14 +220,14 @@ def _build_run(
 
 
 def _reader_of(scorer: RewardScorer | None, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":
-    """The reward model where it reads the policy's own tokens; of others the length is not known before."""
+    """The reward model where it reads the policy's own tokens; for others the length is not known beforehand."""
     if scorer is None or not same_tokens(tokenizer, scorer.tokenizer):
         return {}
     return {"the reward model": scorer.scorer.module.model}  # type: ignore[dict-item]
 
 
 def _one_epoch(source: ShuffledPrompts) -> Prompts:
-    """Every prompt of the source, whose position does not change."""
+    """Every prompt of the source once; its position does not change."""
     place = source.state_dict()
     prompts = source.next(source.num_rows)
     source.load_state_dict(place)

@@ -1,4 +1,4 @@
-"""The rows of a recipe, read; and a report of those that were dropped."""
+"""Reading of a recipe's rows, and a report of those that were dropped."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -41,6 +41,6 @@ def read_section(
 
 
 def report_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:
-    """Says how many rows a length limit dropped, if it dropped any."""
+    """Reports how many rows a length limit dropped, if it dropped any."""
     if num_dropped:
         progress.message(f"{section}: {num_dropped} rows are longer than {section}.{limit} and were dropped")

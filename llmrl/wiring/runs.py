@@ -16,7 +16,7 @@ class Kind:
     """A kind of run."""
 
     settings: type
-    """What its recipe holds."""
+    """Class of the settings in its recipe."""
     check: str
     """Function of the settings that finds what is wrong before any weights load: ``(config, *, dry) -> Checked``."""
     build: str

@@ -1,4 +1,4 @@
-"""What every model needs before its first pass, whatever its role."""
+"""Preparation of every model before its first pass, whatever its role: rope and probe."""
 
 from typing import TYPE_CHECKING
 

@@ -103,7 +103,7 @@ class NotFinite(Changed):
 
 class NotFiniteOffTheMask(Changed):
     def change(self, experience):
-        return {"advantages": experience.advantages.where(experience.response_mask, torch.nan)}
+        return {"advantages": experience.advantages.where(experience.counted, torch.nan)}
 
 class Unsampled(Changed):
     def change(self, experience):
@@ -258,7 +258,7 @@ def experience_of(algorithm):
 
 
 def losses_of(algorithm, experience):
-    mask = experience.response_mask
+    mask = experience.counted
     weights = token_weights(mask, aggregation="token", num_tokens=17, num_responses=6, max_response_tokens=LIMIT)
     return list(algorithm.losses(experience, weights))
 
@@ -329,7 +329,7 @@ def test_each_loss_is_asked_for_when_it_is_needed(make):
     """Each is run backward before the next forward."""
     theirs = make("RaisesLater")
     experience, _ = experience_of(ours())
-    losses = theirs.losses(experience, experience.response_mask.float())
+    losses = theirs.losses(experience, experience.counted.float())
     assert next(losses)[0] == "actor"
     with pytest.raises(
         UserCodeFailure, match=r"^algorithm\.name classes\.py:RaisesLater\.losses raised KeyError: 'lat"
@@ -366,7 +366,7 @@ def test_an_experience_may_differ_from_ours(make, name):
         ),
         (
             "NotFinite",
-            r" returned nan in advantages, for response 1, token 0; expected a finite number wherever response_mask is "
+            r" returned nan in advantages, for response 1, token 0; expected a finite number wherever `counted` is "
             "True; divide by nothing that can be 0",
         ),
         ("Unsampled", r" returned Scores\(.* as rollout; expected Rollout: pass on rollout$"),

@@ -368,7 +368,9 @@ def test_a_store_that_is_gone_ends_the_rank_and_asks_the_run_to_stop(living, mon
     living.hearts[1].store.is_gone = True
     until(lambda: living.exits == [1])
     assert signals == [signal.SIGTERM]
-    assert "rank 1 ends: the store by which ranks speak is gone: it is part of the launcher" in capsys.readouterr().err
+    assert (
+        "rank 1 ends: the store that connects the ranks is gone: it is part of the launcher" in capsys.readouterr().err
+    )
 
 
 def test_a_store_that_goes_when_all_are_done_is_no_failure(living, capsys):
@@ -383,7 +385,7 @@ def test_a_store_that_never_answers_ends_the_rank(living, capsys, monkeypatch):
     living.hearts[1].store.is_frozen = True
     monkeypatch.setattr(heartbeat.time, "sleep", lambda _: Event().wait(0.01))
     until(lambda: 1 in living.exits)
-    assert "the store by which ranks speak has not answered for 60 s" in capsys.readouterr().err
+    assert "the store that connects the ranks has not answered for 60 s" in capsys.readouterr().err
 
 
 def test_after_the_end_nothing_beats(living):

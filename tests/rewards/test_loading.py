@@ -92,7 +92,7 @@ def test_a_file_does_not_hide_a_module_of_its_name(rule):
             "rule.py:Pair",
             r"'Pair' is a class, whose call makes an object; make one in the file, such as judge = Judge\(\)",
         ),
-        ("builtins:max", r"'max' does not tell its parameters \(no signature .*\); wrap it in a function"),
+        ("builtins:max", r"'max' has no signature that can be read \(no signature .*\); wrap it in a function"),
         ("operator:add", r"'add' takes 'a' by its position only, and it is handed over by its name$"),
     ],
 )
