@@ -31,7 +31,7 @@ from llmrl.rollout.native import num_in_one_pass, read_prompts
 from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import switching_limit
 from llmrl.rollout.sampler import not_finite
-from llmrl.rollout.step import NOT_FINITE, Slots, Step
+from llmrl.rollout.step import NOT_FINITE, Slots, Step, fused_norms
 from llmrl.rollout.support import RolloutError
 from llmrl.rollout.weights import evaluating
 
@@ -120,6 +120,7 @@ class RecordedSteps:
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.addresses = addresses(model)
+        self.norms = fused_norms(model)
         self.steps: dict[tuple[int, int, float, bool], Callable[[], object]] = {}
         self.record = recorder(slots.states.device)
 
@@ -130,7 +131,7 @@ class RecordedSteps:
         key = (rows, columns, sampling.temperature, sampling.greedy)
         if key not in self.steps:
             slots = self.slots.first(rows, columns)
-            step = Step(self.model, slots, sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size)
+            step = Step(self.model, self.norms, slots, sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size)
             step()  # the first one unrecorded: it sets up what libraries set up once
             count -= 1
             self.steps[key] = self.record(step)
@@ -436,7 +437,7 @@ def probe_error(model: "PreTrainedModel", vocab_size: int) -> float:
     slots = Slots.empty(states_of_one_token(model), rows=2, columns=COLUMN_STEP, max_tokens=1)
     prompts = Prompts(ids=ids, mask=mask, rows=({}, {}))
     move_in(model, slots, prompts, PROBE_LENGTHS, (0, 1), on_device([[0], [1]], model.device))
-    step = Step(model, slots, PROBE_SAMPLING, eos_ids=(), vocab_size=vocab_size)
+    step = Step(model, fused_norms(model), slots, PROBE_SAMPLING, eos_ids=(), vocab_size=vocab_size)
     with refusing_waits(model.device):
         step.logits()
     logits = slots.states.new_zeros(2, model.config.get_text_config(decoder=True).vocab_size)
