@@ -20,3 +20,6 @@ class RolloutConfig(Section, place="rollout"):
     """Length limit of a response, EOS included."""
     max_rows: Annotated[int, Bound(least=1)] = 64
     """Responses that the native engine decodes at once on one device. Changes memory and time, never the result."""
+    graphs: Literal["auto", "off"] = "auto"
+    """`auto` has the native engine decode by CUDA graphs on a GPU, for models that it can record. Never changes the
+    result, beyond rounding."""

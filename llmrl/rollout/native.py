@@ -27,6 +27,8 @@ from llmrl.rollout.weights import SamplingWeights, evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmrl.rollout.graphs import GraphDecoder
+
 PREFILL_TOKENS = 16_384
 """Prompt tokens of one forward pass, padding included."""
 
@@ -45,6 +47,9 @@ class NativeEngine:
         copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
             them.
     """
+
+    graphs: "GraphDecoder | None" = None
+    """Decodes in the place of the general path, where there is one."""
 
     def __init__(
         self,
@@ -77,10 +82,14 @@ class NativeEngine:
             )
         prompts = prompts.to(model.device)
         responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
-        sampler = Sampler(sampling, vocab_size=self.vocab_size)
-        cache = self._new_cache(len(responses.numbers), sampling.num_responses, longest + sampling.max_response_tokens)
         with evaluating(model):
-            Decoding(model, cache, sampler, responses, self.progress).run()
+            if self.graphs is not None:
+                self.graphs.decode(model, responses, sampling)
+            else:
+                sampler = Sampler(sampling, vocab_size=self.vocab_size)
+                columns = longest + sampling.max_response_tokens
+                cache = self._new_cache(len(responses.numbers), sampling.num_responses, columns)
+                Decoding(model, cache, sampler, responses, self.progress).run()
         return responses.rollout()
 
     def load_weights(self, trained: Trainable) -> None:
@@ -168,7 +177,7 @@ class Decoding:
         indices, starts = self._place()
         mask = torch.arange(window.start, window.end + 1, device=starts.device) >= starts[:, None]
         ids = self.responses.last_ids(indices)
-        logits = self._forward(ids[:, None], mask, (window.end - starts)[:, None], self.cache)
+        logits = last_logits(self.model, ids[:, None], mask, (window.end - starts)[:, None], self.cache)
         window.end += 1
         self._extend(self.rows, indices, logits)
 
@@ -218,11 +227,8 @@ class Decoding:
     def _prefill(self, admitted: list[int]) -> tuple[Cache, Tensor]:
         """Keys and values of prompts, padded left to the longest of them, and the logits after their last tokens."""
         width = max(self.prompt_lengths[prompt] for prompt in admitted)
-        ids = self.prompts.ids[admitted, -width:]
-        mask = self.prompts.mask[admitted, -width:]
         cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
-        return cache, logits
+        return cache, read_prompts(self.model, self.prompts, admitted, width, cache)
 
     def _read(self, rows: list[Row], unread: list[list[int]]) -> None:
         """Writes keys and values of each row's unread tokens before the write column; what the row had moves to the
@@ -239,25 +245,13 @@ class Decoding:
         columns = torch.arange(start, end + width, device=ids.device)
         positions = end - starts + torch.arange(width, device=ids.device).minimum(counts - 1)
         cache = self.cache.copy_slots(slots)
-        self._forward(ids, (columns >= starts) & (columns < end + counts), positions, cache)
+        last_logits(self.model, ids, (columns >= starts) & (columns < end + counts), positions, cache)
         states = layer_states(cache)
         for n, (slot, row) in enumerate(zip(slots, rows, strict=True)):
             kept = slice(row.start - start, end - start + len(unread[n]))
             self.cache.fill(slot, [(k[n : n + 1, :, kept], v[n : n + 1, :, kept]) for k, v in states], copies=1)
             row.start -= len(unread[n])
         self._fit_window()
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """The model's own forward; positions count real tokens only. Logits of the last column."""
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
 
     def _place(self) -> tuple[Tensor, Tensor]:
         """Indices and starts of the live rows on the device, copied there only when they have changed."""
@@ -287,6 +281,28 @@ class Decoding:
 
     def _tensor(self, numbers: Sequence[object]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.prompts.ids.device)
+
+
+def read_prompts(
+    model: "PreTrainedModel", prompts: Prompts, chosen: Tensor | list[int], width: int, cache: Cache
+) -> Tensor:
+    """Writes keys and values of the chosen prompts, padded left to `width` tokens, into an empty cache. Returns the
+    logits after their last tokens."""
+    mask = prompts.mask[chosen, -width:]
+    return last_logits(model, prompts.ids[chosen, -width:], mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+
+
+def last_logits(model: "PreTrainedModel", ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits of the last column by the model's own forward; positions count real tokens only."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
 
 
 def num_in_one_pass(lengths: Sequence[int]) -> int:

@@ -75,6 +75,21 @@ class Responses:
         self.stop_reason[rows] = stop_reason
         return stop_reason
 
+    def put(
+        self,
+        rows: Int[Tensor, " R"],
+        ids: Int[Tensor, "R S"],
+        logprobs: Float[Tensor, "R S"],
+        lengths: Int[Tensor, " R"],
+        stop_reason: Int[Tensor, " R"],
+    ) -> None:
+        """Puts responses that were decoded elsewhere in these rows, of which they are all. Columns from T on are left
+        out."""
+        self.ids[rows] = ids[:, : self.max_tokens]
+        self.logprobs[rows] = logprobs[:, : self.max_tokens]
+        self.lengths[rows] = lengths
+        self.stop_reason[rows] = stop_reason
+
     def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
         """Appends tokens that the actor did not choose, by row: the answers of tools, for which no engine calls it yet.
         A row that its EOS had ended is under way again; no id that is fed ends one.

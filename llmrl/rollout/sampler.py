@@ -38,7 +38,7 @@ class Sampler:
         on_host = torch.stack([stop_reason.float(), logprobs]).tolist()
         for index, logprob in enumerate(on_host[1]):
             if not math.isfinite(logprob):
-                raise _not_finite(responses, int(rows[index]))
+                raise not_finite(responses, int(rows[index]))
         return [int(reason) for reason in on_host[0]]
 
     def _uniforms(self, responses: Responses, rows: Int[Tensor, " R"]) -> Tensor | None:
@@ -48,7 +48,8 @@ class Sampler:
         return uniforms(self.sampling.seed, self.sampling.purpose, numbers, positions)
 
 
-def _not_finite(responses: Responses, row: int) -> FloatingPointError:
+def not_finite(responses: Responses, row: int) -> FloatingPointError:
+    """The error that the logits before a row's last token are not finite."""
     return FloatingPointError(
         f"the model's logits for prompt {row // responses.group_size} of this rollout are not finite at response token "
         f"{int(responses.lengths[row]) - 1} (response number {int(responses.numbers[row])}): the weights have "

@@ -1,7 +1,7 @@
 """The model that an engine runs: the one being trained, or a copy of it in another precision."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.roles import Trainable
+from llmrl.rollout.merged import merge_adapters, refresh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,8 +19,8 @@ class SamplingWeights:
     """Weights in the precision of sampling.
 
     Without a `copy_device`, parameters that have the precision already are the trained ones themselves and always live.
-    The others are copied, and `load` refreshes the copy in place. A stale copy is detected by the number of optimizer
-    steps since.
+    The others are copied, adapters merged into them, and `load` refreshes the copy in place. A stale copy is detected
+    by the number of optimizer steps since.
 
     Args:
         trained: The trained model.
@@ -36,6 +37,8 @@ class SamplingWeights:
             if copy_device is not None or (p.is_floating_point() and p.dtype != dtype)
         }
         self._model = rebuilt(trained, self._copies, copy_device) if self._copies else trained
+        self._merged = merge_adapters(trained, self._model, self._copies)
+        self._refresh(trained.named_parameters())
         self._trainable: Trainable | None = None
         self._num_steps = 0
 
@@ -46,10 +49,14 @@ class SamplingWeights:
         if trainable.module.model is not self.trained:
             raise ValueError("load_weights got another model than the one that the engine was built over")
         if self._copies:
-            for name, weight in trainable.whole(self.trained):
-                if name in self._copies:
-                    self._copies[name].copy_(weight)
+            self._refresh(trainable.whole(self.trained))
         self._trainable, self._num_steps = trainable, trainable.num_steps_done
+
+    @torch.no_grad()
+    def _refresh(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in refresh(self._merged, weights):
+            if name in self._copies:
+                self._copies[name].copy_(weight)
 
     def fresh(self) -> "PreTrainedModel":
         """The model to sample with; raises RuntimeError if the copy is stale."""

@@ -17,8 +17,9 @@ from llmrl.reports.progress import Silent
 from llmrl.rewards.functions import decode_responses
 from llmrl.roles import Progress, RolloutEngine, Sampling
 from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.graphs import GraphDecoder, check_graphs
 from llmrl.rollout.native import NativeEngine
-from llmrl.rollout.support import check_length
+from llmrl.rollout.support import RolloutError, check_length
 from llmrl.rollout.transformers import TransformersEngine
 from llmrl.wiring.precision import dtype_of
 
@@ -45,7 +46,25 @@ def build_engine(
     }
     if config.engine == "transformers":
         return TransformersEngine(model, **common)
-    return NativeEngine(model, max_rows=config.max_rows, **common)
+    native = NativeEngine(model, max_rows=config.max_rows, **common)
+    if config.graphs == "auto":
+        native.graphs = _graph_decoder(native)
+    return native
+
+
+def _graph_decoder(engine: NativeEngine) -> GraphDecoder | None:
+    """What decodes by CUDA graphs, on a GPU; None, with a line that says why, for a model that it cannot record."""
+    model = engine.weights.fresh()
+    if model.device.type != "cuda":
+        return None
+    try:
+        check_graphs(model, engine.vocab_size)
+    except RolloutError as error:
+        engine.progress.message(f"Responses are decoded without CUDA graphs, which is slower: {error}.")
+        return None
+    return GraphDecoder(
+        eos_ids=engine.eos_ids, vocab_size=engine.vocab_size, max_rows=engine.max_rows, progress=engine.progress
+    )
 
 
 def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, config: RolloutConfig) -> None:

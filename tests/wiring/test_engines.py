@@ -7,6 +7,7 @@ from llmrl.data.prompts import encode_prompts
 from llmrl.reports.progress import Silent
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.support import RolloutError
 from llmrl.wiring import engines
 from llmrl.wiring.engines import build_engine, load_for_sampling, respond
 from tests.contexts import CPU
@@ -63,3 +64,62 @@ def test_responses_are_sampled_as_the_command_asks(monkeypatch):
     assert {name: getattr(sampling, name) for name in settings} == settings
     assert not sampling.greedy
     assert max_rows == 70
+
+
+class Elsewhere:
+    """A model that says that it lies on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Builds an engine as on a GPU, and returns it with what it said."""
+
+    def build(**settings):
+        tokenizer, model = load_for_sampling(TINY, CPU)
+        monkeypatch.setattr(engines.NativeEngine, "__init__", init_elsewhere)
+        said = []
+        progress = Silent()
+        progress.message = said.append
+        config = RolloutConfig(max_rows=5, **settings)
+        return build_engine(config, model, tokenizer, dtype=model.dtype, progress=progress), said
+
+    def init_elsewhere(self, model, **settings):
+        init(self, model, **settings)
+        fresh = self.weights.fresh
+        self.weights.fresh = lambda: Elsewhere(fresh())
+
+    init = engines.NativeEngine.__init__
+    return build
+
+
+def test_responses_are_decoded_by_graphs_on_a_gpu(built, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engines, "check_graphs", lambda model, vocab_size: asked.append(vocab_size))
+    engine, said = built()
+    assert (engine.graphs.max_rows, engine.graphs.eos_ids, engine.graphs.vocab_size) == (5, engine.eos_ids, *asked)
+    assert said == []
+    assert built(graphs="off")[0].graphs is None
+
+
+def test_a_model_that_cannot_be_recorded_is_decoded_without_graphs_and_a_line_says_why(built, monkeypatch):
+    def refuse(model, vocab_size):
+        raise RolloutError("its rope changes")
+
+    monkeypatch.setattr(engines, "check_graphs", refuse)
+    engine, said = built()
+    assert engine.graphs is None
+    assert said == ["Responses are decoded without CUDA graphs, which is slower: its rope changes."]
+
+
+def test_on_a_cpu_there_are_no_graphs():
+    tokenizer, model = load_for_sampling(TINY, CPU)
+    engine = build_engine(RolloutConfig(), model, tokenizer, dtype=model.dtype, progress=Silent())
+    assert engine.graphs is None
