@@ -31,7 +31,7 @@ from llmrl.rollout.native import num_in_one_pass, read_prompts
 from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import switching_limit
 from llmrl.rollout.sampler import not_finite
-from llmrl.rollout.step import NOT_FINITE, Slots, Step, fused_norms
+from llmrl.rollout.step import NOT_FINITE, TORCH_ATTENTION, Slots, Step, fused_norms
 from llmrl.rollout.support import RolloutError
 from llmrl.rollout.weights import evaluating
 
@@ -418,8 +418,9 @@ def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
     """
     if switching_limit(model.config.get_text_config(decoder=True)) is not None:
         raise RolloutError("its rope changes its frequencies with the length")
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        raise RolloutError(f"its attention is {model.config._attn_implementation}, not torch's")
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if attention != "eager" and not attention.startswith(TORCH_ATTENTION):
+        raise RolloutError(f"its attention is {attention}, not torch's")
     try:
         with evaluating(model):
             error = probe_error(model, vocab_size)

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 Norm = Callable[[Tensor], Tensor]
 NOT_FINITE = -1
 """Stop reason of a row whose logits are not finite numbers. Never in a `Rollout`."""
-PACKED_ATTENTION = "llmrl_packed"
-"""Name of `attend_packed` among the attention functions of transformers."""
+GROUPED_ATTENTION = "llmrl_grouped"
+"""Name of `attend_grouped` among the attention functions of transformers."""
+TORCH_ATTENTION = "sdpa"
+"""Beginning of the names of torch's attention there; with an ending, it is the same for rows of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +247,11 @@ def attention_windows(model: "PreTrainedModel") -> dict[str, int | None]:
 
 @contextmanager
 def lean(model: "PreTrainedModel", norms: Mapping[nn.Module, Norm]) -> Iterator[None]:
-    """Has attention of torch go through `attend_packed`, and these norms through what stands for them, temporarily."""
+    """Has attention of torch go through `attend_grouped`, and these norms through what stands for them, temporarily."""
     config = model.config.get_text_config(decoder=True)
     own = config._attn_implementation
-    if own == "sdpa":
-        config._attn_implementation = PACKED_ATTENTION
+    if own.startswith(TORCH_ATTENTION):
+        config._attn_implementation = GROUPED_ATTENTION
     for module, norm in norms.items():
         module.forward = norm
     try:
@@ -282,7 +284,7 @@ def _agree(module: nn.Module, norm: Norm) -> bool:
     return ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def attend_packed(
+def attend_grouped(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -316,4 +318,4 @@ def attend_packed(
     return output.reshape(rows, 1, heads, value.shape[3]), None
 
 
-AttentionInterface.register(PACKED_ATTENTION, attend_packed)
+AttentionInterface.register(GROUPED_ATTENTION, attend_grouped)

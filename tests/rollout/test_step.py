@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from llmrl.batches import StopReason
 from llmrl.rollout.graphs import move_in, states_of_one_token
-from llmrl.rollout.step import NOT_FINITE, Slots, Step, attend_packed, attention_windows, fused_norms
+from llmrl.rollout.step import NOT_FINITE, Slots, Step, attend_grouped, attention_windows, fused_norms
 from tests.simulated import Simulated
 
 from .tiny import EOS, FAMILIES, VOCAB, build, make_prompts, make_sampling
@@ -181,7 +181,7 @@ def test_packed_attention_is_attention_by_definition():
     key, value = torch.randn(2, 2, 3, 5, 8, generator=generator).unbind()
     key, value = key[:, :2], value[:, :2]
     mask = torch.tensor([[0.0, 0.0, 0.0, -torch.inf, -torch.inf], [0.0] * 5])[:, None, None, :]
-    output, _ = attend_packed(nn.Identity(), query, key, value, mask, scaling=0.3)
+    output, _ = attend_grouped(nn.Identity(), query, key, value, mask, scaling=0.3)
     assert output.shape == (2, 1, 6, 8)
     for row in range(2):
         for head in range(6):
@@ -193,7 +193,7 @@ def test_packed_attention_is_attention_by_definition():
 def test_attention_with_more_than_a_mask_is_refused(name):
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(TypeError, match=name):
-        attend_packed(nn.Identity(), x, x, x, torch.zeros(1, 1, 1, 1), **{name: 30.0})
+        attend_grouped(nn.Identity(), x, x, x, torch.zeros(1, 1, 1, 1), **{name: 30.0})
 
 
 def test_only_norms_that_say_the_same_are_replaced(model):
