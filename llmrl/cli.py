@@ -45,6 +45,7 @@ def _at_home(path: Path | None) -> Path | None:
     return path and path.expanduser()
 
 
+KEEPS_MEMORY = "Keeps freed memory for the next tensors; MALLOC_MMAP_MAX_=65536 in the environment turns that off."
 HEAD_START_S = 3.0
 """Seconds that other processes wait while the first on a machine prints an error that all have: a launcher ends every
 process as soon as one ends."""
@@ -129,7 +130,7 @@ def evaluate(
 ) -> None:
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
-        from llmrl.distributed.device import prepare_device
+        from llmrl.distributed.device import keep_freed_memory, prepare_device
         from llmrl.wiring.checks import check_rl
         from llmrl.wiring.rl import build_evaluator
 
@@ -141,6 +142,7 @@ def evaluate(
         before = _earlier(compare) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
     prepare_device(deterministic=config.run.deterministic)
+    keep_freed_memory()
     with failures_in_one_line(), _context(config.distributed) as context:
         _warn_without_gpu(context)
         values = build_evaluator(config, checked, context).evaluate()
@@ -171,7 +173,7 @@ def score(
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.data.config import SupervisedDataConfig
         from llmrl.data.supervised import read_supervised_rows
-        from llmrl.distributed.device import pick_device, prepare_device
+        from llmrl.distributed.device import keep_freed_memory, pick_device, prepare_device
         from llmrl.models.config import ModelConfig
         from llmrl.wiring.checks import check_scorer
         from llmrl.wiring.rewards import score_rows
@@ -187,6 +189,7 @@ def score(
         if any("score" in row for row in rows):
             raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
     prepare_device()
+    keep_freed_memory()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
         scores = score_rows(config, rows, data, pick_device(), normalize=normalize)
@@ -214,7 +217,7 @@ def generate(
     """Responds to prompts."""
     names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
-        from llmrl.distributed.device import pick_device, prepare_device
+        from llmrl.distributed.device import keep_freed_memory, pick_device, prepare_device
         from llmrl.models.checking import check_model
         from llmrl.models.config import ModelConfig
         from llmrl.wiring.engines import respond
@@ -230,6 +233,7 @@ def generate(
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_model(config, may_be_random=False)
     prepare_device()
+    keep_freed_memory()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
         responses = respond(
@@ -280,17 +284,20 @@ def _refuse_recipe(model: str) -> None:
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.distributed.device import prepare_device
+    from llmrl.distributed.device import keep_freed_memory, prepare_device
     from llmrl.reports.trackers import TrackerConfig, Trackers
     from llmrl.sizing import launched_strategy
     from llmrl.wiring.precision import with_dtypes
 
     prepare_device(deterministic=config.run.deterministic)
+    keeps_memory = keep_freed_memory()
     with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
         context.progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
         strategy = launched_strategy(context.launch).name
         context.progress.message(f"Computes on {context.device.type} in {dtype}, {strategy}.")
+        if keeps_memory:
+            context.progress.message(KEEPS_MEMORY)
         _warn_without_gpu(context)
         is_first = context.collectives.is_first
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)

@@ -1,4 +1,7 @@
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,3 +69,36 @@ def test_the_same_bits_each_time_where_that_is_asked_for():
     assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention then keeps adding by atomics
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+# --- freed memory -----------------------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource, torch
+from llmrl.distributed.device import keep_freed_memory
+kept = keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**22)
+before = faults()
+for _ in range(20):
+    torch.ones(2**22)
+print(kept, faults() - before)
+"""
+
+
+def faults_of_tensors(**environment: str) -> tuple[str, int]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FAULTS]
+    run = subprocess.run(command, env=own | environment, capture_output=True, text=True, check=True)
+    kept, faults = run.stdout.split()
+    return kept, int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an allocator of its own")
+def test_a_tensor_takes_the_memory_of_one_that_was_freed():
+    """Far fewer new pages; variables of the C library have the last word."""
+    kept, faults = faults_of_tensors()
+    given_back, fresh_faults = faults_of_tensors(MALLOC_MMAP_MAX_="65536")
+    assert (kept, given_back) == ("True", "False")
+    assert faults < fresh_faults / 4
