@@ -229,7 +229,7 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
     rollout, scores = rollout_of(run)
     sequences = run.trainer.reward.encode(rollout)
 
-    merged = load_scorer(ModelConfig(path=str(folders.lora)), normalize=True, microbatch_tokens=10_000, place=on_cpu)
+    merged = load_scorer(ModelConfig(path=str(folders.lora)), normalize=True, place=on_cpu)
     assert_close(run.trainer.reward.scorer.scores(sequences), merged.scorer.scores(sequences), rtol=1e-5, atol=1e-5)
     assert_close(scores.parts["model"], merged.normalize(merged.scorer.scores(sequences)), rtol=1e-4, atol=1e-5)
 

@@ -168,7 +168,7 @@ def test_a_reward_model_that_attends_both_ways_is_refused(tmp_path, monkeypatch,
     def load():
         if trains:
             return load_trained_reward_model(folder, RewardModelConfig(), CPU, seed=0)
-        return load_scorer(folder, normalize=True, microbatch_tokens=10_000, place=on_cpu)
+        return load_scorer(folder, normalize=True, place=on_cpu)
 
     load()
     attend = LlamaAttention.forward
