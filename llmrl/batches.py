@@ -42,6 +42,17 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassTokens:
+    """Numbers of tokens that a forward pass over some rows reads, padding left out."""
+
+    own: Int[Tensor, " B"]
+    """Tokens that each row adds."""
+    prompt_of_row: Int[Tensor, " B"] | None = None
+    of_prompt: Int[Tensor, " N"] | None = None
+    """Tokens of each prompt, which the rows that respond to it add once, together; None: a row's own hold its prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sequences(Batch):
     """Prompts and the responses to them, as token ids: the input of `Policy` and `ValueFunction`.
 
@@ -97,6 +108,14 @@ class Sequences(Batch):
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Number of prompt and response tokens of each row, padding left out."""
         return self.prompt_lengths + self.response_lengths
+
+    def pass_tokens(self, *, packed: bool) -> PassTokens:
+        """Tokens of each row in a forward pass, which reads a prompt once for all its rows if it is packed."""
+        if not packed:
+            return PassTokens(own=self.num_tokens)
+        return PassTokens(
+            own=self.response_lengths, prompt_of_row=self.prompt_of_row, of_prompt=self.unique_prompt_mask.sum(dim=1)
+        )
 
     def select(self: S, index: Tensor) -> S:
         """The rows that an index tensor names, in its order.
@@ -169,6 +188,14 @@ class PreferencePairs(Batch):
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Number of tokens in both sequences of each pair, the prompt in each."""
         return self.chosen.num_tokens + self.rejected.num_tokens
+
+    def pass_tokens(self, *, packed: bool) -> PassTokens:
+        """Tokens of each pair in a forward pass: with its prompt once if it is packed, otherwise twice the longer
+        side's."""
+        if not packed:
+            return PassTokens(own=2 * torch.maximum(self.chosen.num_tokens, self.rejected.num_tokens))
+        chosen = self.chosen.pass_tokens(packed=True)
+        return replace(chosen, own=self.chosen.response_lengths + self.rejected.response_lengths)
 
 
 @dataclass(frozen=True, kw_only=True)

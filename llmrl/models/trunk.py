@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import PreferencePairs, Sequences, pad_columns
+from llmrl.models.packing import PACKED, Packing, Runs
 
 
 class HiddenStates:
@@ -41,7 +42,7 @@ class HiddenStates:
 
     def _before(self, response: Int[Tensor, " M"], token: Int[Tensor, " M"]) -> Float[Tensor, "M H"]:
         layout = self._layout
-        column = torch.where(token > 0, layout.start[response] + token, layout.prompt_length[response]) - 1
+        column = torch.where(token > 0, layout.start[response] + token, layout.prompt_end[response]) - 1
         return self._states[layout.row[response], column]
 
 
@@ -52,12 +53,12 @@ def encode(trunk: Any, batch: Sequences | PreferencePairs, *, dtype: torch.dtype
         trunk: Base model of transformers, without its head.
         dtype: Arithmetic of the pass.
     """
-    layout = rows_of_pairs(batch) if isinstance(batch, PreferencePairs) else rows_of_sequences(batch)
+    layout = layout_for(trunk, batch)
     with computing_in(dtype, layout.ids.device):
         return HiddenStates(last_hidden_states(trunk, layout.ids, **layout.context), layout)
 
 
-def last_hidden_states(trunk: Any, ids: Int[Tensor, "R S"], **context: Tensor) -> Float[Tensor, "R S H"]:
+def last_hidden_states(trunk: Any, ids: Int[Tensor, "R S"], **context: Any) -> Float[Tensor, "R S H"]:
     """Last hidden states of rows at the left margin; for no rows, which transformers cannot reshape, without a pass.
 
     `context` is what attention is told beyond the ids.
@@ -85,14 +86,63 @@ class Layout:
     ids: Int[Tensor, "R S"]
     """Columns after the last token hold id 0, which exists in every vocabulary and which nothing reads."""
     row: Int[Tensor, " B"]
-    prompt_length: Int[Tensor, " B"]
-    """Tokens of the prompt, which stands at the left margin."""
+    prompt_end: Int[Tensor, " B"]
+    """Column after the last token of the prompt."""
     start: Int[Tensor, " B"]
     """Column of the first token of the response."""
     lengths: Int[Tensor, " B"]
     """Tokens of the response."""
-    context: Mapping[str, Tensor]
+    context: Mapping[str, Any]
     """What attention is told beyond the ids."""
+
+
+def layout_for(trunk: Any, batch: Sequences | PreferencePairs) -> Layout:
+    """The layout of a batch for this trunk: packed, if its attention was set so and no window cuts a sequence."""
+    if trunk.config.get_text_config()._attn_implementation == PACKED:
+        return packed_row(batch)
+    return rows_of_pairs(batch) if isinstance(batch, PreferencePairs) else rows_of_sequences(batch)
+
+
+def packed_row(batch: Sequences | PreferencePairs) -> Layout:
+    """Every unique prompt, then every response, in one row, as `packing` describes."""
+    sides = [batch.chosen, batch.rejected] if isinstance(batch, PreferencePairs) else [batch]
+    first, num_sides = sides[0], len(sides)
+    prompt_of_response = first.prompt_of_row.repeat_interleave(num_sides)
+    order = prompt_of_response.argsort(stable=True)
+    widest = max(side.response_ids.shape[1] for side in sides)
+    response_ids = torch.stack([pad_columns(side.response_ids, widest, left=False) for side in sides], dim=1)
+    lengths = torch.stack([side.response_lengths for side in sides], dim=1).flatten()
+    in_prompt, in_response = first.unique_prompt_mask, torch.arange(widest, device=lengths.device) < lengths[:, None]
+    prompt_lengths = in_prompt.sum(dim=1)
+    prompt_ends = prompt_lengths.cumsum(0)
+    starts = torch.empty_like(lengths)
+    starts[order] = prompt_ends[-1] + lengths[order].cumsum(0) - lengths[order]
+    ids = torch.cat([first.unique_prompt_ids[in_prompt], response_ids.flatten(0, 1)[order][in_response[order]]])
+    positions = torch.cat(
+        [
+            (in_prompt.cumsum(dim=1) - 1)[in_prompt],
+            (prompt_lengths[prompt_of_response, None] + torch.arange(widest, device=lengths.device))[order][in_response[order]],
+        ]
+    )
+    per_prompt = torch.zeros_like(prompt_lengths).index_add(0, prompt_of_response, lengths)
+    own = [*prompt_lengths.tolist(), *lengths[order].tolist()]
+    packing = Packing(
+        num_prompt_tokens=int(prompt_ends[-1]),
+        own=Runs.of(own, own, ids.device),
+        prefixes=Runs.of(per_prompt.tolist(), prompt_lengths.tolist(), ids.device),
+    )
+    return Layout(
+        ids=ids[None],
+        row=torch.zeros_like(lengths),
+        prompt_end=prompt_ends[prompt_of_response],
+        start=starts,
+        lengths=lengths,
+        context={
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # four axes: taken as it is
+            "position_ids": positions[None],
+            "packing": packing,
+        },
+    )
 
 
 def rows_of_sequences(sequences: Sequences) -> Layout:
@@ -104,7 +154,7 @@ def rows_of_sequences(sequences: Sequences) -> Layout:
     return Layout(
         ids=ids,
         row=torch.arange(len(ids), device=ids.device),
-        prompt_length=prompts,
+        prompt_end=prompts,
         start=prompts,
         lengths=sequences.response_lengths,
         context={},
@@ -140,7 +190,7 @@ def rows_of_pairs(pairs: PreferencePairs) -> Layout:
     return Layout(
         ids=ids,
         row=torch.arange(len(ids), device=ids.device).repeat_interleave(2),
-        prompt_length=prompts.repeat_interleave(2),
+        prompt_end=prompts.repeat_interleave(2),
         start=starts.flatten(),
         lengths=torch.stack([chosen.response_lengths, rejected.response_lengths], dim=1).flatten(),
         context={
