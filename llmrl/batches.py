@@ -35,6 +35,11 @@ class Batch:
         """This batch with every tensor on another device."""
         return replace(self, **{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
 
+    @property
+    def device(self) -> torch.device:
+        """Device of its tensors."""
+        return next(x.device for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor | Batch))
+
     @classmethod
     def cat(cls: type[B], parts: Sequence[B]) -> B:
         """The rows of several batches as one, padded to the widest: prompts on the left, all else on the right."""
@@ -49,7 +54,7 @@ class PassTokens:
     """Tokens that each row adds."""
     prompt_of_row: Int[Tensor, " B"] | None = None
     of_prompt: Int[Tensor, " N"] | None = None
-    """Tokens of each prompt, which the rows that respond to it add once, together; None: a row's own hold its prompt."""
+    """Tokens of each prompt, which its rows add once, together; None: a row's own tokens include its prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +201,24 @@ class PreferencePairs(Batch):
             return PassTokens(own=2 * torch.maximum(self.chosen.num_tokens, self.rejected.num_tokens))
         chosen = self.chosen.pass_tokens(packed=True)
         return replace(chosen, own=self.chosen.response_lengths + self.rejected.response_lengths)
+
+    @property
+    def sequences(self) -> Sequences:
+        """Both sides of each pair as two rows, chosen and rejected in turn, that respond to one prompt."""
+        sides = self.chosen, self.rejected
+        width = max(side.response_ids.shape[1] for side in sides)
+        ids, mask = (
+            torch.stack([pad_columns(getattr(side, name), width, left=False) for side in sides], dim=1).flatten(0, 1)
+            for name in ("response_ids", "response_mask")
+        )
+        return Sequences(
+            unique_prompt_ids=self.chosen.unique_prompt_ids,
+            unique_prompt_mask=self.chosen.unique_prompt_mask,
+            prompt_of_row=self.chosen.prompt_of_row.repeat_interleave(2),
+            response_ids=ids,
+            response_mask=mask,
+            response_lengths=torch.stack([side.response_lengths for side in sides], dim=1).flatten(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

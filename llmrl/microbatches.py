@@ -1,25 +1,16 @@
 """Microbatches: rows assigned to ranks, and split into forward passes that hold a token budget."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llmrl.batches import Batch, PassTokens
+from llmrl.batches import Batch, PreferencePairs, Sequences
 
-
-@runtime_checkable
-class Readable(Protocol):
-    """A batch that a model reads: it says how many tokens its rows have."""
-
-    def pass_tokens(self, *, packed: bool) -> PassTokens: ...
-
-
-Part = TypeVar("Part", bound=Batch)
 Answer = TypeVar("Answer", bound=Batch)
 
 
@@ -45,7 +36,7 @@ class Unit:
 
 
 def parts_of_rank(
-    batch: Readable, budget: TokenBudget, rank: int, world_size: int
+    batch: Sequences | PreferencePairs, budget: TokenBudget, rank: int, world_size: int
 ) -> tuple[list[Int[Tensor, " part"]], list[Int[Tensor, " 1"]]]:
     """``(parts, idle)`` of one rank: row indices of its forward passes; and one filler row for each pass in which only
     other ranks still have work.
@@ -60,19 +51,12 @@ def parts_of_rank(
     return [torch.tensor(rows, device="cpu") for rows in parts[rank]], filler * idle
 
 
-def in_microbatches(ask: Callable[[Part], Answer], batch: Part, budget: TokenBudget) -> Answer:
-    """Outputs of `ask` for every row, in row order, computed in microbatches."""
-    parts, _ = parts_of_rank(batch, budget, 0, 1)  # type: ignore[arg-type]
-    parts = parts or [torch.arange(0)]
-    return in_row_order([ask(batch.select(part)) for part in parts], parts)
-
-
 def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:
     """Outputs for the parts of a batch as one batch: row ``parts[i][j]`` of it is row j of ``answers[i]``."""
     return type(answers[0]).cat(answers).select(torch.cat(list(parts)).argsort())
 
 
-def _units(batch: Readable, budget: TokenBudget, world_size: int) -> list[Unit]:
+def _units(batch: Sequences | PreferencePairs, budget: TokenBudget, world_size: int) -> list[Unit]:
     """Every row in a unit. The rows of a prompt are several units where they would exceed the budget, or the share of
     a rank."""
     tokens = batch.pass_tokens(packed=budget.packed)

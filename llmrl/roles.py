@@ -103,10 +103,6 @@ class Scorer(Protocol):
         """Of both sides of each pair: ``(chosen, rejected)``."""
         ...
 
-    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
-        """What each pair takes of the token budget of a forward pass."""
-        ...
-
 
 @runtime_checkable
 class Trainable(Protocol):
@@ -268,10 +264,6 @@ class BatchSource(Source, Protocol):
 @runtime_checkable
 class Objective(Protocol):
     """What training on batches of one kind of data minimizes, and what an evaluation measures."""
-
-    def pass_tokens(self, batch: Any) -> Int[Tensor, " B"]:
-        """Tokens of each row in a forward pass: what it takes of the budget of a microbatch."""
-        ...
 
     def denominator(self, batch: Any) -> Int[Tensor, ""]:
         """What the loss of a batch is a mean over: the number of its response tokens, or of its pairs."""

@@ -27,6 +27,15 @@ PACKED = "llmrl_packed"
 """Name of the attention: over a packed row if the pass brings its `Packing`, otherwise that of torch (sdpa)."""
 
 
+def packs(trunk: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether passes over this trunk are packed: `pack_where_exact` said so, and the device has a kernel for the dtype.
+
+    CUDA's flash kernel takes no float32.
+    """
+    is_set = trunk.config.get_text_config()._attn_implementation == PACKED
+    return is_set and (device.type == "cpu" or dtype == torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Runs:
     """Runs of queries, each of which attends to the run of keys with the same number."""
@@ -91,7 +100,7 @@ class PackedAttention(torch.autograd.Function):
     """(N, heads, D) from query (N, heads, D), key and value (N, kv_heads, D)."""
 
     @staticmethod
-    def forward(ctx, query, key, value, packing, scale):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
         n, kernel = packing.num_prompt_tokens, _kernel(query)
         out, lse = kernel.forward(query, key, value, packing.own, True, scale)
         if n < len(query):
@@ -102,7 +111,7 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
         packing, scale = ctx.packing, ctx.scale
         n, kernel, grad = packing.num_prompt_tokens, _kernel(query), grad.contiguous()

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences, pad_columns
-from llmrl.models.packing import PACKED, Packing, Runs
+from llmrl.batches import Sequences
+from llmrl.models.packing import Packing, Runs, packs
 
 
 class HiddenStates:
     """Last hidden states of a batch, found by response and token.
 
-    B counts responses: one for each row of `Sequences`, two for each of `PreferencePairs`, chosen and rejected in turn.
+    B counts responses, the rows of `Sequences`.
     """
 
     def __init__(self, states: Float[Tensor, "R S H"], layout: "Layout") -> None:
@@ -46,15 +46,17 @@ class HiddenStates:
         return self._states[layout.row[response], column]
 
 
-def encode(trunk: Any, batch: Sequences | PreferencePairs, *, dtype: torch.dtype) -> HiddenStates:
-    """Hidden states of sequences, a row each, or of pairs, a row each with their prompt once.
+def encode(trunk: Any, sequences: Sequences, *, dtype: torch.dtype) -> HiddenStates:
+    """Hidden states of sequences: packed if the trunk `packs`, otherwise in a row each.
 
     Args:
         trunk: Base model of transformers, without its head.
         dtype: Arithmetic of the pass.
     """
-    layout = layout_for(trunk, batch)
-    with computing_in(dtype, layout.ids.device):
+    device = sequences.response_ids.device
+    packed = len(sequences.response_ids) > 0 and packs(trunk, dtype, device)
+    layout = packed_row(sequences) if packed else rows_of_sequences(sequences)
+    with computing_in(dtype, device):
         return HiddenStates(last_hidden_states(trunk, layout.ids, **layout.context), layout)
 
 
@@ -96,51 +98,32 @@ class Layout:
     """What attention is told beyond the ids."""
 
 
-def layout_for(trunk: Any, batch: Sequences | PreferencePairs) -> Layout:
-    """The layout of a batch for this trunk: packed, if its attention was set so and no window cuts a sequence."""
-    if trunk.config.get_text_config()._attn_implementation == PACKED:
-        return packed_row(batch)
-    return rows_of_pairs(batch) if isinstance(batch, PreferencePairs) else rows_of_sequences(batch)
-
-
-def packed_row(batch: Sequences | PreferencePairs) -> Layout:
-    """Every unique prompt, then every response, in one row, as `packing` describes."""
-    sides = [batch.chosen, batch.rejected] if isinstance(batch, PreferencePairs) else [batch]
-    first, num_sides = sides[0], len(sides)
-    prompt_of_response = first.prompt_of_row.repeat_interleave(num_sides)
-    order = prompt_of_response.argsort(stable=True)
-    widest = max(side.response_ids.shape[1] for side in sides)
-    response_ids = torch.stack([pad_columns(side.response_ids, widest, left=False) for side in sides], dim=1)
-    lengths = torch.stack([side.response_lengths for side in sides], dim=1).flatten()
-    in_prompt, in_response = first.unique_prompt_mask, torch.arange(widest, device=lengths.device) < lengths[:, None]
-    prompt_lengths = in_prompt.sum(dim=1)
-    prompt_ends = prompt_lengths.cumsum(0)
+def packed_row(sequences: Sequences) -> Layout:
+    """Every prompt once, then every response, in one row, as `packing` describes."""
+    mask, prompt_of_row, lengths = sequences.unique_prompt_mask, sequences.prompt_of_row, sequences.response_lengths
+    prompt_lengths, by_prompt = mask.sum(dim=1), prompt_of_row.argsort(stable=True)
+    prompt_ends, num_prompt_tokens = prompt_lengths.cumsum(0), int(mask.sum())
     starts = torch.empty_like(lengths)
-    starts[order] = prompt_ends[-1] + lengths[order].cumsum(0) - lengths[order]
-    ids = torch.cat([first.unique_prompt_ids[in_prompt], response_ids.flatten(0, 1)[order][in_response[order]]])
-    positions = torch.cat(
-        [
-            (in_prompt.cumsum(dim=1) - 1)[in_prompt],
-            (prompt_lengths[prompt_of_response, None] + torch.arange(widest, device=lengths.device))[order][in_response[order]],
-        ]
-    )
-    per_prompt = torch.zeros_like(prompt_lengths).index_add(0, prompt_of_response, lengths)
-    own = [*prompt_lengths.tolist(), *lengths[order].tolist()]
-    packing = Packing(
-        num_prompt_tokens=int(prompt_ends[-1]),
-        own=Runs.of(own, own, ids.device),
-        prefixes=Runs.of(per_prompt.tolist(), prompt_lengths.tolist(), ids.device),
-    )
+    starts[by_prompt] = num_prompt_tokens + lengths[by_prompt].cumsum(0) - lengths[by_prompt]
+    read = _attended(sequences)[by_prompt]
+    columns = torch.arange(read.shape[1], device=read.device)
+    positions = (sequences.prompt_lengths[:, None] + columns)[by_prompt]
+    own = [*prompt_lengths.tolist(), *lengths[by_prompt].tolist()]
+    of_prompts = torch.zeros_like(prompt_lengths).index_add(0, prompt_of_row, lengths)
     return Layout(
-        ids=ids[None],
+        ids=torch.cat([sequences.unique_prompt_ids[mask], sequences.response_ids[by_prompt][read]])[None],
         row=torch.zeros_like(lengths),
-        prompt_end=prompt_ends[prompt_of_response],
+        prompt_end=prompt_ends[prompt_of_row],
         start=starts,
         lengths=lengths,
         context={
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # four axes: taken as it is
-            "position_ids": positions[None],
-            "packing": packing,
+            "attention_mask": read.new_ones(1, 1, 1, 1),  # four axes: transformers passes it on as it is
+            "position_ids": torch.cat([(mask.cumsum(dim=1) - 1)[mask], positions[read]])[None],
+            "packing": Packing(
+                num_prompt_tokens=num_prompt_tokens,
+                own=Runs.of(own, own, read.device),
+                prefixes=Runs.of(of_prompts.tolist(), prompt_lengths.tolist(), read.device),
+            ),
         },
     )
 
@@ -158,45 +141,6 @@ def rows_of_sequences(sequences: Sequences) -> Layout:
         start=prompts,
         lengths=sequences.response_lengths,
         context={},
-    )
-
-
-def rows_of_pairs(pairs: PreferencePairs) -> Layout:
-    """Each prompt, its chosen and its rejected response side by side.
-
-    Positions of both responses count on from the prompt. For "ab" with "x" and "yz", what each token attends to:
-
-            a b x y z
-        a   1
-        b   1 1
-        x   1 1 1
-        y   1 1   1
-        z   1 1   1 1
-    """
-    chosen, rejected = pairs.chosen, pairs.rejected
-    ids, filled = at_left_margin(
-        (chosen.prompt_ids, chosen.prompt_mask),
-        (chosen.response_ids, _attended(chosen)),
-        (rejected.response_ids, _attended(rejected)),
-    )
-    prompts = chosen.prompt_lengths
-    starts = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    in_rejected = columns >= starts[:, 1:]
-    in_chosen = (columns >= starts[:, :1]) & ~in_rejected
-    positions = columns - in_rejected * chosen.response_lengths[:, None]
-    causal = columns[:, None] >= columns
-    across = in_rejected[:, :, None] & in_chosen[:, None, :]
-    return Layout(
-        ids=ids,
-        row=torch.arange(len(ids), device=ids.device).repeat_interleave(2),
-        prompt_end=prompts.repeat_interleave(2),
-        start=starts.flatten(),
-        lengths=torch.stack([chosen.response_lengths, rejected.response_lengths], dim=1).flatten(),
-        context={
-            "attention_mask": (causal & ~across)[:, None],
-            "position_ids": positions * filled,  # padding may lie beyond the last that a model has
-        },
     )
 
 
