@@ -41,8 +41,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     packing: bool = True
-    """Forward passes read a prompt once for all its responses, and no padding, where the model's attention allows it;
-    false: a padded row for each response. Changes time and memory, never the result."""
+    """Forward passes of every model of the run read a prompt once for all its responses, and no padding, where the
+    model's attention allows it; false: a padded row for each response. Changes time and memory, never the result."""
     from_scratch: bool = False
     """Random weights in the shape of the folder's config.json, instead of the folder's weights."""
     trust_remote_code: bool = False

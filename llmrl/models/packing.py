@@ -28,12 +28,17 @@ PACKED = "llmrl_packed"
 
 
 def packs(trunk: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether passes over this trunk are packed: `pack_where_exact` said so, and the device has a kernel for the dtype.
+    """Whether passes over this trunk are packed: `pack_where_exact` said so, and the device has a kernel for them.
 
-    CUDA's flash kernel takes no float32.
+    CUDA's flash kernel takes no float32, heads of at most 256 numbers, by eights, and a GPU from Ampere on.
     """
-    is_set = trunk.config.get_text_config()._attn_implementation == PACKED
-    return is_set and (device.type == "cpu" or dtype == torch.bfloat16)
+    config = trunk.config.get_text_config(decoder=True)
+    if config._attn_implementation != PACKED or device.type not in ("cpu", "cuda"):
+        return False
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return device.type == "cpu" or (
+        dtype == torch.bfloat16 and size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Runs:
     def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> "Runs":
         """Runs of these lengths, one after another."""
         ends = [
-            torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+            torch.tensor([0, *lengths], device="cpu").cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
             for lengths in (query_lengths, key_lengths)
         ]
         return cls(query_lengths, key_lengths, *ends)
@@ -69,27 +74,31 @@ class Packing:
 
 def packed_attention_forward(
     module: torch.nn.Module,
-    query: Float[Tensor, "1 heads N D"],
-    key: Float[Tensor, "1 kv_heads N D"],
-    value: Float[Tensor, "1 kv_heads N D"],
+    query: Float[Tensor, "B heads N D"],
+    key: Float[Tensor, "B kv_heads S D"],
+    value: Float[Tensor, "B kv_heads S D"],
     attention_mask: Tensor | None,
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, by the layout of the row in place of a mask.
+    """Attention as transformers calls it; by the layout of the one row, if there is one, in place of a mask.
 
     Raises:
         ValueError: The layer asks for what packed attention does not have.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("dropout"):
-        raise ValueError("packed attention has no dropout")
-    if asked := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+    if asked := [name for name, value in kwargs.items() if _changes_scores(name, value)]:
         raise ValueError(f"packed attention has no {asked[0]}")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     by_token = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]
     return PackedAttention.apply(*by_token, packing, scale)[None], None
+
+
+def _changes_scores(name: str, value: Any) -> bool:
+    """Whether a layer asks for more than products of queries and keys by this argument: a soft cap, or a tensor such as
+    sinks, a bias or the keys that a query may see."""
+    return (name in ("dropout", "softcap") and bool(value)) or (isinstance(value, Tensor) and name != "position_ids")
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

@@ -69,7 +69,8 @@ def probe_trunk(model: "PreTrainedModel", *, longest: int = 0) -> int:
 
 @torch.no_grad()
 def pack_where_exact(model: "PreTrainedModel", *, longest: int = 0) -> None:
-    """Lets passes over the trunk be packed, if the hidden states of a packed row are those of rows of their own.
+    """Lets passes over the trunk be packed, if the hidden states of a packed row are those of rows of their own, and
+    passes that are not packed, as of a rollout, stay what they are.
 
     A window over columns sees other tokens in a packed row, so a model that has one is left as it is unless the window
     holds the longest sequence of the run; likewise one whose bias counts columns (ALiBi), one whose layers are not all
@@ -80,26 +81,27 @@ def pack_where_exact(model: "PreTrainedModel", *, longest: int = 0) -> None:
         model: The model, in the mode in which it is used.
         longest: Tokens of the longest sequence that it will read; 0: not known.
     """
-    config = model.config.get_text_config(decoder=True)
+    trunk = model.base_model  # on a shared base, its settings are another object than the model's
+    config = trunk.config.get_text_config(decoder=True)
     if config._attn_implementation != "sdpa" or not _attends_by_position(config, longest):
         return
-    sequences = _probe_sequences(config.vocab_size).to(model.device)
+    sequences, rows = _probe_sequences(config.vocab_size).to(model.device), probe_rows(model, config.vocab_size)
     dtype, tolerance = torch.float32, TOLERANCE
     if model.device.type == "cuda":
         dtype, tolerance = torch.bfloat16, BFLOAT16_TOLERANCE
 
-    def states() -> Float[Tensor, "M H"]:
-        hidden = encode(model.base_model, sequences, dtype=dtype)
-        return torch.cat([hidden.before(sequences.response_mask), hidden.last()])
+    def states() -> list[Tensor]:
+        hidden = encode(trunk, sequences, dtype=dtype)
+        return [hidden.before(sequences.response_mask), hidden.last(), _hidden(model, rows)]
 
-    expected = states()
     try:
-        model.set_attn_implementation(PACKED)
-        exact = _difference(states(), expected) <= tolerance
+        expected = states()
+        trunk.set_attn_implementation(PACKED)
+        exact = all(_is_close(*each, tolerance) for each in zip(states(), expected, strict=True))
     except Exception:  # whatever a layer makes of arguments that it does not know
         exact = False
     if not exact:
-        model.set_attn_implementation("sdpa")
+        trunk.set_attn_implementation("sdpa")
 
 
 def _attends_by_position(config: Any, longest: int) -> bool:
@@ -167,6 +169,11 @@ def _difference(states: Float[Tensor, "A L H"], expected: Float[Tensor, "B S H"]
     """Largest difference of the first rows over the columns of both, relative to the largest number in them."""
     expected = expected[0, : states.shape[1]]
     return float((states[0] - expected).abs().max() / expected.abs().max())
+
+
+def _is_close(states: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether no difference is larger, relative to the largest number; False where one is NaN."""
+    return bool((states - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _refusal(model: "PreTrainedModel", what: str, difference: float) -> ModelError:

@@ -1,9 +1,10 @@
 """The one pass through the trunk: where policy, critic and reward model get their hidden states.
 
-Prompts arrive padded left and responses right, as `Sequences` has them. Here each row is moved to the left margin,
-prompt and response without a gap, so that padding stands only after the last token. Causal attention never looks
-there: no mask is needed, positions count from 0, and models with rotary or absolute positions or a sliding window see
-what they saw in training. The two responses of a pair may share a row, and with it their prompt.
+Prompts arrive padded left and responses right, as `Sequences` has them. Where the model's attention allows it, the pass
+is over one packed row: every prompt once, every response once, no padding (`packing`). Otherwise each prompt and its
+response are moved to the left margin of a row without a gap, so that padding stands only after the last token. Causal
+attention never looks there: no mask is needed. In both, positions count from 0 at the start of the prompt, so models
+with rotary or absolute positions see what they saw in training.
 
 How rows are laid out is known here and nowhere else. Callers ask for the state before a response token, which predicts
 it, or at the last token.

@@ -104,6 +104,7 @@ def load_scorer(
     adapted: "PeftModel | None" = None,
     *,
     longest: int = 0,
+    packing: bool = True,
     place: Callable[[nn.Module], object],
 ) -> RewardScorer:
     """The reward model that a recipe or a command names, in eval mode and without gradient.
@@ -112,6 +113,7 @@ def load_scorer(
         config: Which one, and how.
         adapted: The actor, on whose base it stands if the config says so.
         longest: Tokens of the longest sequence, if known.
+        packing: Whether its passes may be packed, where that is exact.
         place: Puts a module where it computes; not one on the actor's base, which is there.
     """
     model_config = reward_model_config(config)
@@ -122,7 +124,7 @@ def load_scorer(
             model = load_reward_on_base(model_config, base_of(base))
         else:
             model = load_reward_model(model_config, head_init=None)
-        settle_passes(model, longest, packing=model_config.packing)
+        settle_passes(model, longest, packing=packing)
         if base is None:
             shrink_linear_layers(model, dtype_of(config), head=score_layer(model))
         check_vocabulary(model_config, model, tokenizer)

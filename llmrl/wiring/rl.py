@@ -105,6 +105,7 @@ def _load_scorer(config: RLRun, context: Context, actor: Actor | None = None) ->
         config.reward.model,
         actor and actor.adapted,
         longest=config.longest_sequence,
+        packing=config.model.packing,
         place=partial(place_frozen, config=config.distributed, context=context),
     )
 

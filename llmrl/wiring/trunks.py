@@ -39,4 +39,4 @@ def budget_of(
     models: Iterable["PreTrainedModel"], max_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> TokenBudget:
     """Token budget of passes over all of these models: packed if each of them packs."""
-    return TokenBudget(max_tokens=max_tokens, packed=all(packs(model, dtype, device) for model in models))
+    return TokenBudget(max_tokens=max_tokens, packed=all(packs(model.base_model, dtype, device) for model in models))

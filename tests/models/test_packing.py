@@ -1,11 +1,19 @@
 """Packed attention against its definition, token by token, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmrl.models.packing import PackedAttention, Packing, Runs, packed_attention_forward
+from llmrl.models.heads import LinearHead, choose_head
+from llmrl.models.packing import PackedAttention, Packing, Runs, packed_attention_forward, packs
+from llmrl.models.saving import save_policy
+from tests.rollout.tiny import VOCAB
+
+from .tiny import build, make_tokenizer
+from .tiny import packing as packing_model
 
 CPU = torch.device("cpu")
 PROMPTS = [5, 1, 40]
@@ -89,8 +97,73 @@ def test_without_a_layout_it_is_torchs_attention():
     assert_close(out, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.ones(4)}])
+@pytest.mark.parametrize(
+    "asked", [{"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.ones(4)}, {"indices": torch.ones(1, 6, 2)}]
+)
 def test_what_it_does_not_have_is_refused(asked):
     query, key, value = (x.transpose(0, 1)[None] for x in tensors(6))
     with pytest.raises(ValueError, match=f"packed attention has no {next(iter(asked))}"):
         packed_attention_forward(torch.nn.Module(), query, key, value, None, packing=packing([2], [[4]]), **asked)
+
+
+def test_what_changes_no_score_is_let_through():
+    query, key, value = (x.transpose(0, 1)[None] for x in tensors(6))
+    nothing = {"dropout": 0.0, "softcap": None, "sliding_window": 9, "position_ids": torch.arange(6)[None]}
+    packed_attention_forward(torch.nn.Module(), query, key, value, None, packing=packing([2], [[4]]), **nothing)
+
+
+# --- a model that packs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "changes", "capability", "is_packed"),
+    [
+        ("cpu", torch.float32, {}, None, True),
+        ("cpu", torch.bfloat16, {"head_dim": 300}, None, True),
+        ("cuda", torch.bfloat16, {}, (8, 0), True),
+        ("cuda", torch.bfloat16, {}, (9, 0), True),
+        ("cuda", torch.float32, {}, (9, 0), False),
+        ("cuda", torch.bfloat16, {}, (7, 5), False),
+        ("cuda", torch.bfloat16, {"head_dim": 300}, (9, 0), False),
+        ("cuda", torch.bfloat16, {"head_dim": 12}, (9, 0), False),
+        ("cuda", torch.bfloat16, {"head_dim": None, "hidden_size": 48}, (9, 0), False),
+        ("mps", torch.bfloat16, {}, None, False),
+    ],
+)
+def test_devices_that_have_a_kernel(device, dtype, changes, capability, is_packed, monkeypatch):
+    """Heads are 8 numbers wide, 12 where 48 are split over 4."""
+    model = packing_model(build("llama"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    assert packs(model.base_model, dtype, torch.device(device)) == is_packed
+
+
+def test_a_copy_packs_too_and_a_model_that_does_not_is_left_alone():
+    model, other = packing_model(build("llama")), build("llama")
+    assert packs(copy.deepcopy(model).base_model, torch.float32, CPU)
+    assert not packs(other.base_model, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_a_layout_a_model_is_what_it_was(family):
+    """Rows, padded rows, sampling with a cache, and the head that is found for it."""
+    ours, plain = packing_model(build(family)), build(family)
+    ids = torch.tensor([[7, 8, 9, 10], [7, 7, 11, 12]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with torch.no_grad():
+        for some in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+            assert torch.equal(ours(**some).logits, plain(**some).logits)
+    sampled = [
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        for model in (ours, plain)
+    ]
+    assert torch.equal(*sampled)
+    assert isinstance(choose_head(ours, VOCAB), LinearHead)
+
+
+def test_a_saved_model_says_nothing_of_it(tmp_path):
+    model = packing_model(build("llama"))
+    save_policy(tmp_path, model=model, adapted=None, tokenizer=make_tokenizer(), dtype=torch.float32)
+    assert all("packed" not in file.read_text() for file in tmp_path.glob("*.json"))
+    assert type(model).from_pretrained(tmp_path).config._attn_implementation == "sdpa"
