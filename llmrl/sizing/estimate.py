@@ -194,7 +194,7 @@ class _Preferences(_Parts):
         settings, length = self.config.reward_model, self.config.data.max_tokens
         num_rows = -(-settings.batch_size // self.strategy.num_devices)
         work = self.work(budget=settings.microbatch_tokens, length=length, response_tokens=0, num_rows=num_rows)
-        yield from self.updating(replace(work, masked=True), num_rows)
+        yield from self.updating(work, num_rows)
 
 
 class _Reinforcement(_Parts):
