@@ -27,10 +27,10 @@ class Pass:
     """A forward pass on one microbatch, and the backward pass through it."""
 
     rows: int
-    length: int
-    """Tokens of a row, padding included."""
-    response_tokens: int
-    """Tokens of a row whose log-probability is wanted; 0 where there is no LM head."""
+    num_tokens: int
+    """Tokens that the trunk reads, padding included."""
+    num_scored: int
+    """Tokens whose log-probability is wanted; 0 where there is no LM head."""
     bfloat16: bool
     """Whether autocast computes in bfloat16."""
     learns: bool = True
@@ -39,14 +39,6 @@ class Pass:
     """LoRA rank of the trained adapters; 0: no adapters."""
     checkpoints: bool = False
     """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows * self.length
-
-    @property
-    def num_scored(self) -> int:
-        return self.rows * self.response_tokens
 
     @property
     def size(self) -> int:

@@ -152,3 +152,32 @@ def test_a_single_microbatch_never_meets_its_gradients(shape):
     estimate = estimate_memory(once, shape, Strategy())
     assert item(estimate, "gradients") == 0
     assert estimate.peak < estimate_memory(sft(), shape, Strategy()).peak
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_rows", "packing", "expected"),
+    [
+        (100, 64, True, (16, 4 * (6 + 4 * 4), 64)),  # four whole groups of 22 tokens
+        (100, 64, False, (10, 10 * 10, 40)),
+        (100, 8, True, (8, 2 * 22, 32)),  # no more than there are
+        (21, 64, True, (3, 6 + 3 * 4, 12)),  # as many rows of a group as fit
+        (5, 64, True, (1, 10, 4)),  # one, however small the budget
+        (5, 64, False, (1, 10, 4)),
+    ],
+)
+def test_a_packed_pass_reads_a_prompt_once(shape, budget, num_rows, packing, expected):
+    """Groups of 4 responses of 4 tokens to prompts of 6: rows, tokens of the trunk, scored tokens."""
+    parts = _Parts(sft(), shape, Strategy())
+    rows = parts.work(
+        budget=budget, length=4, response_tokens=4, num_rows=num_rows, prompt=6, group=4 if packing else 1
+    )
+    assert (rows.rows, rows.num_tokens, rows.num_scored) == expected
+
+
+def test_without_packing_a_pass_of_grpo_is_estimated_in_padded_rows(shape):
+    packed, padded = (
+        estimate_memory(replace(config, model=replace(config.model, packing=packing)), shape, Strategy())
+        for config in [rl(GRPORun)]
+        for packing in (True, False)
+    )
+    assert item(packed, "activations") != item(padded, "activations")

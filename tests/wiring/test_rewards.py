@@ -77,7 +77,7 @@ def test_a_scorer_is_what_the_recipe_asks_for(folder):
     config = replace(folder, weight=3.0, microbatch_tokens=77, dtype="bfloat16")
     scorer = load_scorer(config, place=on_cpu)
     reward = reward_on(RewardConfig(model=config))
-    assert (reward.weight, reward.scorer.microbatch_tokens) == (3.0, 77)
+    assert (reward.weight, reward.scorer.budget.max_tokens) == (3.0, 77)
     assert scorer.scorer.module.dtype == torch.bfloat16
     x = torch.tensor([0.5, 4.5])
     assert scorer.normalize(x).tolist() == [0.0, 2.0]

@@ -265,7 +265,7 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     assert (trainer.prompts_per_iteration, trainer.group_size, trainer.config) == (8, 4, update)
     assert (trainer.engine.engine.max_rows, run.evaluate_every, trainer.observe.num_samples) == (11, 2, 1)
     assert trainer.algorithm.max_response_tokens == 3
-    assert trainer.algorithm.actor.microbatch_tokens == 77
+    assert trainer.budget.max_tokens == trainer.algorithm.actor.budget.max_tokens == 77
     assert trainer.algorithm.config == algorithm
 
 
