@@ -81,7 +81,7 @@ def pack_where_exact(model: "PreTrainedModel", *, longest: int = 0) -> None:
         model: The model, in the mode in which it is used.
         longest: Tokens of the longest sequence that it will read; 0: not known.
     """
-    trunk = model.base_model  # on a shared base, its settings are another object than the model's
+    trunk: Any = model.base_model  # on a shared base, its settings are another object than the model's
     config = trunk.config.get_text_config(decoder=True)
     if config._attn_implementation != "sdpa" or not _attends_by_position(config, longest):
         return

@@ -5,6 +5,7 @@ from pydantic import TypeAdapter
 
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.sizing import Estimate, Item, Strategy, estimate_memory
+from llmrl.sizing.estimate import _Supervised
 
 RUN = {"output_dir": "out", "num_iterations": 1}
 RULE = {"functions": [{"name": "rule.py:rule"}]}
@@ -167,7 +168,7 @@ def test_a_single_microbatch_never_meets_its_gradients(shape):
 )
 def test_a_packed_pass_reads_a_prompt_once(shape, budget, num_rows, packing, expected):
     """Groups of 4 responses of 4 tokens to prompts of 6: rows, tokens of the trunk, scored tokens."""
-    parts = _Parts(sft(), shape, Strategy())
+    parts = _Supervised(sft(), shape, Strategy())
     rows = parts.work(
         budget=budget, length=4, response_tokens=4, num_rows=num_rows, prompt=6, group=4 if packing else 1
     )
@@ -175,9 +176,6 @@ def test_a_packed_pass_reads_a_prompt_once(shape, budget, num_rows, packing, exp
 
 
 def test_without_packing_a_pass_of_grpo_is_estimated_in_padded_rows(shape):
-    packed, padded = (
-        estimate_memory(replace(config, model=replace(config.model, packing=packing)), shape, Strategy())
-        for config in [rl(GRPORun)]
-        for packing in (True, False)
-    )
-    assert item(packed, "activations") != item(padded, "activations")
+    """A group of 6 + 4 x 4 tokens fits into 30, and three rows of 10."""
+    packed, padded = (estimate_memory(rl(GRPORun, packing=packing), shape, Strategy()) for packing in (True, False))
+    assert item(packed, "activations") * 30 == item(padded, "activations") * 22
