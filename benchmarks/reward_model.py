@@ -47,6 +47,7 @@ from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig
 from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.wiring.reward_model import load_trained_reward_model
+from llmrl.wiring.trunks import budget_of
 
 TRAINERS = ("llmrl", "trl")
 COLUMNS = ("step_ms", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
@@ -165,7 +166,7 @@ def prepare_llmrl(
         source=source,
         held_out=None,
         batch_size=settings.batch_size,
-        microbatch_tokens=settings.microbatch_tokens,
+        budget=budget_of([loaded.model], settings.microbatch_tokens, loaded.module.dtype, loaded.model.device),
         context=make_context(OneProcess(), Silent()),
     )
 

@@ -37,10 +37,26 @@ class Batch:
         """This batch with every tensor on another device."""
         return replace(self, **{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
 
+    @property
+    def device(self) -> torch.device:
+        """Device of its tensors."""
+        return next(x.device for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor | Batch))
+
     @classmethod
     def cat(cls: type[B], parts: Sequence[B]) -> B:
         """The rows of several batches as one, padded to the widest: prompts on the left, all else on the right."""
         return cls(**{f.name: _cat([getattr(part, f.name) for part in parts], f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTokens:
+    """Numbers of tokens that a forward pass over some rows reads, padding left out."""
+
+    own: Int[Tensor, " B"]
+    """Tokens that each row adds."""
+    prompt_of_row: Int[Tensor, " B"] | None = None
+    of_prompt: Int[Tensor, " N"] | None = None
+    """Tokens of each prompt, which its rows add once, together; None: a row's own tokens include its prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +115,14 @@ class Sequences(Batch):
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Number of prompt and response tokens of each row, padding left out."""
         return self.prompt_lengths + self.response_lengths
+
+    def pass_tokens(self, *, packed: bool) -> PassTokens:
+        """Tokens of each row in a forward pass, which reads a prompt once for all its rows if it is packed."""
+        if not packed:
+            return PassTokens(own=self.num_tokens)
+        return PassTokens(
+            own=self.response_lengths, prompt_of_row=self.prompt_of_row, of_prompt=self.unique_prompt_mask.sum(dim=1)
+        )
 
     def select(self: S, index: Tensor) -> S:
         """The rows that an index tensor names, in its order.
@@ -171,6 +195,32 @@ class PreferencePairs(Batch):
     def num_tokens(self) -> Int[Tensor, " B"]:
         """Number of tokens in both sequences of each pair, the prompt in each."""
         return self.chosen.num_tokens + self.rejected.num_tokens
+
+    def pass_tokens(self, *, packed: bool) -> PassTokens:
+        """Tokens of each pair in a forward pass: with its prompt once if it is packed, otherwise twice the longer
+        side's."""
+        if not packed:
+            return PassTokens(own=2 * torch.maximum(self.chosen.num_tokens, self.rejected.num_tokens))
+        chosen = self.chosen.pass_tokens(packed=True)
+        return replace(chosen, own=self.chosen.response_lengths + self.rejected.response_lengths)
+
+    @property
+    def sequences(self) -> Sequences:
+        """Both sides of each pair as two rows, chosen and rejected in turn, that respond to one prompt."""
+        sides = self.chosen, self.rejected
+        width = max(side.response_ids.shape[1] for side in sides)
+        ids, mask = (
+            torch.stack([pad_columns(getattr(side, name), width, left=False) for side in sides], dim=1).flatten(0, 1)
+            for name in ("response_ids", "response_mask")
+        )
+        return Sequences(
+            unique_prompt_ids=self.chosen.unique_prompt_ids,
+            unique_prompt_mask=self.chosen.unique_prompt_mask,
+            prompt_of_row=self.chosen.prompt_of_row.repeat_interleave(2),
+            response_ids=ids,
+            response_mask=mask,
+            response_lengths=torch.stack([side.response_lengths for side in sides], dim=1).flatten(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,93 +1,54 @@
-"""Microbatches: units of rows assigned to ranks and split by a token budget."""
+"""Microbatches: rows assigned to ranks, and split into forward passes that hold a token budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llmrl.batches import Batch
+from llmrl.batches import Batch, PreferencePairs, Sequences
 
 Answer = TypeVar("Answer", bound=Batch)
-Cost = Callable[[Sequence[int]], int]
-"""Tokens of one forward pass over rows of these lengths, padding included."""
 
 
-def padded_tokens(lengths: Sequence[int]) -> int:
-    """Cost of rows in one forward pass: their tokens when padded to the longest."""
-    return len(lengths) * max(lengths)
+@dataclass(frozen=True, kw_only=True)
+class TokenBudget:
+    """Largest number of tokens in one forward pass on one device. It changes memory, never a result."""
+
+    max_tokens: int
+    packed: bool = False
+    """Whether passes pack their rows: no padding, and the prompt of several rows once. Otherwise each row takes as many
+    tokens as the longest."""
 
 
-def by_token_budget(
-    num_tokens: Int[Tensor, " B"],
-    max_tokens: int,
-    *,
-    cost: Cost = padded_tokens,
-    units: Int[Tensor, " B"] | None = None,
-) -> list[Int[Tensor, " part"]]:
-    """Row indices of microbatches: units of rows, the cheapest first, split into parts that cost at most `max_tokens`.
+@dataclass(frozen=True)
+class Unit:
+    """Rows that stay together: in a packed pass those of one prompt, otherwise a single row."""
 
-    A unit that costs more is a part of its own. The parts change memory, never a result.
-
-    Args:
-        num_tokens: Tokens of each row, padding left out.
-        max_tokens: Largest cost of a part, tokens.
-        cost: Tokens that a forward pass over rows of these lengths takes.
-        units: Rows with the same number stay in one part; None: each row is a unit.
-    """
-    lengths, parts = num_tokens.tolist(), []
-    part: list[int] = []
-    taken: list[int] = []
-    for unit in sorted(_rows_of_units(num_tokens, units), key=lambda rows: _cost(rows, lengths, cost)):
-        more = [lengths[row] for row in unit]
-        if part and cost(taken + more) > max_tokens:
-            parts.append(part)
-            part, taken = [], []
-        part, taken = part + unit, taken + more
-    return [torch.tensor(rows, dtype=torch.long, device=num_tokens.device) for rows in [*parts, part] if rows]
-
-
-def rows_of_ranks(
-    num_tokens: Int[Tensor, " B"],
-    world_size: int,
-    *,
-    cost: Cost = padded_tokens,
-    units: Int[Tensor, " B"] | None = None,
-) -> list[Int[Tensor, " part"]]:
-    """Row indices of each rank: the most expensive unit first, each goes to the rank whose units cost least so far."""
-    lengths = num_tokens.tolist()
-    loads: list[int] = [0] * world_size
-    rows: list[list[int]] = [[] for _ in range(world_size)]
-    for unit in sorted(_rows_of_units(num_tokens, units), key=lambda rows: -_cost(rows, lengths, cost)):
-        least = loads.index(min(loads))
-        loads[least] += _cost(unit, lengths, cost)
-        rows[least] += unit
-    return [torch.tensor(mine, dtype=torch.long, device=num_tokens.device) for mine in rows]
+    rows: list[int]
+    longest: int
+    """Tokens of its longest row, counted once for each row of a padded pass."""
+    num_tokens: int
+    """Tokens of a packed pass over it."""
 
 
 def parts_of_rank(
-    num_tokens: Int[Tensor, " B"],
-    max_tokens: int,
-    rank: int,
-    world_size: int,
-    *,
-    cost: Cost = padded_tokens,
-    units: Int[Tensor, " B"] | None = None,
+    batch: Sequences | PreferencePairs, budget: TokenBudget, rank: int, world_size: int
 ) -> tuple[list[Int[Tensor, " part"]], list[Int[Tensor, " 1"]]]:
-    """``(parts, idle)`` of one rank: its row indices, split by the token budget as `by_token_budget` does; and one
-    filler row for each pass in which only other ranks still have work.
+    """``(parts, idle)`` of one rank: row indices of its forward passes; and one filler row for each pass in which only
+    other ranks still have work.
 
     Where weights are sharded, a forward pass is collective, so each rank makes as many as the busiest.
     """
-    num_tokens = num_tokens.cpu()
-    units = torch.arange(len(num_tokens), device="cpu") if units is None else units.cpu()
-    parts = [
-        [mine[part] for part in by_token_budget(num_tokens[mine], max_tokens, cost=cost, units=units[mine])]
-        for mine in rows_of_ranks(num_tokens, world_size, cost=cost, units=units)
-    ]
+    units = _units(batch, budget, world_size)
+    parts = [_parts(mine, budget) for mine in _units_of_ranks(units, world_size)]
     idle = max(map(len, parts)) - len(parts[rank])
-    return parts[rank], [num_tokens.argmin().view(1)] * idle
+    shortest = min(units, key=lambda unit: unit.longest, default=None)
+    filler = [torch.tensor(shortest.rows[:1], device="cpu")] if shortest is not None else []
+    return [torch.tensor(rows, device="cpu") for rows in parts[rank]], filler * idle
 
 
 def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:
@@ -95,15 +56,54 @@ def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:
     return type(answers[0]).cat(answers).select(torch.cat(list(parts)).argsort())
 
 
-def _rows_of_units(num_tokens: Int[Tensor, " B"], units: Int[Tensor, " B"] | None) -> list[list[int]]:
-    """The rows of each unit, units in the order of their first row."""
-    if units is None:
-        return [[row] for row in range(len(num_tokens))]
-    rows: dict[int, list[int]] = {}
-    for row, unit in enumerate(units.tolist()):
-        rows.setdefault(unit, []).append(row)
-    return list(rows.values())
+def _units(batch: Sequences | PreferencePairs, budget: TokenBudget, world_size: int) -> list[Unit]:
+    """Every row in a unit. The rows of a prompt are several units where they would exceed the budget, or the share of
+    a rank."""
+    tokens = batch.pass_tokens(packed=budget.packed)
+    own = tokens.own.tolist()
+    if tokens.prompt_of_row is None or tokens.of_prompt is None:
+        return [Unit([row], n, n) for row, n in enumerate(own)]
+    prompts, of_prompt = tokens.prompt_of_row.tolist(), tokens.of_prompt.tolist()
+    total = sum(own) + sum(of_prompt[prompt] for prompt in set(prompts))
+    most = min(budget.max_tokens, -(-total // world_size))
+    units = []
+    for prompt, group in groupby(sorted(range(len(own)), key=prompts.__getitem__), key=prompts.__getitem__):
+        units += _units_of_prompt(list(group), own, of_prompt[prompt], most)
+    return units
 
 
-def _cost(rows: Sequence[int], lengths: Sequence[int], cost: Cost) -> int:
-    return cost([lengths[row] for row in rows])
+def _units_of_prompt(rows: list[int], own: Sequence[int], prompt: int, most: int) -> Iterator[Unit]:
+    """The responses to one prompt in units of at most this many tokens, or of one row."""
+    unit, num_tokens = [rows[0]], prompt + own[rows[0]]
+    for row in rows[1:]:
+        if num_tokens + own[row] > most:
+            yield Unit(unit, prompt + max(own[row] for row in unit), num_tokens)
+            unit, num_tokens = [], prompt
+        unit.append(row)
+        num_tokens += own[row]
+    yield Unit(unit, prompt + max(own[row] for row in unit), num_tokens)
+
+
+def _units_of_ranks(units: Sequence[Unit], world_size: int) -> list[list[Unit]]:
+    """The units of each rank: the largest first, each goes to the rank that has the fewest tokens so far."""
+    loads = [0] * world_size
+    of_ranks: list[list[Unit]] = [[] for _ in range(world_size)]
+    for unit in sorted(units, key=lambda unit: -unit.num_tokens):
+        least = loads.index(min(loads))
+        loads[least] += unit.num_tokens
+        of_ranks[least].append(unit)
+    return of_ranks
+
+
+def _parts(units: Sequence[Unit], budget: TokenBudget) -> list[list[int]]:
+    """Rows of passes that hold the budget: units, the smallest first, as many in each as fit, at least one."""
+    parts: list[list[int]] = []
+    rows: list[int] = []
+    num_tokens = 0
+    for unit in sorted(units, key=lambda unit: unit.num_tokens):
+        more = num_tokens + unit.num_tokens if budget.packed else (len(rows) + 1) * unit.longest
+        if rows and more > budget.max_tokens:
+            parts.append(rows)
+            rows, num_tokens = [], 0
+        rows, num_tokens = rows + unit.rows, num_tokens + unit.num_tokens
+    return [*parts, rows] if rows else parts

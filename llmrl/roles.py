@@ -103,10 +103,6 @@ class Scorer(Protocol):
         """Scores of both sides of each pair: ``(chosen, rejected)``."""
         ...
 
-    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
-        """Tokens that each pair takes of the budget of a forward pass."""
-        ...
-
 
 @runtime_checkable
 class Trainable(Protocol):
@@ -268,10 +264,6 @@ class BatchSource(Source, Protocol):
 @runtime_checkable
 class Objective(Protocol):
     """Loss that training on batches of one kind of data minimizes, and metrics of its evaluation."""
-
-    def pass_tokens(self, batch: Any) -> Int[Tensor, " B"]:
-        """Tokens that each row takes of the budget of a microbatch."""
-        ...
 
     def denominator(self, batch: Any) -> Int[Tensor, ""]:
         """Number of things that the loss of a batch averages over: its response tokens, or its pairs."""

@@ -148,6 +148,50 @@ def test_tokens_of_a_row():
     assert sequences.num_tokens.tolist() == [4, 3]
 
 
+def test_tokens_of_a_pass():
+    """Each row with its prompt, or its prompt once for all its rows."""
+    batch = make_experience([[1], [2, 3]], [[10], [11, 12, 13]], [0.0, 1.0]).sequences.select(torch.tensor([0, 1, 1]))
+    padded, packed = (batch.pass_tokens(packed=packed) for packed in (False, True))
+    assert padded.own.tolist() == [2, 5, 5]
+    assert padded.prompt_of_row is padded.of_prompt is None
+    assert packed.own.tolist() == [1, 3, 3]
+    assert packed.prompt_of_row.tolist() == [0, 1, 1]
+    assert packed.of_prompt.tolist() == [1, 2]
+
+
+def ragged_pairs() -> PreferencePairs:
+    chosen = make_experience([[1], [2, 3]], [[10], [11, 12]], [0.0, 0.0]).sequences
+    rejected = make_experience([[1], [2, 3]], [[20, 21, 22], [23]], [0.0, 0.0]).sequences
+    return PreferencePairs(chosen=chosen, rejected=rejected, margin=torch.zeros(2))
+
+
+def test_tokens_of_a_pass_over_pairs():
+    """Of rows 2 and 4, 4 and 3 tokens: two rows of the longer, or the prompt once."""
+    padded, packed = (ragged_pairs().pass_tokens(packed=packed) for packed in (False, True))
+    assert padded.own.tolist() == [8, 8]
+    assert packed.own.tolist() == [4, 3]
+    assert packed.prompt_of_row.tolist() == [0, 1]
+    assert packed.of_prompt.tolist() == [1, 2]
+
+
+def test_the_sides_of_pairs_as_rows():
+    """Chosen and rejected in turn, two rows to a prompt."""
+    rows = ragged_pairs().sequences
+    assert rows.unique_prompt_ids.tolist() == [[99, 1], [2, 3]]
+    assert rows.prompt_of_row.tolist() == [0, 0, 1, 1]
+    assert rows.response_lengths.tolist() == [1, 3, 2, 1]
+    ids = [row[:length].tolist() for row, length in zip(rows.response_ids, rows.response_lengths, strict=True)]
+    assert ids == [[10], [20, 21, 22], [11, 12], [23]]
+    assert rows.response_mask.sum(dim=1).tolist() == [1, 3, 2, 1]
+    assert rows.response_mask.dtype == torch.bool
+    assert ragged_pairs().select(torch.tensor([], dtype=torch.long)).sequences.response_ids.shape[0] == 0
+
+
+def test_a_batch_is_on_the_device_of_its_tensors(short):
+    assert short.device.type == "cpu"
+    assert short.to("meta").device.type == "meta"
+
+
 def test_what_could_not_be_scored_does_not_count(short, wide):
     both = Experience.cat([short, wide])
     assert both.sequences.response_mask.sum(dim=1).tolist() == [1, 1, 3]

@@ -5,8 +5,62 @@ import itertools
 import pytest
 import torch
 
-from llmrl.batches import TokenOutputs
-from llmrl.microbatches import by_token_budget, in_row_order, padded_tokens, parts_of_rank
+from llmrl.batches import PreferencePairs, Sequences, TokenOutputs
+from llmrl.microbatches import TokenBudget, in_row_order, parts_of_rank
+
+
+def rows_of(prompts: list[int], prompt_of_row: list[int], responses: list[int]) -> Sequences:
+    """Rows by the lengths of prompts and responses."""
+    lengths = torch.tensor(responses, dtype=torch.long)
+    width = max(responses, default=0)
+    mask = torch.arange(width) < lengths[:, None]
+    prompt_mask = torch.arange(max(prompts, default=1)) >= max(prompts, default=1) - torch.tensor(prompts)[:, None]
+    return Sequences(
+        unique_prompt_ids=torch.zeros(prompt_mask.shape, dtype=torch.long),
+        unique_prompt_mask=prompt_mask,
+        prompt_of_row=torch.tensor(prompt_of_row, dtype=torch.long),
+        response_ids=torch.zeros(mask.shape, dtype=torch.long),
+        response_mask=mask,
+        response_lengths=lengths,
+    )
+
+
+def rows(lengths: list[int]) -> Sequences:
+    """Rows of these lengths, a prompt of one token in each."""
+    return rows_of([1] * len(lengths), list(range(len(lengths))), [n - 1 for n in lengths])
+
+
+def drawn(num_rows: int, num_prompts: int, *, seed: int = 0) -> Sequences:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=random).tolist()
+
+    return rows_of(draw(1, 12, num_prompts), draw(0, num_prompts, num_rows), draw(0, 30, num_rows))
+
+
+def num_tokens(batch: Sequences, part: list[int], *, packed: bool) -> int:
+    """Tokens of a forward pass over some rows, by definition."""
+    prompts, responses = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
+    if not packed:
+        return len(part) * max(prompts[row] + responses[row] for row in part)
+    of_prompt = {int(batch.prompt_of_row[row]): prompts[row] for row in part}
+    return sum(of_prompt.values()) + sum(responses[row] for row in part)
+
+
+def all_parts(batch, budget: TokenBudget, world_size: int = 1) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """``(parts, idle)`` of each rank."""
+    ranks = [parts_of_rank(batch, budget, rank, world_size) for rank in range(world_size)]
+    return [([part.tolist() for part in mine], [row.tolist() for row in idle]) for mine, idle in ranks]
+
+
+def parts_of(batch, max_tokens: int, *, packed: bool) -> list[list[int]]:
+    ((parts, idle),) = all_parts(batch, TokenBudget(max_tokens=max_tokens, packed=packed))
+    assert idle == []
+    return parts
+
+
+# --- one rank ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -18,144 +72,155 @@ from llmrl.microbatches import by_token_budget, in_row_order, padded_tokens, par
         ([9, 1, 1], 4, [[1, 2], [0]]),  # longer than the budget: alone
         ([9, 8], 4, [[1], [0]]),
         ([5], 1, [[0]]),
+        ([2, 1, 2, 1, 2], 4, [[1, 3], [0, 2], [4]]),  # rows of equal length keep their order
         ([], 4, []),
     ],
 )
-def test_parts_by_hand(lengths, max_tokens, parts):
-    found = by_token_budget(torch.tensor(lengths, dtype=torch.long), max_tokens)
-    assert [part.tolist() for part in found] == parts
-
-
-def test_every_row_is_in_one_part_that_holds_the_budget():
-    lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(0))
-    parts = by_token_budget(lengths, 100)
-    assert sorted(torch.cat(parts).tolist()) == list(range(200))
-    assert all(len(part) * lengths[part].max() <= 100 for part in parts)
-    following = itertools.pairwise(parts)  # the first row of the next part would not have fitted
-    assert all((len(part) + 1) * lengths[after[0]] > 100 for part, after in following)
-
-
-def test_parts_of_ranks_by_hand():
-    """Dealt: 9 and 2 and 1 to rank 0, 8 and 3 to rank 1, 7 and 5 to rank 2; each cut at 10 tokens, padded."""
-    parts = [parts_of_rank(torch.tensor([5, 1, 9, 3, 7, 2, 8]), 10, rank, 3) for rank in range(3)]
-    assert [[part.tolist() for part in mine] for mine, _ in parts] == [[[1, 5], [2]], [[3], [6]], [[0], [4]]]
-    assert [idle for _, idle in parts] == [[], [], []]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
-def test_all_ranks_make_equally_many_passes_over_every_row_once(world_size):
-    lengths = torch.randint(1, 60, (30,), generator=torch.Generator().manual_seed(0))
-    ranks = [parts_of_rank(lengths, 100, rank, world_size) for rank in range(world_size)]
-    assert len({len(mine) + len(idle) for mine, idle in ranks}) == 1
-    assert any(not idle for _, idle in ranks)
-    assert sorted(row for mine, _ in ranks for part in mine for row in part.tolist()) == list(range(30))
-    assert all(len(part) * lengths[part].max() <= 100 for mine, _ in ranks for part in mine)
-    idle = [row for _, idle in ranks for row in idle]
-    assert all(lengths[row].tolist() == [int(lengths.min())] for row in idle)
-    assert len(idle) >= max(0, world_size - 30)
-
-
-def test_rows_are_dealt_on_the_cpu_wherever_tensors_are_made_by_default():
-    lengths = torch.tensor([3, 1, 2])
-    with torch.device("meta"):  # which holds no numbers
-        parts, _ = parts_of_rank(lengths, 100, rank=0, world_size=2)
-    assert [part.tolist() for part in parts] == [[0]]
-
-
-# --- units and costs --------------------------------------------------------------------------------------------------
-
-
-def packed_tokens(lengths):
-    """Of rows without padding."""
-    return sum(lengths)
-
-
-def units_by_definition(units: list[int]) -> list[list[int]]:
-    """The rows of each unit, in the order of its first."""
-    return [[row for row, other in enumerate(units) if other == unit] for unit in dict.fromkeys(units)]
-
-
-def parts_by_definition(lengths: list[int], max_tokens: int, cost, units: list[list[int]]) -> list[list[int]]:
-    """As many of the cheapest units as fit, at least one; then of the others."""
-    left = sorted(units, key=lambda rows: (cost([lengths[row] for row in rows]), units.index(rows)))
-    parts = []
-    while left:
-        cuts = [list(itertools.chain(*left[:n])) for n in range(1, len(left) + 1)]
-        num = max([n for n, rows in enumerate(cuts, 1) if cost([lengths[row] for row in rows]) <= max_tokens] or [1])
-        parts.append(cuts[num - 1])
-        left = left[num:]
-    return parts
-
-
-def dealt_by_definition(lengths: list[int], world_size: int, cost, units: list[list[int]]) -> list[list[list[int]]]:
-    """The units of each rank: the dearest first, each to the first of the ranks with the least to do."""
-
-    def of_unit(rows: list[int]) -> int:
-        return cost([lengths[row] for row in rows])
-
-    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
-    for unit in sorted(units, key=lambda rows: (-of_unit(rows), units.index(rows))):
-        min(ranks, key=lambda mine: sum(map(of_unit, mine))).append(unit)
-    return ranks
-
-
-def test_costs_by_hand():
-    assert padded_tokens([3, 1, 2]) == 9
-    assert padded_tokens([4]) == 4
+def test_padded_parts_by_hand(lengths, max_tokens, parts):
+    assert parts_of(rows(lengths), max_tokens, packed=False) == parts
 
 
 @pytest.mark.parametrize(
-    ("units", "max_tokens", "parts"),
+    ("max_tokens", "parts"),
     [
-        ([7, 7, 5, 5], 8, [[2, 3], [0, 1]]),  # 2 rows of 1, 2 rows of 4
-        ([7, 7, 5, 5], 16, [[2, 3, 0, 1]]),
-        ([7, 5, 7, 5], 1, [[0, 2], [1, 3]]),  # longer than the budget: alone, and never torn apart
-        ([0, 0, 0, 0], 1, [[0, 1, 2, 3]]),
+        (100, [[1, 3, 0, 2, 4]]),  # all 2 + 4 + 1 + 2 and 5 + 3 + 1 of them
+        (18, [[1, 3, 0, 2, 4]]),
+        (17, [[1, 3], [0, 2, 4]]),  # whole prompts of 8 and 10
+        (10, [[1, 3], [0, 2, 4]]),
+        (9, [[4], [1, 3], [0, 2]]),  # 5 + 1, 8, 5 + 4
+        (8, [[4], [1, 3], [0], [2]][:0] or [[2, 4], [0], [1, 3]]),
+        (1, [[3], [2], [4], [1], [0]]),
     ],
 )
-def test_whole_units_by_hand(units, max_tokens, parts):
-    found = by_token_budget(torch.tensor([4, 4, 1, 1]), max_tokens, units=torch.tensor(units))
-    assert [part.tolist() for part in found] == parts
+def test_packed_parts_by_hand(max_tokens, parts):
+    """Prompts of 5 and 2 tokens; responses of 3, 4, 1, 2 and 1, to them in turn and the last to the first."""
+    batch = rows_of([5, 2], [0, 1, 0, 1, 0], [3, 4, 1, 2, 1])
+    assert parts_of(batch, max_tokens, packed=True) == parts
 
 
-@pytest.mark.parametrize("cost", [padded_tokens, packed_tokens])
-@pytest.mark.parametrize("num_units", [1, 4, 60])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_prompts", [1, 4, 60])
 @pytest.mark.parametrize("max_tokens", [1, 50, 300, 10_000])
-def test_whole_units_by_definition(num_units, max_tokens, cost):
-    random = torch.Generator().manual_seed(num_units)
-    lengths, units = torch.randint(1, 12, (40,), generator=random), torch.randint(num_units, (40,), generator=random)
-    found = by_token_budget(lengths, max_tokens, cost=cost, units=units)
-    expected = parts_by_definition(lengths.tolist(), max_tokens, cost, units_by_definition(units.tolist()))
-    assert [part.tolist() for part in found] == expected
+def test_every_row_is_in_one_part_that_holds_the_budget(max_tokens, num_prompts, packed):
+    batch = drawn(60, num_prompts)
+    parts = parts_of(batch, max_tokens, packed=packed)
+    assert sorted(itertools.chain(*parts)) == list(range(60))
+    assert all(num_tokens(batch, part, packed=packed) <= max_tokens for part in parts if len(part) > 1)
 
 
-@pytest.mark.parametrize("cost", [padded_tokens, packed_tokens])
-@pytest.mark.parametrize("num_units", [1, 4, 60])
-@pytest.mark.parametrize("world_size", [1, 3, 50])
-def test_whole_units_of_ranks_by_definition(num_units, world_size, cost):
-    random = torch.Generator().manual_seed(num_units)
-    lengths, units = torch.randint(1, 12, (40,), generator=random), torch.randint(num_units, (40,), generator=random)
-    dealt = dealt_by_definition(lengths.tolist(), world_size, cost, units_by_definition(units.tolist()))
-    expected = [parts_by_definition(lengths.tolist(), 60, cost, mine) for mine in dealt]
-    most = max(map(len, expected))
-    for rank in range(world_size):
-        parts, idle = parts_of_rank(lengths, 60, rank, world_size, cost=cost, units=units)
-        assert [part.tolist() for part in parts] == expected[rank]
-        assert len(parts) + len(idle) == most
+@pytest.mark.parametrize("max_tokens", [42, 100, 10_000])
+def test_a_prompt_that_fits_is_read_once(max_tokens):
+    batch = drawn(60, 20)
+    prompts = batch.prompt_of_row.tolist()
+    parts = parts_of(batch, max_tokens, packed=True)
+    for prompt in set(prompts):
+        whole = [row for row, other in enumerate(prompts) if other == prompt]
+        passes = [part for part in parts if set(part) & set(whole)]
+        least = -(-(num_tokens(batch, whole, packed=True)) // max_tokens)
+        assert len(passes) == 1 if least == 1 else len(passes) >= least
 
 
-def test_a_row_is_a_unit_unless_told_otherwise():
-    lengths = torch.randint(1, 40, (50,), generator=torch.Generator().manual_seed(1))
-    rows, of_rank = by_token_budget(lengths, 100), parts_of_rank(lengths, 100, 1, 3)[0]
-    own = torch.arange(50)
-    assert [part.tolist() for part in by_token_budget(lengths, 100, units=own)] == [part.tolist() for part in rows]
-    again, _ = parts_of_rank(lengths, 100, 1, 3, units=own)
-    assert [part.tolist() for part in again] == [part.tolist() for part in of_rank]
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_are_filled(packed):
+    """The first row of the next part would not have fitted, where each row is a unit."""
+    batch = rows_of([3] * 200, list(range(200)), drawn(200, 1).response_lengths.tolist())
+    parts = parts_of(batch, 100, packed=packed)
+    assert len(parts) > 10
+    for part, after in itertools.pairwise(parts):
+        assert num_tokens(batch, [*part, after[0]], packed=packed) > 100
 
 
-def test_rows_of_equal_length_keep_their_order():
-    parts = by_token_budget(torch.tensor([2, 1, 2, 1, 2]), 4)
-    assert [part.tolist() for part in parts] == [[1, 3], [0, 2], [4]]
+@pytest.mark.parametrize(
+    ("packed", "max_tokens", "parts"),
+    [
+        (False, 1, [[1], [0]]),
+        (False, 31, [[1], [0]]),
+        (False, 32, [[1, 0]]),  # four rows of 2 + 6 tokens
+        (True, 18, [[1], [0]]),
+        (True, 19, [[1, 0]]),  # 2 + 6 + 1 and 3 + 2 + 5
+    ],
+)
+def test_pairs_by_hand(packed, max_tokens, parts):
+    """A prompt of 2 with responses of 6 and 1, one of 3 with responses of 2 and 5: rows of 8 and 3, of 5 and 8."""
+    chosen, rejected = rows_of([2, 3], [0, 1], [6, 2]), rows_of([2, 3], [0, 1], [1, 5])
+    pairs = PreferencePairs(chosen=chosen, rejected=rejected, margin=torch.zeros(2))
+    found = parts_of(pairs, max_tokens, packed=packed)
+    assert sorted(map(sorted, found)) == sorted(map(sorted, parts))
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_padded_parts_of_ranks_by_hand():
+    """Dealt: 9 and 2 and 1 to rank 0, 8 and 3 to rank 1, 7 and 5 to rank 2; each cut at 10 tokens, padded."""
+    ranks = all_parts(rows([5, 1, 9, 3, 7, 2, 8]), TokenBudget(max_tokens=10), 3)
+    assert [parts for parts, _ in ranks] == [[[1, 5], [2]], [[3], [6]], [[0], [4]]]
+    assert [idle for _, idle in ranks] == [[], [], []]
+
+
+def test_packed_parts_of_ranks_by_hand():
+    """Prompts of 4, 2 and 1 with two responses each: 4 + 3 + 3 = 10 to rank 0, 2 + 2 + 2 and 1 + 1 + 1 to rank 1."""
+    batch = rows_of([4, 2, 1], [0, 0, 1, 1, 2, 2], [3, 3, 2, 2, 1, 1])
+    ranks = all_parts(batch, TokenBudget(max_tokens=100, packed=True), 2)
+    assert ranks == [([[0, 1]], []), ([[4, 5, 2, 3]], [])]
+    ranks = all_parts(batch, TokenBudget(max_tokens=8, packed=True), 2)
+    assert sorted(itertools.chain(*(itertools.chain(*parts) for parts, _ in ranks))) == list(range(6))
+
+
+def test_the_rows_of_a_prompt_are_split_where_they_exceed_the_share_of_a_rank():
+    """One prompt of 2 tokens with four responses of 4: 18 tokens, so 9 a rank; each reads the prompt again."""
+    batch = rows_of([2], [0] * 4, [4] * 4)
+    ranks = all_parts(batch, TokenBudget(max_tokens=1000, packed=True), 2)
+    assert sorted(row for parts, _ in ranks for part in parts for row in part) == list(range(4))
+    assert all(parts for parts, _ in ranks)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_prompts", [1, 5, 30])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
+def test_all_ranks_make_equally_many_passes_over_every_row_once(world_size, num_prompts, packed):
+    batch = drawn(30, num_prompts)
+    ranks = all_parts(batch, TokenBudget(max_tokens=100, packed=packed), world_size)
+    assert len({len(parts) + len(idle) for parts, idle in ranks}) == 1
+    assert any(not idle for _, idle in ranks)
+    parts = [part for mine, _ in ranks for part in mine]
+    assert sorted(itertools.chain(*parts)) == list(range(30))
+    assert all(num_tokens(batch, part, packed=packed) <= 100 for part in parts)
+    idle = [row for _, mine in ranks for row in mine]
+    assert all(len(row) == 1 for row in idle)
+    assert len(idle) >= max(0, world_size - 30)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_no_rank_has_more_than_its_share_and_one_unit(world_size, packed):
+    """The rule of the largest first: a unit is at most a share, or one row."""
+    batch = drawn(60, 6)
+    loads = [
+        sum(num_tokens(batch, part, packed=True) if packed else sum(batch.num_tokens[part].tolist()) for part in parts)
+        for parts, _ in all_parts(batch, TokenBudget(max_tokens=10**6, packed=packed), world_size)
+    ]
+    share, longest = sum(loads) / world_size, int(batch.num_tokens.max())
+    assert max(loads) <= share + (max(share, longest) if packed else longest)
+
+
+def test_a_filler_is_the_shortest_row():
+    """9 and 2 to rank 0, in two passes; 9 to rank 1, which has nothing for the second."""
+    ranks = all_parts(rows([9, 2, 9]), TokenBudget(max_tokens=9), 2)
+    assert ranks == [([[1], [0]], []), ([[2]], [[1]])]
+
+
+def test_rows_are_dealt_on_the_cpu_wherever_tensors_are_made_by_default():
+    batch = rows([3, 1, 2])
+    with torch.device("meta"):  # which holds no numbers
+        parts, _ = parts_of_rank(batch, TokenBudget(max_tokens=100), rank=0, world_size=2)
+    assert [part.tolist() for part in parts] == [[0]]
+
+
+def test_no_rows_make_no_passes():
+    for packed in (False, True):
+        none = drawn(5, 2).select(torch.tensor([], dtype=torch.long))
+        assert all_parts(none, TokenBudget(max_tokens=10, packed=packed), 2) == [([], []), ([], [])]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Prompts, Scores
+from llmrl.microbatches import TokenBudget
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
@@ -86,6 +87,7 @@ def train(config, *, scores=SCORES, num_iterations=150):
         prompts=OnePrompt(),
         trained={"actor": LocalTrainable(module, optimizer, num_steps=num_iterations)},
         update=UpdateConfig(minibatch_size=512),
+        budget=TokenBudget(max_tokens=8192),
         prompts_per_iteration=512 // config.group_size,
         sampling=sampling_of(config.group_size, seed=0, max_response_tokens=1),
         context=context_of(),

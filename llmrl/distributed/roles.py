@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.context import Context
-from llmrl.microbatches import in_row_order, parts_of_rank
+from llmrl.microbatches import TokenBudget, in_row_order, parts_of_rank
 from llmrl.roles import (
     ActorCritic,
     Collectives,
@@ -29,6 +29,7 @@ from llmrl.roles import (
 )
 
 Part = TypeVar("Part", bound=Batch)
+Read = TypeVar("Read", bound=Sequences | PreferencePairs)
 Answer = TypeVar("Answer", bound=Batch)
 
 
@@ -82,43 +83,43 @@ class DistributedPolicy:
     """`Policy`: without gradient the rows of a rollout are asked about in microbatches, each rank's of its own; with
     gradient the trainer has formed them, because activations stay until the backward pass."""
 
-    def __init__(self, policy: Policy, collectives: Collectives, *, microbatch_tokens: int) -> None:
+    def __init__(self, policy: Policy, collectives: Collectives, *, budget: TokenBudget) -> None:
         self.policy = policy
         self.collectives = collectives
-        self.microbatch_tokens = microbatch_tokens
+        self.budget = budget
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
         ask = self.policy.logprobs
-        return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        return distribute_rows(ask, sequences, self.budget, self.collectives)
 
 
 class DistributedNetworks(DistributedPolicy):
     """`ActorCritic`: splits rows as `DistributedPolicy` does."""
 
-    def __init__(self, networks: ActorCritic, collectives: Collectives, *, microbatch_tokens: int) -> None:
-        super().__init__(networks, collectives, microbatch_tokens=microbatch_tokens)
+    def __init__(self, networks: ActorCritic, collectives: Collectives, *, budget: TokenBudget) -> None:
+        super().__init__(networks, collectives, budget=budget)
         self.networks = networks
         self.share_trunk = networks.share_trunk
 
     def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
         ask = self.networks.values
-        return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        return distribute_rows(ask, sequences, self.budget, self.collectives)
 
     def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
         ask = self.networks.both
-        return distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        return distribute_rows(ask, sequences, self.budget, self.collectives)
 
 
 class DistributedScorer:
     """`Scorer`: splits rows as `DistributedPolicy` does."""
 
-    def __init__(self, scorer: Scorer, collectives: Collectives, *, microbatch_tokens: int) -> None:
+    def __init__(self, scorer: Scorer, collectives: Collectives, *, budget: TokenBudget) -> None:
         self.scorer = scorer
         self.collectives = collectives
-        self.microbatch_tokens = microbatch_tokens
+        self.budget = budget
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
@@ -127,7 +128,7 @@ class DistributedScorer:
         def ask(part: Sequences) -> TokenOutputs:
             return TokenOutputs(named={"scores": self.scorer.scores(part)})
 
-        outputs = distribute_rows(ask, sequences, sequences.num_tokens, self.microbatch_tokens, self.collectives)
+        outputs = distribute_rows(ask, sequences, self.budget, self.collectives)
         return outputs.named["scores"]
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -137,29 +138,26 @@ class DistributedScorer:
             chosen, rejected = self.scorer.pair_scores(part)
             return TokenOutputs(named={"chosen": chosen, "rejected": rejected})
 
-        outputs = distribute_rows(ask, pairs, self.pair_tokens(pairs), self.microbatch_tokens, self.collectives)
+        outputs = distribute_rows(ask, pairs, self.budget, self.collectives)
         return outputs.named["chosen"], outputs.named["rejected"]
-
-    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
-        """See `Scorer`."""
-        return self.scorer.pair_tokens(pairs)
 
 
 def distribute_rows(
-    ask: Callable[[Part], Answer],
-    batch: Part,
-    num_tokens: Int[Tensor, " B"],
-    max_tokens: int,
+    ask: Callable[[Read], Answer],
+    batch: Read,
+    budget: TokenBudget,
     collectives: Collectives,
 ) -> Answer:
-    """Outputs of `ask` for every row, in row order: in microbatches of at most `max_tokens` tokens, each rank's of its
-    own rows. With gradient, and for no rows, in one pass over what this rank was given.
+    """Outputs of `ask` for every row, in row order: in microbatches that hold the budget, each rank's of its own rows.
+    With gradient, and for no rows, in one pass over what this rank was given.
 
     Every rank runs the same number of passes: where weights are sharded, forward passes are collective.
     """
-    if torch.is_grad_enabled() or not len(num_tokens):
+    if torch.is_grad_enabled():
         return ask(batch)
-    parts, idle = parts_of_rank(num_tokens, max_tokens, collectives.rank, collectives.world_size)
+    parts, idle = parts_of_rank(batch, budget, collectives.rank, collectives.world_size)
+    if not parts and not idle:
+        return ask(batch)
     answers = [ask(batch.select(part)) for part in parts]
     for row in idle:
         ask(batch.select(row))
@@ -168,7 +166,7 @@ def distribute_rows(
     on_cpu = [answer.to("cpu") for answer in answers]
     of_ranks = collectives.gather((on_cpu, parts))
     answers, parts = (list(chain.from_iterable(each)) for each in zip(*of_ranks, strict=True))
-    return in_row_order(answers, parts).to(num_tokens.device)
+    return in_row_order(answers, parts).to(batch.device)
 
 
 def distribute_blocks(work: Callable[[Int[Tensor, " n"]], Part], count: int, collectives: Collectives) -> list[Part]:

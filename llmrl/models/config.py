@@ -40,6 +40,9 @@ class ModelConfig:
     """Trains low-rank adapters and freezes the model; null trains every weight."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
+    packing: bool = True
+    """Forward passes of every model of the run read a prompt once for all its responses, and no padding, where the
+    model's attention allows it; false: a padded row for each response. Changes time and memory, never the result."""
     from_scratch: bool = False
     """Random weights in the shape of the folder's config.json, instead of the folder's weights."""
     trust_remote_code: bool = False

@@ -9,15 +9,16 @@ tolerance.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import Sequences
 from llmrl.messages import in_one_line
 from llmrl.models.folders import ModelError
+from llmrl.models.packing import PACKED
 from llmrl.models.trunk import encode, last_hidden_states
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ NUM_REPEATS = 8
 RANDOM = "two passes over the same rows differ"
 TOLERANCE = 1e-4
 """Largest difference allowed between two hidden states of one token, relative to the largest number in them."""
+BFLOAT16_TOLERANCE = 0.05
+"""The same, where a GPU computes in bfloat16: rows that attend to other tokens differ by more."""
 
 
 @torch.no_grad()
@@ -65,25 +68,50 @@ def probe_trunk(model: "PreTrainedModel", *, longest: int = 0) -> int:
 
 
 @torch.no_grad()
-def shares_prompts_exactly(model: "PreTrainedModel", vocab_size: int) -> bool:
-    """Whether both responses of a pair have the hidden states in one row that each has in a row of its own.
+def pack_where_exact(model: "PreTrainedModel", *, longest: int = 0) -> None:
+    """Lets passes over the trunk be packed, if the hidden states of a packed row are those of rows of their own, and
+    passes that are not packed, as of a rollout, stay what they are.
 
-    A window that slides over columns sees other tokens in a shared row once that is longer than the window, so models
-    that have one are not asked; nor those whose bias counts columns (ALiBi), nor kernels of attention that take no mask
-    of their own. The probe runs in float32: the kernels of a mask and of none may round differently.
+    A window over columns sees other tokens in a packed row, so a model that has one is left as it is unless the window
+    holds the longest sequence of the run; likewise one whose bias counts columns (ALiBi), one whose layers are not all
+    attention, and kernels of attention other than torch's. The probe runs in float32, except on a GPU, whose kernel for
+    packed rows takes none.
+
+    Args:
+        model: The model, in the mode in which it is used.
+        longest: Tokens of the longest sequence that it will read; 0: not known.
     """
-    config = model.config.get_text_config()
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    by_column = windows or getattr(config, "sliding_window", None) or getattr(config, "alibi", False)
-    if config._attn_implementation != "sdpa" or by_column:
+    trunk: Any = model.base_model  # on a shared base, its settings are another object than the model's
+    config = trunk.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa" or not _attends_by_position(config, longest):
+        return
+    sequences, rows = _probe_sequences(config.vocab_size).to(model.device), probe_rows(model, config.vocab_size)
+    dtype, tolerance = torch.float32, TOLERANCE
+    if model.device.type == "cuda":
+        dtype, tolerance = torch.bfloat16, BFLOAT16_TOLERANCE
+
+    def states() -> list[Tensor]:
+        hidden = encode(trunk, sequences, dtype=dtype)
+        return [hidden.before(sequences.response_mask), hidden.last(), _hidden(model, rows)]
+
+    try:
+        expected = states()
+        trunk.set_attn_implementation(PACKED)
+        exact = all(_is_close(*each, tolerance) for each in zip(states(), expected, strict=True))
+    except Exception:  # whatever a layer makes of arguments that it does not know
+        exact = False
+    if not exact:
+        trunk.set_attn_implementation("sdpa")
+
+
+def _attends_by_position(config: Any, longest: int) -> bool:
+    """Whether attention sees every earlier token of a sequence, and where it stands by its position alone."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    has_window = "sliding_attention" in kinds if kinds else window is not None
+    if kinds - {"full_attention", "sliding_attention"} or getattr(config, "alibi", False):
         return False
-    pairs = _probe_pairs(vocab_size).to(model.device)
-
-    def last(batch: Sequences | PreferencePairs) -> Float[Tensor, "B H"]:
-        return encode(model.base_model, batch, dtype=torch.float32).last()
-
-    separate = torch.stack([last(pairs.chosen), last(pairs.rejected)], dim=1).flatten(0, 1)
-    return bool((last(pairs) - separate).abs().max() <= TOLERANCE * separate.abs().max())  # False where one is NaN
+    return not has_window or (window is not None and 0 < longest <= window)
 
 
 def probe_rows(model: "PreTrainedModel", vocab_size: int) -> Int[Tensor, "2 S"]:
@@ -106,21 +134,18 @@ def exact_float32() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _probe_pairs(vocab_size: int) -> PreferencePairs:
-    """Two ragged pairs of ids that all differ, as far as the vocabulary goes."""
-
-    def side(first: int, lengths: list[int]) -> Sequences:
-        response_lengths = torch.tensor(lengths)
-        mask = torch.arange(max(lengths)) < response_lengths[:, None]
-        return Sequences.from_rows(
-            prompt_ids=torch.arange(8).view(2, 4) % vocab_size,
-            prompt_mask=torch.tensor([[False, True, True, True], [True, True, True, True]]),
-            response_ids=(first + torch.arange(mask.numel()).view(mask.shape)) % vocab_size,
-            response_mask=mask,
-            response_lengths=response_lengths,
-        )
-
-    return PreferencePairs(chosen=side(11, [3, 1]), rejected=side(23, [2, 4]), margin=torch.zeros(2))
+def _probe_sequences(vocab_size: int) -> Sequences:
+    """Ragged responses to two prompts, of ids that all differ as far as the vocabulary goes."""
+    lengths = torch.tensor([3, 1, 2, 4])
+    mask = torch.arange(4) < lengths[:, None]
+    return Sequences(
+        unique_prompt_ids=torch.arange(8).view(2, 4) % vocab_size,
+        unique_prompt_mask=torch.tensor([[False, True, True, True], [True, True, True, True]]),
+        prompt_of_row=torch.tensor([0, 1, 0, 1]),
+        response_ids=(11 + torch.arange(16).view(4, 4)) % vocab_size,
+        response_mask=mask,
+        response_lengths=lengths,
+    )
 
 
 def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int = 0) -> Float[Tensor, "B S H"]:
@@ -144,6 +169,11 @@ def _difference(states: Float[Tensor, "A L H"], expected: Float[Tensor, "B S H"]
     """Largest difference of the first rows over the columns of both, relative to the largest number in them."""
     expected = expected[0, : states.shape[1]]
     return float((states[0] - expected).abs().max() / expected.abs().max())
+
+
+def _is_close(states: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether no difference is larger, relative to the largest number; False where one is NaN."""
+    return bool((states - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _refusal(model: "PreTrainedModel", what: str, difference: float) -> ModelError:

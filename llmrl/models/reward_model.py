@@ -10,7 +10,7 @@ A new head is zero or normal with variance 1 / (hidden size + 1), as in Stiennon
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmrl.batches import PreferencePairs, Sequences
@@ -29,27 +29,19 @@ class RewardModule(nn.Module):
         self.model = model
         self.dtype = dtype
 
-    def forward(self, batch: Sequences | PreferencePairs) -> Tensor:
-        """Scores (B,) of sequences; (B, 2) of pairs, chosen and rejected, their prompt encoded once."""
-        last = encode(self.model.base_model, batch, dtype=self.dtype).last()
-        if isinstance(batch, PreferencePairs):
-            last = last.unflatten(0, (-1, 2))
+    def forward(self, sequences: Sequences) -> Float[Tensor, " B"]:
+        """Raw scores."""
+        last = encode(self.model.base_model, sequences, dtype=self.dtype).last()
         with torch.autocast(last.device.type, enabled=False):
             return torch.squeeze_copy(score_layer(self.model)(last.float()), -1)
 
 
 class TransformersRewardModel:
     """`Scorer` over a `RewardModule`, wrapped or not: one forward pass over all sequences, or pairs.
-    `DistributedScorer` forms microbatches.
+    `DistributedScorer` forms microbatches."""
 
-    Args:
-        module: Is called; a `RewardModule` or its wrapper.
-        shares_prompts: Whether both sides of a pair are in one row, with their prompt once.
-    """
-
-    def __init__(self, module: nn.Module, *, shares_prompts: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.shares_prompts = shares_prompts
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
@@ -58,15 +50,7 @@ class TransformersRewardModel:
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Raw scores of ``(chosen, rejected)``."""
-        if self.shares_prompts:
-            return self.module(pairs).unbind(1)
-        return self.module(Sequences.cat([pairs.chosen, pairs.rejected])).chunk(2)
-
-    def pair_tokens(self, pairs: PreferencePairs) -> Int[Tensor, " B"]:
-        """Tokens of each pair in a forward pass: one row with its prompt once, or two rows as long as the longer."""
-        if self.shares_prompts:
-            return pairs.chosen.num_tokens + pairs.rejected.response_lengths
-        return 2 * torch.maximum(pairs.chosen.num_tokens, pairs.rejected.num_tokens)
+        return self.module(pairs.sequences).unflatten(0, (-1, 2)).unbind(1)
 
 
 def score_layer(model: "PreTrainedModel") -> nn.Module:

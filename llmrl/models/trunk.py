@@ -1,9 +1,10 @@
 """The one pass through the trunk: where policy, critic and reward model get their hidden states.
 
-Prompts arrive padded left and responses right, as `Sequences` has them. Here each row is moved to the left margin,
-prompt and response without a gap, so that padding stands only after the last token. Causal attention never looks
-there: no mask is needed, positions count from 0, and models with rotary or absolute positions or a sliding window see
-what they saw in training. The two responses of a pair may share a row, and with it their prompt.
+Prompts arrive padded left and responses right, as `Sequences` has them. Where the model's attention allows it, the pass
+is over one packed row: every prompt once, every response once, no padding (`packing`). Otherwise each prompt and its
+response are moved to the left margin of a row without a gap, so that padding stands only after the last token. Causal
+attention never looks there: no mask is needed. In both, positions count from 0 at the start of the prompt, so models
+with rotary or absolute positions see what they saw in training.
 
 How rows are laid out is known here and nowhere else. Callers ask for the state before a response token, which predicts
 it, or at the last token.
@@ -17,13 +18,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import Sequences
+from llmrl.models.packing import Packing, Runs, packs
 
 
 class HiddenStates:
     """Last hidden states of a batch, found by response and token.
 
-    B counts responses: one for each row of `Sequences`, two for each of `PreferencePairs`, chosen and rejected in turn.
+    B counts responses, the rows of `Sequences`.
     """
 
     def __init__(self, states: Float[Tensor, "R S H"], layout: "Layout") -> None:
@@ -41,23 +43,25 @@ class HiddenStates:
 
     def _before(self, response: Int[Tensor, " M"], token: Int[Tensor, " M"]) -> Float[Tensor, "M H"]:
         layout = self._layout
-        column = torch.where(token > 0, layout.start[response] + token, layout.prompt_length[response]) - 1
+        column = torch.where(token > 0, layout.start[response] + token, layout.prompt_end[response]) - 1
         return self._states[layout.row[response], column]
 
 
-def encode(trunk: Any, batch: Sequences | PreferencePairs, *, dtype: torch.dtype) -> HiddenStates:
-    """Hidden states of sequences, a row each, or of pairs, a row each with their prompt once.
+def encode(trunk: Any, sequences: Sequences, *, dtype: torch.dtype) -> HiddenStates:
+    """Hidden states of sequences: packed if the trunk `packs`, otherwise in a row each.
 
     Args:
         trunk: Base model of transformers, without its head.
         dtype: Arithmetic of the pass.
     """
-    layout = rows_of_pairs(batch) if isinstance(batch, PreferencePairs) else rows_of_sequences(batch)
-    with computing_in(dtype, layout.ids.device):
+    device = sequences.response_ids.device
+    packed = len(sequences.response_ids) > 0 and packs(trunk, dtype, device)
+    layout = packed_row(sequences) if packed else rows_of_sequences(sequences)
+    with computing_in(dtype, device):
         return HiddenStates(last_hidden_states(trunk, layout.ids, **layout.context), layout)
 
 
-def last_hidden_states(trunk: Any, ids: Int[Tensor, "R S"], **context: Tensor) -> Float[Tensor, "R S H"]:
+def last_hidden_states(trunk: Any, ids: Int[Tensor, "R S"], **context: Any) -> Float[Tensor, "R S H"]:
     """Last hidden states of rows at the left margin; for no rows, which transformers cannot reshape, without a pass.
 
     `context`: see `Layout`.
@@ -85,14 +89,44 @@ class Layout:
     ids: Int[Tensor, "R S"]
     """Columns after the last token hold id 0, which exists in every vocabulary and which nothing reads."""
     row: Int[Tensor, " B"]
-    prompt_length: Int[Tensor, " B"]
-    """Tokens of the prompt, which stands at the left margin."""
+    prompt_end: Int[Tensor, " B"]
+    """Column after the last token of the prompt."""
     start: Int[Tensor, " B"]
     """Column of the first token of the response."""
     lengths: Int[Tensor, " B"]
     """Tokens of the response."""
-    context: Mapping[str, Tensor]
-    """Further inputs of the trunk: attention mask and position ids, where plain causal attention is not meant."""
+    context: Mapping[str, Any]
+    """Further inputs of the trunk: attention mask, position ids, packing; none for plain causal attention."""
+
+
+def packed_row(sequences: Sequences) -> Layout:
+    """Every prompt once, then every response, in one row, as `packing` describes."""
+    mask, prompt_of_row, lengths = sequences.unique_prompt_mask, sequences.prompt_of_row, sequences.response_lengths
+    prompt_lengths, by_prompt = mask.sum(dim=1), prompt_of_row.argsort(stable=True)
+    prompt_ends, num_prompt_tokens = prompt_lengths.cumsum(0), int(mask.sum())
+    starts = torch.empty_like(lengths)
+    starts[by_prompt] = num_prompt_tokens + lengths[by_prompt].cumsum(0) - lengths[by_prompt]
+    read = _attended(sequences)[by_prompt]
+    columns = torch.arange(read.shape[1], device=read.device)
+    positions = (sequences.prompt_lengths[:, None] + columns)[by_prompt]
+    own = [*prompt_lengths.tolist(), *lengths[by_prompt].tolist()]
+    of_prompts = torch.zeros_like(prompt_lengths).index_add(0, prompt_of_row, lengths)
+    return Layout(
+        ids=torch.cat([sequences.unique_prompt_ids[mask], sequences.response_ids[by_prompt][read]])[None],
+        row=torch.zeros_like(lengths),
+        prompt_end=prompt_ends[prompt_of_row],
+        start=starts,
+        lengths=lengths,
+        context={
+            "attention_mask": read.new_ones(1, 1, 1, 1),  # four axes: transformers passes it on as it is
+            "position_ids": torch.cat([(mask.cumsum(dim=1) - 1)[mask], positions[read]])[None],
+            "packing": Packing(
+                num_prompt_tokens=num_prompt_tokens,
+                own=Runs.of(own, own, read.device),
+                prefixes=Runs.of(of_prompts.tolist(), prompt_lengths.tolist(), read.device),
+            ),
+        },
+    )
 
 
 def rows_of_sequences(sequences: Sequences) -> Layout:
@@ -104,49 +138,10 @@ def rows_of_sequences(sequences: Sequences) -> Layout:
     return Layout(
         ids=ids,
         row=torch.arange(len(ids), device=ids.device),
-        prompt_length=prompts,
+        prompt_end=prompts,
         start=prompts,
         lengths=sequences.response_lengths,
         context={},
-    )
-
-
-def rows_of_pairs(pairs: PreferencePairs) -> Layout:
-    """Each prompt, its chosen and its rejected response side by side.
-
-    Positions of both responses count on from the prompt. For "ab" with "x" and "yz", what each token attends to:
-
-            a b x y z
-        a   1
-        b   1 1
-        x   1 1 1
-        y   1 1   1
-        z   1 1   1 1
-    """
-    chosen, rejected = pairs.chosen, pairs.rejected
-    ids, filled = at_left_margin(
-        (chosen.prompt_ids, chosen.prompt_mask),
-        (chosen.response_ids, _attended(chosen)),
-        (rejected.response_ids, _attended(rejected)),
-    )
-    prompts = chosen.prompt_lengths
-    starts = torch.stack([prompts, prompts + chosen.response_lengths], dim=1)
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    in_rejected = columns >= starts[:, 1:]
-    in_chosen = (columns >= starts[:, :1]) & ~in_rejected
-    positions = columns - in_rejected * chosen.response_lengths[:, None]
-    causal = columns[:, None] >= columns
-    across = in_rejected[:, :, None] & in_chosen[:, None, :]
-    return Layout(
-        ids=ids,
-        row=torch.arange(len(ids), device=ids.device).repeat_interleave(2),
-        prompt_length=prompts.repeat_interleave(2),
-        start=starts.flatten(),
-        lengths=torch.stack([chosen.response_lengths, rejected.response_lengths], dim=1).flatten(),
-        context={
-            "attention_mask": (causal & ~across)[:, None],
-            "position_ids": positions * filled,  # padding may lie beyond the last that a model has
-        },
     )
 
 

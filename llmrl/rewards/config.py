@@ -53,7 +53,8 @@ class LearnedRewardConfig(Section, place="reward.model"):
     normalize: bool = True
     """Standardizes by the mean and standard deviation stored with the model, if present."""
     microbatch_tokens: Annotated[int, Bound(least=1)] = 16384
-    """Tokens per forward pass, padding included. Changes memory, never the result."""
+    """Tokens per forward pass, padding included where it is not packed (`model.packing`). Changes memory, never the
+    result."""
     on_actor_base: bool = False
     """Scores with the adapter that the reward model was trained with, on the actor's frozen base, in place of a second
     model in memory. Needs model.lora, and a reward model trained by LoRA from the actor's own model."""

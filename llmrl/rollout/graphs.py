@@ -418,7 +418,7 @@ def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
     """
     if switching_limit(model.config.get_text_config(decoder=True)) is not None:
         raise RolloutError("its rope changes its frequencies with the length")
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    attention = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
     if attention != "eager" and not attention.startswith(TORCH_ATTENTION):
         raise RolloutError(f"its attention is {attention}, not torch's")
     try:

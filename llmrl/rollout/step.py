@@ -250,7 +250,7 @@ def lean(model: "PreTrainedModel", norms: Mapping[nn.Module, Norm]) -> Iterator[
     """Has attention of torch go through `attend_grouped`, and these norms through what stands for them, temporarily."""
     config = model.config.get_text_config(decoder=True)
     own = config._attn_implementation
-    if own.startswith(TORCH_ATTENTION):
+    if own is not None and own.startswith(TORCH_ATTENTION):
         config._attn_implementation = GROUPED_ATTENTION
     for module, norm in norms.items():
         module.forward = norm

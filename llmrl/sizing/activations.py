@@ -27,10 +27,10 @@ class Pass:
     """A forward pass on one microbatch, and the backward pass through it."""
 
     rows: int
-    length: int
-    """Tokens of a row, padding included."""
-    response_tokens: int
-    """Tokens of a row whose log-probability is wanted; 0 where there is no LM head."""
+    num_tokens: int
+    """Tokens that the trunk reads, padding included."""
+    num_scored: int
+    """Tokens whose log-probability is wanted; 0 where there is no LM head."""
     bfloat16: bool
     """Whether autocast computes in bfloat16."""
     learns: bool = True
@@ -39,16 +39,6 @@ class Pass:
     """LoRA rank of the trained adapters; 0: no adapters."""
     checkpoints: bool = False
     """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
-    masked: bool = False
-    """Whether attention gets an explicit mask, as for pairs of responses."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows * self.length
-
-    @property
-    def num_scored(self) -> int:
-        return self.rows * self.response_tokens
 
     @property
     def size(self) -> int:
@@ -61,7 +51,7 @@ def saved_bytes(shape: ModelShape, work: Pass) -> int:
     hidden, ends = FLOAT32 * shape.hidden_size, 3 if work.learns else 2  # the last norm, and what it returns
     of_layers = hidden if work.checkpoints else of_layer(shape, work)
     cast = 0 if work.checkpoints else _cast(shape, work)
-    return work.num_tokens * (hidden * ends + shape.num_layers * of_layers) + _mask(work) + cast
+    return work.num_tokens * (hidden * ends + shape.num_layers * of_layers) + cast
 
 
 def peak_extra_bytes(shape: ModelShape, work: Pass) -> int:
@@ -82,8 +72,7 @@ def of_layer(shape: ModelShape, work: Pass) -> int:
     hidden, query, key, forward = shape.hidden_size, shape.query_size, shape.key_size, shape.feed_forward_size
     norms = FLOAT32 * hidden * (4 if work.learns else 2)
     inputs = BFLOAT16 * 5 * hidden if work.bfloat16 else FLOAT32 * 2 * hidden
-    keys = 2 * query if work.masked else 2 * key  # with a mask, heads that share keys get copies of them
-    attention = work.size * (2 * query + keys) + FLOAT32 * shape.num_heads
+    attention = work.size * (2 * query + 2 * key) + FLOAT32 * shape.num_heads
     adapters = work.size * LORA_LAYERS * work.rank
     again = BFLOAT16 * query if work.rank and work.bfloat16 else 0  # an adapter casts the output of attention anew
     return norms + inputs + attention + work.size * 4 * forward + adapters + again
@@ -112,8 +101,4 @@ def read_only(shape: ModelShape, work: Pass) -> int:
     hidden = FLOAT32 * shape.hidden_size * work.num_tokens
     cast = _cast(shape, work) // shape.num_layers if work.learns else 0  # what is frozen is kept in that precision
     layer = 2 * hidden + work.num_tokens * work.size * (3 * shape.feed_forward_size + shape.hidden_size)
-    return _mask(work) + max(layer + cast, hidden + head(shape, work))
-
-
-def _mask(work: Pass) -> int:
-    return work.rows * work.length**2 if work.masked else 0
+    return max(layer + cast, hidden + head(shape, work))

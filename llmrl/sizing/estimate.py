@@ -143,12 +143,27 @@ class _Parts(ABC):
                 totals[name] = before + num_bytes if adds_up else max(before, num_bytes)
         return totals
 
-    def work(self, *, budget: int, length: int, response_tokens: int, num_rows: int) -> Pass:
-        """The largest microbatch: rows of the greatest length, at most `num_rows`."""
+    def work(
+        self, *, budget: int, length: int, response_tokens: int, num_rows: int, prompt: int = 0, group: int = 1
+    ) -> Pass:
+        """The largest microbatch: rows of the greatest length, at most `num_rows`.
+
+        Args:
+            budget: Tokens in a pass.
+            length: Tokens of a row, except those that it shares.
+            response_tokens: Those of a row whose log-probability is wanted.
+            num_rows: Rows of one device in an optimizer step.
+            prompt: Tokens that the rows of a group share.
+            group: Rows that share them, as many as fit.
+        """
+        of_unit = max(1, min(group, num_rows, (budget - prompt) // length))
+        unit = prompt + of_unit * length
+        num_units = max(1, min(budget // unit, -(-num_rows // of_unit)))
+        rows = num_units * of_unit
         return Pass(
-            rows=max(1, min(budget // length, num_rows)),
-            length=length,
-            response_tokens=response_tokens,
+            rows=rows,
+            num_tokens=num_units * unit,
+            num_scored=rows * response_tokens,
             bfloat16=self.bfloat16,
             learns=not self.num_adapter,
             rank=self.rank,
@@ -194,7 +209,7 @@ class _Preferences(_Parts):
         settings, length = self.config.reward_model, self.config.data.max_tokens
         num_rows = -(-settings.batch_size // self.strategy.num_devices)
         work = self.work(budget=settings.microbatch_tokens, length=length, response_tokens=0, num_rows=num_rows)
-        yield from self.updating(replace(work, masked=True), num_rows)
+        yield from self.updating(work, num_rows)
 
 
 class _Reinforcement(_Parts):
@@ -223,7 +238,7 @@ class _Reinforcement(_Parts):
         work, num_rows = self._work(), -(-self.config.minibatch_size // self.strategy.num_devices)
         yield from self.updating(work, num_rows)
         if self.critic in ("own", "reward_model") and self.num_adapter:
-            critic = replace(work, learns=True, rank=0, response_tokens=0)
+            critic = replace(work, learns=True, rank=0, num_scored=0)
             sizes = [
                 activations.saved_bytes(self.shape, x) + activations.peak_extra_bytes(self.shape, x)
                 for x in (critic, work)
@@ -294,9 +309,15 @@ class _Reinforcement(_Parts):
         yield Item(name="a pass without gradient", num_bytes=max(works), phases=("scoring",))
 
     def _work(self, *, budget: int | None = None, response_tokens: int | None = None) -> Pass:
-        response = self.config.rollout.max_response_tokens
-        length = self.config.data.max_prompt_tokens + response
+        prompt, response = self.config.data.max_prompt_tokens, self.config.rollout.max_response_tokens
+        group = self.config.algorithm.group_size if self.model.packing else 1
         budget = self.config.update.microbatch_tokens if budget is None else budget
-        response = response if response_tokens is None else response_tokens
         num_rows = -(-self.config.minibatch_size // self.strategy.num_devices)
-        return self.work(budget=budget, length=length, response_tokens=response, num_rows=num_rows)
+        return self.work(
+            budget=budget,
+            length=response,
+            response_tokens=response if response_tokens is None else response_tokens,
+            num_rows=num_rows,
+            prompt=prompt,
+            group=group,
+        )

@@ -11,7 +11,7 @@ from llmrl.batches import PreferencePairs, Sequences
 from llmrl.distributed.context import Context
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
-from llmrl.microbatches import parts_of_rank
+from llmrl.microbatches import TokenBudget, parts_of_rank
 from llmrl.roles import BatchSource, Objective, Trainable
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
@@ -26,7 +26,7 @@ class BatchTrainer(Resumable):
         source: The data.
         held_out: Data of evaluations, on the device; None for a run without them.
         batch_size: Rows per optimizer step, over all ranks.
-        microbatch_tokens: Tokens per forward pass on one device, padding included.
+        budget: Token budget of one forward pass on one device.
         context: Context of the run.
     """
 
@@ -38,7 +38,7 @@ class BatchTrainer(Resumable):
         source: BatchSource,
         held_out: Sequences | PreferencePairs | None,
         batch_size: int,
-        microbatch_tokens: int,
+        budget: TokenBudget,
         context: Context,
     ) -> None:
         ((self.name, trainable),) = trained.items()
@@ -47,7 +47,7 @@ class BatchTrainer(Resumable):
         self.source: BatchSource = source
         self.held_out = held_out
         self.batch_size = batch_size
-        self.microbatch_tokens = microbatch_tokens
+        self.budget = budget
         self.collectives = context.collectives
         self.progress = context.progress
         self.evaluated: tuple[int, Any] | None = None
@@ -64,12 +64,7 @@ class BatchTrainer(Resumable):
             part = batch.select(index)
             yield self.name, *self.objective.loss(self.objective.outputs(part), part, denominator)
 
-        parts, idle = parts_of_rank(
-            self.objective.pass_tokens(batch),
-            self.microbatch_tokens,
-            self.collectives.rank,
-            self.collectives.world_size,
-        )
+        parts, idle = parts_of_rank(batch, self.budget, self.collectives.rank, self.collectives.world_size)
         self.progress.phase("update", len(parts))
         metrics = accumulate_and_step(
             self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)

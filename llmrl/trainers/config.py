@@ -91,7 +91,8 @@ class UpdateConfig(Section, place="update"):
     """Responses per optimizer step, over all ranks; a multiple of the group size. null for the one nearest to
     128 that divides a rollout."""
     microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
-    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
+    """Tokens per forward pass on one device, padding included where it is not packed (`model.packing`). Changes memory,
+    never the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ class RewardModelConfig(Section, place="reward_model"):
     batch_size: Annotated[int, Bound(least=1)] = 32
     """Pairs per optimizer step, over all ranks."""
     microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
-    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
+    """Tokens per forward pass on one device, padding included where it is not packed (`model.packing`). Changes memory,
+    never the result."""
     head_init: Literal["zero", "normal"] = "normal"
     """A new head: zeros, or normal with variance 1 / (hidden size + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
     use_margin: bool = True
@@ -124,7 +126,8 @@ class SFTConfig(Section, place="sft"):
     batch_size: Annotated[int, Bound(least=1)] = 32
     """Examples per optimizer step, over all ranks."""
     microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
-    """Tokens per forward pass on one device, padding included. Changes memory, never the result."""
+    """Tokens per forward pass on one device, padding included where it is not packed (`model.packing`). Changes memory,
+    never the result."""
     evaluate_every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations of the loss on `evaluation_data`; before the first and after the last too. null
     for these two only, where `evaluation_data` is named; 0 for none."""

@@ -22,10 +22,6 @@ class RewardModelObjective:
         self.config = config
         self.scorer = scorer
 
-    def pass_tokens(self, batch: PreferencePairs) -> Int[Tensor, " B"]:
-        """Tokens of each pair, a prompt that both sides share once."""
-        return self.scorer.pair_tokens(batch)
-
     def denominator(self, batch: PreferencePairs) -> Int[Tensor, ""]:
         """Number of pairs in a batch."""
         return torch.tensor(len(batch.margin), device=batch.margin.device)

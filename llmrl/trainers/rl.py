@@ -24,7 +24,7 @@ from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
 from llmrl.metrics import Metrics
-from llmrl.microbatches import parts_of_rank
+from llmrl.microbatches import TokenBudget, parts_of_rank
 from llmrl.roles import Algorithm, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
@@ -50,6 +50,7 @@ class RLTrainer(Resumable):
         prompts: PromptSource,
         trained: Mapping[str, Trainable],
         update: UpdateConfig,
+        budget: TokenBudget,
         prompts_per_iteration: int,
         sampling: Sampling,
         context: Context,
@@ -60,6 +61,7 @@ class RLTrainer(Resumable):
         self.reward = reward
         self.prompts = prompts
         self.config = update
+        self.budget = budget
         self.prompts_per_iteration = prompts_per_iteration
         self.sampling = sampling
         """Sampling of every rollout, except for the number of its first response."""
@@ -186,10 +188,7 @@ class RLTrainer(Resumable):
             return self.algorithm.losses(minibatch.select(index), weights[index])
 
         parts, idle = parts_of_rank(
-            minibatch.sequences.num_tokens,
-            self.config.microbatch_tokens,
-            self.collectives.rank,
-            self.collectives.world_size,
+            minibatch.sequences, self.budget, self.collectives.rank, self.collectives.world_size
         )
         with self.phase("update", len(parts)):
             return accumulate_and_step(

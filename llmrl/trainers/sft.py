@@ -17,10 +17,6 @@ class SFTObjective:
     def __init__(self, actor: Policy) -> None:
         self.actor = actor
 
-    def pass_tokens(self, batch: Sequences) -> Int[Tensor, " B"]:
-        """Prompt and response tokens of each row."""
-        return batch.num_tokens
-
     def denominator(self, batch: Sequences) -> Int[Tensor, ""]:
         """Number of response tokens in a batch."""
         return batch.response_mask.sum()

@@ -227,8 +227,8 @@ def check_scorer(config: ModelConfig, *, dry: bool = False, made_by: str | None 
 def reward_model_config(run: RLRun) -> ModelConfig:
     """Settings by which the reward model of a run, which must have one, is loaded."""
     assert run.reward.model is not None, "asked for where there is one"
-    model = run.model
-    return ModelConfig(path=run.reward.model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    shared = {name: getattr(run.model, name) for name in ("dtype", "packing", "trust_remote_code")}
+    return ModelConfig(path=run.reward.model.path, **shared)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
 
 def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
     """Value head as wide as the hidden states of the trunk."""
-    width, _ = settle_passes(trunk, config.longest_sequence)
+    width, _ = settle_passes(trunk, config.longest_sequence, packing=config.model.packing)
     return ValueHead(width).to(trunk.device)
 
 

@@ -15,7 +15,6 @@ from llmrl.distributed.roles import DistributedScorer
 from llmrl.models.config import ModelConfig
 from llmrl.models.loaded import LoadedRewardModel
 from llmrl.models.loading import load_tokenizer
-from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_checks import END_CHECK, sanity_checks
 from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
@@ -36,7 +35,7 @@ from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.run import Run
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
-from llmrl.wiring.trunks import settle_passes
+from llmrl.wiring.trunks import budget_of, settle_passes
 
 PAD_NOTE = (
     "pad equals EOS and the vocabulary has no known spare token: plain transformers reads the score one token before "
@@ -55,9 +54,9 @@ def load_trained_reward_model(
     has_own_pad = choose_pad(tokenizer, model)
     adapted = adapt(model, config)
     ready_to_train(model, device, gradient_checkpointing=config.gradient_checkpointing)
-    _, warnings = settle_passes(model, longest)
+    _, warnings = settle_passes(model, longest, packing=config.packing)
     module = RewardModule(model, dtype=dtype_of(config))
-    scorer = TransformersRewardModel(module, shares_prompts=shares_prompts_exactly(model, len(tokenizer)))
+    scorer = TransformersRewardModel(module)
     return LoadedRewardModel(
         model=model,
         adapted=adapted,
@@ -105,14 +104,15 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
         context=context,
     )
     trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, context=context)
-    scorer = DistributedScorer(loaded.scorer, context.collectives, microbatch_tokens=settings.microbatch_tokens)
+    budget = budget_of([loaded.model], settings.microbatch_tokens, loaded.module.dtype, context.device)
+    scorer = DistributedScorer(loaded.scorer, context.collectives, budget=budget)
     trainer = BatchTrainer(
         objective=RewardModelObjective(settings, scorer=scorer),
         trained={"reward_model": trained},
         source=pairs,
         held_out=held_out.all().to(context.device),
         batch_size=settings.batch_size,
-        microbatch_tokens=settings.microbatch_tokens,
+        budget=budget,
         context=context,
     )
 

@@ -33,12 +33,12 @@ from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function
-from llmrl.roles import RewardFunction
+from llmrl.roles import Collectives, RewardFunction
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.wiring.checks import naming
 from llmrl.wiring.precision import dtype_of
-from llmrl.wiring.trunks import settle_passes
+from llmrl.wiring.trunks import budget_of, settle_passes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,7 +79,7 @@ def reward_on(
         assert config.model is not None, "it was loaded from there"
         rewards.append(
             LearnedReward(
-                DistributedScorer(scorer.scorer, context.collectives, microbatch_tokens=config.model.microbatch_tokens),
+                _in_microbatches(scorer, config.model.microbatch_tokens, context.device, context.collectives),
                 encode=_encoder(scorer, tokenizer, data, rows),
                 normalize=scorer.normalize,
                 weight=config.model.weight,
@@ -123,7 +123,7 @@ def load_scorer(
             model = load_reward_on_base(config, base_of(adapted))
         else:
             model = load_reward_model(config, head_init=None)
-        settle_passes(model, longest)
+        settle_passes(model, longest, packing=config.packing)
         if adapted is None:
             shrink_linear_layers(model, dtype_of(config), head=score_layer(model))
         check_vocabulary(config, model, tokenizer)
@@ -133,12 +133,20 @@ def load_scorer(
     if adapted is None:
         place(module)
     return RewardScorer(
-        scorer=TransformersRewardModel(module, shares_prompts=False),
+        scorer=TransformersRewardModel(module),
         tokenizer=tokenizer,
         normalize=normalization or Normalization(mean=0.0, std=1.0),
         text_form=saved_text_form(model.config),
         position_limit=position_limit(model),
     )
+
+
+def _in_microbatches(
+    scorer: RewardScorer, max_tokens: int, device: torch.device, collectives: Collectives
+) -> DistributedScorer:
+    module = scorer.scorer.module
+    budget = budget_of([module.model], max_tokens, module.dtype, device)  # type: ignore[arg-type]
+    return DistributedScorer(scorer.scorer, collectives, budget=budget)
 
 
 def score_rows(
@@ -159,7 +167,7 @@ def score_rows(
     if warning := pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max())):  # type: ignore[arg-type]
         print(warning, file=sys.stderr)
     max_tokens = LearnedRewardConfig.microbatch_tokens
-    in_microbatches = DistributedScorer(scorer.scorer, OneProcess(), microbatch_tokens=max_tokens)
+    in_microbatches = _in_microbatches(scorer, max_tokens, device, OneProcess())
     scores = scorer.normalize(in_microbatches.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()

@@ -15,6 +15,7 @@ from llmrl.data.rerender import same_tokens
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, DistributedPolicy
 from llmrl.functional.streams import Purpose
+from llmrl.microbatches import TokenBudget
 from llmrl.models.loaded import Actor, RewardScorer
 from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
@@ -37,6 +38,7 @@ from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.precision import precision_warnings, with_dtypes
 from llmrl.wiring.rewards import load_scorer, reward_on
 from llmrl.wiring.rows import EVALUATION, report_dropped
+from llmrl.wiring.trunks import budget_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,38 +47,34 @@ if TYPE_CHECKING:
 def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
     actor = _load_actor(config, context)
-    parts = _parts_of(actor, config, context)
+    parts = _parts_of(actor, {"the model": actor.model}, config, context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
-    microbatch_tokens = config.update.microbatch_tokens
     name = config.algorithm.name
     make = GRPO if name == "grpo" else partial(make_user_algorithm, name, progress=context.progress)
     algorithm = make(
         config.algorithm,
-        actor=DistributedPolicy(actor.policy, context.collectives, microbatch_tokens=microbatch_tokens),
+        actor=DistributedPolicy(actor.policy, context.collectives, budget=parts.budget),
         reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
     )
-    readers = {"the model": actor.model}
-    return _build_run(config, checked, context, trackers, parts, algorithm, {"actor": trained}, readers)
+    return _build_run(config, checked, context, trackers, parts, algorithm, {"actor": trained})
 
 
 def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
     actor = _load_actor(config, context)
     networks = load_networks(config, actor)
-    parts = _parts_of(actor, config, context)
+    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic}, config, context)
     trained = train_networks(networks, config, context)
-    microbatch_tokens = config.update.microbatch_tokens
     algorithm = PPO(
         config.algorithm,
-        networks=DistributedNetworks(networks.both, context.collectives, microbatch_tokens=microbatch_tokens),
+        networks=DistributedNetworks(networks.both, context.collectives, budget=parts.budget),
         reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
         value_coef=config.critic.value_coef,
     )
-    readers = {"the model": actor.model, "the critic": networks.critic}
-    return _build_run(config, checked, context, trackers, parts, algorithm, trained, readers)
+    return _build_run(config, checked, context, trackers, parts, algorithm, trained)
 
 
 def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evaluator:
@@ -118,14 +116,19 @@ class _Parts:
     """Roles made from full weights, before training splits them over ranks."""
 
     actor: Actor
+    readers: Mapping[str, "PreTrainedModel"]
+    """The models that train, by their names in errors: the longest prompt with its response has to fit in each."""
+    budget: TokenBudget
+    """Token budget of their passes."""
     reference: Policy | None
     engine: RolloutEngine
     scorer: RewardScorer | None
     saver: Saver
 
 
-def _parts_of(actor: Actor, config: RLRun, context: Context) -> _Parts:
-    reference = _reference_of(actor, config, context)
+def _parts_of(actor: Actor, readers: Mapping[str, "PreTrainedModel"], config: RLRun, context: Context) -> _Parts:
+    budget = budget_of(readers.values(), config.update.microbatch_tokens, actor.dtype, context.device)
+    reference = _reference_of(actor, budget, config, context)
     context.progress.phase("start", 1)  # which takes a while where the model is large
     check_sampling(actor, config.rollout)
     engine = build_engine(
@@ -138,6 +141,8 @@ def _parts_of(actor: Actor, config: RLRun, context: Context) -> _Parts:
     )
     return _Parts(
         actor=actor,
+        readers=readers,
+        budget=budget,
         reference=reference,
         engine=DistributedEngine(engine, context),
         scorer=_load_scorer(config, context, actor),
@@ -145,12 +150,12 @@ def _parts_of(actor: Actor, config: RLRun, context: Context) -> _Parts:
     )
 
 
-def _reference_of(actor: Actor, config: RLRun, context: Context) -> Policy | None:
+def _reference_of(actor: Actor, budget: TokenBudget, config: RLRun, context: Context) -> Policy | None:
     """A reference where `kl_coef` > 0, or where LoRA makes one free (then the KL is only logged); else None."""
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
     reference = reference_of(actor, config.distributed, context)
-    return DistributedPolicy(reference, context.collectives, microbatch_tokens=config.update.microbatch_tokens)
+    return DistributedPolicy(reference, context.collectives, budget=budget)
 
 
 def _build_run(
@@ -161,10 +166,8 @@ def _build_run(
     parts: _Parts,
     algorithm: Algorithm,
     trained: Mapping[str, Trainable],
-    readers: Mapping[str, "PreTrainedModel"],
 ) -> Run:
-    """A run of any algorithm: the steps that all builders share. `readers` are the models that train, by their names in
-    errors: the longest prompt with its response has to fit in each."""
+    """A run of any algorithm: the steps that all builders share."""
     actor = parts.actor
     checked.report_notes(context.progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
@@ -173,7 +176,7 @@ def _build_run(
     prompts = ShuffledPrompts(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
-    readers = {**readers, **_reader_of(parts.scorer, actor.tokenizer)}
+    readers = {**parts.readers, **_reader_of(parts.scorer, actor.tokenizer)}
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, _one_epoch(prompts), config.rollout)
     trainer = RLTrainer(
@@ -185,6 +188,7 @@ def _build_run(
         prompts=prompts,
         trained=trained,
         update=config.update,
+        budget=parts.budget,
         prompts_per_iteration=config.rollout.prompts_per_iteration,
         sampling=Sampling(
             temperature=config.rollout.temperature,

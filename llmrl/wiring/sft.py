@@ -22,6 +22,7 @@ from llmrl.wiring.actors import load_actor
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import precision_warnings, with_dtypes
 from llmrl.wiring.rows import EVALUATION, report_dropped
+from llmrl.wiring.trunks import budget_of
 
 
 def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trackers) -> Run:
@@ -43,14 +44,15 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.run.num_iterations, context=context)
-    policy = DistributedPolicy(actor.policy, context.collectives, microbatch_tokens=config.sft.microbatch_tokens)
+    budget = budget_of([actor.model], config.sft.microbatch_tokens, actor.dtype, context.device)
+    policy = DistributedPolicy(actor.policy, context.collectives, budget=budget)
     trainer = BatchTrainer(
         objective=SFTObjective(policy),
         trained={"actor": trained},
         source=examples,
         held_out=_held_out(config.evaluation_data, checked.evaluation_rows, actor, context),
         batch_size=config.sft.batch_size,
-        microbatch_tokens=config.sft.microbatch_tokens,
+        budget=budget,
         context=context,
     )
     return Run(

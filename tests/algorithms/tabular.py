@@ -14,6 +14,7 @@ from torch import nn
 from llmrl.algorithms.ppo import PPO
 from llmrl.batches import Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.streams import uniforms
+from llmrl.microbatches import TokenBudget
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
 from tests.contexts import context_of, sampling_of
@@ -182,6 +183,7 @@ def make_trainer(algorithm, engine, reward, trained, *, update, prompts_per_iter
         prompts=NumberedPrompts(),
         trained=trained,
         update=UpdateConfig(**update),
+        budget=TokenBudget(max_tokens=UpdateConfig(**update).microbatch_tokens),
         prompts_per_iteration=prompts_per_iteration,
         sampling=sampling_of(group_size, seed=seed, max_response_tokens=algorithm.max_response_tokens),
         context=context_of(),

@@ -1,13 +1,13 @@
 """Roles split over ranks answer on every rank as the role itself does in one process."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
-from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
+from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.roles import (
     DistributedEngine,
@@ -19,6 +19,7 @@ from llmrl.distributed.roles import (
     distribute_rows,
 )
 from llmrl.functional.streams import Purpose
+from llmrl.microbatches import TokenBudget
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.roles import Sampling
@@ -180,7 +181,7 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
     @torch.no_grad()
     def ask(ranks):
-        shared = DistributedNetworks(networks[ranks.rank], ranks, microbatch_tokens=15)
+        shared = DistributedNetworks(networks[ranks.rank], ranks, budget=TokenBudget(max_tokens=15))
         return getattr(shared, question)(rollout.sequences)
 
     expected = getattr(Lookup(), question)(rollout.sequences)
@@ -192,18 +193,18 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
 def test_with_gradient_a_rank_is_asked_about_what_it_is_given(rollout):
     policy = Lookup()
-    outputs = DistributedPolicy(policy, OneProcess(), microbatch_tokens=1).logprobs(rollout.sequences)
+    outputs = DistributedPolicy(policy, OneProcess(), budget=TokenBudget(max_tokens=1)).logprobs(rollout.sequences)
     assert policy.num_rows == len(outputs.logprobs) == len(rollout.rows)
 
 
-def test_answers_of_a_row_stay_with_it(rollout):
+@pytest.mark.parametrize("packed", [False, True])
+def test_answers_of_a_row_stay_with_it(packed, rollout):
     """Rows are dealt by length and come back in their own order."""
     number = rollout.sequences.response_ids[:, :1].float()
 
     @torch.no_grad()
     def ask(ranks):
-        sequences = rollout.sequences
-        return distribute_rows(lambda part: part, sequences, sequences.num_tokens, 12, ranks)
+        return distribute_rows(lambda part: part, rollout.sequences, TokenBudget(max_tokens=12, packed=packed), ranks)
 
     for answer in on_ranks(3, ask):
         assert_close(answer.response_ids[:, :1].float(), number)
@@ -222,9 +223,6 @@ class Ids:
     def pair_scores(self, pairs):
         return self.scores(pairs.chosen), -self.scores(pairs.rejected)
 
-    def pair_tokens(self, pairs):
-        return pairs.num_tokens
-
 
 @pytest.mark.parametrize("world_size", [2, 3, 11])
 def test_a_scorer_of_all_ranks_scores_as_one(world_size, rollout):
@@ -234,7 +232,7 @@ def test_a_scorer_of_all_ranks_scores_as_one(world_size, rollout):
 
     @torch.no_grad()
     def ask(ranks):
-        shared = DistributedScorer(scorers[ranks.rank], ranks, microbatch_tokens=20)
+        shared = DistributedScorer(scorers[ranks.rank], ranks, budget=TokenBudget(max_tokens=20))
         return shared.scores(sequences), *shared.pair_scores(pairs)
 
     first = sequences.response_ids[:, 0].float()
@@ -258,9 +256,15 @@ def test_one_process_asks_the_engine_and_the_reward_about_everything(monkeypatch
     assert DistributedReward(reward, OneProcess())(rollout) is scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Numbers(Batch):
-    number: Tensor
+def numbered(lengths: list[int]) -> Sequences:
+    """A row of each length, of which one is the prompt; the id of the prompt is the number of the row, from 1."""
+    return Sequences.from_rows(
+        prompt_ids=1 + torch.arange(len(lengths))[:, None],
+        prompt_mask=torch.ones(len(lengths), 1, dtype=torch.bool),
+        response_ids=torch.zeros(len(lengths), max(lengths, default=1), dtype=torch.long),
+        response_mask=torch.arange(max(lengths, default=1)) < torch.tensor(lengths, dtype=torch.long)[:, None] - 1,
+        response_lengths=torch.tensor(lengths, dtype=torch.long) - 1,
+    )
 
 
 class Asked:
@@ -269,9 +273,10 @@ class Asked:
     def __init__(self) -> None:
         self.parts: list[list[int]] = []
 
-    def __call__(self, part: Numbers) -> TokenOutputs:
-        self.parts.append(part.number.tolist())
-        return TokenOutputs(named={"values": 10.0 * part.number[:, None], "last_values": 10.0 * part.number})
+    def __call__(self, part: Sequences) -> TokenOutputs:
+        number = part.prompt_ids[:, 0]
+        self.parts.append(number.tolist())
+        return TokenOutputs(named={"values": 10.0 * number[:, None], "last_values": 10.0 * number})
 
 
 @torch.no_grad()
@@ -279,22 +284,22 @@ class Asked:
     ("max_tokens", "parts"), [(1, [[2], [4], [3], [1]]), (6, [[2, 4], [3], [1]]), (100, [[2, 4, 3, 1]])]
 )
 def test_answers_come_in_row_order_however_they_are_asked(max_tokens, parts):
-    ask, batch = Asked(), Numbers(number=torch.tensor([1, 2, 3, 4]))
-    outputs = distribute_rows(ask, batch, torch.tensor([9, 1, 7, 3]), max_tokens, OneProcess())
+    ask = Asked()
+    outputs = distribute_rows(ask, numbered([9, 1, 7, 3]), TokenBudget(max_tokens=max_tokens), OneProcess())
     assert outputs.last_values.tolist() == [10, 20, 30, 40]
     assert outputs.values.tolist() == [[10], [20], [30], [40]]
     assert ask.parts == parts
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_of_no_rows_there_is_one_question(world_size):
+def test_of_no_rows_there_is_one_question(world_size, packed):
     """So that the answer has its fields and widths."""
-    none = torch.tensor([], dtype=torch.long)
     asked = [Asked() for _ in range(world_size)]
 
     @torch.no_grad()
     def ask(ranks):
-        return distribute_rows(asked[ranks.rank], Numbers(number=none), none, 10, ranks)
+        return distribute_rows(asked[ranks.rank], numbered([]), TokenBudget(max_tokens=10, packed=packed), ranks)
 
     for outputs in on_ranks(world_size, ask):
         assert outputs.values.shape == (0, 1)
@@ -303,7 +308,7 @@ def test_of_no_rows_there_is_one_question(world_size):
 
 def test_shared_networks_say_whether_they_share_a_trunk():
     def share_trunk(ranks):
-        return DistributedNetworks(Lookup(), ranks, microbatch_tokens=8).share_trunk
+        return DistributedNetworks(Lookup(), ranks, budget=TokenBudget(max_tokens=8)).share_trunk
 
     assert on_ranks(2, share_trunk) == [True, True]
 

@@ -16,12 +16,12 @@ from llmrl.models.reward_model import (
 )
 from llmrl.models.training import turn_dropout_off
 
-from .tiny import EOS, FAMILIES, make_sequences
+from .tiny import EOS, FAMILIES, make_sequences, packing
 
 PAD = 36  # in none of the rows
-SHARING = ("llama", "qwen3", "gpt2")
+PACKING = ("llama", "qwen3", "gpt2")
 SLIDING = ("mistral", "gemma2", "gemma3")
-"""Families that can share a row, and those with a window that slides over columns."""
+"""Families that pack, and those with a window that slides over columns."""
 
 
 PROMPTS = [[7, 8, 9], [EOS, 14, EOS], [3, 4, 5, 6, 30, 31, 32, 33], [34], [35, 18]]
@@ -44,11 +44,11 @@ def reward_model(family: str) -> Any:
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
-def scorer_of(model: Any, *, shares_prompts=False, dtype=torch.float32):
+def scorer_of(model: Any, *, packed=False, dtype=torch.float32):
     """In train mode without dropout, as a run has it."""
     turn_dropout_off(model)
-    module = RewardModule(model.train(), dtype=dtype)
-    return TransformersRewardModel(module, shares_prompts=shares_prompts)
+    module = RewardModule(packing(model.train()) if packed else model.train(), dtype=dtype)
+    return TransformersRewardModel(module)
 
 
 def sequences(prompts: Ids = PROMPTS, responses: Ids = CHOSEN, **padding: Any) -> Sequences:

@@ -16,8 +16,6 @@ class TwoScores:
 
     def scores(self, sequences): ...
 
-    def pair_tokens(self, pairs): ...
-
     def pair_scores(self, pairs: PreferencePairs):
         assert not torch.is_grad_enabled()
         return torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0])

@@ -19,14 +19,16 @@ from transformers import (
     PhimoeForCausalLM,
 )
 
+from llmrl.models import packing
 from llmrl.models.folders import ModelError
 from llmrl.models.heads import LinearHead, choose_head
-from llmrl.models.probe import exact_float32, probe_rows, probe_trunk, shares_prompts_exactly
+from llmrl.models.packing import PACKED
+from llmrl.models.probe import exact_float32, pack_where_exact, probe_rows, probe_trunk
 from llmrl.models.training import turn_dropout_off
-from tests.models.rewards import SLIDING, reward_model
+from tests.models.rewards import reward_model
 from tests.rollout.tiny import VOCAB
 
-from .tiny import FAMILIES, HEAD_SIZES, build, gpt2, llama
+from .tiny import FAMILIES, HEAD_SIZES, PACKING, build, gpt2, llama
 
 
 def bert(**changes):
@@ -241,60 +243,152 @@ def test_the_passes_are_short():
     assert time.monotonic() - begun < 1
 
 
-# --- pairs in a row with their prompt ---------------------------------------------------------------------------------
+# --- packed rows ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [4, 4096])
-@pytest.mark.parametrize("family", SLIDING)
-def test_models_with_a_window_do_not_share_prompts(family, window):
-    """Not even where the probe would fit into it."""
-    config = FAMILIES[family]().config
-    config.num_labels, config.sliding_window = 1, window
-    model = AutoModelForSequenceClassification.from_config(config)
-    assert not shares_prompts_exactly(model, VOCAB)
+def packs(model):
+    trunk = model.base_model
+    is_set = {layer.self_attn.config._attn_implementation for layer in getattr(trunk, "layers", [])} or {PACKED}
+    return packing.packs(trunk, torch.float32, torch.device("cpu")) and is_set == {PACKED}
 
 
-def test_other_kernels_of_attention_do_not_share_prompts():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_models_whose_attention_allows_it_pack(family, checkpointing):
+    model = build(family).train()
+    turn_dropout_off(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    pack_where_exact(model)
+    assert packs(model) == (family in PACKING)
+
+
+@pytest.mark.parametrize(("longest", "is_packed"), [(0, False), (17, False), (16, True), (5, True)])
+def test_a_window_holds_the_longest_sequence_or_nothing_is_packed(longest, is_packed):
+    """It counts columns, of which a packed row has more."""
+    for family in ("mistral", "gemma3"):
+        config = FAMILIES[family]().config
+        config.sliding_window, config.num_labels = 16, 1
+        model = AutoModelForSequenceClassification.from_config(config)
+        pack_where_exact(model, longest=longest)
+        assert packs(model) == is_packed
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention", "linear_attention"])
+def test_layers_of_another_kind_do_not_pack(kind):
+    model = build("llama")
+    model.config.layer_types = ["full_attention", kind]
+    pack_where_exact(model)
+    assert not packs(model)
+
+
+def test_other_kernels_of_attention_do_not_pack():
     model = reward_model("llama")
     model.set_attn_implementation("eager")
-    assert not shares_prompts_exactly(model, VOCAB)
+    pack_where_exact(model)
+    assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_a_model_that_takes_no_notice_of_the_row_does_not_share_prompts(ignored):
-    model = reward_model("llama")
+@pytest.mark.parametrize("ignored", ["packing", "position_ids"])
+@pytest.mark.parametrize("part", ["model", "layers.1"])
+def test_a_model_that_ignores_the_layout_does_not_pack(ignored, part):
+    """Nor one of whose layers a single one does: without the layout attention is over the whole row."""
+    model = reward_model("gpt2" if part == "model" and ignored == "packing" else "llama")
 
     def ignore(_, args, kwargs):
-        return args, {**kwargs, ignored: None}
+        named = "position_embeddings" if ignored == "position_ids" and part != "model" else ignored
+        other = None if named != "position_embeddings" else tuple(x.roll(1, dims=1) for x in kwargs[named])
+        return args, {**kwargs, named: other}
 
-    model.base_model.register_forward_pre_hook(ignore, with_kwargs=True)
-    assert not shares_prompts_exactly(model, VOCAB)
+    module = model.base_model if part == "model" else model.base_model.layers[1]
+    module.register_forward_pre_hook(ignore, with_kwargs=True)
+    pack_where_exact(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_broken_model_does_not_share_prompts():
+def test_a_model_that_fails_on_the_layout_does_not_pack():
+    model = reward_model("llama")
+
+    def fail(_, __, kwargs):
+        if "packing" in kwargs:
+            raise TypeError("forward() got an unexpected keyword argument 'packing'")
+
+    model.base_model.layers[0].register_forward_pre_hook(fail, with_kwargs=True)
+    pack_where_exact(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_computes_otherwise_by_the_name_of_its_attention_does_not_pack():
+    """Sampling and the choice of a head pass no layout: they must find what they found before."""
+    model = reward_model("llama")
+
+    def notice(module, __, kwargs, output):
+        if module.config._attn_implementation != "sdpa" and "packing" not in kwargs:
+            output.last_hidden_state = 1.01 * output.last_hidden_state
+
+    model.base_model.register_forward_hook(notice, with_kwargs=True)
+    pack_where_exact(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_every_state_is_compared():
+    """Also those after the first."""
+    model = reward_model("llama")
+
+    def spoil(_, __, kwargs, output):
+        if "packing" in kwargs:
+            output.last_hidden_state = output.last_hidden_state.clone()
+            output.last_hidden_state[:, -1] *= 1.01
+
+    model.base_model.register_forward_hook(spoil, with_kwargs=True)
+    pack_where_exact(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_broken_model_does_not_pack():
     model = reward_model("llama")
     with torch.no_grad():
         model.base_model.norm.weight[0] = torch.nan
-    assert not shares_prompts_exactly(model, VOCAB)
+    pack_where_exact(model)
+    assert not packs(model)
 
 
-def test_asking_leaves_nothing_behind():
-    model = reward_model("llama").train()
-    assert shares_prompts_exactly(model, 3)  # a vocabulary smaller than the probe
+def test_trying_leaves_nothing_behind():
+    model = llama(vocab_size=3).train()  # a vocabulary smaller than the probe
+    pack_where_exact(model)
+    assert packs(model)
     assert all(p.grad is None for p in model.parameters())
     assert model.training
 
 
-def test_rounding_is_no_reason_not_to_share_prompts():
-    """The kernels of a mask and of none may round differently in bfloat16, so it is float32 that is asked."""
+def test_a_model_with_fewer_positions_than_the_probe_does_not_pack():
+    model = gpt2(n_positions=5).eval()
+    pack_where_exact(model)
+    assert not packs(model)
+
+
+def test_rounding_is_no_reason_not_to_pack():
+    """The kernels may round differently in bfloat16, so it is float32 that is tried."""
     model, dtypes = reward_model("llama"), []
     model.base_model.layers[0].mlp.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert shares_prompts_exactly(model, VOCAB)
+    pack_where_exact(model)
+    assert packs(model)
     assert set(dtypes) == {torch.float32}
 
 
-def test_a_bias_that_counts_columns_does_not_share_prompts():
+def test_a_bias_that_counts_columns_does_not_pack():
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = AutoModelForSequenceClassification.from_config(FalconConfig(**sizes, alibi=True, num_labels=1))
-    assert not shares_prompts_exactly(model, VOCAB)
+    pack_where_exact(model)
+    assert not packs(model)
+
+
+@pytest.mark.parametrize("base_packs", [False, True])
+def test_a_head_on_the_trunk_of_another_model_asks_the_trunk(base_packs):
+    """Whose settings are its own."""
+    base, model = build("llama"), reward_model("llama")
+    if base_packs:
+        pack_where_exact(base)
+    model.model = base.model
+    pack_where_exact(model)
+    assert packs(model)
+    assert packs(base)

@@ -30,7 +30,7 @@ class Rule(nn.Module):
 
 
 def scored_by(score: Any) -> TransformersRewardModel:
-    return TransformersRewardModel(Rule(score), shares_prompts=False)
+    return TransformersRewardModel(Rule(score))
 
 
 def failed(scorer: Any, *, responses: Any = ENDED, dtype=torch.float32, template: str = "{{ messages }}") -> set[str]:

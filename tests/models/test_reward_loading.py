@@ -24,13 +24,12 @@ from transformers.utils.logging import get_verbosity
 from llmrl.models.checking import check_model, check_reward_model
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_loading import adapt, choose_pad, load_reward_model
 from llmrl.models.reward_model import score_layer
 from llmrl.models.reward_record import Normalization, saved_normalization
 from llmrl.models.saving import save_policy
 from tests.models.rewards import alone, move, pairs, reward_model, scorer_of, sequences
-from tests.rollout.tiny import SIZES, VOCAB
+from tests.rollout.tiny import SIZES
 
 from .tiny import gpt2, llama, make_tokenizer, save_folder
 
@@ -269,8 +268,7 @@ def test_adapters_and_the_head_learn_and_nothing_else(adapted):
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name in learning if "lora_" not in name] == ["score.modules_to_save.default.weight"]
     assert any("lora_A" in name for name in learning)
-    scorer = scorer_of(model, shares_prompts=shares_prompts_exactly(model, VOCAB))
-    assert scorer.shares_prompts
+    scorer = scorer_of(model, packed=True)
     torch.cat(scorer.pair_scores(pairs())).sum().backward()
     assert all((p.grad is not None) == (name in learning) for name, p in model.named_parameters())
     assert model.score.modules_to_save["default"].weight.grad.any()

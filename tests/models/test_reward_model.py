@@ -11,17 +11,17 @@ from transformers import AutoModelForSequenceClassification
 from llmrl.batches import PreferencePairs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.roles import DistributedScorer
+from llmrl.microbatches import TokenBudget
 from llmrl.models.config import ModelConfig
-from llmrl.models.probe import shares_prompts_exactly
 from llmrl.models.reward_loading import choose_pad, load_reward_model
 from llmrl.models.saving import save_policy
 from llmrl.models.trunk import encode
 from tests.models.rewards import (
     CHOSEN,
+    PACKING,
     PAD,
     PROMPTS,
     REJECTED,
-    SHARING,
     SLIDING,
     alone,
     pairs,
@@ -29,7 +29,6 @@ from tests.models.rewards import (
     scorer_of,
     sequences,
 )
-from tests.rollout.tiny import VOCAB
 
 from .tiny import EOS, assert_same_gradients, make_sequences, make_tokenizer
 
@@ -41,7 +40,7 @@ def weighted_gradients(model: Any, chosen: Tensor, rejected: Tensor) -> dict[str
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.fixture(params=SHARING + SLIDING)
+@pytest.fixture(params=PACKING + SLIDING)
 def family(request) -> str:
     return request.param
 
@@ -69,16 +68,16 @@ def test_scores_without_a_gradient_and_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("family", "shares_prompts"),
-    [(family, False) for family in SHARING + SLIDING] + [(family, True) for family in SHARING],
+    ("family", "packed"),
+    [(family, False) for family in PACKING + SLIDING] + [(family, True) for family in PACKING],
 )
-def test_padding_never_leaks(family, shares_prompts):
+def test_padding_never_leaks(family, packed):
     """Neither ids that no embedding has nor one whose embedding is NaN."""
     model = reward_model(family)
+    scorer = scorer_of(model, packed=packed)
     with torch.no_grad():
         expected = [alone(model, responses=side) for side in (CHOSEN, REJECTED)]
         model.get_input_embeddings().weight[PAD] = torch.nan
-    scorer = scorer_of(model, shares_prompts=shares_prompts)
     garbage: dict[str, Any] = {"prompt_padding": (PAD, 0, 7), "response_padding": (-1, PAD, 10**6)}
     assert torch.equal(scorer.scores(sequences(**garbage)), scorer.scores(sequences()))
     with torch.no_grad():
@@ -93,7 +92,7 @@ def test_tool_output_counts_like_any_other_token():
     chosen, rejected = (make_sequences([([7, 8], ids, [1, 0, 1, 0][: len(ids)])]) for ids in sides)
     with torch.no_grad():
         expected = tuple(alone(model, [[7, 8]], [ids]) for ids in sides)
-        scorer = scorer_of(model, shares_prompts=True)
+        scorer = scorer_of(model, packed=True)
         both = scorer.pair_scores(PreferencePairs(chosen=chosen, rejected=rejected, margin=torch.zeros(1)))
     assert_close(both, expected, rtol=1e-4, atol=1e-4)
     assert_close(scorer.scores(rejected), expected[1], rtol=1e-4, atol=1e-4)
@@ -129,13 +128,12 @@ def test_the_saved_folder_scores_alike(family, dtype, tmp_path):
     assert_close(theirs, ours, rtol=0, atol=float(ours.abs().max()) * (1e-6 if dtype == torch.float32 else 0.1))
 
 
-# --- pairs in a row ---------------------------------------------------------------------------------------------------
+# --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", SHARING)
-def test_a_shared_prompt_changes_neither_scores_nor_gradients(family):
-    scorer, plain = scorer_of(reward_model(family), shares_prompts=True), reward_model(family)
-    assert shares_prompts_exactly(scorer.module.model, VOCAB)
+@pytest.mark.parametrize("family", PACKING)
+def test_packing_changes_neither_scores_nor_gradients(family):
+    scorer, plain = scorer_of(reward_model(family), packed=True), reward_model(family)
     ours = scorer.pair_scores(pairs())
     theirs = alone(plain, responses=CHOSEN), alone(plain, responses=REJECTED)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -144,16 +142,16 @@ def test_a_shared_prompt_changes_neither_scores_nor_gradients(family):
 
 
 def test_pairs_on_rows_of_their_own(family):
-    scorer, plain = scorer_of(reward_model(family), shares_prompts=False), reward_model(family)
+    scorer, plain = scorer_of(reward_model(family), packed=False), reward_model(family)
     ours = scorer.pair_scores(pairs())
     theirs = alone(plain, responses=CHOSEN), alone(plain, responses=REJECTED)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert_same_gradients(weighted_gradients(scorer.module.model, *ours), weighted_gradients(plain, *theirs))
 
 
-@pytest.mark.parametrize(("shares_prompts", "shape"), [(True, (1, 11)), (False, (2, 8))])
-def test_a_shared_prompt_is_encoded_once(shares_prompts, shape):
-    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
+@pytest.mark.parametrize(("packed", "shape"), [(True, (1, 11)), (False, (2, 8))])
+def test_a_shared_prompt_is_encoded_once(packed, shape):
+    scorer = scorer_of(reward_model("llama"), packed=packed)
     shapes = []
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
@@ -163,23 +161,23 @@ def test_a_shared_prompt_is_encoded_once(shares_prompts, shape):
 
 
 def test_a_row_may_be_longer_than_the_model_has_positions():
-    """Its responses are not, and padding asks for no position of its own."""
+    """Its sequences are not."""
     model = reward_model("gpt2")  # 64 positions
     long = [[n % 30 for n in range(40)], [(7 * n + 1) % 30 for n in range(50)]]
     prompts, chosen, rejected = [[7, 8], [3]], [long[0], [11]], [long[1], [EOS]]
     with torch.no_grad():
         expected = alone(model, prompts, chosen), alone(model, prompts, rejected)
-        scores = scorer_of(model, shares_prompts=True).pair_scores(pairs(prompts, chosen, rejected))
+        scores = scorer_of(model, packed=True).pair_scores(pairs(prompts, chosen, rejected))
     assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
-def test_bfloat16_is_the_arithmetic_and_not_the_result(shares_prompts):
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_is_the_arithmetic_and_not_the_result(packed):
     exact = torch.stack(scorer_of(reward_model("llama")).pair_scores(pairs()))
-    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts, dtype=torch.bfloat16)
+    scorer = scorer_of(reward_model("llama"), packed=packed, dtype=torch.bfloat16)
     rough = torch.stack(scorer.pair_scores(pairs()))
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
@@ -203,10 +201,12 @@ def test_the_head_computes_in_float32():
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 12, 40, 10_000])
-@pytest.mark.parametrize("shares_prompts", [False, True])
-def test_microbatches_change_nothing(microbatch_tokens, shares_prompts):
-    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
-    in_microbatches = DistributedScorer(scorer, OneProcess(), microbatch_tokens=microbatch_tokens)
+@pytest.mark.parametrize("packed", [False, True])
+def test_microbatches_change_nothing(microbatch_tokens, packed):
+    scorer = scorer_of(reward_model("llama"), packed=packed)
+    in_microbatches = DistributedScorer(
+        scorer, OneProcess(), budget=TokenBudget(max_tokens=microbatch_tokens, packed=packed)
+    )
     with torch.no_grad():
         expected = alone(scorer.module.model), alone(scorer.module.model, responses=REJECTED)
         assert_close(in_microbatches.pair_scores(pairs()), expected, rtol=1e-4, atol=1e-4)
@@ -219,35 +219,39 @@ def test_microbatches_hold_their_budget():
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    DistributedScorer(scorer, OneProcess(), microbatch_tokens=12).scores(sequences())
+    DistributedScorer(scorer, OneProcess(), budget=TokenBudget(max_tokens=12)).scores(sequences())
     assert shapes == [(2, 5), (1, 6), (1, 8), (1, 9)]  # lengths 8, 5, 9, 4, 6
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
-def test_the_tokens_of_a_pair_are_those_of_its_forward_pass(shares_prompts):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_tokens_of_a_pair_are_those_of_its_forward_pass(packed):
     """By what a pair alone takes, padding between its sides included."""
-    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
+    scorer = scorer_of(reward_model("llama"), packed=packed)
     shapes = []
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     for row in range(len(PROMPTS)):
         scorer.pair_scores(pairs().select(torch.tensor([row])))
-    assert scorer.pair_tokens(pairs()).tolist() == [rows * width for rows, width in shapes]
+    each = [pairs().select(torch.tensor([row])).pass_tokens(packed=packed) for row in range(len(PROMPTS))]
+    of_prompts = [0 if tokens.of_prompt is None else int(tokens.of_prompt) for tokens in each]
+    assert [int(tokens.own) + prompt for tokens, prompt in zip(each, of_prompts, strict=True)] == [
+        rows * width for rows, width in shapes
+    ]
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
-def test_microbatches_of_unequal_pairs_hold_their_budget(shares_prompts):
-    """A long response beside a short one: two rows of the longer."""
-    scorer = scorer_of(reward_model("llama"), shares_prompts=shares_prompts)
+@pytest.mark.parametrize("packed", [False, True])
+def test_microbatches_of_unequal_pairs_hold_their_budget(packed):
+    """A long response beside a short one: two rows of the longer, or 1 + 11 + 1 tokens."""
+    scorer = scorer_of(reward_model("llama"), packed=packed)
     shapes = []
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with torch.no_grad():
         unequal = pairs([[7]] * 6, [[8, *[9] * 10]] * 6, [[10]] * 6)
-        DistributedScorer(scorer, OneProcess(), microbatch_tokens=48).pair_scores(unequal)
-    assert shapes == ([(3, 13), (3, 13)] if shares_prompts else [(4, 12)] * 3)
+        DistributedScorer(scorer, OneProcess(), budget=TokenBudget(max_tokens=48, packed=packed)).pair_scores(unequal)
+    assert shapes == ([(1, 39), (1, 39)] if packed else [(4, 12)] * 3)
 
 
 def test_no_rows_have_no_scores():

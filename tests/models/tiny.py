@@ -28,9 +28,12 @@ from transformers import (
 from llmrl.batches import Sequences, TokenOutputs
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.roles import distribute_rows
+from llmrl.microbatches import TokenBudget
 from llmrl.models.critic import ValueHead
 from llmrl.models.heads import choose_head
+from llmrl.models.packing import packs
 from llmrl.models.policy import PolicyModule
+from llmrl.models.probe import pack_where_exact
 from llmrl.models.training import initialize_head, turn_dropout_off
 from tests.rollout import tiny as rollout_tiny
 from tests.rollout.tiny import SIZES, VOCAB
@@ -42,7 +45,7 @@ HEAD_SIZES = {name: value for name, value in SIZES.items() if name != "head_dim"
 
 def in_microbatches(ask: Callable[[Sequences], TokenOutputs], sequences: Sequences, max_tokens: int) -> TokenOutputs:
     """Outputs as a run in one process asks for them."""
-    return distribute_rows(ask, sequences, sequences.num_tokens, max_tokens, OneProcess())
+    return distribute_rows(ask, sequences, TokenBudget(max_tokens=max_tokens), OneProcess())
 
 
 class DrawnHead(ValueHead):
@@ -91,12 +94,21 @@ def granite_moe():
 LINEAR = {f.__name__: f for f in (llama, llama_tied, qwen2, rollout_tiny.qwen3, gpt2, rollout_tiny.mistral)}
 NOT_LINEAR = {f.__name__: f for f in (gemma2, rollout_tiny.gemma3, cohere, granite, granite_moe)}
 FAMILIES = LINEAR | NOT_LINEAR
+PACKING = [name for name in FAMILIES if name not in ("mistral", "gemma2", "gemma3")]
+"""Families that pack; the others have a window that slides over columns."""
 
 
 def build(family: str):
     """The same weights each time, in eval mode: what the oracle reads."""
     torch.manual_seed(0)
     return FAMILIES[family]().eval()
+
+
+def packing(model):
+    """The same model, whose passes are packed."""
+    pack_where_exact(model)
+    assert packs(model.base_model, torch.float32, torch.device("cpu"))
+    return model
 
 
 def module_of(model, *, temperature=TEMPERATURE, dtype=torch.float32) -> PolicyModule:

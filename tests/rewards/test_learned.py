@@ -227,8 +227,6 @@ class Says:
     def pair_scores(self, pairs):
         raise AssertionError("a reward has no pairs")
 
-    pair_tokens = pair_scores
-
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_finite_number_is_an_error_that_names_the_response(rollout, score):

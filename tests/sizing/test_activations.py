@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from llmrl.sizing import activations
 from llmrl.sizing.activations import Pass
 
-WORK = Pass(rows=3, length=10, response_tokens=4, bfloat16=False)
+WORK = Pass(rows=3, num_tokens=30, num_scored=12, bfloat16=False)
 HALF = replace(WORK, bfloat16=True)
 
 
@@ -37,12 +37,12 @@ def test_a_pass_by_hand(shape):
 
 
 def test_without_a_head_there_are_no_logits(shape):
-    work = replace(WORK, response_tokens=0)
+    work = replace(WORK, num_scored=0)
     assert activations.head(shape, work) == activations.head_gradient(shape, work) == 0
 
 
 def test_a_chunk_bounds_the_logits(shape):
-    long, longer = (replace(WORK, rows=rows, response_tokens=100) for rows in (10, 20))
+    long, longer = (replace(WORK, num_scored=num) for num in (1000, 2000))
     states = 2 * 4 * 8 * 1000
     assert activations.head(shape, longer) - activations.head(shape, long) == states
 

@@ -5,6 +5,7 @@ from pydantic import TypeAdapter
 
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
 from llmrl.sizing import Estimate, Item, Strategy, estimate_memory
+from llmrl.sizing.estimate import _Supervised
 
 RUN = {"output_dir": "out", "num_iterations": 1}
 RULE = {"functions": [{"name": "rule.py:rule"}]}
@@ -152,3 +153,29 @@ def test_a_single_microbatch_never_meets_its_gradients(shape):
     estimate = estimate_memory(once, shape, Strategy())
     assert item(estimate, "gradients") == 0
     assert estimate.peak < estimate_memory(sft(), shape, Strategy()).peak
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_rows", "packing", "expected"),
+    [
+        (100, 64, True, (16, 4 * (6 + 4 * 4), 64)),  # four whole groups of 22 tokens
+        (100, 64, False, (10, 10 * 10, 40)),
+        (100, 8, True, (8, 2 * 22, 32)),  # no more than there are
+        (21, 64, True, (3, 6 + 3 * 4, 12)),  # as many rows of a group as fit
+        (5, 64, True, (1, 10, 4)),  # one, however small the budget
+        (5, 64, False, (1, 10, 4)),
+    ],
+)
+def test_a_packed_pass_reads_a_prompt_once(shape, budget, num_rows, packing, expected):
+    """Groups of 4 responses of 4 tokens to prompts of 6: rows, tokens of the trunk, scored tokens."""
+    parts = _Supervised(sft(), shape, Strategy())
+    rows = parts.work(
+        budget=budget, length=4, response_tokens=4, num_rows=num_rows, prompt=6, group=4 if packing else 1
+    )
+    assert (rows.rows, rows.num_tokens, rows.num_scored) == expected
+
+
+def test_without_packing_a_pass_of_grpo_is_estimated_in_padded_rows(shape):
+    """A group of 6 + 4 x 4 tokens fits into 30, and three rows of 10."""
+    packed, padded = (estimate_memory(rl(GRPORun, packing=packing), shape, Strategy()) for packing in (True, False))
+    assert item(packed, "activations") * 30 == item(padded, "activations") * 22

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmrl.batches import Sequences
 from llmrl.functional.statistics import Total
 from llmrl.metrics import Metrics
+from llmrl.microbatches import TokenBudget
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RunConfig
@@ -152,9 +153,6 @@ class OneWeight:
         self.shares: list[tuple[int, int]] = []
         """Response tokens of each microbatch, and of its batch."""
 
-    def pass_tokens(self, batch: Sequences) -> Tensor:
-        return torch.full((len(batch.response_lengths),), 10)
-
     def denominator(self, batch: Sequences) -> Tensor:
         return batch.response_mask.sum()
 
@@ -172,7 +170,7 @@ class OneWeight:
 
 
 def one_weight(held_out: Sequences | None = None) -> tuple[BatchTrainer, OneWeight]:
-    """Microbatches of two rows, whatever their lengths; the weight begins at 0."""
+    """Microbatches of at most two rows, 16 tokens with padding; the weight begins at 0."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     objective = OneWeight(module)
@@ -182,7 +180,7 @@ def one_weight(held_out: Sequences | None = None) -> tuple[BatchTrainer, OneWeig
         source=test_sft.Cycle(test_sft.RAGGED),
         held_out=held_out,
         batch_size=5,
-        microbatch_tokens=20,
+        budget=TokenBudget(max_tokens=16),
         context=context_of(),
     )
     return trainer, objective
@@ -191,7 +189,7 @@ def one_weight(held_out: Sequences | None = None) -> tuple[BatchTrainer, OneWeig
 def test_an_iteration_is_one_step_on_the_microbatches_of_a_batch():
     trainer, objective = one_weight()
     values = trainer.iterate().values()
-    assert sorted(objective.passes) == [(1, True), (2, True), (2, True)]  # as its tokens fit, not as those of the data
+    assert sorted(objective.passes) == [(1, True), (2, True), (2, True)]
     assert sum(part for part, _ in objective.shares) == 14
     assert {whole for _, whole in objective.shares} == {14}
     assert values["loss"] == pytest.approx(1.0)  # the mean of (0 - 1)²

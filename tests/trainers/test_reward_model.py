@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from llmrl.batches import PreferencePairs, Sequences
+from llmrl.microbatches import TokenBudget
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
@@ -23,6 +24,7 @@ from llmrl.trainers.reward_model import RewardModelObjective
 from tests import oracles
 from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
+from tests.models.tiny import packing
 
 from .test_sft import Counter, Keeper, batch
 
@@ -76,22 +78,23 @@ def make_trainer(
     trainable: Callable[[nn.Module], Any] = Keeper,
     held_out: list[Pair] | None = None,
     progress: Silent | None = None,
-    shares_prompts: bool = True,
+    packed: bool = True,
     shift: float = 0.0,
     batch_size: int | None = None,
     microbatch_tokens: int = 1000,
     **config: Any,
 ) -> BatchTrainer:
-    module = RewardModule(model or tiny(), dtype=torch.float32)
+    model = model or tiny()
+    module = RewardModule(packing(model) if packed else model, dtype=torch.float32)
     module.register_forward_hook(lambda _, __, scores: scores + shift)
-    scorer = TransformersRewardModel(module, shares_prompts=shares_prompts)
+    scorer = TransformersRewardModel(module)
     return BatchTrainer(
         objective=RewardModelObjective(RewardModelConfig(**config), scorer=scorer),
         trained={"reward_model": trainable(module)},
         source=Cycle(rows),
         held_out=as_pairs(held_out or rows),
         batch_size=batch_size or len(rows),
-        microbatch_tokens=microbatch_tokens,
+        budget=TokenBudget(max_tokens=microbatch_tokens, packed=packed),
         context=context_of(progress=progress),
     )
 
@@ -135,18 +138,16 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shares_prompts", "num_parts"),
+    ("tokens", "packed", "num_parts"),
     [(1, True, 5), (20, True, 3), (1000, True, 1), (1, False, 5), (30, False, 3), (1000, False, 1)],
 )
 @pytest.mark.parametrize(("use_margin", "center_coef"), [(True, 0.0), (False, 0.0), (True, 0.3)])
 def test_a_step_is_the_gradient_of_bradley_terry_however_the_batch_is_cut(
-    tokens: int, shares_prompts: bool, num_parts: int, use_margin: bool, center_coef: float
+    tokens: int, packed: bool, num_parts: int, use_margin: bool, center_coef: float
 ):
     counter = Counter()
     settings = {"use_margin": use_margin, "center_coef": center_coef}
-    trainer = make_trainer(
-        RAGGED, microbatch_tokens=tokens, shares_prompts=shares_prompts, progress=counter, **settings
-    )
+    trainer = make_trainer(RAGGED, microbatch_tokens=tokens, packed=packed, progress=counter, **settings)
     values = trainer.iterate().values()
 
     model = tiny()
@@ -185,10 +186,10 @@ def test_the_loss_of_a_head_of_zeros_by_hand():
 
 
 @pytest.mark.usefixtures("production")
-@pytest.mark.parametrize("shares_prompts", [True, False])
-def test_margins_are_one_a_pair(shares_prompts: bool):
+@pytest.mark.parametrize("packed", [True, False])
+def test_margins_are_one_a_pair(packed: bool):
     """Of shape (B,), as both scores are: a column of them would make a square of differences."""
-    objective = make_trainer(RAGGED, shares_prompts=shares_prompts).objective
+    objective = make_trainer(RAGGED, packed=packed).objective
     pairs = as_pairs(RAGGED)
     chosen, rejected = objective.outputs(pairs)
     assert chosen.shape == rejected.shape == pairs.margin.shape == (5,)
@@ -253,9 +254,6 @@ class Fixed:
         assert not torch.is_grad_enabled()
         return self.both
 
-    def pair_tokens(self, pairs: PreferencePairs) -> Tensor:
-        raise AssertionError("an evaluation is one batch")
-
 
 def test_an_evaluation_by_hand_counts_a_tie_as_half():
     trainer = make_trainer(RAGGED[:1], held_out=RAGGED)  # margins 0.5, 0, 2, -0.25, 1
@@ -270,10 +268,10 @@ def test_an_evaluation_by_hand_counts_a_tie_as_half():
     }
 
 
-@pytest.mark.parametrize("shares_prompts", [True, False])
-def test_an_evaluation_is_the_mean_over_held_out_pairs_and_changes_nothing(shares_prompts: bool):
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_evaluation_is_the_mean_over_held_out_pairs_and_changes_nothing(packed: bool):
     counter = Counter()
-    trainer = make_trainer(RAGGED[:2], held_out=RAGGED, progress=counter, shares_prompts=shares_prompts)
+    trainer = make_trainer(RAGGED[:2], held_out=RAGGED, progress=counter, packed=packed)
     values = trainer.evaluate()
     wins = sum(float(chosen > rejected) for chosen, rejected in plain_scores(tiny(), RAGGED))
     assert values["eval/loss"] == pytest.approx(plain_loss(tiny(), RAGGED).item(), rel=1e-5)
@@ -303,8 +301,8 @@ def ruled_pairs(num_pairs: int, seed: int) -> list[Pair]:
     return [(draw(0, 3, 1 + n % 3), response(3), response(4), 0.0) for n in range(num_pairs)]
 
 
-@pytest.mark.parametrize("shares_prompts", [True, False])
-def test_it_learns_a_separable_rule(shares_prompts: bool):
+@pytest.mark.parametrize("packed", [True, False])
+def test_it_learns_a_separable_rule(packed: bool):
     model = tiny()
     model.score.weight.data.zero_()
     trainer = make_trainer(
@@ -312,7 +310,7 @@ def test_it_learns_a_separable_rule(shares_prompts: bool):
         model=model,
         trainable=adamw,
         held_out=ruled_pairs(200, seed=1),
-        shares_prompts=shares_prompts,
+        packed=packed,
         batch_size=16,
     )
     assert trainer.evaluate()["eval/accuracy"] == 0.5  # a new head says nothing

@@ -11,6 +11,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Prompts, Scores
 from llmrl.distributed.collectives import OneProcess
+from llmrl.microbatches import TokenBudget
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
@@ -81,7 +82,14 @@ class Recorder:
 
 
 def make_trainer(
-    kind="rotary", *, config=None, reward=length_reward, learning_rate=0.01, sampled_in=torch.float32, **update
+    kind="rotary",
+    *,
+    config=None,
+    reward=length_reward,
+    learning_rate=0.01,
+    sampled_in=torch.float32,
+    microbatch_tokens=8192,
+    **update,
 ):
     torch.manual_seed(0)
     model = MODELS[kind]().train()
@@ -102,6 +110,7 @@ def make_trainer(
         prompts=Counting(),
         trained={"actor": LocalTrainable(module, OptimizerConfig(learning_rate=learning_rate), num_steps=100)},
         update=UpdateConfig(**({"minibatch_size": 12} | update)),
+        budget=TokenBudget(max_tokens=microbatch_tokens),
         prompts_per_iteration=6,
         sampling=sampling_of(config.group_size, seed=3, max_response_tokens=LIMIT),
         context=context_of(),

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmrl.batches import Sequences
+from llmrl.microbatches import TokenBudget
 from llmrl.models.heads import LinearHead
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.optim.config import OptimizerConfig
@@ -131,7 +132,7 @@ def make_trainer(
         source=Cycle(examples),
         held_out=None if held_out is None else batch(held_out),
         batch_size=batch_size or len(examples),
-        microbatch_tokens=microbatch_tokens,
+        budget=TokenBudget(max_tokens=microbatch_tokens),
         context=context_of(progress=progress),
     )
 

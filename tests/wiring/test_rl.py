@@ -12,6 +12,7 @@ from transformers import GPT2Config
 from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
+from llmrl.models.packing import packs
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.native import NativeEngine
@@ -264,7 +265,7 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     assert (trainer.prompts_per_iteration, trainer.group_size, trainer.config) == (8, 4, update)
     assert (trainer.engine.engine.max_rows, run.evaluate_every, trainer.observe.num_samples) == (11, 2, 1)
     assert trainer.algorithm.max_response_tokens == 3
-    assert trainer.algorithm.actor.microbatch_tokens == 77
+    assert trainer.budget.max_tokens == trainer.algorithm.actor.budget.max_tokens == 77
     assert trainer.algorithm.config == algorithm
 
 
@@ -286,3 +287,47 @@ def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(config, one_toke
     changed = {"evaluation_data": config.data, "evaluation": EvaluationConfig(every=1), section: odd}
     with pytest.raises(ModelError, match=r"more\.csv has tokens beyond the \d+ embeddings of the model: '§'"):
         build_run(dataclasses.replace(config, model=one_token_more, **changed))
+
+
+class Counted:
+    """A head that counts the rows that it reads with gradient."""
+
+    def __init__(self, head):
+        self.head, self.num_rows = head, 0
+
+    def __call__(self, model, hidden, ids, temperature):
+        self.num_rows += len(hidden) * torch.is_grad_enabled()
+        return self.head(model, hidden, ids, temperature)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_update_reads_each_prompt_of_a_group_once_and_each_response_once(config, packing):
+    """In each of two epochs; the head reads the scored tokens only. In padded rows it is more, never for the head."""
+    run, _ = build_run(dataclasses.replace(config, model=dataclasses.replace(config.model, packing=packing)))
+    policy, seen, tokens = run.trainer.trained["actor"].module, [], []
+    run.trainer.observe = lambda _, experience: seen.append(experience)
+    policy.head = Counted(policy.head)
+    policy.model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: tokens.append(kwargs["input_ids"].numel() * torch.is_grad_enabled()), with_kwargs=True
+    )
+    run.trainer.iterate()
+    (experience,) = seen
+    sequences, groups = experience.sequences, experience.rollout.group_ids.tolist()
+    prompts = sum({group: int(n) for group, n in zip(groups, sequences.prompt_lengths, strict=True)}.values())
+    once = prompts + int(sequences.response_lengths.sum())
+    assert len(set(groups)) == 16
+    assert sum(tokens) == 2 * once if packing else sum(tokens) >= 2 * int(sequences.num_tokens.sum()) > 2 * once
+    assert policy.head.num_rows == 2 * int(sequences.response_mask.sum())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_passes_are_packed_unless_the_recipe_says_otherwise(config, packing):
+    """The budget that forms microbatches is of one mind with the passes; and so is the reference."""
+    algorithm = dataclasses.replace(config.algorithm, kl_coef=0.1)
+    model = dataclasses.replace(config.model, packing=packing)
+    run, _ = build_run(dataclasses.replace(config, model=model, algorithm=algorithm))
+    reference = run.trainer.algorithm.reference
+    assert run.trainer.budget == reference.budget
+    assert run.trainer.budget.packed == packing
+    for module in (run.trainer.trained["actor"].module, reference.policy.module):
+        assert packs(module.model.base_model, torch.float32, torch.device("cpu")) == packing

@@ -1,18 +1,20 @@
 import pytest
+import torch
 
+from llmrl.microbatches import TokenBudget
 from llmrl.models.folders import ModelError
-from llmrl.wiring.trunks import settle_passes
+from llmrl.wiring.trunks import budget_of, settle_passes
 from tests.models.tiny import llama
 
 
 def test_a_plain_model_has_its_width_and_nothing_to_say():
-    assert settle_passes(llama(), 64) == (llama().config.hidden_size, ())
+    assert settle_passes(llama(), 64, packing=True) == (llama().config.hidden_size, ())
 
 
 def test_the_rope_is_fixed_before_the_passes_are_compared():
     """Not fixed, a row beside a longer one is another row to the probe."""
     changed = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
-    width, warnings = settle_passes(llama(max_position_embeddings=8, **changed), 64)
+    width, warnings = settle_passes(llama(max_position_embeddings=8, **changed), 64, packing=True)
     assert width == llama().config.hidden_size
     assert len(warnings) == 1
 
@@ -21,4 +23,15 @@ def test_passes_that_disagree_are_refused(monkeypatch):
     model = llama()
     monkeypatch.setattr(model.model.norm, "forward", lambda x: x + x.new_empty(x.shape).normal_())
     with pytest.raises(ModelError):
-        settle_passes(model, 64)
+        settle_passes(model, 64, packing=True)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_budget_is_of_packed_passes_if_every_model_packs(packing):
+    one, other = llama(), llama()
+    settle_passes(one, 64, packing=packing)
+    settle_passes(other, 64, packing=False)
+    float32, cpu = torch.float32, torch.device("cpu")
+    assert budget_of([one], 77, float32, cpu) == TokenBudget(max_tokens=77, packed=packing)
+    assert not budget_of([one, other], 77, float32, cpu).packed
+    assert not budget_of([one], 77, float32, torch.device("cuda")).packed  # no kernel for float32
