@@ -77,8 +77,8 @@ def make_user_algorithm(name: str, config: GRPOConfig, *, progress: Progress, **
         algorithm = code(recorded, **roles)
     if lacking := [attribute for attribute in inspect.get_annotations(Algorithm) if not hasattr(algorithm, attribute)]:
         raise UserCodeFailure(
-            f"{place} has no {', '.join(lacking)}, which the loop reads; set it in __init__, such as "
-            f"self.{lacking[0]} = ..."
+            f"{place} has no {', '.join(lacking)}, which the loop reads; set "
+            f"{'it' if len(lacking) == 1 else 'them'} in __init__, such as self.{lacking[0]} = ..."
         )
     if algorithm.aggregation not in get_args(Aggregation):
         raise UserCodeFailure(
@@ -303,6 +303,6 @@ def _check_state(value: object, subject: str, path: str = "") -> None:
             pass
         case _:
             raise UserCodeFailure(
-                f"{subject} {describe(value)}{path and f' at {path}'}; expected numbers, texts and tensors, in dicts "
-                "whose keys are texts without a slash; convert it, such as by float(x)"
+                f"{subject} {describe(value)}{path and f' at {path}'}; expected numbers, strings and tensors, in dicts "
+                "whose keys are strings without a slash; convert it, such as by float(x)"
             )

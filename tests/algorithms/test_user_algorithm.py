@@ -300,7 +300,7 @@ def test_a_class_that_cannot_be_used_is_refused_with_the_way_out(name, told):
     [
         (
             "Bare",
-            "has no max_redraws, max_response_tokens, which the loop reads; set it in __init__, such as self.max_",
+            "has no max_redraws, max_response_tokens, which the loop reads; set them in __init__, such as self.max_",
         ),
         ("Fails", r"raised ValueError: no such config at /.*/classes\.py:35$"),
         ("Averages", "has aggregation 'mean'; expected token or sequence or constant; set self.aggregation = config"),
@@ -500,12 +500,12 @@ def test_a_metric_of_two_kinds_is_named(make, kinds, told):
         (
             "StateOfObjects",
             lambda a: a.state_dict(),
-            r"state_dict returned \{1, 2\} \(set\) at \['seen'\]\['groups'\]\[0\]; expected numbers, texts and tensors",
+            r"state_dict returned \{1, 2\} \(set\) at \['seen'\]\['groups'\]\[0\]; expected numbers, strings and tens",
         ),
         (
             "StateOfNumbers",
             lambda a: a.state_dict(),
-            r"state_dict returned \{1: 2\.0\} \(dict\); expected numbers, tex",
+            r"state_dict returned \{1: 2\.0\} \(dict\); expected numbers, str",
         ),
         (
             "Forgetful",

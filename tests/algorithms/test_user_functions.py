@@ -46,6 +46,9 @@ def infinite(scores, group_ids):
 def fails(scores, group_ids):
     raise KeyError("two\\nlines")
 
+def asserts(scores, group_ids):
+    assert len(scores) == 0
+
 def full(scores, group_ids):
     raise torch.OutOfMemoryError("no memory")
 """
@@ -157,6 +160,7 @@ def test_a_baseline_that_changes_what_it_gets_changes_no_score():
         ("a_list", r"returned '?\[1\.0, .* \(list\); expected a tensor of 7 numbers"),
         ("infinite", r"returned inf for score 3 \(2\.0, group 4\); expected a tensor of 7 numbers, .*, each finite$"),
         ("fails", r"raised KeyError: 'two\\nlines' at .*/baselines\.py:30$"),
+        ("asserts", r"raised AssertionError at .*/baselines\.py:33$"),
     ],
 )
 def test_a_baseline_that_fails_is_named(name, told):
