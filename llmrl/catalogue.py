@@ -139,13 +139,13 @@ CATALOGUE: tuple[Metric, ...] = (
         name="response/length_max",
         unit="tokens",
         meaning="The longest response.",
-        look_for="Below rollout.max_response_tokens; at it, responses are cut.",
+        look_for="Below rollout.max_response_tokens; at it, responses are truncated.",
         runs=LOOP,
     ),
     Metric(
         name="response/finished_fraction",
         unit="fraction",
-        meaning="Responses that ended by themselves; the others were cut at rollout.max_response_tokens.",
+        meaning="Responses that ended by themselves; the others were truncated at rollout.max_response_tokens.",
         look_for="Near 1. A fall is a policy that no longer ends its responses.",
         runs=LOOP,
     ),
@@ -159,7 +159,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="policy/clip_fraction",
         unit="fraction",
-        meaning="Tokens whose gradient the clip cuts. Only with algorithm.loss clipped.",
+        meaning="Tokens that the clip leaves no gradient. Only with algorithm.loss clipped.",
         look_for="0 to 0.2; above, the learning rate or the number of epochs is high.",
         runs=ALGORITHMS,
     ),
@@ -258,7 +258,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="value/clip_fraction",
         unit="fraction",
-        meaning="Tokens whose gradient the clip of algorithm.value_clip cuts.",
+        meaning="Tokens that the clip of algorithm.value_clip leaves no gradient.",
         look_for="Below 0.2; above, values are larger than the clip was meant for.",
         runs=(PPO,),
     ),
@@ -378,7 +378,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="eval/finished_fraction",
         unit="fraction",
         meaning="Held-out responses that ended by themselves.",
-        look_for="Near 1; answers that are cut are mostly wrong.",
+        look_for="Near 1; answers that are truncated are mostly wrong.",
         runs=LOOP,
     ),
     Metric(

@@ -461,11 +461,12 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
 
 def _fail(error: BaseException | str, status: int, folder: Path | None = None) -> NoReturn:
     """Ends the command with a message, and the way to resume where the folder of its run has a checkpoint."""
-    from llmrl.trainers.checkpoint import list_checkpoints
-
     print(f"error: {error}", file=sys.stderr)
-    if folder is not None and list_checkpoints(folder / "checkpoints"):
-        print(f"mend it; the same command with run.resume=true goes on from {folder}", file=sys.stderr)
+    if folder is not None:
+        from llmrl.trainers.checkpoint import list_checkpoints
+
+        if list_checkpoints(folder / "checkpoints"):
+            print(f"mend it; the same command with run.resume=true goes on from {folder}", file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         print("(What the launcher prints below says only that this process ended.)", file=sys.stderr)
     raise typer.Exit(status)

@@ -13,6 +13,11 @@ def in_one_line(error: BaseException) -> str:
         return ""
 
 
+def class_and_message(error: BaseException) -> str:
+    """The class of an error, and its message in one line where it has one."""
+    return f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'correct'?``: the known word that is most like a mistyped one; empty where none is like it."""
     return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(word, known, n=1))

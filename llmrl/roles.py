@@ -231,7 +231,7 @@ class Algorithm(Protocol):
         return Metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """State that the next iteration depends on: numbers and strings, nested by name."""
+        """State that the next iteration depends on: numbers, strings and tensors, nested by name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -317,7 +317,7 @@ class Trainer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on: tensors, numbers and strings, nested by name."""
+        """Everything that the next iteration depends on: numbers, strings and tensors, nested by name."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

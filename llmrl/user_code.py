@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-from llmrl.messages import in_one_line, nearest
+from llmrl.messages import class_and_message, nearest
 
 __path__: list[str] = []  # makes this module a package, whose modules the finder finds
 
@@ -97,7 +97,7 @@ def describe_exception(function: Callable[..., Any], error: BaseException) -> st
     file = source_file(function)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f" at {file}:{lines[-1]}" if lines else ""
-    return f"raised {type(error).__name__}: {in_one_line(error)}{place}"
+    return f"raised {class_and_message(error)}{place}"
 
 
 def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,9 +115,7 @@ def _load_module(source: str, name: str, role: str) -> ModuleType:
         way_out = ""
         if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
             way_out = "; a file is named by its path, such as folder/file.py:function"
-        raise UserCodeError(
-            f"{role} {name}: {source} does not load: {type(error).__name__}: {in_one_line(error)}{way_out}"
-        ) from error
+        raise UserCodeError(f"{role} {name}: {source} does not load: {class_and_message(error)}{way_out}") from error
 
 
 class _Finder(MetaPathFinder):

@@ -1,6 +1,6 @@
 import pytest
 
-from llmrl.messages import counted, format_evaluation, in_one_line, nearest
+from llmrl.messages import class_and_message, counted, format_evaluation, in_one_line, nearest
 
 
 def test_a_message_of_several_lines_becomes_one():
@@ -9,6 +9,11 @@ def test_a_message_of_several_lines_becomes_one():
 
 def test_an_error_without_a_message_has_none():
     assert in_one_line(KeyboardInterrupt()) == ""
+
+
+@pytest.mark.parametrize(("error", "told"), [(KeyError("a"), "KeyError: 'a'"), (AssertionError(), "AssertionError")])
+def test_an_error_without_a_message_is_its_class(error, told):
+    assert class_and_message(error) == told
 
 
 def test_an_error_that_cannot_say_what_it_is_about_has_none():

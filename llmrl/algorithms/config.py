@@ -102,7 +102,7 @@ class PPOConfig(Section, place="algorithm"):
     dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
-    """How far a value may move from the old one before its gradient is cut; null for no clip."""
+    """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the entropy bonus in the actor's loss."""
     aggregation: Aggregation = "token"
@@ -128,7 +128,7 @@ class PPOConfig(Section, place="algorithm"):
     overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0
     """Responses in this many tokens before the length limit lose up to 1 point (DAPO); 0 for no penalty."""
     bootstrap_truncated: bool = False
-    """A response that was cut gets the critic's value after its last token in place of a score."""
+    """A truncated response gets the critic's value after its last token in place of a score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +140,7 @@ class PPOConfig(Section, place="algorithm"):
         for name in ("missing_eos_penalty", "overlong_buffer_tokens"):
             if self.bootstrap_truncated and getattr(self, name):
                 raise ValueError(
-                    "algorithm.bootstrap_truncated gives a response that was cut a value in place of a score, from "
+                    "algorithm.bootstrap_truncated gives a truncated response a value in place of a score, from "
                     f"which algorithm.{name} could be subtracted; set that to 0 or this to false"
                 )
 

@@ -10,7 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
-from llmrl.algorithms.user_functions import check_signature, check_statistics, checked_loss, describe, failures_of
+from llmrl.algorithms.user_functions import (
+    check_kinds,
+    check_signature,
+    check_statistics,
+    checked_loss,
+    describe,
+    failures_of,
+)
 from llmrl.batches import Batch, Experience, Rollout, Scores
 from llmrl.functional.aggregation import Aggregation
 from llmrl.metrics import Metrics
@@ -20,7 +27,7 @@ from llmrl.user_code import UserCodeError, UserCodeFailure, load_object, names_c
 NAME = "algorithm.name"
 ARGUMENTS = ("actor", "reference", "max_response_tokens")
 """Keyword arguments that the class of an algorithm without a critic is made with, after its settings."""
-READ_BY_THE_LOOP = ("name", "group_size")
+READ_BY_THE_LOOP = ("name", "group_size", "kl_coef")
 """Settings that have their effect whether the class reads them or not."""
 TRAINED = "actor"
 """The only module that an algorithm without a critic trains."""
@@ -70,8 +77,8 @@ def make_user_algorithm(name: str, config: GRPOConfig, *, progress: Progress, **
         algorithm = code(recorded, **roles)
     if lacking := [attribute for attribute in inspect.get_annotations(Algorithm) if not hasattr(algorithm, attribute)]:
         raise UserCodeFailure(
-            f"{place} has no {', '.join(lacking)}, which the loop reads; set it in __init__, such as "
-            f"self.{lacking[0]} = ..."
+            f"{place} has no {', '.join(lacking)}, which the loop reads; set "
+            f"{'it' if len(lacking) == 1 else 'them'} in __init__, such as self.{lacking[0]} = ..."
         )
     if algorithm.aggregation not in get_args(Aggregation):
         raise UserCodeFailure(
@@ -129,6 +136,10 @@ class UserAlgorithm:
         self.progress = progress
         self.has_learned = False
         """Whether `losses` has been called."""
+        self.kinds: dict[str, type] = {}
+        """Kinds of the statistics that an iteration pools, by name."""
+        self.kinds_of_losses: dict[str, type] = {}
+        """Kinds of the statistics that an optimizer step pools, by name."""
         self.has_reported = False
 
     def __getattr__(self, name: str) -> Any:
@@ -142,7 +153,7 @@ class UserAlgorithm:
         match returned:
             case (Experience() as experience, Metrics() as metrics):
                 _check_experience(experience, subject, self.config.group_size)
-                check_statistics(metrics.statistics, subject)
+                self._check_metrics(metrics, subject)
                 return experience, metrics
         raise UserCodeFailure(f"{subject} {describe(returned)}; expected (Experience, Metrics), as in {RETURN}")
 
@@ -173,8 +184,14 @@ class UserAlgorithm:
                         f"what the loss consists of, and {YIELD}"
                     )
                 check_statistics(metrics.statistics, subject)
+                check_kinds(metrics.statistics, self.kinds_of_losses, subject)
+                check_kinds(metrics.per_step().statistics, self.kinds, subject)
                 return module, checked_loss(loss, subject), metrics
         raise UserCodeFailure(f"{subject} {describe(item)}; expected (module, loss, metrics), as in {YIELD}")
+
+    def _check_metrics(self, metrics: Metrics, subject: str) -> None:
+        check_statistics(metrics.statistics, subject)
+        check_kinds(metrics.statistics, self.kinds, subject)
 
     def should_stop(self, update: Metrics) -> bool:
         """See `Algorithm`."""
@@ -188,7 +205,7 @@ class UserAlgorithm:
         subject = f"{self.place}.finish returned"
         if not isinstance(metrics, Metrics):
             raise UserCodeFailure(f"{subject} {describe(metrics)}; expected Metrics, as in return Metrics()")
-        check_statistics(metrics.statistics, subject)
+        self._check_metrics(metrics, subject)
         if self.has_learned and not self.has_reported:
             self._report_unread()
         return metrics
@@ -286,6 +303,6 @@ def _check_state(value: object, subject: str, path: str = "") -> None:
             pass
         case _:
             raise UserCodeFailure(
-                f"{subject} {describe(value)}{path and f' at {path}'}; expected numbers, texts and tensors, in dicts "
-                "whose keys are texts without a slash; convert it, such as by float(x)"
+                f"{subject} {describe(value)}{path and f' at {path}'}; expected numbers, strings and tensors, in dicts "
+                "whose keys are strings without a slash; convert it, such as by float(x)"
             )

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
-from llmrl.catalogue import CATALOGUE, OWN
+from llmrl.catalogue import LOOP, OWN, find
 from llmrl.functional.losses import ratio_metrics
 from llmrl.functional.statistics import Statistic
 from llmrl.user_code import UserCodeError, UserCodeFailure, describe_exception, load_object, names_code
 
 BASELINE, LOSS = "algorithm.baseline", "algorithm.loss"
-OF_THE_LOOP = frozenset(metric.name for metric in CATALOGUE if OWN in metric.runs)
-"""Names of metrics that runs log whatever the algorithm."""
+ITERATION = "iteration"
+"""Number of the iteration, which stands beside its metrics."""
+OF_THE_LOSS = ("policy/clip_fraction", "policy/approx_kl", "policy/ratio_max_deviation")
+"""Metrics of the catalogue that `clipped_policy_loss` returns, and so a user's loss may return."""
 
 
 def check_user_functions(config: object) -> None:
@@ -95,6 +98,8 @@ class UserLoss:
     def __init__(self, name: str) -> None:
         self.place = f"{LOSS} {name}"
         self.function = _load_function(name, LOSS, ("logprobs", "old_logprobs", "advantages", "weights"))
+        self.kinds: dict[str, type] = {}
+        """Kinds of the statistics so far, by name."""
 
     def __call__(
         self,
@@ -103,17 +108,19 @@ class UserLoss:
         advantages: Float[Tensor, "B T"],
         weights: Float[Tensor, "B T"],
     ) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
-        """``(loss, metrics)``; the metrics are those of `ratio_metrics` and the function's own.
+        """``(loss, metrics)``; the metrics are the function's own and, in place of any it returned, `ratio_metrics`.
 
         Raises:
-            UserCodeFailure: The function raised, or returned no finite loss with a gradient.
+            UserCodeFailure: The function raised, returned no finite loss with a gradient, or metrics that an algorithm
+                or the loop measures.
         """
         with failures_of(self.function, self.place):
             returned = self.function(logprobs, old_logprobs, advantages, weights)
         loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
-        check_statistics(metrics, f"{self.place} returned")
+        check_statistics(metrics, f"{self.place} returned", loggers=LOOP)
+        check_kinds(metrics, self.kinds, f"{self.place} returned")
         loss = checked_loss(loss, f"{self.place} returned")
-        return loss, {**ratio_metrics(logprobs.detach(), old_logprobs, weights != 0), **metrics}
+        return loss, {**metrics, **ratio_metrics(logprobs.detach(), old_logprobs, weights != 0)}
 
 
 def checked_loss(loss: object, subject: str) -> Float[Tensor, ""]:
@@ -140,9 +147,17 @@ def checked_loss(loss: object, subject: str) -> Float[Tensor, ""]:
     return loss
 
 
-def check_statistics(statistics: object, subject: str) -> None:
-    """Raises UserCodeFailure where metrics are no statistics by names of their own; `subject` begins the message."""
-    if not isinstance(statistics, dict) or not all(isinstance(value, Statistic) for value in statistics.values()):
+def check_statistics(statistics: object, subject: str, *, loggers: tuple[str, ...] = (OWN,)) -> None:
+    """Raises UserCodeFailure where metrics are no statistics by names of their own.
+
+    Args:
+        statistics: What a user's code gave as metrics.
+        subject: Beginning of the message.
+        loggers: Kinds of runs, as in the catalogue, whose metrics have names that are taken.
+    """
+    if not isinstance(statistics, dict) or not all(
+        isinstance(name, str) and isinstance(value, Statistic) for name, value in statistics.items()
+    ):
         raise UserCodeFailure(
             f"{subject} {describe(statistics)} as metrics; expected statistics by name, such as "
             '{"policy/my_share": Mean(total, num)} with Mean of llmrl.functional.statistics'
@@ -154,10 +169,29 @@ def check_statistics(statistics: object, subject: str) -> None:
                     f"{subject} {describe(number)} in the metric {name!r}; expected numbers, or tensors without "
                     "dimensions, such as Mean(x.sum(), x.numel())"
                 )
-        if not OF_THE_LOOP.isdisjoint((name, f"{name}/mean")):
+        if name not in OF_THE_LOSS and is_taken(name, loggers):
             raise UserCodeFailure(
-                f"{subject} a metric {name!r}, which every run logs itself; choose another name, such as "
-                "policy/my_share"
+                f"{subject} a metric {name!r}, which llmrl logs itself; choose another name, such as policy/my_share"
+            )
+
+
+@cache
+def is_taken(name: str, loggers: tuple[str, ...]) -> bool:
+    """Whether runs of one of these kinds log a metric of this name, or the mean of moments of this name, themselves."""
+    of_mean = find(f"{name}/mean")
+    entry = find(name) if of_mean is None or of_mean.is_family else of_mean
+    return name == ITERATION or (entry is not None and not set(loggers).isdisjoint(entry.runs))
+
+
+def check_kinds(statistics: dict[str, Statistic], kinds: dict[str, type], subject: str) -> None:
+    """Raises UserCodeFailure where a metric is a statistic of another kind than in `kinds`, those so far by name, to
+    which it adds these; `subject` begins the message."""
+    for name, statistic in statistics.items():
+        kind, before = type(statistic), kinds.setdefault(name, type(statistic))
+        if kind is not before:
+            raise UserCodeFailure(
+                f"{subject} a {kind.__name__} as the metric {name!r}, which was a {before.__name__} before; give one "
+                "of them another name (a Total that losses yields becomes a Mean over optimizer steps)"
             )
 
 

@@ -78,7 +78,7 @@ class PreferenceDataConfig(DataConfig):
     max_tokens: Annotated[int, Bound(least=2, why="a prompt token and the EOS")] = 1024
     """Tokens of the prompt and the longer response together."""
     truncate: bool = False
-    """Cuts the responses of longer pairs, which then end without EOS; otherwise such pairs are dropped and counted."""
+    """Truncates responses of longer pairs, which then end without EOS; otherwise such pairs are dropped and counted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

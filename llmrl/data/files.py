@@ -119,7 +119,7 @@ def _read_parquet(path: Path) -> Rows:
     except DataError:
         raise
     except Exception as error:  # damage shows in whichever class Arrow, or what it makes values by, has for it
-        raise DataError(f"{path} cannot be read as Parquet; it may be cut off: {in_one_line(error)}") from error
+        raise DataError(f"{path} cannot be read as Parquet; it may be truncated: {in_one_line(error)}") from error
     return Rows(FileRow(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
@@ -128,7 +128,7 @@ def _read_text(path: Path) -> str:
         content = path.read_bytes()
         if path.name.lower().endswith(".gz"):
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:  # what gzip says of a file that is none, is cut off or is damaged
+    except (OSError, EOFError, zlib.error) as error:  # from gzip: no gzip file, or a truncated or damaged one
         raise DataError(f"{path} cannot be read: {error}") from error
     _refuse_pointer(path, content)
     try:

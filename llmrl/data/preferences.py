@@ -91,7 +91,7 @@ class PairCounts:
             "they repeat an earlier pair": self.duplicates,
             "another pair with the same prompt prefers the other way round": self.contradictions,
             "they are longer than max_tokens": self.too_long,
-            "both responses are the same tokens, cut to max_tokens": self.equal_when_cut,
+            "both responses are the same tokens, truncated to max_tokens": self.equal_when_cut,
         }
         return [f"dropped {n} of {self.rows} pairs: {reason}" for reason, n in reasons.items() if n]
 

@@ -25,7 +25,7 @@ from llmrl.models.folders import (
     reading_files,
     weight_files,
 )
-from llmrl.models.loading import load_tokenizer, read_config, read_model, reading, refuse_weights
+from llmrl.models.loading import load_pretrained, load_tokenizer, read_config, reading, refuse_weights
 from llmrl.models.reward_loading import label_settings
 from llmrl.models.reward_model import score_layer
 from llmrl.models.vocabulary import check_vocabulary
@@ -145,7 +145,7 @@ def _check_folder(
             f"model.path ({config.path}) has no score head; train one with `llmrl reward-model`, or name a folder of "
             "a sequence classification model with one label"
         )
-    model, report = read_model(config, kind, shape, dtype=torch.float32, on_meta=True)
+    model, report = load_pretrained(config, kind, shape, dtype=torch.float32, on_meta=True)
     refuse_weights(config, model, report, has_score=has_score)
     return model
 

@@ -183,7 +183,7 @@ def check_safetensors(file: Path, path: str) -> None:
     if size < promised:
         raise ModelError(
             f"model.path ({path}) has a {file.name} of {size:,} bytes, but its header promises {promised:,}: it is "
-            "cut; fetch or copy it again"
+            "truncated; fetch or copy it again"
         )
 
 

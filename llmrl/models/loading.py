@@ -47,7 +47,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> "P
     """The causal language model, its weights in `dtype`, its dropout off; adapters are for `load_adapted`."""
     from transformers import AutoModelForCausalLM
 
-    model, report = read_model(config, AutoModelForCausalLM, read_config(config), dtype=dtype)
+    model, report = load_pretrained(config, AutoModelForCausalLM, read_config(config), dtype=dtype)
     refuse_weights(config, model, report)
     turn_dropout_off(model)
     return model
@@ -66,7 +66,7 @@ def read_config(config: ModelConfig) -> "PretrainedConfig":
     return settings
 
 
-def read_model(
+def load_pretrained(
     config: ModelConfig, kind: Any, settings: "PretrainedConfig", *, dtype: torch.dtype, on_meta: bool = False
 ) -> "tuple[PreTrainedModel, Mapping[str, Any]]":
     """``(model, report)``: what transformers reports of weights that are missing, unexpected or of another shape.
@@ -103,7 +103,7 @@ def refuse_weights(
     Args:
         config: The model that was read.
         model: The built model.
-        report: From `read_model`; empty for random weights.
+        report: From `load_pretrained`; empty for random weights.
         has_score: Whether the score head of a sequence classification model must be among them. Weights that the
             model does not know are refused too, except heads of other kinds.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmrl.batches import Sequences
-from llmrl.messages import in_one_line
+from llmrl.messages import class_and_message
 from llmrl.models.folders import ModelError
 from llmrl.models.packing import PACKED
 from llmrl.models.trunk import encode, last_hidden_states
@@ -161,7 +161,7 @@ def _hidden(model: "PreTrainedModel", ids: Int[Tensor, "B S"], *, longest: int =
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) cannot be used here: a plain pass over a few tokens "
-            f"fails ({type(error).__name__}: {in_one_line(error)}); choose another model"
+            f"fails ({class_and_message(error)}); choose another model"
         ) from error
 
 

@@ -10,7 +10,7 @@ from llmrl.hub import is_local
 from llmrl.models.adapters import check_targets, lora_config
 from llmrl.models.config import HeadInit, ModelConfig
 from llmrl.models.folders import ModelError, json_object, resolved
-from llmrl.models.loading import read_config, read_model, reading, refuse_weights
+from llmrl.models.loading import load_pretrained, read_config, reading, refuse_weights
 from llmrl.models.reward_model import score_layer
 from llmrl.models.training import initialize_head, turn_dropout_off
 
@@ -45,7 +45,7 @@ def load_reward_model(config: ModelConfig, *, head_init: HeadInit | None) -> "Pr
 
     settings = read_config(config)
     classifies = label_settings(config, settings)
-    model, report = read_model(config, AutoModelForSequenceClassification, settings, dtype=torch.float32)
+    model, report = load_pretrained(config, AutoModelForSequenceClassification, settings, dtype=torch.float32)
     head = score_layer(model)
     new_head = head_init is not None and (config.from_scratch or not classifies)
     refuse_weights(config, model, report, has_score=not new_head)

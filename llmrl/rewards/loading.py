@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from llmrl.batches import Row
-from llmrl.messages import in_one_line, nearest
+from llmrl.messages import class_and_message, nearest
 from llmrl.rewards.config import AMBIGUOUS_COLUMNS, ROLLOUT_COLUMNS, RewardConfig
 from llmrl.user_code import UserCodeError, load_object, name_of
 
@@ -135,8 +135,8 @@ def _annotation(function: Function, name: str) -> Any:
         return inspect.signature(function, eval_str=True).parameters[name].annotation
     except Exception as error:  # whatever the text of an annotation raises
         raise UserCodeError(
-            f"reward function {name_of(function)}: its annotations cannot be read: {type(error).__name__}: "
-            f"{in_one_line(error)}; import what they name"
+            f"reward function {name_of(function)}: its annotations cannot be read: {class_and_message(error)}; "
+            "import what they name"
         ) from error
 
 

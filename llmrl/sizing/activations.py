@@ -96,7 +96,7 @@ def head_gradient(shape: ModelShape, work: Pass) -> int:
     return matrix * (2 * FLOAT32 + (BFLOAT16 if work.bfloat16 else 0)) if work.num_scored and work.learns else 0
 
 
-def read_only(shape: ModelShape, work: Pass) -> int:
+def no_gradient_bytes(shape: ModelShape, work: Pass) -> int:
     """Peak bytes of a forward pass without gradient: in a layer, or in the head."""
     hidden = FLOAT32 * shape.hidden_size * work.num_tokens
     cast = _cast(shape, work) // shape.num_layers if work.learns else 0  # what is frozen is kept in that precision

@@ -258,11 +258,11 @@ class _Reinforcement(_Parts):
         if self.bfloat16 or self.strategy.splits_weights:
             yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
         if self._has_reference:
-            yield Item(name="reference", num_bytes=self._read_only_model(self.shape, self.shape.num_parameters))
+            yield Item(name="reference", num_bytes=self._frozen_bytes(self.shape, self.shape.num_parameters))
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             shape = self.reward_shape
-            whole = self._read_only_model(shape, shape.num_trunk, bfloat16=self.bfloat16)
+            whole = self._frozen_bytes(shape, shape.num_trunk)
             adapter = FLOAT32 * shape.num_adapter(self.rank, ())
             yield Item(name="reward model", num_bytes=adapter if reward.on_actor_base else whole)
 
@@ -270,10 +270,9 @@ class _Reinforcement(_Parts):
     def _has_reference(self) -> bool:
         return self.config.algorithm.kl_coef != 0 and not self.num_adapter
 
-    def _read_only_model(self, shape: ModelShape, num: int, *, bfloat16: bool | None = None) -> int:
+    def _frozen_bytes(self, shape: ModelShape, num: int) -> int:
         """Bytes of a model that never learns: linear layers in the precision they compute in, all else in float32."""
-        bfloat16 = self.bfloat16 if bfloat16 is None else bfloat16
-        whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * bfloat16
+        whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * self.bfloat16
         return whole // (self.strategy.num_devices if self.config.distributed.frozen == "split" else 1)
 
     def rollout(self) -> Iterator[Item]:
@@ -300,12 +299,11 @@ class _Reinforcement(_Parts):
 
     def scoring(self) -> Iterator[Item]:
         """Yields the larger of the passes without gradient over one microbatch."""
-        works = [activations.read_only(self.shape, self._work())]
+        works = [activations.no_gradient_bytes(self.shape, self._work())]
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             work = self._work(budget=reward.microbatch_tokens, response_tokens=0)
-            work = replace(work, bfloat16=self.bfloat16, learns=False)
-            works.append(activations.read_only(self.reward_shape, work))
+            works.append(activations.no_gradient_bytes(self.reward_shape, replace(work, learns=False)))
         yield Item(name="a pass without gradient", num_bytes=max(works), phases=("scoring",))
 
     def _work(self, *, budget: int | None = None, response_tokens: int | None = None) -> Pass:

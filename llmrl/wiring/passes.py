@@ -4,7 +4,7 @@ import torch
 
 from llmrl.batches import Prompts
 from llmrl.functional.streams import Purpose
-from llmrl.messages import in_one_line
+from llmrl.messages import class_and_message
 from llmrl.models.loaded import Actor
 from llmrl.models.policy import PolicyModule
 from llmrl.models.probe import exact_float32, probe_rows
@@ -45,7 +45,7 @@ def check_sampling(actor: Actor, config: RolloutConfig) -> None:
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             if config.engine == "native" or isinstance(error, RolloutError):
                 raise  # what `generate` of transformers cannot do comes in these classes
-            raise _refusal(actor, config, f"{type(error).__name__}: {in_one_line(error)}") from error
+            raise _refusal(actor, config, class_and_message(error)) from error
         logprobs = exact(rollout.sequences)["logprobs"]
     gap = float((logprobs - rollout.rollout_logprobs).abs().max())
     if not gap <= TOLERANCE:

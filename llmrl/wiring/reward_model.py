@@ -125,7 +125,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
             scorer,
             sources=held_out.sources,
             counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
-            may_be_cut=config.evaluation_data.truncate,
+            may_be_truncated=config.evaluation_data.truncate,
             normalization=normalization,
         )
         saver.save(folder, trained, {"report_card.json": card})
@@ -160,16 +160,18 @@ def _report_card(
     *,
     sources: tuple[str | None, ...],
     counts: Mapping[str, Mapping[str, int]],
-    may_be_cut: bool,
+    may_be_truncated: bool,
     normalization: Normalization,
 ) -> Card:
     (chosen, rejected), pairs = trainer.held_out_outputs()
     notes = [] if loaded.has_own_pad else [PAD_NOTE]
     both = Sequences.cat([pairs.chosen, pairs.rejected])
     checks = sanity_checks(scorer, both, loaded.tokenizer, dtype=loaded.module.dtype)
-    if may_be_cut and not checks[END_CHECK]:
+    if may_be_truncated and not checks[END_CHECK]:
         del checks[END_CHECK]
-        notes.append("evaluation_data.truncate cut some responses, which are scored at their last token, not at an EOS")
+        notes.append(
+            "evaluation_data.truncate truncated some responses, which are scored at their last token, not at an EOS"
+        )
     return make_report_card(
         PairResults(
             chosen_scores=chosen,

@@ -10,7 +10,7 @@ from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.user_algorithm import check_user_algorithm, load_algorithm, make_user_algorithm
 from llmrl.functional.losses import token_weights
-from llmrl.functional.statistics import Mean
+from llmrl.functional.statistics import Maximum, Mean, Moments, Total
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.user_code import UserCodeError, UserCodeFailure
@@ -182,9 +182,24 @@ class TokenMetric(Item):
     def item(self, loss, batch):
         return "actor", loss, Metrics({"policy/x": Mean(batch.advantages, 1.0)})
 
-class LoopMetric(Item):
+class Taken(Item):
+    name = None
     def item(self, loss, batch):
-        return "actor", loss, Metrics({"score/mean": Mean(1.0, 1.0)})
+        return "actor", loss, Metrics({self.name: Mean(1.0, 1.0)})
+
+class Mixed(GRPO):  # a metric of one name from each method
+    kinds = {}
+    def metrics(self, method):
+        return Metrics({"policy/x": self.kinds[method](*[1.0] * len(self.kinds[method]._fields))})
+    def experience(self, rollout, scores):
+        return super().experience(rollout, scores)[0], self.metrics("experience")
+    def losses(self, batch, weights):
+        for module, loss, _ in super().losses(batch, weights):
+            yield module, loss, self.metrics("losses")
+        if "losses again" in self.kinds:
+            yield module, loss, self.metrics("losses again")
+    def finish(self, experience):
+        return self.metrics("finish")
 
 
 # --- the rest
@@ -285,7 +300,7 @@ def test_a_class_that_cannot_be_used_is_refused_with_the_way_out(name, told):
     [
         (
             "Bare",
-            "has no max_redraws, max_response_tokens, which the loop reads; set it in __init__, such as self.max_",
+            "has no max_redraws, max_response_tokens, which the loop reads; set them in __init__, such as self.max_",
         ),
         ("Fails", r"raised ValueError: no such config at /.*/classes\.py:35$"),
         ("Averages", "has aggregation 'mean'; expected token or sequence or constant; set self.aggregation = config"),
@@ -413,8 +428,8 @@ def test_an_experience_that_cannot_be_learned_from_is_named(make, name, told):
             r" yielded a tensor of shape \(6, 4\) in the metric 'policy/x'; expected numbers, or tensors w",
         ),
         (
-            "LoopMetric",
-            r" yielded a metric 'score/mean', which every run logs itself; choose another name, such as pol",
+            "Taken",
+            r" yielded \{None: Mean\(.*\)\} \(dict\) as metrics; expected statistics by name, such as",
         ),
     ],
 )
@@ -422,6 +437,49 @@ def test_a_loss_that_cannot_be_learned_is_named(make, name, told):
     experience, _ = experience_of(ours())
     with pytest.raises(UserCodeFailure, match=rf"^algorithm\.name classes\.py:{name}\.losses{told}"):
         losses_of(make(name), experience)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["score/mean", "score", "score/correct", "actor/grad_norm", "eval/pass_at_4", "tokens/sampled", "iteration"],
+)
+def test_a_metric_that_the_loop_logs_is_named(make, name):
+    theirs = make("Taken")
+    theirs.algorithm.name = name
+    experience, _ = experience_of(ours())
+    told = rf"^algorithm\.name classes\.py:Taken\.losses yielded a metric '{name}', which llmrl logs itself; choose an"
+    with pytest.raises(UserCodeFailure, match=told):
+        losses_of(theirs, experience)
+
+
+def run_of(theirs, **kinds):
+    """Calls every method as the loop does, for a class whose metric is of these kinds."""
+    theirs.algorithm.kinds = {"losses": Mean, "finish": Mean} | kinds
+    experience, described = experience_of(theirs)
+    update = Metrics()
+    for _, _, metrics in losses_of(theirs, experience):
+        update = update.merge(metrics)
+    return described.merge(update.per_step()).merge(theirs.finish(experience))
+
+
+@pytest.mark.parametrize("kind", [Mean, Total])
+def test_a_total_of_losses_pools_with_means(make, kind):
+    metrics = run_of(make("Mixed"), experience=Mean, losses=kind)
+    assert metrics.statistics == {"policy/x": Mean(3.0, 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        ({"experience": Mean, "losses": Maximum}, r"losses yielded a Maximum as the metric 'policy/x', which was a M"),
+        ({"experience": Total, "losses": Total}, "losses yielded a Mean as the metric 'policy/x', which was a Total "),
+        ({"experience": Mean, "losses again": Total}, "losses yielded a Total as the metric 'policy/x', which was a M"),
+        ({"experience": Mean, "finish": Moments}, "finish returned a Moments as the metric 'policy/x', which was a Me"),
+    ],
+)
+def test_a_metric_of_two_kinds_is_named(make, kinds, told):
+    with pytest.raises(UserCodeFailure, match=rf"^algorithm\.name classes\.py:Mixed\.{told}"):
+        run_of(make("Mixed"), **kinds)
 
 
 @pytest.mark.usefixtures("production")
@@ -442,12 +500,12 @@ def test_a_loss_that_cannot_be_learned_is_named(make, name, told):
         (
             "StateOfObjects",
             lambda a: a.state_dict(),
-            r"state_dict returned \{1, 2\} \(set\) at \['seen'\]\['groups'\]\[0\]; expected numbers, texts and tensors",
+            r"state_dict returned \{1, 2\} \(set\) at \['seen'\]\['groups'\]\[0\]; expected numbers, strings and tens",
         ),
         (
             "StateOfNumbers",
             lambda a: a.state_dict(),
-            r"state_dict returned \{1: 2\.0\} \(dict\); expected numbers, tex",
+            r"state_dict returned \{1: 2\.0\} \(dict\); expected numbers, str",
         ),
         (
             "Forgetful",
@@ -501,6 +559,16 @@ def test_settings_that_a_class_reads_are_not_reported(make, messages):
     theirs = make("Same", clip_low=0.1, aggregation="sequence", scale="none", overlong_buffer_tokens=2)
     experience, _ = experience_of(theirs)
     losses_of(theirs, experience)
+    theirs.finish(experience)
+    assert messages == []
+
+
+def test_what_the_loop_reads_is_not_reported(make, messages):
+    """A reference is there because of kl_coef, whatever coefficient the class gives its KL."""
+    theirs = make("Item", kl_coef=0.1)
+    experience, _ = experience_of(theirs)
+    with pytest.raises(UserCodeFailure):
+        losses_of(theirs, experience)
     theirs.finish(experience)
     assert messages == []
 

@@ -46,13 +46,16 @@ def infinite(scores, group_ids):
 def fails(scores, group_ids):
     raise KeyError("two\\nlines")
 
+def asserts(scores, group_ids):
+    assert len(scores) == 0
+
 def full(scores, group_ids):
     raise torch.OutOfMemoryError("no memory")
 """
 LOSSES = """
 import torch
 from llmrl.functional.losses import clipped_policy_loss
-from llmrl.functional.statistics import Mean
+from llmrl.functional.statistics import Maximum, Mean
 
 def clipped(logprobs, old_logprobs, advantages, weights):
     return clipped_policy_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.1, clip_high=0.2)
@@ -81,8 +84,19 @@ def three(*tensors):
 def per_token_metric(logprobs, old_logprobs, advantages, weights):
     return (weights * logprobs).sum(), {"policy/mine": Mean(weights, 2.0)}
 
-def metric_of_the_loop(*tensors):
-    return reinforce(*tensors), {"score": Mean(1.0, 2.0)}
+def its_clips(*tensors):
+    return reinforce(*tensors), {"policy/clip_fraction": Mean(1.0, 2.0), "policy/approx_kl": Mean(8.0, 2.0)}
+
+TAKEN = ""
+def taken(*tensors):
+    return reinforce(*tensors), {TAKEN: Mean(1.0, 2.0)}
+
+KINDS = [Mean(1.0, 2.0), Maximum(1.0)]
+def mixed(*tensors):
+    return reinforce(*tensors), {"policy/mine": KINDS.pop(0)}
+
+def number_as_name(*tensors):
+    return reinforce(*tensors), {3: Mean(1.0, 2.0)}
 
 def not_finite(logprobs, old_logprobs, advantages, weights):
     return (weights * logprobs).sum() / 0.0
@@ -146,6 +160,7 @@ def test_a_baseline_that_changes_what_it_gets_changes_no_score():
         ("a_list", r"returned '?\[1\.0, .* \(list\); expected a tensor of 7 numbers"),
         ("infinite", r"returned inf for score 3 \(2\.0, group 4\); expected a tensor of 7 numbers, .*, each finite$"),
         ("fails", r"raised KeyError: 'two\\nlines' at .*/baselines\.py:30$"),
+        ("asserts", r"raised AssertionError at .*/baselines\.py:33$"),
     ],
 )
 def test_a_baseline_that_fails_is_named(name, told):
@@ -213,10 +228,7 @@ def test_how_far_the_actor_moved_is_measured_whatever_the_loss_measures(batch):
             "per_token_metric",
             r"returned a tensor of shape \(3, 4\) in the metric 'policy/mine'; expected numbers, or tensors with",
         ),
-        (
-            "metric_of_the_loop",
-            r"returned a metric 'score', which every run logs itself; choose another name, such as policy/my_share$",
-        ),
+        ("number_as_name", r"returned \{3: Mean\(.*\)\} \(dict\) as metrics; expected statistics by name, such as"),
         ("detached", r"returned a loss without gradient; compute it from logprobs, with no detach\(\)"),
         ("plain_metric", r"returned \{'policy/mine': 1\.0\} \(dict\) as metrics; expected statistics by name, such as"),
     ],
@@ -224,6 +236,38 @@ def test_how_far_the_actor_moved_is_measured_whatever_the_loss_measures(batch):
 def test_a_loss_that_returns_something_else_is_named(batch, name, told):
     with pytest.raises(UserCodeFailure, match=rf"^algorithm\.loss losses\.py:{name} {told}"):
         UserLoss(f"losses.py:{name}")(*batch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("policy/loss", "policy/entropy", "policy/step_kl", "value/loss", "value", "kl/coef"),
+        *("score/mean", "score", "score/correct", "actor/grad_norm", "eval/pass_at_4", "iteration"),
+    ],
+)
+def test_a_metric_of_a_loss_that_llmrl_logs_is_named(batch, name):
+    loss = UserLoss("losses.py:taken")
+    loss.function.__globals__["TAKEN"] = name
+    told = rf"taken returned a metric '{name}', which llmrl logs itself; choose another name, such as policy/my_share$"
+    with pytest.raises(UserCodeFailure, match=rf"^algorithm\.loss losses\.py:{told}"):
+        loss(*(x.nan_to_num() for x in batch))
+
+
+def test_a_loss_measures_its_own_clips_and_not_how_far_the_actor_moved(batch):
+    batch = [x.nan_to_num() for x in batch]
+    _, metrics = UserLoss("losses.py:its_clips")(*batch)
+    _, ours = clipped_policy_loss(*batch, clip_low=0.1, clip_high=0.2)
+    assert metrics["policy/clip_fraction"] == Mean(1.0, 2.0)
+    assert metrics["policy/approx_kl"] == ours["policy/approx_kl"]
+
+
+def test_a_metric_of_a_loss_of_two_kinds_is_named(batch):
+    loss = UserLoss("losses.py:mixed")
+    batch = [x.nan_to_num() for x in batch]
+    loss(*batch)
+    told = r"^algorithm\.loss losses\.py:mixed returned a Maximum as the metric 'policy/mine', which was a Mean before"
+    with pytest.raises(UserCodeFailure, match=told):
+        loss(*batch)
 
 
 @pytest.mark.parametrize(

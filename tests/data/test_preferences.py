@@ -341,7 +341,7 @@ def test_pairs_that_truncation_makes_equal(plain: PreTrainedTokenizerFast):
     assert pairs.num_dropped == 3
     assert pairs.counts.lines() == [
         "dropped 1 of 4 pairs: they are longer than max_tokens",
-        "dropped 2 of 4 pairs: both responses are the same tokens, cut to max_tokens",
+        "dropped 2 of 4 pairs: both responses are the same tokens, truncated to max_tokens",
     ]
 
 

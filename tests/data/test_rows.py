@@ -175,7 +175,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage):
 def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage):
     path = write_kind(tmp_path, "parquet")
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"rows\.parquet cannot be read as Parquet; it may be cut off: "):
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read as Parquet; it may be truncated: "):
         read(path)
 
 

@@ -129,7 +129,7 @@ def test_weights_that_are_cut(here, missing):
     file = make_model(here / "m") / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-missing])
-    told = f"of {len(content) - missing} bytes, but its header promises {len(content)}: it is cut"
+    told = f"of {len(content) - missing} bytes, but its header promises {len(content)}: it is truncated"
     assert told in refusal(check_safetensors, file, "m")
 
 

@@ -31,7 +31,7 @@ def test_a_pass_by_hand(shape):
     logits = 3 * 4 * 12 * 32
     assert activations.head(shape, WORK) == 2 * 4 * 12 * 8 + logits
     assert activations.head_gradient(shape, WORK) == 2 * 4 * 256
-    assert activations.read_only(shape, WORK) == max(
+    assert activations.no_gradient_bytes(shape, WORK) == max(
         30 * 4 * (2 * 8 + 3 * 16 + 8), 30 * 4 * 8 + activations.head(shape, WORK)
     )
 

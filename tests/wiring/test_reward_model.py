@@ -124,7 +124,7 @@ def test_responses_that_truncation_cut_are_a_note_and_no_failure(tmp_path):
     """Here of the rejected side alone."""
     card = card_of(build(tmp_path, max_tokens=6, truncate=True)[0], tmp_path)
     assert card["checks"] == {"padding inert": True, "template free of today's date": True}
-    assert [note for note in card["notes"] if "evaluation_data.truncate cut some responses" in note]
+    assert [note for note in card["notes"] if "evaluation_data.truncate truncated some responses" in note]
     card = card_of(build(tmp_path, truncate=True)[0], tmp_path)
     assert card["checks"]["end token scored"]
     assert card["notes"] == []
