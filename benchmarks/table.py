@@ -66,7 +66,7 @@ def faster(summary: dict[str, dict[str, float]], ours: str, side: str) -> str:
 def machine(record: dict[str, Any]) -> str:
     """Model, machine and versions, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    where, limits = record["machine"], record["roofline"]
+    where = record["machine"]
     device = where.get("gpu", f"{where['threads']} threads of {where['processor']}")
     return f"{record['model']} in {record['settings']['dtype']}, {device}; {versions}."
 
