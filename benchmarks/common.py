@@ -134,7 +134,7 @@ class Clock:
             "steps_s": seconds,
             **phases,
             "elapsed_s": elapsed,
-            "cpu_s": own,
+            "step_cpu_s": own / len(seconds),
             "others_cpu_percent": max(0.0, 100 * (machine[-1] - machine[0] - own) / elapsed),
         }
 

@@ -47,7 +47,7 @@ from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.wiring.reward_model import load_trained_reward_model
 
 SIDES = ("llmrl", "trl_tuned", "trl")
-COLUMNS = ("step_s", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
+COLUMNS = ("step_s", "step_cpu_s", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5)
 LOSS_TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}
 
@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **figures,
         "tokens_per_s": num_tokens(timed) / figures["elapsed_s"],
-        "tokens_per_cpu_s": num_tokens(timed) / figures["cpu_s"],
+        "tokens_per_cpu_s": num_tokens(timed) / (args.steps * figures["step_cpu_s"]),
         "num_tokens": num_tokens(timed),
         "peak_mib": peak_mib,
         "losses": losses,

@@ -32,7 +32,7 @@ from llmrl.rollout.native import NativeEngine
 
 ENGINES = ("native", "generate")
 EOS = 2
-COLUMNS = ("step_s", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
+COLUMNS = ("step_s", "step_cpu_s", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     figures = clock.figures(after=1)
     return figures | {
         "tokens_per_s": num_tokens / figures["step_s"],
-        "tokens_per_cpu_s": num_tokens / figures["cpu_s"],
+        "tokens_per_cpu_s": num_tokens / figures["step_cpu_s"],
         "peak_mib": (memory(args.device)[1] - baseline) / MIB,
     }
 

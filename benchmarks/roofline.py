@@ -142,15 +142,18 @@ def best(*limits: Limits) -> Limits:
 
 
 def describe(limits: Limits, floors: Mapping[str, float], summary: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Prints and returns the least seconds of phases, and which fraction of its median time each side needs at least.
+    """Prints and returns the least seconds of phases, and which fraction of its median time each side needs at least;
+    ``step_cpu`` is that of the step's CPU time, spread over the threads.
 
     Args:
         limits: Of the machine.
-        floors: Seconds by the name of the phase.
+        floors: Seconds by the name of the phase, among them ``step``.
         summary: By side, with ``PHASE_s_median`` for each phase.
     """
+    threads = torch.get_num_threads()
     reached = {
         side: {phase: seconds / numbers[f"{phase}_s_median"] for phase, seconds in floors.items()}
+        | {"step_cpu": threads * floors["step"] / numbers["step_cpu_s_median"]}
         for side, numbers in summary.items()
     }
     print(f"achievable {limits.flops_per_s / 1e9:.0f} GFLOP/s and {limits.bytes_per_s / 1e9:.1f} GB/s")
@@ -177,14 +180,17 @@ def main() -> None:
 
 
 def fastest(function: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest of several calls, the first left out."""
+    """Seconds of the fastest of several calls, the first left out; on a CPU those of its threads, for which other
+    programs do not count."""
     seconds = []
     for _ in range(REPEATS + 1):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         function()
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
+        else:
+            seconds.append((time.process_time() - cpu_started) / torch.get_num_threads())
     return min(seconds[1:])
 
 

@@ -12,8 +12,10 @@ checkpointing, the same memory allocator as llmrl, one autocast context for the 
 cast once, and for PPO frozen models and scoring in --dtype.
 
 Every measurement is a fresh process that takes some steps to warm up and some for the record; the sides take turns.
-Phases: the rollout; scoring, which is rewards, log-probabilities, values and advantages; the update, which is the rest.
-Memory is the highest resident size (on a GPU: allocated size), less what stood there before the models were loaded.
+CPU seconds say more than wall seconds where other programs compete for the cores, most of all with OMP_NUM_THREADS=1.
+Phases, in wall seconds: the rollout; scoring, which is rewards, log-probabilities, values and advantages; the update,
+which is the rest. Memory is the highest resident size (on a GPU: allocated size), less what stood there before the
+models were loaded.
 """
 
 import argparse
@@ -44,7 +46,7 @@ from llmrl.trainers.rl import RLTrainer
 from llmrl.wiring.runs import RUNS
 
 SIDES = ("llmrl", "trl_tuned", "trl")
-COLUMNS = ("step_s", "rollout_s", "scoring_s", "update_s", "peak_mib")
+COLUMNS = ("step_s", "step_cpu_s", "rollout_s", "scoring_s", "update_s", "peak_mib")
 LEARNING_RATE = 1e-6
 
 
