@@ -9,6 +9,10 @@ REVIEWS := data/reviews/train.jsonl
 REVIEWER := runs/reviews_tiny/sft/final
 REWARD_MODEL := runs/reviews_tiny/reward_model/final
 RLHF := recipes/reviews_tiny_ppo.yaml
+PEERS := .peers/trl-1.16.0 .peers/trl-1.12.0
+MODEL ?= runs/bench/SmolLM2-135M-Instruct
+WORKLOADS ?=
+TURNS ?= 2
 
 .PHONY: quickstart quickstart-rlhf test test-fast fuzz check docs bench
 
@@ -68,8 +72,17 @@ check: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python docs/metrics.py
 
-bench: $(INSTALLED) $(SFT_MODEL)
-	$(BIN)/python benchmarks/rollout.py $(SFT_MODEL)
+# The short set beside transformers and TRL, and the README's table from all results; make bench WORKLOADS="W6 W7" for
+# others, see benchmarks/workloads.py. MODEL is a folder; TURNS is how often each side is measured.
+bench: $(INSTALLED) $(PEERS) $(MODEL)
+	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS)
+
+# Each version of TRL in a folder of its own: it changes nothing that llmrl uses.
+.peers/trl-%: | $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps --target $@ trl==$*
+
+runs/bench/SmolLM2-135M-Instruct: | $(INSTALLED)
+	$(BIN)/hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("llmrl needs Python 3.11 or newer, and this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

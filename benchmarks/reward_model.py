@@ -1,38 +1,36 @@
 """Time per optimizer step and peak memory of reward-model training beside TRL's `RewardTrainer`, on the same machine.
 
-    pip install trl
-    python benchmarks/reward_model.py MODEL_DIR PAIRS --batch-size 4
+    python benchmarks/reward_model.py MODEL_DIR --pairs PAIRS --batch-size 4
 
-PAIRS is a file of preference pairs as `llmrl reward-model` reads them. Same weights, same new head, same token ids in
-the same order and batches, same AdamW and precision for both; every weight is trained, without gradient checkpointing,
-and each step is one forward and one backward pass over the whole batch. Pairs longer than the limit are left out. That
-both do the same work is checked: they must count the same tokens and have the same loss at every step.
+PAIRS is a file of preference pairs as `llmrl reward-model` reads them; without it there are pairs of words, with
+prompts of 32 to 160 tokens and responses of 16 to 128, drawn from the seed. Same weights, same new head, same token ids
+in the same order and batches, same AdamW and precision for all; every weight is trained, and each step is one forward
+and one backward pass over the whole batch. Pairs longer than the limit are left out. TRL stands there as shipped, with
+gradient checkpointing, and tuned: without, and with the same memory allocator as llmrl. That all do the same work is
+checked: they must count the same tokens and have the same loss at every step.
 
-Every measurement is a fresh process that loads the model, takes some steps to warm up and some for the record; the two
-take turns. A step lasts from the end of the one before to its own, with the making of its batch. Tokens are those of
-both sequences of each pair, padding left out, whether or not a trainer computes the prompt they share twice. Tokens per
-second of CPU time say more than those of wall time where other programs compete for the cores. Memory is the highest
-resident size (on a GPU: allocated size) after loading, less what stood there right then.
+Every measurement is a fresh process that loads the model, takes some steps to warm up and some for the record; the
+sides take turns. A step lasts from the end of the one before to its own, with the making of its batch. Tokens are those
+of both sequences of each pair, padding left out, whether or not a trainer computes the prompt they share twice. Tokens
+per second of CPU time say more than those of wall time where other programs compete for the cores. Memory is the
+highest resident size (on a GPU: allocated size) after loading, less what stood there right then.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, Samples, compare, memory, reset_memory, store, take_turns
+from common import MIB, Clock, Samples, compare, memory, reset_memory, store, take_turns
 from datasets import Dataset
-from transformers import TrainerCallback
+from peers import GRPO_AND_REWARD, check_peer, import_peer
+from roofline import best, describe, measure_limits, pairs_floor, read_shape
+from texts import Words
+from transformers import AutoTokenizer, TrainerCallback
 
 from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.preferences import EncodedPair, PairSource, read_preference_rows
@@ -49,8 +47,8 @@ from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.wiring.reward_model import load_trained_reward_model
 from llmrl.wiring.trunks import budget_of
 
-TRAINERS = ("llmrl", "trl")
-COLUMNS = ("step_ms", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
+SIDES = ("llmrl", "trl_tuned", "trl")
+COLUMNS = ("step_s", "step_cpu_s", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5)
 LOSS_TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}
 
@@ -59,24 +57,49 @@ Losses = list[float]
 
 def main() -> None:
     args = parse()
-    if importlib.util.find_spec("trl") is None:
-        sys.exit("this benchmark compares with TRL, which is not installed: pip install trl")
+    check_peer(GRPO_AND_REWARD)
     if args.worker:
         print(json.dumps(measure(args)))
         return
-    load_before = os.getloadavg()
-    samples = take_turns(TRAINERS, COLUMNS, turns=args.turns)
+    load_before, limits = os.getloadavg(), measure_limits(args.dtype, args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--folder", folder]
+        if args.pairs is None:
+            arguments += ["--pairs", str(draw_pairs(args, Path(folder))), "--template", "none"]
+        samples = take_turns(SIDES, COLUMNS, turns=args.turns, arguments=arguments, as_shipped=("trl",))
+    limits = best(limits, measure_limits(args.dtype, args.device))
     check_same_work(samples, tolerance=LOSS_TOLERANCE[args.dtype])
     results = compare(samples, COLUMNS)
+    floor = pairs_floor(read_shape(args.model, args.dtype), limits, samples["llmrl"][0]["lengths"]) / args.steps
+    roofline = describe(limits, {"step": floor}, results["summary"])
     print(f"load average before {load_before[0]:.2f}, after {os.getloadavg()[0]:.2f}")
-    record = results | {"samples": samples, "load_average_before": load_before}
-    store("reward_model", args, record, packages=("torch", "transformers", "trl"))
+    record = {
+        "describes": f"reward model step, {args.batch_size} pairs of mixed lengths",
+        **results,
+        "roofline": roofline,
+        "load_average_before": load_before,
+        "load_average_after": os.getloadavg(),
+        "samples": samples,
+    }
+    packages = ("torch", "transformers", "accelerate")
+    store(args.record, args, record, packages=packages, versions={"trl": GRPO_AND_REWARD})
+
+
+def draw_pairs(args: argparse.Namespace, folder: Path) -> Path:
+    """A file with as many pairs as the steps take."""
+    words = Words(AutoTokenizer.from_pretrained(args.model), seed=args.seed)
+    count = (args.warmup_steps + args.steps) * args.batch_size
+    rows = [json.dumps(words.pair(prompt=(32, 160), response=(16, 128))) for _ in range(count)]
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    return path
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training of reward models: llmrl beside TRL.")
     parser.add_argument("model", type=Path, help="folder of a causal language model")
-    parser.add_argument("pairs", type=Path, help="file of preference pairs")
+    parser.add_argument("--pairs", type=Path, help="file of preference pairs; without it they are drawn")
+    parser.add_argument("--template", choices=("auto", "chat", "none"), default="auto", help="as data.template")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs per optimizer step")
     parser.add_argument("--max-tokens", type=int, default=512, help="of a prompt and the longer response to it")
     parser.add_argument("--warmup-steps", type=int, default=1, help="before the steps for the record")
@@ -84,38 +107,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=3, help="measurements of each trainer")
-    parser.add_argument("--worker", choices=TRAINERS, help="measure one trainer in this process and print JSON")
+    parser.add_argument("--record", default="reward_model", help="first part of the name of the file with the results")
+    parser.add_argument("--worker", choices=SIDES, help="measure one trainer in this process and print JSON")
+    parser.add_argument("--folder", type=Path, help="of the files of the trainers; for workers")
     parser.set_defaults(device=str(pick_device()))
     args = parser.parse_args()
     for name in ("batch_size", "warmup_steps", "steps", "turns"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
-
-
-class Clock:
-    """Wall and CPU seconds at the end of every optimizer step."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.ends: list[tuple[float, float]] = []
-
-    def step_ended(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        self.ends.append((time.perf_counter(), time.process_time()))
-
-    def figures(self, num_tokens: int, *, after: int) -> dict[str, Any]:
-        """Times and rates of the steps after the first `after`, which had this many tokens."""
-        wall, cpu = zip(*self.ends[after - 1 :], strict=True)
-        seconds = [end - start for start, end in pairwise(wall)]
-        return {
-            "step_ms": 1000 * statistics.median(seconds),
-            "tokens_per_s": num_tokens / sum(seconds),
-            "tokens_per_cpu_s": num_tokens / (cpu[-1] - cpu[0]),
-            "num_tokens": num_tokens,
-            "steps_s": seconds,
-        }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     config = ModelConfig(path=str(args.model), dtype=args.dtype)
     loaded = load_trained_reward_model(config, settings, torch.device(args.device), seed=args.seed)
-    data = PreferenceDataConfig(path=str(args.pairs), max_tokens=args.max_tokens)
+    data = PreferenceDataConfig(path=str(args.pairs), max_tokens=args.max_tokens, template=args.template)
     source = PairSource(read_preference_rows(data), loaded.tokenizer, data, seed=args.seed)
     num_steps = args.warmup_steps + args.steps
     pairs = deal(source, num_steps * args.batch_size)
@@ -140,8 +140,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     peak_mib = (memory(args.device)[1] - baseline) / MIB
     if num_counted != num_tokens(pairs):
         raise RuntimeError(f"{args.worker} counted {num_counted} tokens where there were {num_tokens(pairs)}")
-    num_timed = num_tokens(pairs[args.warmup_steps * args.batch_size :])
-    return {**clock.figures(num_timed, after=args.warmup_steps), "peak_mib": peak_mib, "losses": losses}
+    timed, figures = pairs[args.warmup_steps * args.batch_size :], clock.figures(after=args.warmup_steps)
+    return {
+        **figures,
+        "tokens_per_s": num_tokens(timed) / figures["elapsed_s"],
+        "tokens_per_cpu_s": num_tokens(timed) / (args.steps * figures["step_cpu_s"]),
+        "num_tokens": num_tokens(timed),
+        "peak_mib": peak_mib,
+        "losses": losses,
+        "lengths": [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in timed],
+    }
 
 
 def deal(source: PairSource, count: int) -> list[EncodedPair]:
@@ -193,7 +201,7 @@ def prepare_trl(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step_ended()
 
-    trl = importlib.import_module("trl")  # by name, since llmrl does not depend on it
+    trl = import_peer("trl", GRPO_AND_REWARD)
     rows = [
         {
             "chosen_ids": pair.prompt_ids + pair.chosen_ids,
@@ -221,14 +229,14 @@ def prepare_trl(
 def trl_settings(args: argparse.Namespace, config: Callable[..., Any], *, num_steps: int) -> Any:
     """What llmrl does, in TRL's words. Nothing is saved or reported; the loss of each step is kept in memory."""
     return config(
-        output_dir=str(Path(tempfile.gettempdir(), "llmrl-benchmark-trl")),
+        output_dir=str(args.folder / args.worker),
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=1,
         max_steps=num_steps,
         max_length=args.max_tokens,
         train_sampling_strategy="sequential",
         bf16=args.dtype == "bfloat16",
-        gradient_checkpointing=False,
+        gradient_checkpointing=args.worker == "trl",
         optim="adamw_torch_fused",
         learning_rate=OPTIMIZER.learning_rate,
         lr_scheduler_type=OPTIMIZER.schedule,
@@ -246,14 +254,20 @@ def trl_settings(args: argparse.Namespace, config: Callable[..., Any], *, num_st
 
 
 def check_same_work(samples: Samples, *, tolerance: float) -> None:
-    """Both trainers must have had the same loss at every step: the same scores of the same pairs, the same updates."""
-    ours, theirs = ([sample["losses"] for sample in samples[trainer]] for trainer in TRAINERS)
-    difference = (torch.tensor(ours) - torch.tensor(theirs)).abs().max()
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"the losses differ by up to {difference:.2g}, llmrl {ours}, TRL {theirs}. TRL reads a score one token too "
-            "early where the vocabulary has no token to spare for padding: choose another model then"
-        )
+    """All must have had the same loss at every step: the same scores of the same pairs, the same updates.
+
+    Raises:
+        RuntimeError: They had not.
+    """
+    losses = {side: torch.tensor([sample["losses"] for sample in of_side]) for side, of_side in samples.items()}
+    for side, theirs in losses.items():
+        difference = (losses["llmrl"] - theirs).abs().max()
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"the losses differ by up to {difference:.2g}, llmrl {losses['llmrl'].tolist()}, {side} "
+                f"{theirs.tolist()}. TRL reads a score one token too early where the vocabulary has no token to spare "
+                "for padding: choose another model then"
+            )
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ is the highest resident size (on a GPU: allocated size) after loading, less what
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from common import MIB, compare, memory, reset_memory, store, take_turns
+from common import MIB, Clock, compare, memory, reset_memory, store, take_turns
+from lengths import ForcedLengths, draw_lengths, force_sampler
+from roofline import best, describe, measure_limits, read_shape, rollout_floor
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from llmrl.batches import Prompts
 from llmrl.distributed.device import prepare_device
@@ -28,12 +29,10 @@ from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
 from llmrl.roles import Sampling
 from llmrl.rollout.native import NativeEngine
-from llmrl.rollout.responses import Responses
-from llmrl.rollout.sampler import Sampler
 
 ENGINES = ("native", "generate")
 EOS = 2
-COLUMNS = ("tokens_per_s", "tokens_per_cpu_s", "peak_mib")
+COLUMNS = ("step_s", "step_cpu_s", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
 
 
 def main() -> None:
@@ -41,12 +40,24 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args)))
         return
-    load_before = os.getloadavg()
+    load_before, limits = os.getloadavg(), measure_limits(args.dtype, args.device)
     samples = take_turns(ENGINES, COLUMNS, turns=args.turns)
+    limits = best(limits, measure_limits(args.dtype, args.device))
     results = compare(samples, COLUMNS)
+    prompts, lengths = [args.prompt_tokens] * args.prompts, drawn(args)[1].tolist()
+    floor = rollout_floor(read_shape(args.model, args.dtype), limits, prompts=prompts, lengths=lengths)
+    roofline = describe(limits, {"step": floor}, results["summary"])
     print(f"load average before {load_before[0]:.2f}, after {os.getloadavg()[0]:.2f}")
-    record = results | {"samples": samples, "load_average_before": load_before}
-    store("rollout", args, record, packages=("torch", "transformers"))
+    record = {
+        "describes": f"rollout, {args.prompts} x {args.group} responses of {args.prompt_tokens} + up to "
+        f"{args.max_response_tokens}",
+        **results,
+        "roofline": roofline,
+        "load_average_before": load_before,
+        "load_average_after": os.getloadavg(),
+        "samples": samples,
+    }
+    store(args.record, args, record, packages=("torch", "transformers"))
 
 
 def parse() -> argparse.Namespace:
@@ -63,50 +74,43 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=3, help="measurements of each engine")
+    parser.add_argument("--record", default="rollout", help="first part of the name of the file with the results")
     parser.add_argument("--worker", choices=ENGINES, help="measure one engine in this process and print JSON")
     return parser.parse_args()
+
+
+def drawn(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Prompt ids (N, P) and response lengths (B,), from the seed."""
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = args.prompts * args.group
+    lengths = draw_lengths(rows, args.max_response_tokens, mixed=True, generator=generator)
+    vocab_size = AutoConfig.from_pretrained(args.model).vocab_size
+    ids = torch.randint(3, vocab_size, (args.prompts, args.prompt_tokens), generator=generator)
+    return ids, lengths
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     prepare_device()  # for both engines
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    generator = torch.Generator().manual_seed(args.seed)
-    lengths = torch.randint(1, args.max_response_tokens + 1, (args.prompts * args.group,), generator=generator)
-    ids = torch.randint(3, model.config.vocab_size, (args.prompts, args.prompt_tokens), generator=generator)
+    ids, lengths = drawn(args)
     prepare = prepare_native if args.worker == "native" else prepare_generate
     run = prepare(args, model, ids.to(args.device), lengths.to(args.device))
-    baseline = reset_memory(args.device)
-    run()
-    started, cpu_started = time.perf_counter(), time.process_time()
-    num_tokens = run()
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    baseline, clock = reset_memory(args.device), Clock(args.device)
+    for _ in range(2):  # the first to warm up
+        num_tokens = run()
+        clock.step_ended()
     if num_tokens != int(lengths.sum()):
         raise RuntimeError(f"{args.worker} made {num_tokens} tokens where {int(lengths.sum())} were forced")
-    peak_mib = (memory(args.device)[1] - baseline) / MIB
-    return {
-        "seconds": seconds,
-        "tokens_per_s": num_tokens / seconds,
-        "tokens_per_cpu_s": num_tokens / cpu_seconds,
-        "peak_mib": peak_mib,
+    figures = clock.figures(after=1)
+    return figures | {
+        "tokens_per_s": num_tokens / figures["step_s"],
+        "tokens_per_cpu_s": num_tokens / figures["step_cpu_s"],
+        "peak_mib": (memory(args.device)[1] - baseline) / MIB,
     }
 
 
-def force_length(logits: Tensor, remaining: Tensor) -> None:
-    """Forbids EOS in rows with more than one token to go, and everything else in rows with one; in place."""
-    logits[:, EOS] = -torch.inf
-    last = remaining == 1
-    logits[last] = -torch.inf
-    logits[last, EOS] = 0.0
-
-
 def prepare_native(args: argparse.Namespace, model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Callable[[], int]:
-    extend = Sampler.extend
-
-    def extend_with_forced_length(self: Sampler, responses: Responses, rows: Tensor, logits: Tensor) -> list[int]:
-        force_length(logits, lengths[responses.numbers[rows]] - responses.lengths[rows])
-        return extend(self, responses, rows, logits)
-
-    Sampler.extend = extend_with_forced_length
+    force_sampler(lengths, eos_id=EOS)
     engine = NativeEngine(
         model,
         eos_ids=(EOS,),
@@ -131,11 +135,7 @@ def prepare_native(args: argparse.Namespace, model: PreTrainedModel, ids: Tensor
 def prepare_generate(
     args: argparse.Namespace, model: PreTrainedModel, ids: Tensor, lengths: Tensor
 ) -> Callable[[], int]:
-    class ForcedLength(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            force_length(scores, lengths - (input_ids.shape[1] - ids.shape[1]))
-            return scores
-
+    forced = LogitsProcessorList([ForcedLengths(lengths, eos_id=EOS, width=ids.shape[1])])
     model.generation_config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -146,9 +146,7 @@ def prepare_generate(
     )
 
     def run() -> int:
-        output = cast(Any, model).generate(
-            ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList([ForcedLength()])
-        )
+        output = cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), logits_processor=forced)
         ended = (output[:, ids.shape[1] :] == EOS).int()
         return int((ended.argmax(dim=1) + 1).sum())
 

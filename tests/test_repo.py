@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -79,6 +80,20 @@ def test_linters_pass(command: str):
 @pytest.mark.slow
 def test_types_are_right():
     assert_passes(BIN / "pyright", "--pythonpath", sys.executable)
+
+
+PROGRAMS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_every_benchmark_prints_its_help(program: Path, monkeypatch, capsys):
+    """It imports what it uses, so that no change of a name breaks it unseen."""
+    monkeypatch.syspath_prepend(program.parent)
+    monkeypatch.setattr(sys, "argv", [str(program), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(program), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
 
 
 @pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "check", "docs", "bench"])

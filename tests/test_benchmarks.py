@@ -1,0 +1,126 @@
+"""The benchmarks: the roofline, forced lengths, the table, and that llmrl and TRL learn the same from one rollout."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "recipes" / "models" / "tiny_word_llama"
+TRL = ROOT / ".peers" / "trl-1.16.0"
+
+
+@pytest.fixture
+def roofline(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("roofline")
+
+
+@pytest.fixture
+def table(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("table")
+
+
+@pytest.fixture
+def shape(roofline):
+    return roofline.Shape(layer_weights=10, head_weights=4, attention_width=3, cache_bytes=2, weight_bytes=2)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "seconds"), [(1.0, 84 + 64 + 76), (0.1, 84 + 360 + 380)])
+def test_a_rollout_takes_the_longer_of_arithmetic_and_memory(roofline, shape, bytes_per_s, seconds):
+    """A prompt of 2 tokens, responses of 1 and 3: the first token comes from the prompt's pass, two steps of one row
+    follow. Prompt 2 (10 x 2 + 4) + 12 x 3 FLOPs, steps 28 + 12 x 3 and 28 + 12 x 4; bytes 28 + 2 x 4 and 28 + 2 x 5."""
+    limits = roofline.Limits(flops_per_s=1.0, bytes_per_s=bytes_per_s)
+    assert roofline.rollout_floor(shape, limits, prompts=[2], lengths=[1, 3]) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("head", "seconds"), [(True, 2 * (60 + 16) + 12 * 18), (False, 2 * 60 + 12 * 18)])
+def test_a_pass_reads_each_prompt_once(roofline, shape, head, seconds):
+    """The tokens attend to 1, 2, then 3, then 3, 4 and 5: 18 in all."""
+    limits = roofline.Limits(flops_per_s=1.0, bytes_per_s=1.0)
+    assert roofline.forward_floor(shape, limits, prompts=[2], lengths=[1, 3], head=head) == pytest.approx(seconds)
+
+
+def test_a_pair_is_a_prompt_with_two_responses_forward_and_backward(roofline, shape):
+    limits = roofline.Limits(flops_per_s=1.0, bytes_per_s=1.0)
+    assert roofline.pairs_floor(shape, limits, [(2, 1, 3)]) == pytest.approx(3 * (2 * 60 + 12 * 18))
+
+
+def test_the_shape_of_a_model_is_read_without_weights(roofline):
+    config = AutoConfig.from_pretrained(TINY)
+    shape, hidden = roofline.read_shape(TINY, "bfloat16"), config.hidden_size
+    kv = config.num_key_value_heads * hidden // config.num_attention_heads
+    per_layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size
+    assert shape.layer_weights == config.num_hidden_layers * per_layer
+    assert shape.head_weights == config.vocab_size * hidden
+    assert shape.attention_width == config.num_hidden_layers * hidden
+    assert shape.cache_bytes == 2 * 2 * config.num_hidden_layers * kv
+
+
+def test_lengths_are_forced_by_eos_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    logits = torch.zeros(2, 3)
+    import_module("lengths").force_length(logits, torch.tensor([1, 2]), eos_id=1)
+    assert logits.softmax(dim=1).tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("others", "cells"),
+    [
+        (1.0, "2.00 s | 5.00 s | x 2.50 | 7.00 s | x 3.50 | 50 % / 50 % / 50 %"),
+        (90.0, "4.00 CPU s | 10.00 CPU s | x 2.50 | 14.00 CPU s | x 3.50 | 25 % / 25 % / 25 %"),
+    ],
+    ids=["quiet", "busy"],
+)
+def test_the_table_is_made_of_the_results(table, tmp_path, monkeypatch, others, cells):
+    summary = {
+        side: {"step_s_median": seconds, "step_cpu_s_median": 2 * seconds, "peak_mib_median": 2048.0}
+        for side, seconds in (("llmrl", 2.0), ("trl_tuned", 5.0), ("trl", 7.0))
+    }
+    record = {
+        "model": "tiny",
+        "describes": "a step",
+        "settings": {"dtype": "bfloat16"},
+        "machine": {"threads": 2, "processor": "a CPU"},
+        "versions": {"torch": "2"},
+        "summary": summary,
+        "roofline": {"fractions": {side: {"step": 0.5, "step_cpu": 0.25} for side in summary}},
+        "samples": {side: [{"others_cpu_percent": others}] for side in summary},
+    }
+    (tmp_path / "W4_tiny_bfloat16_cpu.json").write_text(json.dumps(record))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{table.BEGIN}\nwhat was there\n{table.END}\nbelow\n")
+    monkeypatch.setattr(table, "README", readme)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["table.py"])
+    table.main()
+    text = readme.read_text()
+    assert f"| W4: a step | {cells} | 2.0 / 2.0 / 2.0 GiB |" in text.splitlines()
+    assert "W4: tiny in bfloat16, 2 threads of a CPU; torch 2." in text
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow\n")
+    assert "what was there" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRL.is_dir(), reason="TRL 1.16.0 is not in .peers: make .peers/trl-1.16.0")
+def test_first_losses_and_gradients_are_those_of_trl(tmp_path: Path):
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY)).save_pretrained(model)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(model)
+    program, output = ROOT / "benchmarks" / "learning.py", tmp_path / "learning.json"
+    command = [sys.executable, program, model, "--dtype", "float32", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(output.read_text())
+    assert record["steps"]["llmrl"]["first_loss"] != 0
+    assert record["loss_difference"] < 1e-5
+    assert record["grad_norm_difference"] < 1e-4
