@@ -67,9 +67,10 @@ def write_recipes(folder: Path) -> None:
 
 
 def assert_same_run(left: Path, right: Path):
-    """The same responses; weights within 1e-5, and metrics as far as float32 sums in another order allow."""
+    """The same responses; weights within 3e-5, and metrics as far as float32 sums in another order allow: AdamW steps as
+    far on a gradient that is next to nothing as on any other."""
     weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (left, right))
-    assert_close(weights, others, atol=1e-5, rtol=0)
+    assert_close(weights, others, atol=3e-5, rtol=0)
     for ours, theirs in zip(lines(left / "metrics.jsonl"), lines(right / "metrics.jsonl"), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:

@@ -35,7 +35,7 @@ from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.run import Run
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
-from llmrl.wiring.trunks import budget_of, settle_passes
+from llmrl.wiring.trunks import budget_of, report_padding, settle_passes
 
 PAD_NOTE = (
     "pad equals EOS and the vocabulary has no known spare token: plain transformers reads the score one token before "
@@ -105,6 +105,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
     )
     trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, context=context)
     budget = budget_of([loaded.model], settings.microbatch_tokens, loaded.module.dtype, context.device)
+    report_padding(budget, config.model, progress)
     scorer = DistributedScorer(loaded.scorer, context.collectives, budget=budget)
     trainer = BatchTrainer(
         objective=RewardModelObjective(settings, scorer=scorer),

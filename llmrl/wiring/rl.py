@@ -38,7 +38,7 @@ from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.precision import precision_warnings, with_dtypes
 from llmrl.wiring.rewards import load_scorer, reward_on
 from llmrl.wiring.rows import EVALUATION, report_dropped
-from llmrl.wiring.trunks import budget_of
+from llmrl.wiring.trunks import budget_of, report_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,6 +172,7 @@ def _build_run(
     checked.report_notes(context.progress)
     for warning in (*config.warnings(), *actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         context.progress.message(f"warning: {warning}")
+    report_padding(parts.budget, config.model, context.progress)
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = ShuffledPrompts(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
     report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)

@@ -22,7 +22,7 @@ from llmrl.wiring.actors import load_actor
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.precision import precision_warnings, with_dtypes
 from llmrl.wiring.rows import EVALUATION, report_dropped
-from llmrl.wiring.trunks import budget_of
+from llmrl.wiring.trunks import budget_of, report_padding
 
 
 def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trackers) -> Run:
@@ -45,6 +45,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.run.num_iterations, context=context)
     budget = budget_of([actor.model], config.sft.microbatch_tokens, actor.dtype, context.device)
+    report_padding(budget, config.model, progress)
     policy = DistributedPolicy(actor.policy, context.collectives, budget=budget)
     trainer = BatchTrainer(
         objective=SFTObjective(policy),

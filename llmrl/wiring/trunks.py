@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmrl.microbatches import TokenBudget
+from llmrl.models.config import ModelConfig
 from llmrl.models.packing import packs
 from llmrl.models.probe import pack_where_exact, probe_trunk
+from llmrl.roles import Progress
 from llmrl.rollout.rope import pin_rope
 
 if TYPE_CHECKING:
@@ -40,3 +42,12 @@ def budget_of(
 ) -> TokenBudget:
     """Token budget of passes over all of these models: packed if each of them packs."""
     return TokenBudget(max_tokens=max_tokens, packed=all(packs(model.base_model, dtype, device) for model in models))
+
+
+def report_padding(budget: TokenBudget, model: ModelConfig, progress: Progress) -> None:
+    """Prints that passes are padded, where the settings ask for packed ones."""
+    if model.packing and not budget.packed:
+        progress.message(
+            f"Forward passes are padded, a row for each response, which takes more time and memory: {model.path} cannot be "
+            "packed here; docs/models.md has the reasons"
+        )

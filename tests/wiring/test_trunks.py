@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from llmrl.microbatches import TokenBudget
+from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.wiring.trunks import budget_of, settle_passes
+from llmrl.reports.progress import Silent
+from llmrl.wiring.trunks import budget_of, report_padding, settle_passes
 from tests.models.tiny import llama
 
 
@@ -35,3 +37,20 @@ def test_a_budget_is_of_packed_passes_if_every_model_packs(packing):
     assert budget_of([one], 77, float32, cpu) == TokenBudget(max_tokens=77, packed=packing)
     assert not budget_of([one, other], 77, float32, cpu).packed
     assert not budget_of([one], 77, float32, torch.device("cuda")).packed  # no kernel for float32
+
+
+@pytest.mark.parametrize(("packing", "packed", "num_lines"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_padded_passes_are_reported_where_packed_ones_were_asked_for(packing, packed, num_lines):
+    progress = Recorded()
+    budget, model = TokenBudget(max_tokens=1, packed=packed), ModelConfig(path="here", packing=packing)
+    report_padding(budget, model, progress)
+    assert len(progress.messages) == num_lines
+    assert all("here cannot be packed" in line for line in progress.messages)
+
+
+class Recorded(Silent):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
