@@ -13,6 +13,7 @@ PEERS := .peers/trl-1.16.0 .peers/trl-1.12.0
 MODEL ?= runs/bench/SmolLM2-135M-Instruct
 WORKLOADS ?=
 TURNS ?= 2
+DTYPE ?= bfloat16
 
 .PHONY: quickstart quickstart-rlhf test test-fast fuzz check docs bench
 
@@ -73,9 +74,10 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/metrics.py
 
 # The short set beside transformers and TRL, and the README's table from all results; make bench WORKLOADS="W6 W7" for
-# others, see benchmarks/workloads.py. MODEL is a folder; TURNS is how often each side is measured.
+# others, see benchmarks/workloads.py. MODEL is a folder; TURNS is how often each side is measured. DTYPE=float32 where the
+# processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
 bench: $(INSTALLED) $(PEERS) $(MODEL)
-	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS)
+	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS) --dtype $(DTYPE)
 
 # Each version of TRL in a folder of its own: it changes nothing that llmrl uses.
 .peers/trl-%: | $(INSTALLED)

@@ -65,11 +65,13 @@ def is_quiet(record: dict[str, Any]) -> bool:
 
 
 def machine(record: dict[str, Any]) -> str:
-    """Model, machine and versions, in a line."""
+    """Model, machine, versions, number of measurements and load, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     where = record["machine"]
     device = where.get("gpu", f"{where['threads']} threads of {where['processor']}")
-    return f"{record['model']} in {record['settings']['dtype']}, {device}; {versions}."
+    load = f"load average {record['load_average_before'][0]:.1f} before and {record['load_average_after'][0]:.1f} after"
+    turns = f"turns of each side: {record['settings']['turns']}"
+    return f"{record['model']} in {record['settings']['dtype']}, {device}; {versions}; {turns}, {load}."
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def test_the_table_is_made_of_the_results(table, tmp_path, monkeypatch, others, 
     record = {
         "model": "tiny",
         "describes": "a step",
-        "settings": {"dtype": "bfloat16"},
+        "settings": {"dtype": "bfloat16", "turns": 3},
+        "load_average_before": [0.5],
+        "load_average_after": [2.0],
         "machine": {"threads": 2, "processor": "a CPU"},
         "versions": {"torch": "2"},
         "summary": summary,
@@ -103,7 +105,8 @@ def test_the_table_is_made_of_the_results(table, tmp_path, monkeypatch, others, 
     table.main()
     text = readme.read_text()
     assert f"| W4: a step | {cells} | 2.0 / 2.0 / 2.0 GiB |" in text.splitlines()
-    assert "W4: tiny in bfloat16, 2 threads of a CPU; torch 2." in text
+    load = "turns of each side: 3, load average 0.5 before and 2.0 after"
+    assert f"W4: tiny in bfloat16, 2 threads of a CPU; torch 2; {load}." in text
     assert text.startswith("above\n")
     assert text.endswith("\nbelow\n")
     assert "what was there" not in text
