@@ -67,7 +67,7 @@ def write_recipes(folder: Path) -> None:
 
 
 def assert_same_run(left: Path, right: Path):
-    """The same responses; weights within 3e-5, and metrics as far as float32 sums in another order allow: AdamW steps as
+    """The same responses; weights within 3e-5, and metrics as far as float32 sums in another order allow. AdamW goes as
     far on a gradient that is next to nothing as on any other."""
     weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (left, right))
     assert_close(weights, others, atol=3e-5, rtol=0)

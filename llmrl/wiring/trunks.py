@@ -48,6 +48,6 @@ def report_padding(budget: TokenBudget, model: ModelConfig, progress: Progress) 
     """Prints that passes are padded, where the settings ask for packed ones."""
     if model.packing and not budget.packed:
         progress.message(
-            f"Forward passes are padded, a row for each response, which takes more time and memory: {model.path} cannot be "
-            "packed here; docs/models.md has the reasons"
+            "Forward passes are padded, a row for each response, which takes more time and memory: "
+            f"{model.path} cannot be packed here; docs/models.md has the reasons"
         )
