@@ -130,7 +130,6 @@ def evaluate(
 ) -> None:
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
-        from llmrl.distributed.device import keep_freed_memory, prepare_device
         from llmrl.wiring.checks import check_rl
         from llmrl.wiring.rl import build_evaluator
 
@@ -141,8 +140,7 @@ def evaluate(
         output = output and output.absolute()  # a reward may change the working directory
         before = _earlier(compare) if compare is not None else None
         checked = check_rl(config, dry=False, trains=False)
-    prepare_device(deterministic=config.run.deterministic)
-    keep_freed_memory()
+    _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(), _context(config.distributed) as context:
         _warn_without_gpu(context)
         values = build_evaluator(config, checked, context).evaluate()
@@ -173,7 +171,7 @@ def score(
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.data.config import SupervisedDataConfig
         from llmrl.data.supervised import read_supervised_rows
-        from llmrl.distributed.device import keep_freed_memory, pick_device, prepare_device
+        from llmrl.distributed.device import pick_device
         from llmrl.models.config import ModelConfig
         from llmrl.wiring.checks import check_scorer
         from llmrl.wiring.rewards import score_rows
@@ -188,8 +186,7 @@ def score(
         rows = read_supervised_rows(data)
         if any("score" in row for row in rows):
             raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
-    prepare_device()
-    keep_freed_memory()
+    _prepare_process()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
         scores = score_rows(config, rows, data, pick_device(), normalize=normalize)
@@ -217,7 +214,7 @@ def generate(
     """Responds to prompts."""
     names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
-        from llmrl.distributed.device import keep_freed_memory, pick_device, prepare_device
+        from llmrl.distributed.device import pick_device
         from llmrl.models.checking import check_model
         from llmrl.models.config import ModelConfig
         from llmrl.wiring.engines import respond
@@ -232,8 +229,7 @@ def generate(
         _refuse_recipe(model)
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_model(config, may_be_random=False)
-    prepare_device()
-    keep_freed_memory()
+    _prepare_process()
     with failures_in_one_line(), _named_as_given(names):
         _quiet()
         responses = respond(
@@ -284,13 +280,11 @@ def _refuse_recipe(model: str) -> None:
 
 
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.distributed.device import keep_freed_memory, prepare_device
     from llmrl.reports.trackers import TrackerConfig, Trackers
     from llmrl.sizing import launched_strategy
     from llmrl.wiring.precision import with_dtypes
 
-    prepare_device(deterministic=config.run.deterministic)
-    keeps_memory = keep_freed_memory()
+    keeps_memory = _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
         context.progress.message(sentence)
         dtype = with_dtypes(config).model.dtype
@@ -308,6 +302,14 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
         raise typer.Exit()
     print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
     _print_card(config.run.folder)
+
+
+def _prepare_process(*, deterministic: bool = False) -> bool:
+    """Configures torch and the allocator, before any computation. Returns whether freed memory is kept."""
+    from llmrl.distributed.device import keep_freed_memory, prepare_device
+
+    prepare_device(deterministic=deterministic)
+    return keep_freed_memory()
 
 
 def _warn_without_gpu(context: Any) -> None:

@@ -14,6 +14,8 @@ arXiv:2307.08691, algorithm 2), so the backward pass is the kernel's own on each
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+PRODUCTS_OF_A_CALL = 2**13
+"""Products of a query and a key, in each head, that take as long as one more call of the CPU's kernel, about."""
 PACKED = "sdpa_packed"
 """Name of the attention: over a packed row if the pass brings its `Packing`, otherwise that of torch (sdpa)."""
 
@@ -39,6 +43,45 @@ def packs(trunk: Any, dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" or (
         dtype == torch.bfloat16 and size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+@dataclass(frozen=True)
+class PaddedRuns:
+    """Where some runs stand in a row, and how they are padded to the longest."""
+
+    columns: Tensor
+    """Columns of their tokens, one run after another."""
+    filled: Tensor
+    """(R, L): True on tokens."""
+
+    @classmethod
+    def of(cls, starts: Sequence[int], lengths: Sequence[int]) -> "PaddedRuns":
+        """Runs from these columns on, of these lengths."""
+        offsets = torch.arange(max(lengths), device="cpu")
+        filled = offsets < torch.tensor(lengths, device="cpu")[:, None]
+        return cls((torch.tensor(starts, device="cpu")[:, None] + offsets)[filled], filled)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(R, heads, L, D) from (N, heads, D), with zeros, of which nothing is read."""
+        padded = x.new_zeros(*self.filled.shape, *x.shape[1:])
+        padded[self.filled] = x[self.columns]
+        return padded.transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The tokens of (R, heads, L, D), one run after another."""
+        return x.transpose(1, 2)[self.filled]
+
+    def hidden(self, dtype: torch.dtype) -> Tensor:
+        """(R, 1, 1, L): what attention adds to its logits, so that no query sees padding."""
+        return torch.zeros_like(self.filled, dtype=dtype).masked_fill(~self.filled, -torch.inf)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Runs that one call of a kernel attends over."""
+
+    queries: PaddedRuns
+    keys: PaddedRuns
 
 
 @dataclass(frozen=True)
@@ -59,6 +102,30 @@ class Runs:
             for lengths in (query_lengths, key_lengths)
         ]
         return cls(query_lengths, key_lengths, *ends)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The runs that have queries, short ones and those of like lengths together: every layer attends over these."""
+        starts = [[0, *accumulate(lengths)] for lengths in (self.query_lengths, self.key_lengths)]
+        lengths = list(zip(self.query_lengths, self.key_lengths, strict=True))
+        buckets: list[list[int]] = []
+        longest, products = (0, 0), 0
+        for run in sorted((run for run, (queries, _) in enumerate(lengths) if queries), key=lengths.__getitem__):
+            both = max(longest[0], lengths[run][0]), max(longest[1], lengths[run][1])
+            alone = lengths[run][0] * lengths[run][1] + PRODUCTS_OF_A_CALL
+            if buckets and (len(buckets[-1]) + 1) * both[0] * both[1] <= products + alone:
+                buckets[-1].append(run)
+                longest, products = both, products + alone
+            else:
+                buckets.append([run])
+                longest, products = lengths[run], alone
+        return [
+            Bucket(*(
+                PaddedRuns.of([starts[side][run] for run in runs], [lengths[run][side] for run in runs])
+                for side in (0, 1)
+            ))
+            for runs in buckets
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,35 +209,37 @@ def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> Non
     lse.copy_(joined)
 
 
-class RunByRun:
-    """The CPU's flash kernel, called for one run after another."""
+class PaddedBuckets:
+    """The CPU's flash kernel, called for runs of like lengths at once, padded to the longest of them."""
 
     @staticmethod
     def forward(query, key, value, runs, causal, scale):
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        for q, k in _slices(runs):
-            parts = (_heads_first(x) for x in (query[q], key[k], value[k]))
+        for bucket in runs.buckets:
+            parts = (bucket.queries.pad(query), bucket.keys.pad(key), bucket.keys.pad(value))
             some, some_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *parts, 0.0, causal, scale=scale
+                *parts, 0.0, causal, attn_mask=None if causal else bucket.keys.hidden(query.dtype), scale=scale
             )
-            out[q] = some[0].transpose(0, 1)
-            lse[q] = some_lse[0].transpose(0, 1)
+            out[bucket.queries.columns] = bucket.queries.unpad(some)
+            lse[bucket.queries.columns] = bucket.queries.unpad(some_lse[..., None])[..., 0]
         return out, lse
 
     @staticmethod
     def backward(grad, query, key, value, out, lse, runs, causal, scale):
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         groups = query.shape[1] // key.shape[1]
-        for q, k in _slices(runs):
-            repeated = (x[k].repeat_interleave(groups, dim=1) for x in (key, value))
-            parts = [_heads_first(x) for x in (grad[q], query[q], *repeated, out[q])]
-            of_run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *parts, lse[q].transpose(0, 1)[None].contiguous(), 0.0, causal, scale=scale
-            )
-            grads[0][q] += of_run[0][0].transpose(0, 1)
-            for whole, part in zip(grads[1:], of_run[1:], strict=True):
-                whole[k] += part[0].unflatten(0, (-1, groups)).sum(dim=1).transpose(0, 1)
+        repeated = [x.repeat_interleave(groups, dim=1) for x in (key, value)]
+        for bucket in runs.buckets:
+            queries, keys = bucket.queries, bucket.keys
+            of_bucket = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                queries.pad(grad), queries.pad(query), *map(keys.pad, repeated), queries.pad(out),
+                queries.pad(lse[..., None])[..., 0].contiguous(), 0.0, causal,
+                attn_mask=None if causal else keys.hidden(query.dtype), scale=scale,
+            )  # fmt: skip
+            grads[0][queries.columns] = queries.unpad(of_bucket[0])
+            for whole, part in zip(grads[1:], of_bucket[1:], strict=True):
+                whole[keys.columns] = keys.unpad(part).unflatten(1, (-1, groups)).sum(dim=2)
         return grads
 
 
@@ -195,22 +264,9 @@ class VariableLengths:
         )  # fmt: skip
 
 
-def _kernel(query: Tensor) -> type[RunByRun] | type[VariableLengths]:
-    return VariableLengths if query.is_cuda else RunByRun
+def _kernel(query: Tensor) -> type[PaddedBuckets] | type[VariableLengths]:
+    return VariableLengths if query.is_cuda else PaddedBuckets
 
 
 def _arguments(runs: Runs) -> tuple[Tensor, Tensor, int, int]:
     return runs.query_ends, runs.key_ends, max(runs.query_lengths), max(runs.key_lengths)
-
-
-def _slices(runs: Runs) -> list[tuple[slice, slice]]:
-    slices, q, k = [], 0, 0
-    for num_queries, num_keys in zip(runs.query_lengths, runs.key_lengths, strict=True):
-        if num_queries:
-            slices.append((slice(q, q + num_queries), slice(k, k + num_keys)))
-        q, k = q + num_queries, k + num_keys
-    return slices
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]

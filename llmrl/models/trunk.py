@@ -103,13 +103,14 @@ def packed_row(sequences: Sequences) -> Layout:
     """Every prompt once, then every response, in one row, as `packing` describes."""
     mask, prompt_of_row, lengths = sequences.unique_prompt_mask, sequences.prompt_of_row, sequences.response_lengths
     prompt_lengths, by_prompt = mask.sum(dim=1), prompt_of_row.argsort(stable=True)
-    prompt_ends, num_prompt_tokens = prompt_lengths.cumsum(0), int(mask.sum())
+    prompts, prompt_ends = prompt_lengths.tolist(), prompt_lengths.cumsum(0)
+    num_prompt_tokens = sum(prompts)
     starts = torch.empty_like(lengths)
     starts[by_prompt] = num_prompt_tokens + lengths[by_prompt].cumsum(0) - lengths[by_prompt]
     read = _attended(sequences)[by_prompt]
     columns = torch.arange(read.shape[1], device=read.device)
     positions = (sequences.prompt_lengths[:, None] + columns)[by_prompt]
-    own = [*prompt_lengths.tolist(), *lengths[by_prompt].tolist()]
+    own = [*prompts, *lengths[by_prompt].tolist()]
     of_prompts = torch.zeros_like(prompt_lengths).index_add(0, prompt_of_row, lengths)
     return Layout(
         ids=torch.cat([sequences.unique_prompt_ids[mask], sequences.response_ids[by_prompt][read]])[None],
@@ -123,7 +124,7 @@ def packed_row(sequences: Sequences) -> Layout:
             "packing": Packing(
                 num_prompt_tokens=num_prompt_tokens,
                 own=Runs.of(own, own, read.device),
-                prefixes=Runs.of(of_prompts.tolist(), prompt_lengths.tolist(), read.device),
+                prefixes=Runs.of(of_prompts.tolist(), prompts, read.device),
             ),
         },
     )
@@ -131,9 +132,7 @@ def packed_row(sequences: Sequences) -> Layout:
 
 def rows_of_sequences(sequences: Sequences) -> Layout:
     """Each prompt and its response side by side."""
-    ids, _ = at_left_margin(
-        (sequences.prompt_ids, sequences.prompt_mask), (sequences.response_ids, _attended(sequences))
-    )
+    ids = at_left_margin((sequences.prompt_ids, sequences.prompt_mask), (sequences.response_ids, _attended(sequences)))
     prompts = sequences.prompt_lengths
     return Layout(
         ids=ids,
@@ -145,15 +144,13 @@ def rows_of_sequences(sequences: Sequences) -> Layout:
     )
 
 
-def at_left_margin(
-    *parts: tuple[Int[Tensor, "R _"], Bool[Tensor, "R _"]],
-) -> tuple[Int[Tensor, "R S"], Bool[Tensor, "R S"]]:
-    """``(ids, filled)``: the tokens in the masks of all parts side by side from column 0 on, and where they are."""
+def at_left_margin(*parts: tuple[Int[Tensor, "R _"], Bool[Tensor, "R _"]]) -> Int[Tensor, "R S"]:
+    """The tokens in the masks of all parts side by side from column 0 on; 0 after them."""
     ids, mask = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
     lengths = mask.sum(dim=1)
     columns = torch.arange(int(lengths.max()) if len(lengths) else 1, device=ids.device)
     filled = columns < lengths[:, None]
-    return torch.zeros_like(filled, dtype=ids.dtype).masked_scatter(filled, ids[mask]), filled
+    return torch.zeros_like(filled, dtype=ids.dtype).masked_scatter(filled, ids[mask])
 
 
 def _attended(sequences: Sequences) -> Bool[Tensor, "B T"]:
