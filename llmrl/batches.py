@@ -284,8 +284,9 @@ class Experience(Batch):
 
     rollout: Rollout
     scores: Scores
-    old_logprobs: Float[Tensor, "B T"]
-    """By the trainer's own pass, before the first update; the engine's are `rollout.rollout_logprobs`."""
+    old_logprobs: Float[Tensor, "B T"] | None
+    """By the trainer's own pass, before the first update; the engine's are `rollout.rollout_logprobs`. None where a
+    single optimizer step learns from the rollout, whose own log-probabilities, detached, are the old ones."""
     advantages: Float[Tensor, "B T"]
 
     @property
@@ -329,6 +330,8 @@ def _select(value: Any, index: Tensor) -> Any:
             return tuple(value[i] for i in index.tolist())
         case Mapping():
             return {name: _select(part, index) for name, part in value.items()}
+        case None:
+            return None
     raise TypeError(f"a batch holds tensors, tuples, mappings and batches, not {type(value).__name__}")
 
 
@@ -355,6 +358,8 @@ def _cat(values: list[Any], name: str) -> Any:
             return tuple(row for value in values for row in value)
         case Mapping():
             return {key: _cat([value[key] for value in values], key) for key in values[0]}
+        case None:
+            return None
     raise TypeError(f"a batch holds tensors, tuples, mappings and batches, not {type(values[0]).__name__}")
 
 

@@ -174,7 +174,8 @@ CATALOGUE: tuple[Metric, ...] = (
         name="policy/ratio_max_deviation",
         unit="ratio",
         meaning="Largest |importance ratio - 1| of the iteration's first minibatch, before its step.",
-        look_for="Rounding, 1e-5 in float32: two passes of the trainer over the same weights. Anything else is a bug.",
+        look_for="Rounding, 1e-5 in float32: two passes of the trainer over the same weights. Anything else is a bug. "
+        "0 where the only optimizer step of the iteration needs no second pass.",
         runs=ALGORITHMS,
     ),
     Metric(
@@ -425,7 +426,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="time/logprobs_s",
         unit="seconds",
-        meaning="Log-probabilities of actor and reference, values, advantages.",
+        meaning="Log-probabilities of actor and reference as far as they are needed before the update, values, "
+        "advantages.",
         runs=LOOP,
     ),
     Metric(

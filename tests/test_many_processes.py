@@ -28,6 +28,8 @@ LEARNED = (
 """A gradient that is all rounding moves a weight by the whole learning rate in Adam's first steps."""
 ADAPTER = ("critic.network=adapter", "critic.warmup_iterations=0", "model.lora.rank=2")
 SPLIT = ("distributed.frozen=split",)
+ONE_STEP = ("update.num_epochs=1", "update.minibatch_size=6")
+"""Without a pass of the actor before the update."""
 
 
 def tied(folder: Path) -> tuple[str, ...]:
@@ -78,6 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("ppo", "half", HALF["ppo"]),
         command("ppo", "adapter", *ADAPTER),
         command("grpo", "lora", *LORA),
+        command("grpo", "one_step", *ONE_STEP),
         command("ppo", "shared", *SHARED),
         command("ppo", "learned", *LEARNED),
         command("grpo", "tied", *tied(folder)),
@@ -98,6 +101,7 @@ def test_two_processes_do_what_one_does(folder: Path, file: str):
         command("ppo", f"{file}/taken_up", "run.resume=true"),
         command("ppo", f"{file}/left", HALF["ppo"]),
         command("grpo", f"{file}/lora", *LORA),
+        *([*step, *ONE_STEP] for step in halves("grpo", f"{file}/one_step")),
         command("ppo", f"{file}/shared", *SHARED, *SPLIT),
         command("ppo", f"{file}/learned", *LEARNED),
         command("ppo", f"{file}/learned_split", *LEARNED, *SPLIT),
@@ -108,7 +112,7 @@ def test_two_processes_do_what_one_does(folder: Path, file: str):
     do(folder, [], [command("ppo", f"{file}/left", "run.resume=true")])
     pairs = {"taken_up": "ppo", "left": "ppo", "learned_split": "learned"}
     names = [path.name for path in ours.iterdir()]
-    assert len(names) == (10 if splits_weights else 11)
+    assert len(names) == (11 if splits_weights else 12)
     for name in names:
         assert_same_run(folder / pairs.get(name, name), ours / name)
     model = AutoModelForCausalLM.from_pretrained(ours / "tied" / "final")

@@ -12,6 +12,7 @@ each of its tokens has that advantage. No critic. GRPO, Dr. GRPO, RLOO, DAPO and
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,14 +20,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
-from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
+from llmrl.algorithms.policy_gradient import (
+    kl_metrics,
+    length_penalty,
+    make_policy_loss,
+    old_logprobs_of,
+    policy_metrics,
+)
 from llmrl.algorithms.user_functions import UserBaseline
 from llmrl.batches import GRPOExperience, Rollout, Scores
 from llmrl.functional.advantages import group_relative, leave_one_out
 from llmrl.functional.kl import estimate_kl
 from llmrl.functional.losses import importance_ratio, sequence_log_ratio
 from llmrl.functional.masking import masked_sum
-from llmrl.functional.statistics import Mean, Total
+from llmrl.functional.statistics import Mean, Statistic, Total
 from llmrl.metrics import Metrics
 from llmrl.roles import Algorithm, Policy
 
@@ -39,10 +46,18 @@ class GRPO(Algorithm):
         actor: The policy that is trained.
         reference: The frozen policy from which the KL is measured; None: no KL.
         max_response_tokens: Length limit of a response, tokens.
+        one_step: Whether each rollout is learned from in a single optimizer step. Then no pass is made for old
+            log-probabilities: the live ones of that step are the same.
     """
 
     def __init__(
-        self, config: GRPOConfig, *, actor: Policy, reference: Policy | None, max_response_tokens: int
+        self,
+        config: GRPOConfig,
+        *,
+        actor: Policy,
+        reference: Policy | None,
+        max_response_tokens: int,
+        one_step: bool = False,
     ) -> None:
         self.config = config
         self.actor = actor
@@ -50,15 +65,15 @@ class GRPO(Algorithm):
         self.aggregation = config.aggregation
         self.max_redraws = config.max_redraws
         self.max_response_tokens = max_response_tokens
+        self.one_step = one_step
         self.estimate_advantages = make_advantages(config)
         self.policy_loss = make_policy_loss(config)
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[GRPOExperience, Metrics]:
         """Advantages from the scores of each group, log-probabilities of actor and reference, and metrics. Called
         without gradient."""
-        outputs = self.actor.logprobs(rollout.sequences)
-        old_logprobs = outputs.logprobs
-        ref_logprobs = torch.zeros_like(old_logprobs)
+        outputs = None if self.one_step else self.actor.logprobs(rollout.sequences)
+        ref_logprobs = torch.zeros_like(rollout.rollout_logprobs)
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
         penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
@@ -66,31 +81,38 @@ class GRPO(Algorithm):
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
-            old_logprobs=old_logprobs,
+            old_logprobs=None if outputs is None else outputs.logprobs,
             ref_logprobs=ref_logprobs,
-            advantages=advantages[:, None].expand_as(old_logprobs),
+            advantages=advantages[:, None].expand_as(ref_logprobs),
         )
-        statistics = policy_metrics(experience, outputs.entropy)
+        statistics = {} if outputs is None else self._metrics(experience, outputs.entropy)
         if self.config.overlong_buffer_tokens:
             statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
-        if self.reference is not None:
-            kl = estimate_kl(old_logprobs, ref_logprobs, estimator="k1")
-            statistics |= kl_metrics(kl, experience.counted)
         return experience, Metrics(statistics)
+
+    def _metrics(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:
+        """Metrics of the old policy, and of its KL to the reference."""
+        statistics: dict[str, Statistic] = {**policy_metrics(experience, entropy)}
+        if self.reference is not None and experience.old_logprobs is not None:
+            kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, estimator="k1")
+            statistics |= kl_metrics(kl, experience.counted)
+        return statistics
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
         """Yields the policy loss, with the KL to the reference added, of one microbatch; `weights` from
         `token_weights`."""
-        counted = batch.counted
-        logprobs = self.actor.logprobs(batch.sequences).logprobs
-        current, old = logprobs, batch.old_logprobs
+        counted, outputs = batch.counted, self.actor.logprobs(batch.sequences)
+        logprobs, old_logprobs = outputs.logprobs, old_logprobs_of(batch, outputs)
+        current, old = logprobs, old_logprobs
         if self.config.ratio == "sequence":
-            current, old = sequence_log_ratio(logprobs, batch.old_logprobs, counted), torch.zeros_like(logprobs)
+            current, old = sequence_log_ratio(logprobs, old_logprobs, counted), torch.zeros_like(logprobs)
         loss, statistics = self.policy_loss(current, old, batch.advantages, weights)
         if self.reference is not None and self.config.kl_coef:
             live, ref = (torch.where(counted, x, 0.0) for x in (logprobs, batch.ref_logprobs))
-            kl = self._kl(live, ref, importance_ratio(logprobs, batch.old_logprobs, counted))
+            kl = self._kl(live, ref, importance_ratio(logprobs, old_logprobs, counted))
             loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)
+        if batch.old_logprobs is None:
+            statistics |= self._metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})
 
     def _kl(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
 from llmrl.algorithms.user_functions import UserLoss
-from llmrl.batches import Experience, Rollout
+from llmrl.batches import Experience, Rollout, TokenOutputs
 from llmrl.functional.losses import clipped_policy_loss
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.penalties import overlong_penalty
@@ -37,8 +37,15 @@ def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor
     return overlong_penalty(lengths, limit=limit, buffer=buffer) if buffer else torch.zeros_like(lengths).float()
 
 
+def old_logprobs_of(batch: Experience, live: TokenOutputs) -> Float[Tensor, "B T"]:
+    """Old log-probabilities of a microbatch; where its experience has none, a copy of the live ones, detached: in the
+    only optimizer step both are of the same weights."""
+    return live.logprobs.detach().clone() if batch.old_logprobs is None else batch.old_logprobs
+
+
 def policy_metrics(experience: Experience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:
     """Entropy, and the gap between the log-probabilities of engine and trainer, per counted token, nats."""
+    assert experience.old_logprobs is not None, "measured where they are known"
     mask = experience.counted
     gap = (experience.old_logprobs - experience.rollout.rollout_logprobs).abs()
     return {

@@ -9,11 +9,14 @@ is how much better the outcome was than that prediction.
     returns   of `gae` on rewards and old values; advantages are standardized over all tokens of the rollout
     losses    the clipped surrogate of the actor, minus the entropy bonus; the clipped squared error of the critic
 
-All of that except the losses is frozen for the iteration, however many epochs it takes. Schulman et al. 2017,
-arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155.
+All of that except the losses is frozen for the iteration, however many epochs it takes. The actor's pass before the
+update is left out where the update is a single optimizer step and no KL is measured; values are always needed. Schulman
+et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022,
+arXiv:2203.02155.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +25,13 @@ from torch import Tensor
 
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
-from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
+from llmrl.algorithms.policy_gradient import (
+    kl_metrics,
+    length_penalty,
+    make_policy_loss,
+    old_logprobs_of,
+    policy_metrics,
+)
 from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_tokens
 from llmrl.functional.advantages import gae
 from llmrl.functional.kl import estimate_kl, shape_rewards
@@ -45,6 +54,8 @@ class PPO(Algorithm):
         max_response_tokens: Length limit of a response, tokens.
         warmup_iterations: Iterations at the start that train the critic alone.
         value_coef: Weight of the critic's loss where both share a trunk, and so one loss.
+        one_step: Whether each rollout is learned from in a single optimizer step. Then old log-probabilities, which are
+            the live ones of that step, have a pass of their own only where something else reads them.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class PPO(Algorithm):
         max_response_tokens: int,
         warmup_iterations: int,
         value_coef: float,
+        one_step: bool = False,
     ) -> None:
         self.config = config
         self.networks = networks
@@ -65,6 +77,7 @@ class PPO(Algorithm):
         self.max_response_tokens = max_response_tokens
         self.warmup_iterations = warmup_iterations
         self.value_coef = value_coef
+        self.one_step = one_step
         self.policy_loss = make_policy_loss(config)
         self.kl_control = KLControl(coef=config.kl_coef, target=config.kl_target)
         self.step_kl_control = None
@@ -78,13 +91,13 @@ class PPO(Algorithm):
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[PPOExperience, Metrics]:
         """Values, standardized advantages and returns of a rollout, and metrics. Called without gradient."""
-        outputs = self.networks.both(rollout.sequences)
-        old_logprobs, values = outputs.logprobs, outputs.values
-        mask = counted_tokens(rollout, scores)
-        kl = torch.zeros_like(old_logprobs)
+        needs_logprobs = self._needs_old_logprobs
+        outputs = (self.networks.both if needs_logprobs else self.networks.values)(rollout.sequences)
+        values, mask = outputs.values, counted_tokens(rollout, scores)
+        kl = torch.zeros_like(values)
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
-            kl = torch.where(mask, estimate_kl(old_logprobs, ref_logprobs, estimator="k1"), 0.0)
+            kl = torch.where(mask, estimate_kl(outputs.logprobs, ref_logprobs, estimator="k1"), 0.0)
         shaped = self._shape_scores(scores.total, rollout)
         rewards = shape_rewards(shaped, kl, mask, kl_coef=self.kl_control.coef)
         rewards = rewards + torch.where(mask, scores.per_token, 0.0)
@@ -93,15 +106,29 @@ class PPO(Algorithm):
         experience = PPOExperience(
             rollout=rollout,
             scores=scores,
-            old_logprobs=old_logprobs,
+            old_logprobs=outputs.logprobs if needs_logprobs else None,
             advantages=standardize(advantages, mask),
             old_values=values,
             returns=returns,
         )
-        metrics = Metrics(policy_metrics(experience, outputs.entropy) | _value_metrics(experience, rewards))
+        metrics = Metrics(_value_metrics(experience, rewards))
+        if needs_logprobs:
+            metrics = metrics.merge(Metrics({**policy_metrics(experience, outputs.entropy)}))
         if self.reference is not None:
             metrics = metrics.merge(self._control_kl(kl, mask))
         return experience, metrics
+
+    @property
+    def _needs_old_logprobs(self) -> bool:
+        """Whether old log-probabilities are read before the only optimizer step or after it, or in several steps; or
+        cost next to nothing, in the pass for the values."""
+        return (
+            not self.one_step
+            or self.reference is not None
+            or self.step_kl_control is not None
+            or self.networks.share_trunk
+            or self._warming_up
+        )
 
     def _shape_scores(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
         """Scores clipped, then normalized, then minus the penalties; 0 where the critic's value replaces the score."""
@@ -145,7 +172,10 @@ class PPO(Algorithm):
         if share_trunk or not self._warming_up:
             ask = self.networks.both if share_trunk else self.networks.logprobs
             outputs = ask(batch.sequences)
-            loss, statistics = self.policy_loss(outputs.logprobs, batch.old_logprobs, batch.advantages, weights)
+            old_logprobs = old_logprobs_of(batch, outputs)
+            loss, statistics = self.policy_loss(outputs.logprobs, old_logprobs, batch.advantages, weights)
+            if batch.old_logprobs is None:
+                statistics |= policy_metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
             loss = self._add_regularizers(loss, outputs, batch, weights)
             metrics = Metrics({"policy/loss": Total(loss.detach()), **statistics})
             if share_trunk:
@@ -252,6 +282,7 @@ def _value_metrics(experience: PPOExperience, rewards: Float[Tensor, "B T"]) -> 
 
 def _step_kl(batch: PPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """KL(old, current) per token by k3, whose expectation and gradient are exact: the tokens are the old actor's."""
+    assert batch.old_logprobs is not None, "the KL of a step is measured from them"
     mask = batch.counted
     old, current = (torch.where(mask, x, 0.0) for x in (batch.old_logprobs, logprobs))
     return estimate_kl(old, current, estimator="k3")

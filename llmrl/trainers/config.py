@@ -86,7 +86,8 @@ class UpdateConfig(Section, place="update"):
     """Epochs, minibatches and microbatches in which an experience is learned from."""
 
     num_epochs: Annotated[int, Bound(least=1)] = 1
-    """Passes over each experience."""
+    """Passes over each experience. Where one minibatch in one epoch is a whole rollout, GRPO makes no pass for old
+    log-probabilities: those of its only step are the same. PPO makes it for its KL, whose price is in the reward."""
     minibatch_size: Annotated[int | None, Bound(least=1)] = None
     """Responses per optimizer step, over all ranks; a multiple of the group size. null for the one nearest to
     128 that divides a rollout."""

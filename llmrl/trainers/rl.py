@@ -160,6 +160,8 @@ class RLTrainer(Resumable):
     def minibatches(self, experience: Experience) -> Iterator[Experience]:
         """Epochs of shuffled groups; a group is never torn apart. The shuffle is the same on every rank."""
         assert self.config.minibatch_size is not None, "set with the run"
+        num_steps = self.config.num_epochs * len(experience.rollout.rows) // self.config.minibatch_size
+        assert num_steps == 1 or experience.old_logprobs is not None, "later steps move away from the old policy"
         groups = torch.arange(len(experience.rollout.rows)).view(-1, self.group_size)
         for epoch in range(self.config.num_epochs):
             order = permutation(len(groups), self.seed, Purpose.MINIBATCHES, iteration=self.iteration, epoch=epoch)

@@ -50,7 +50,10 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
     parts = _parts_of(actor, {"the model": actor.model}, config, context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
     name = config.algorithm.name
-    make = GRPO if name == "grpo" else partial(make_user_algorithm, name, progress=context.progress)
+    if name == "grpo":
+        make = partial(GRPO, one_step=config.optimizer_steps_per_iteration == 1)
+    else:
+        make = partial(make_user_algorithm, name, progress=context.progress)
     algorithm = make(
         config.algorithm,
         actor=DistributedPolicy(actor.policy, context.collectives, budget=parts.budget),
@@ -73,6 +76,7 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
         value_coef=config.critic.value_coef,
+        one_step=config.optimizer_steps_per_iteration == 1,
     )
     return _build_run(config, checked, context, trackers, parts, algorithm, trained)
 

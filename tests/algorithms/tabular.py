@@ -200,6 +200,7 @@ def make_ppo(
     warmup_iterations=0,
     value_coef=0.5,
     step_kl_coef=None,
+    one_step=False,
 ) -> Any:
     """PPO on these networks."""
     ppo = PPO(
@@ -209,6 +210,7 @@ def make_ppo(
         max_response_tokens=max_response_tokens,
         warmup_iterations=warmup_iterations,
         value_coef=value_coef,
+        one_step=one_step,
     )
     if step_kl_coef is not None and ppo.step_kl_control is not None:
         ppo.step_kl_control.coef = step_kl_coef

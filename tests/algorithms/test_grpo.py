@@ -11,6 +11,7 @@ from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.losses import token_weights
+from llmrl.metrics import Metrics
 
 LENGTHS = [3, 1, 4, 2, 4, 3]  # two groups of three
 GROUPS = [7, 7, 7, 4, 4, 4]
@@ -303,3 +304,74 @@ def test_no_kl_keeps_no_reference_and_reports_none():
     experience, metrics = algorithm.experience(make_rollout(), make_scores())
     assert "kl/mean" not in metrics.values()
     assert (experience.ref_logprobs == 0).all()
+
+
+# --- a single optimizer step per rollout ------------------------------------------------------------------------------
+
+
+class Spread(FixedPolicy):
+    """A policy with entropy, that counts how often it is asked."""
+
+    num_asked = 0
+
+    def logprobs(self, sequences):
+        self.num_asked += 1
+        return TokenOutputs(named={"logprobs": self.table, "entropy": self.table.square()})
+
+
+def one_iteration(config, *, one_step, microbatches, scores=(1.0, 0.0, math.nan, 0.0, 0.0, 2.0)):
+    """Loss, gradient and metrics of the only optimizer step on a rollout, and how often the actor was asked before."""
+    reference = FixedPolicy(REF) if config.kl_coef else None
+    roles = {"reference": reference, "max_response_tokens": LIMIT, "one_step": one_step}
+    actor, live, total = Spread(OLD), OLD.clone().requires_grad_(), torch.zeros(())
+    rollout = replace(make_rollout(), rollout_logprobs=OLD + 0.25)
+    experience, metrics = GRPO(config, actor=actor, **roles).experience(rollout, make_scores(scores))
+    counts = {"num_tokens": experience.counted.sum(), "num_responses": experience.counted.any(dim=1).sum()}
+    learned = Metrics()
+    for rows in microbatches:
+        index = torch.tensor(rows)
+        part, policy = experience.select(index), Spread(live[index])
+        if reference is not None:
+            roles["reference"] = FixedPolicy(REF[index])
+        weights = token_weights(part.counted, aggregation=config.aggregation, max_response_tokens=LIMIT, **counts)
+        ((_, loss, statistics),) = GRPO(config, actor=policy, **roles).losses(part, weights)
+        assert policy.num_asked == 1
+        loss.backward()
+        total, learned = total + loss.detach(), learned.merge(statistics)
+    return total, live.grad, metrics.merge(learned.per_step()).values(), actor.num_asked
+
+
+@pytest.mark.parametrize("microbatches", [((0, 1, 2, 3, 4, 5),), ((5, 0), (2,), (4, 1, 3))])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(config for config, _ in FAMILY.values()),
+        GRPOConfig(group_size=3, baseline="leave_one_out", scale="none", aggregation="constant"),
+        *(GRPOConfig(group_size=3, scale="none", kl_coef=0.1, kl_form=form) for form in ("k2", "k3")),
+    ],
+    ids=[*FAMILY, "RLOO", "k2", "k3"],
+)
+def test_the_only_step_on_a_rollout_needs_no_pass_before_it(config, microbatches):
+    """Loss, gradient and metrics are those of a pass for old log-probabilities and the step after it, to the bit."""
+    loss, gradient, values, num_asked = one_iteration(config, one_step=True, microbatches=microbatches)
+    plain = one_iteration(config, one_step=False, microbatches=microbatches)
+    assert (num_asked, plain[3]) == (0, 1)
+    assert torch.equal(loss, plain[0])
+    assert torch.equal(gradient, plain[1])
+    assert gradient.abs().sum() > 0.1
+    assert values == pytest.approx(plain[2], rel=1e-6)
+    assert values.keys() >= {"policy/entropy", "policy/rollout_gap"} | ({"kl/mean"} if config.kl_coef else set())
+    assert values["policy/rollout_gap"] == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_loss_of_a_user_may_write_to_the_old_log_probabilities_of_the_only_step(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def loss(logprobs, old_logprobs, advantages, weights):\n"
+        "    ratio = (logprobs - old_logprobs.clamp_(max=-0.5)).where(weights != 0, 0.0).exp()\n"
+        "    return -(weights * advantages * ratio).sum()\n"
+    )
+    config = GRPOConfig(group_size=3, loss=f"{tmp_path}/mine.py:loss")
+    parts = {"microbatches": ((0, 1, 2, 3, 4, 5),)}
+    assert torch.equal(
+        one_iteration(config, one_step=True, **parts)[1], one_iteration(config, one_step=False, **parts)[1]
+    )

@@ -605,6 +605,46 @@ def test_old_numbers_are_frozen_while_the_networks_move():
     assert told.values()["policy/ratio_max_deviation"] == pytest.approx(float((moved - 1).abs().max()), rel=1e-5)
 
 
+# --- a single optimizer step per rollout ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "network", "roles", "asked"),
+    [
+        ({"kl_coef": 0.0}, {}, {}, "values"),
+        ({"kl_coef": 0.1}, {}, {"reference": FixedNetworks(REF)}, "both"),
+        ({"kl_coef": 0.0}, {}, {"reference": FixedNetworks(REF)}, "both"),
+        ({"kl_coef": 0.0, "step_kl_target": 0.01}, {}, {}, "both"),
+        ({"kl_coef": 0.0}, {"share_trunk": True}, {}, "both"),
+        ({"kl_coef": 0.0}, {}, {"warmup_iterations": 1}, "both"),
+    ],
+    ids=["nothing", "KL in the reward", "KL that is logged", "KL of the step", "one pass for both", "warm-up"],
+)
+def test_the_actor_is_asked_before_the_only_step_where_something_reads_it(settings, network, roles, asked):
+    """Whatever is asked, the critic's numbers and the losses are the same, and the metrics have the same names."""
+
+    def one_iteration(one_step):
+        networks = FixedNetworks(OLD, OLD_VALUES, **network)
+        ppo = make_ppo(PPOConfig(**settings), networks, max_response_tokens=LIMIT, one_step=one_step, **roles)
+        experience, metrics = ppo.experience(make_rollout(), make_scores(SCORES))
+        (question,) = networks.asked
+        live = OLD.clone().requires_grad_()
+        networks.tables = {**networks.tables, "logprobs": live, "values": NEW_VALUES.clone().requires_grad_()}
+        learned = Metrics()
+        for _, loss, of_loss in ppo.losses(experience, weights_of(experience)):
+            loss.backward()
+            learned = learned.merge(of_loss)
+        with torch.no_grad():
+            values = metrics.merge(learned.per_step()).merge(ppo.finish(experience)).values()
+        return question, (experience.advantages, experience.returns, live.grad), values
+
+    (question, ours, values), (plain, theirs, expected) = one_iteration(True), one_iteration(False)
+    assert (question, plain) == (asked, "both")
+    assert_close(ours, theirs, rtol=0, atol=0)
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert "policy/entropy" in values
+
+
 # --- what steers itself -----------------------------------------------------------------------------------------------
 
 

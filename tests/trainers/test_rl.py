@@ -89,6 +89,7 @@ def make_trainer(
     learning_rate=0.01,
     sampled_in=torch.float32,
     microbatch_tokens=8192,
+    one_step=False,
     **update,
 ):
     torch.manual_seed(0)
@@ -104,6 +105,7 @@ def make_trainer(
             actor=TransformersPolicy(module),
             reference=None,
             max_response_tokens=LIMIT,
+            one_step=one_step,
         ),
         engine=NativeEngine(model, eos_ids=(EOS,), vocab_size=VOCAB, dtype=sampled_in, max_rows=8, progress=Silent()),
         reward=reward,
@@ -156,6 +158,43 @@ def test_microbatches_change_memory_and_never_the_result(kind):
     assert distance(first, untrained) > 1e-3
     for other in others:
         assert distance(first, other) < 1e-5
+
+
+def by_gradient_descent(trainer):
+    """The trainer with an optimizer that goes no further than the gradient."""
+    trained = trainer.trained["actor"]
+    trained.optimizer = torch.optim.SGD([{"params": list(trained.parameters.values()), "peak": 0.1}], lr=0.0)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_an_iteration_of_one_step_needs_no_pass_for_old_log_probabilities(kind, ratio):
+    """Ragged prompts and responses, padded with the id that ends them, in many microbatches."""
+    config = GRPOConfig(group_size=4, ratio=ratio, aggregation="sequence")
+    settings = {"config": config, "minibatch_size": 24, "microbatch_tokens": 20}
+    ours, plain = (by_gradient_descent(make_trainer(kind, one_step=x, **settings)) for x in (True, False))
+    passes = []
+    for trainer in (ours, plain):
+        module = trainer.trained["actor"].module
+        module.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    values = told(ours)
+    num_passes = len(passes)
+    assert num_passes > 3
+    assert all(passes)  # with gradient
+    assert values == pytest.approx(told(plain), rel=1e-4, abs=1e-6)
+    assert passes[num_passes:] == [False] + [True] * num_passes
+    assert distance(weights_of(ours), make_trainer(kind).trained["actor"].module.state_dict()) > 1e-3
+    assert distance(weights_of(ours), weights_of(plain)) < 1e-6
+    ((_, experience),) = ours.observe.seen
+    assert experience.old_logprobs is None
+    assert values["policy/ratio_max_deviation"] == 0
+
+
+@pytest.mark.parametrize("update", [{"num_epochs": 2, "minibatch_size": 24}, {"minibatch_size": 12}])
+def test_several_steps_never_go_without_old_log_probabilities(update):
+    with pytest.raises(AssertionError, match="later steps move away"):
+        make_trainer(one_step=True, **update).iterate()
 
 
 def test_the_ratio_deviation_is_that_of_the_first_minibatch():
@@ -281,13 +320,14 @@ def test_a_failure_after_the_first_optimizer_step_cannot():
     assert not trainer.rewind()
 
 
-def test_state_continues_bit_for_bit():
-    straight, first = make_trainer(num_epochs=2), make_trainer(num_epochs=2)
+@pytest.mark.parametrize("settings", [{"num_epochs": 2}, {"one_step": True, "minibatch_size": 24}])
+def test_state_continues_bit_for_bit(settings):
+    straight, first = make_trainer(**settings), make_trainer(**settings)
     for _ in range(4):
         straight.iterate()
     for _ in range(2):
         first.iterate()
-    second = make_trainer(num_epochs=2)
+    second = make_trainer(**settings)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for _ in range(2):
         second.iterate()

@@ -522,6 +522,20 @@ def test_in_the_warm_up_the_critic_learns_alone(config):
     assert metrics["critic/learning_rate"] == pytest.approx(2e-2)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_the_only_step_on_a_rollout_needs_the_actor_before_it_for_a_kl_alone(config, kl_coef):
+    update = dataclasses.replace(config.update, minibatch_size=8, microbatch_tokens=8192)
+    run = build_run(dataclasses.replace(config, algorithm=PPOConfig(kl_coef=kl_coef), update=update))
+    passes = []
+    for name, trained in run.trainer.trained.items():
+        trained.module.register_forward_pre_hook(lambda *_, name=name: passes.append((name, torch.is_grad_enabled())))
+    values = run.trainer.iterate().values()
+    scored = [("actor", False)] if kl_coef else []
+    assert sorted(passes) == [*scored, ("actor", True), ("critic", False), ("critic", True)]
+    assert values["policy/entropy"] > 1
+    assert values["policy/rollout_gap"] < 1e-5
+
+
 def test_schedules_end_with_the_run_of_each(config):
     """3 iterations of 2 steps; the actor has 2 of them."""
     linear = {name: OptimizerConfig(learning_rate=1.0, schedule="linear") for name in ("optimizer", "critic_optimizer")}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.rollout.transformers import TransformersEngine
-from llmrl.trainers.config import EvaluationConfig
+from llmrl.trainers.config import EvaluationConfig, UpdateConfig
 from llmrl.wiring.checks import check_rl
 from llmrl.wiring.rl import build_evaluator, build_grpo
 from tests.contexts import context_of
 
-from .conftest import TINY, build_run, roles_of
+from .conftest import ROOT, TINY, build_run, roles_of
 
 
 def test_rows_that_are_too_long_are_told(config):
@@ -331,3 +332,56 @@ def test_passes_are_packed_unless_the_recipe_says_otherwise(config, packing):
     assert run.trainer.budget.packed == packing
     for module in (run.trainer.trained["actor"].module, reference.policy.module):
         assert packs(module.model.base_model, torch.float32, torch.device("cpu")) == packing
+
+
+def scoring_passes(config):
+    """Numbers of passes without gradient of an iteration: of the actor, and of the reference."""
+    run, _ = build_run(config)
+    run.prepare()
+    reference, passes = getattr(run.trainer.algorithm, "reference", None), {"actor": 0, "reference": 0}
+    adapted = config.model.lora is not None
+
+    def count(role, module, *_):
+        if not torch.is_grad_enabled():
+            off = adapted and any(getattr(part, "disable_adapters", False) is True for part in module.modules())
+            passes["reference" if off else role] += 1
+
+    run.trainer.trained["actor"].module.register_forward_pre_hook(partial(count, "actor"))
+    if reference is not None and not adapted:
+        reference.policy.module.register_forward_pre_hook(partial(count, "reference"))
+    values = run.trainer.iterate().values()
+    assert values["policy/entropy"] > 1
+    assert values["policy/rollout_gap"] < 1e-5
+    assert ("kl/mean" in values) == (reference is not None)
+    return passes["actor"], passes["reference"]
+
+
+ONE_STEP, TWO_STEPS = UpdateConfig(minibatch_size=128), UpdateConfig(minibatch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("update", "algorithm", "lora", "expected"),
+    [
+        (ONE_STEP, {}, None, (0, 0)),
+        (ONE_STEP, {"kl_coef": 0.1}, None, (0, 1)),
+        (ONE_STEP, {}, LoraSettings(rank=2), (0, 1)),
+        (ONE_STEP, {"ratio": "sequence", "aggregation": "sequence"}, None, (0, 0)),
+        (TWO_STEPS, {}, None, (1, 0)),
+        (dataclasses.replace(ONE_STEP, num_epochs=2), {"kl_coef": 0.1}, None, (1, 1)),
+        (ONE_STEP, {"name": "recipes/algorithms/successes.py:Successes"}, None, (1, 0)),
+        (ONE_STEP, {"name": "recipes/algorithms/reinforce.py:Reinforce"}, None, (1, 0)),
+        (ONE_STEP, {"loss": "recipes/algorithms/cispo.py:cispo"}, None, (0, 0)),
+    ],
+)
+def test_passes_before_the_update_are_those_that_something_needs(
+    config, monkeypatch, update, algorithm, lora, expected
+):
+    """In one optimizer step per rollout the actor's is none, unless an algorithm of the user's own may read it."""
+    monkeypatch.chdir(ROOT)
+    settings = dataclasses.replace(
+        config,
+        update=update,
+        algorithm=dataclasses.replace(config.algorithm, scale="none", **algorithm),
+        model=dataclasses.replace(config.model, lora=lora),
+    )
+    assert scoring_passes(settings) == expected
