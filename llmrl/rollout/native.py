@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from llmrl.batches import Prompts, Rollout, StopReason
 from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.cache import SlotCache, layer_states, num_columns
+from llmrl.rollout.linear import few_row_forwards, replacing
 from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
@@ -82,7 +83,7 @@ class NativeEngine:
             )
         prompts = prompts.to(model.device)
         responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
-        with evaluating(model):
+        with evaluating(model), replacing(few_row_forwards(model)):
             if self.graphs is not None:
                 self.graphs.decode(model, responses, sampling)
             else:

@@ -11,7 +11,7 @@ Nothing in a step asks the host, and nothing that outlives it moves: uniforms of
 in, masks are made once for all layers, and that a row is complete is a number on the device.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from llmrl.batches import StopReason
 from llmrl.functional.sampling import draw_tokens
 from llmrl.roles import Sampling
+from llmrl.rollout.linear import Forward, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Norm = Callable[[Tensor], Tensor]
 NOT_FINITE = -1
 """Stop reason of a row whose logits are not finite numbers. Never in a `Rollout`."""
 GROUPED_ATTENTION = "llmrl_grouped"
@@ -172,7 +172,7 @@ class Step:
     def __init__(
         self,
         model: "PreTrainedModel",
-        norms: Mapping[nn.Module, Norm],
+        norms: Mapping[nn.Module, Forward],
         slots: Slots,
         sampling: Sampling,
         *,
@@ -246,37 +246,34 @@ def attention_windows(model: "PreTrainedModel") -> dict[str, int | None]:
 
 
 @contextmanager
-def lean(model: "PreTrainedModel", norms: Mapping[nn.Module, Norm]) -> Iterator[None]:
+def lean(model: "PreTrainedModel", norms: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Has attention of torch go through `attend_grouped`, and these norms through what stands for them, temporarily."""
     config = model.config.get_text_config(decoder=True)
     own = config._attn_implementation
     if own is not None and own.startswith(TORCH_ATTENTION):
         config._attn_implementation = GROUPED_ATTENTION
-    for module, norm in norms.items():
-        module.forward = norm
     try:
-        yield
+        with replacing(norms):
+            yield
     finally:
         config._attn_implementation = own
-        for module in norms:
-            del module.forward
 
 
-def fused_norms(model: "PreTrainedModel") -> dict[nn.Module, Norm]:
+def fused_norms(model: "PreTrainedModel") -> dict[nn.Module, Forward]:
     """One kernel of torch for each RMS norm of the model that says the same, where its own code takes eight."""
     norms = {module: norm for module in model.modules() if (norm := _fused(module)) is not None}
     same = {type(module): _agree(module, norm) for module, norm in norms.items()}
     return {module: norm for module, norm in norms.items() if same[type(module)]}
 
 
-def _fused(module: nn.Module) -> Norm | None:
+def _fused(module: nn.Module) -> Forward | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
         return None
     return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
 
 
-def _agree(module: nn.Module, norm: Norm) -> bool:
+def _agree(module: nn.Module, norm: Forward) -> bool:
     weight = next(module.parameters())
     x = torch.linspace(-2.0, 3.0, len(weight), device=weight.device, dtype=weight.dtype)
     ours, theirs = norm(x), module(x)
