@@ -418,13 +418,26 @@ def make_answers(num_responses):
 
 
 @pytest.mark.parametrize("max_rows", [2, 4, 10])
-def test_a_fed_response_goes_on_as_by_definition(any_model, native, prompts, feed, progress, max_rows):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fed_response_goes_on_as_by_definition(family, native, prompts, feed, progress, max_rows):
+    model = build(family)
     sampling, answers = make_sampling(max_response_tokens=40, first_response=6), make_answers(10)
     feed(answers)
-    rollout = native(any_model, max_rows=max_rows).generate(prompts, sampling)
-    assert_responds_by_definition(any_model, rollout, sampling, answers)
+    rollout = native(model, max_rows=max_rows).generate(prompts, sampling)
+    assert_responds_by_definition(model, rollout, sampling, answers)
     assert rollout.sequences.response_mask.sum() < rollout.sequences.response_lengths.sum() - 50
     assert progress.advanced == 10
+
+
+@pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
+def test_the_states_of_fed_rows_go_on_as_by_definition(hybrid, native, feed):
+    model, prompts = build_hybrid(hybrid), make_prompts([7, 8, 9, 2, 11], [20], [3, 4])
+    sampling = make_sampling(max_response_tokens=14)
+    answers = {0: {1: [9, 2, 10]}, 1: {1: [11, 12, 13], 3: [14]}, 2: {1: [15, 16]}, 3: {}, 4: {1: [17]}, 5: {}}
+    feed(answers)
+    rollout = native(model, max_rows=4).generate(prompts, sampling)
+    assert_responds_by_definition(model, rollout, sampling, answers)
+    assert rollout.sequences.response_mask.sum() < rollout.sequences.response_lengths.sum() - 6
 
 
 @pytest.mark.parametrize("budget", [1, 8])
