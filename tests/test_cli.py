@@ -11,11 +11,13 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
 import typer
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
@@ -26,6 +28,7 @@ from llmrl.distributed.activity import HERE
 from llmrl.models.folders import ModelError
 from llmrl.user_code import UserCodeFailure
 from llmrl.wiring.runs import RUNS
+from tests.hybrids import HYBRIDS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "models" / "tiny_char_llama"
@@ -587,6 +590,33 @@ def launch(recipe, *arguments):
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+def test_a_hybrid_is_trained_and_goes_on_bit_for_bit(grpo_recipe, data, family):
+    """With the native engine, refilled twice in a rollout; prompts of two lengths."""
+    folder = data / family
+    shutil.copytree(TINY, folder)
+    config = HYBRIDS[family]()
+    config.vocab_size, config.pad_token_id, config.eos_token_id = 99, 0, 1
+    config.save_pretrained(folder)
+    write_jsonl(data / "train.jsonl", [{"prompt": f"{a}+{7 * a}=", "answer": str(8 * a)} for a in range(1, 10)])
+    (data / "rule.py").write_text(
+        "def spread(responses):\n    return [float(sum(map(ord, r)) % 7) for r in responses]\n"
+    )
+    rule = f"reward.functions=[{{name: {data}/rule.py:spread}}]"
+    arguments = (rule, f"model.path={folder}", "rollout.engine=native", "rollout.max_rows=8", "run.checkpoint_every=1")
+    straight = data / "straight"
+    assert llmrl("grpo", grpo_recipe, *arguments, f"run.output_dir={straight}") == (0, ANY, ANY)
+    assert llmrl("grpo", grpo_recipe, *arguments, "run.num_iterations=1")[0] == 0
+    assert llmrl("grpo", grpo_recipe, *arguments, "run.resume=true")[0] == 0
+    ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (data / "grpo", straight))
+    assert all(weight.equal(theirs[name]) for name, weight in ours.items())
+    entries = without_times(lines(data / "grpo" / "metrics.jsonl"))
+    assert entries == without_times(lines(straight / "metrics.jsonl"))
+    assert [entry["iteration"] for entry in entries] == [1, 2]
+    assert max(entry["policy/rollout_gap"] for entry in entries) < 1e-5
+    assert min(entry["actor/grad_norm"] for entry in entries) > 0
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(grpo_recipe, data):

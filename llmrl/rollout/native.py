@@ -3,26 +3,37 @@
 All live rows share one write column, so a step writes one slice and the model builds its masks as always. A prompt is
 prefilled once for its whole group. A row that finishes gives its slot to the last live row, so finished rows cost
 nothing; as soon as a group's slots are free, the next prompt moves in. The result depends on none of this.
+
+Padding would enter the state of a convolution or a recurrence. So a model that has one reads prompts of one length at a
+time, the shortest first, without padding.
 """
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from llmrl.batches import Prompts, Rollout, StopReason
+from llmrl.messages import class_and_message
 from llmrl.roles import Progress, Sampling, Trainable
-from llmrl.rollout.cache import SlotCache, layer_states, num_columns
+from llmrl.rollout.cache import SlotCache, holds_states, num_columns
 from llmrl.rollout.linear import few_row_forwards, replacing
 from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
-from llmrl.rollout.support import RolloutError, check_cache, check_length
+from llmrl.rollout.support import (
+    RolloutError,
+    check_cache,
+    check_length,
+    reads_by_position,
+    refusal,
+    takes_padding,
+)
 from llmrl.rollout.weights import SamplingWeights, evaluating
 
 if TYPE_CHECKING:
@@ -35,7 +46,7 @@ PREFILL_TOKENS = 16_384
 
 
 class NativeEngine:
-    """`RolloutEngine` over any causal language model whose cache is plain attention.
+    """`RolloutEngine` over any causal language model that keeps keys and values, states of fixed size, or both.
 
     Args:
         model: The trained model, adapters injected in place or none. Sampling reads its weights live where they have
@@ -65,6 +76,8 @@ class NativeEngine:
     ) -> None:
         check_cache(model)
         self.weights = SamplingWeights(model, dtype, copy_device)
+        if not takes_padding(model):
+            self._check_states()
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_rows = max_rows
@@ -92,6 +105,23 @@ class NativeEngine:
                 cache = self._new_cache(len(responses.numbers), sampling.num_responses, columns)
                 Decoding(model, cache, sampler, responses, self.progress).run()
         return responses.rollout()
+
+    def _check_states(self) -> None:
+        """Refuses a model that does not keep its states in a cache of transformers: has it read one token.
+
+        Raises:
+            RolloutError: With the reason.
+        """
+        model = self.weights.fresh()
+        cache = DynamicCache(config=model.config)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        try:
+            with evaluating(model):
+                last_logits(model, ids, torch.ones_like(ids, dtype=torch.bool), ids, cache)
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            raise refusal(model, class_and_message(error)) from error
+        if not all(holds_states(layer) for layer in cache.layers):
+            raise refusal(model, "it keeps states outside its cache")
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
@@ -132,7 +162,9 @@ class Decoding:
         self.prompt_lengths = self.prompts.mask.sum(dim=1).tolist()
         self.longest_prompt = max(self.prompt_lengths)
         self.group_size = responses.group_size
-        self.waiting = deque(range(len(self.prompts.rows)))
+        self.pads = takes_padding(model)
+        waiting = range(len(self.prompts.rows))
+        self.waiting = deque(waiting if self.pads else sorted(waiting, key=self.prompt_lengths.__getitem__))
         self.rows: list[Row] = []
         self.layout: list[tuple[int, int]] = []
         """Index and start of each live row, as `layout_on_device` has them."""
@@ -151,7 +183,7 @@ class Decoding:
         """Moves waiting prompts in, as many as have free slots for whole groups and fit in one forward pass, and draws
         their first tokens. Returns whether there were any."""
         free = (self.cache.slots - len(self.rows)) // self.group_size
-        count = num_in_one_pass([self.prompt_lengths[prompt] for prompt in islice(self.waiting, free)])
+        count = self._num_in_one_pass([self.prompt_lengths[prompt] for prompt in islice(self.waiting, free)])
         if count == 0:
             return False
         window = self.cache.window
@@ -159,7 +191,7 @@ class Decoding:
             window.end = self.longest_prompt
         admitted = [self.waiting.popleft() for _ in range(count)]
         prefilled, logits = self._prefill(admitted)
-        self.cache.fill(len(self.rows), layer_states(prefilled), copies=self.group_size)
+        self.cache.fill(len(self.rows), prefilled, copies=self.group_size)
         rows = [
             Row(prompt * self.group_size + g, window.end - self.prompt_lengths[prompt])
             for prompt in admitted
@@ -206,7 +238,7 @@ class Decoding:
         if room < 0:
             self._shift(room)
         while rows:
-            count = num_in_one_pass([len(ids) for ids in unread])
+            count = self._num_in_one_pass([len(ids) for ids in unread])
             self._read(rows[:count], unread[:count])
             rows, unread = rows[count:], unread[count:]
 
@@ -226,14 +258,14 @@ class Decoding:
             row.stop_reason = stop_reason
 
     def _prefill(self, admitted: list[int]) -> tuple[Cache, Tensor]:
-        """Keys and values of prompts, padded left to the longest of them, and the logits after their last tokens."""
+        """What the model keeps of prompts, padded left to the longest, and the logits after their last tokens."""
         width = max(self.prompt_lengths[prompt] for prompt in admitted)
         cache = DynamicCache(config=self.model.config)
         return cache, read_prompts(self.model, self.prompts, admitted, width, cache)
 
     def _read(self, rows: list[Row], unread: list[list[int]]) -> None:
-        """Writes keys and values of each row's unread tokens before the write column; what the row had moves to the
-        front by as many columns.
+        """Has the model read each row's unread tokens, and writes their keys and values before the write column; what
+        the row had moves to the front by as many columns.
 
         Tokens are padded on the right: then no row has a gap between what it had and what is new.
         """
@@ -246,13 +278,23 @@ class Decoding:
         columns = torch.arange(start, end + width, device=ids.device)
         positions = end - starts + torch.arange(width, device=ids.device).minimum(counts - 1)
         cache = self.cache.copy_slots(slots)
-        last_logits(self.model, ids, (columns >= starts) & (columns < end + counts), positions, cache)
-        states = layer_states(cache)
+        mask = (columns >= starts) & (columns < end + counts)
+        step = width if self.pads else 1  # a recurrence that goes on by several tokens at once is rounded otherwise
+        for first in range(0, width, step):
+            read = slice(first, first + step)
+            last_logits(self.model, ids[:, read], mask[:, : end - start + read.stop], positions[:, read], cache)
         for n, (slot, row) in enumerate(zip(slots, rows, strict=True)):
             kept = slice(row.start - start, end - start + len(unread[n]))
-            self.cache.fill(slot, [(k[n : n + 1, :, kept], v[n : n + 1, :, kept]) for k, v in states], copies=1)
+            self.cache.fill(slot, cache, copies=1, rows=slice(n, n + 1), columns=kept)
             row.start -= len(unread[n])
         self._fit_window()
+
+    def _num_in_one_pass(self, lengths: Sequence[int]) -> int:
+        """How many rows of these lengths, in order, the model reads in one forward pass; of one length, where it takes
+        no padding."""
+        if not self.pads:
+            lengths = list(takewhile(lambda length: length == lengths[0], lengths))
+        return num_in_one_pass(lengths)
 
     def _place(self) -> tuple[Tensor, Tensor]:
         """Indices and starts of the live rows on the device, copied there only when they have changed."""
@@ -294,16 +336,12 @@ def read_prompts(
 
 
 def last_logits(model: "PreTrainedModel", ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """Logits of the last column by the model's own forward; positions count real tokens only."""
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]
+    """Logits of the last column by the model's own forward; positions count real tokens only. A model without attention
+    asks for neither mask nor positions: its rows are of one length."""
+    context: dict[str, Any] = {"cache_params": cache}
+    if reads_by_position(type(model)):
+        context = {"past_key_values": cache, "attention_mask": mask, "position_ids": positions}
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **context).logits[:, -1]
 
 
 def num_in_one_pass(lengths: Sequence[int]) -> int:

@@ -1,9 +1,18 @@
 """Which models the native engine can decode, and how long their sequences may be."""
 
 import inspect
+from functools import cache as cached
 from typing import TYPE_CHECKING
 
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,28 +22,60 @@ class RolloutError(ValueError):
     """A rollout that the model or the engine cannot make, and what to do about it."""
 
 
-PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    DummyLayer,
+)
+"""Kinds of layers of a cache that `SlotCache` holds."""
+ARGUMENTS = {"input_ids", "past_key_values", "attention_mask", "position_ids", "logits_to_keep"}
+ARGUMENTS_WITHOUT_ATTENTION = {"input_ids", "cache_params", "logits_to_keep"}
 
 
 def check_cache(model: "PreTrainedModel") -> None:
-    """Refuses models whose state is more than keys and values that attention finds by the distance of columns.
+    """Refuses models that keep something else than keys and values, found by the distance of columns, and states of
+    fixed size.
 
-    Asks for the cache that transformers itself would build: recurrent, convolutional, indexed and shared layers have
-    classes of their own there. Attention in chunks looks at absolute columns, which differ from token positions here.
+    Asks for the cache that transformers itself would build: indexed and compressed layers have classes of their own
+    there. Attention in chunks looks at absolute columns, which differ from token positions here.
     """
     config = model.config.get_text_config(decoder=True)
-    missing = FORWARD_ARGUMENTS - set(inspect.signature(model.forward).parameters)
+    arguments = ARGUMENTS if reads_by_position(type(model)) else ARGUMENTS_WITHOUT_ATTENTION
+    missing = arguments - _arguments(type(model))
     if missing:
-        reason = f"its forward takes no {', '.join(sorted(missing))}"
-    elif any(type(layer) not in PLAIN_LAYERS for layer in DynamicCache(config=config).layers):
-        reason = "its cache is more than plain keys and values"
-    elif getattr(config, "attention_chunk_size", None) is not None:
-        reason = "it attends in chunks by absolute position"
-    else:
-        return
-    raise RolloutError(
-        f"the native engine cannot decode models of type {config.model_type}: {reason}; set rollout.engine=transformers"
+        raise refusal(model, f"its forward takes no {', '.join(sorted(missing))}")
+    if any(type(layer) not in LAYERS for layer in DynamicCache(config=config).layers):
+        raise refusal(model, "its cache is more than keys and values and states of fixed size")
+    if getattr(config, "kv_sharing_modes", None) is not None:
+        raise refusal(model, "its layers share keys and values")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise refusal(model, "it attends in chunks by absolute position")
+
+
+def takes_padding(model: "PreTrainedModel") -> bool:
+    """Whether tokens on the left that are masked leave no trace: no layer carries a state along the row."""
+    layers = DynamicCache(config=model.config).layers
+    return not any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+
+
+def reads_by_position(kind: "type[PreTrainedModel]") -> bool:
+    """Whether models of a class take a mask and positions beside their cache; those without attention do not."""
+    return "cache_params" not in _arguments(kind)
+
+
+@cached
+def _arguments(kind: "type[PreTrainedModel]") -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def refusal(model: "PreTrainedModel", reason: str) -> RolloutError:
+    """The error that the native engine cannot decode this model, and the way out."""
+    return RolloutError(
+        f"the native engine cannot decode models of type {model.config.get_text_config(decoder=True).model_type}: "
+        f"{reason}; set rollout.engine=transformers"
     )
 
 

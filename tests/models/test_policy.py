@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.models.policy import TransformersPolicy
+from tests.hybrids import HYBRIDS, build_hybrid
 from tests.rollout.tiny import VOCAB
 
 from .tiny import assert_same_gradients, build, dense, gradients, in_microbatches, make_sequences, module_of
@@ -26,6 +27,17 @@ def test_gradients_are_those_of_the_dense_computation(family):
     policy, plain = policy_of(family), build(family)
     ours = gradients(policy.module.model, *policy.logprobs(make_sequences()).named.values())
     assert_same_gradients(ours, gradients(plain, *dense(plain)))
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+def test_a_state_that_is_carried_along_the_row_sees_no_padding(hybrid):
+    """Log-probabilities and gradients of ragged rows side by side are those of each row alone."""
+    module, plain = module_of(build_hybrid(hybrid).train()), build_hybrid(hybrid).train()
+    outputs = TransformersPolicy(module).logprobs(make_sequences())
+    expected = dense(plain)
+    for ours, theirs in zip(outputs.named.values(), expected, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(module.model, *outputs.named.values()), gradients(plain, *expected))
 
 
 def test_padding_never_leaks(family):

@@ -25,6 +25,7 @@ from llmrl.models.heads import LinearHead, choose_head
 from llmrl.models.packing import PACKED
 from llmrl.models.probe import exact_float32, pack_where_exact, probe_rows, probe_trunk
 from llmrl.models.training import turn_dropout_off
+from tests.hybrids import HYBRIDS, build_hybrid
 from tests.models.rewards import reward_model
 from tests.rollout.tiny import VOCAB
 
@@ -279,6 +280,18 @@ def test_layers_of_another_kind_do_not_pack(kind):
     model.config.layer_types = ["full_attention", kind]
     pack_where_exact(model)
     assert not packs(model)
+
+
+@pytest.mark.parametrize("judge", ["by the kinds of layers", "by the states"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_models_that_carry_a_state_do_not_pack(family, judge, monkeypatch):
+    """Nor where the config says nothing of it: the states of a packed row are others."""
+    if judge == "by the states":
+        monkeypatch.setattr("llmrl.models.probe._attends_by_position", lambda *_: True)
+    model = build_hybrid(family).train()
+    own = model.config._attn_implementation
+    pack_where_exact(model, longest=16)
+    assert model.config._attn_implementation == own != PACKED
 
 
 def test_other_kernels_of_attention_do_not_pack():

@@ -1,8 +1,15 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from llmrl.rollout.cache import SLACK_COLUMNS, SlotCache, layer_states, num_columns
+from llmrl.rollout.cache import SLACK_COLUMNS, SlotCache, holds_states, layer_states, num_columns
 
 HEADS, HEAD_DIM = 2, 3
 
@@ -11,6 +18,14 @@ def prefilled(values):
     """Keys and values of one layer: these numbers, a row a prompt and a column a token, and their negatives."""
     states = torch.tensor(values)[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
     return states, -states
+
+
+def cache_of(*states):
+    """A cache of transformers with keys and values of each layer."""
+    cache = Cache(layers=[DynamicLayer() for _ in states])
+    for index, (keys, values) in enumerate(states):
+        cache.update(keys, values, index)
+    return cache
 
 
 def token(*values):
@@ -30,7 +45,7 @@ def cache():
     cache = SlotCache(slots=5, columns=6)
     cache.window.end = 3
     first, second = [[1.0, 2.0], [0.0, 3.0]], [[100.0, 200.0], [0.0, 300.0]]
-    cache.fill(0, [prefilled(first), prefilled(second)], copies=2)
+    cache.fill(0, cache_of(prefilled(first), prefilled(second)), copies=2)
     cache.window.rows, cache.window.start = 4, 1
     return cache
 
@@ -55,7 +70,7 @@ def test_columns_hold_the_longest_row_and_come_in_steps(longest, refills, column
 
 
 def test_later_prompts_stand_behind_the_live_rows(cache):
-    cache.fill(4, [prefilled([[9.0]]), prefilled([[900.0]])], copies=1)
+    cache.fill(4, cache_of(prefilled([[9.0]]), prefilled([[900.0]])), copies=1)
     cache.window.rows = 5
     assert live(cache)[3:] == [[0, 3], [0, 9]]
 
@@ -104,7 +119,7 @@ def test_columns_move_to_the_back(cache):
 def test_columns_move_to_the_front_even_onto_themselves(shift):
     cache = SlotCache(slots=1, columns=6)
     cache.window.end = 6
-    cache.fill(0, [prefilled([[1.0, 2.0, 3.0, 4.0]])], copies=1)
+    cache.fill(0, cache_of(prefilled([[1.0, 2.0, 3.0, 4.0]])), copies=1)
     cache.window.rows, cache.window.start = 1, 2
     cache.move_columns(shift)
     assert (cache.window.start, cache.window.end) == (2 - shift, 6 - shift)
@@ -115,3 +130,80 @@ def test_an_unwritten_column_is_a_number(cache):
     """Attention multiplies it by a weight of 0, which would make NaN of a NaN."""
     assert not cache.layers[0].buffers[0][4].any()
     assert not cache.layers[0].buffers[1][:, :, 3:].any()
+
+
+def written(*values):
+    """A cache of transformers after one token a row: a convolution of kernel 2 and a recurrence, the same beside
+    attention, and a layer that holds nothing."""
+    layers = [LinearAttentionLayer(), LinearAttentionAndFullAttentionLayer(), DummyLayer()]
+    rows = torch.tensor(values)
+    for layer in layers[:2]:
+        layer.update_conv_state(torch.stack([torch.zeros_like(rows), rows], dim=1)[:, None])
+        layer.update_recurrent_state(10 * rows[:, None])
+    layers[1].update(*prefilled([[value] for value in values]))
+    return Cache(layers=layers)
+
+
+@pytest.fixture
+def mixed():
+    """Prompts 1 and 2, twice each."""
+    cache = SlotCache(slots=5, columns=6)
+    cache.window.end = 1
+    cache.fill(0, written(1.0, 2.0), copies=2)
+    cache.window.rows = 4
+    return cache
+
+
+def states(cache):
+    """What convolution and recurrence have of each live row, the same in both layers."""
+    layers = [
+        (layer.conv_states[0][:, 0].tolist(), layer.recurrent_states[0][:, 0].tolist()) for layer in cache.layers[:2]
+    ]
+    assert layers[0] == layers[1]
+    return layers[0]
+
+
+def test_states_of_a_prompt_go_to_every_copy(mixed):
+    assert states(mixed) == ([[0, 1], [0, 1], [0, 2], [0, 2]], [10, 10, 20, 20])
+    assert live(mixed, layer=1) == [[1], [1], [2], [2]]
+
+
+def test_a_step_overwrites_the_states_of_the_live_rows(mixed):
+    mixed.fill(4, written(9.0), copies=1)
+    for index in range(2):
+        full = mixed.update_conv_state(torch.tensor([5.0, 6.0, 7.0, 8.0])[:, None, None], index)
+        assert full[:, 0].tolist() == [[0, 1, 5], [0, 1, 6], [0, 2, 7], [0, 2, 8]]
+        mixed.update_recurrent_state(torch.tensor([[50.0], [60.0], [70.0], [80.0]]), index)
+        assert mixed.has_previous_state(index)
+    assert states(mixed) == ([[1, 5], [1, 6], [2, 7], [2, 8]], [50, 60, 70, 80])
+    mixed.window.rows = 5
+    assert states(mixed)[1][4] == 90
+    assert states(mixed)[0][4] == [0, 9]
+
+
+def test_a_row_moves_with_its_states(mixed):
+    mixed.move_row(3, 0)
+    assert states(mixed) == ([[0, 2], [0, 1], [0, 2], [0, 2]], [20, 10, 20, 20])
+    assert live(mixed, layer=1) == [[2], [1], [2], [2]]
+
+
+def test_states_stay_where_columns_move(mixed):
+    mixed.move_columns(-2)
+    assert states(mixed) == ([[0, 1], [0, 1], [0, 2], [0, 2]], [10, 10, 20, 20])
+    assert live(mixed, layer=1) == [[1], [1], [2], [2]]
+
+
+def test_copied_states_go_on_and_leave_the_cache_alone(mixed):
+    copy = mixed.copy_slots([2, 0])
+    for index in range(2):
+        copy.update_conv_state(torch.tensor([5.0, 6.0])[:, None, None], index)
+        copy.update_recurrent_state(torch.tensor([[50.0], [60.0]]), index)
+    assert states(copy) == ([[2, 5], [1, 6]], [50, 60])
+    assert states(mixed) == ([[0, 1], [0, 1], [0, 2], [0, 2]], [10, 10, 20, 20])
+    mixed.fill(1, copy, copies=1, rows=slice(1, 2))
+    assert states(mixed) == ([[0, 1], [1, 6], [0, 2], [0, 2]], [10, 60, 20, 20])
+
+
+def test_a_layer_that_was_never_written_to_holds_nothing():
+    assert all(holds_states(layer) for layer in written(1.0).layers)
+    assert not any(holds_states(kind()) for kind in (DynamicLayer, LinearAttentionLayer))

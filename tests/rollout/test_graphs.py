@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from llmrl.rollout import graphs as graphs_module
 from llmrl.rollout.graphs import GraphDecoder, bucket, check_graphs
 from llmrl.rollout.support import RolloutError
+from tests.hybrids import ONE_OF_EACH_KIND, build_hybrid
 
 from .test_weights import Trained, assert_samples_from
 from .tiny import EOS, SIZES, VOCAB, build, make_prompts, make_sampling, rows_of
@@ -232,3 +233,9 @@ def test_a_model_whose_step_gives_other_logits_is_refused(model):
     model.model.rotary_emb.register_forward_pre_hook(shift, with_kwargs=True)
     with pytest.raises(RolloutError, match="off by"):
         check_graphs(model, VOCAB)
+
+
+@pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
+def test_models_that_carry_a_state_are_refused(hybrid):
+    with pytest.raises(RolloutError, match="its layers carry states along the row"):
+        check_graphs(build_hybrid(hybrid), VOCAB)

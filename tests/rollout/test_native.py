@@ -12,8 +12,14 @@ from llmrl.rollout import cache as cache_module
 from llmrl.rollout import native as native_module
 from llmrl.rollout.support import RolloutError
 from tests import oracles
+from tests.hybrids import ONE_OF_EACH_KIND, build_hybrid
 
-from .tiny import EOS, VOCAB, build, full_forward_logprobs, make_prompts, make_sampling, rows_of
+from .tiny import EOS, FAMILIES, VOCAB, build, full_forward_logprobs, make_prompts, make_sampling, rows_of
+
+
+@pytest.fixture(params=[*FAMILIES, *ONE_OF_EACH_KIND])
+def any_model(request):
+    return build(request.param) if request.param in FAMILIES else build_hybrid(request.param)
 
 
 def tokens(rollout):
@@ -135,7 +141,7 @@ def moves(monkeypatch):
 
 def test_the_window_moves_to_the_front_without_a_trace(any_model, native, prompts, moves):
     many = Prompts.cat([prompts, prompts, prompts])
-    rollout = native(any_model, max_rows=3).generate(many, make_sampling(num_responses=1))
+    rollout = native(any_model, max_rows=3).generate(many, make_sampling(num_responses=1, seed=12))
     assert len(moves) > 1
     assert min(moves) >= 1
     for prompt, response, logprobs, _ in rows_of(rollout):
@@ -154,6 +160,41 @@ def test_every_prompt_is_prefilled_once_and_no_finished_row_is_decoded(model, na
     rollout = native(model, max_rows=4).generate(prompts, make_sampling())
     assert work["prompt"] == 9 + 1 + 4 + 3 + 6
     assert work["response"] == int(rollout.sequences.response_lengths.sum()) - 10  # the prefill gives the first tokens
+
+
+@pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
+def test_a_hybrid_reads_prompts_of_one_length_at_once_and_no_padding(hybrid, native, monkeypatch):
+    """Prompts of 9, 1, 4, 1, 4 and 4 tokens; the last of 4 exceeds the budget of its pass."""
+    prompts = make_prompts([7, 8, 9, 2, 11, 12, 13, 14, 15], [20], [3, 4, 30, 31], [21], [2, 2, 17, 18], [5, 6, 7, 8])
+    monkeypatch.setattr(native_module, "PREFILL_TOKENS", 11)
+    passes = []
+    read = native_module.read_prompts
+
+    def record(model, prompts, chosen, width, cache):
+        passes.append((len(chosen), width))
+        assert bool(prompts.mask[chosen, -width:].all())
+        return read(model, prompts, chosen, width, cache)
+
+    monkeypatch.setattr(native_module, "read_prompts", record)
+    native(build_hybrid(hybrid)).generate(prompts, make_sampling())
+    assert passes == [(2, 1), (2, 4), (1, 4), (1, 9)]
+
+
+@pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
+def test_no_number_of_a_slot_outlives_its_row(hybrid, native, prompts, monkeypatch):
+    """Slots that hold NaN before a row moves in, in the place of what another row has left."""
+    expected = native(build_hybrid(hybrid), max_rows=4).generate(prompts, make_sampling())
+
+    class Poisoned(native_module.SlotCache):
+        def fill(self, slot, source, copies, **which):
+            super().fill(slot, source, copies, **which)
+            for layer in self.layers:
+                for state in cache_module._fixed_states(layer):
+                    state[slot + copies * len(cache_module._fixed_states(source.layers[0])[0]) :] = math.nan
+
+    monkeypatch.setattr(native_module, "SlotCache", Poisoned)
+    rollout = native(build_hybrid(hybrid), max_rows=4).generate(prompts, make_sampling())
+    assert rollout.rollout_logprobs.equal(expected.rollout_logprobs)
 
 
 @pytest.mark.parametrize(("budget", "passes"), [(1, 5), (12, 3), (20, 2), (10_000, 1)])
@@ -377,13 +418,26 @@ def make_answers(num_responses):
 
 
 @pytest.mark.parametrize("max_rows", [2, 4, 10])
-def test_a_fed_response_goes_on_as_by_definition(any_model, native, prompts, feed, progress, max_rows):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fed_response_goes_on_as_by_definition(family, native, prompts, feed, progress, max_rows):
+    model = build(family)
     sampling, answers = make_sampling(max_response_tokens=40, first_response=6), make_answers(10)
     feed(answers)
-    rollout = native(any_model, max_rows=max_rows).generate(prompts, sampling)
-    assert_responds_by_definition(any_model, rollout, sampling, answers)
+    rollout = native(model, max_rows=max_rows).generate(prompts, sampling)
+    assert_responds_by_definition(model, rollout, sampling, answers)
     assert rollout.sequences.response_mask.sum() < rollout.sequences.response_lengths.sum() - 50
     assert progress.advanced == 10
+
+
+@pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
+def test_the_states_of_fed_rows_go_on_as_by_definition(hybrid, native, feed):
+    model, prompts = build_hybrid(hybrid), make_prompts([7, 8, 9, 2, 11], [20], [3, 4])
+    sampling = make_sampling(max_response_tokens=14)
+    answers = {0: {1: [9, 2, 10]}, 1: {1: [11, 12, 13], 3: [14]}, 2: {1: [15, 16]}, 3: {}, 4: {1: [17]}, 5: {}}
+    feed(answers)
+    rollout = native(model, max_rows=4).generate(prompts, sampling)
+    assert_responds_by_definition(model, rollout, sampling, answers)
+    assert rollout.sequences.response_mask.sum() < rollout.sequences.response_lengths.sum() - 6
 
 
 @pytest.mark.parametrize("budget", [1, 8])

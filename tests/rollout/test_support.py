@@ -1,10 +1,12 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Llama4TextConfig, Mamba2Config, Qwen3NextConfig
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from llmrl.rollout.support import RolloutError
+from tests.hybrids import HYBRIDS, NO_TIME_STEP, OUTSIDE_THE_CACHE, build_hybrid
 
-from .tiny import build, make_prompts, make_sampling
+from .tiny import build, full_forward_logprobs, make_prompts, make_sampling, rows_of
 
 SMALL = {
     "vocab_size": 40,
@@ -16,27 +18,53 @@ SMALL = {
     "head_dim": 8,
     "pad_token_id": 0,
 }
-EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-REFUSED = [
-    Mamba2Config(vocab_size=40, hidden_size=32, num_heads=8, head_dim=8, num_hidden_layers=1, state_size=8),
-    Qwen3NextConfig(
-        **SMALL,
-        **EXPERTS,
-        shared_expert_intermediate_size=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-    ),
-    Llama4TextConfig(**SMALL, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=8),
-]
+REASONS = {
+    "minimax": "MiniMax uses cache of its own",
+    "recurrent_gemma": "it keeps states outside its cache",
+    "rwkv": "its forward takes no past_key_values, position_ids",
+}
 
 
-@pytest.mark.parametrize("config", REFUSED, ids=lambda config: config.model_type)
-def test_models_with_more_state_than_plain_attention_are_refused(config, native):
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(RolloutError, match=rf"models of type {config.model_type}: .*set rollout\.engine=transformers"):
-        native(model)
+@pytest.mark.parametrize("family", sorted(HYBRIDS.keys() - OUTSIDE_THE_CACHE))
+def test_a_model_that_carries_a_state_is_decoded_as_by_one_plain_forward(family, native, generating, prompts):
+    """Ragged prompts, rows that leave, and prompts that move in."""
+    model = build_hybrid(family)
+    rollout = native(model, max_rows=4).generate(prompts, make_sampling())
+    for prompt, response, logprobs, _ in rows_of(rollout):
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
+    reference = generating(model).generate(prompts, make_sampling())
+    assert reference.sequences.response_ids.equal(rollout.sequences.response_ids)
+    assert_close(reference.rollout_logprobs, rollout.rollout_logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", OUTSIDE_THE_CACHE)
+def test_states_outside_the_cache_are_refused(family, native):
+    with pytest.raises(RolloutError, match=rf"type {family}: .*{REASONS[family]}.*set rollout\.engine=transformers"):
+        native(build_hybrid(family))
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "zamba2"])
+def test_transformers_keeps_time_steps_large_in_a_forward_only(family, native, generating, prompts):
+    """Of transformers, in both engines: once it is mended there, `NO_TIME_STEP` and a line of docs/models.md can go."""
+    assert NO_TIME_STEP < 0.1
+    config = HYBRIDS[family]()
+    config.time_step_min = 0.1
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for engine in (native(model), generating(model)):
+        rollout = engine.generate(prompts, make_sampling())
+        gaps = [
+            (logprobs - full_forward_logprobs(model, prompt, response)).abs().max()
+            for prompt, response, logprobs, _ in rows_of(rollout)
+        ]
+        assert max(gaps) > 1e-4
+
+
+def test_attention_in_chunks_is_refused(native):
+    config = Llama4TextConfig(**SMALL, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=8)
+    match = r"type llama4_text: it attends in chunks .*set rollout\.engine=transformers"
+    with pytest.raises(RolloutError, match=match):
+        native(AutoModelForCausalLM.from_config(config))
 
 
 def test_no_sequence_outgrows_a_table_of_positions(native):

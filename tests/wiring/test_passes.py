@@ -26,6 +26,7 @@ from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.reward_model import load_trained_reward_model
 from llmrl.wiring.rewards import load_scorer
 from tests.contexts import CPU, on_cpu
+from tests.hybrids import HYBRIDS
 from tests.models.tiny import DrawnHead
 
 from .conftest import TINY
@@ -67,6 +68,20 @@ def test_a_cache_that_forgets_is_refused_with_a_way_out(planted, way_out, monkey
     monkeypatch.setattr(actor.model.base_model, "forward", forgetful)
     with pytest.raises(RolloutError, match=rf"the {planted} engine cannot decode .* by \d.*; {way_out}"):
         check_sampling(actor, RolloutConfig(engine=planted))
+
+
+@pytest.mark.parametrize("family", ["zamba2", "nemotron_h", "minimax"])
+def test_a_hybrid_that_decodes_another_function_than_it_trains_is_refused(family, tmp_path):
+    """In transformers: a least time step that decoding leaves out, and padding that reaches a state."""
+    config = HYBRIDS[family]()
+    config.vocab_size, config.time_step_min, config.initializer_range = 99, 0.1, 0.3
+    config.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY.path).save_pretrained(tmp_path)
+    actor = actor_of(ModelConfig(path=str(tmp_path), from_scratch=True))
+    with pytest.raises(RolloutError, match=f"of type {family}: its log-probabilities differ by .*; choose another"):
+        check_sampling(actor, RolloutConfig(engine="transformers"))
+    with pytest.raises(RolloutError, match=rf"native engine cannot decode models of type {family}: "):
+        check_sampling(actor, RolloutConfig(engine="native"))
 
 
 def test_other_log_probabilities_than_those_that_train_are_refused(engine, monkeypatch):
