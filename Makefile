@@ -74,7 +74,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/metrics.py
 
 # The short set beside transformers and TRL, and the README's table from all results; make bench WORKLOADS="W6 W7" for
-# others, see benchmarks/workloads.py. MODEL is a folder; TURNS is how often each side is measured. DTYPE=float32 where the
+# others, see benchmarks/bench.py. MODEL is a folder; TURNS is how often each side is measured. DTYPE=float32 where the
 # processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
 bench: $(INSTALLED) $(PEERS) $(MODEL)
 	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS) --dtype $(DTYPE)

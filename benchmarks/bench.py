@@ -3,16 +3,18 @@
     python benchmarks/bench.py MODEL_DIR W1 W4 W9
     python benchmarks/bench.py MODEL_DIR W6 W7 --turns 5
 
-W1 is a rollout, W9 a step of a reward model, the others are training steps, see `workloads.py`; learning compares the
-first losses and gradients with TRL's. Without names it runs the short set.
+W1 is a rollout, W9 a step of a reward model, W17 a step on two processes, the others are training steps, see
+`workloads.py`; W10, W11 and W18 are lines of the table that follow from other workloads, which they stand for. learning
+and learning-ppo compare the first losses and gradients with TRL's. Without names it runs the short set.
 """
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from workloads import WORKLOADS
+from workloads import DERIVED, WORKLOADS
 
 HERE = Path(__file__).parent
 SHORT = ("learning", "W1", "W4", "W9")
@@ -21,10 +23,10 @@ TURNS = 2
 
 def main() -> None:
     args = parse()
-    for name in args.workloads or SHORT:
+    for name in expand(args.workloads or SHORT):
         print(f"--- {name}", flush=True)
         script, *arguments = command(name, args)
-        subprocess.run([sys.executable, HERE / script, *arguments, "--dtype", args.dtype], check=True)
+        subprocess.run([sys.executable, HERE / script, args.model, *arguments], check=True)
     if not args.keep_table:
         subprocess.run([sys.executable, HERE / "table.py"], check=True)
 
@@ -43,19 +45,28 @@ def parse() -> argparse.Namespace:
 
 
 def names() -> list[str]:
-    return ["learning", *sorted(["W1", "W9", *WORKLOADS])]
+    return ["learning", "learning-ppo", *sorted(["W1", "W9", "W17", *WORKLOADS, *DERIVED])]
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """What is measured for these names, each once."""
+    return list(dict.fromkeys(measured for name in names for measured in DERIVED.get(name, (name,))))
 
 
 def command(name: str, args: argparse.Namespace) -> list[str]:
     """Script and arguments that measure a workload."""
-    turns = ["--turns", str(args.turns)]
+    dtype, turns = ["--dtype", args.dtype], ["--turns", str(args.turns)]
     if name == "learning":
-        return ["learning.py", args.model]
+        return ["learning.py", *dtype]
+    if name == "learning-ppo":
+        return ["learning.py", "--algorithm", "ppo", "--steps", "1", *dtype]
+    if name == "W17":
+        return ["data_parallel.py", *turns]
     if name == "W1":
-        return ["rollout.py", args.model, "--record", name, *turns]
+        return ["rollout.py", "--record", name, *dtype, *turns]
     if name == "W9":
-        return ["reward_model.py", args.model, "--record", name, "--batch-size", "8", "--steps", "3", *turns]
-    return ["steps.py", name, args.model, *turns]
+        return ["reward_model.py", "--record", name, "--batch-size", "8", "--steps", "3", *dtype, *turns]
+    return ["steps.py", "--workload", name, *dtype, *turns]
 
 
 if __name__ == "__main__":

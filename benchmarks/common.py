@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -34,6 +34,7 @@ def take_turns(
     turns: int,
     arguments: Sequence[str] = (),
     as_shipped: Sequence[str] = (),
+    launchers: Mapping[str, Sequence[str]] | None = None,
 ) -> Samples:
     """Measures each side this many times, each time in a process of its own.
 
@@ -43,21 +44,25 @@ def take_turns(
         turns: Times that each is measured.
         arguments: Further arguments of the workers.
         as_shipped: Sides without the settings of `ALLOCATOR`.
+        launchers: Arguments of Python before the program, by side, for those that a module launches.
     """
     samples: Samples = {side: [] for side in sides}
     for turn in range(turns):
         for side in sides:
             environment = os.environ | ({} if side in as_shipped else ALLOCATOR)
-            sample = run_worker(["--worker", side, *arguments], environment)
+            launcher = (launchers or {}).get(side, ())
+            sample = run_worker(["--worker", side, *arguments], environment, launcher)
             samples[side].append(sample)
             numbers = "  ".join(f"{name} {sample[name]:.2f}" for name in columns if name in sample)
             print(f"turn {turn + 1}  {side:9s}  {numbers}", flush=True)
     return samples
 
 
-def run_worker(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+def run_worker(
+    arguments: Sequence[str], environment: Mapping[str, str], launcher: Sequence[str] = ()
+) -> dict[str, Any]:
     """The JSON that this program prints last when it is started again with further arguments."""
-    command = [sys.executable, *sys.argv, *arguments]
+    command = [sys.executable, *launcher, *sys.argv, *arguments]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -91,9 +96,11 @@ def _ratios(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str
 class Clock:
     """Wall seconds, CPU seconds and phases of optimizer steps, and the share of a core that other processes took."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, cpu_seconds: Callable[[], float] = time.process_time) -> None:
         self.device = device
-        self.phases: Counter[str] = Counter()
+        self.cpu_seconds = cpu_seconds
+        """CPU seconds so far of all that is measured."""
+        self.phases: dict[str, float] = defaultdict(float)
         """Seconds of each phase of the step under way."""
         self.ends: list[tuple[float, float, float]] = []
         """Wall, own CPU and the machine's CPU seconds at the end of each step."""
@@ -118,7 +125,7 @@ class Clock:
         return timed
 
     def step_ended(self) -> None:
-        self.ends.append((self.now(), time.process_time(), machine_cpu_seconds()))
+        self.ends.append((self.now(), self.cpu_seconds(), machine_cpu_seconds()))
         self.steps.append(dict(self.phases))
         self.phases.clear()
 
@@ -190,7 +197,7 @@ def store(
     if args.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name(args.device)
     known = {name: version(name) for name in packages} | dict(versions or {}) | {"python": platform.python_version()}
-    record = {"model": args.model.name, "settings": settings, "machine": machine, "versions": known} | results
+    record = {"model": args.model.name, "settings": settings, "machine": machine, "versions": known, **results}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{benchmark}_{args.model.name}_{args.dtype}_{args.device.partition(':')[0]}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")

@@ -34,9 +34,10 @@ from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import Trackers
 from llmrl.settings import read_recipe
 from llmrl.sizing import estimate_memory, launched_strategy, read_shape
+from llmrl.sizing.estimate import Phase
 from llmrl.wiring.runs import RUNS
 
-PHASES = {"rollout": "rollout", "reward": "scoring", "logprobs": "scoring", "update": "update"}
+PHASES: dict[str, Phase] = {"rollout": "rollout", "reward": "scoring", "logprobs": "scoring", "update": "update"}
 """Phases of the estimate, by the names that trainers report."""
 
 BFLOAT16, CHECKPOINTS, LORA = "model.dtype=bfloat16", "model.gradient_checkpointing=true", "model.lora.rank=8"
@@ -202,7 +203,7 @@ def measure(case: str, args: argparse.Namespace, lengths: Lengths, folder: Path)
     shape = read_shape(config.model)
     assert shape is not None, "the model is a folder"
     estimate = estimate_memory(config, shape, launched_strategy(context.launch))
-    phases = {name: live.peaks[name] for name in PHASES.values() if name in live.peaks}
+    phases: dict[Phase, int] = {name: live.peaks[name] for name in PHASES.values() if name in live.peaks}
     return {
         "case": case,
         "strategy": args.strategies[0],

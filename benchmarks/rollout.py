@@ -28,6 +28,7 @@ from llmrl.distributed.device import prepare_device
 from llmrl.functional.streams import Purpose
 from llmrl.reports.progress import Silent
 from llmrl.roles import Sampling
+from llmrl.rollout.graphs import GraphDecoder
 from llmrl.rollout.native import NativeEngine
 
 ENGINES = ("native", "generate")
@@ -96,9 +97,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     prepare = prepare_native if args.worker == "native" else prepare_generate
     run = prepare(args, model, ids.to(args.device), lengths.to(args.device))
     baseline, clock = reset_memory(args.device), Clock(args.device)
-    for _ in range(2):  # the first to warm up
-        num_tokens = run()
-        clock.step_ended()
+    run()  # to warm up
+    clock.step_ended()
+    num_tokens = run()
+    clock.step_ended()
     if num_tokens != int(lengths.sum()):
         raise RuntimeError(f"{args.worker} made {num_tokens} tokens where {int(lengths.sum())} were forced")
     figures = clock.figures(after=1)
@@ -119,6 +121,10 @@ def prepare_native(args: argparse.Namespace, model: PreTrainedModel, ids: Tensor
         max_rows=args.max_rows,
         progress=Silent(),
     )
+    if model.device.type == "cuda":
+        engine.graphs = GraphDecoder(
+            eos_ids=engine.eos_ids, vocab_size=engine.vocab_size, max_rows=engine.max_rows, progress=engine.progress
+        )
     prompts = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), rows=tuple({} for _ in ids))
     sampling = Sampling(
         temperature=1.0,

@@ -1,6 +1,6 @@
 """Time, phases and peak memory of a training step of llmrl beside TRL's, on the same machine.
 
-    python benchmarks/steps.py W4 MODEL_DIR --dtype bfloat16
+    python benchmarks/steps.py MODEL_DIR --workload W4 --dtype bfloat16
 
 The workloads and their names are in `workloads.py`. Same weights, tokenizer, prompt ids, group size, reward, fused
 AdamW, precision (float32 weights, passes in --dtype) and number of optimizer steps for all. Response lengths are forced
@@ -14,15 +14,16 @@ cast once, and for PPO frozen models and scoring in --dtype.
 Every measurement is a fresh process that takes some steps to warm up and some for the record; the sides take turns.
 CPU seconds say more than wall seconds where other programs compete for the cores, most of all with OMP_NUM_THREADS=1.
 Phases, in wall seconds: the rollout; scoring, which is rewards, log-probabilities, values and advantages; the update,
-which is the rest. Memory is the highest resident size (on a GPU: allocated size), less what stood there before the
-models were loaded.
+which is the rest. Of llmrl there is also the overhead: what lies in none of the phases that it counts itself, the
+publishing of weights among it. Memory is the highest resident size (on a GPU: allocated size), less what stood there
+after the imports.
 """
 
 import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,23 @@ from common import MIB, Clock, Samples, compare, memory, reset_memory, store, ta
 from lengths import force_sampler
 from peers import check_peer
 from roofline import Limits, best, describe, forward_floor, measure_limits, read_shape, rollout_floor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl_steps import prepare_trl
+from transformers import AutoTokenizer
+from trl_steps import import_trainer, prepare_trl
 from workloads import WORKLOADS, Workload, checksum
 
 from llmrl.batches import Prompts, Rollout
-from llmrl.distributed.collectives import OneProcess, make_context
+from llmrl.distributed.collectives import join_ranks, make_context
 from llmrl.distributed.device import pick_device, prepare_device
+from llmrl.metrics import Metrics
+from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.saving import save_policy
 from llmrl.reports.progress import Silent
 from llmrl.reports.trackers import TrackerConfig, Trackers
 from llmrl.roles import Sampling
 from llmrl.settings import read_recipe
+from llmrl.trainers.config import RewardModelConfig
 from llmrl.trainers.rl import RLTrainer
+from llmrl.wiring.reward_model import load_trained_reward_model
 from llmrl.wiring.runs import RUNS
 
 SIDES = ("llmrl", "trl_tuned", "trl")
@@ -81,8 +87,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training steps: llmrl beside TRL.")
-    parser.add_argument("workload", choices=WORKLOADS, help="name of a workload, see workloads.py")
     parser.add_argument("model", type=Path, help="folder of a causal language model")
+    parser.add_argument("--workload", choices=WORKLOADS, required=True, help="name of a workload, see workloads.py")
     parser.add_argument("--warmup-steps", type=int, default=1, help="before the steps for the record")
     parser.add_argument("--steps", type=int, default=2, help="for the record")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -101,22 +107,31 @@ def prepare_folder(args: argparse.Namespace, workload: Workload, folder: Path) -
     rows = [json.dumps({"prompt": prompt}) for prompt in workload.prompts(tokenizer, args.seed)]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     if workload.algorithm == "ppo":
-        torch.manual_seed(args.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(folder / "reward_model")
-        tokenizer.save_pretrained(folder / "reward_model")
+        lora = LoraSettings(rank=workload.lora_rank) if workload.lora_rank else None
+        config = ModelConfig(path=str(args.model), lora=lora)
+        loaded = load_trained_reward_model(config, RewardModelConfig(), torch.device("cpu"), seed=args.seed)
+        save_policy(
+            folder / "reward_model",
+            model=loaded.model,
+            adapted=loaded.adapted,
+            tokenizer=loaded.tokenizer,
+            dtype=torch.float32,
+        )
 
 
 def measure(args: argparse.Namespace, workload: Workload) -> dict[str, Any]:
     """Times of the steps for the record, the work of each step, and peak memory, of one side."""
     prepare_device()  # for all sides
     clock, num_steps = Clock(args.device), args.warmup_steps + args.steps
-    baseline = reset_memory(args.device)
-    prepare = prepare_llmrl if args.worker == "llmrl" else prepare_trl
     work: list[dict[str, int]] = []
-    run = prepare(args, workload, clock, work, num_steps)
-    run()
+    if args.worker == "llmrl":
+        RUNS[workload.algorithm].builder()
+        baseline = reset_memory(args.device)
+        prepare_llmrl(args, workload, clock, work, num_steps)()
+    else:
+        import_trainer(workload)
+        baseline = reset_memory(args.device)
+        prepare_trl(args, workload, clock, work, num_steps)()
     figures = clock.figures(after=args.warmup_steps)
     figures["update_s"] = figures["step_s"] - figures["rollout_s"] - figures["scoring_s"]
     return figures | {"peak_mib": (memory(args.device)[1] - baseline) / MIB, "work": work}
@@ -124,7 +139,7 @@ def measure(args: argparse.Namespace, workload: Workload) -> dict[str, Any]:
 
 def prepare_llmrl(
     args: argparse.Namespace, workload: Workload, clock: Clock, work: list[dict[str, int]], num_steps: int
-) -> Callable[[], None]:
+) -> Callable[[], list[Metrics]]:
     """A run of llmrl, as its recipe says; the same way as its command line builds it."""
     trainer, eos_id = build_llmrl(args, workload, num_steps)
     force_sampler(workload.lengths(args.seed).to(args.device), eos_id=eos_id)
@@ -138,22 +153,24 @@ def prepare_llmrl(
 
     trainer.engine.generate = generate_and_count  # type: ignore[method-assign]
 
-    def run() -> None:
-        for _ in range(num_steps):
-            trainer.iterate()
-            clock.phases["rollout"] = trainer.seconds["rollout"]
-            clock.phases["scoring"] = trainer.seconds["reward"] + trainer.seconds["logprobs"]
-            clock.step_ended()
+    def step() -> Metrics:
+        started = clock.now()
+        metrics = trainer.iterate()
+        clock.phases["rollout"] = trainer.seconds["rollout"]
+        clock.phases["scoring"] = trainer.seconds["reward"] + trainer.seconds["logprobs"]
+        clock.phases["overhead"] = clock.now() - started - sum(trainer.seconds.values())
+        clock.step_ended()
+        return metrics
 
-    return run
+    return lambda: [step() for _ in range(num_steps)]
 
 
 def build_llmrl(args: argparse.Namespace, workload: Workload, num_steps: int) -> tuple[RLTrainer, int]:
-    """The trainer that the workload's recipe describes, and its EOS."""
+    """The trainer that the workload's recipe describes, and its EOS; on every rank, under a launcher."""
     kind = RUNS[workload.algorithm]
     config = read_recipe(kind.settings, write_recipe(args, workload, num_steps), [])
     checked = kind.checker()(config, dry=False)
-    context = make_context(OneProcess(), Silent())
+    context = make_context(join_ranks(), Silent())
     run = kind.builder()(config, checked, context, Trackers(TrackerConfig(), output_dir=args.folder))
     return run.trainer, AutoTokenizer.from_pretrained(args.model).eos_token_id
 
@@ -161,14 +178,17 @@ def build_llmrl(args: argparse.Namespace, workload: Workload, num_steps: int) ->
 def write_recipe(args: argparse.Namespace, workload: Workload, num_steps: int) -> Path:
     """The recipe of the workload, in the shared folder; whatever it does not name has its default."""
     scoring = Path(__file__).with_name("scoring.py")
-    reward = {"functions": [{"name": f"{scoring}:score"}]}
-    if workload.algorithm == "ppo":
-        reward = {"model": {"path": str(args.folder / "reward_model"), "normalize": False}}
+    lora = {"rank": workload.lora_rank} if workload.lora_rank else None
+    reward: dict[str, Any] = {"functions": [{"name": f"{scoring}:score"}]}
     algorithm: dict[str, Any] = {"kl_coef": workload.kl_coef}
+    sections: dict[str, Any] = {}
     if workload.algorithm == "grpo":
         algorithm |= {"group_size": workload.group_size, "scale": "none"}
+    else:
+        scorer = {"path": str(args.folder / "reward_model"), "normalize": False, "on_actor_base": lora is not None}
+        reward, sections = {"model": scorer}, {"critic": {"network": workload.critic}}
     recipe = {
-        "model": {"path": str(args.model), "dtype": args.dtype},
+        "model": {"path": str(args.model), "dtype": args.dtype, "lora": lora},
         "data": {"path": str(args.folder / "prompts.jsonl"), "template": "none"},
         "reward": reward,
         "rollout": {
@@ -184,7 +204,7 @@ def write_recipe(args: argparse.Namespace, workload: Workload, num_steps: int) -
             "samples_per_iteration": 0,
             "seed": args.seed,
         },
-        **workload.settings,
+        **sections,
     }
     path = args.folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # which is YAML too
@@ -205,19 +225,17 @@ def check_same_work(samples: Samples) -> None:
 def floors_of(args: argparse.Namespace, workload: Workload, limits: Limits) -> dict[str, float]:
     """Seconds that rollout, update and the whole step take at least."""
     shape = read_shape(args.model, args.dtype)
-    tokens: dict[str, Sequence[int]] = {
-        "prompts": [workload.prompt_tokens] * workload.num_prompts,
-        "lengths": workload.lengths(args.seed).tolist(),
-    }
-    rollout = rollout_floor(shape, limits, **tokens)
-    actor = forward_floor(shape, limits, **tokens)
-    other = forward_floor(shape, limits, **tokens, head=False)
+    prompts, lengths = [workload.prompt_tokens] * workload.num_prompts, workload.lengths(args.seed).tolist()
+    rollout = rollout_floor(shape, limits, prompts=prompts, lengths=lengths)
+    actor = forward_floor(shape, limits, prompts=prompts, lengths=lengths)
+    other = forward_floor(shape, limits, prompts=prompts, lengths=lengths, head=False)
+    passes = 2 if workload.lora_rank else 3  # frozen weights have no gradient
     if workload.algorithm == "grpo":
-        scoring, update = actor if workload.kl_coef else 0.0, 3 * actor
-    elif "critic" in workload.settings:
-        scoring, update = actor + other, 3 * actor  # reference and reward model; values come with the rollout
+        scoring, update = actor if workload.kl_coef else 0.0, passes * actor
+    elif workload.critic == "shared":
+        scoring, update = actor + other, passes * actor  # reference and reward model; values come with the rollout
     else:
-        scoring, update = actor + 2 * other, 3 * (actor + other)
+        scoring, update = actor + 2 * other, passes * (actor + other)
     return {"rollout": rollout, "update": update, "step": rollout + scoring + update}
 
 

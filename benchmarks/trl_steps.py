@@ -23,6 +23,9 @@ from transformers import (
 )
 from workloads import Workload, checksum
 
+from llmrl.models.adapters import lora_config
+from llmrl.models.config import LoraSettings
+
 LEARNING_RATE = 1e-6
 SHIPPED_BATCH = 8
 """Rows of a pass by TRL's defaults."""
@@ -34,6 +37,13 @@ def prepare_trl(
     """A run of TRL for as many steps; `args.worker` says whether it is tuned."""
     peer = TRLGRPO if workload.algorithm == "grpo" else TRLPPO
     return peer(args, workload, clock, work).prepare(num_steps)
+
+
+def import_trainer(workload: Workload) -> Any:
+    """The module with the trainer of the workload."""
+    if workload.algorithm == "grpo":
+        return import_peer("trl.trainer.grpo_trainer", workload.trl)
+    return import_peer("trl.experimental.ppo.ppo_trainer", workload.trl)
 
 
 class TRL:
@@ -48,7 +58,7 @@ class TRL:
         self.is_tuned = args.worker == "trl_tuned"
         self.dtype = getattr(torch, args.dtype)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(args.model)
-        self.eos_id = self.tokenizer.eos_token_id
+        self.eos_id: Any = self.tokenizer.eos_token_id
         rows = (args.folder / "prompts.jsonl").read_text().splitlines()
         self.prompts = [json.loads(row)["prompt"] for row in rows]
 
@@ -97,7 +107,7 @@ class TRL:
         model.generate = self.clock.timed("rollout", forced)
 
     def count(self, prompt_ids: torch.Tensor, response_ids: torch.Tensor) -> None:
-        ends = (response_ids == self.eos_id).int()
+        ends = response_ids.eq(self.eos_id).int()
         prompts = prompt_ids[:: self.workload.group_size].tolist()
         num_tokens = int((ends.argmax(dim=1) + 1).sum())
         self.work.append({"prompts": checksum(prompts), "response_tokens": num_tokens})
@@ -162,10 +172,17 @@ class TRLPPO(TRL):
     """`PPOTrainer`, which TRL has no longer."""
 
     def prepare(self, num_steps: int) -> Callable[[], None]:
+        module = import_trainer(self.workload)
+        trainer, policy = self.trainer(num_steps)
+        self.force(policy)
+        self.time_scoring(module)
+        return trainer.train
+
+    def trainer(self, num_steps: int) -> tuple[Any, PreTrainedModel]:
+        """The trainer, not yet forced, and the model that generates."""
         ppo = import_peer("trl.experimental.ppo", self.workload.trl)
-        module = import_peer("trl.experimental.ppo.ppo_trainer", self.workload.trl)
         self.tokenizer.pad_token_id = next(id for id in self.tokenizer.all_special_ids if id != self.eos_id)
-        frozen = self.dtype if self.is_tuned else torch.float32
+        frozen, lora = self.dtype if self.is_tuned else torch.float32, self.workload.lora_rank
         policy = self.load(AutoModelForCausalLM, self.args.model)
         trainer = ppo.PPOTrainer(
             args=ppo.PPOConfig(
@@ -175,20 +192,20 @@ class TRLPPO(TRL):
                 total_episodes=num_steps * self.workload.num_responses,
                 response_length=self.workload.response_tokens,
                 kl_coef=self.workload.kl_coef,
+                temperature=1.0,
                 num_sample_generations=0,
             ),
             processing_class=self.tokenizer,
             model=policy,
-            ref_model=self.load(AutoModelForCausalLM, self.args.model, dtype=frozen),
+            ref_model=None if lora else self.load(AutoModelForCausalLM, self.args.model, dtype=frozen),
             reward_model=self.scorer(frozen).eval(),
             value_model=self.scorer(torch.float32),
             train_dataset=Dataset.from_list([{"input_ids": ids} for ids in self.tokenizer(self.prompts)["input_ids"]]),
             eval_dataset=Dataset.from_list([{"input_ids": [0]}]),
             callbacks=[self.callback()],
+            peft_config=lora_config(LoraSettings(rank=lora), task_type="CAUSAL_LM") if lora else None,
         )
-        self.force(policy)
-        self.time_scoring(module)
-        return trainer.train
+        return trainer, policy
 
     def scorer(self, dtype: torch.dtype) -> PreTrainedModel:
         folder = self.args.folder / "reward_model"

@@ -1,8 +1,8 @@
 """The workloads of training steps, by name: how many prompts and responses, of which lengths, and which settings."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from lengths import draw_lengths
@@ -25,8 +25,10 @@ class Workload:
     mixed: bool = False
     """Lengths are uniform from 1 on."""
     kl_coef: float = 0.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Further sections of llmrl's recipe."""
+    critic: Literal["own", "shared", "adapter"] = "own"
+    """The critic of PPO in llmrl; TRL's always has a network of its own."""
+    lora_rank: int | None = None
+    """Trains adapters. In llmrl all roles stand on the actor's frozen base; in TRL only the reference does."""
 
     @property
     def num_responses(self) -> int:
@@ -42,9 +44,13 @@ class Workload:
         """In words, for a table."""
         tokens = f"up to {self.response_tokens}" if self.mixed else str(self.response_tokens)
         responses = f"{self.num_prompts} x {self.group_size}" if self.group_size > 1 else str(self.num_prompts)
-        kl = f", KL {self.kl_coef}" if self.algorithm == "grpo" and self.kl_coef else ""
-        shared = ", shared trunk" if "critic" in self.settings else ""
-        return f"{self.algorithm.upper()} step, {responses} responses of {self.prompt_tokens} + {tokens}{kl}{shared}"
+        more = f", KL {self.kl_coef}" if self.algorithm == "grpo" and self.kl_coef else self.roles
+        return f"{self.algorithm.upper()} step, {responses} responses of {self.prompt_tokens} + {tokens}{more}"
+
+    @property
+    def roles(self) -> str:
+        """How the roles of PPO share weights, in words."""
+        return {"own": "", "shared": ", shared trunk", "adapter": ", LoRA roles"}[self.critic]
 
     def lengths(self, seed: int) -> Tensor:
         """Tokens of each response (B,), EOS included."""
@@ -77,10 +83,30 @@ WORKLOADS: dict[str, Workload] = {
         prompt_tokens=64,
         response_tokens=32,
         kl_coef=0.05,
-        settings={"critic": {"network": "shared"}},
+        critic="shared",
+    ),
+    "W8-lora": Workload(
+        algorithm="ppo",
+        num_prompts=16,
+        group_size=1,
+        prompt_tokens=64,
+        response_tokens=32,
+        kl_coef=0.05,
+        critic="adapter",
+        lora_rank=16,
     ),
 }
-"""Beside W1, the rollout of `rollout.py`, and W9, the reward model of `reward_model.py`."""
+"""The steps of `steps.py`. W1 is the rollout of `rollout.py`, W9 the reward model of `reward_model.py`."""
+
+PARALLEL = Workload(algorithm="grpo", num_prompts=4, group_size=8, prompt_tokens=64, response_tokens=32)
+"""W17, of `data_parallel.py`."""
+
+DERIVED: dict[str, tuple[str, ...]] = {
+    "W10": ("W7", "W8", "W8-lora"),
+    "W11": ("W4", "W6"),
+    "W18": ("W4", "W7"),
+}
+"""Measured with other workloads: peak memory of PPO and of GRPO, and what a step takes beside its phases."""
 
 
 def checksum(ids: Sequence[Sequence[int]]) -> int:

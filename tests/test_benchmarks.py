@@ -3,13 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llmrl.batches import Prompts
+from llmrl.reports.progress import Silent
+from llmrl.rollout.graphs import PROBE_SAMPLING, GraphDecoder, SlotDecoding
+from llmrl.rollout.native import NativeEngine
+from llmrl.rollout.sampler import Sampler
+from llmrl.rollout.step import Step
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "models" / "tiny_word_llama"
@@ -26,6 +36,12 @@ def roofline(monkeypatch) -> ModuleType:
 def table(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return import_module("table")
+
+
+@pytest.fixture
+def lengths(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("lengths")
 
 
 @pytest.fixture
@@ -64,27 +80,50 @@ def test_the_shape_of_a_model_is_read_without_weights(roofline):
     assert shape.cache_bytes == 2 * 2 * config.num_hidden_layers * kv
 
 
-def test_lengths_are_forced_by_eos_alone(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_lengths_are_forced_by_eos_alone(lengths):
     logits = torch.zeros(2, 3)
-    import_module("lengths").force_length(logits, torch.tensor([1, 2]), eos_id=1)
+    lengths.force_length(logits, torch.tensor([1, 2]), eos_id=1)
     assert logits.softmax(dim=1).tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
 
 
-@pytest.mark.parametrize(
-    ("others", "cells"),
-    [
-        (1.0, "2.00 s | 5.00 s | x 2.50 | 7.00 s | x 3.50 | 50 % / 50 % / 50 %"),
-        (90.0, "4.00 CPU s | 10.00 CPU s | x 2.50 | 14.00 CPU s | x 3.50 | 25 % / 25 % / 25 %"),
-    ],
-    ids=["quiet", "busy"],
-)
-def test_the_table_is_made_of_the_results(table, tmp_path, monkeypatch, others, cells):
+@pytest.mark.parametrize("recorded", [False, True], ids=["general", "recorded"])
+def test_every_engine_keeps_forced_lengths(lengths, monkeypatch, recorded):
+    """Of 2 x 3 responses, two at a time; without them the responses are others."""
+    for cls, name in ((Sampler, "extend"), (SlotDecoding, "_uniforms"), (Step, "draw")):
+        monkeypatch.setattr(cls, name, getattr(cls, name))  # takes out again what is forced
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
+    model.generation_config.eos_token_id = None
+    common = {"eos_ids": (2,), "vocab_size": model.config.vocab_size, "max_rows": 3, "progress": Silent()}
+    engine = NativeEngine(model, dtype=model.dtype, **common)
+    if recorded:
+        engine.graphs = GraphDecoder(**common)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    prompts = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), rows=({}, {}))
+    sampling = replace(PROBE_SAMPLING, greedy=False, num_responses=3, max_response_tokens=9, first_response=12)
+    wanted = torch.tensor([1, 9, 4, 2, 7, 3])
+    lengths.force_sampler(wanted, eos_id=2)
+    sequences = engine.generate(prompts, sampling).sequences
+    assert sequences.response_lengths.tolist() == wanted.tolist()
+    last = sequences.response_ids[torch.arange(6), wanted - 1]
+    assert last.tolist() == [2] * 6
+    assert (sequences.response_ids.eq(2) & sequences.response_mask).sum() == 6
+
+
+def record_of(others: float) -> dict[str, Any]:
+    """Results of a workload, in which other programs took this many percent of a core."""
     summary = {
-        side: {"step_s_median": seconds, "step_cpu_s_median": 2 * seconds, "peak_mib_median": 2048.0}
+        side: {
+            "step_s_median": seconds,
+            "step_s_min": seconds - 0.5,
+            "step_cpu_s_median": 2 * seconds,
+            "step_cpu_s_min": 2 * seconds - 0.5,
+            "peak_mib_median": 1024.0 * seconds,
+            "peak_mib_min": 512.0 * seconds,
+        }
         for side, seconds in (("llmrl", 2.0), ("trl_tuned", 5.0), ("trl", 7.0))
     }
-    record = {
+    return {
         "model": "tiny",
         "describes": "a step",
         "settings": {"dtype": "bfloat16", "turns": 3},
@@ -94,22 +133,62 @@ def test_the_table_is_made_of_the_results(table, tmp_path, monkeypatch, others, 
         "versions": {"torch": "2"},
         "summary": summary,
         "roofline": {"fractions": {side: {"step": 0.5, "step_cpu": 0.25} for side in summary}},
-        "samples": {side: [{"others_cpu_percent": others}] for side in summary},
+        "samples": {side: [{"others_cpu_percent": others, "overhead_s": 0.1, "step_s": 2.0}] for side in summary},
     }
-    (tmp_path / "W4_tiny_bfloat16_cpu.json").write_text(json.dumps(record))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{table.BEGIN}\nwhat was there\n{table.END}\nbelow\n")
-    monkeypatch.setattr(table, "README", readme)
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["table.py"])
-    table.main()
-    text = readme.read_text()
-    assert f"| W4: a step | {cells} | 2.0 / 2.0 / 2.0 GiB |" in text.splitlines()
+
+
+@pytest.fixture
+def written(table, tmp_path, monkeypatch) -> Callable[..., str]:
+    """What the README is with the table of these results, by their file names."""
+
+    def write(**records: dict[str, Any]) -> str:
+        for name, record in records.items():
+            (tmp_path / f"{name}_tiny_bfloat16_cpu.json").write_text(json.dumps(record))
+        readme = tmp_path / "README.md"
+        readme.write_text(f"above\n{table.BEGIN}\nwhat was there\n{table.END}\nbelow\n")
+        monkeypatch.setattr(table, "README", readme)
+        monkeypatch.setattr(table, "RESULTS", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["table.py"])
+        table.main()
+        return readme.read_text()
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("others", "cells"),
+    [
+        (1.0, "2.00 s (1.50) | 5.00 s (4.50) | x 2.50 | 7.00 s (6.50) | x 3.50 | 50 % / 50 % / 50 %"),
+        (90.0, "4.00 CPU s (3.50) | 10.00 CPU s (9.50) | x 2.50 | 14.00 CPU s (13.50) | x 3.50 | 25 % / 25 % / 25 %"),
+    ],
+    ids=["quiet", "busy"],
+)
+def test_the_table_is_made_of_the_results(written, others, cells):
+    text = written(W4=record_of(others))
+    assert f"| W4: a step | {cells} | 2.0 / 5.0 / 7.0 GiB |" in text.splitlines()
     load = "turns of each side: 3, load average 0.5 before and 2.0 after"
     assert f"W4: tiny in bfloat16, 2 threads of a CPU; torch 2; {load}." in text
     assert text.startswith("above\n")
     assert text.endswith("\nbelow\n")
     assert "what was there" not in text
+
+
+def test_memory_and_overhead_are_lines_of_their_own(written):
+    record = record_of(1.0)
+    del record["roofline"]
+    text = written(W17=record, W8=record, W7=record)
+    rows = [line for line in text.splitlines() if line.startswith("| W")]
+    assert [row[2:].partition(":")[0] for row in rows] == ["W7", "W8", "W10", "W10", "W17", "W18"]
+    peak = "2.00 GiB (1.00) | 5.00 GiB (2.50) | x 2.50 | 7.00 GiB (3.50) | x 3.50 |  |  |"
+    assert f"| W10: peak memory of W8, shared trunk | {peak}" in rows
+    assert "| W18: overhead of W7 | 0.10 s, 5.0 % |  |  |  |  |  |  |" in rows
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_what_follows_from_other_workloads_stands_for_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    expand = import_module("bench").expand
+    assert expand(["W18", "W9", "W10"]) == ["W4", "W7", "W9", "W8", "W8-lora"]
 
 
 @pytest.mark.slow
@@ -124,6 +203,6 @@ def test_first_losses_and_gradients_are_those_of_trl(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(output.read_text())
-    assert record["steps"]["llmrl"]["first_loss"] != 0
+    assert record["steps"]["llmrl"]["actor"]["losses"][0] != 0
     assert record["loss_difference"] < 1e-5
     assert record["grad_norm_difference"] < 1e-4
