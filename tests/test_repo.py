@@ -191,7 +191,10 @@ def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
     ("place", "extras"),
     [
         ({"under": "llmrl"}, ["deepspeed", "math", "tensorboard", "wandb", "trackio"]),
-        ({"under": "", "but_not_under": "llmrl"}, ["deepspeed", "math", "tensorboard", "wandb", "trackio", "dev"]),
+        (
+            {"under": "", "but_not_under": "llmrl"},
+            ["deepspeed", "math", "tensorboard", "wandb", "trackio", "plots", "dev"],
+        ),
     ],
     ids=["package", "everything else"],
 )

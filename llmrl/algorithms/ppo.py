@@ -67,7 +67,7 @@ class PPO(Algorithm):
         max_response_tokens: int,
         warmup_iterations: int,
         value_coef: float,
-        one_step: bool = False,
+        one_step: bool,
     ) -> None:
         self.config = config
         self.networks = networks

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
+from transformers.cache_utils import Cache
+
+from llmrl.rollout.layers import (
     DummyLayer,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -215,8 +216,9 @@ def _empty_like(layer: Any) -> Any:
         return DummyLayer()
     if not isinstance(layer, LinearAttentionLayer):
         return DynamicLayer()
+    number_of_states = layer.number_of_states
     kind = LinearAttentionAndFullAttentionLayer if isinstance(layer, DynamicLayer) else LinearAttentionLayer
-    return kind(layer.number_of_states)
+    return kind(number_of_states)
 
 
 def _spread(rows: Tensor, buffer: Tensor, slot: int, copies: int) -> None:

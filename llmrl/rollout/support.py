@@ -4,9 +4,10 @@ import inspect
 from functools import cache as cached
 from typing import TYPE_CHECKING
 
-from transformers.cache_utils import (
+from transformers.cache_utils import DynamicCache
+
+from llmrl.rollout.layers import (
     DummyLayer,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,

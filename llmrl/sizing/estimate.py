@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.config import GRPORun, PPORun, RewardModelRun, RLRun, SFTRun
 from llmrl.rollout.cache import num_columns
 from llmrl.rollout.native import PREFILL_TOKENS
 from llmrl.sizing import activations
@@ -99,6 +99,11 @@ class _Parts(ABC):
     def items(self) -> Iterator[Item]:
         """Yields the items that a device holds."""
 
+    @property
+    def scores_networks(self) -> bool:
+        """Whether what learns makes passes without gradient, too."""
+        return True
+
     def splits(self) -> list[Split]:
         """The modules that learn, one for each optimizer."""
         return [self.split(self.shape.num_parameters)]
@@ -129,8 +134,9 @@ class _Parts(ABC):
         for name, num_bytes in totals.items():
             yield Item(name=name, num_bytes=num_bytes)
         for name, num_bytes in self.transient().items():
+            gathered_for_scoring = "weights" in name and self.scores_networks
             yield Item(
-                name=name, num_bytes=num_bytes, phases=("scoring", "update") if "weights" in name else ("update",)
+                name=name, num_bytes=num_bytes, phases=("scoring", "update") if gathered_for_scoring else ("update",)
             )
 
     def transient(self) -> dict[str, int]:
@@ -230,6 +236,12 @@ class _Reinforcement(_Parts):
         whole = replace(actor, trained=self.shape.num_trunk + self.shape.hidden_size, frozen=0)
         return [actor, replace(whole, root=self.shape.num_trunk - self.shape.num_linear)]
 
+    @property
+    def scores_networks(self) -> bool:
+        """False of GRPO where a rollout is one optimizer step, unless the reference is the actor without adapters."""
+        several = self.config.optimizer_steps_per_iteration > 1
+        return several or not isinstance(self.config, GRPORun) or self.config.algorithm.name != "grpo" or self.rank > 0
+
     def items(self) -> Iterator[Item]:
         yield from self.learning()
         yield from self.frozen()
@@ -299,7 +311,9 @@ class _Reinforcement(_Parts):
 
     def scoring(self) -> Iterator[Item]:
         """Yields the larger of the passes without gradient over one microbatch."""
-        works = [activations.no_gradient_bytes(self.shape, self._work())]
+        works = [0]
+        if self.scores_networks or self._has_reference:
+            works.append(activations.no_gradient_bytes(self.shape, self._work()))
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             work = self._work(budget=reward.microbatch_tokens, response_tokens=0)

@@ -342,6 +342,7 @@ def test_ppo_rewards_the_very_tokens():
         max_response_tokens=6,
         warmup_iterations=0,
         value_coef=1.0,
+        one_step=False,
     )
     experience, _ = ppo.experience(rollout, scores)
     # by lambda 0 and values of 0 the return of a token is its reward; the score is clipped, and these numbers are not
