@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -78,6 +78,11 @@ def compare(samples: Samples, columns: Sequence[str]) -> dict[str, Any]:
         numbers = "  ".join(f"{name} x {ratio:.2f}" for name, ratio in of_other.items())
         print(f"{first} over {other}, of the medians: {numbers}")
     return {"summary": summary, "ratios": ratios}
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """The largest number; NaN where one is NaN, unlike `max`, which passes over it."""
+    return torch.tensor([float(number) for number in numbers], dtype=torch.float64).max().item()
 
 
 def summarize(samples: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, float]:

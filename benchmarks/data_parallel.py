@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, Clock, Samples, compare, memory, reset_memory, store, take_turns
+from common import MIB, Clock, Samples, compare, largest, memory, reset_memory, store, take_turns
 from steps import check_same_work, prepare_folder, prepare_llmrl
 from workloads import PARALLEL
 
@@ -105,7 +105,7 @@ def measure_and_leave(args: argparse.Namespace) -> None:
 def largest_difference(samples: Samples) -> float:
     """The most that a metric of two processes differs by from that of one, relative to the larger of it and 0.01."""
     runs: dict[str, list[dict[str, Any]]] = {side: of_side[0]["metrics"] for side, of_side in samples.items()}
-    return max(
+    return largest(
         abs(ours[name] - alone[name]) / max(abs(alone[name]), 0.01)
         for ours, alone in zip(runs["two"], runs["one"], strict=True)
         for name in alone

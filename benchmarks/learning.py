@@ -21,7 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from common import Clock, store, take_turns
+from common import Clock, largest, store, take_turns
 from peers import check_peer
 from steps import build_llmrl, prepare_folder
 from transformers import AutoTokenizer
@@ -92,8 +92,8 @@ def differences(llmrl: Learned, trl_tuned: Learned) -> dict[str, float]:
         for name in ("losses", "grad_norms")
     }
     return {
-        "loss_difference": max(abs(ours - theirs) for ours, theirs in firsts["losses"]),
-        "grad_norm_difference": max(abs(ours - theirs) / theirs for ours, theirs in firsts["grad_norms"]),
+        "loss_difference": largest(abs(ours - theirs) for ours, theirs in firsts["losses"]),
+        "grad_norm_difference": largest(abs(ours - theirs) / theirs for ours, theirs in firsts["grad_norms"]),
     }
 
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,26 @@ def main() -> None:
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    records = {path.name.partition("_")[0]: json.loads(path.read_text()) for path in RESULTS.glob("W*.json")}
+    records = [(path.name.partition("_")[0], json.loads(path.read_text())) for path in sorted(RESULTS.glob("W*.json"))]
     notes = [note(json.loads(path.read_text())) for path in sorted(RESULTS.glob("learning-*.json"))]
     README.write_text("\n\n".join([f"{before}{BEGIN}", table(records), *notes, f"{END}{after}"]))
     print(f"{len(records)} workloads written to {README.name}")
 
 
-def table(records: Mapping[str, Record]) -> str:
-    """The table, and below it the machines, versions and loads of its rows."""
-    rows = {name: time_row(name, record) for name, record in records.items()} | dict(derived_rows(records))
+def table(records: Sequence[tuple[str, Record]]) -> str:
+    """The table of workloads by name, and below it the machines, versions and loads of its rows."""
+    rows = [(name, time_row(name, record)) for name, record in records]
+    rows += [row for name, record in records for row in derived_rows(name, record)]
     names: dict[str, list[str]] = {}
-    for name in sorted(records, key=place):
-        names.setdefault(machine(records[name]), []).append(name)
+    for name, record in sorted(records, key=place):
+        names.setdefault(machine(record), []).append(name)
     notes = [f"\n{', '.join(of_note)}: {text}" for text, of_note in names.items()]
-    return "\n".join([*HEAD, *(rows[name] for name in sorted(rows, key=place)), *notes])
+    return "\n".join([*HEAD, *(row for _, row in sorted(rows, key=place)), *notes])
 
 
-def place(name: str) -> tuple[int, str]:
+def place(named: tuple[str, object]) -> tuple[int, str]:
     """W9 before W10, and W10 of W8 before W10 of W8-lora."""
+    name, _ = named
     number = re.search(r"\d+", name)
     assert number is not None
     return int(number.group()), name
@@ -68,20 +70,19 @@ def time_row(name: str, record: Record) -> str:
     fractions = " / ".join(f"{100 * reached[side][kind]:.0f} %" for side in ordered(summary) if side in reached)
     peaks = " / ".join(f"{gib(summary[side]['peak_mib_median']):.1f}" for side in ordered(summary))
     processes = ", 2 processes beside 1 (ideal: x 2)" if "two" in summary else ""
-    return line(f"{name}: {record['describes']}{processes}", record, sides, f"{kind}_s", fractions, f"{peaks} GiB")
+    title = f"{name}: {record['describes']}, {record['settings']['dtype']}{processes}"
+    return line(title, record, sides, f"{kind}_s", fractions, f"{peaks} GiB")
 
 
-def derived_rows(records: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
-    """Names and rows of peak memory, and of what a step takes beside its phases."""
+def derived_rows(source: str, record: Record) -> Iterator[tuple[str, str]]:
+    """Names and rows of peak memory, and of what a step takes beside its phases, as far as a workload has them."""
     for name, sources in DERIVED.items():
-        for source in sources:
-            title = f"{name}: {{}} of {source}{WORKLOADS[source].roles}"
-            if source not in records:
-                continue
+        if source in sources:
+            title = f"{name}: {{}} of {source}{WORKLOADS[source].roles}, {record['settings']['dtype']}"
             if name != "W18":
-                yield f"{name} {source}", memory_row(title, records[source])
-            elif "overhead_s" in records[source]["samples"]["llmrl"][0]:
-                yield f"{name} {source}", overhead_row(title, records[source])
+                yield f"{name} {source}", memory_row(title, record)
+            elif "overhead_s" in record["samples"]["llmrl"][0]:
+                yield f"{name} {source}", overhead_row(title, record)
 
 
 def memory_row(title: str, record: Record) -> str:

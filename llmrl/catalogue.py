@@ -175,7 +175,7 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="ratio",
         meaning="Largest |importance ratio - 1| of the iteration's first minibatch, before its step.",
         look_for="Rounding, 1e-5 in float32: two passes of the trainer over the same weights. Anything else is a bug. "
-        "0 where the only optimizer step of the iteration needs no second pass.",
+        "0 by definition where the only optimizer step of the iteration needs no second pass.",
         runs=ALGORITHMS,
     ),
     Metric(

@@ -1,6 +1,7 @@
 """The benchmarks: the roofline, forced lengths, the table, and that llmrl and TRL learn the same from one rollout."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,7 +166,7 @@ def written(table, tmp_path, monkeypatch) -> Callable[..., str]:
 )
 def test_the_table_is_made_of_the_results(written, others, cells):
     text = written(W4=record_of(others))
-    assert f"| W4: a step | {cells} | 2.0 / 5.0 / 7.0 GiB |" in text.splitlines()
+    assert f"| W4: a step, bfloat16 | {cells} | 2.0 / 5.0 / 7.0 GiB |" in text.splitlines()
     load = "turns of each side: 3, load average 0.5 before and 2.0 after"
     assert f"W4: tiny in bfloat16, 2 threads of a CPU; torch 2; {load}." in text
     assert text.startswith("above\n")
@@ -180,9 +181,27 @@ def test_memory_and_overhead_are_lines_of_their_own(written):
     rows = [line for line in text.splitlines() if line.startswith("| W")]
     assert [row[2:].partition(":")[0] for row in rows] == ["W7", "W8", "W10", "W10", "W17", "W18"]
     peak = "2.00 GiB (1.00) | 5.00 GiB (2.50) | x 2.50 | 7.00 GiB (3.50) | x 3.50 |  |  |"
-    assert f"| W10: peak memory of W8, shared trunk | {peak}" in rows
-    assert "| W18: overhead of W7 | 0.10 s, 5.0 % |  |  |  |  |  |  |" in rows
+    assert f"| W10: peak memory of W8, shared trunk, bfloat16 | {peak}" in rows
+    assert "| W18: overhead of W7, bfloat16 | 0.10 s, 5.0 % |  |  |  |  |  |  |" in rows
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_a_workload_measured_in_two_types_has_a_row_for_each(written, tmp_path):
+    other = record_of(1.0)
+    other["settings"] = {"dtype": "float32", "turns": 3}
+    (tmp_path / "W4_tiny_float32_cpu.json").write_text(json.dumps(other))
+    rows = [line.partition(" | ")[0] for line in written(W4=record_of(1.0)).splitlines() if line.startswith("| W4")]
+    assert rows == ["| W4: a step, bfloat16", "| W4: a step, float32"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_number_that_is_nan_is_the_largest(monkeypatch, place):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    differences = import_module("learning").differences
+    theirs = {name: {"losses": [1.0], "grad_norms": [2.0]} for name in ("actor", "critic")}
+    ours = {name: {"losses": [1.0], "grad_norms": [2.0]} for name in theirs}
+    ours[["actor", "critic"][place]] = {"losses": [math.nan], "grad_norms": [math.nan]}
+    assert all(math.isnan(difference) for difference in differences(ours, theirs).values())
 
 
 def test_what_follows_from_other_workloads_stands_for_them(monkeypatch):

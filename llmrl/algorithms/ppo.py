@@ -10,9 +10,9 @@ is how much better the outcome was than that prediction.
     losses    the clipped surrogate of the actor, minus the entropy bonus; the clipped squared error of the critic
 
 All of that except the losses is frozen for the iteration, however many epochs it takes. The actor's pass before the
-update is left out where the update is a single optimizer step and no KL is measured; values are always needed. Schulman
-et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022,
-arXiv:2203.02155.
+update is left out where the update is a single optimizer step, no KL is measured and the critic stands alone; values
+are always needed. Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593,
+and Ouyang et al. 2022, arXiv:2203.02155.
 """
 
 from collections.abc import Iterator
@@ -121,7 +121,7 @@ class PPO(Algorithm):
     @property
     def _needs_old_logprobs(self) -> bool:
         """Whether old log-probabilities are read before the only optimizer step or after it, or in several steps; or
-        cost next to nothing, in the pass for the values."""
+        cost next to nothing, in the pass for the values. In the critic's warm-up they are for the metrics."""
         return (
             not self.one_step
             or self.reference is not None

@@ -33,7 +33,7 @@ from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import switching_limit
 from llmrl.rollout.sampler import not_finite
 from llmrl.rollout.step import NOT_FINITE, TORCH_ATTENTION, Slots, Step, fused_norms
-from llmrl.rollout.support import RolloutError, takes_padding
+from llmrl.rollout.support import RolloutError, carries_states
 from llmrl.rollout.weights import evaluating
 
 if TYPE_CHECKING:
@@ -417,7 +417,7 @@ def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
     Raises:
         RolloutError: With the reason.
     """
-    if not takes_padding(model):
+    if carries_states(model.config):
         raise RolloutError("its layers carry states along the row")
     if switching_limit(model.config.get_text_config(decoder=True)) is not None:
         raise RolloutError("its rope changes its frequencies with the length")

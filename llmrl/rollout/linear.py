@@ -21,7 +21,7 @@ LEAST_WEIGHTS = 2**18
 
 def few_row_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
     """What stands for the forwards of linear layers that MKL multiplies, and slowly for few rows: large ones in float32
-    on a CPU. The others keep their own."""
+    on a CPU, for decoding, where no autocast is on. The others keep their own."""
     return {
         module: partial(apply_linear, module)
         for module in model.modules()

@@ -28,11 +28,11 @@ from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import (
     RolloutError,
+    carries_states,
     check_cache,
     check_length,
     reads_by_position,
     refusal,
-    takes_padding,
 )
 from llmrl.rollout.weights import SamplingWeights, evaluating
 
@@ -76,7 +76,7 @@ class NativeEngine:
     ) -> None:
         check_cache(model)
         self.weights = SamplingWeights(model, dtype, copy_device)
-        if not takes_padding(model):
+        if carries_states(model.config):
             self._check_states()
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
@@ -118,7 +118,9 @@ class NativeEngine:
         try:
             with evaluating(model):
                 last_logits(model, ids, torch.ones_like(ids, dtype=torch.bool), ids, cache)
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise refusal(model, class_and_message(error)) from error
         if not all(holds_states(layer) for layer in cache.layers):
             raise refusal(model, "it keeps states outside its cache")
@@ -162,7 +164,7 @@ class Decoding:
         self.prompt_lengths = self.prompts.mask.sum(dim=1).tolist()
         self.longest_prompt = max(self.prompt_lengths)
         self.group_size = responses.group_size
-        self.pads = takes_padding(model)
+        self.pads = not carries_states(model.config)
         waiting = range(len(self.prompts.rows))
         self.waiting = deque(waiting if self.pads else sorted(waiting, key=self.prompt_lengths.__getitem__))
         self.rows: list[Row] = []

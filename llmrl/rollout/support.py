@@ -16,7 +16,7 @@ from llmrl.rollout.layers import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class RolloutError(ValueError):
@@ -32,6 +32,8 @@ LAYERS = (
     DummyLayer,
 )
 """Kinds of layers of a cache that `SlotCache` holds."""
+KEEPS_ITS_OWN = (None, "store")
+"""Modes of a layer, in configs of transformers, that does not read the keys and values of another."""
 ARGUMENTS = {"input_ids", "past_key_values", "attention_mask", "position_ids", "logits_to_keep"}
 ARGUMENTS_WITHOUT_ATTENTION = {"input_ids", "cache_params", "logits_to_keep"}
 
@@ -50,16 +52,16 @@ def check_cache(model: "PreTrainedModel") -> None:
         raise refusal(model, f"its forward takes no {', '.join(sorted(missing))}")
     if any(type(layer) not in LAYERS for layer in DynamicCache(config=config).layers):
         raise refusal(model, "its cache is more than keys and values and states of fixed size")
-    if getattr(config, "kv_sharing_modes", None) is not None:
+    if any(mode not in KEEPS_ITS_OWN for mode in getattr(config, "kv_sharing_modes", None) or ()):
         raise refusal(model, "its layers share keys and values")
     if getattr(config, "attention_chunk_size", None) is not None:
         raise refusal(model, "it attends in chunks by absolute position")
 
 
-def takes_padding(model: "PreTrainedModel") -> bool:
-    """Whether tokens on the left that are masked leave no trace: no layer carries a state along the row."""
-    layers = DynamicCache(config=model.config).layers
-    return not any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+def carries_states(config: "PreTrainedConfig") -> bool:
+    """Whether a layer carries the state of a convolution or recurrence along the row. Then a token that is masked
+    leaves a trace all the same."""
+    return any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=config).layers)
 
 
 def reads_by_position(kind: "type[PreTrainedModel]") -> bool:

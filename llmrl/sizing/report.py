@@ -14,6 +14,7 @@ from llmrl.sizing.shape import ModelShape, read_shape
 from llmrl.sizing.strategy import launched_strategy
 
 RunConfig = SFTRun | RewardModelRun | RLRun
+UNKNOWN = "cannot be read here, or its layers carry states along the row"
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -25,7 +26,7 @@ def describe_memory(config: RunConfig) -> list[str]:
     """
     shape, strategy = read_shape(config.model), launched_strategy(read_launch())
     if shape is None:
-        return [f"Memory is not estimated: the config.json of model.path ({config.model.path}) cannot be read here."]
+        return [f"Memory is not estimated: the config.json of model.path ({config.model.path}) {UNKNOWN}."]
     reward_shape, unknown = _reward_shape(config)
     estimate = estimate_memory(config, shape, strategy, reward_shape=reward_shape)
     has_rollouts = isinstance(config, RLRun)
@@ -42,9 +43,7 @@ def _reward_shape(config: RunConfig) -> tuple[ModelShape | None, list[str]]:
         return None, []
     path = config.reward.model.path
     shape = read_shape(ModelConfig(path=path))
-    return shape, [] if shape else [
-        f"  The reward model is not counted: the config.json of {path} cannot be read here."
-    ]
+    return shape, [] if shape else [f"  The reward model is not counted: the config.json of {path} {UNKNOWN}."]
 
 
 def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import base_of_adapter, is_adapter, json_object, resolved
+from llmrl.rollout.support import carries_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -75,7 +76,7 @@ class ModelShape:
 
 def read_shape(config: ModelConfig) -> ModelShape | None:
     """The shape of a model in a folder or in the local cache of the hub; None where its config.json is in neither, or
-    means no causal language model that transformers knows."""
+    means no causal language model that transformers knows, or one whose layers carry states along the row."""
     if is_local(config.path) and is_adapter(config.path):
         return _read_adapted(config)
     file = _config_file(config.path)
@@ -84,7 +85,9 @@ def read_shape(config: ModelConfig) -> ModelShape | None:
     from transformers import AutoConfig
 
     try:
-        return shape_of(AutoConfig.from_pretrained(file.parent))
+        found = AutoConfig.from_pretrained(file.parent)
+        has_attention = hasattr(found.get_text_config(decoder=True), "num_attention_heads")
+        return shape_of(found) if has_attention and not carries_states(found) else None
     except ValueError:  # an architecture that transformers does not know, or no causal language model
         return None
 

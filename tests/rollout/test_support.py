@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Llama4TextConfig
 
 from llmrl.rollout.support import RolloutError
 from tests.hybrids import HYBRIDS, NO_TIME_STEP, OUTSIDE_THE_CACHE, build_hybrid
@@ -58,6 +58,26 @@ def test_transformers_keeps_time_steps_large_in_a_forward_only(family, native, g
             for prompt, response, logprobs, _ in rows_of(rollout)
         ]
         assert max(gaps) > 1e-4
+
+
+def gemma4(num_shared):
+    """Gemma 4, of which so many layers read the keys and values of earlier ones."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    of_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40}
+    config = Gemma4TextConfig(**SMALL, **of_layer, layer_types=kinds, num_kv_shared_layers=num_shared)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_layers_that_share_keys_and_values_are_refused(native):
+    with pytest.raises(RolloutError, match="its layers share keys and values"):
+        native(gemma4(2))
+
+
+def test_a_family_that_may_share_keys_is_decoded_where_it_does_not(native, prompts):
+    model = gemma4(0)
+    for prompt, response, logprobs, _ in rows_of(native(model, max_rows=4).generate(prompts, make_sampling())):
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
 
 
 def test_attention_in_chunks_is_refused(native):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from llmrl.models.adapters import load_adapted
 from llmrl.models.config import ModelConfig
 from llmrl.sizing import read_shape, shape_of
+from tests.hybrids import HYBRIDS
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 
@@ -61,6 +62,13 @@ def test_a_folder_with_an_adapter_has_the_shape_of_its_base(tmp_path):
     assert whole is not None
     assert shape.num_parameters == whole.num_parameters
     assert (shape.adapter_rank, shape.adapter_targets) == (4, ("q_proj",))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_model_that_carries_states_has_no_shape(family, tmp_path):
+    """What a row keeps is not counted by tokens there."""
+    HYBRIDS[family]().save_pretrained(tmp_path)
+    assert read_shape(ModelConfig(path=str(tmp_path))) is None
 
 
 def test_what_cannot_be_read_has_no_shape(tmp_path):
