@@ -3,6 +3,7 @@
 Each moves its coefficient by the KL that the last iteration measured. Its state is that coefficient, which is saved.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class KLControl:
 
     def update(self, kl: float, num_responses: int) -> None:
         """Moves the coefficient after a rollout of this many responses; `kl` is their mean KL to the reference, nats
-        per response."""
-        if self.target is not None:
+        per response. One that is not finite does not move it."""
+        if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
             self.coef *= 1 + error * min(num_responses, self.horizon) / self.horizon
 
@@ -68,7 +69,8 @@ class StepKLControl:
         self.first = self.coef
 
     def update(self, kl: float) -> None:
-        """Moves the coefficient after the updates of an iteration; `kl` is KL(old, new), nats per token."""
+        """Moves the coefficient after the updates of an iteration; `kl` is KL(old, new), nats per token. One that is not
+        a number does not move it."""
         if kl > self.target * BAND:
             self.coef *= BAND
         elif kl < self.target / BAND:

@@ -6,13 +6,15 @@
         manifest.json       size and SHA-256 of the two: a torn or altered checkpoint is refused
 
 A folder is written under another name and renamed at the end, so a name that exists is a checkpoint that is complete.
+A state with a number that is not finite is not worth keeping: see `not_finite`.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be continued from."""
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int) -> None:
-    """Writes the state to a new folder, then removes all but the newest `keep` beside it.
+def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int | None) -> None:
+    """Writes the state to a new folder, then removes all but the newest `keep` beside it; None removes none.
 
     Raises:
         WriteError: The file system refused; older checkpoints are as they were.
@@ -55,30 +57,75 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int) -> Non
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         _flush_to_disk(folder.parent)
-        for old in list_checkpoints(folder.parent)[:-keep]:
+        for old in list_checkpoints(folder.parent)[:-keep] if keep else []:
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state as it was saved, its tensors on the CPU.
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state in a checkpoint that was verified, its tensors on the CPU."""
+    from safetensors.torch import load_file
+
+    return join_state(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compares the files of a checkpoint with its manifest.
 
     Raises:
         CheckpointError: A file is missing, or differs from what the manifest says of it.
     """
-    from safetensors.torch import load_file
-
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name in STATE_FILES:
             if _fingerprint(folder / name) != manifest["files"][name]:
-                raise CheckpointError(
-                    f"{folder / name} is not what was saved; remove {folder} to continue from what is older"
-                )
+                raise CheckpointError(f"{folder / name} is not what was saved")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
+
+
+def newest_sound(folder: Path, report: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint of a folder whose files are what was saved, and the newer ones whose are not; `report`
+    receives what is wrong with them.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none of them is sound.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            damaged[path] = error
+            continue
+        for other, error in damaged.items():
+            report(f"warning: {error}: {other.name} is passed over, and kept as {set_aside(other).name}")
+        return path, list(damaged)
+    if damaged:
+        reasons = "; ".join(str(error) for error in damaged.values())
         raise CheckpointError(
-            f"{folder} is no complete checkpoint ({error}); remove it to continue from what is older"
-        ) from error
-    return join_state(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
+            f"no checkpoint in {folder} can be continued from: {reasons}. Put a copy of one back, or name another "
+            "run.output_dir to begin anew"
+        )
+    return None, []
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """What a damaged checkpoint is renamed to, so that it is no longer one."""
+    return checkpoint.with_name(f"{checkpoint.name}.damaged")
+
+
+def not_finite(state: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Path of a tensor or number in a state that is not finite; None where all are."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            if found := not_finite(value, f"{prefix}{key}/"):
+                return found
+        elif isinstance(value, Tensor):
+            if value.is_floating_point() and not value.isfinite().all():
+                return f"{prefix}{key}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            return f"{prefix}{key}"
+    return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -20,8 +20,8 @@ class OutputConfig(Section, place="run"):
     """Continues from the newest checkpoint in the folder, or starts where there is none."""
     checkpoint_every: Annotated[int, Bound(least=0)] = 50
     """Iterations between checkpoints; 0 for one at the end only."""
-    keep_checkpoints: Annotated[int, Bound(least=1)] = 1
-    """Newest checkpoints that are kept."""
+    keep_checkpoints: Annotated[int, Bound(least=1)] = 2
+    """Newest checkpoints that are kept: two, so that a damaged one costs what lies between them."""
     best_metric: str | None = None
     """The model with the greatest value of this metric is kept in best/, or with a minus before the name, as in
     -eval/loss, that with the least; null keeps none."""

@@ -21,7 +21,14 @@ from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.best import BestModel
-from llmrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from llmrl.trainers.checkpoint import (
+    list_checkpoints,
+    newest_sound,
+    not_finite,
+    read_state,
+    save_checkpoint,
+    set_aside,
+)
 from llmrl.trainers.config import OutputConfig, RunConfig
 from llmrl.trainers.output import RunError, check_folder, is_run
 from llmrl.trainers.records import Records
@@ -217,7 +224,7 @@ class Run:
         newest = self.newest_checkpoint()
         if newest is not None:
             self.records.report_changes()
-            self.trainer.load_state_dict(load_checkpoint(newest))
+            self.trainer.load_state_dict(read_state(newest))
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {newest}")
         if self.keeps_records:
             with writing(self.folder):
@@ -229,12 +236,15 @@ class Run:
         self.collectives.barrier()  # no rank reads before these are in order
 
     def newest_checkpoint(self) -> Path | None:
-        """Newest checkpoint, the same on every rank; None where there is none.
+        """Newest checkpoint that is sound, the same on every rank; None where there is none. Damaged ones that are newer
+        are set aside.
 
         Raises:
             RunError: Ranks see different checkpoints.
+            CheckpointError: None of those that are there is sound.
         """
-        seen = [path.name for path in list_checkpoints(self.folder / "checkpoints")[-1:]]
+        newest, damaged = newest_sound(self.folder / "checkpoints", self.progress.message)
+        seen = [] if newest is None else [newest.name]
         for rank, other in enumerate(self.collectives.gather(seen)):
             if other != seen:
                 mine, its = (names[0] if names else "no checkpoint" for names in (seen, other))
@@ -242,7 +252,10 @@ class Run:
                     f"run.output_dir ({self.folder}) must be one folder for all ranks, on a file system that their "
                     f"machines share: rank {rank} sees {its} there, and rank {self.collectives.rank} {mine}"
                 )
-        return self.folder / "checkpoints" / seen[0] if seen else None
+        if self.keeps_records:  # and every rank has looked
+            for path in damaged:
+                path.rename(set_aside(path))
+        return newest
 
     def begin_records(self) -> None:
         """Removes what came after the checkpoint, and writes the settings of the run."""
@@ -255,10 +268,19 @@ class Run:
         self.records.write_config()
 
     def checkpoint(self) -> None:
-        """Saves the state between two iterations, unless it is saved already. Collective; one rank writes."""
+        """Saves the state between two iterations, unless it is saved already. Collective; one rank writes.
+
+        Raises:
+            RunError: The state is not finite, and not saved.
+        """
         if self.collectives.from_first(self.next_checkpoint.exists()):
             return
         state = self.trainer.state_dict()
+        if found := self.collectives.from_first(self.keeps_records and not_finite(state)):
+            raise RunError(
+                f"{found} is not finite after iteration {self.trainer.iteration}, and is not saved: "
+                f"{self.what_is_kept()}; lower optimizer.learning_rate, or look in metrics.jsonl for where it began"
+            )
         if self.keeps_records:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
 
@@ -270,15 +292,24 @@ class Run:
             self.progress.message(f"the weights were being changed: {self.what_is_kept()}")
             return
         if self.trainer.holds_all and not self.next_checkpoint.exists():
-            try:
-                save_checkpoint(self.next_checkpoint, self.trainer.state_dict(), keep=self.config.keep_checkpoints)
-            except WriteError as error:
-                self.progress.message(f"warning: {error}: {self.what_is_kept()}")
+            self.save_beside()
         if isinstance(failure, KeyboardInterrupt) and self.next_checkpoint.exists():
             self.progress.message(
                 f"everything up to iteration {self.trainer.iteration} is saved; the same command with run.resume=true "
                 f"goes on from {self.folder}"
             )
+
+    def save_beside(self) -> None:
+        """Saves the state of a run that failed beside all checkpoints that are there: a failure is no reason to trust it
+        more than them."""
+        state = self.trainer.state_dict()
+        if found := not_finite(state):
+            self.progress.message(f"warning: {found} is not finite, and is not saved: {self.what_is_kept()}")
+            return
+        try:
+            save_checkpoint(self.next_checkpoint, state, keep=None)
+        except WriteError as error:
+            self.progress.message(f"warning: {error}: {self.what_is_kept()}")
 
     def what_is_kept(self) -> str:
         """Sentence on what is kept of everything learned, where nothing more is saved."""

@@ -15,7 +15,15 @@ from llmrl.files import WriteError
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.trainers import checkpoint
-from llmrl.trainers.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from llmrl.trainers.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    newest_sound,
+    not_finite,
+    read_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 STATE = {
     "cursor": {"iteration": 3, "examples": {"position": 12, "name": "a/b.c", "order": [2, 0, 1]}},
@@ -65,7 +73,7 @@ def assert_same(loaded: Any, saved: Any) -> None:
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path):
-    assert_same(load_checkpoint(save(tmp_path, 3)), STATE)
+    assert_same(read_state(save(tmp_path, 3)), STATE)
 
 
 def test_saving_leaves_the_state_alone(tmp_path: Path):
@@ -76,7 +84,7 @@ def test_saving_leaves_the_state_alone(tmp_path: Path):
 
 @pytest.mark.parametrize("state", [{}, {"a": {"b": {}}}, {"n": 1}, {"x": torch.ones(1)}])
 def test_a_state_may_lack_tensors_or_numbers(tmp_path: Path, state: dict):
-    assert_same(load_checkpoint(save(tmp_path, 1, state)), state)
+    assert_same(read_state(save(tmp_path, 1, state)), state)
 
 
 def test_tensors_that_share_memory_are_each_saved_whole(tmp_path: Path):
@@ -97,7 +105,7 @@ def test_tensors_that_share_memory_are_each_saved_whole(tmp_path: Path):
         "expanded": torch.tensor([[5.0, 5.0], [5.0, 5.0]]),
         "strided": torch.tensor([0.0, 2.0, 4.0, 6.0]),
     }
-    assert_same(load_checkpoint(save(tmp_path, 1, state)), expected)
+    assert_same(read_state(save(tmp_path, 1, state)), expected)
 
 
 def tied_model() -> LlamaForCausalLM:
@@ -115,7 +123,7 @@ def test_a_trained_model_with_tied_embeddings_comes_back_with_its_moments(tmp_pa
     step = save(tmp_path, 1, trainable.state_dict())
 
     restored = LocalTrainable(after, OptimizerConfig(learning_rate=0.1), num_steps=2)
-    restored.load_state_dict(load_checkpoint(step))
+    restored.load_state_dict(read_state(step))
     assert_same(restored.state_dict(), trainable.state_dict())
     assert after.lm_head.weight is after.model.embed_tokens.weight
     assert not torch.equal(after.lm_head.weight, tied_model().lm_head.weight)
@@ -152,11 +160,11 @@ def test_a_write_that_breaks_off_is_never_seen_and_later_replaced(
             save(tmp_path, 2, {"n": 2}, keep=1)
     assert names(tmp_path) == [*([".step_000002.partial"] if moment == "rename" else []), "step_000001"]
     assert list_checkpoints(tmp_path) == [old]
-    assert load_checkpoint(old) == {"n": 1}
+    assert read_state(old) == {"n": 1}
 
     new = save(tmp_path, 3, {"n": 3}, keep=1)
     assert names(tmp_path) == ["step_000003"]
-    assert load_checkpoint(new) == {"n": 3}
+    assert read_state(new) == {"n": 3}
 
 
 def test_the_manifest_is_the_last_file_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -173,8 +181,8 @@ def test_an_altered_file_is_refused_by_name(tmp_path: Path, name: str):
     content = bytearray((step / name).read_bytes())
     content[-2] ^= 1
     (step / name).write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match=rf"step_000003/{name} is not what was saved; remove .*step_000003"):
-        load_checkpoint(step)
+    with pytest.raises(CheckpointError, match=rf"step_000003/{name} is not what was saved"):
+        verify_checkpoint(step)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
@@ -182,23 +190,23 @@ def test_a_shortened_file_is_refused(tmp_path: Path, name: str):
     step = save(tmp_path, 3)
     (step / name).write_bytes((step / name).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="is not what was saved"):
-        load_checkpoint(step)
+        verify_checkpoint(step)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 def test_a_missing_file_is_refused(tmp_path: Path, name: str):
     step = save(tmp_path, 3)
     (step / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"step_000003 is no complete checkpoint .*{name}.*remove it"):
-        load_checkpoint(step)
+    with pytest.raises(CheckpointError, match=rf"step_000003 is no complete checkpoint .*{name}"):
+        verify_checkpoint(step)
 
 
-@pytest.mark.parametrize("text", ["{", '{"files": {}}'])
+@pytest.mark.parametrize("text", ["{", "", "[]", "null", "7", "[" * 10_000, '{"files": {}}', '{"files": null}', '{"files": []}'])
 def test_a_broken_manifest_is_refused(tmp_path: Path, text: str):
     step = save(tmp_path, 3)
     (step / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        load_checkpoint(step)
+        verify_checkpoint(step)
 
 
 # --- which are there --------------------------------------------------------------------------------------------------
@@ -208,15 +216,61 @@ def test_a_broken_manifest_is_refused(tmp_path: Path, text: str):
 def test_the_newest_are_kept(tmp_path: Path, keep: int, kept: list[int]):
     for number in (1, 2, 3, 4):
         save(tmp_path, number, {"n": number}, keep=keep)
-    assert [load_checkpoint(step)["n"] for step in list_checkpoints(tmp_path)] == kept
+    assert [read_state(step)["n"] for step in list_checkpoints(tmp_path)] == kept
     assert len(names(tmp_path)) == len(kept)
+
+
+def test_none_is_removed_where_none_is_to_be(tmp_path: Path):
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path / f"step_{number:06d}", {"n": number}, keep=None)
+    assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
+
+
+def damage(step: Path) -> None:
+    (step / "state.json").write_text("{}")
+
+
+def test_damaged_ones_are_passed_over_and_told(tmp_path: Path):
+    told: list[str] = []
+    steps = [save(tmp_path, number) for number in (1, 2, 3, 4)]
+    assert newest_sound(tmp_path, told.append) == (steps[3], [])
+    damage(steps[3])
+    (steps[2] / "manifest.json").unlink()
+    assert newest_sound(tmp_path, told.append) == (steps[1], [steps[3], steps[2]])
+    assert [text.partition(":")[0] for text in told] == ["warning", "warning"]
+    assert "step_000004/state.json is not what was saved" in told[0]
+    assert "step_000003 is no complete checkpoint" in told[1]
+
+
+def test_none_that_is_sound_is_an_error_that_names_all(tmp_path: Path):
+    for number in (1, 2):
+        damage(save(tmp_path, number))
+    with pytest.raises(CheckpointError, match=r"can be continued from: .*step_000002.*step_000001"):
+        newest_sound(tmp_path, print)
+    assert newest_sound(tmp_path / "missing", print) == (None, [])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["a/b", "number", "a/half"])
+def test_what_is_not_finite_is_found(place: str, wrong: float):
+    state: dict[str, Any] = {
+        "a": {"b": torch.zeros(2, 2), "half": torch.zeros(3, dtype=torch.bfloat16), "count": torch.tensor([7])},
+        "number": 1.0,
+        "other": [None, "nan", 3, True],
+    }
+    assert not_finite(state) is None
+    if place == "number":
+        state["number"] = wrong
+    else:
+        state["a"][place.removeprefix("a/")].view(-1)[1] = wrong
+    assert not_finite(state) == place
 
 
 def test_a_step_that_is_there_is_replaced_whole(tmp_path: Path):
     step = save(tmp_path, 1, {"n": 1})
     (step / "left_over").touch()
     save(tmp_path, 1, {"n": 2})
-    assert load_checkpoint(step) == {"n": 2}
+    assert read_state(step) == {"n": 2}
     assert names(step) == ["manifest.json", "state.json", "state.safetensors"]
 
 

@@ -181,6 +181,9 @@ class Bench:
     def iterations(self) -> list[int]:
         return [line["iteration"] for line in self.lines()]
 
+    def damage(self, step: str) -> None:
+        (self.folder / "checkpoints" / step / "state.json").write_text("{}")
+
     def model(self, name: str = "final") -> float:
         return float((self.folder / name / "weight").read_text())
 
@@ -591,13 +594,56 @@ def test_settings_that_cannot_be_compared_are_told(bench: Bench):
     assert bench.iterations() == [1, 2]
 
 
-def test_a_damaged_checkpoint_stops_the_run_before_it_removes_anything(bench: Bench):
+def test_checkpoints_that_are_all_damaged_stop_the_run_before_it_removes_anything(bench: Bench):
     with pytest.raises(Failure):
         bench.make(4, checkpoint_every=2, hooks={(4, "late"): fail}).train()
-    (bench.folder / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    bench.damage("step_000002")
     with pytest.raises(CheckpointError, match="is not what was saved"):
         bench.make(4, resume=True).train()
     assert bench.iterations() == [1, 2, 3]
+    assert bench.steps() == ["step_000002"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, checkpoint_every=1, hooks={(4, "late"): fail}).train()
+    assert bench.steps() == ["step_000002", "step_000003"]
+    bench.damage("step_000003")
+    bench.make(4, checkpoint_every=1, resume=True).train()
+    assert any("step_000003 is passed over, and kept as step_000003.damaged" in text for text in bench.said.messages)
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+    assert bench.steps() == ["step_000003", "step_000003.damaged", "step_000004"]
+
+
+def diverge(bench: Bench) -> None:
+    bench.trainer.weight = torch.tensor(math.nan)
+
+
+def test_weights_that_are_not_finite_are_never_saved(bench: Bench):
+    run = bench.make(4, checkpoint_every=1, keep_checkpoints=1, hooks={(3, "late"): lambda: diverge(bench)})
+    with pytest.raises(RunError, match=r"weight is not finite after iteration 3, and is not saved: .*after iteration 2"):
+        run.train()
+    assert bench.steps() == ["step_000002"]
+    assert not (bench.folder / "final").exists()
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_a_rescue_removes_no_checkpoint(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(6, checkpoint_every=2, keep_checkpoints=1, hooks={(4, "early"): fail}).train()
+    assert bench.steps() == ["step_000002", "step_000003"]
+
+
+def test_a_rescue_saves_nothing_that_is_not_finite(bench: Bench):
+    def fail_diverged() -> None:
+        diverge(bench)
+        fail()
+
+    with pytest.raises(Failure):
+        bench.make(6, checkpoint_every=2, hooks={(4, "early"): fail_diverged}).train()
+    assert bench.steps() == ["step_000002"]
+    assert "warning: weight is not finite, and is not saved: what was learned after iteration 2 is lost" in bench.said.messages
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
