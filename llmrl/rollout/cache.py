@@ -206,8 +206,8 @@ def _take_states(target: Any, source: Any, convert: Callable[[Tensor], Tensor], 
     for name in STATE_NOTES:
         setattr(target, name, getattr(source, name))
     for name in ("conv_states", "recurrent_states"):
-        states = dict(getattr(source, name).items())
-        setattr(target, name, container({n: None if x is None else convert(x) for n, x in states.items()}))
+        states = getattr(source, name).items()  # with all rows, also of `SlotStates`
+        setattr(target, name, container({n: None if x is None else convert(x) for n, x in states}))
 
 
 def _empty_like(layer: Any) -> Any:

@@ -87,8 +87,8 @@ class UpdateConfig(Section, place="update"):
 
     num_epochs: Annotated[int, Bound(least=1)] = 1
     """Passes over each experience. Where one minibatch in one epoch is a whole rollout, GRPO makes no pass for old
-    log-probabilities: those of its only step are the same. PPO makes it where a KL is measured, in
-    the critic's warm-up, and where actor and critic share a trunk."""
+    log-probabilities: those of its only step are the same. PPO makes it where a KL is measured, in the critic's
+    warm-up, and where actor and critic share a trunk."""
     minibatch_size: Annotated[int | None, Bound(least=1)] = None
     """Responses per optimizer step, over all ranks; a multiple of the group size. null for the one nearest to
     128 that divides a rollout."""

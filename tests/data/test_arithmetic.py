@@ -1,29 +1,17 @@
 """The quickstart's data and model folder."""
 
 import json
-import runpy
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .scripts import read_rows, run_script
+
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "recipes" / "models"
 MODEL = MODELS / "tiny_char_llama"
-
-
-def run(script: str, out: Path) -> Path:
-    """Runs a script as the command line would, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, "--out", str(out)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    return out
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def numbers(row: dict[str, str]) -> tuple[int, int]:
@@ -37,30 +25,30 @@ def without_version(path: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run("data/arithmetic/generate.py", tmp_path_factory.mktemp("arithmetic"))
+    return run_script("data/arithmetic/generate.py", tmp_path_factory.mktemp("arithmetic"))
 
 
 def test_the_same_files_every_time(folder: Path, tmp_path: Path):
-    again = run("data/arithmetic/generate.py", tmp_path)
+    again = run_script("data/arithmetic/generate.py", tmp_path)
     for name in ("sft.jsonl", "train.jsonl", "test.jsonl"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_no_test_problem_is_ever_trained_on(folder: Path):
-    test = [numbers(row) for row in read(folder / "test.jsonl")]
-    trained = {numbers(row) for name in ("sft.jsonl", "train.jsonl") for row in read(folder / name)}
+    test = [numbers(row) for row in read_rows(folder / "test.jsonl")]
+    trained = {numbers(row) for name in ("sft.jsonl", "train.jsonl") for row in read_rows(folder / name)}
     assert len(set(test)) == len(test) == 400
     assert trained.isdisjoint(test)
 
 
 def test_answers_are_right(folder: Path):
     for name in ("sft.jsonl", "train.jsonl", "test.jsonl"):
-        assert all(row["answer"] == str(sum(numbers(row))) for row in read(folder / name))
+        assert all(row["answer"] == str(sum(numbers(row))) for row in read_rows(folder / name))
 
 
 def test_mistakes_are_forgotten_carries(folder: Path):
     outcomes = Counter()
-    for row in read(folder / "sft.jsonl"):
+    for row in read_rows(folder / "sft.jsonl"):
         a, b = numbers(row)
         outcomes[a % 10 + b % 10 >= 10, int(row["response"]) - (a + b)] += 1
     assert set(outcomes) == {(False, 0), (True, 0), (True, -10)}
@@ -69,7 +57,7 @@ def test_mistakes_are_forgotten_carries(folder: Path):
 
 @pytest.mark.parametrize("name", ["tiny_char_llama", "tiny_word_llama"])
 def test_model_folder_is_what_its_script_makes(name: str, tmp_path: Path):
-    again = run("recipes/models/make_tiny_llamas.py", tmp_path)
+    again = run_script("recipes/models/make_tiny_llamas.py", tmp_path)
     for path in (MODELS / name).iterdir():
         assert without_version(path) == without_version(again / name / path.name)
 

@@ -1,10 +1,8 @@
 """The review data and its hidden truth."""
 
-import json
 import math
 import re
 import runpy
-import sys
 from collections import Counter
 from pathlib import Path
 from statistics import mean, pstdev
@@ -17,6 +15,8 @@ from llmrl.data.config import PreferenceDataConfig
 from llmrl.data.preferences import parse_preferences, read_preference_rows
 from llmrl.rewards.loading import load_function
 
+from .scripts import read_rows, run_script
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data" / "reviews" / "generate.py"
 NAMES = ("sft", "train", "test", "prompts")
@@ -24,26 +24,14 @@ NAMES = ("sft", "train", "test", "prompts")
 warmth = load_function(f"{SCRIPT}:warmth")
 
 
-def run(out: Path) -> Path:
-    """Runs the script as the command line would, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), "--out", str(out)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return out
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("reviews"))
+    return run_script("data/reviews/generate.py", tmp_path_factory.mktemp("reviews"))
 
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {name: read(folder / f"{name}.jsonl") for name in NAMES}
+    return {name: read_rows(folder / f"{name}.jsonl") for name in NAMES}
 
 
 def reviews(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -55,7 +43,7 @@ def reviews(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def test_the_same_files_every_time(folder: Path, tmp_path: Path):
-    again = run(tmp_path)
+    again = run_script("data/reviews/generate.py", tmp_path)
     for name in NAMES:
         assert (again / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
 

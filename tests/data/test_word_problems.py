@@ -1,29 +1,18 @@
 """The word problems: the same files every time, right answers, and no story both trained on and held out."""
 
-import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
 from llmrl.rewards.rules import gsm8k_answer
 
+from .scripts import read_rows, run_script
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data" / "word_problems" / "generate.py"
 NAMES = "|".join(runpy.run_path(str(SCRIPT))["NAMES"])
-
-
-def generate(out: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), "--out", str(out)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return out
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def story(question: str) -> str:
@@ -36,17 +25,17 @@ def numbers(question: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate(tmp_path_factory.mktemp("word_problems"))
+    return run_script("data/word_problems/generate.py", tmp_path_factory.mktemp("word_problems"))
 
 
 def test_the_same_files_every_time(folder: Path, tmp_path: Path):
-    again = generate(tmp_path)
+    again = run_script("data/word_problems/generate.py", tmp_path)
     for name in ("train.jsonl", "test.jsonl"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_no_held_out_story_is_trained_on(folder: Path):
-    train, test = ([row["question"] for row in read(folder / name)] for name in ("train.jsonl", "test.jsonl"))
+    train, test = ([row["question"] for row in read_rows(folder / name)] for name in ("train.jsonl", "test.jsonl"))
     assert (len(set(train)), len(set(test))) == (len(train), len(test)) == (2400, 400)
     told, held_out = ({story(question) for question in questions} for questions in (train, test))
     assert (len(told), len(held_out)) == (24, 8)
@@ -71,7 +60,7 @@ WORKED = {
 
 def test_answers_follow_from_the_numbers_in_the_question(folder: Path):
     checked = set()
-    for row in [*read(folder / "test.jsonl"), *read(folder / "train.jsonl")]:
+    for row in [*read_rows(folder / "test.jsonl"), *read_rows(folder / "train.jsonl")]:
         for opening, solve in WORKED.items():
             if story(row["question"]).startswith(opening):
                 assert float(row["answer"]) == solve(*numbers(row["question"])) > 0, row
@@ -81,6 +70,6 @@ def test_answers_follow_from_the_numbers_in_the_question(folder: Path):
 
 
 def test_the_reward_reads_the_answers(folder: Path):
-    answers = [row["answer"] for row in read(folder / "test.jsonl")]
+    answers = [row["answer"] for row in read_rows(folder / "test.jsonl")]
     assert gsm8k_answer([f"It is {answer}.\n#### {answer}" for answer in answers], answers) == [1.0] * len(answers)
     assert gsm8k_answer([f"#### {int(answer) + 1}" for answer in answers], answers) == [0.0] * len(answers)
