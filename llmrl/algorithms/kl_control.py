@@ -35,8 +35,8 @@ class KLControl:
 
     def update(self, kl: float, num_responses: int) -> None:
         """Moves the coefficient after a rollout of this many responses; `kl` is their mean KL to the reference, nats
-        per response. One that is not finite does not move it."""
-        if self.target is not None and math.isfinite(kl):
+        per response. One that is not a number does not move it."""
+        if self.target is not None and not math.isnan(kl):
             error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
             self.coef *= 1 + error * min(num_responses, self.horizon) / self.horizon
 
