@@ -20,7 +20,7 @@ DTYPE ?= bfloat16
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
 	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml --output runs/quickstart/before.json
-	$(BIN)/llmrl grpo recipes/quickstart_grpo.yaml run.resume=true
+	$(BIN)/llmrl grpo recipes/quickstart_grpo.yaml
 	$(BIN)/llmrl evaluate recipes/quickstart_grpo.yaml model.path=runs/quickstart/grpo/final \
 	    --output runs/quickstart/after.json --compare runs/quickstart/before.json
 	@echo "model runs/quickstart/grpo/final, metrics runs/quickstart/grpo/metrics.jsonl, samples runs/quickstart/grpo/samples.jsonl"
@@ -30,12 +30,12 @@ $(ARITHMETIC): | $(INSTALLED)
 	$(BIN)/python data/arithmetic/generate.py
 
 $(SFT_MODEL): | $(INSTALLED) $(ARITHMETIC)
-	$(BIN)/llmrl sft recipes/quickstart_sft.yaml run.resume=true
+	$(BIN)/llmrl sft recipes/quickstart_sft.yaml
 
 # The whole story of RLHF on a laptop CPU: supervised start, reward model, PPO with four models. Interrupted, it goes on.
 quickstart-rlhf: $(REVIEWS) $(REWARD_MODEL)
 	$(BIN)/llmrl evaluate $(RLHF) --output runs/reviews_tiny/before.json
-	$(BIN)/llmrl ppo $(RLHF) run.resume=true
+	$(BIN)/llmrl ppo $(RLHF)
 	$(BIN)/llmrl evaluate $(RLHF) model.path=runs/reviews_tiny/ppo/final \
 	    --output runs/reviews_tiny/after.json --compare runs/reviews_tiny/before.json
 	@echo "score/model is what the reward model says, score/true_warmth the hidden truth; what it cost is kl/sequence, in nats:"
@@ -47,10 +47,10 @@ $(REVIEWS): | $(INSTALLED)
 	$(BIN)/python data/reviews/generate.py
 
 $(REVIEWER): | $(INSTALLED) $(REVIEWS)
-	$(BIN)/llmrl sft recipes/reviews_tiny_sft.yaml run.resume=true
+	$(BIN)/llmrl sft recipes/reviews_tiny_sft.yaml
 
 $(REWARD_MODEL): | $(REVIEWER)
-	$(BIN)/llmrl reward-model recipes/reviews_tiny_reward_model.yaml run.resume=true
+	$(BIN)/llmrl reward-model recipes/reviews_tiny_reward_model.yaml
 
 # Two workers with one thread each, so that they do not fight for the cores.
 test: $(INSTALLED)

@@ -100,6 +100,10 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
     """The command that trains a kind of run."""
 
     def command(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+        from llmrl.settings import to_dict
+        from llmrl.trainers.changes import is_finished
+        from llmrl.wiring.precision import with_dtypes
+
         with bad_input_ends_with_status_2():
             check, build = kind.checker(), kind.builder()
             config = _read(recipe, overrides, verb)
@@ -107,6 +111,10 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
         sentence = config.plan(None if checked.rows is None else len(checked.rows))
         if dry_run:
             _print_dry_run(config, sentence, checked.unchecked, checked.notes)
+        elif is_finished(config.run, to_dict(with_dtypes(config)), checked.contents):
+            if _is_first_on_machine():
+                print("Nothing is left to learn: this run has come to its end.")
+                _print_results(config.run)
         else:
             _train(config, sentence, partial(build, config, checked))
 
@@ -282,6 +290,7 @@ def _refuse_recipe(model: str) -> None:
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.reports.trackers import TrackerConfig, Trackers
     from llmrl.sizing import launched_strategy
+    from llmrl.trainers.output import locked
     from llmrl.wiring.precision import with_dtypes
 
     keeps_memory = _prepare_process(deterministic=config.run.deterministic)
@@ -295,13 +304,13 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
         _warn_without_gpu(context)
         is_first = context.collectives.is_first
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
-        run = build(context, trackers)
-        with trackers:
-            run.train()
+        with locked(config.run.folder, context.collectives):
+            run = build(context, trackers)
+            with trackers:
+                run.train()
     if not is_first:
         raise typer.Exit()
-    print(f"The model is in {config.run.output_dir}/final, the metrics are in {config.run.output_dir}/metrics.jsonl.")
-    _print_card(config.run.folder)
+    _print_results(config.run)
 
 
 def _prepare_process(*, deterministic: bool = False) -> bool:
@@ -468,7 +477,7 @@ def _fail(error: BaseException | str, status: int, folder: Path | None = None) -
         from llmrl.trainers.checkpoint import list_checkpoints
 
         if list_checkpoints(folder / "checkpoints"):
-            print(f"mend it; the same command with run.resume=true goes on from {folder}", file=sys.stderr)
+            print(f"mend it; the same command goes on from {folder}", file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         print("(What the launcher prints below says only that this process ended.)", file=sys.stderr)
     raise typer.Exit(status)
@@ -529,6 +538,11 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list
     print("\n".join([*memory, *notes]))
     for what in unchecked:
         print(f"not checked: {what}")
+
+
+def _print_results(config: Any) -> None:
+    print(f"The model is in {config.output_dir}/final, the metrics are in {config.output_dir}/metrics.jsonl.")
+    _print_card(config.folder)
 
 
 def _print_card(folder: Path) -> None:

@@ -583,7 +583,7 @@ def _type_text(annotation: Any) -> str:
     arguments = get_args(annotation)
     origin = get_origin(annotation)
     if origin is Literal:
-        return " | ".join(str(argument) for argument in arguments)
+        return " | ".join(argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments)
     if origin in (Union, UnionType):
         return " | ".join(_type_text(argument) for argument in _members(annotation))
     if origin is tuple:

@@ -84,6 +84,21 @@ def source_file(function: Callable[..., Any]) -> str | None:
     return getattr(module, "__file__", None)
 
 
+def code_files(function: Callable[..., Any]) -> list[Path]:
+    """The file of a function or class, and the modules beside it that it imports, and those that they import."""
+    first = source_file(function)
+    found: list[Path] = []
+    waiting = [] if first is None else [Path(first).resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found or path.suffix != ".py" or not path.is_file():
+            continue
+        found.append(path)
+        for name in _imported_names(path):
+            waiting.extend(_places(path.parent, name))
+    return sorted(found)
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Name of a function as a recipe writes it."""
     function = _unbound(function)

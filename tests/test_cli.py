@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 from llmrl import cli
 from llmrl.cli import _named_as_given, _print_evaluation, _write, app, bad_input_ends_with_status_2, settings
 from llmrl.distributed.activity import HERE
+from llmrl.distributed.collectives import OneProcess
 from llmrl.models.folders import ModelError
+from llmrl.trainers.output import locked
 from llmrl.user_code import UserCodeFailure
 from llmrl.wiring.runs import RUNS
 from tests.hybrids import HYBRIDS
@@ -258,11 +260,37 @@ def test_a_seed_beyond_the_random_streams(data):
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(grpo_recipe, data):
-    (data / "grpo").mkdir()
-    (data / "grpo" / "config.json").write_text('{"settings": {}, "versions": {"llmrl": "0"}}')
+    (data / "grpo" / "checkpoints" / "step_000002").mkdir(parents=True)
+    (data / "grpo" / "config.json").write_text('{"settings": {"run": {"seed": 9}}, "versions": {"llmrl": "0"}}')
+    status, _, error = llmrl("grpo", grpo_recipe, "run.resume=false")
+    assert status == 2
+    assert "leave run.resume at auto to go on with it" in error
     status, _, error = llmrl("grpo", grpo_recipe)
     assert status == 2
-    assert "run.resume=true" in error
+    assert "holds another run than this one: run.seed was 9, is 0. run.resume=true goes on with it" in error
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_and_says_when_it_is_finished(grpo_recipe, data, monkeypatch):
+    other = f"run.output_dir={data / 'again'}"
+    assert llmrl("grpo", grpo_recipe, other, "run.num_iterations=2")[0] == 0
+    status, output, _ = llmrl("grpo", grpo_recipe, other, "run.num_iterations=3")
+    assert status == 0
+    assert "goes on after iteration 2 from" in output
+    written = {path: path.stat().st_mtime_ns for path in (data / "again").rglob("*")}
+    monkeypatch.setattr("llmrl.wiring.rl.build_grpo", lambda *_: pytest.fail("a model is loaded"))
+    status, output, _ = llmrl("grpo", grpo_recipe, other, "run.num_iterations=3")
+    assert status == 0
+    assert output.startswith("Nothing is left to learn: this run has come to its end.\nThe model is in ")
+    assert {path: path.stat().st_mtime_ns for path in (data / "again").rglob("*")} == written
+
+
+def test_a_second_start_in_the_same_folder_is_refused(grpo_recipe, data):
+    with locked(data / "grpo", OneProcess()):
+        status, _, error = llmrl("grpo", grpo_recipe)
+    assert status == 2
+    assert f"error: run.output_dir ({data / 'grpo'}) is being written by another process" in error
+    assert [path.name for path in (data / "grpo").iterdir()] == [".lock"]
 
 
 def test_a_reward_that_raises_names_itself_and_the_row_and_everything_is_saved(grpo_recipe, data):
@@ -628,7 +656,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(grpo_recipe, data):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "run.resume=true" in error
+    assert "the same command goes on" in error
     done = len(lines(metrics))
     assert 2 <= done < 30
 
@@ -733,7 +761,7 @@ def test_the_way_to_resume_is_printed_where_there_is_a_checkpoint(tmp_path, caps
         with pytest.raises(cli.typer.Exit), cli.failures_in_one_line(tmp_path):
             raise error
         _, *more = capsys.readouterr().err.splitlines()
-        hint = f"mend it; the same command with run.resume=true goes on from {tmp_path}"
+        hint = f"mend it; the same command goes on from {tmp_path}"
         assert more == [hint] * has_checkpoint
 
 

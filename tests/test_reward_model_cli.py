@@ -192,7 +192,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(recipe, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "run.resume=true" in error
+    assert "the same command goes on" in error
     assert 3 <= len(lines(metrics)) < 76
     assert not (tmp_path / "run" / "final").exists()
 
@@ -213,7 +213,7 @@ def test_a_finished_run_is_refused_or_resumed_to_the_same_model(trained, tmp_pat
     recipe, output = trained.parent / "rm.yaml", f"run.output_dir={tmp_path / 'run'}"
     status, _, error = llmrl("reward-model", recipe, output)
     assert status == 2
-    assert "run.resume=true" in error
+    assert "the same command goes on" in error
     before = json.loads((tmp_path / "run" / "final" / "report_card.json").read_text())
     shutil.rmtree(tmp_path / "run" / "final")
     status, _, error = llmrl("reward-model", recipe, output, "run.resume=true")

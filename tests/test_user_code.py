@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from llmrl.user_code import import_file
+from llmrl.user_code import code_files, import_file
 
 RULE = "def one(text):\n    return len(text)\n"
 
@@ -102,3 +102,13 @@ def test_a_neighbour_that_is_found_through_a_link_is_itself(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path / "link")
     rule = written(tmp_path / "mine", "rule.py", "import linked_tools\nvalue = linked_tools.value\n")
     assert import_file(rule).value == 2
+
+
+def test_the_code_of_a_function_is_its_file_with_the_neighbours_that_it_reaches(tmp_path):
+    near = written(tmp_path, "near_rule.py", "import far_rule\nimport json\n")
+    far = written(tmp_path, "far_rule.py", "import near_rule\n")
+    package = written(tmp_path / "package_of_rule", "__init__.py", "")
+    written(tmp_path, "unused_rule.py", "")
+    rule = written(tmp_path, "rule.py", "def rule():\n    import near_rule\n    from package_of_rule import x\n")
+    assert code_files(import_file(rule).rule) == sorted([far, near, package, rule])
+    assert code_files(len) == []

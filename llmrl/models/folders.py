@@ -61,7 +61,7 @@ def find_folder(path: str) -> Path:
     if (folder / "state.safetensors").is_file() and (folder / "manifest.json").is_file():
         run = folder.absolute().parent.parent
         raise ModelError(
-            f"model.path ({path}) is a checkpoint, which only run.resume=true with run.output_dir={run} reads; name a "
+            f"model.path ({path}) is a checkpoint, which only a run with run.output_dir={run} reads; name a "
             f"saved model, such as {run / 'final'}"
         )
     if is_adapter(path) or _describes_model(folder):

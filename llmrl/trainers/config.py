@@ -16,10 +16,13 @@ class OutputConfig(Section, place="run"):
     """Folder that the run writes everything to."""
     seed: Annotated[int, Bound(least=0, below=2**32)] = 0
     """Seed of every random stream: the order of the data, what is sampled, how minibatches are shuffled."""
-    resume: bool = False
-    """Continues from the newest checkpoint in the folder, or starts where there is none."""
+    resume: Literal["auto", True, False] = "auto"
+    """auto goes on with the run in the folder, unless it differs from this one, and begins one where there is none;
+    true goes on with it though it differs, and refuses a folder without a checkpoint; false refuses one with a run."""
     checkpoint_every: Annotated[int, Bound(least=0)] = 50
-    """Iterations between checkpoints; 0 for one at the end only."""
+    """Iterations between checkpoints, beside those after the first and the last one; 0 for no more than these."""
+    checkpoint_every_s: Annotated[float, Bound(least=0)] = 600.0
+    """Seconds after which an iteration ends with a checkpoint, whatever their number; 0 for no limit."""
     keep_checkpoints: Annotated[int, Bound(least=1)] = 2
     """Newest checkpoints that are kept: two, so that a damaged one costs what lies between them."""
     best_metric: str | None = None

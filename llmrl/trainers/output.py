@@ -1,13 +1,17 @@
-"""Checks of the output folder: whether a run may write it, and what an earlier run left there."""
+"""The output folder: whether a run may write it, what an earlier run left there, and the lock that one run holds."""
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Literal
+
+from filelock import FileLock, Timeout
 
 from llmrl.files import read_object, writing
+from llmrl.roles import Collectives
 from llmrl.trainers.checkpoint import list_checkpoints
 
 RECORDS = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "best", "final")
@@ -16,13 +20,15 @@ REPLACED = ("checkpoints", "best", "final")
 """Folders among these that a resumed run writes over."""
 MODEL_FILES = ("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.bin", "*.gguf")
 """Files that mark the folder of a model, beside its config.json."""
+LOCK = ".lock"
+"""File that the process which writes the folder holds a lock on. The system releases it when the process ends."""
 
 
 class RunError(ValueError):
     """A run that cannot start as it was asked to."""
 
 
-def check_folder(folder: Path, *, resume: bool, inputs: Mapping[str, str]) -> None:
+def check_folder(folder: Path, *, resume: Literal["auto", True, False], inputs: Mapping[str, str]) -> None:
     """Refuses to write where nothing can be written, over what a run reads, over another run, and over anything else.
 
     Args:
@@ -45,16 +51,85 @@ def check_folder(folder: Path, *, resume: bool, inputs: Mapping[str, str]) -> No
                 "another folder"
             )
     if is_run(folder):
-        if not resume:
-            raise RunError(
-                f"run.output_dir ({folder}) already holds a run; set run.resume=true to go on with it, choose another "
-                "folder, or move it away"
-            )
+        _check_run(folder, resume)
     elif found := _first_found(folder):
         raise RunError(
             f"run.output_dir ({folder}) holds {found.name}, which no run of llmrl wrote there, and a run might write "
             "over it; choose another folder, or move it away"
         )
+    elif resume is True:
+        raise RunError(f"run.resume is true, and run.output_dir ({folder}) holds no run; run.resume=auto begins one")
+
+
+def _check_run(folder: Path, resume: Literal["auto", True, False]) -> None:
+    """Refuses a run that is not to be touched, and one that nothing can go on from."""
+    if not resume:
+        raise RunError(
+            f"run.output_dir ({folder}) already holds a run; leave run.resume at auto to go on with it, choose another "
+            "folder, or move it away"
+        )
+    if list_checkpoints(folder / "checkpoints") or finished_iterations(folder) is not None:
+        return
+    check_nothing_is_lost(folder)
+    if resume is True:
+        raise RunError(
+            f"run.resume is true, and run.output_dir ({folder}) holds no checkpoint; run.resume=auto begins anew"
+        )
+
+
+def check_nothing_is_lost(folder: Path) -> None:
+    """Refuses to begin anew in the folder of a run that has learned something.
+
+    One that was killed before its first checkpoint, which is written after the first iteration, has not.
+
+    Raises:
+        RunError: It names what would be lost.
+    """
+    best = read_object(folder / "best" / "best.json") or {}
+    left = {
+        "final/": os.path.lexists(folder / "final"),
+        "best/": (folder / "best").exists() and best.get("iteration") not in (0, 1),
+        **{name: last_iteration(folder / name) > 1 for name in ("metrics.jsonl", "samples.jsonl")},
+    }
+    names = [name for name, is_there in left.items() if is_there]
+    if names:
+        raise RunError(
+            f"run.output_dir ({folder}) holds {', '.join(names)} of a run, and no checkpoint to go on from; choose "
+            "another folder, or move it away"
+        )
+
+
+def finished_iterations(folder: Path) -> int | None:
+    """Iterations of the run in a folder, if it has come to its end; None where it has not, or final/ is gone."""
+    finished = (read_object(folder / "config.json") or {}).get("finished")
+    return finished if isinstance(finished, int) and (folder / "final").exists() else None
+
+
+@contextmanager
+def locked(folder: Path, collectives: Collectives) -> Iterator[None]:
+    """Context in which no other process writes the folder, which is made. Collective; the first rank holds the lock.
+
+    Raises:
+        RunError: Another process writes it.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    problem = None
+    if collectives.is_first:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                problem = (
+                    f"run.output_dir ({folder}) is being written by another process; wait until it ends, or choose "
+                    "another folder"
+                )
+    if problem := collectives.from_first(problem):
+        raise RunError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_run(folder: Path) -> bool:
@@ -86,6 +161,15 @@ def keep_iterations(file: Path, last: int) -> int:
         partial.write_text("".join(kept))
         partial.replace(file)
     return sum(number < len(lines) - 1 for number in torn)
+
+
+def last_iteration(file: Path) -> int:
+    """The greatest iteration in a file of JSON lines; 0 where there is none."""
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    return max((_iteration(line) or 0 for line in lines), default=0)
 
 
 def _iteration(line: str) -> int | None:

@@ -24,14 +24,18 @@ class Records:
     Args:
         folder: The output folder.
         settings: Every setting of the run, resolved.
+        contents: Digests of what the run reads, by what it is.
         progress: Receives what is odd about files of earlier processes.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], contents: Mapping[str, str], progress: Progress
+    ) -> None:
         self.config_file = folder / "config.json"
         self.metrics_file = folder / "metrics.jsonl"
         self.samples_file = folder / "samples.jsonl"
         self.settings = settings
+        self.contents = contents
         self.progress = progress
 
     def keep(self, last: int) -> None:
@@ -41,24 +45,17 @@ class Records:
                 self.progress.message(f"{file}: {counted(num_torn, 'line')} that could not be read removed")
 
     def write_config(self) -> None:
-        """Writes the settings of the run, with versions and the git state."""
-        write_atomically(self.config_file, {"settings": self.settings, **provenance()})
+        """Writes the settings of the run, what it reads, versions and the git state."""
+        write_atomically(self.config_file, self.config())
 
-    def report_changes(self) -> None:
-        """Reports which settings differ from those that the run was started with."""
-        file = self.config_file
-        record = read_object(file)
-        if record is None:
-            state = "cannot be read" if file.exists() else "is gone"
-            self.progress.message(f"{file} {state}: which settings have changed since the run began is not known")
-            return
-        before = _leaves(record["settings"])
-        now = _leaves(json.loads(json.dumps(self.settings)))
-        for path in sorted(before.keys() | now.keys()):
-            if before.get(path) != now.get(path) and path != "run.resume":
-                self.progress.message(
-                    f"changed since the run was last started: {path} was {before.get(path)}, is {now.get(path)}"
-                )
+    def mark_finished(self, iterations: int) -> None:
+        """Adds to config.json that the run has come to its end after this many iterations."""
+        record = read_object(self.config_file) or self.config()
+        write_atomically(self.config_file, {**record, "finished": iterations})
+
+    def config(self) -> dict[str, Any]:
+        """Content of config.json while the run is under way."""
+        return {"settings": self.settings, "contents": self.contents, **provenance()}
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Appends a line to metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
@@ -88,9 +85,14 @@ def provenance() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in VERSIONED},
+        "versions": versions(),
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else changes != ""},
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Version of llmrl and of each package that its numbers depend on; None where one is not installed."""
+    return {name: _version(name) for name in VERSIONED}
 
 
 def _version(package: str) -> str | None:
@@ -107,12 +109,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
-
-
-def _leaves(settings: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(settings, Mapping):
-        return {path: settings}
-    leaves: dict[str, Any] = {}
-    for name, value in settings.items():
-        leaves |= _leaves(value, f"{path}.{name}" if path else name)
-    return leaves

@@ -9,18 +9,21 @@ best/               the model with the best value of `run.best_metric`
 final/              the model at the end
 """
 
+import json
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
-from llmrl.files import WriteError, writing
+from llmrl.files import WriteError, read_object, writing
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.best import BestModel
+from llmrl.trainers.changes import changes_since
 from llmrl.trainers.checkpoint import (
     list_checkpoints,
     newest_sound,
@@ -30,7 +33,7 @@ from llmrl.trainers.checkpoint import (
     set_aside,
 )
 from llmrl.trainers.config import OutputConfig, RunConfig
-from llmrl.trainers.output import RunError, check_folder, is_run
+from llmrl.trainers.output import RunError, check_folder, check_nothing_is_lost, is_run
 from llmrl.trainers.records import Records
 
 
@@ -40,7 +43,7 @@ class Stopped(Exception):
     def __init__(self, signal_number: int, iteration: int, output_dir: Path) -> None:
         super().__init__(
             f"stopped by {signal.Signals(signal_number).name} after iteration {iteration}; "
-            f"the same command with run.resume=true goes on from {output_dir}"
+            f"the same command goes on from {output_dir}"
         )
         self.status = 128 + signal_number
 
@@ -71,6 +74,7 @@ class Run:
         config: RunConfig,
         *,
         settings: Mapping[str, Any],
+        contents: Mapping[str, str],
         trainer: Trainer,
         save_model: Callable[[Path], None],
         evaluate: Callable[[], dict[str, float]] | None,
@@ -85,6 +89,8 @@ class Run:
         self.keeps_records = self.collectives.is_first
         """Whether this rank writes the records: every rank trains, one of them writes."""
         self.settings = settings
+        self.contents = contents
+        """Digests of what the run reads, by what it is."""
         self.trainer = trainer
         self.save_model = save_model
         self.evaluate = evaluate
@@ -95,7 +101,7 @@ class Run:
         self.alarms = alarms
         """Warnings that a run is dead or broken."""
         self.folder = config.folder
-        self.records = Records(self.folder, settings, self.progress)
+        self.records = Records(self.folder, settings, contents, self.progress)
         self.best = BestModel(
             self.folder,
             metric=config.best_metric,
@@ -104,6 +110,8 @@ class Run:
             collectives=self.collectives,
         )
         self.stop_signal: int | None = None
+        self.saved_at = time.monotonic()
+        """When the last checkpoint was written, or this process began, by its own clock."""
 
     def train(self) -> dict[str, float]:
         """Runs every iteration that is left. Returns the metrics of the last one.
@@ -135,6 +143,8 @@ class Run:
         self.progress.phase("saving", 1)
         with writing(self.folder / "final"):
             self.save_model(self.folder / "final")
+        if self.keeps_records:
+            self.records.mark_finished(self.trainer.iteration)
         self.collectives.barrier()  # no rank leaves before it is saved
         self.progress.advance()
         self.conclude()
@@ -171,12 +181,18 @@ class Run:
         for warning in self.alarms.observe(values):
             self.progress.message(f"warning: {warning}")
         self.best.update(number, values)
-        last = number == self.config.num_iterations
-        if last or (self.config.checkpoint_every and number % self.config.checkpoint_every == 0):
+        if self.is_checkpoint_due(number):
             self.progress.phase("checkpoint", 1)
             self.checkpoint()
             self.progress.advance()
         return values
+
+    def is_checkpoint_due(self, number: int) -> bool:
+        """Whether iteration `number` ends with a checkpoint. Collective: the clock of the first rank counts."""
+        every, every_s = self.config.checkpoint_every, self.config.checkpoint_every_s
+        if number in (1, self.config.num_iterations) or (every and number % every == 0):
+            return True
+        return bool(every_s and self.collectives.from_first(time.monotonic() - self.saved_at >= every_s))
 
     def evaluation(self, number: int) -> dict[str, float]:
         """Metrics of the evaluation after iteration `number`; empty where none is due."""
@@ -220,10 +236,12 @@ class Run:
         """
         check_output(self.config, {})
         is_new = not is_run(self.folder)
+        if not list_checkpoints(self.folder / "checkpoints"):
+            check_nothing_is_lost(self.folder)
         self.collectives.barrier()  # no rank writes before all have looked
         newest = self.newest_checkpoint()
         if newest is not None:
-            self.records.report_changes()
+            self.report_changes()
             self.trainer.load_state_dict(read_state(newest))
             self.progress.message(f"goes on after iteration {self.trainer.iteration} from {newest}")
         if self.keeps_records:
@@ -235,9 +253,20 @@ class Run:
             self.begin_records()
         self.collectives.barrier()  # no rank reads before these are in order
 
+    def report_changes(self) -> None:
+        """Reports what differs from what the run was last started with."""
+        file = self.folder / "config.json"
+        record = read_object(file)
+        if record is None:
+            state = "cannot be read" if file.exists() else "is gone"
+            self.progress.message(f"{file} {state}: what has changed since the run began is not known")
+            return
+        for change in changes_since(record, json.loads(json.dumps(self.settings)), self.contents):
+            self.progress.message(f"changed since the run was last started: {change.text}")
+
     def newest_checkpoint(self) -> Path | None:
-        """Newest checkpoint that is sound, the same on every rank; None where there is none. Damaged ones that are newer
-        are set aside.
+        """Newest checkpoint that is sound, the same on every rank; None where there is none. Damaged ones that are
+        newer are set aside.
 
         Raises:
             RunError: Ranks see different checkpoints.
@@ -283,6 +312,7 @@ class Run:
             )
         if self.keeps_records:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
+        self.saved_at = time.monotonic()
 
     def rescue(self, failure: BaseException) -> None:
         """Saves the state at the start of the iteration after a failure, if this rank has all of it by itself."""
@@ -295,13 +325,13 @@ class Run:
             self.save_beside()
         if isinstance(failure, KeyboardInterrupt) and self.next_checkpoint.exists():
             self.progress.message(
-                f"everything up to iteration {self.trainer.iteration} is saved; the same command with run.resume=true "
+                f"everything up to iteration {self.trainer.iteration} is saved; the same command "
                 f"goes on from {self.folder}"
             )
 
     def save_beside(self) -> None:
-        """Saves the state of a run that failed beside all checkpoints that are there: a failure is no reason to trust it
-        more than them."""
+        """Saves the state of a run that failed beside all checkpoints that are there: a failure is no reason to trust
+        it more than them."""
         state = self.trainer.state_dict()
         if found := not_finite(state):
             self.progress.message(f"warning: {found} is not finite, and is not saved: {self.what_is_kept()}")

@@ -3,7 +3,7 @@ the code of users, and refuses what would fail later."""
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,11 @@ from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
 from llmrl.roles import Progress
+from llmrl.settings import to_dict
+from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
+from llmrl.wiring.contents import contents_of
+from llmrl.wiring.precision import with_dtypes
 from llmrl.wiring.rows import EVALUATION, read_section
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class Checked:
     """Sentences on what could not be checked."""
     knows_models: bool
     """Whether every model of the run was there to be checked."""
+    contents: Mapping[str, str]
+    """Digests of what the run reads, by the setting that names it; empty where nothing trains."""
 
     @property
     def notes(self) -> list[str]:
@@ -93,7 +99,12 @@ def _check_batches(
     evaluation_rows = None if config.evaluation_data is None else rows_of(config.evaluation_data, EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
     return Checked(
-        rows=rows, evaluation_rows=evaluation_rows, functions=(), unchecked=unchecked, knows_models=knows_models
+        rows=rows,
+        evaluation_rows=evaluation_rows,
+        functions=(),
+        unchecked=unchecked,
+        knows_models=knows_models,
+        contents=_compared(config, rows, evaluation_rows, ()) if knows_models else {},
     )
 
 
@@ -139,7 +150,20 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         functions=functions,
         unchecked=unchecked,
         knows_models=knows_models,
+        contents=_compared(config, rows, evaluation_rows, functions) if trains and knows_models else {},
     )
+
+
+def _compared(
+    config: SFTRun | RewardModelRun | RLRun,
+    rows: Rows | None,
+    evaluation_rows: Rows | None,
+    functions: tuple[Function, ...],
+) -> Mapping[str, str]:
+    """Digests of what the run reads, which were compared with those of the run in its folder."""
+    contents = contents_of(config, rows=rows, evaluation_rows=evaluation_rows, functions=functions)
+    check_same_run(config.run, to_dict(with_dtypes(config)), contents)
+    return contents
 
 
 def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:

@@ -14,7 +14,7 @@ from llmrl.models.loading import DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-R = TypeVar("R", SFTRun, RewardModelRun, RLRun)
+R = TypeVar("R", bound="SFTRun | RewardModelRun | RLRun")
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:

@@ -134,6 +134,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
     return Run(
         RunConfig(num_iterations=num_iterations, **vars(config.run)),
         settings=to_dict(with_dtypes(config)),
+        contents=checked.contents,
         trainer=trainer,
         save_model=save,
         evaluate=trainer.evaluate,

@@ -217,6 +217,7 @@ def _build_run(
     return Run(
         config.run,
         settings=to_dict(with_dtypes(config)),
+        contents=checked.contents,
         trainer=trainer,
         save_model=lambda folder: parts.saver.save(folder, trained["actor"]),
         evaluate=evaluator.evaluate if evaluator is not None else None,

@@ -59,6 +59,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     return Run(
         config.run,
         settings=to_dict(with_dtypes(config)),
+        contents=checked.contents,
         trainer=trainer,
         save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,

@@ -2,7 +2,7 @@
 # Two machines with eight GPUs each under Slurm:
 #   sbatch recipes/accelerate/slurm.sh ppo RECIPE [key=value ...]
 #   LAUNCH=recipes/accelerate/two_nodes_ddp.yaml sbatch recipes/accelerate/slurm.sh grpo RECIPE
-# Where a job is requeued or resubmitted, run.resume=true goes on from the newest checkpoint. Slurm sends SIGTERM a minute
+# Where a job is requeued or resubmitted, it goes on from the newest checkpoint. Slurm sends SIGTERM a minute
 # before the time is up: an iteration that ends within 30 s is saved, a longer one is lost back to run.checkpoint_every.
 #SBATCH --job-name=llmrl
 #SBATCH --nodes=2
@@ -24,4 +24,4 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch --config_file "$LAUNCH" --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$HOST" -m llmrl "$@"
-' llmrl "$@" run.resume=true
+' llmrl "$@"

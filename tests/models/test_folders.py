@@ -88,7 +88,7 @@ def test_a_checkpoint(here):
     for name in ("manifest.json", "state.json", "state.safetensors"):
         (folder / name).touch()
     told = refusal(find_folder, "run/checkpoints/step_000010")
-    assert f"run.resume=true with run.output_dir={here / 'run'}" in told
+    assert f"a run with run.output_dir={here / 'run'}" in told
     assert told.endswith(str(here / "run" / "final"))
 
 

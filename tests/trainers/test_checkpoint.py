@@ -201,7 +201,9 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str):
         verify_checkpoint(step)
 
 
-@pytest.mark.parametrize("text", ["{", "", "[]", "null", "7", "[" * 10_000, '{"files": {}}', '{"files": null}', '{"files": []}'])
+@pytest.mark.parametrize(
+    "text", ["{", "", "[]", "null", "7", "[" * 10_000, '{"files": {}}', '{"files": null}', '{"files": []}']
+)
 def test_a_broken_manifest_is_refused(tmp_path: Path, text: str):
     step = save(tmp_path, 3)
     (step / "manifest.json").write_text(text)

@@ -2,16 +2,21 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llmrl.trainers.output import RunError, check_folder, keep_iterations
+from llmrl.distributed.collectives import OneProcess
+from llmrl.trainers.output import RunError, check_folder, keep_iterations, last_iteration, locked
 
 CONFIG = {"settings": {"run": {}}, "versions": {"torch": "2"}}
 
 
-def check(folder: Path, *, resume: bool = False, **inputs: Path | str) -> None:
+def check(folder: Path, *, resume: Any = "auto", **inputs: Path | str) -> None:
     check_folder(folder, resume=resume, inputs={name: str(path) for name, path in inputs.items()})
 
 
@@ -29,13 +34,14 @@ def make_model(folder: Path) -> Path:
 def make_run(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
     return folder
 
 
 # --- models and data --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, True, "auto"])
 @pytest.mark.parametrize("place", ["model", "model/run/a"])
 def test_the_folder_of_the_model_that_is_read_is_refused(tmp_path: Path, resume: bool, place: str):
     model = make_model(tmp_path / "model")
@@ -51,7 +57,7 @@ def test_so_it_is_by_another_name_and_from_another_working_directory(tmp_path: P
         check(Path("."), resume=True, **{"model.path": "../link"})
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, True, "auto"])
 def test_any_other_folder_with_a_model_is_refused_without_advice_to_resume(tmp_path: Path, resume: bool):
     make_model(tmp_path / "model")
     with pytest.raises(RunError, match=r"holds config\.json, which no run of llmrl wrote.*; choose") as refused:
@@ -108,8 +114,9 @@ def test_a_name_on_the_hub_is_in_no_folder_of_a_run(tmp_path: Path, monkeypatch:
 def test_a_run_is_resumed_or_refused(tmp_path: Path):
     run = make_run(tmp_path / "run")
     check(run, resume=True)
-    with pytest.raises(RunError, match=r"already holds a run; set run\.resume=true"):
-        check(run)
+    check(run)
+    with pytest.raises(RunError, match=r"already holds a run; leave run\.resume at auto"):
+        check(run, resume=False)
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"settings": {', b"\xff\xfe"])
@@ -120,6 +127,89 @@ def test_a_run_whose_record_is_torn_is_known_by_its_checkpoints(tmp_path: Path, 
         check(tmp_path, resume=True)
     (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
     check(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("left", ["final/x", "best/x", "metrics.jsonl", "samples.jsonl"])
+def test_what_a_run_without_checkpoints_left_is_not_begun_anew(tmp_path: Path, left: str):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints" / "step_000002").rmdir()
+    check(run)
+    (run / left).parent.mkdir(exist_ok=True)
+    (run / left).write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    before = tree(run)
+    with pytest.raises(RunError, match=rf"holds {left.removesuffix('x')} of a run, and no checkpoint to go on from"):
+        check(run)
+    assert tree(run) == before
+
+
+def test_a_run_in_its_first_iteration_has_left_nothing(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints" / "step_000002").rmdir()
+    (run / "metrics.jsonl").write_text('{"iteration": 0}\n{"iteration": 1}\n{"iter')
+    (run / "best").mkdir()
+    (run / "best" / "best.json").write_text('{"metric": "x", "value": 1.0, "iteration": 1}')
+    check(run)
+
+
+def test_a_finished_run_may_lack_its_checkpoints(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints" / "step_000002").rmdir()
+    (run / "final").mkdir()
+    (run / "config.json").write_text(json.dumps(CONFIG | {"finished": 9}))
+    check(run)
+    (run / "final").rmdir()
+    (run / "metrics.jsonl").write_text('{"iteration": 9}\n')
+    with pytest.raises(RunError, match="no checkpoint to go on from"):
+        check(run)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"iteration": null}', "\x00", "7"])
+def test_lines_that_are_no_records_have_no_iteration(tmp_path: Path, content: str):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    assert last_iteration(tmp_path / "metrics.jsonl") == last_iteration(tmp_path / "gone") == 0
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from llmrl.distributed.collectives import OneProcess
+from llmrl.trainers.output import locked
+with locked(Path(sys.argv[1]), OneProcess()):
+    if len(sys.argv) > 2 and os.fork() == 0:
+        time.sleep(60)  # as a worker of a reward function may, after its parent was killed
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("forks", [(), ("forks",)])
+def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path, forks: tuple[str, ...]):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder), *forks], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="is being written by another process"), locked(folder, OneProcess()):
+            pytest.fail("two writers")
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    with locked(folder, OneProcess()):
+        pass
+
+
+def test_every_rank_learns_that_the_folder_is_taken(tmp_path: Path):
+    class Second(OneProcess):
+        rank, world_size = 1, 2
+
+        def gather(self, x: Any) -> list[Any]:
+            return ["taken", x]
+
+    with pytest.raises(RunError, match="taken"), locked(tmp_path / "run", Second()):
+        pytest.fail("two writers")
+    assert not (tmp_path / "run").exists()
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

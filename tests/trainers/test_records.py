@@ -11,7 +11,7 @@ from llmrl.trainers.records import Records
 
 @pytest.fixture
 def records(tmp_path):
-    return Records(tmp_path, {"run": {"seed": 1}}, Silent())
+    return Records(tmp_path, {"run": {"seed": 1}}, {"data": "1f"}, Silent())
 
 
 def test_lines_come_back_as_they_were_written(records):
@@ -44,4 +44,15 @@ def test_the_config_holds_the_settings_and_what_ran_them(records):
     records.write_config()
     config = json.loads(records.config_file.read_text())
     assert config["settings"] == {"run": {"seed": 1}}
+    assert config["contents"] == {"data": "1f"}
     assert {"started", "python", "platform", "versions", "git"} <= config.keys()
+
+
+def test_the_end_is_added_to_the_record_that_is_there(records):
+    records.config_file.write_text('{"settings": {"run": {"seed": 2}}}')
+    records.mark_finished(7)
+    assert json.loads(records.config_file.read_text()) == {"settings": {"run": {"seed": 2}}, "finished": 7}
+    records.config_file.write_text("")
+    records.mark_finished(8)
+    record = json.loads(records.config_file.read_text())
+    assert (record["settings"], record["finished"]) == ({"run": {"seed": 1}}, 8)

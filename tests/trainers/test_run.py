@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -165,6 +166,7 @@ class Bench:
         return Run(
             RunConfig(output_dir=str(self.folder), num_iterations=num_iterations, **config),
             settings=settings or {},
+            contents={},
             trainer=trainer,
             save_model=save or save_model,
             evaluate=evaluate,
@@ -215,24 +217,24 @@ def test_progress_is_told_of_checkpoints_and_of_what_is_done_already(bench: Benc
     bench.make(4, checkpoint_every=2).train()
     bench.make(5, checkpoint_every=2, resume=True).train()
     assert bench.said.begun == [(4, 0), (5, 4)]
-    assert bench.said.phases == ["checkpoint", "checkpoint", "saving", "checkpoint", "saving"]
+    assert bench.said.phases == ["checkpoint", "checkpoint", "checkpoint", "saving", "checkpoint", "saving"]
 
 
 def test_a_failure_stays_in_the_phase_in_which_it_happened(bench: Bench):
     """Though a checkpoint is written."""
     with pytest.raises(Failure):
-        bench.make(hooks={(2, "early"): fail}).train()
-    assert bench.steps() == ["step_000001"]
-    assert bench.said.phases == []
+        bench.make(hooks={(3, "early"): fail}).train()
+    assert bench.steps() == ["step_000001", "step_000002"]
+    assert bench.said.phases == ["checkpoint"]
 
 
 def test_a_failure_saves_nothing_that_other_ranks_would_have_to_bring(bench: Bench):
     """They may be the ones that failed."""
-    run = bench.make(hooks={(2, "early"): fail})
+    run = bench.make(hooks={(3, "early"): fail})
     bench.trainer.holds_all = False
     with pytest.raises(Failure):
         run.train()
-    assert bench.steps() == []
+    assert bench.steps() == ["step_000001"]
 
 
 def test_the_best_is_what_the_writing_rank_has_seen(bench: Bench):
@@ -346,13 +348,15 @@ def test_evaluation_before_the_first_every_so_many_and_after_the_last(
 @pytest.mark.parametrize(
     ("every", "keep", "steps"),
     [
-        (2, 9, ["step_000002", "step_000004", "step_000005"]),
+        (2, 9, ["step_000001", "step_000002", "step_000004", "step_000005"]),
         (2, 1, ["step_000005"]),
         (1, 2, ["step_000004", "step_000005"]),
-        (0, 9, ["step_000005"]),
+        (0, 9, ["step_000001", "step_000005"]),
     ],
 )
-def test_checkpoints_every_so_many_and_at_the_end(bench: Bench, every: int, keep: int, steps: list[str]):
+def test_checkpoints_after_the_first_every_so_many_and_at_the_end(
+    bench: Bench, every: int, keep: int, steps: list[str]
+):
     bench.make(5, checkpoint_every=every, keep_checkpoints=keep).train()
     assert bench.steps() == steps
 
@@ -497,15 +501,15 @@ def test_a_resumed_run_remembers_the_best(bench: Bench):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_a_run_is_refused(bench: Bench):
+def test_a_folder_that_holds_a_run_is_refused_where_none_is_to_go_on(bench: Bench):
     bench.make(2).train()
     before = (bench.folder / "metrics.jsonl").read_text()
-    with pytest.raises(RunError, match=r"run\.output_dir \(.*\) already holds a run; set run\.resume=true"):
-        bench.make(4).train()
+    with pytest.raises(RunError, match=r"run\.output_dir \(.*\) already holds a run; leave run\.resume at auto"):
+        bench.make(4, resume=False).train()
     assert (bench.folder / "metrics.jsonl").read_text() == before
     (bench.folder / "config.json").unlink()
     with pytest.raises(RunError, match="already holds a run"):
-        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1), {})
+        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=1, resume=False), {})
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
@@ -532,17 +536,88 @@ def test_resume_of_a_run_that_is_done_writes_the_model_and_nothing_else(bench: B
 
 def test_resume_without_a_checkpoint_starts_anew(bench: Bench):
     with pytest.raises(Failure):
-        bench.make(3, hooks={(2, "late"): fail}).train()
-    (bench.folder / "samples.jsonl").write_text('{"iteration": 2}\n')
-    bench.make(3, resume=True).train()
+        bench.make(3, hooks={(1, "late"): fail}).train()
+    (bench.folder / "samples.jsonl").write_text('{"iteration": 1}\n')
+    bench.make(3).train()
     assert bench.iterations() == [1, 2, 3]
     assert bench.lines("samples.jsonl") == []
     assert bench.model() == 18.0
 
 
-def test_resume_in_an_empty_folder_starts(bench: Bench):
-    bench.make(2, resume=True).train()
-    assert bench.iterations() == [1, 2]
+def test_a_run_that_is_to_go_on_where_there_is_none_is_refused(bench: Bench):
+    with pytest.raises(RunError, match=r"holds no run; run\.resume=auto begins one"):
+        bench.make(2, resume=True).train()
+    with pytest.raises(Failure):
+        bench.make(2, hooks={(1, "late"): fail}).train()
+    with pytest.raises(RunError, match=r"holds no checkpoint; run\.resume=auto begins anew"):
+        bench.make(2, resume=True).train()
+
+
+def test_the_same_command_goes_on(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, checkpoint_every=2, hooks={(4, "late"): fail}).train()
+    bench.make(4, checkpoint_every=2).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+@pytest.mark.parametrize("resume", ["auto", True])
+def test_nothing_is_begun_anew_where_something_was_learned(bench: Bench, resume: Any):
+    """Whoever removes checkpoints/ keeps what else the run left."""
+    bench.make(3, best_metric="weight").train()
+    shutil.rmtree(bench.folder / "checkpoints")
+    left = {path: path.read_bytes() for path in bench.folder.rglob("*") if path.is_file()}
+    with pytest.raises(
+        RunError, match=r"holds final/, best/, metrics\.jsonl of a run, and no checkpoint to go on from"
+    ):
+        bench.make(5, resume=resume).train()
+    shutil.rmtree(bench.folder / "final")
+    with pytest.raises(RunError, match=r"holds best/, metrics\.jsonl of a run"):
+        check_output(RunConfig(output_dir=str(bench.folder), num_iterations=5, resume=resume), {})
+    kept = {path: path.read_bytes() for path in bench.folder.rglob("*") if path.is_file()}
+    assert kept == {path: content for path, content in left.items() if path.parent.name != "final"}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llmrl.trainers.run.save_checkpoint", lambda *_, **__: fail())
+    with pytest.raises(Failure):
+        bench.make(3, best_metric="weight").train()
+    monkeypatch.undo()
+    assert bench.iterations() == [1]
+    assert bench.best()["iteration"] == 1
+    bench.make(3, best_metric="weight").train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:3]
+
+
+def test_the_end_of_a_run_is_recorded_until_it_goes_on(bench: Bench):
+    def finished() -> int | None:
+        return json.loads((bench.folder / "config.json").read_text()).get("finished")
+
+    bench.make(2, settings={"rate": 1.0}).train()
+    assert finished() == 2
+    with pytest.raises(Failure):
+        bench.make(3, settings={"rate": 2.0}, hooks={(3, "late"): fail}).train()
+    assert finished() is None
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_old(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Four seconds an iteration: 4 after the first, then 12 after the fourth."""
+    monkeypatch.setattr("llmrl.trainers.run.time.monotonic", lambda: 4.0 * bench.trainer.iteration)
+    bench.make(6, checkpoint_every=0, checkpoint_every_s=10.0, keep_checkpoints=9).train()
+    assert bench.steps() == ["step_000001", "step_000004", "step_000006"]
+
+
+def test_of_several_ranks_the_first_one_says_what_is_old(bench: Bench):
+    class Second(OneProcess):
+        rank, world_size = 1, 2
+
+        def gather(self, x: Any) -> list[Any]:
+            asked.append(x)
+            return [x is False or x, x]  # it says yes where this one says no
+
+    asked: list[Any] = []
+    bench.make(3, checkpoint_every=0, collectives=Second()).train()
+    assert bench.said.phases == ["checkpoint", "checkpoint", "checkpoint", "saving"]
+    assert False in asked
 
 
 def test_lines_after_the_checkpoint_are_removed(bench: Bench):
@@ -597,11 +672,12 @@ def test_settings_that_cannot_be_compared_are_told(bench: Bench):
 def test_checkpoints_that_are_all_damaged_stop_the_run_before_it_removes_anything(bench: Bench):
     with pytest.raises(Failure):
         bench.make(4, checkpoint_every=2, hooks={(4, "late"): fail}).train()
-    bench.damage("step_000002")
+    for step in bench.steps():
+        bench.damage(step)
     with pytest.raises(CheckpointError, match="is not what was saved"):
         bench.make(4, resume=True).train()
     assert bench.iterations() == [1, 2, 3]
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(bench: Bench):
@@ -621,7 +697,9 @@ def diverge(bench: Bench) -> None:
 
 def test_weights_that_are_not_finite_are_never_saved(bench: Bench):
     run = bench.make(4, checkpoint_every=1, keep_checkpoints=1, hooks={(3, "late"): lambda: diverge(bench)})
-    with pytest.raises(RunError, match=r"weight is not finite after iteration 3, and is not saved: .*after iteration 2"):
+    with pytest.raises(
+        RunError, match=r"weight is not finite after iteration 3, and is not saved: .*after iteration 2"
+    ):
         run.train()
     assert bench.steps() == ["step_000002"]
     assert not (bench.folder / "final").exists()
@@ -642,8 +720,11 @@ def test_a_rescue_saves_nothing_that_is_not_finite(bench: Bench):
 
     with pytest.raises(Failure):
         bench.make(6, checkpoint_every=2, hooks={(4, "early"): fail_diverged}).train()
-    assert bench.steps() == ["step_000002"]
-    assert "warning: weight is not finite, and is not saved: what was learned after iteration 2 is lost" in bench.said.messages
+    assert bench.steps() == ["step_000001", "step_000002"]
+    assert (
+        "warning: weight is not finite, and is not saved: what was learned after iteration 2 is lost"
+        in bench.said.messages
+    )
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -652,7 +733,7 @@ def test_a_rescue_saves_nothing_that_is_not_finite(bench: Bench):
 def test_a_failure_before_the_weights_move_costs_nothing(bench: Bench):
     with pytest.raises(Failure):
         bench.make(4, hooks={(3, "early"): fail}).train()
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
     bench.make(4, resume=True).train()
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
     assert bench.model() == 58.0
@@ -661,10 +742,10 @@ def test_a_failure_before_the_weights_move_costs_nothing(bench: Bench):
 def test_a_failure_after_the_weights_moved_saves_nothing(bench: Bench):
     with pytest.raises(Failure):
         bench.make(4, hooks={(3, "late"): fail}).train()
-    assert bench.steps() == []
+    assert bench.steps() == ["step_000001"]
     with pytest.raises(Failure):
         bench.make(4, checkpoint_every=2, resume=True, hooks={(4, "late"): fail}).train()
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
     bench.make(4, resume=True).train()
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
 
@@ -675,7 +756,7 @@ def test_a_failing_evaluation_loses_neither_the_iteration_nor_its_line(bench: Be
 
     with pytest.raises(Failure):
         bench.make(4, evaluate=evaluate, evaluate_every=2).train()
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
     bench.make(4, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, resume=True).train()
     assert [line.get("weight") for line in bench.lines()] == [None, *WEIGHTS[:4]]
     assert [line["iteration"] for line in bench.lines() if "eval/x" in line] == [0, 2, 4]
@@ -717,13 +798,11 @@ def test_a_checkpoint_that_is_there_is_not_written_again(bench: Bench, monkeypat
 def test_a_signal_ends_the_run_after_the_iteration(bench: Bench, hook: Any, name: str, number: int, moment: str):
     with pytest.raises(Stopped) as stopped:
         bench.make(4, hooks={(2, moment): hook}).train()
-    assert str(stopped.value) == (
-        f"stopped by {name} after iteration 2; the same command with run.resume=true goes on from {bench.folder}"
-    )
+    assert str(stopped.value) == (f"stopped by {name} after iteration 2; the same command goes on from {bench.folder}")
     assert stopped.value.status == 128 + number
     assert bench.said.messages == ["stops after this iteration; interrupt again to stop sooner"]
     assert bench.iterations() == [1, 2]
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
     assert not (bench.folder / "final").exists()
     bench.make(4, resume=True).train()
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
@@ -748,10 +827,10 @@ def test_a_second_interrupt_stops_at_once(bench: Bench):
     with pytest.raises(KeyboardInterrupt):
         bench.make(4, hooks={(3, "early"): twice}).train()
     assert bench.said.messages[1:] == [
-        f"everything up to iteration 2 is saved; the same command with run.resume=true goes on from {bench.folder}"
+        f"everything up to iteration 2 is saved; the same command goes on from {bench.folder}"
     ]
     assert bench.iterations() == [1, 2]
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
     bench.make(4, resume=True).train()
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
 
@@ -781,10 +860,10 @@ def test_a_second_interrupt_after_the_weights_moved_ends_the_updates_and_loses_n
     assert seen == [2]
     assert bench.said.messages[1] == (
         "stops after this optimizer step, with a checkpoint; interrupt again to stop at once, without one: "
-        "no checkpoint was written yet"
+        "what was learned after iteration 1 is lost"
     )
     assert bench.iterations() == [1, 2, 3]
-    assert bench.steps() == ["step_000003"]
+    assert bench.steps() == ["step_000001", "step_000003"]
 
 
 def test_a_third_interrupt_stops_at_once_and_says_what_is_lost(bench: Bench):
@@ -792,7 +871,7 @@ def test_a_third_interrupt_stops_at_once_and_says_what_is_lost(bench: Bench):
         bench.make(9, hooks={(4, "late"): interrupts(3)}, checkpoint_every=2).train()
     assert bench.said.messages[1].endswith(": what was learned after iteration 2 is lost")
     assert bench.said.messages[2] == "the weights were being changed: what was learned after iteration 2 is lost"
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
 
 
 def test_a_second_interrupt_during_an_evaluation_loses_nothing(bench: Bench):
@@ -804,7 +883,7 @@ def test_a_second_interrupt_during_an_evaluation_loses_nothing(bench: Bench):
     with pytest.raises(KeyboardInterrupt):
         bench.make(9, evaluate=evaluate, evaluate_every=3, checkpoint_every=50).train()
     assert bench.iterations() == [0, 1, 2, 3]
-    assert bench.steps() == ["step_000003"]
+    assert bench.steps() == ["step_000001", "step_000003"]
 
 
 def test_a_second_sigterm_waits_for_the_iteration(bench: Bench):
@@ -844,7 +923,7 @@ def test_a_model_that_cannot_be_written_is_one_line_and_is_written_after_a_resum
     run.save_model = full
     with pytest.raises(WriteError, match=r"run/final cannot be written: No space left on device$"):
         run.train()
-    assert bench.steps() == ["step_000002"]
+    assert bench.steps() == ["step_000001", "step_000002"]
     bench.make(2, resume=True).train()
     assert bench.model() == 5.0
 
@@ -878,7 +957,7 @@ def test_the_record_of_a_run_that_is_torn_is_told(bench: Bench):
     bench.make(2).train()
     (bench.folder / "config.json").write_text("{")
     bench.make(3, resume=True).train()
-    assert "config.json cannot be read: which settings" in bench.said.messages[0]
+    assert "config.json cannot be read: what has changed" in bench.said.messages[0]
 
 
 def test_the_folder_stays_the_same_when_a_reward_changes_the_working_directory(

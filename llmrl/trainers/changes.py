@@ -1,0 +1,129 @@
+"""What has changed since the run in a folder was last started: its settings, what it reads, and the versions.
+
+A change is `harmless` if the run stays the same one: it changes how long the run is, what it writes or how much memory
+it takes, and no number that is learned. With any other change, `run.resume: auto` does not go on.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from llmrl.files import read_object
+from llmrl.trainers.checkpoint import list_checkpoints
+from llmrl.trainers.config import OutputConfig
+from llmrl.trainers.output import RunError, finished_iterations
+from llmrl.trainers.records import versions
+
+HARMLESS = (
+    "run.*",
+    "trackers.*",
+    "distributed.*",
+    "evaluation*",
+    "*.made_by",
+    "*.microbatch_tokens",
+    "rollout.max_rows",
+    "reward.functions.*.timeout_s",
+    "reward.functions.*.retries",
+)
+"""Settings that change no number that is learned."""
+NOT_HARMLESS = ("run.seed", "run.deterministic")
+"""Exceptions to these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Something that is not as it was when the run was last started."""
+
+    text: str
+    """What it was and is, as the end of a sentence."""
+    harmless: bool
+
+
+def changes_since(record: Mapping[str, Any], settings: Mapping[str, Any], contents: Mapping[str, str]) -> list[Change]:
+    """What differs from the record of a run.
+
+    Args:
+        record: Content of its config.json.
+        settings: Every setting now, as JSON has it.
+        contents: Digests of what the run reads, by what it is.
+    """
+    return [
+        *_of_settings(record.get("settings"), settings),
+        *_of_contents(record.get("contents"), contents),
+        *_of_versions(record.get("versions")),
+    ]
+
+
+def check_same_run(config: OutputConfig, settings: Mapping[str, Any], contents: Mapping[str, str]) -> None:
+    """Refuses to go on with another run, unless `run.resume` is true.
+
+    Raises:
+        RunError: It names every change that is not harmless.
+    """
+    changes = [] if config.resume is True else changes_in(config.folder, settings, contents)
+    if texts := [change.text for change in changes if not change.harmless]:
+        raise RunError(
+            f"run.output_dir ({config.output_dir}) holds another run than this one: {'; '.join(texts)}. "
+            "run.resume=true goes on with it all the same, another folder begins a new one"
+        )
+
+
+def changes_in(folder: Path, settings: Mapping[str, Any], contents: Mapping[str, str]) -> list[Change]:
+    """What differs from the run in a folder; nothing where that has learned nothing yet, or has no record."""
+    has_learned = list_checkpoints(folder / "checkpoints") or finished_iterations(folder) is not None
+    record = read_object(folder / "config.json") if has_learned else None
+    return [] if record is None else changes_since(record, settings, contents)
+
+
+def is_finished(config: OutputConfig, settings: Mapping[str, Any], contents: Mapping[str, str]) -> bool:
+    """Whether the run in the folder is this one, and has done every iteration that this one asks for."""
+    finished = finished_iterations(config.folder)
+    if finished is None or not all(change.harmless for change in changes_in(config.folder, settings, contents)):
+        return False
+    return finished >= getattr(config, "num_iterations", finished)
+
+
+def _of_settings(before: Any, now: Mapping[str, Any]) -> Iterator[Change]:
+    was, is_now = _leaves(before if isinstance(before, Mapping) else {}), _leaves(now)
+    for path in sorted(was.keys() | is_now.keys()):
+        if was.get(path) != is_now.get(path) and path != "run.resume":
+            text = f"{path} was {was.get(path)}, is {is_now.get(path)}"
+            yield Change(text=text, harmless=_is_harmless(path) or not _is_known(path, was))
+
+
+def _of_contents(before: Any, now: Mapping[str, str]) -> Iterator[Change]:
+    was = before if isinstance(before, Mapping) else {}
+    for what, digest in now.items():
+        if what in was and was[what] != digest:
+            yield Change(text=f"the content of {what} is another", harmless=_is_harmless(what))
+
+
+def _of_versions(before: Any) -> Iterator[Change]:
+    was = before if isinstance(before, Mapping) else {}
+    for package, version in versions().items():
+        if package in was and was[package] != version:
+            yield Change(text=f"the version of {package} was {was[package]}, is {version}", harmless=True)
+
+
+def _is_known(path: str, was: Mapping[str, Any]) -> bool:
+    """Whether a record has the setting, or the section that it is in as null; a new version may bring others."""
+    names = path.split(".")
+    return any(".".join(names[:depth]) in was for depth in range(1, len(names) + 1))
+
+
+def _is_harmless(path: str) -> bool:
+    return path not in NOT_HARMLESS and any(fnmatchcase(path, pattern) for pattern in HARMLESS)
+
+
+def _leaves(settings: Any, path: str = "") -> dict[str, Any]:
+    """Settings by path, those in lists by number; an empty list or mapping counts as a value."""
+    items = enumerate(settings) if isinstance(settings, list) else None
+    items = settings.items() if isinstance(settings, Mapping) else items
+    if items is None or not settings:
+        return {path: settings}
+    leaves: dict[str, Any] = {}
+    for name, value in items:
+        leaves |= _leaves(value, f"{path}.{name}" if path else str(name))
+    return leaves

@@ -1,0 +1,50 @@
+"""Digests of what a run reads, by which it is known again: its config.json has them."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llmrl
+from llmrl.batches import Row
+from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.data.source import fingerprint
+from llmrl.models.config import ModelConfig
+from llmrl.models.digest import digest_of_model
+from llmrl.user_code import code_files, load_object, names_code
+from llmrl.wiring.rows import EVALUATION
+
+OWN = Path(llmrl.__file__).resolve().parent
+"""The code of llmrl itself, which its version stands for."""
+
+
+def contents_of(
+    config: SFTRun | RewardModelRun | RLRun,
+    *,
+    rows: Sequence[Row] | None,
+    evaluation_rows: Sequence[Row] | None,
+    functions: Sequence[Callable[..., Any]],
+) -> dict[str, str]:
+    """SHA-256 of what a run reads, by the setting that names it: rows, models, code of the user."""
+    contents = {"model.path": digest_of_model(config.model)}
+    for section, read in (("data", rows), (EVALUATION, evaluation_rows)):
+        if read is not None:
+            contents[section] = fingerprint(read)
+    if isinstance(config, RLRun):
+        if config.reward.model is not None:
+            scorer = ModelConfig(path=config.reward.model.path, trust_remote_code=config.model.trust_remote_code)
+            contents["reward.model.path"] = digest_of_model(scorer)
+        code = {f"reward.functions.{number}": function for number, function in enumerate(functions)}
+        for name, value in vars(config.algorithm).items():
+            if isinstance(value, str) and names_code(value):
+                code[f"algorithm.{name}"] = load_object(value, role=f"algorithm.{name}")
+        contents |= {name: _digest_of_code(function) for name, function in code.items()}
+    return contents
+
+
+def _digest_of_code(function: Callable[..., Any]) -> str:
+    digest = hashlib.sha256()
+    for file in code_files(function):
+        if not file.is_relative_to(OWN):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
