@@ -12,10 +12,11 @@ RLHF := recipes/reviews_tiny_ppo.yaml
 PEERS := .peers/trl-1.16.0 .peers/trl-1.12.0
 MODEL ?= runs/bench/SmolLM2-135M-Instruct
 WORKLOADS ?=
+RELIABILITY ?= runs/reliability.jsonl
 TURNS ?= 2
 DTYPE ?= bfloat16
 
-.PHONY: quickstart quickstart-rlhf test test-fast fuzz check docs bench
+.PHONY: quickstart quickstart-rlhf test test-fast test-reliability fuzz check docs bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
@@ -62,6 +63,11 @@ test-fast: $(INSTALLED)
 # Faults in folders, data, templates, settings and rules, 400 combinations; make test tries 60 of them.
 fuzz: $(INSTALLED)
 	FUZZ_COMBINATIONS=$${FUZZ_COMBINATIONS:-400} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
+
+# Kills, signals, damage and foreign folders, 1,400 trials and a soak of ten minutes: about an hour; make test tries a
+# sample. The table gets a line for each trial.
+test-reliability: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability --table $(RELIABILITY)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -32,25 +32,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path, help="file that gets a line for each trial")
     asked = parser.parse_args()
-    for kind in asked.kinds:
-        if kind not in KINDS:
-            parser.error(f"{kind} is none of {', '.join(KINDS)}")
-    wrong = 0
-    for kind in asked.kinds or KINDS:
-        trials, whole = KINDS[kind]
-        started, done = time.monotonic(), 0
-        with tempfile.TemporaryDirectory(prefix="reliability") as work:
-            for number, trial in enumerate(trials(asked.seed, asked.trials or whole, Path(work))):
-                done += 1
-                wrong += trial["wrong"] is not None
-                line = {"kind": kind, "seed": asked.seed, "trial": number, **trial}
-                if asked.table is not None:
-                    with asked.table.open("a") as table:
-                        table.write(json.dumps(line) + "\n")
-                if trial["wrong"] is not None:
-                    print(f"WRONG {json.dumps(line)}", flush=True)
-        print(f"{kind}: {done} trials in {time.monotonic() - started:.0f} s, wrong in all so far: {wrong}", flush=True)
+    if unknown := set(asked.kinds) - KINDS.keys():
+        parser.error(f"{', '.join(unknown)}: choose of {', '.join(KINDS)}")
+    if asked.table is not None:
+        asked.table.parent.mkdir(parents=True, exist_ok=True)
+    wrong = sum(plant(kind, asked.trials, asked.seed, asked.table) for kind in asked.kinds or KINDS)
     sys.exit(1 if wrong else 0)
+
+
+def plant(kind: str, num: int | None, seed: int, table: Path | None) -> int:
+    """Plants faults of a kind, with a line in the table for each. Returns how many came out wrong."""
+    trials, whole = KINDS[kind]
+    started, lines = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="reliability") as work:
+        for number, trial in enumerate(trials(seed, num or whole, Path(work))):
+            lines.append({"kind": kind, "seed": seed, "trial": number, **trial})
+            if table is not None:
+                with table.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+            if trial["wrong"] is not None:
+                print(f"WRONG {json.dumps(lines[-1])}", flush=True)
+    wrong = sum(line["wrong"] is not None for line in lines)
+    print(f"{kind}: {len(lines)} trials in {time.monotonic() - started:.0f} s, {wrong} wrong", flush=True)
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""One long run over two processes, killed, stopped, damaged and without room again and again: at its end it has left the
-same as the run that was left in peace."""
+"""One long run over two processes, killed, stopped, damaged and without room again and again.
+
+At its end it has left the same as the run that was left in peace.
+"""
 
 import os
 import random
