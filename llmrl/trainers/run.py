@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
-from llmrl.files import WriteError, writing
+from llmrl.files import WriteError, restore_folder, writing
+from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms
@@ -30,7 +31,7 @@ from llmrl.trainers.checkpoint import (
     set_aside,
 )
 from llmrl.trainers.config import OutputConfig, RunConfig
-from llmrl.trainers.output import RunError, check_folder, is_run
+from llmrl.trainers.output import RunError, check_folder, check_models, is_run
 from llmrl.trainers.records import Records
 
 
@@ -59,8 +60,9 @@ class MetricsSink(Protocol):
 
 
 def check_output(config: OutputConfig, inputs: Mapping[str, str]) -> None:
-    """See `check_folder`."""
+    """See `check_folder` and `check_models`."""
     check_folder(Path(config.output_dir), resume=config.resume, inputs=inputs)
+    check_models(Path(config.output_dir))
 
 
 class Run:
@@ -79,6 +81,7 @@ class Run:
         sink: MetricsSink,
         alarms: Alarms,
         warmup_iterations: int,
+        samples: LineFile | None = None,
     ) -> None:
         self.config = config
         self.collectives = context.collectives
@@ -95,13 +98,14 @@ class Run:
         self.alarms = alarms
         """Warnings that a run is dead or broken."""
         self.folder = config.folder
-        self.records = Records(self.folder, settings, self.progress)
+        self.records = Records(self.folder, settings, self.progress, samples)
         self.best = BestModel(
             self.folder,
             metric=config.best_metric,
             warmup_iterations=warmup_iterations,
             save_model=save_model,
             collectives=self.collectives,
+            report=self.progress.message,
         )
         self.stop_signal: int | None = None
 
@@ -259,6 +263,7 @@ class Run:
 
     def begin_records(self) -> None:
         """Removes what came after the checkpoint, and writes the settings of the run."""
+        restore_folder(self.folder / "final")
         self.records.keep(self.trainer.iteration or -1)
         self.best.discard_after(self.trainer.iteration)
         if self.trainer.iteration >= self.config.num_iterations:
@@ -282,12 +287,14 @@ class Run:
                 f"{self.what_is_kept()}; lower optimizer.learning_rate, or look in metrics.jsonl for where it began"
             )
         if self.keeps_records:
+            self.records.sync()  # a checkpoint never knows of more than the records
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
 
     def rescue(self, failure: BaseException) -> None:
         """Saves the state at the start of the iteration after a failure, if this rank has all of it by itself."""
         if not self.keeps_records:
             return
+        self.records.sync_or_report()
         if not self.trainer.rewind():
             self.progress.message(f"the weights were being changed: {self.what_is_kept()}")
             return
