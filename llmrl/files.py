@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,22 +34,24 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}{_room(path, num_bytes)}") from error
+        raise _refusal(path, error.strerror or str(error), num_bytes) from error
     except SafetensorError as error:
-        if "os error" not in str(error):
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
             raise  # it was handed something wrong, which is a bug
-        raise WriteError(f"{path} cannot be written: {error}{_room(path, num_bytes)}") from error
+        raise _refusal(path, os.strerror(int(number[1])), num_bytes) from error
 
 
-def _room(path: Path, num_bytes: int | None) -> str:
-    """`` (1.2 GiB needed, 300 MiB free)``; empty where it is not known what is needed."""
-    if num_bytes is None:
-        return ""
-    free = ""
-    with suppress(OSError):
-        place = next(place for place in (path, *path.absolute().parents) if place.exists())
-        free = f", {in_units(shutil.disk_usage(place).free)} free"
-    return f" ({in_units(num_bytes)} needed{free})"
+def _refusal(path: Path, reason: str, num_bytes: int | None) -> WriteError:
+    """``x/final cannot be written: No space left on device (1.2 GiB needed, 300 MiB free)``."""
+    room = ""
+    if num_bytes is not None:
+        free = ""
+        with suppress(OSError):
+            place = next(place for place in (path, *path.absolute().parents) if place.exists())
+            free = f", {in_units(shutil.disk_usage(place).free)} free"
+        room = f" ({in_units(num_bytes)} needed{free})"
+    return WriteError(f"{path} cannot be written: {reason}{room}")
 
 
 def flush_to_disk(path: Path) -> None:

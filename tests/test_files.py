@@ -40,7 +40,7 @@ def test_a_failure_of_the_file_system_is_one_line_with_the_place(tmp_path: Path)
 
 def test_so_is_that_of_safetensors_and_its_other_complaints_are_not(tmp_path: Path):
     place = tmp_path / "no" / "such" / "folder"
-    with pytest.raises(WriteError, match=r"folder cannot be written: .*os error 2"), writing(place):
+    with pytest.raises(WriteError, match=r"folder cannot be written: No such file or directory$"), writing(place):
         save_file({"x": torch.zeros(1)}, place / "w.safetensors")
     with pytest.raises(SafetensorError, match="shape"), writing(place):
         raise SafetensorError("shape of a tensor")

@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int | None)
         partial.rename(folder)
         flush_to_disk(folder.parent)
         for old in list_checkpoints(folder.parent)[:-keep] if keep else []:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))  # half of one is none
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -133,6 +133,8 @@ class Run:
                     self.checkpoint()
         except BaseException as error:
             self.rescue(error)
+            if self.keeps_records:
+                self.records.sync_or_report()  # what had no room before may have some now
             raise
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
@@ -193,16 +195,17 @@ class Run:
         return values
 
     def catch_up(self) -> None:
-        """Evaluates the current model where that is due and the file of metrics lacks it: before the first iteration,
-        and where a run ended in the middle of one."""
+        """Does what is due after the current iteration and was not done, where a run ended in the middle of one: the
+        evaluation, which the file of metrics then lacks, before the first iteration too; and keeps the best model."""
         number = self.trainer.iteration
-        last = dict(self.records.lines()).get(number, {})
-        is_known = self.collectives.from_first(any(name.startswith("eval/") for name in last))
-        if is_known or not (values := self.evaluation(number)):
-            return
-        if self.keeps_records:
-            self.records.rewrite_last(number, last | values)
-        if (self.best.metric or "").startswith("eval/"):
+        values = dict(self.records.lines()).get(number, {})
+        is_evaluated = self.collectives.from_first(any(name.startswith("eval/") for name in values))
+        measured = {} if is_evaluated else self.evaluation(number)
+        values |= measured
+        if measured and self.keeps_records:
+            self.records.rewrite_last(number, values)
+        is_judged = bool(measured) and (self.best.metric or "").startswith("eval/")
+        if is_judged or self.collectives.from_first(self.best.metric in values):
             self.best.update(number, values)
 
     def replay(self) -> None:
@@ -294,7 +297,6 @@ class Run:
         """Saves the state at the start of the iteration after a failure, if this rank has all of it by itself."""
         if not self.keeps_records:
             return
-        self.records.sync_or_report()
         if not self.trainer.rewind():
             self.progress.message(f"the weights were being changed: {self.what_is_kept()}")
             return

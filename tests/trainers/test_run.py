@@ -18,6 +18,7 @@ import llmrl
 from llmrl.distributed.collectives import OneProcess
 from llmrl.files import WriteError
 from llmrl.functional.statistics import Mean, Total
+from llmrl.lines import LineFile
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives
@@ -153,6 +154,7 @@ class Bench:
         collectives: Collectives | None = None,
         save: Callable[[Path], object] | None = None,
         warmup_iterations: int = 0,
+        samples: LineFile | None = None,
         **config: Any,
     ) -> Run:
         self.trainer = trainer = Numbers(hooks or {}, losses)
@@ -172,6 +174,7 @@ class Bench:
             sink=self.sink,
             alarms=Alarms(),
             warmup_iterations=warmup_iterations,
+            samples=samples,
         )
 
     def lines(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
