@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -839,6 +840,76 @@ def test_a_model_that_cannot_be_written_is_one_line_and_is_written_after_a_resum
     assert bench.steps() == ["step_000002"]
     bench.make(2, resume=True).train()
     assert bench.model() == 5.0
+
+
+def test_the_best_model_is_kept_after_a_failure_to_save_it(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    run = bench.make(4, losses=[1.0, 2.0, 9.0, 3.0], best_metric="loss", checkpoint_every=1)
+    save = run.save_model
+    monkeypatch.setattr(run.best, "save_model", lambda folder: save(folder) if bench.trainer.iteration < 3 else full())
+    with pytest.raises(WriteError, match=r"run/best cannot be written"):
+        run.train()
+    assert bench.best()["iteration"] == 2
+    bench.make(4, losses=[1.0, 2.0, 9.0, 3.0], best_metric="loss", resume=True).train()
+    assert bench.best() == {"metric": "loss", "value": 9.0, "iteration": 3}
+    assert bench.model("best") == WEIGHTS[2]
+
+
+def test_a_line_that_a_full_disk_refused_is_no_hole(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Nor where the run ends for another reason before the next one."""
+    run = bench.make(4, checkpoint_every=1, hooks={(3, "early"): fail})
+    with monkeypatch.context() as patch:
+        opened, real = [], Path.open
+
+        def refuse_once(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+            if mode == "ab" and bench.trainer.iteration == 2 and not opened:
+                opened.append(path)
+                full()
+            return real(path, mode, *rest, **named)
+
+        patch.setattr(Path, "open", refuse_once)
+        with pytest.raises(Failure):
+            run.train()
+    assert [path.name for path in opened] == ["metrics.jsonl"]
+    assert bench.iterations() == [1, 2]
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_the_records_are_on_disk_before_the_checkpoint_that_knows_of_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    from llmrl.trainers import run as module
+
+    real, seen = module.save_checkpoint, []
+
+    def look(*arguments: Any, **named: Any) -> None:
+        seen.append((bench.iterations(), list(run.records.metrics.unsynced)))
+        real(*arguments, **named)
+
+    monkeypatch.setattr(module, "save_checkpoint", look)
+    run = bench.make(4, checkpoint_every=2)
+    run.train()
+    assert seen[-2:] == [([1, 2], []), ([1, 2, 3, 4], [])]
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_a_file_in_the_place_of_a_model_is_refused_before_anything_is_learned(bench: Bench, name: str):
+    bench.make(1).train()
+    shutil.rmtree(bench.folder / name, ignore_errors=True)
+    (bench.folder / name).touch()
+    with pytest.raises(RunError, match=f"{name} is a file"):
+        bench.make(2, resume=True).train()
+    assert bench.iterations() == [1]
+
+
+def test_what_a_kill_left_of_the_model_at_the_end_is_put_right(bench: Bench):
+    bench.make(2).train()
+    (bench.folder / "final").rename(bench.folder / ".final.old")
+    (bench.folder / ".final.new").mkdir()
+    run = bench.make(2, resume=True)
+    run.prepare()
+    assert bench.model() == 5.0
+    assert not list(bench.folder.glob(".final.*"))
 
 
 def test_a_failure_is_not_hidden_by_a_checkpoint_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch):
