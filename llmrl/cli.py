@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmrl.files import read_object
 from llmrl.messages import with_interval, without_ends
+from llmrl.reports.output import lasting_output
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_yaml
 from llmrl.wiring.runs import RUNS, Kind
 
@@ -287,6 +289,7 @@ def _refuse_recipe(model: str) -> None:
         raise SettingError(f"MODEL ({model}) is a recipe; name a model folder, such as the final/ of its output folder")
 
 
+@lasting_output()
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.reports.trackers import TrackerConfig, Trackers
     from llmrl.sizing import launched_strategy
@@ -549,9 +552,9 @@ def _print_card(folder: Path) -> None:
     from llmrl.reports.report_card import print_report_card
 
     file = folder / "final" / "report_card.json"
-    if not file.exists():
+    if (card := read_object(file)) is None:
         return
-    print_report_card(json.loads(file.read_text()), Console())
+    print_report_card(card, Console())
     print(f"The report card is {file}.")
 
 

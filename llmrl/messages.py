@@ -28,6 +28,25 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def in_units(num_bytes: int) -> str:
+    """Bytes as text: three digits, in the unit that suits."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
+def in_spans(numbers: Iterable[int]) -> str:
+    """``3, 5 to 8``: whole numbers in rising order, those in a row by their ends."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
+
+
 def without_ends(values: Mapping[str, Any]) -> list[str]:
     """Names of measured numbers, without the ends of intervals, which stand after the number that they are of."""
     return [name for name in values if not name.endswith(("_low", "_high"))]

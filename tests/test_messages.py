@@ -1,6 +1,6 @@
 import pytest
 
-from llmrl.messages import class_and_message, counted, format_evaluation, in_one_line, nearest
+from llmrl.messages import class_and_message, counted, format_evaluation, in_one_line, in_spans, in_units, nearest
 
 
 def test_a_message_of_several_lines_becomes_one():
@@ -44,3 +44,17 @@ def test_an_interval_stands_behind_what_it_is_of():
         "eval/num_prompts": 100.0,
     }
     assert format_evaluation(values) == "accuracy 0.44 [0.3467, 0.5377]  num_prompts 100"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"), [(3, "3 B"), (1536, "1.5 KiB"), (5 * 2**20, "5 MiB"), (2**30 + 2**28, "1.25 GiB")]
+)
+def test_units(num_bytes, told):
+    assert in_units(num_bytes) == told
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"), [([], ""), ([7], "7"), ([1, 2], "1 to 2"), ([1, 3, 4, 5, 9], "1, 3 to 5, 9")]
+)
+def test_numbers_in_a_row_are_told_by_their_ends(numbers, told):
+    assert in_spans(numbers) == told

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.distributed.context import Context
+from llmrl.files import replaced_folder
 from llmrl.models.companions import Companions
 from llmrl.roles import Trainable
 
@@ -94,32 +94,27 @@ def save_policy(
     companions: Companions | None = None,
     records: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes model, tokenizer and chat template, loadable with plain transformers: a complete folder or none.
+    """Writes model, tokenizer and chat template, loadable with plain transformers: a complete folder or none, see
+    `replaced_folder`.
 
     Adapters are merged into the saved model, and also written to ``adapter/``, from which they can be continued.
     `records` become JSON files beside the model, by file name. `companions` are the model's companion files; by
     default they are read now.
     """
     companions = companions or Companions(model, tokenizer)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    with replaced_folder(folder, num_bytes) as new:
         if adapted is not None:
-            adapted.save_pretrained(str(partial / "adapter"), selected_adapters=["default"])
-            companions.write_tokenizer(partial / "adapter", tokenizer)
+            adapted.save_pretrained(str(new / "adapter"), selected_adapters=["default"])
+            companions.write_tokenizer(new / "adapter", tokenizer)
             model = copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
         elif dtype != model.dtype:
             model = copy.deepcopy(model)
-        _save_model(partial, model.to(dtype))  # type: ignore[arg-type]
-        companions.write(partial, model)
-        companions.write_tokenizer(partial, tokenizer)
+        _save_model(new, model.to(dtype))  # type: ignore[arg-type]
+        companions.write(new, model)
+        companions.write_tokenizer(new, tokenizer)
         for name, record in (records or {}).items():
-            (partial / name).write_text(json.dumps(record, indent=1) + "\n")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+            (new / name).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _save_model(folder: Path, model: "PreTrainedModel") -> None:

@@ -1,7 +1,8 @@
 """How far the run is: one live block on a terminal, plain lines in pipes and files."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from time import monotonic
 from typing import Protocol, runtime_checkable
 
@@ -9,6 +10,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
+
+from llmrl.messages import class_and_message
 
 PARTS = "score/*"
 """Stands for the parts of the score, which are shown where there are several."""
@@ -50,9 +53,10 @@ class Stream(Protocol):
     def flush(self) -> object: ...
 
 
-def make_progress() -> "LiveProgress | PlainProgress":
+def make_progress() -> "SteadyProgress | PlainProgress":
     """Live on a terminal, plain lines elsewhere."""
-    return LiveProgress(Console(file=sys.stdout)) if sys.stdout.isatty() else PlainProgress(sys.stdout)
+    plain = PlainProgress(sys.stdout)
+    return SteadyProgress(LiveProgress(Console(file=sys.stdout)), plain) if sys.stdout.isatty() else plain
 
 
 def format_number(x: float) -> str:
@@ -207,6 +211,56 @@ class PlainProgress:
         """A line of its own."""
         self.last_line = monotonic()
         print(text, file=self.stream, flush=True)
+
+
+class SteadyProgress:
+    """The live block as long as it works, and plain lines once it has failed."""
+
+    def __init__(self, live: LiveProgress, plain: PlainProgress) -> None:
+        self.live = live
+        self.plain = plain
+        self.has_failed = False
+
+    def __enter__(self) -> "SteadyProgress":
+        self._show(self.live.__enter__)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._show(self.live.__exit__)
+
+    def begin(self, num_iterations: int, num_done: int = 0) -> None:
+        """Called once, before the first iteration of this process; `num_done` were done before a resume."""
+        self.plain.begin(num_iterations, num_done)
+        self._show(lambda: self.live.begin(num_iterations, num_done))
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase begins: `total` units of work."""
+        self.plain.phase(name, total)
+        self._show(lambda: self.live.phase(name, total))
+
+    def advance(self, amount: int = 1) -> None:
+        """`amount` more units of the current phase are done."""
+        self._show(lambda: self.live.advance(amount), lambda: self.plain.advance(amount))
+
+    def iteration(self, number: int, values: Mapping[str, float]) -> None:
+        """Iteration `number`, counted from 1, is done."""
+        self._show(lambda: self.live.iteration(number, values), lambda: self.plain.iteration(number, values))
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        self._show(lambda: self.live.message(text), lambda: self.plain.message(text))
+
+    def _show(self, live: Callable[[], object], plain: Callable[[], object] = lambda: None) -> None:
+        if not self.has_failed:
+            try:
+                live()
+                return
+            except Exception as error:  # rich's, whatever it is
+                self.has_failed = True
+                with suppress(Exception):
+                    self.live.live.stop()
+                self.plain.message(f"warning: the live display failed ({class_and_message(error)}); plain lines follow")
+        plain()
 
 
 class Silent:

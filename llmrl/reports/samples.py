@@ -1,22 +1,20 @@
 """Some responses of every iteration, to be read: samples.jsonl."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from llmrl.batches import Experience
-from llmrl.files import writing
 from llmrl.functional.masking import masked_mean
+from llmrl.lines import LineFile
 
 
 class SampleWriter:
     """Appends a few responses of an experience, evenly spread over it, with their scores and the mean advantage of
     their tokens."""
 
-    def __init__(self, file: Path, *, num_samples: int, decode: Callable[[list[int]], str]) -> None:
-        self.file = file
+    def __init__(self, lines: LineFile, *, num_samples: int, decode: Callable[[list[int]], str]) -> None:
+        self.lines = lines
         self.num_samples = num_samples
         self.decode = decode
 
@@ -26,9 +24,7 @@ class SampleWriter:
             return
         num_responses = len(experience.rollout.rows)
         chosen = torch.linspace(0, num_responses - 1, min(self.num_samples, num_responses)).long().tolist()
-        with writing(self.file), self.file.open("a") as stream:
-            for row in chosen:
-                stream.write(json.dumps({"iteration": iteration + 1, **self._describe(experience, row)}) + "\n")
+        self.lines.append({"iteration": iteration + 1, **self._describe(experience, row)} for row in chosen)
 
     def _describe(self, experience: Experience, row: int) -> dict:
         rollout, scores = experience.rollout, experience.scores

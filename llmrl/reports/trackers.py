@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from uuid import uuid4
 
-from llmrl.files import read_object, write_atomically
+from llmrl.files import WriteError, read_object, write_atomically
+from llmrl.messages import counted
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -26,6 +27,11 @@ WAYS_OUT = {
     "trackio": "leave it out",
 }
 """What to do about a tracker that does not start."""
+
+MAX_WAITING = 1000
+"""Iterations that are kept for a tracker that fails. With one more it receives nothing more."""
+FINISH_S = 600
+"""Seconds that a tracker may take at the end of a run to send what it has."""
 
 
 class TrackerError(ValueError):
@@ -70,6 +76,12 @@ class Trackers:
         self.open: dict[str, Tracker] = {}
         self.record: dict[str, Any] = {}
         """Per tracker: its run, and the last iteration sent to it. Kept when a tracker fails."""
+        self.waiting: dict[str, dict[int, dict[str, float]]] = {}
+        """Per tracker: the metrics of iterations that it could not be sent."""
+        self.is_unnoted = False
+        """Whether trackers.json could not be written."""
+        self.failures: dict[str, list[str]] = {}
+        """Per tracker: what it raised."""
         self.tell: Callable[[str], None] = print
         for name in self.names:
             spec = find_spec(name)
@@ -82,11 +94,18 @@ class Trackers:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._send()
         for name, tracker in self.open.items():
             try:
                 tracker.finish(failed=kind is not None)
-            except Exception as error:  # a library's, whatever it is
+            except (Exception, SystemExit) as error:  # a library's, whatever it is
                 self.tell(f"warning: trackers.names ({name}) did not finish: {_first_line(error)}")
+        for name, errors in self.failures.items():
+            lacks = counted(len(self.waiting[name]), "iteration") if self.waiting[name] else "none of the iterations"
+            self.tell(
+                f"warning: trackers.names ({name}) failed {counted(len(errors), 'time')}, last: {errors[-1]}; it lacks "
+                f"{lacks}, and metrics.jsonl none"
+            )
 
     def begin(self, num_done: int, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         """Opens every tracker; `num_done` iterations were done before a resume. `tell` receives messages.
@@ -97,33 +116,58 @@ class Trackers:
         self.tell = tell
         self.record = read_object(self.folder / "trackers.json") or {}
         for name in self.names:
-            known = self.record.setdefault(name, {"id": uuid4().hex[:8], "last": -1})
+            known = self.record[name] = _known(self.record.get(name)) or {"id": uuid4().hex[:8], "last": -1}
             try:
                 self.open[name] = self._start(name, known["id"], known["last"], num_done, dict(settings))
-            except Exception as error:  # a library's, whatever it is
+            except (Exception, SystemExit) as error:  # a library's, whatever it is
                 raise TrackerError(
                     f"trackers.names ({name}) does not start: {_first_line(error)}; {WAYS_OUT[name]}"
                 ) from error
             if self.open[name].last > num_done:
                 tell(f"{name} has iterations up to {self.open[name].last} from before: it is not sent them again")
-        self._note()
+            self.waiting[name] = {}
+        if self.open:
+            self._note(syncs=True)
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """The metrics of an iteration, to the trackers that lack it. One that fails receives no more."""
-        lacking = {name: tracker for name, tracker in self.open.items() if iteration > tracker.last}
-        for name, tracker in lacking.items():
+        """The metrics of an iteration, to the trackers that lack it. What one fails to take is sent with the next."""
+        lacking = [name for name, tracker in self.open.items() if iteration > tracker.last]
+        for name in lacking:
+            self.waiting[name][iteration] = dict(values)
+        if not lacking:
+            return
+        self._send()
+        try:
+            self._note(syncs=False)
+        except WriteError as error:
+            if not self.is_unnoted:
+                self.tell(f"warning: {error}; a resumed run may send trackers what they have already")
+            self.is_unnoted = True
+
+    def _send(self) -> None:
+        """Sends every tracker the iterations that wait for it, oldest first."""
+        for name, tracker in list(self.open.items()):
+            waiting = self.waiting[name]
             try:
-                tracker.log(iteration, values)
-            except Exception as error:  # a library's, whatever it is
-                del self.open[name]
-                self.tell(
-                    f"warning: trackers.names ({name}) failed and receives nothing more: {_first_line(error)}; "
-                    "metrics.jsonl has everything, and a resumed run sends what is missing"
-                )
-            else:
-                tracker.last = iteration
-        if lacking:
-            self._note()
+                for iteration in list(waiting):
+                    tracker.log(iteration, waiting[iteration])
+                    tracker.last = iteration
+                    del waiting[iteration]
+            except (Exception, SystemExit) as error:  # a library's, whatever it is
+                self._count_failure(name, _first_line(error))
+
+    def _count_failure(self, name: str, problem: str) -> None:
+        """Reports the first failure of a tracker, and the one after which it receives nothing more."""
+        errors = self.failures.setdefault(name, [])
+        errors.append(problem)
+        if len(errors) == 1:
+            self.tell(
+                f"warning: trackers.names ({name}) failed: {problem}; it gets what it lacks with the next iteration, "
+                "and metrics.jsonl has everything"
+            )
+        if len(self.waiting[name]) > MAX_WAITING:
+            del self.open[name]
+            self.tell(f"warning: trackers.names ({name}) lacks {MAX_WAITING} iterations and receives nothing more")
 
     def _start(self, name: str, run_id: str, last: int, num_done: int, settings: dict[str, Any]) -> Tracker:
         match name:
@@ -133,12 +177,11 @@ class Trackers:
                 return WandB(self.folder, self.project, run_id, last, settings)
         return Trackio(self.folder, self.project, run_id, last, settings)
 
-    def _note(self) -> None:
+    def _note(self, *, syncs: bool) -> None:
         """Writes the record, which a resumed run continues from."""
         for name, tracker in self.open.items():
             self.record[name]["last"] = tracker.last
-        if self.open:
-            write_atomically(self.folder / "trackers.json", self.record)
+        write_atomically(self.folder / "trackers.json", self.record, syncs=syncs)
 
 
 class TensorBoard:
@@ -171,6 +214,8 @@ class WandB:
     def __init__(self, folder: Path, project: str, run_id: str, last: int, settings: dict[str, Any]) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # else it may ask for a key, under the live display
         os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # 15 s of an offline run could be lost
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_S))  # else it waits for a network for ever
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
         import wandb
 
         self.last = last
@@ -213,5 +258,11 @@ class Trackio:
             trackio.finish()  # the run's own method would be called again, and heard, as the process ends
 
 
-def _first_line(error: Exception) -> str:
+def _known(entry: Any) -> dict[str, Any] | None:
+    """The entry of a tracker in trackers.json; None where it is none."""
+    is_known = isinstance(entry, dict) and isinstance(entry.get("id"), str) and isinstance(entry.get("last"), int)
+    return entry if is_known else None
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

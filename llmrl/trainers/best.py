@@ -7,9 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmrl.files import read_object, write_atomically, writing
+from llmrl.files import read_object, replaced_folder, restore_folder, staged, write_atomically, writing
 from llmrl.roles import Collectives
 from llmrl.trainers.output import RunError
+
+RECORD = "best.json"
+"""File in best/ that says why its model is the best."""
 
 
 class BestModel:
@@ -21,6 +24,7 @@ class BestModel:
         warmup_iterations: Number of iterations at the start that lack metrics of later ones.
         save_model: Writes the current model to a folder. Collective.
         collectives: Collectives of the run; the first rank writes the record.
+        report: Receives what is odd about a model of earlier processes.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class BestModel:
         warmup_iterations: int,
         save_model: Callable[[Path], None],
         collectives: Collectives,
+        report: Callable[[str], None],
     ) -> None:
         self.folder = output / "best"
         self.metric = metric and metric.removeprefix("-")
@@ -38,11 +43,27 @@ class BestModel:
         self.warmup_iterations = warmup_iterations
         self.save_model = save_model
         self.collectives = collectives
+        self.report = report
 
     def discard_after(self, iteration: int) -> None:
-        """Removes the model if it is of a later iteration, which a resume goes back before."""
-        if (record := self.record()) and record["iteration"] > iteration:
-            shutil.rmtree(self.folder)
+        """Removes the model if it is of a later iteration, which a resume goes back before, and what a kill left beside
+        it. One without a record that can be read is set aside.
+
+        Raises:
+            WriteError: The file system refused.
+        """
+        place = self.folder.resolve()
+        restore_folder(staged(place))
+        restore_folder(place)
+        record = self.record()
+        with writing(self.folder):
+            if record is None and place.is_dir() and any(place.iterdir()):
+                aside = place.with_name(f"{place.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                place.rename(aside)
+                self.report(f"warning: {self.folder / RECORD} cannot be read: the model is kept as {aside}")
+            elif record is not None and record["iteration"] > iteration:
+                shutil.rmtree(place.rename(staged(place)))
 
     def update(self, iteration: int, values: Mapping[str, float]) -> None:
         """Saves the model, with a record of why, if it is the best so far.
@@ -58,24 +79,19 @@ class BestModel:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self._check_measured(name, values, record)
         elif self._is_better(value, record["value"] if record else None):
-            with writing(self.folder):
-                self.save_model(self.folder.with_name(".best.new"))
-            if self.collectives.is_first:
-                self._replace({"metric": name, "value": value, "iteration": iteration})
-
-    def _replace(self, record: dict[str, Any]) -> None:
-        """Makes the model that was just saved the best, with a record of why."""
-        new, old = self.folder.with_name(".best.new"), self.folder.with_name(".best.old")
-        write_atomically(new / "best.json", record)
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(old)
-        new.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+            if not self.collectives.is_first:
+                self.save_model(staged(self.folder))
+                return
+            with replaced_folder(self.folder) as new:
+                self.save_model(new)
+                write_atomically(new / RECORD, {"metric": name, "value": value, "iteration": iteration})
 
     def record(self) -> dict[str, Any] | None:
-        """Record of the model in best/: metric, value and iteration; None where there is no model."""
-        return read_object(self.folder / "best.json")
+        """Record of the model in best/: metric, value and iteration; None where there is none that can be read."""
+        match read_object(self.folder / RECORD):
+            case {"metric": str(), "value": int() | float() as value, "iteration": int()} as record:
+                return record if -math.inf < value < math.inf else None
+        return None
 
     def _check_measured(self, name: str, values: Mapping[str, float], record: dict[str, Any] | None) -> None:
         """Refuses the name of a metric that is not measured, once it would have been."""

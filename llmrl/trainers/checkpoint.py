@@ -12,7 +12,6 @@ A state with a number that is not finite is not worth keeping: see `not_finite`.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 import llmrl
-from llmrl.files import writing
+from llmrl.files import flush_to_disk, writing
 
 STATE_FILES = ("state.safetensors", "state.json")
 
@@ -40,7 +39,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int | None)
 
     partial = folder.with_name(f".{folder.name}.partial")
     tensors, rest = split_state(state)
-    with writing(folder):
+    with writing(folder, sum(tensor.nbytes for tensor in tensors.values())):
         for torn in folder.parent.glob(".step_*.partial"):
             shutil.rmtree(torn)
         partial.mkdir(parents=True)
@@ -50,15 +49,15 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int | None)
             files = {name: _fingerprint(partial / name) for name in STATE_FILES}
             (partial / "manifest.json").write_text(json.dumps({"llmrl": llmrl.__version__, "files": files}, indent=1))
             for path in (*partial.iterdir(), partial):
-                _flush_to_disk(path)
+                flush_to_disk(path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             raise
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        _flush_to_disk(folder.parent)
+        flush_to_disk(folder.parent)
         for old in list_checkpoints(folder.parent)[:-keep] if keep else []:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))  # half of one is none
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -176,9 +175,3 @@ def in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fingerprint(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

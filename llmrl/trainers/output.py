@@ -1,6 +1,5 @@
 """The output folder: whether a run may write it, what an earlier run left there, and the lock that one run holds."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from llmrl.files import read_object, writing
+from llmrl.lines import last_iteration
 from llmrl.roles import Collectives
 from llmrl.trainers.checkpoint import list_checkpoints
 
@@ -132,54 +132,36 @@ def locked(folder: Path, collectives: Collectives) -> Iterator[None]:
         lock.release()
 
 
+def check_models(folder: Path) -> None:
+    """Refuses a best/ or final/ that no model could be written to once it is learned. Links are followed.
+
+    Raises:
+        RunError: With the reason.
+    """
+    for path in (folder / "best", folder / "final"):
+        try:
+            place = path.resolve()
+            if place.exists() and not place.is_dir():
+                problem = "is a file"
+            elif path.is_symlink() and not place.parent.is_dir():
+                problem = f"is a link to {place}, and there is no folder {place.parent}"
+            elif place.is_mount():
+                problem = f"is the root of a file system ({place}), which cannot be replaced; link it to a folder there"
+            elif path.is_symlink() and not os.access(place.parent, os.W_OK):
+                problem = f"is a link to {place}, and nothing can be written to {place.parent}"
+            else:
+                continue
+        except (OSError, RuntimeError):
+            problem = "is a link that leads nowhere"
+        raise RunError(f"run.output_dir ({folder}): {path.name} {problem}; move it away, or mend it")
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run made the folder: its config.json says so or, where none is readable, there are checkpoints."""
     config = read_object(folder / "config.json")
     if config is not None:
         return {"settings", "versions"} <= config.keys()
     return bool(list_checkpoints(folder / "checkpoints"))
-
-
-def keep_iterations(file: Path, last: int) -> int:
-    """Removes what came after iteration `last` from a file of JSON lines, and what cannot be read.
-
-    Returns:
-        How many lines could not be read, except the last one, which a crash may have torn.
-    """
-    if not file.exists():
-        return 0
-    kept, torn = [], []
-    with writing(file):
-        lines = file.read_text(errors="replace").splitlines()
-        for number, line in enumerate(lines):
-            iteration = _iteration(line)
-            if iteration is None:
-                torn.append(number)
-            elif iteration <= last:
-                kept.append(line + "\n")
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(file)
-    return sum(number < len(lines) - 1 for number in torn)
-
-
-def last_iteration(file: Path) -> int:
-    """The greatest iteration in a file of JSON lines; 0 where there is none."""
-    try:
-        lines = file.read_text(errors="replace").splitlines()
-    except OSError:
-        return 0
-    return max((_iteration(line) or 0 for line in lines), default=0)
-
-
-def _iteration(line: str) -> int | None:
-    """Iteration of a line; None where it is no record of one."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    number = entry.get("iteration") if isinstance(entry, dict) else None
-    return number if isinstance(number, int) else None
 
 
 def _check_place(folder: Path) -> None:
@@ -205,8 +187,10 @@ def _check_place(folder: Path) -> None:
 
 
 def _first_found(folder: Path) -> Path | None:
-    """A file or folder that is not to be written over; the first of them."""
+    """A file or folder that is not to be written over; the first of them. An empty folder, or a link to one, is a place
+    for a model to come."""
     for pattern in (*RECORDS, *MODEL_FILES):
         for path in sorted(folder.glob(pattern)):
-            return path
+            if not path.is_dir() or any(path.iterdir()):
+                return path
     return None

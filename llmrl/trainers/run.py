@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
-from llmrl.files import WriteError, read_object, writing
+from llmrl.files import WriteError, read_object, restore_folder, writing
+from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms
@@ -33,7 +34,7 @@ from llmrl.trainers.checkpoint import (
     set_aside,
 )
 from llmrl.trainers.config import OutputConfig, RunConfig
-from llmrl.trainers.output import RunError, check_folder, check_nothing_is_lost, is_run
+from llmrl.trainers.output import RunError, check_folder, check_models, check_nothing_is_lost, is_run
 from llmrl.trainers.records import Records
 
 
@@ -62,8 +63,9 @@ class MetricsSink(Protocol):
 
 
 def check_output(config: OutputConfig, inputs: Mapping[str, str]) -> None:
-    """See `check_folder`."""
+    """See `check_folder` and `check_models`."""
     check_folder(Path(config.output_dir), resume=config.resume, inputs=inputs)
+    check_models(Path(config.output_dir))
 
 
 class Run:
@@ -83,6 +85,7 @@ class Run:
         sink: MetricsSink,
         alarms: Alarms,
         warmup_iterations: int,
+        samples: LineFile | None = None,
     ) -> None:
         self.config = config
         self.collectives = context.collectives
@@ -101,13 +104,14 @@ class Run:
         self.alarms = alarms
         """Warnings that a run is dead or broken."""
         self.folder = config.folder
-        self.records = Records(self.folder, settings, contents, self.progress)
+        self.records = Records(self.folder, settings, contents, self.progress, samples)
         self.best = BestModel(
             self.folder,
             metric=config.best_metric,
             warmup_iterations=warmup_iterations,
             save_model=save_model,
             collectives=self.collectives,
+            report=self.progress.message,
         )
         self.stop_signal: int | None = None
         self.saved_at = time.monotonic()
@@ -137,6 +141,8 @@ class Run:
                     self.checkpoint()
         except BaseException as error:
             self.rescue(error)
+            if self.keeps_records:
+                self.records.sync_or_report()  # what had no room before may have some now
             raise
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
@@ -205,16 +211,17 @@ class Run:
         return values
 
     def catch_up(self) -> None:
-        """Evaluates the current model where that is due and the file of metrics lacks it: before the first iteration,
-        and where a run ended in the middle of one."""
+        """Does what is due after the current iteration and was not done, where a run ended in the middle of one: the
+        evaluation, which the file of metrics then lacks, before the first iteration too; and keeps the best model."""
         number = self.trainer.iteration
-        last = dict(self.records.lines()).get(number, {})
-        is_known = self.collectives.from_first(any(name.startswith("eval/") for name in last))
-        if is_known or not (values := self.evaluation(number)):
-            return
-        if self.keeps_records:
-            self.records.rewrite_last(number, last | values)
-        if (self.best.metric or "").startswith("eval/"):
+        values = dict(self.records.lines()).get(number, {})
+        is_evaluated = self.collectives.from_first(any(name.startswith("eval/") for name in values))
+        measured = {} if is_evaluated else self.evaluation(number)
+        values |= measured
+        if measured and self.keeps_records:
+            self.records.rewrite_last(number, values)
+        is_judged = bool(measured) and (self.best.metric or "").startswith("eval/")
+        if is_judged or self.collectives.from_first(self.best.metric in values):
             self.best.update(number, values)
 
     def replay(self) -> None:
@@ -288,6 +295,7 @@ class Run:
 
     def begin_records(self) -> None:
         """Removes what came after the checkpoint, and writes the settings of the run."""
+        restore_folder(self.folder / "final")
         self.records.keep(self.trainer.iteration or -1)
         self.best.discard_after(self.trainer.iteration)
         if self.trainer.iteration >= self.config.num_iterations:
@@ -311,6 +319,7 @@ class Run:
                 f"{self.what_is_kept()}; lower optimizer.learning_rate, or look in metrics.jsonl for where it began"
             )
         if self.keeps_records:
+            self.records.sync()  # a checkpoint never knows of more than the records
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
         self.saved_at = time.monotonic()
 

@@ -15,6 +15,7 @@ from llmrl.data.rerender import same_tokens
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, DistributedPolicy
 from llmrl.functional.streams import Purpose
+from llmrl.lines import LineFile
 from llmrl.microbatches import TokenBudget
 from llmrl.models.loaded import Actor, RewardScorer
 from llmrl.models.saving import Saver
@@ -184,6 +185,7 @@ def _build_run(
     readers = {**parts.readers, **_reader_of(parts.scorer, actor.tokenizer)}
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, _one_epoch(prompts), config.rollout)
+    samples = LineFile(config.run.folder / "samples.jsonl", context.progress.message)
     trainer = RLTrainer(
         algorithm=algorithm,
         engine=parts.engine,
@@ -206,7 +208,7 @@ def _build_run(
         ),
         context=context,
         observe=SampleWriter(
-            config.run.folder / "samples.jsonl",
+            samples,
             num_samples=config.run.samples_per_iteration if context.collectives.is_first else 0,
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
@@ -216,6 +218,7 @@ def _build_run(
         evaluator = _evaluator(config, checked, context, actor.tokenizer, actor.model, parts.engine, parts.scorer)
     return Run(
         config.run,
+        samples=samples,
         settings=to_dict(with_dtypes(config)),
         contents=checked.contents,
         trainer=trainer,

@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmrl.files import WriteError
 from llmrl.models.adapters import load_adapted
 from llmrl.models.checking import check_model
 from llmrl.models.config import LoraSettings, ModelConfig
@@ -95,8 +96,8 @@ def test_the_folder_is_replaced_whole(tmp_path):
     folder = tmp_path / "run" / "final"
     folder.mkdir(parents=True)
     (folder / "left_over.txt").write_text("of an earlier save")
-    (tmp_path / "run" / ".final.partial").mkdir()
-    (tmp_path / "run" / ".final.partial" / "torso.txt").write_text("of a save that died")
+    (tmp_path / "run" / ".final.new").mkdir()
+    (tmp_path / "run" / ".final.new" / "torso.txt").write_text("of a save that died")
     save(folder, build("llama"))
     assert not (folder / "left_over.txt").exists()
     assert not (folder / "torso.txt").exists()
@@ -111,7 +112,7 @@ def test_a_save_that_fails_leaves_the_folder(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(type(model), "save_pretrained", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match=r"final cannot be written: no space left on device \(101 KiB needed, "):
         save(folder, model)
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["final"]

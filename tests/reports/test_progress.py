@@ -5,7 +5,14 @@ import pytest
 from rich.console import Console
 
 from llmrl.reports import progress
-from llmrl.reports.progress import LiveProgress, PlainProgress, format_duration, format_headlines, format_number
+from llmrl.reports.progress import (
+    LiveProgress,
+    PlainProgress,
+    SteadyProgress,
+    format_duration,
+    format_headlines,
+    format_number,
+)
 
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -230,7 +237,41 @@ def test_the_terminal_is_given_back_after_an_exception(terminal: Console):
 # --- which ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("is_terminal", "kind"), [(True, LiveProgress), (False, PlainProgress)])
+def test_plain_lines_go_on_where_the_live_block_fails(terminal: Console, clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    stream = io.StringIO()
+    with SteadyProgress(LiveProgress(terminal), PlainProgress(stream)) as steady:
+        steady.begin(4)
+        steady.phase("rollout", 10)
+        steady.iteration(1, {})
+        steady.message("all is well")
+        assert stream.getvalue() == ""
+        monkeypatch.setattr(steady.live.phases, "advance", lambda *_: 1 / 0)
+        steady.phase("update", 2)
+        clock.now += 40.0
+        steady.advance()
+        steady.iteration(2, {"score/mean": 0.5})
+        steady.message("saved")
+    assert stream.getvalue().splitlines() == [
+        "warning: the live display failed (ZeroDivisionError: division by zero); plain lines follow",
+        "iteration 2/4  score/mean 0.5  40.0 s  left 1:20",
+        "saved",
+    ]
+    assert SHOW_CURSOR in shown(terminal)
+
+
+@pytest.mark.parametrize("moment", ["start", "stop"])
+def test_a_live_block_that_does_not_start_or_stop_ends_nothing(
+    terminal: Console, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    stream, live = io.StringIO(), LiveProgress(terminal)
+    monkeypatch.setattr(live.live, moment, lambda *_: 1 / 0)
+    with SteadyProgress(live, PlainProgress(stream)) as steady:
+        steady.message("hello")
+    assert ("hello" in stream.getvalue()) == (moment == "start")
+    assert stream.getvalue().startswith("warning: the live display failed")
+
+
+@pytest.mark.parametrize(("is_terminal", "kind"), [(True, SteadyProgress), (False, PlainProgress)])
 def test_the_live_block_is_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, kind: type):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     assert type(progress.make_progress()) is kind

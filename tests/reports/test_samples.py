@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmrl.batches import Experience, Rollout, Scores, Sequences, StopReason
+from llmrl.lines import LineFile
 from llmrl.reports.samples import SampleWriter
 
 ALPHABET = "_abcdefgh$"
@@ -56,7 +57,7 @@ def written(file: Path) -> list[dict]:
 
 
 def write(tmp_path: Path, num_samples: int, batch: Experience, *, iteration: int = 0) -> list[dict]:
-    SampleWriter(tmp_path / "samples.jsonl", num_samples=num_samples, decode=decode)(iteration, batch)
+    SampleWriter(LineFile(tmp_path / "samples.jsonl", print), num_samples=num_samples, decode=decode)(iteration, batch)
     return written(tmp_path / "samples.jsonl")
 
 
@@ -105,7 +106,7 @@ def test_samples_are_spread_evenly_and_never_more_than_there_are(
 
 def test_where_none_is_asked_for_no_file_is_touched(tmp_path: Path):
     """Nor by a rank that leaves writing to the first."""
-    SampleWriter(tmp_path / "samples.jsonl", num_samples=0, decode=decode)(0, experience(3))
+    SampleWriter(LineFile(tmp_path / "samples.jsonl", print), num_samples=0, decode=decode)(0, experience(3))
     assert not (tmp_path / "samples.jsonl").exists()
 
 
@@ -126,7 +127,9 @@ def test_what_could_not_be_scored_is_null(tmp_path: Path, bad: float):
 
 
 def test_iterations_are_appended_a_line_each_response_whatever_it_says(tmp_path: Path):
-    writer = SampleWriter(tmp_path / "samples.jsonl", num_samples=1, decode=lambda _: 'a\nb "c" \u2028 é')
+    writer = SampleWriter(
+        LineFile(tmp_path / "samples.jsonl", print), num_samples=1, decode=lambda _: 'a\nb "c" \u2028 é'
+    )
     for iteration in (0, 1):
         writer(iteration, experience(2))
     samples = written(tmp_path / "samples.jsonl")

@@ -207,13 +207,19 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Puts a package in the place of wandb whose calls fail as asked. Returns the list of its calls."""
 
     def put(
-        *, init: Exception | None = None, log: Exception | None = None, finish: Exception | None = None
+        *,
+        init: BaseException | None = None,
+        log: BaseException | None = None,
+        finish: BaseException | None = None,
+        num_failures: int = 10**9,
     ) -> list[Any]:
         calls: list[Any] = []
+        left = [num_failures]
 
         class Run:
             def log(self, values: dict[str, float], *, step: int, commit: bool) -> None:
-                if log is not None:
+                left[0] -= 1
+                if log is not None and left[0] >= 0:
                     raise log
                 calls.append((step, values))
 
@@ -259,19 +265,86 @@ def test_a_tracker_that_does_not_start_is_one_line_with_the_way_out(package: Any
 
 def test_a_tracker_that_fails_later_costs_one_warning_and_gets_the_rest_after_a_resume(package: Any, tmp_path: Path):
     said: list[str] = []
-    package(log=RuntimeError("gone"))
+    package(log=RuntimeError("gone.\nmore of that"))
     with make(tmp_path / "run", "wandb", said=said) as trackers:
-        trackers.log(1, {"x": 1.0})
-        trackers.log(2, {"x": 2.0})
-    assert len(said) == 1
-    assert said[0].startswith(
-        "warning: trackers.names (wandb) failed and receives nothing more: gone; metrics.jsonl has"
-    )
+        for number in range(1, 12):
+            trackers.log(number, {"x": float(number)})
+        assert len(said) == 1
+    assert said == [
+        "warning: trackers.names (wandb) failed: gone; it gets what it lacks with the next iteration, and "
+        "metrics.jsonl has everything",
+        "warning: trackers.names (wandb) failed 12 times, last: gone; it lacks 11 iterations, and metrics.jsonl none",
+    ]
     calls = package()
     with make(tmp_path / "run", "wandb", num_done=2) as again:
         for number in (1, 2, 3):
             again.log(number, {"x": float(number)})
     assert calls[1:] == [(1, {"x": 1.0}), (2, {"x": 2.0}), (3, {"x": 3.0}), ("finish", 0)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("gone"), OSError(28, "full"), SystemExit(1)])
+def test_a_tracker_that_fails_for_a_time_gets_everything_in_order(package: Any, tmp_path: Path, error: BaseException):
+    said: list[str] = []
+    calls = package(log=error, num_failures=3)
+    with make(tmp_path / "run", "wandb", said=said) as trackers:
+        for number in (1, 2, 3, 4, 5):
+            trackers.log(number, {"x": float(number)})
+    assert [call[0] for call in calls[1:]] == [1, 2, 3, 4, 5, "finish"]
+    assert json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]["last"] == 5
+    assert len(said) == 2
+    assert said[1].startswith("warning: trackers.names (wandb) failed 3 times, last: ")
+    assert said[1].endswith("; it lacks none of the iterations, and metrics.jsonl none")
+
+
+def test_a_tracker_that_fails_for_ever_is_left_alone(package: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("llmrl.reports.trackers.MAX_WAITING", 3)
+    said: list[str] = []
+    calls = package(log=RuntimeError("gone"))
+    with make(tmp_path / "run", "wandb", said=said) as trackers:
+        for number in range(1, 10):
+            trackers.log(number, {})
+    assert len(calls) == 1
+    assert said[1:] == [
+        "warning: trackers.names (wandb) lacks 3 iterations and receives nothing more",
+        "warning: trackers.names (wandb) failed 4 times, last: gone; it lacks 4 iterations, and metrics.jsonl none",
+    ]
+
+
+def test_a_record_of_trackers_that_cannot_be_written_is_told_once(
+    package: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    calls = package()
+    with make(tmp_path / "run", "wandb", said=said) as trackers:
+        monkeypatch.setattr(os, "replace", refuse)
+        trackers.log(1, {})
+        trackers.log(2, {})
+    assert [call[0] for call in calls[1:]] == [1, 2, "finish"]
+    (warning,) = said
+    assert "trackers.json cannot be written: No space" in warning
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", '{"wandb": 3}', '{"wandb": {"id": 3, "last": 1}}', '{"wandb": {"id": "x"}}']
+)
+def test_a_record_of_trackers_that_cannot_be_read_begins_anew(package: Any, tmp_path: Path, record: str):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trackers.json").write_text(record)
+    calls = package()
+    with make(tmp_path / "run", "wandb") as trackers:
+        trackers.log(1, {})
+    assert [call[0] for call in calls[1:]] == [1, "finish"]
+
+
+def test_wandb_does_not_wait_for_a_network_for_ever(package: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT_RAISES", "false")
+    package()
+    with make(tmp_path / "run", "wandb"):
+        assert os.environ["WANDB_FINISH_TIMEOUT"] == "600"
+    assert os.environ["WANDB_FINISH_TIMEOUT_RAISES"] == "false"  # the user's own
 
 
 def test_a_run_that_failed_is_marked_and_a_farewell_that_fails_hides_nothing(package: Any, tmp_path: Path):
@@ -308,7 +381,7 @@ def test_iterations_that_all_have_already_write_nothing(package: Any, monkeypatc
     with make(tmp_path / "run", "wandb") as trackers:
         trackers.log(5, {"x": 1.0})
         with monkeypatch.context() as patch:
-            patch.setattr("llmrl.reports.trackers.write_atomically", lambda *_: pytest.fail("written"))
+            patch.setattr("llmrl.reports.trackers.write_atomically", lambda *_, **__: pytest.fail("written"))
             trackers.log(4, {"x": 1.0})
         trackers.log(6, {"x": 1.0})
     assert json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]["last"] == 6

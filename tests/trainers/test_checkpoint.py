@@ -146,7 +146,7 @@ def test_the_files_are_safetensors_and_json(tmp_path: Path):
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["_fingerprint", "_flush_to_disk", "rename"])
+@pytest.mark.parametrize("moment", ["_fingerprint", "flush_to_disk", "rename"])
 def test_a_write_that_breaks_off_is_never_seen_and_later_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llmrl.distributed.collectives import OneProcess
-from llmrl.trainers.output import RunError, check_folder, keep_iterations, last_iteration, locked
+from llmrl.lines import last_iteration
+from llmrl.trainers.output import RunError, check_folder, check_models, locked
 
 CONFIG = {"settings": {"run": {}}, "versions": {"torch": "2"}}
 
@@ -249,11 +250,50 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path):
         check(place / "run")
 
 
-# --- lines ------------------------------------------------------------------------------------------------------------
+# --- places of models -------------------------------------------------------------------------------------------------
 
 
-def test_lines_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"iteration": 1}\n\xff\xfe\n[3]\n{"iteration": "4"}\n{"iteration": 5}\n{"iteration": 9}\n{"iter')
-    assert keep_iterations(file, 5) == 3  # the last one is torn, as a crash leaves it
-    assert file.read_text() == '{"iteration": 1}\n{"iteration": 5}\n'
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_an_empty_folder_is_a_place_for_a_model_and_so_is_a_link_to_one(tmp_path: Path, name: str):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(tmp_path / "disk" / "model")
+    check(run)
+    check_models(run)
+    (run / name).unlink()
+    (run / name).mkdir()
+    check(run)
+    check_models(run)
+    (run / name / "model.safetensors").touch()
+    with pytest.raises(RunError, match=f"holds {name}, which no run"):
+        check(run)
+
+
+def test_a_link_may_lead_to_a_folder_that_is_to_be_made(tmp_path: Path):
+    (tmp_path / "final").symlink_to(tmp_path / "made_later")
+    check(tmp_path)
+    check_models(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("gone/final", r"final is a link to .*gone/final, and there is no folder .*gone;"),
+        ("file", "final is a file;"),
+        ("final", "final is a link that leads nowhere;"),
+        ("/proc", r"final is the root of a file system \(/proc\), which cannot be replaced;"),
+    ],
+)
+def test_a_link_that_no_model_could_be_written_through_is_refused(tmp_path: Path, target: str, problem: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "final").symlink_to(target)
+    with pytest.raises(RunError, match=problem):
+        check_models(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_a_file_in_the_place_of_a_model_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    with pytest.raises(RunError, match=rf"run\.output_dir \(.*\): {name} is a file; move it away"):
+        check_models(tmp_path)

@@ -21,7 +21,7 @@ def test_lines_come_back_as_they_were_written(records):
     assert first == {"x": 0.5}
     assert (number, second["y"]) == (2, 2.0)
     assert math.isnan(second["x"])
-    assert json.loads(records.metrics_file.read_text().splitlines()[1])["x"] is None
+    assert json.loads(records.metrics.file.read_text().splitlines()[1])["x"] is None
 
 
 def test_the_last_line_can_be_replaced(records):
@@ -34,10 +34,10 @@ def test_the_last_line_can_be_replaced(records):
 def test_what_came_after_an_iteration_is_removed_from_metrics_and_samples(records):
     for number in (1, 2, 3):
         records.write(number, {"x": 1.0})
-    records.samples_file.write_text(records.metrics_file.read_text())
+    records.samples.file.write_text(records.metrics.file.read_text())
     records.keep(2)
     assert [number for number, _ in records.lines()] == [1, 2]
-    assert len(records.samples_file.read_text().splitlines()) == 2
+    assert len(records.samples.file.read_text().splitlines()) == 2
 
 
 def test_the_config_holds_the_settings_and_what_ran_them(records):
@@ -56,3 +56,51 @@ def test_the_end_is_added_to_the_record_that_is_there(records):
     records.mark_finished(8)
     record = json.loads(records.config_file.read_text())
     assert (record["settings"], record["finished"]) == ({"run": {"seed": 1}}, 8)
+
+
+@pytest.fixture
+def said(records, monkeypatch):
+    texts = []
+    for lines in (records.metrics, records.samples):
+        monkeypatch.setattr(lines, "report", texts.append)
+    monkeypatch.setattr(records.progress, "message", texts.append)
+    return texts
+
+
+def test_iterations_without_a_line_are_named(records, said):
+    for number in (0, 1, 3, 4, 7, 9):
+        records.write(number, {})
+    records.keep(8)
+    assert said == [
+        f"warning: {records.metrics.file} has no line of these iterations, which are done: 2, 5 to 6, 8",
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_first_line_of_an_evaluation_is_no_hole_and_neither_are_samples_that_are_few(records, said, number):
+    records.write(1, {})
+    records.samples.append([{"iteration": 1}] * number)
+    records.keep(1)
+    assert said == []
+    assert len(records.samples.file.read_text().splitlines()) == number
+
+
+def test_what_is_no_number_is_no_metric(records):
+    big = "1" + 400 * "0"
+    records.metrics.file.write_text(
+        f'{{"iteration": 1, "x": "a", "y": 2, "z": [1], "u": {{}}, "v": true, "w": {big}, "n": null, "f": 1e999}}\n'
+    )
+    ((number, values),) = records.lines()
+    assert (number, values.keys()) == (1, {"y", "n", "f"})
+    assert (values["y"], values["f"]) == (2, math.inf)
+
+
+def test_a_run_that_fails_reports_what_it_cannot_write(records, said):
+    records.metrics.file.mkdir()
+    records.write(1, {})
+    records.samples.append([{"iteration": 1}])
+    records.sync_or_report()
+    assert said[0].endswith("its lines are kept, and written with the next ones")
+    assert said[1].startswith(f"warning: {records.metrics.file} cannot be written: Is a directory")
+    assert said[1].endswith("its last lines are lost")
+    assert records.samples.unsynced == []

@@ -19,13 +19,13 @@ import llmrl
 from llmrl.distributed.collectives import OneProcess
 from llmrl.files import WriteError
 from llmrl.functional.statistics import Mean, Total
+from llmrl.lines import LineFile
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.checkpoint import CheckpointError
 from llmrl.trainers.config import RunConfig
-from llmrl.trainers.output import keep_iterations
 from llmrl.trainers.run import Run, RunError, Stopped, check_output
 from tests.contexts import context_of
 
@@ -155,6 +155,7 @@ class Bench:
         collectives: Collectives | None = None,
         save: Callable[[Path], object] | None = None,
         warmup_iterations: int = 0,
+        samples: LineFile | None = None,
         **config: Any,
     ) -> Run:
         self.trainer = trainer = Numbers(hooks or {}, losses)
@@ -175,6 +176,7 @@ class Bench:
             sink=self.sink,
             alarms=Alarms(),
             warmup_iterations=warmup_iterations,
+            samples=samples,
         )
 
     def lines(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -633,21 +635,6 @@ def test_lines_after_the_checkpoint_are_removed(bench: Bench):
     assert [line["weight"] for line in bench.lines()] == WEIGHTS
 
 
-@pytest.mark.parametrize("torn", ['{"iteration": 2, "we', '{"iteration": 2}', "{", "\0\0\0", ""])
-def test_a_torn_last_line_is_removed_and_a_whole_one_kept(tmp_path: Path, torn: str):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"iteration": 0}\n{"iteration": 1}\n' + torn)
-    keep_iterations(file, 5)
-    whole = '{"iteration": 2}\n' if torn == '{"iteration": 2}' else ""
-    assert file.read_text() == '{"iteration": 0}\n{"iteration": 1}\n' + whole
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_file_of_lines_that_is_not_there_stays_away(tmp_path: Path):
-    keep_iterations(tmp_path / "samples.jsonl", 5)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_changed_settings_are_told(bench: Bench):
     before = {"run": {"seed": 0, "resume": False, "name": None}, "kl": 0.1, "only": {"before": 1}, "pass_at": (1, 2)}
     now = {"run": {"seed": 1, "resume": True, "name": None}, "kl": 0.1, "also": 2, "pass_at": (1, 2)}
@@ -928,13 +915,84 @@ def test_a_model_that_cannot_be_written_is_one_line_and_is_written_after_a_resum
     assert bench.model() == 5.0
 
 
+def test_the_best_model_is_kept_after_a_failure_to_save_it(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    run = bench.make(4, losses=[1.0, 2.0, 9.0, 3.0], best_metric="loss", checkpoint_every=1)
+    save = run.save_model
+    monkeypatch.setattr(run.best, "save_model", lambda folder: save(folder) if bench.trainer.iteration < 3 else full())
+    with pytest.raises(WriteError, match=r"run/best cannot be written"):
+        run.train()
+    assert bench.best()["iteration"] == 2
+    bench.make(4, losses=[1.0, 2.0, 9.0, 3.0], best_metric="loss", resume=True).train()
+    assert bench.best() == {"metric": "loss", "value": 9.0, "iteration": 3}
+    assert bench.model("best") == WEIGHTS[2]
+
+
+def test_a_line_that_a_full_disk_refused_is_no_hole(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Nor where the run ends for another reason before the next one."""
+    run = bench.make(4, checkpoint_every=1, hooks={(3, "early"): fail})
+    with monkeypatch.context() as patch:
+        opened, real = [], Path.open
+
+        def refuse_once(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+            if mode == "ab" and bench.trainer.iteration == 2 and not opened:
+                opened.append(path)
+                full()
+            return real(path, mode, *rest, **named)
+
+        patch.setattr(Path, "open", refuse_once)
+        with pytest.raises(Failure):
+            run.train()
+    assert [path.name for path in opened] == ["metrics.jsonl"]
+    assert bench.iterations() == [1, 2]
+    bench.make(4, resume=True).train()
+    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
+
+
+def test_the_records_are_on_disk_before_the_checkpoint_that_knows_of_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    from llmrl.trainers import run as module
+
+    real, seen = module.save_checkpoint, []
+
+    def look(*arguments: Any, **named: Any) -> None:
+        seen.append((bench.iterations(), list(run.records.metrics.unsynced)))
+        real(*arguments, **named)
+
+    monkeypatch.setattr(module, "save_checkpoint", look)
+    run = bench.make(4, checkpoint_every=2)
+    run.train()
+    assert seen[-2:] == [([1, 2], []), ([1, 2, 3, 4], [])]
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_a_file_in_the_place_of_a_model_is_refused_before_anything_is_learned(bench: Bench, name: str):
+    bench.make(1).train()
+    shutil.rmtree(bench.folder / name, ignore_errors=True)
+    (bench.folder / name).touch()
+    with pytest.raises(RunError, match=f"{name} is a file"):
+        bench.make(2, resume=True).train()
+    assert bench.iterations() == [1]
+
+
+def test_what_a_kill_left_of_the_model_at_the_end_is_put_right(bench: Bench):
+    bench.make(2).train()
+    (bench.folder / "final").rename(bench.folder / ".final.old")
+    (bench.folder / ".final.new").mkdir()
+    run = bench.make(2, resume=True)
+    run.prepare()
+    assert bench.model() == 5.0
+    assert not list(bench.folder.glob(".final.*"))
+
+
 def test_a_failure_is_not_hidden_by_a_checkpoint_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llmrl.trainers.checkpoint._flush_to_disk", full)
+    monkeypatch.setattr("llmrl.trainers.checkpoint.flush_to_disk", full)
     with pytest.raises(Failure):
         bench.make(2, hooks={(1, "early"): fail}).train()
     (said,) = bench.said.messages
     assert said.startswith("warning: ")
-    assert said.endswith("step_000000 cannot be written: No space left on device: no checkpoint was written yet")
+    assert "step_000000 cannot be written: No space left on device (4 B needed, " in said
+    assert said.endswith(" free): no checkpoint was written yet")
     assert bench.steps() == []
 
 
@@ -949,7 +1007,7 @@ def test_lines_that_cannot_be_read_are_told_before_a_resume(bench: Bench):
     file = bench.folder / "metrics.jsonl"
     file.write_bytes(b"\xff\n[]\n" + file.read_bytes())
     bench.make(3, resume=True).train()
-    assert f"{file}: 2 lines that could not be read removed" in bench.said.messages
+    assert f"{file}: 2 lines that could not be read removed: 1 to 2" in bench.said.messages
     assert bench.iterations() == [1, 2, 3]
 
 
