@@ -45,11 +45,13 @@ class Stop:
         self.came_at = 0.0
         """When, by the monotonic clock."""
         self.is_told = False
-        """Whether the user was told that it is noticed."""
+        """Whether `notice` has returned its line."""
         self.raises: bool | None = None
         """Whether the handler raises `Interrupted` by itself; None: it is not installed."""
         self.may_leave: Callable[[], bool] = _never
         """Whether nothing would be lost by leaving here."""
+        self.before: dict[int, Any] = {}
+        """The handlers before the outermost `listening`."""
         self.is_alone = True
         """Whether this process may leave by itself; else all ranks leave after the same collective."""
 
@@ -61,9 +63,9 @@ class Stop:
         What came before the outermost one is forgotten.
         """
         outer, self.raises = self.raises, raises
-        if outer is None:
-            self.number, self.is_told = 0, False
         before = install(self.handle)
+        if outer is None:
+            self.number, self.is_told, self.before = 0, False, before
         try:
             yield
         finally:
@@ -105,8 +107,13 @@ class Stop:
         if any(numbers) and self.may_leave():
             raise Interrupted(max(numbers))
 
+    def release(self) -> None:
+        """Gives a child that was forked the handlers of before: else its parent could not terminate it."""
+        if self.raises is not None:
+            restore(self.before)
+
     def notice(self) -> str | None:
-        """What to tell the user of a signal, once; None where there is nothing to tell."""
+        """Message on a signal that came, once; else None."""
         if not self.number or self.is_told:
             return None
         self.is_told = True
@@ -116,6 +123,8 @@ class Stop:
 
 STOP = Stop()
 """What was asked of this process."""
+
+os.register_at_fork(after_in_child=STOP.release)
 
 
 def install(handler: Handler) -> dict[int, Any]:

@@ -48,8 +48,8 @@ def terminate() -> None:
 class Numbers:
     """`Trainer` of one number: iteration n turns w into 3w + p, where p counts what was dealt, as a data source does.
 
-    Hooks are called by iteration and moment: after the dealing ("early"), and after the weight moved ("late"). A unit of
-    work ends after each.
+    Hooks are called by iteration and moment: after the dealing ("early"), and after the weight moved ("late"). A unit
+    of work ends after each.
     """
 
     def __init__(self, hooks: Hooks, losses: list[float] | None, progress: Progress) -> None:
