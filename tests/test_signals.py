@@ -14,7 +14,7 @@ from llmrl.distributed.stop import SIGNALS
 from tests.processes import ROOT, assert_same_run, command, environment, free_port, lines, write_recipes
 from tests.signalled import Planted
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_signals")]
 
 PLACES = {
     "the first evaluation": ("evaluation", 1, 1, 0),

@@ -11,20 +11,11 @@ import pytest
 from llmrl.distributed import stop as module
 from llmrl.distributed.stop import SAME_S, SIGNALS, Interrupted, Stop
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 def handlers():
     return [signal.getsignal(number) for number in SIGNALS]
-
-
-@pytest.fixture(autouse=True)
-def _own_handlers():
-    """Those of a program that was started in the foreground."""
-    before = handlers()
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number, handler in zip(SIGNALS, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -155,13 +146,18 @@ def test_it_is_told_once():
 
 
 class Signalling(io.RawIOBase):
-    """A file to which a signal comes in the middle of each write."""
+    """A file to which a signal comes in the middle of its first write."""
+
+    def __init__(self):
+        self.num_writes = 0
 
     def writable(self):
         return True
 
     def write(self, data):
-        signal.raise_signal(signal.SIGTERM)
+        self.num_writes += 1
+        if self.num_writes == 1:
+            signal.raise_signal(signal.SIGTERM)
         return len(data)
 
 

@@ -193,7 +193,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path, default_signals: None) -> Bench:
     return Bench(tmp_path / "run")
 
 
