@@ -291,12 +291,6 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=(*BATCHES, *LOOP),
     ),
     Metric(
-        name="update/cut_short",
-        unit="iterations",
-        meaning="1 for an iteration whose last minibatches were left out after a second Ctrl-C. Otherwise not logged.",
-        runs=LOOP,
-    ),
-    Metric(
         name="eval/accuracy",
         unit="fraction",
         meaning="Held-out responses with more than evaluation.correct_above from the first reward; for reward models, "

@@ -23,7 +23,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+from typer.core import TyperGroup
 
+from llmrl.distributed.stop import STOP, Interrupted
 from llmrl.files import read_object
 from llmrl.messages import with_interval, without_ends
 from llmrl.reports.output import lasting_output
@@ -35,7 +37,22 @@ REFUSALS = frozenset(
 )
 """Errors of a file system whose cause lies outside of llmrl."""
 
+
+class Commands(TyperGroup):
+    """The commands: a signal ends each of them with one line and the status 128 + n."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with STOP.listening(raises=True):
+                return super().invoke(ctx)
+        except Interrupted as stopped:
+            _fail(stopped, 128 + stopped.number)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -412,11 +429,9 @@ def _named_as_given(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _outer_causes_in_one_line(status: int, folder: Path | None = None) -> Iterator[None]:
-    """Context of a command: an interruption, and what the file system refuses, end with a line; all else propagates."""
+    """Context of a command: what the file system refuses ends it with a line; all else propagates."""
     try:
         yield
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise

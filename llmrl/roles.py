@@ -197,7 +197,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, amount: int = 1) -> None:
-        """`amount` more units of the current phase are done."""
+        """`amount` more units of the current phase are done; 0 is a sign of life."""
         ...
 
 
@@ -301,15 +301,6 @@ class Trainer(Protocol):
     @property
     def has_moved(self) -> bool:
         """Whether the current iteration has begun an optimizer step: there is no way back to its start."""
-        ...
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the current iteration is to end after the optimizer step under way."""
-        ...
-
-    def cut_short(self) -> None:
-        """Ends the current iteration after the optimizer step under way."""
         ...
 
     def rewind(self) -> bool:

@@ -8,7 +8,6 @@ import pytest
 
 from llmrl.catalogue import CATALOGUE, OWN, find, reserved
 from llmrl.reports.progress import HEADLINES, PARTS
-from llmrl.trainers.rl import RLTrainer
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
 
 TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
@@ -39,24 +38,12 @@ Logged = set[tuple[str, str]]
 """Pairs of a kind of run and a name."""
 
 
-def interrupted(self: RLTrainer, experience):
-    """The minibatches of an iteration, cut short at the second one."""
-    for number, minibatch in enumerate(MINIBATCHES(self, experience)):
-        if number == 1:
-            self.cut_short()
-        yield minibatch
-
-
-MINIBATCHES = RLTrainer.minibatches
-
-
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> Logged:
     folder = tmp_path_factory.mktemp("catalogue")
     lines = [(RUNS[name][0], line) for name in RUNS for line in stored(name)["metrics"]]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(RLTrainer, "minibatches", interrupted)
         make_models(folder)
         make_data(folder)
         (folder / "silent.py").write_text(SILENT)

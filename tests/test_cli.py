@@ -656,7 +656,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(grpo_recipe, data):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "the same command goes on" in error
+    assert "the same command goes on from" in error
     done = len(lines(metrics))
     assert 2 <= done < 30
 

@@ -192,7 +192,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(recipe, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "the same command goes on" in error
+    assert "the same command goes on from" in error
     assert 3 <= len(lines(metrics)) < 76
     assert not (tmp_path / "run" / "final").exists()
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from llmrl.distributed.stop import STOP, Stop
 from llmrl.roles import Progress
 
 BETWEEN_ITERATIONS = ("report card", "checkpoint", "saving")
@@ -41,11 +42,17 @@ HERE = Activity()
 
 
 class FollowedProgress:
-    """`Progress` that also records the activity of this process."""
+    """`Progress` that also records the activity of this process. Code that waits calls ``advance(0)`` a few times a
+    second.
 
-    def __init__(self, progress: Progress, activity: Activity = HERE) -> None:
+    Raises:
+        Interrupted: By `phase` and `advance`: a signal came, and the process may leave here, see `Stop.leaving`.
+    """
+
+    def __init__(self, progress: Progress, activity: Activity = HERE, stop: Stop = STOP) -> None:
         self.progress = progress
         self.activity = activity
+        self.stop = stop
         self.num_done: int | None = None
         """Iterations done; None: no iteration has begun, or the process runs none."""
 
@@ -59,10 +66,12 @@ class FollowedProgress:
         is_next = name not in BETWEEN_ITERATIONS
         self.activity.enter(name, 0 if self.num_done is None else self.num_done + is_next)
         self.progress.phase(name, total)
+        self._look()
 
     def advance(self, amount: int = 1) -> None:
         """See `Progress`."""
         self.progress.advance(amount)
+        self._look()
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
         """See `Progress`."""
@@ -72,3 +81,8 @@ class FollowedProgress:
     def message(self, text: str) -> None:
         """See `Progress`."""
         self.progress.message(text)
+
+    def _look(self) -> None:
+        if line := self.stop.notice():
+            self.progress.message(line)
+        self.stop.look()

@@ -11,6 +11,7 @@ from llmrl.distributed.activity import HERE
 from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device, synchronize
 from llmrl.distributed.launch import check_rendezvous, read_launch
+from llmrl.distributed.stop import STOP
 from llmrl.roles import Collectives, Progress
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
@@ -31,7 +32,11 @@ class OneProcess(Collectives):
 
 
 class ProcessGroup(Collectives):
-    """`Collectives` over torch's default process group: gloo between CPUs, NCCL between GPUs."""
+    """`Collectives` over torch's default process group: gloo between CPUs, NCCL between GPUs.
+
+    Raises:
+        Interrupted: A signal came to any rank, and they may leave here: by the same `gather` on all of them.
+    """
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -47,8 +52,9 @@ class ProcessGroup(Collectives):
     def gather(self, x: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
         with HERE.waiting():
-            dist.all_gather_object(gathered, x)
-        return gathered
+            dist.all_gather_object(gathered, (x, STOP.number))
+        STOP.look_together([number for _, number in gathered])
+        return [x for x, _ in gathered]
 
 
 def join_ranks() -> Collectives:

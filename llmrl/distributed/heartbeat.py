@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 from llmrl.distributed.activity import HERE, Activity
 from llmrl.distributed.config import DistributedConfig
+from llmrl.distributed.stop import STOP, install, restore
 from llmrl.distributed.watchdog import phases_limited
 from llmrl.roles import Collectives
 
@@ -124,7 +125,9 @@ class Heartbeat:
         self.error_s = 0.0
         """Seconds since that exception."""
         self.terminated_s: float | None = None
-        """Seconds since the launcher sent SIGTERM outside of iterations; None: it has not."""
+        """Seconds since a signal came outside of iterations; None: none has."""
+        self.signal: signal.Signals | None = None
+        """That signal."""
         self.failure: Failure | None = None
         self.is_leaving = False
         """This rank is done and waits for the others. The first one to exit may close the store."""
@@ -160,9 +163,10 @@ class Heartbeat:
             _print_line(f"rank {self.rank} failed too, in {self.beats[self.rank].place}: {own.error}")
         return False
 
-    def terminate(self, *_: object) -> None:
-        """Handler of SIGTERM: a launcher sends it when a rank has failed; this one first finds out which."""
-        self.terminated_s = self.terminated_s or 0.0
+    def terminate(self, number: int, _: object = None) -> None:
+        """Handler of signals: a launcher sends SIGTERM when a rank has failed; this one first finds out which."""
+        if self.signal is None:
+            self.signal, self.terminated_s = signal.Signals(number), 0.0
 
     # --- one beat ---
 
@@ -217,8 +221,8 @@ class Heartbeat:
             return Failure(self.rank, "; ".join(self._silence(rank) for rank in silent))
         if self.error is not None and self.error_s > LOOK_S:
             return self._own(self.error)
-        if self.terminated_s is not None and self.terminated_s > LOOK_S:
-            return Failure(self.rank, "SIGTERM came, and no rank has failed", status=128 + signal.SIGTERM)
+        if self.signal is not None and self.terminated_s is not None and self.terminated_s > LOOK_S:
+            return Failure(self.rank, f"{self.signal.name} came, and no rank has failed", status=128 + self.signal)
         if any(beat.seconds > self.config.phase_limit_s for beat in self.beats):
             return Failure(self.rank, self._stuck(), is_stuck=True)
         return None
@@ -257,7 +261,7 @@ class Heartbeat:
             if self.failure is None:
                 self.failure = self._without_store("is gone")
                 self.report(self.failure)
-                signal.raise_signal(signal.SIGTERM)  # where only the launcher is gone, a run can still stop in order
+                STOP.note(signal.SIGTERM)  # where only the launcher is gone, a run can still stop in order
         if self.failure is not None:
             self.end(self.failure)
 
@@ -341,7 +345,7 @@ def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[Non
         config=config,
         activity=HERE,
     )
-    before = signal.signal(signal.SIGTERM, heartbeat.terminate)
+    before = install(heartbeat.terminate)
     heartbeat.start()
     try:
         yield
@@ -352,7 +356,7 @@ def watched(collectives: Collectives, config: DistributedConfig) -> Iterator[Non
             raise
         raise AnotherRankFailed from None
     heartbeat.stop()
-    signal.signal(signal.SIGTERM, before)
+    restore(before)
 
 
 def _own_connection(timeout_s: float) -> dist.Store:

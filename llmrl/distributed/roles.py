@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.context import Context
+from llmrl.distributed.stop import STOP
 from llmrl.microbatches import TokenBudget, in_row_order, parts_of_rank
 from llmrl.roles import (
     ActorCritic,
@@ -158,7 +159,10 @@ def distribute_rows(
     parts, idle = parts_of_rank(batch, budget, collectives.rank, collectives.world_size)
     if not parts and not idle:
         return ask(batch)
-    answers = [ask(batch.select(part)) for part in parts]
+    answers = []
+    for part in parts:
+        STOP.look()
+        answers.append(ask(batch.select(part)))
     for row in idle:
         ask(batch.select(row))
     if collectives.world_size == 1:

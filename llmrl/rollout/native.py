@@ -55,7 +55,7 @@ class NativeEngine:
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
         max_rows: Responses decoded at once.
-        progress: Advanced by one for each complete response.
+        progress: Advanced by the number of responses that each step completes.
         copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
             them.
     """
@@ -246,14 +246,15 @@ class Decoding:
 
     def retire(self) -> None:
         """Gives the slot of every complete row to the last live one, and fits the window to the rows that are left."""
-        for slot in reversed(range(len(self.rows))):
+        num_rows = len(self.rows)
+        for slot in reversed(range(num_rows)):
             if self.rows[slot].stop_reason != StopReason.NONE:
                 last = self.rows.pop()
                 if slot < len(self.rows):
                     self.rows[slot] = last
                     self.cache.move_row(len(self.rows), slot)
-                self.progress.advance()
         self._fit_window()
+        self.progress.advance(num_rows - len(self.rows))
 
     def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor) -> None:
         for row, stop_reason in zip(rows, self.sampler.extend(self.responses, indices, logits), strict=True):

@@ -30,7 +30,7 @@ class TransformersEngine:
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
-        progress: Advanced by one for each complete response.
+        progress: Advanced by the number of responses that each step completes.
         copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
             them.
     """
@@ -86,8 +86,8 @@ class DrawingProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         stop_reasons = self.sampler.extend(self.responses, self.live, scores[self.live])
         under_way = [index for index, reason in enumerate(stop_reasons) if reason == StopReason.NONE]
+        self.progress.advance(len(stop_reasons) - len(under_way))
         if len(under_way) < len(stop_reasons):
-            self.progress.advance(len(stop_reasons) - len(under_way))
             self.live = self.live[under_way]
         drawn = self.responses.last_ids(self.rows)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)

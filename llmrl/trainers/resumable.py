@@ -18,8 +18,6 @@ class Resumable:
         self.source = source
         self.iteration = 0
         """Iterations done so far."""
-        self.is_cut_short = False
-        """Whether the current iteration is to end after the optimizer step under way."""
         self.finish_iteration(0)
 
     def finish_iteration(self, number: int) -> None:
@@ -27,16 +25,11 @@ class Resumable:
         self.iteration = number
         self.start = self.position()
         self.steps_at_start = self._optimizer_steps()
-        self.is_cut_short = False
 
     @property
     def has_moved(self) -> bool:
         """Whether the current iteration has begun an optimizer step: there is no way back to its start."""
         return self._optimizer_steps() != self.steps_at_start
-
-    def cut_short(self) -> None:
-        """Ends the current iteration after the optimizer step under way."""
-        self.is_cut_short = True
 
     def rewind(self) -> bool:
         """Returns to the start of the iteration after a failure, unless weights have moved since.

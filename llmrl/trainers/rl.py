@@ -98,9 +98,6 @@ class RLTrainer(Resumable):
         metrics = metrics.merge(described)
         self.observe(self.iteration, experience)
         for minibatch in self.minibatches(experience):
-            if any(self.collectives.gather(self.is_cut_short)):
-                metrics = metrics.merge(Metrics({"update/cut_short": Total(1.0)}))
-                break
             update = self.update(minibatch)
             is_first = FIRST_ONLY not in metrics.statistics
             metrics = metrics.merge(update if is_first else update.without(FIRST_ONLY))

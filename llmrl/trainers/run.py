@@ -12,12 +12,13 @@ final/              the model at the end
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
+from llmrl.distributed.stop import STOP, Interrupted, install
 from llmrl.files import WriteError, read_object, restore_folder, writing
 from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
@@ -39,7 +40,7 @@ from llmrl.trainers.records import Records
 
 
 class Stopped(Exception):
-    """A signal ended the run between two iterations; everything so far is saved."""
+    """A signal ended the run; everything up to an iteration's end is saved."""
 
     def __init__(self, signal_number: int, iteration: int, output_dir: Path) -> None:
         super().__init__(
@@ -114,46 +115,60 @@ class Run:
             report=self.progress.message,
         )
         self.stop_signal: int | None = None
+        """The signal by which all ranks stop."""
         self.saved_at = time.monotonic()
         """When the last checkpoint was written, or this process began, by its own clock."""
 
     def train(self) -> dict[str, float]:
         """Runs every iteration that is left. Returns the metrics of the last one.
 
-        Whatever ends it early, what was learned is kept: a signal stops it between two iterations, an error before an
-        iteration's first optimizer step puts the trainer back to its start, and in both cases a checkpoint is written.
+        Whatever ends it early, what was learned is kept: a signal or an error before an iteration's first optimizer
+        step puts the trainer back to its start, a later signal waits for its end, and in all cases a checkpoint is
+        written.
 
         Raises:
-            Stopped: By SIGINT or SIGTERM.
-            KeyboardInterrupt: By a further SIGINT, see `signals`.
+            Stopped: By a signal. One that comes when the last iteration is done does not stop the saving of the model.
             WriteError: A file cannot be written.
         """
         self.prepare()
         self.progress.begin(self.config.num_iterations, self.trainer.iteration)
+        with STOP.listening(raises=False):
+            try:
+                last = self.run_iterations()
+            except BaseException:
+                self.rescue()
+                if self.keeps_records:
+                    self.records.sync_or_report()  # what had no room before may have some now
+                raise
+            if self.stop_signal is not None:
+                raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
+            self.progress.phase("saving", 1)
+            with writing(self.folder / "final"):
+                self.save_model(self.folder / "final")
+            if self.keeps_records:
+                self.records.mark_finished(self.trainer.iteration)
+            self.collectives.barrier()  # no rank leaves before it is saved
+            self.progress.advance()
+            self.conclude()
+        return last
+
+    def run_iterations(self) -> dict[str, float]:
+        """Runs every iteration that is left, or until a signal stops them: then the state is saved. Returns the metrics
+        of the last one."""
         last: dict[str, float] = {}
         try:
-            with self.signals():
-                self.catch_up()
-                self.replay()
-                while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
-                    last = self.iterate()
-                if self.stop_signal is not None:
-                    self.checkpoint()
-        except BaseException as error:
-            self.rescue(error)
-            if self.keeps_records:
-                self.records.sync_or_report()  # what had no room before may have some now
-            raise
+            self.catch_up()
+            self.replay()
+            while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
+                install(STOP.handle)  # a reward function may have put another handler there
+                last = self.iterate()
+        except Interrupted as interrupted:
+            self.stop_signal = interrupted.number
+            self.trainer.rewind()
         if self.stop_signal is not None:
-            raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
-        self.progress.phase("saving", 1)
-        with writing(self.folder / "final"):
-            self.save_model(self.folder / "final")
-        if self.keeps_records:
-            self.records.mark_finished(self.trainer.iteration)
-        self.collectives.barrier()  # no rank leaves before it is saved
-        self.progress.advance()
-        self.conclude()
+            if line := STOP.notice():
+                self.progress.message(line)
+            self.checkpoint()
         return last
 
     def conclude(self) -> None:
@@ -169,12 +184,18 @@ class Run:
 
     def is_stopped(self) -> bool:
         """Whether any rank got a signal; then all have."""
-        self.stop_signal = max(self.collectives.gather(self.stop_signal or 0)) or None
+        self.stop_signal = max(self.collectives.gather(STOP.number)) or None
         return self.stop_signal is not None
+
+    def leaving(self) -> AbstractContextManager[None]:
+        """Context in which a signal ends an iteration or an evaluation at the next unit of work, until the iteration's
+        first optimizer step."""
+        return STOP.leaving(lambda: not self.trainer.has_moved, alone=self.collectives.world_size == 1)
 
     def iterate(self) -> dict[str, float]:
         """Runs one iteration, its evaluation, its line of metrics and its checkpoint. Returns its metrics."""
-        values = self.trainer.iterate().values()
+        with self.leaving():
+            values = self.trainer.iterate().values()
         number = self.trainer.iteration
         try:
             values |= self.evaluation(number)
@@ -206,7 +227,8 @@ class Run:
             return {}
         if number % self.evaluate_every and number != self.config.num_iterations:
             return {}
-        values = self.evaluate()
+        with self.leaving():
+            values = self.evaluate()
         self.progress.message(f"evaluation after iteration {number}: {format_evaluation(values)}")
         return values
 
@@ -323,7 +345,7 @@ class Run:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
         self.saved_at = time.monotonic()
 
-    def rescue(self, failure: BaseException) -> None:
+    def rescue(self) -> None:
         """Saves the state at the start of the iteration after a failure, if this rank has all of it by itself."""
         if not self.keeps_records:
             return
@@ -332,11 +354,6 @@ class Run:
             return
         if self.trainer.holds_all and not self.next_checkpoint.exists():
             self.save_beside()
-        if isinstance(failure, KeyboardInterrupt) and self.next_checkpoint.exists():
-            self.progress.message(
-                f"everything up to iteration {self.trainer.iteration} is saved; the same command "
-                f"goes on from {self.folder}"
-            )
 
     def save_beside(self) -> None:
         """Saves the state of a run that failed beside all checkpoints that are there: a failure is no reason to trust
@@ -360,32 +377,3 @@ class Run:
     def next_checkpoint(self) -> Path:
         """Folder of a checkpoint taken now."""
         return self.folder / "checkpoints" / f"step_{self.trainer.iteration:06d}"
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Context in which SIGINT and SIGTERM stop the run after the current iteration. A second SIGINT does so sooner:
-        at once before the iteration's first optimizer step, else with the step under way; a third one at once."""
-
-        def stop(number: int, _: object) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
-                self.hurry()
-                return
-            self.stop_signal = number
-            self.progress.message("stops after this iteration; interrupt again to stop sooner")
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def hurry(self) -> None:
-        """Stops at once where an iteration has not moved the weights, as that can be saved; else ends its updates."""
-        if not self.trainer.has_moved or self.trainer.is_cut_short:
-            raise KeyboardInterrupt
-        self.trainer.cut_short()
-        self.progress.message(
-            "stops after this optimizer step, with a checkpoint; interrupt again to stop at once, without one: "
-            f"{self.what_is_kept()}"
-        )

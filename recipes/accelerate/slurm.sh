@@ -3,7 +3,8 @@
 #   sbatch recipes/accelerate/slurm.sh ppo RECIPE [key=value ...]
 #   LAUNCH=recipes/accelerate/two_nodes_ddp.yaml sbatch recipes/accelerate/slurm.sh grpo RECIPE
 # Where a job is requeued or resubmitted, it goes on from the newest checkpoint. Slurm sends SIGTERM a minute
-# before the time is up: an iteration that ends within 30 s is saved, a longer one is lost back to run.checkpoint_every.
+# before the time is up, and launchers kill 30 s later: until then the run has to reach the end of the rollout, the scoring
+# or the updates under way, and to write its checkpoint; else what came after run.checkpoint_every is lost.
 #SBATCH --job-name=llmrl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

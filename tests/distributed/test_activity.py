@@ -1,6 +1,9 @@
+import signal
+
 import pytest
 
 from llmrl.distributed.activity import Activity, FollowedProgress
+from llmrl.distributed.stop import Interrupted, Stop
 from llmrl.reports.progress import Silent
 
 
@@ -81,3 +84,20 @@ def test_waiting_ends_with_the_collective_however_that_ends():
     with pytest.raises(KeyError), activity.waiting():
         raise KeyError
     assert not activity.is_waiting
+
+
+@pytest.mark.parametrize("work", [lambda progress: progress.phase("reward", 4), lambda progress: progress.advance(0)])
+def test_a_signal_is_told_once_and_obeyed_where_the_process_may_leave(work):
+    calls, stop = Calls(), Stop()
+    progress = FollowedProgress(calls, Activity(), stop)
+    stop.note(signal.SIGTERM)
+    work(progress)
+    work(progress)
+    assert [text for kind, text, *_ in calls.told if kind == "message"] == [
+        "SIGTERM: stops as soon as everything is saved; a second signal stops at once"
+    ]
+    with stop.leaving(lambda: True, alone=True):
+        progress.message("text")
+        progress.iteration(3, {})
+        with pytest.raises(Interrupted):
+            work(progress)

@@ -1,3 +1,4 @@
+import signal
 import time
 
 import pytest
@@ -7,6 +8,7 @@ from llmrl.distributed import collectives
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.collectives import OneProcess, ProcessGroup, join_ranks, leave_ranks
 from llmrl.distributed.launch import LaunchError
+from llmrl.distributed.stop import Interrupted, Stop
 from tests.distributed.threads import on_ranks
 
 
@@ -60,6 +62,21 @@ def test_a_rank_waits_until_the_sum_is_there(monkeypatch):
     assert x.tolist() == [1.0, 3.0]
     assert seen == [("cpu", True)]
     assert not HERE.is_waiting
+
+
+def test_a_signal_to_one_rank_reaches_all_by_what_they_gather(monkeypatch):
+    def all_gather_object(gathered, x):
+        gathered[:] = [x, ("theirs", signal.SIGTERM)]
+
+    stop = Stop()
+    monkeypatch.setattr(collectives, "STOP", stop)
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(collectives.dist, "all_gather_object", all_gather_object)
+    ranks = ProcessGroup()
+    assert ranks.gather("mine") == ["mine", "theirs"]
+    with stop.leaving(lambda: True, alone=False), pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        ranks.gather("mine")
 
 
 def test_a_number_of_processes_alone_is_no_launch(monkeypatch):

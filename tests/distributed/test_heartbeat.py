@@ -12,6 +12,7 @@ from llmrl.distributed.activity import Activity
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.heartbeat import LOOK_S, SUSPECT_S, Failure, Heartbeat, watched
+from llmrl.distributed.stop import SIGNALS, Stop
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:2987")
 BROKEN = AssertionError("planted")
@@ -198,17 +199,20 @@ def test_a_signal_from_the_launcher_is_put_down_to_whoever_is_gone():
     ranks = Ranks(2, silent_after_s=60)
     ranks.pass_s(2)
     ranks.gone = {1}
-    ranks.hearts[0].terminate()
+    ranks.hearts[0].terminate(signal.SIGTERM)
     ranks.pass_s(5)
     assert ranks.told[0] == "rank 1 gave no sign of life for 4 s; it was last seen in the phase start"
 
 
-def test_a_signal_that_nothing_explains_ends_the_rank_with_its_status():
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_nothing_explains_ends_the_rank_with_its_status(number):
     ranks = Ranks(2)
     for heart in ranks.hearts:
-        heart.terminate()
+        heart.terminate(number)
+        heart.terminate(signal.SIGTERM)  # which the launcher sends after it
     ranks.pass_s(LOOK_S + 2)
-    assert [heart.failure.status for heart in ranks.hearts] == [128 + signal.SIGTERM] * 2
+    assert [heart.failure.status for heart in ranks.hearts] == [128 + number] * 2
+    assert ranks.told[0] == f"{number.name} came, and no rank has failed"
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -363,11 +367,11 @@ def test_a_rank_that_ends_by_a_lost_connection_knows_why(living):
 
 
 def test_a_store_that_is_gone_ends_the_rank_and_asks_the_run_to_stop(living, monkeypatch, capsys):
-    signals = []
-    monkeypatch.setattr(heartbeat.signal, "raise_signal", signals.append)
+    stop = Stop()
+    monkeypatch.setattr(heartbeat, "STOP", stop)
     living.hearts[1].store.is_gone = True
     until(lambda: living.exits == [1])
-    assert signals == [signal.SIGTERM]
+    assert stop.number == signal.SIGTERM
     assert (
         "rank 1 ends: the store that connects the ranks is gone: it is part of the launcher" in capsys.readouterr().err
     )

@@ -1,5 +1,6 @@
 """Roles split over ranks answer on every rank as the role itself does in one process."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
+from llmrl.distributed import roles
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.roles import (
     DistributedEngine,
@@ -18,6 +20,7 @@ from llmrl.distributed.roles import (
     block,
     distribute_rows,
 )
+from llmrl.distributed.stop import Interrupted, Stop
 from llmrl.functional.streams import Purpose
 from llmrl.microbatches import TokenBudget
 from llmrl.optim.config import OptimizerConfig
@@ -289,6 +292,20 @@ def test_answers_come_in_row_order_however_they_are_asked(max_tokens, parts):
     assert outputs.last_values.tolist() == [10, 20, 30, 40]
     assert outputs.values.tolist() == [[10], [20], [30], [40]]
     assert ask.parts == parts
+
+
+@torch.no_grad()
+def test_a_signal_ends_them_before_the_next_microbatch(monkeypatch):
+    class Signalled(Asked):
+        def __call__(self, part: Sequences) -> TokenOutputs:
+            stop.note(signal.SIGTERM)
+            return super().__call__(part)
+
+    stop, ask = Stop(), Signalled()
+    monkeypatch.setattr(roles, "STOP", stop)
+    with stop.leaving(lambda: True, alone=True), pytest.raises(Interrupted):
+        distribute_rows(ask, numbered([9, 1, 7, 3]), TokenBudget(max_tokens=1), OneProcess())
+    assert ask.parts == [[2]]
 
 
 @pytest.mark.parametrize("packed", [False, True])

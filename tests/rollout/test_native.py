@@ -63,6 +63,7 @@ def test_the_rollout_is_well_formed(model, native, prompts, progress):
     assert progress.advanced == 10
     lengths = sequences.response_lengths
     assert sequences.response_mask.equal(torch.arange(int(lengths.max())) < lengths[:, None])
+    assert progress.num_looks >= lengths.max()
     assert not sequences.response_ids[~sequences.response_mask].any()
     assert not rollout.rollout_logprobs[~sequences.response_mask].any()
     assert len(set(lengths.tolist())) > 2  # ragged, or the rest proves little

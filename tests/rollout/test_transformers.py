@@ -23,11 +23,11 @@ def test_equals_the_native_engine_token_for_token(any_model, generating, native,
 
 
 def test_logprobs_are_those_of_one_plain_forward(any_model, generating, prompts, progress):
-    for prompt, response, logprobs, _ in rows_of(
-        generating(any_model).generate(prompts, make_sampling(temperature=0.7))
-    ):
+    rollout = generating(any_model).generate(prompts, make_sampling(temperature=0.7))
+    for prompt, response, logprobs, _ in rows_of(rollout):
         assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, 0.7), atol=1e-5, rtol=0)
     assert progress.advanced == 10
+    assert progress.num_looks == rollout.sequences.response_lengths.max()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ class Counter:
 
     def __init__(self):
         self.advanced = 0
+        self.num_looks = 0
+        """Calls of `advance`, where a run can be stopped."""
 
     def begin(self, num_iterations):
         raise AssertionError("the run says how long it is, not the engine")
@@ -103,6 +105,7 @@ class Counter:
 
     def advance(self, amount=1):
         self.advanced += amount
+        self.num_looks += 1
 
 
 def make_prompts(*token_ids: list[int], pad=2) -> Prompts:

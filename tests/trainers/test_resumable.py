@@ -98,14 +98,6 @@ def test_a_state_of_other_modules_is_refused_and_changes_nothing():
     assert trainer.iteration == 0
 
 
-def test_an_iteration_that_is_cut_short_leaves_the_next_one_whole():
-    trainer = Doubling()
-    trainer.cut_short()
-    assert trainer.is_cut_short
-    trainer.iterate()
-    assert not trainer.is_cut_short
-
-
 def test_weights_have_moved_between_the_first_step_and_the_end_of_the_iteration():
     trainer = Doubling()
     assert not trainer.has_moved

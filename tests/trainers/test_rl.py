@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Prompts, Scores
-from llmrl.distributed.collectives import OneProcess
 from llmrl.microbatches import TokenBudget
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule, TransformersPolicy
@@ -598,39 +597,3 @@ def test_a_phase_ends_when_the_gpu_has_done_what_it_asked_for(monkeypatch):
     with trainer.phase("update", 1):
         pass
     assert (seen, trainer.seconds) == ([1], {"update": 2})
-
-
-def test_an_iteration_that_is_cut_short_ends_with_the_step_under_way_and_says_so():
-    """What it learned until then stays, and the next iteration is whole."""
-    trainer = make_trainer(minibatch_size=4)
-    steps = trainer.trained["actor"]
-    assert "update/cut_short" not in trainer.iterate().values()
-    assert steps.num_steps_done == 6
-    real = steps.optimizer_step
-
-    def step_and_be_interrupted():
-        norm = real()
-        if steps.num_steps_done == 8:
-            trainer.cut_short()
-        return norm
-
-    steps.optimizer_step = step_and_be_interrupted
-    assert trainer.iterate().values()["update/cut_short"] == 1
-    assert steps.num_steps_done == 8
-    assert trainer.iteration == 2
-    assert "update/cut_short" not in trainer.iterate().values()
-    assert steps.num_steps_done == 14
-
-
-def test_ranks_end_an_iteration_after_the_same_step():
-    """A signal reaches them one after another."""
-
-    class OtherIsInterrupted(OneProcess):
-        def gather(self, x):
-            return [x, x or steps.num_steps_done == 2] if isinstance(x, bool) else super().gather(x)
-
-    trainer = make_trainer(minibatch_size=4)
-    steps = trainer.trained["actor"]
-    trainer.collectives = OtherIsInterrupted()
-    trainer.iterate()
-    assert steps.num_steps_done == 2

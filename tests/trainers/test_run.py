@@ -16,15 +16,17 @@ import pytest
 import torch
 
 import llmrl
+from llmrl.distributed.activity import Activity, FollowedProgress
 from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.stop import SIGNALS, STOP
 from llmrl.files import WriteError
 from llmrl.functional.statistics import Mean, Total
 from llmrl.lines import LineFile
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
-from llmrl.roles import Collectives
+from llmrl.roles import Collectives, Progress
 from llmrl.trainers.alarms import Alarms
-from llmrl.trainers.checkpoint import CheckpointError
+from llmrl.trainers.checkpoint import CheckpointError, save_checkpoint
 from llmrl.trainers.config import RunConfig
 from llmrl.trainers.run import Run, RunError, Stopped, check_output
 from tests.contexts import context_of
@@ -40,10 +42,6 @@ def fail() -> None:
     raise Failure
 
 
-def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
-
-
 def terminate() -> None:
     signal.raise_signal(signal.SIGTERM)
 
@@ -51,21 +49,19 @@ def terminate() -> None:
 class Numbers:
     """`Trainer` of one number: iteration n turns w into 3w + p, where p counts what was dealt, as a data source does.
 
-    Hooks are called by iteration and moment: after the dealing ("early"), and after the weight moved ("late").
+    Hooks are called by iteration and moment: after the dealing ("early"), and after the weight moved ("late"). A unit
+    of work ends after each.
     """
 
-    def __init__(self, hooks: Hooks, losses: list[float] | None) -> None:
+    def __init__(self, hooks: Hooks, losses: list[float] | None, progress: Progress) -> None:
         self.hooks = hooks
         self.losses = losses
+        self.progress = progress
         self.iteration = 0
         self.dealt = 0
         self.weight = torch.zeros(())
         self.has_moved = False
-        self.is_cut_short = False
         self.holds_all = True
-
-    def cut_short(self) -> None:
-        self.is_cut_short = True
 
     def iterate(self) -> Metrics:
         self.dealt += 1
@@ -74,7 +70,7 @@ class Numbers:
         self.weight = 3 * self.weight + self.dealt
         self.call("late")
         self.iteration += 1
-        self.has_moved = self.is_cut_short = False
+        self.has_moved = False
         values: dict[str, Any] = {"weight": Total(self.weight)}
         if self.losses is not None:
             values["loss"] = Total(self.losses[self.iteration - 1])
@@ -82,6 +78,7 @@ class Numbers:
 
     def call(self, moment: str) -> None:
         self.hooks.get((self.iteration + 1, moment), lambda: None)()
+        self.progress.advance()
 
     def rewind(self) -> bool:
         if not self.has_moved:
@@ -141,7 +138,8 @@ class Bench:
         self.folder = folder
         self.said = Said()
         self.sink = Sink()
-        self.trainer = Numbers({}, None)
+        self.progress = FollowedProgress(self.said, Activity())
+        self.trainer = Numbers({}, None, self.progress)
 
     def make(
         self,
@@ -158,7 +156,7 @@ class Bench:
         samples: LineFile | None = None,
         **config: Any,
     ) -> Run:
-        self.trainer = trainer = Numbers(hooks or {}, losses)
+        self.trainer = trainer = Numbers(hooks or {}, losses, self.progress)
 
         def save_model(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +170,7 @@ class Bench:
             save_model=save or save_model,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
-            context=context_of(collectives, self.said),
+            context=context_of(collectives, self.progress),
             sink=self.sink,
             alarms=Alarms(),
             warmup_iterations=warmup_iterations,
@@ -199,7 +197,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path, default_signals: None) -> Bench:
     return Bench(tmp_path / "run")
 
 
@@ -778,115 +776,126 @@ def test_a_checkpoint_that_is_there_is_not_written_again(bench: Bench, monkeypat
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("hook", "name", "number"), [(interrupt, "SIGINT", signal.SIGINT), (terminate, "SIGTERM", signal.SIGTERM)]
-)
-@pytest.mark.parametrize("moment", ["early", "late"])
-def test_a_signal_ends_the_run_after_the_iteration(bench: Bench, hook: Any, name: str, number: int, moment: str):
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("moment", "done"), [("early", 1), ("late", 2)])
+def test_a_signal_ends_the_run_at_once_unless_weights_have_moved(bench: Bench, number: int, moment: str, done: int):
+    name = signal.Signals(number).name
     with pytest.raises(Stopped) as stopped:
-        bench.make(4, hooks={(2, moment): hook}).train()
-    assert str(stopped.value) == (f"stopped by {name} after iteration 2; the same command goes on from {bench.folder}")
+        bench.make(4, hooks={(2, moment): lambda: signal.raise_signal(number)}).train()
+    assert str(stopped.value) == (
+        f"stopped by {name} after iteration {done}; the same command goes on from {bench.folder}"
+    )
     assert stopped.value.status == 128 + number
-    assert bench.said.messages == ["stops after this iteration; interrupt again to stop sooner"]
-    assert bench.iterations() == [1, 2]
-    assert bench.steps() == ["step_000001", "step_000002"]
+    assert bench.said.messages == [f"{name}: stops as soon as everything is saved; a second signal stops at once"]
+    assert bench.iterations() == [1, 2][:done]
+    assert bench.steps() == [f"step_{number:06d}" for number in range(1, done + 1)]
     assert not (bench.folder / "final").exists()
     bench.make(4, resume=True).train()
     assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
 
 
-def test_a_signal_during_the_first_evaluation_ends_the_run_before_it_begins(bench: Bench):
-    def evaluate() -> dict[str, float]:
+def test_code_that_catches_every_exception_does_not_keep_the_run(bench: Bench):
+    def catches() -> None:
         terminate()
+        try:
+            bench.progress.advance(0)
+        except Exception:
+            pytest.fail("caught")
+
+    with pytest.raises(Stopped, match="SIGTERM after iteration 1"):
+        bench.make(4, hooks={(2, "early"): catches}).train()
+
+
+@pytest.mark.parametrize("iteration", [0, 2, 4])
+def test_a_signal_in_an_evaluation_ends_the_run_there_and_it_is_made_again(bench: Bench, iteration: int):
+    def evaluate() -> dict[str, float]:
+        if bench.trainer.iteration == iteration:
+            terminate()
+            bench.progress.advance(0)
+            pytest.fail("went on")
         return {"eval/x": 1.0}
 
-    with pytest.raises(Stopped, match="SIGTERM after iteration 0"):
-        bench.make(2, evaluate=evaluate, evaluate_every=1).train()
-    bench.make(2, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=1, resume=True).train()
-    assert bench.iterations() == [0, 1, 2]
-
-
-def test_a_second_interrupt_stops_at_once(bench: Bench):
-    def twice() -> None:
-        interrupt()
-        interrupt()
-
-    with pytest.raises(KeyboardInterrupt):
-        bench.make(4, hooks={(3, "early"): twice}).train()
-    assert bench.said.messages[1:] == [
-        f"everything up to iteration 2 is saved; the same command goes on from {bench.folder}"
+    with pytest.raises(Stopped, match=f"SIGTERM after iteration {iteration};"):
+        bench.make(4, evaluate=evaluate, evaluate_every=2, checkpoint_every=50).train()
+    assert bench.steps() == [f"step_{number:06d}" for number in sorted({min(iteration, 1), iteration})]
+    bench.make(4, evaluate=lambda: {"eval/x": 1.0}, evaluate_every=2, resume=True).train()
+    assert bench.lines() == [
+        {"iteration": 0, "eval/x": 1.0},
+        {"iteration": 1, "weight": 1.0},
+        {"iteration": 2, "weight": 5.0, "eval/x": 1.0},
+        {"iteration": 3, "weight": 18.0},
+        {"iteration": 4, "weight": 58.0, "eval/x": 1.0},
     ]
+
+
+def test_a_signal_while_the_model_is_saved_lets_the_run_finish(bench: Bench):
+    run = bench.make(2)
+    save = run.save_model
+
+    def slowly(folder: Path) -> None:
+        terminate()
+        bench.progress.advance(0)
+        save(folder)
+
+    run.save_model = slowly
+    run.train()
+    assert bench.model() == 5.0
+
+
+def test_a_signal_while_a_checkpoint_is_written_ends_the_run_after_it(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    def slowly(*arguments: Any, **options: Any) -> None:
+        if bench.trainer.iteration == 2:
+            terminate()
+        bench.progress.advance(0)
+        save_checkpoint(*arguments, **options)
+
+    monkeypatch.setattr("llmrl.trainers.run.save_checkpoint", slowly)
+    with pytest.raises(Stopped, match="SIGTERM after iteration 2;"):
+        bench.make(4, checkpoint_every=2).train()
+    assert bench.steps() == ["step_000001", "step_000002"]
+
+
+def test_signals_of_a_launcher_that_follow_the_first_count_as_that_one(bench: Bench):
+    def thrice() -> None:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped, match="SIGINT after iteration 3;"):
+        bench.make(4, hooks={(3, "late"): thrice}).train()
+
+
+class OtherRank(OneProcess):
+    """Collectives with a rank that notes the signal, told like this one at `gather`."""
+
+    world_size = 2
+
+    def gather(self, x: Any) -> list[Any]:
+        return [x, x]
+
+
+def test_ranks_do_not_leave_by_themselves(bench: Bench):
+    """One that is not at the same point would wait for ever."""
+    with pytest.raises(Stopped, match="SIGTERM after iteration 2;"):
+        bench.make(4, hooks={(2, "early"): terminate}, collectives=OtherRank()).train()
     assert bench.iterations() == [1, 2]
-    assert bench.steps() == ["step_000001", "step_000002"]
-    bench.make(4, resume=True).train()
-    assert [line["weight"] for line in bench.lines()] == WEIGHTS[:4]
 
 
-def test_an_interrupt_does_not_call_saved_what_is_not(bench: Bench):
-    run = bench.make(4, hooks={(3, "early"): interrupts(2)})
-    bench.trainer.holds_all = False
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
-    assert not any("saved" in text for text in bench.said.messages)
+def test_ranks_leave_after_the_same_collective(bench: Bench):
+    def gather() -> None:
+        STOP.look_together([0, signal.SIGUSR1])  # which only another rank has noted
+
+    with pytest.raises(Stopped, match="SIGUSR1 after iteration 1;") as stopped:
+        bench.make(4, hooks={(2, "early"): gather}, collectives=OtherRank()).train()
+    assert stopped.value.status == 128 + signal.SIGUSR1
+    assert bench.steps() == ["step_000001"]
 
 
-def interrupts(number: int) -> Callable[[], None]:
-    def hook() -> None:
-        for _ in range(number):
-            interrupt()
-
-    return hook
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in SIGNALS]
 
 
-def test_a_second_interrupt_after_the_weights_moved_ends_the_updates_and_loses_nothing(bench: Bench):
-    run = bench.make(9, hooks={(3, "late"): interrupts(2)}, checkpoint_every=50)
-    seen = []
-    run.trainer.cut_short = lambda: seen.append(bench.trainer.iteration)  # type: ignore[method-assign]
-    with pytest.raises(Stopped, match="SIGINT after iteration 3"):
-        run.train()
-    assert seen == [2]
-    assert bench.said.messages[1] == (
-        "stops after this optimizer step, with a checkpoint; interrupt again to stop at once, without one: "
-        "what was learned after iteration 1 is lost"
-    )
-    assert bench.iterations() == [1, 2, 3]
-    assert bench.steps() == ["step_000001", "step_000003"]
-
-
-def test_a_third_interrupt_stops_at_once_and_says_what_is_lost(bench: Bench):
-    with pytest.raises(KeyboardInterrupt):
-        bench.make(9, hooks={(4, "late"): interrupts(3)}, checkpoint_every=2).train()
-    assert bench.said.messages[1].endswith(": what was learned after iteration 2 is lost")
-    assert bench.said.messages[2] == "the weights were being changed: what was learned after iteration 2 is lost"
-    assert bench.steps() == ["step_000001", "step_000002"]
-
-
-def test_a_second_interrupt_during_an_evaluation_loses_nothing(bench: Bench):
-    def evaluate() -> dict[str, float]:
-        if bench.trainer.iteration == 3:
-            interrupts(2)()
-        return {"eval/x": 1.0}
-
-    with pytest.raises(KeyboardInterrupt):
-        bench.make(9, evaluate=evaluate, evaluate_every=3, checkpoint_every=50).train()
-    assert bench.iterations() == [0, 1, 2, 3]
-    assert bench.steps() == ["step_000001", "step_000003"]
-
-
-def test_a_second_sigterm_waits_for_the_iteration(bench: Bench):
-    def twice() -> None:
-        terminate()
-        terminate()
-
-    with pytest.raises(Stopped, match="SIGTERM after iteration 3"):
-        bench.make(4, hooks={(3, "early"): twice}).train()
-
-
-@pytest.mark.parametrize("hooks", [{}, {(1, "early"): fail}, {(1, "early"): interrupt}])
+@pytest.mark.parametrize("hooks", [{}, {(1, "early"): fail}, {(1, "early"): terminate}])
 def test_the_handlers_are_given_back(bench: Bench, hooks: Hooks):
-    def handlers() -> list[Any]:
-        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
     before, during = handlers(), []
     run = bench.make(2, hooks={(2, "early"): lambda: during.extend(handlers()), **hooks})
     try:
@@ -896,6 +905,15 @@ def test_the_handlers_are_given_back(bench: Bench, hooks: Hooks):
     else:
         assert not set(map(id, during)) & set(map(id, before))
     assert handlers() == before
+
+
+def test_a_handler_of_user_code_is_replaced_at_the_next_iteration(bench: Bench):
+    def ignore() -> None:
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+    with pytest.raises(Stopped, match="SIGTERM after iteration 1;"):
+        bench.make(4, hooks={(1, "late"): ignore, (2, "early"): terminate}).train()
 
 
 # --- a file system that refuses ---------------------------------------------------------------------------------------
