@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from llmrl.hub import ask_for_model, is_local
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import (
+    WEIGHT_FILES,
     ModelError,
     base_of_adapter,
     has_vocabulary_file,
+    indexed_files,
     is_adapter,
     neighbour,
     resolved,
@@ -79,6 +82,8 @@ def load_pretrained(
         on_meta: Shapes only: no weight is read.
     """
     device, trust = torch.device("meta" if on_meta else "cpu"), config.trust_remote_code
+    if not config.from_scratch:
+        _check_index(config)
     with reading(config), _no_table():
         if config.from_scratch:
             with device:
@@ -93,6 +98,22 @@ def load_pretrained(
             ignore_mismatched_sizes=True,  # they are in the report
             **({"device_map": device} if on_meta else {}),
         )
+
+
+def _check_index(config: ModelConfig) -> None:
+    """Refuses an index of the weights that names other than safetensors files beside it; see `indexed_files`."""
+    from transformers.utils import cached_file
+
+    with reading(config):
+        index = cached_file(
+            resolved(config.path),
+            WEIGHT_FILES[1],
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if index is not None:
+            indexed_files(Path(index), config.path)
 
 
 def refuse_weights(

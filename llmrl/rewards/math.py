@@ -2,10 +2,7 @@
 
 import logging
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +12,7 @@ try:
 except ImportError as error:
     raise ImportError('math-verify is not installed: pip install "llmrl[math]"') from error
 
+from llmrl.limits import TooLong, can_limit_time, time_limit
 from llmrl.rewards.answers import after_thinking, answer_text, boxed, plain_digits, without_lookalikes
 
 _TIMEOUT_S = 3.0
@@ -75,7 +73,7 @@ def math_equal(responses: Sequence[str], answer: Sequence[object]) -> list[float
     Raises:
         RuntimeError: Called outside the main thread, where what takes too long cannot be stopped.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not can_limit_time():
         raise RuntimeError("math_equal must run in the main thread: only there can a runaway comparison be stopped")
     return [_equal(response, answer_text(gold)) for response, gold in zip(responses, answer, strict=True)]
 
@@ -85,28 +83,10 @@ def _equal(response: str, answer: str | None) -> float | None:
     if not gold:
         return None
     try:
-        with _time_limit(_TIMEOUT_S):
+        with time_limit(_TIMEOUT_S):
             return float(_answers(without_lookalikes(after_thinking(response)), gold))
-    except (_TooLong, RecursionError):
+    except (TooLong, RecursionError):
         return 0.0
-
-
-class _TooLong(BaseException):
-    """The time limit is exceeded. Not an `Exception`: math-verify and SymPy would swallow it."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _gold(text: str) -> str:

@@ -27,6 +27,7 @@ from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Scorer
 from llmrl.rollout.support import position_limit
+from llmrl.secrets import masked
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
@@ -133,7 +134,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
 
     return Run(
         RunConfig(num_iterations=num_iterations, **vars(config.run)),
-        settings=to_dict(with_dtypes(config)),
+        settings=masked(to_dict(with_dtypes(config))),
         trainer=trainer,
         save_model=save,
         evaluate=trainer.evaluate,

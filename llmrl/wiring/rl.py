@@ -25,6 +25,7 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Algorithm, Policy, RolloutEngine, Sampling, Trainable
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
+from llmrl.secrets import masked
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.evaluate import Evaluator
@@ -216,7 +217,7 @@ def _build_run(
         evaluator = _evaluator(config, checked, context, actor.tokenizer, actor.model, parts.engine, parts.scorer)
     return Run(
         config.run,
-        settings=to_dict(with_dtypes(config)),
+        settings=masked(to_dict(with_dtypes(config))),
         trainer=trainer,
         save_model=lambda folder: parts.saver.save(folder, trained["actor"]),
         evaluate=evaluator.evaluate if evaluator is not None else None,

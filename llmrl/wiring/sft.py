@@ -13,6 +13,7 @@ from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.trackers import Trackers
+from llmrl.secrets import masked
 from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
@@ -58,7 +59,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     )
     return Run(
         config.run,
-        settings=to_dict(with_dtypes(config)),
+        settings=masked(to_dict(with_dtypes(config))),
         trainer=trainer,
         save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,
