@@ -1,10 +1,10 @@
 """Limits of time and memory for code that came with a model or that reads what a model wrote, within this process."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class TooLong(BaseException):
@@ -34,18 +34,17 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(more_bytes: int) -> Iterator[None]:
-    """Context in which the address space of the process grows by this much at most, then `MemoryError` is raised; on
-    Linux only."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
+    """Context in which the address space of the process, other threads included, grows by this much at most, then
+    `MemoryError` is raised; on Linux only."""
+    if sys.platform != "linux":
         yield
         return
     import resource
 
+    with open("/proc/self/statm") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + more_bytes
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = int(status.read_text().split()[0]) * resource.getpagesize() + more_bytes
-    lower = [other for other in (limit, soft) if other != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(lower), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
     try:
         yield
     finally:

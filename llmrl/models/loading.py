@@ -102,18 +102,25 @@ def load_pretrained(
 
 def _check_index(config: ModelConfig) -> None:
     """Refuses an index of the weights that names other than safetensors files beside it; see `indexed_files`."""
+    with reading(config):
+        whole, index = _weight_files(config.path)
+        if whole is None and index is not None:
+            indexed_files(Path(index), config.path)
+
+
+def _weight_files(path: str) -> list[str | None]:
+    """Where the `WEIGHT_FILES` of a folder, or of a hub name, lie; None for each that it has not. The hub is asked only
+    where the local cache has neither."""
+    from huggingface_hub import try_to_load_from_cache
     from transformers.utils import cached_file
 
-    with reading(config):
-        index = cached_file(
-            resolved(config.path),
-            WEIGHT_FILES[1],
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if index is not None:
-            indexed_files(Path(index), config.path)
+    if is_local(path):
+        files = [Path(resolved(path), name) for name in WEIGHT_FILES]
+        return [str(file) if file.is_file() else None for file in files]
+    cached = [try_to_load_from_cache(path, name) for name in WEIGHT_FILES]
+    if any(isinstance(file, str) for file in cached):
+        return [file if isinstance(file, str) else None for file in cached]
+    return [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in WEIGHT_FILES]
 
 
 def refuse_weights(
