@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version as version_of
@@ -27,9 +27,10 @@ from typer.core import TyperGroup
 
 from llmrl.distributed.stop import STOP, Interrupted
 from llmrl.files import read_object
-from llmrl.messages import with_interval, without_ends
+from llmrl.messages import shown, visible, with_interval, without_ends
 from llmrl.reports.output import lasting_output
-from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_yaml
+from llmrl.secrets import masked, remember_environment
+from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
 from llmrl.wiring.runs import RUNS, Kind
 
 REFUSALS = frozenset(
@@ -88,6 +89,7 @@ def main() -> None:
     """Entry point of the command `llmrl`."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported; lengths differ from batch to batch
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    remember_environment()
     try:
         app()
     except SystemExit as done:
@@ -95,8 +97,10 @@ def main() -> None:
             _end_at_once(done.code or 0)
         raise
     except BaseException:
-        _end_at_once(1, traceback.format_exc())
-        raise
+        trace = shown(traceback.format_exc())
+        _end_at_once(1, trace)
+        print(trace, end="", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _print_version(asked: bool) -> bool:
@@ -119,9 +123,8 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
     """The command that trains a kind of run."""
 
     def command(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-        from llmrl.settings import to_dict
         from llmrl.trainers.changes import is_finished
-        from llmrl.wiring.precision import with_dtypes
+        from llmrl.wiring.contents import recorded_settings
 
         with bad_input_ends_with_status_2():
             check, build = kind.checker(), kind.builder()
@@ -130,7 +133,7 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
         sentence = config.plan(None if checked.rows is None else len(checked.rows))
         if dry_run:
             _print_dry_run(config, sentence, checked.unchecked, checked.notes)
-        elif is_finished(config.run, to_dict(with_dtypes(config)), checked.contents):
+        elif is_finished(config.run, recorded_settings(config), checked.contents):
             if _is_first_on_machine():
                 print("Nothing is left to learn: this run has come to its end.")
                 _print_results(config.run)
@@ -238,7 +241,7 @@ def generate(
         bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
     ] = False,
 ) -> None:
-    """Responds to prompts."""
+    """Responds to prompts. A terminal gets control characters of a response escaped, a file or a pipe as they are."""
     names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.distributed.device import pick_device
@@ -269,9 +272,7 @@ def generate(
             max_response_tokens=max_response_tokens,
             seed=seed,
         )
-    for prompt, texts in zip(prompts, responses, strict=True):
-        for text in texts:
-            print(f"> {prompt}\n{text}\n")
+    _print_responses(prompts, responses)
 
 
 @app.command()
@@ -313,6 +314,7 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.trainers.output import locked
     from llmrl.wiring.precision import with_dtypes
 
+    os.umask(os.umask(0o077) | 0o077)  # files of a run are its owner's alone
     keeps_memory = _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
         context.progress.message(sentence)
@@ -490,7 +492,7 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
 
 def _fail(error: BaseException | str, status: int, folder: Path | None = None) -> NoReturn:
     """Ends the command with a message, and the way to resume where the folder of its run has a checkpoint."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {shown(str(error))}", file=sys.stderr)
     if folder is not None:
         from llmrl.trainers.checkpoint import list_checkpoints
 
@@ -551,7 +553,7 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list
         memory = describe_memory(config)
     if not _is_first_on_machine():
         return
-    print(to_yaml(config))
+    print(to_yaml(masked(to_dict(config))))
     print(sentence)
     print("\n".join([*memory, *notes]))
     for what in unchecked:
@@ -573,12 +575,20 @@ def _print_card(folder: Path) -> None:
     print(f"The report card is {file}.")
 
 
+def _print_responses(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> None:
+    """Each prompt with its responses: as they are to a file or a pipe, control characters escaped on a terminal."""
+    show = visible if sys.stdout.isatty() else str
+    for prompt, texts in zip(prompts, responses, strict=True):
+        for text in texts:
+            print(show(f"> {prompt}\n{text}\n"))
+
+
 def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:
-    columns = ["", *([before["model"]] if before else []), model]
+    columns = map(shown, ["", *([before["model"]] if before else []), model])
     table = Table(*(Column(Text(column), overflow="fold") for column in columns))
     for name in without_ends(values):
         cells = [_cell(name, before)] if before else []
-        table.add_row(name.removeprefix("eval/"), *cells, _cell(name, values))
+        table.add_row(Text(shown(name.removeprefix("eval/"))), *cells, _cell(name, values))
     Console().print(table)
 
 

@@ -1,8 +1,29 @@
 """Parts of the sentences that users read."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from llmrl.secrets import without_secrets
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move the cursor, change a terminal or turn the order of a line around; lone surrogates, which no
+terminal can take. Line breaks and tabs are none of them."""
+
+
+def shown(text: str) -> str:
+    r"""A text as a terminal or a log may have it: control characters escaped, as in ``\x1b[2J``, and secrets masked.
+
+    Whatever comes from a model, from data or from code of a user goes through this before it is printed.
+    """
+    return visible(without_secrets(text))
+
+
+def visible(text: str) -> str:
+    r"""A text whose control characters are escaped: ``\x1b`` for the one that begins commands of a terminal, ``\u202e``
+    for the one that turns the rest of a line around."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def in_one_line(error: BaseException) -> str:

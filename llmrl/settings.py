@@ -42,9 +42,16 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from llmrl.paths import UserPath
+from llmrl.secrets import from_environment, remember_settings
 from llmrl.section import Bound, Like, bounds, likes
 
 T = TypeVar("T")
+
+
+MAX_BYTES = 1_000_000
+"""Bytes of the longest recipe."""
+MAX_NODES = 100_000
+"""Values of the longest recipe, those that aliases stand for included."""
 
 
 class SettingError(ValueError):
@@ -85,6 +92,7 @@ def read_either(classes: Sequence[type[T]], path: Path, overrides: Sequence[str]
     Where several know as many, it is the first that takes the settings.
     """
     settings = _resolved(classes, path, overrides)
+    remember_settings(settings)
     num_unknown = [len(_all_unknown_names(cls, settings)) for cls in classes]
     fitting = [cls for cls, number in zip(classes, num_unknown, strict=True) if number == min(num_unknown)]
     refusals = []
@@ -130,6 +138,8 @@ def _resolved(classes: Sequence[type], path: Path, overrides: Sequence[str]) -> 
     """Settings of the file with the overrides laid over them."""
     tree = _load(path)
     _override(tree, overrides, classes)
+    for name in re.findall(r"\$\{oc\.env:\s*([^,}]+)", json.dumps(OmegaConf.to_container(tree), default=str)):
+        from_environment(os.environ.get(name.strip(), ""))
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -140,6 +150,8 @@ def _load(path: Path) -> DictConfig:
     text = _read(path)
     try:
         root = yaml.compose(text, yaml.SafeLoader)
+        if _num_nodes(root, {}) > MAX_NODES:
+            raise SettingError(f"{path} is not a recipe: its aliases stand for more than {MAX_NODES:,} values")
         is_mapping = isinstance(root, yaml.MappingNode | None)
         tree = OmegaConf.create(text if root is not None else {}) if is_mapping else None
     except yaml.YAMLError as error:
@@ -161,11 +173,29 @@ def _read(path: Path) -> str:
     if not path.exists():
         raise SettingError(f"there is no recipe {path}{_nearest_file(path)}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise SettingError(f"{path} is not a recipe: it is longer than {MAX_BYTES:,} bytes")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SettingError(f"{path} is not a recipe: it is no UTF-8 text, at byte {error.start}") from error
     except OSError as error:
         raise SettingError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _num_nodes(node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """Values of a YAML document, those that an alias stands for each time that it does."""
+    if node is None or id(node) in counted:
+        return 0 if node is None else counted[id(node)]
+    counted[id(node)] = 1
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    counted[id(node)] += sum(_num_nodes(child, counted) for child in children)
+    return counted[id(node)]
 
 
 def _nearest_file(path: Path) -> str:

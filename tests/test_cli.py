@@ -1,6 +1,7 @@
 """The command line as a user meets it: whole runs of a tiny model, and every kind of bad input."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -23,7 +24,15 @@ from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
 from llmrl import cli
-from llmrl.cli import _named_as_given, _print_evaluation, _write, app, bad_input_ends_with_status_2, settings
+from llmrl.cli import (
+    _named_as_given,
+    _print_evaluation,
+    _print_responses,
+    _write,
+    app,
+    bad_input_ends_with_status_2,
+    settings,
+)
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.collectives import OneProcess
 from llmrl.models.folders import ModelError
@@ -852,3 +861,49 @@ def test_an_evaluation_loses_nothing_in_a_narrow_terminal(capsys, monkeypatch):
     assert earlier in joined[0]
     assert model in joined[1]
     assert all("0.25[0.1875,0.3125]" in column.replace(" ", "") for column in joined)
+
+
+# --- what reaches the terminal ----------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """Standard output that is a terminal, or is not."""
+
+    def __init__(self, *, is_terminal):
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self):
+        return self.is_terminal
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "seen"), [(True, r"\x1b]0;title\x07\u202e"), (False, "\x1b]0;title\x07\u202e")]
+)
+def test_a_response_gives_a_terminal_no_commands(monkeypatch, is_terminal, seen):
+    monkeypatch.setattr(sys, "stdout", Screen(is_terminal=is_terminal))
+    _print_responses(["ask\nme"], [["\x1b]0;title\x07\u202e"]])
+    assert sys.stdout.getvalue() == f"> ask\nme\n{seen}\n\n"
+
+
+def test_an_error_gives_a_terminal_no_commands_and_no_secrets(capsys):
+    with pytest.raises(typer.Exit):
+        cli._fail("row \x1b[2J of api_key='swordfish'", 2)
+    assert capsys.readouterr().err.splitlines()[0] == r"error: row \x1b[2J of api_key='***'"
+
+
+def test_so_does_a_traceback(monkeypatch, capsys):
+    def fail():
+        raise LookupError("\x1b[2J of hf_abcdefghijklmnopqrstuvwx")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert told.endswith("LookupError: \\x1b[2J of ***\n")
+
+
+def test_a_table_gives_a_terminal_no_commands(capsys):
+    _print_evaluation("m\x1b[2J", {"eval/a\x1b]0;x\x07": 1.0}, None)
+    assert "\x1b" not in capsys.readouterr().out

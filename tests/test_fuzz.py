@@ -37,7 +37,7 @@ def template(tmp_path_factory) -> Path:
 
 def run(work: Workspace) -> tuple[int | None, str]:
     """Exit status, None where it does not end, and everything that was printed."""
-    process = SERVER.Process(target=_as_a_command, args=(work.folder, work.arguments()))
+    process = SERVER.Process(target=_as_a_command, args=(work.folder, work.arguments(), work.environment))
     process.start()
     process.join(TIMEOUT_S)
     if process.exitcode is None:
@@ -47,10 +47,11 @@ def run(work: Workspace) -> tuple[int | None, str]:
     return process.exitcode, (work.folder / "printed.txt").read_text(errors="replace")
 
 
-def _as_a_command(folder: Path, arguments: list[str]) -> None:
+def _as_a_command(folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
     """What `python -m llmrl` does in that folder, in a process of its own."""
     from llmrl.cli import main
 
+    os.environ.update(environment)
     os.chdir(folder)
     printed = os.open(folder / "printed.txt", os.O_CREAT | os.O_WRONLY, 0o600)
     os.dup2(printed, 1)

@@ -1,6 +1,16 @@
 import pytest
 
-from llmrl.messages import class_and_message, counted, format_evaluation, in_one_line, in_spans, in_units, nearest
+from llmrl.messages import (
+    class_and_message,
+    counted,
+    format_evaluation,
+    in_one_line,
+    in_spans,
+    in_units,
+    nearest,
+    shown,
+    visible,
+)
 
 
 def test_a_message_of_several_lines_becomes_one():
@@ -58,3 +68,22 @@ def test_units(num_bytes, told):
 )
 def test_numbers_in_a_row_are_told_by_their_ends(numbers, told):
     assert in_spans(numbers) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("\x1b]0;title\x07 \x1b[2J", r"\x1b]0;title\x07 \x1b[2J"),
+        ("all good\rfailed", r"all good\rfailed"),
+        ("\x9b31m \x85 \x7f\b", r"\x9b31m \x85 \x7f\x08"),
+        ("\u202eabc\u2066 \u2028", r"\u202eabc\u2066 \u2028"),
+        ("\ud83d", r"\ud83d"),
+        ("two\nlines\tand é 漢 😀 [red]x[/red]", "two\nlines\tand é 漢 😀 [red]x[/red]"),
+    ],
+)
+def test_control_characters_are_shown_and_not_obeyed(text, seen):
+    assert visible(text) == shown(text) == seen
+
+
+def test_a_secret_between_control_characters_is_masked():
+    assert shown("\x1b[1mapi_key='hunter2x'") == r"\x1b[1mapi_key='***'"

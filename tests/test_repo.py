@@ -147,6 +147,12 @@ def test_every_module_has_a_test_file_of_its_name():
     assert [str(path) for path in tests if not (ROOT / path).is_file()] == []
 
 
+def test_the_tests_that_the_security_page_names_are_there():
+    named = re.findall(r"`((?:tests|llmrl)/[\w/]+\.py)`", (ROOT / "SECURITY.md").read_text())
+    assert len(set(named)) > 8
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_the_license_is_the_one_that_the_package_names():
     text = (ROOT / "LICENSE").read_text()
     assert PROJECT["license"] == "Apache-2.0"

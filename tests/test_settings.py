@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from llmrl import secrets
 from llmrl.paths import UserPath
+from llmrl.secrets import without_secrets
 from llmrl.settings import Setting, SettingError, describe, owner, read_either, read_recipe, to_dict, to_yaml
 
 
@@ -243,7 +245,7 @@ def test_a_recipe_that_may_not_be_read_says_so(write: Write, monkeypatch: pytest
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert problem(path) == f"{path} cannot be read: Permission denied"
 
 
@@ -655,3 +657,36 @@ def test_describe_finds_the_help_of_base_classes():
         """Lines."""
 
     assert [setting.help for setting in describe(Longer)] == ["Source.", "Share of the total.", "Lines."]
+
+
+# --- recipes that are made to harm ------------------------------------------------------------------------------------
+
+
+def test_aliases_that_stand_for_too_much_are_refused(write: Write):
+    levels = [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 30)]
+    assert "aliases stand for more than 100,000 values" in problem(write("\n".join(["x0: &x0 [a]", *levels])))
+
+
+HARMFUL = (
+    *("a: &a [*a]", "seed: ${seed}", "a: ${b}\nb: ${a}", "[" * 500, "{a: " * 500, "seed: " + "9" * 5000, "\0"),
+    *("seed: !!python/object/apply:os.system [touch planted]", "seed: ${oc.decode:'__import__(1)'}", "a: \x07"),
+)
+
+
+@pytest.mark.parametrize("text", HARMFUL)
+def test_a_harmful_recipe_is_one_complaint(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path / "recipe.yaml") in problem(write(text))
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_recipe_without_an_end_is_refused(write: Write):
+    assert problem(Path("/dev/zero")) == "/dev/zero is not a recipe: it is longer than 1,000,000 bytes"
+
+
+def test_a_value_of_the_environment_and_a_secret_are_masked_in_errors(write: Write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(secrets, "_known", set())
+    monkeypatch.setenv("OF_MINE", "humpty dumpty")
+    assert "seed: '***' is not a whole" in without_secrets(problem(write("seed: ${oc.env:OF_MINE}")))
+    problem(write("named: {a: {file: x, api_key: swordfish}}"))
+    assert without_secrets("swordfish and humpty dumpty") == "*** and ***"

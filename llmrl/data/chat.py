@@ -7,10 +7,15 @@ A response is tokenized on its own and ends with EOS: what is trained on is what
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +23,7 @@ from llmrl.batches import Sequences
 from llmrl.data.config import DataConfig
 from llmrl.data.files import SURROGATE, DataError, kind
 from llmrl.data.rows import check_rows
+from llmrl.limits import TooLong, can_limit_time, memory_limit, time_limit
 from llmrl.messages import in_one_line
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -151,14 +157,65 @@ class TemplateProblem(Exception):
     """Why a chat template does not render a conversation, in its own words."""
 
 
+MAX_RENDER_S = 10.0
+MAX_RENDER_BYTES = 2**30
+MAX_RENDERED = 10_000_000
+"""Characters of the longest conversation that a template may write."""
+
+
 def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, for_response: bool = True) -> str:
-    """A conversation in the tokenizer's chat template; `for_response` ends it with the generation prompt."""
+    """A conversation in the tokenizer's chat template; `for_response` ends it with the generation prompt.
+
+    A template is a program that came with the model. It runs in the sandbox of Jinja, for 10 seconds at most (in the
+    main thread), and takes a GiB of memory at most (on Linux).
+
+    Raises:
+        TemplateProblem: It fails, or exceeds a limit.
+    """
+    _refuse_powers(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=for_response, tokenize=False)
-    except Exception as error:  # a template is a program that came with the model, and fails in every way
+        with time_limit(MAX_RENDER_S) if can_limit_time() else nullcontext(), memory_limit(MAX_RENDER_BYTES):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=for_response, tokenize=False)
+    except MemoryError as error:
+        raise TemplateProblem(f"it takes more than {MAX_RENDER_BYTES:,} bytes of memory") from error
+    except TooLong as error:
+        raise TemplateProblem(f"it takes more than {MAX_RENDER_S:g} s") from error
+    except Exception as error:  # a program fails in every way
         raise TemplateProblem(in_one_line(error) or type(error).__name__) from error
     assert isinstance(text, str), "one conversation renders as one text"
+    if len(text) > MAX_RENDERED:
+        raise TemplateProblem(f"it writes {len(text):,} characters, more than {MAX_RENDERED:,}")
     return text
+
+
+def _refuse_powers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that raises to a power: 10**10**10 is one call into C, which no limit of time stops, and is
+    computed before a conversation is rendered."""
+    template = tokenizer.chat_template
+    if any(_has_powers(text) for text in (template.values() if isinstance(template, dict) else [template])):
+        raise TemplateProblem("it raises a number to a power, which can take any time")
+
+
+@lru_cache(maxsize=16)
+def _has_powers(template: str | None) -> bool:
+    if template is None or "**" not in template:
+        return False
+    environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
+    try:
+        return environment.parse(template).find(nodes.Pow) is not None
+    except (TemplateSyntaxError, RecursionError):
+        return False  # which is for the renderer to report
+
+
+class _GenerationBlock(Extension):
+    """The block ``{% generation %}`` of chat templates, as what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What stands between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def as_messages(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ FOREIGN = {
 MAX_PLACES = 5
 """Number of places that a message lists where the same holds for many."""
 SURROGATE = re.compile(r"[\ud800-\udfff]")
+MAX_DEPTH = 100
+"""Lists and objects in one another that a value of a row may have."""
+MAX_INFLATION = 200
+"""Bytes that each byte of a .gz file may stand for, from `FREE_BYTES` on; texts have 3 to 20."""
+FREE_BYTES = 100_000_000
+MAX_PARQUET_ROWS_PER_BYTE = 10
+"""Rows that each byte of a Parquet file may stand for, from a million rows on."""
 MAX_CELL = 2**31 - 1
 """Limit on the characters of a CSV cell; Python's own is 131,072."""
 
@@ -115,19 +122,24 @@ def _read_parquet(path: Path) -> Rows:
             with path.open("rb") as file:
                 _refuse_pointer(path, file.read(len(LFS_POINTER)))
             _refuse_repeated(path, parquet.read_schema(path).names)
+            num_rows = parquet.read_metadata(path).num_rows
+            if num_rows > max(1_000_000, path.stat().st_size * MAX_PARQUET_ROWS_PER_BYTE):
+                raise DataError(
+                    f"{path} stands for {num_rows:,} rows, which its {path.stat().st_size:,} bytes cannot hold"
+                )
         rows = parquet.read_table(path, partitioning=None).to_pylist()  # type: ignore[arg-type]
     except DataError:
         raise
     except Exception as error:  # damage shows in whichever class Arrow, or what it makes values by, has for it
         raise DataError(f"{path} cannot be read as Parquet; it may be truncated: {in_one_line(error)}") from error
-    return Rows(FileRow(row, f"row {number}") for number, row in enumerate(rows, start=1))
+    return Rows(_object_row(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
 def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         if path.name.lower().endswith(".gz"):
-            content = gzip.decompress(content)
+            content = _inflated(path, content)
     except (OSError, EOFError, zlib.error) as error:  # from gzip: no gzip file, or a truncated or damaged one
         raise DataError(f"{path} cannot be read: {error}") from error
     _refuse_pointer(path, content)
@@ -135,6 +147,16 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {_foreign(content, error)}") from error
+
+
+def _inflated(path: Path, content: bytes) -> bytes:
+    """What a file that gzip compressed holds."""
+    most = max(FREE_BYTES, len(content) * MAX_INFLATION)
+    with gzip.open(BytesIO(content)) as file:
+        inflated = file.read(most + 1)
+    if len(inflated) > most:
+        raise DataError(f"{path} of {len(content):,} bytes holds more than {most:,}; unpack it, and name that file")
+    return inflated
 
 
 def _foreign(content: bytes, error: UnicodeDecodeError) -> str:
@@ -180,8 +202,19 @@ def _parse_json(path: Path, text: str) -> Rows:
 
 def _object_row(value: Any, place: str) -> FileRow:
     if isinstance(value, dict):
-        return FileRow(value, place)
+        too_deep = any(_is_deeper(item, MAX_DEPTH) for item in value.values())
+        return FileRow({}, place, f"is nested more than {MAX_DEPTH} deep") if too_deep else FileRow(value, place)
     return FileRow({}, place, f"must be a JSON object, not {kind(value)}")
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether a value has more lists and objects in one another than this."""
+    match value:
+        case dict() | list():
+            return depth == 0 or any(
+                _is_deeper(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
+            )
+    return False
 
 
 def kind(value: Any) -> str:
@@ -209,8 +242,7 @@ def _loads(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise ValueError(f"an object has {_repeated(name for name, _ in pairs)!r} twice")
     return value
 
 
@@ -273,5 +305,11 @@ def _record_row(record: list[str], header: list[str], place: str) -> FileRow:
 
 
 def _refuse_repeated(path: Path, names: list[str]) -> None:
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise DataError(f"{path} has the column {repeated[0]!r} twice; give each column a name of its own")
+    if (name := _repeated(names)) is not None:
+        raise DataError(f"{path} has the column {name!r} twice; give each column a name of its own")
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that has stood before; None where there is none."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,10 @@ MAX_LISTED = 20
 """Number of reasons that the refusal of bad rows lists."""
 MAX_REASONS = 3
 """Number of reasons that the note on dropped rows lists."""
+MAX_REASON = 500
+"""Characters of a reason that a message has; a reason may quote a value."""
+MAX_COLUMNS = 100
+"""Number of columns that are looked through for the one that may be meant."""
 SKIP = "set data.skip_bad_rows=true to drop and count them"
 
 Value = TypeVar("Value")
@@ -90,8 +95,10 @@ def places_of(rows: Sequence[Any]) -> list[str]:
 
 def missing_column(row: Row, column: str, setting: str | None = None) -> str:
     """Message about a missing column, with the one that may be meant; `setting` names the column."""
-    nearest = get_close_matches(column, row, n=1)
-    way_out = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(row) or 'none'}"
+    names = list(islice(row, MAX_COLUMNS))
+    nearest = get_close_matches(column, names, n=1)
+    more = ", ..." if len(row) > len(names) else ""
+    way_out = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names) or 'none'}{more}"
     return f"no column {column!r}; {way_out}" + (f" (data.{setting} names it)" if setting else "")
 
 
@@ -108,7 +115,8 @@ def _by_reason(bad: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
     """Each reason once, with the places where it holds."""
     places: dict[str, list[str]] = {}
     for place, reason in bad:
-        places.setdefault(reason, []).append(place)
+        brief = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}..."
+        places.setdefault(brief, []).append(place)
     return [
         f"{f'all {num_rows} rows' if 1 < num_rows == len(where) else listed(where)}: {reason}"
         for reason, where in places.items()

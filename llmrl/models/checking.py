@@ -251,6 +251,11 @@ def _check_adapter(config: ModelConfig, folder: Path) -> list[str]:
             f"model.path ({config.path}) is an adapter of type {settings.get('peft_type')} for "
             f"{settings.get('task_type')}; only LORA for CAUSAL_LM is continued; merge it into its base first"
         )
+    if settings.get("megatron_config"):
+        raise ModelError(
+            f"model.path ({config.path}) is an adapter with a megatron_config, by which peft would import a module "
+            "that the adapter names; save it without, or merge it into its base first"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"model.path ({config.path}) holds no {ADAPTER_WEIGHTS}; save the adapter as safetensors")
     check_safetensors(folder / ADAPTER_WEIGHTS, config.path)

@@ -148,10 +148,7 @@ def weight_files(folder: Path, path: str) -> list[Path]:
     if whole.is_file():
         files = [whole]
     elif index.is_file():
-        names = json_object(index, path).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"model.path ({path}) has a {index.name} without a weight_map; save the model again")
-        files = [folder / name for name in sorted({str(name) for name in names.values()})]
+        files = [folder / name for name in indexed_files(index, path)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
@@ -162,6 +159,26 @@ def weight_files(folder: Path, path: str) -> list[Path]:
         files = []
     for file in files:
         check_safetensors(file, path)
+    return files
+
+
+def indexed_files(index: Path, path: str) -> list[str]:
+    """Names of the weight files that an index names.
+
+    Raises:
+        ModelError: It names none, or one that is not a safetensors file of its own folder: such a file would be read as
+            a pickle, or from anywhere on this machine.
+    """
+    names = json_object(index, path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"model.path ({path}) has a {index.name} without a weight_map; save the model again")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise ModelError(
+                f"model.path ({path}) has a {index.name} that names {name!r}, which is no safetensors file in the same "
+                "folder; save the model again, as safetensors"
+            )
     return files
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from llmrl.hub import ask_for_model, is_local
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import (
+    WEIGHT_FILES,
     ModelError,
     base_of_adapter,
     has_vocabulary_file,
+    indexed_files,
     is_adapter,
     neighbour,
     resolved,
@@ -79,6 +82,8 @@ def load_pretrained(
         on_meta: Shapes only: no weight is read.
     """
     device, trust = torch.device("meta" if on_meta else "cpu"), config.trust_remote_code
+    if not config.from_scratch:
+        _check_index(config)
     with reading(config), _no_table():
         if config.from_scratch:
             with device:
@@ -93,6 +98,29 @@ def load_pretrained(
             ignore_mismatched_sizes=True,  # they are in the report
             **({"device_map": device} if on_meta else {}),
         )
+
+
+def _check_index(config: ModelConfig) -> None:
+    """Refuses an index of the weights that names other than safetensors files beside it; see `indexed_files`."""
+    with reading(config):
+        whole, index = _weight_files(config.path)
+        if whole is None and index is not None:
+            indexed_files(Path(index), config.path)
+
+
+def _weight_files(path: str) -> list[str | None]:
+    """Where the `WEIGHT_FILES` of a folder, or of a hub name, lie; None for each that it has not. The hub is asked only
+    where the local cache has neither."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import cached_file
+
+    if is_local(path):
+        files = [Path(resolved(path), name) for name in WEIGHT_FILES]
+        return [str(file) if file.is_file() else None for file in files]
+    cached = [try_to_load_from_cache(path, name) for name in WEIGHT_FILES]
+    if any(isinstance(file, str) for file in cached):
+        return [file if isinstance(file, str) else None for file in cached]
+    return [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in WEIGHT_FILES]
 
 
 def refuse_weights(

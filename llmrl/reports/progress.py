@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from llmrl.messages import class_and_message
+from llmrl.messages import class_and_message, shown
 
 PARTS = "score/*"
 """Stands for the parts of the score, which are shown where there are several."""
@@ -152,11 +152,11 @@ class LiveProgress:
         """Iteration `number`, counted from 1, is done."""
         _, left = self.pace.lap(number)
         self.iterations.update(self.bar, completed=number, left=f"{format_duration(left)} left")
-        self.headlines.plain = format_headlines(values)
+        self.headlines.plain = shown(format_headlines(values))
 
     def message(self, text: str) -> None:
         """A line that stays, above the block."""
-        self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.live.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class PlainProgress:
@@ -210,7 +210,7 @@ class PlainProgress:
     def message(self, text: str) -> None:
         """A line of its own."""
         self.last_line = monotonic()
-        print(text, file=self.stream, flush=True)
+        print(shown(text), file=self.stream, flush=True)
 
 
 class SteadyProgress:

@@ -17,6 +17,7 @@ from llmrl.functional.calibration import chance_calibration_error, expected_cali
 from llmrl.functional.correlation import pearson_correlation, spearman_correlation
 from llmrl.functional.intervals import Z_95, wilson_interval
 from llmrl.functional.masking import check_shapes
+from llmrl.messages import shown
 
 Card = dict[str, Any]
 
@@ -365,9 +366,9 @@ def print_report_card(card: Card, console: Console) -> None:
     console.print(_summary(card))
     console.print(_groups(card))
     for warning in card["warnings"]:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(shown(f"warning: {warning}"), style="yellow"))
     for note in card["notes"]:
-        console.print(Text(f"note: {note}"))
+        console.print(Text(shown(f"note: {note}")))
 
 
 def _summary(card: Card) -> Table:
@@ -409,7 +410,7 @@ def _groups(card: Card) -> Table:
 
 def _add_group(table: Table, name: str, row: Card) -> None:
     interval = Text(_show_interval(row["accuracy_interval"]))
-    table.add_row(Text(name), Text(str(row["num_pairs"])), Text(_show(row["accuracy"])), interval)
+    table.add_row(Text(shown(name)), Text(str(row["num_pairs"])), Text(_show(row["accuracy"])), interval)
 
 
 def _show(x: int | float | None) -> str:

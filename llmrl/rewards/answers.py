@@ -2,16 +2,19 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-_UNBRACED = re.compile(r"[^\s$]+")
+_UNBRACED = re.compile(r"[^\s$]{1,100}")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|[,;]?\s*(?:\\text\{\s*(?:and|or)\s*\}|and|or))[\s$]*")
 _THOUSANDS = r"(?:,?\s?\\[,;:! ]\s?|\{,\}|[ ~'\u2019\u00a0\u2007\u2009\u202f])"
 _SEPARATOR = re.compile(_THOUSANDS)
 _COUNTED = r"(?<=\d \d{3})(?:-(?!\d)|[^\W\d_])"
 """After a blank between two numbers, a second one that belongs to a word: "5 100-dollar bills" or "2 500g bags"."""
-_GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!{_THOUSANDS}?\d|{_COUNTED})")
+_GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THOUSANDS}\d{{3}}){{1,20}}(?!{_THOUSANDS}?\d|{_COUNTED})")
+_DIGITS = re.compile(r"\d(?: ?[\d.,/^_])*")
 _MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]|(?<![\\w)])\u2013(?=[\\d$.])")
 
 
@@ -36,15 +39,27 @@ def boxed(text: str) -> str | None:
     Boxes joined by nothing but a comma, "and" or "or" are one answer, as in ``\boxed{2} or \boxed{3}``. Empty where no
     box is closed: the response was truncated within its answer.
     """
-    boxes = [_read_box(text, match) for match in _BOX.finditer(text)]
+    boxes = _read_boxes(text)
     closed = [box for box in boxes if box is not None]
     if not closed:
         return "" if boxes else None
-    first, _, content = closed.pop()
-    while closed and _BETWEEN_BOXES.fullmatch(text, closed[-1][1], first):
-        first, _, earlier = closed.pop()
-        content = f"{earlier}, {content}"
-    return content
+    last = closed.pop()
+    first, contents = last.start, [last.content(text)]
+    while closed and _BETWEEN_BOXES.fullmatch(text, closed[-1].end, first):
+        box = closed.pop()
+        first = box.start
+        contents.append(box.content(text))
+    return ", ".join(reversed(contents))
+
+
+def without_lookalikes(text: str) -> str:
+    """The text with a question mark for every character of a number in which a digit is none of 0 to 9, as in ``١٢``:
+    what looks like a digit, or is one in another script, is no number. The length stays."""
+    return text if text.isascii() else _DIGITS.sub(lambda match: _if_ascii(match[0]), text)
+
+
+def _if_ascii(number: str) -> str:
+    return number if number.isascii() else "?" * len(number)
 
 
 def plain_digits(text: str) -> str:
@@ -53,15 +68,40 @@ def plain_digits(text: str) -> str:
     return _GROUPED.sub(lambda match: _SEPARATOR.sub("", match[0]), _MINUS.sub("-", text))
 
 
-def _read_box(text: str, opening: re.Match[str]) -> tuple[int, int, str] | None:
-    """Begin, end and content of a box; None where it is not closed."""
-    begins, depth = opening.end(), 0
-    if not text.startswith("{", begins):
-        word = _UNBRACED.match(text, begins)
-        return (opening.start(), word.end(), word[0].rstrip(".,")) if word else None
-    for place in range(begins, len(text)):
-        if text[place] in "{}" and text[place - 1] != "\\":
-            depth += 1 if text[place] == "{" else -1
-            if depth == 0:
-                return opening.start(), place + 1, text[begins + 1 : place].strip()
-    return None
+class _Box(NamedTuple):
+    """A closed box: where it begins and ends, and where its content does."""
+
+    start: int
+    end: int
+    inner: slice
+
+    def content(self, text: str) -> str:
+        return text[self.inner].strip()
+
+
+def _read_boxes(text: str) -> list[_Box | None]:
+    """Every box in order; None for one that is not closed. Linear in the text, however boxes are nested."""
+    openings = list(_BOX.finditer(text))
+    ends = _closing_braces(text) if openings else {}
+    return [_read_box(text, opening, ends) for opening in openings]
+
+
+def _read_box(text: str, opening: re.Match[str], ends: Mapping[int, int]) -> _Box | None:
+    begins = opening.end()
+    if text.startswith("{", begins):
+        end = ends.get(begins)
+        return None if end is None else _Box(opening.start(), end + 1, slice(begins + 1, end))
+    word = _UNBRACED.match(text, begins)
+    return word and _Box(opening.start(), word.end(), slice(begins, begins + len(word[0].rstrip(".,"))))
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Place of the brace that closes each opening one."""
+    ends: dict[int, int] = {}
+    open_braces: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif open_braces:
+            ends[open_braces.pop()] = brace.start()
+    return ends

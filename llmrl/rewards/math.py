@@ -2,10 +2,7 @@
 
 import logging
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -15,11 +12,13 @@ try:
 except ImportError as error:
     raise ImportError('math-verify is not installed: pip install "llmrl[math]"') from error
 
-from llmrl.rewards.answers import after_thinking, answer_text, boxed, plain_digits
+from llmrl.limits import TooLong, can_limit_time, time_limit
+from llmrl.rewards.answers import after_thinking, answer_text, boxed, plain_digits, without_lookalikes
 
 _TIMEOUT_S = 3.0
 _TAIL = 4000
-"""Characters at the end of a text without a box that are read: math-verify takes seconds for much longer ones."""
+"""Characters at the end of a text without a box, and in a box, that are read: math-verify takes seconds for much longer
+ones."""
 _PRECISION = 1e-5
 """Relative difference of numbers that count as the same, since decimals may be rounded. math-verify rounds to an
 absolute 1e-6 and takes differences to 15 digits, where 1/2004! and 1/2006! are the same."""
@@ -67,44 +66,27 @@ def math_equal(responses: Sequence[str], answer: Sequence[object]) -> list[float
 
     The answer of a response stands in its last ``\boxed{...}``, or is the last mathematics of its text. The answer of
     the data is a number, LaTeX or plain text, or a text that holds it in ``$...$`` or ``\boxed{...}``; None where there
-    is none. Units and currencies are left out, words are compared as words. A response that cannot be read, or takes
-    longer than 3 seconds to read and compare, is wrong.
+    is none. Units and currencies are left out, words are compared as words. Digits are 0 to 9. A response that
+    cannot be read, has more than 4,000 characters in its box, or takes longer than 3 seconds to read and compare, is
+    wrong.
 
     Raises:
         RuntimeError: Called outside the main thread, where what takes too long cannot be stopped.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not can_limit_time():
         raise RuntimeError("math_equal must run in the main thread: only there can a runaway comparison be stopped")
     return [_equal(response, answer_text(gold)) for response, gold in zip(responses, answer, strict=True)]
 
 
 def _equal(response: str, answer: str | None) -> float | None:
-    gold = _gold(answer or "").strip()
+    gold = _gold(without_lookalikes(answer or "")).strip()
     if not gold:
         return None
     try:
-        with _time_limit(_TIMEOUT_S):
-            return float(_answers(after_thinking(response), gold))
-    except (_TooLong, RecursionError):
+        with time_limit(_TIMEOUT_S):
+            return float(_answers(without_lookalikes(after_thinking(response)), gold))
+    except (TooLong, RecursionError):
         return 0.0
-
-
-class _TooLong(BaseException):
-    """The time limit is exceeded. Not an `Exception`: math-verify and SymPy would swallow it."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _gold(text: str) -> str:
@@ -133,6 +115,8 @@ def _answers(response: str, gold: str) -> bool:
 
 def _same(said: str, gold: str) -> bool:
     """Whether two answers, without text around them, are the same."""
+    if len(said) > _TAIL:
+        return said == gold
     if label := _label(gold):
         return any(_same(said, reading) for reading in label)
     if letter := _letter(gold):

@@ -2,20 +2,24 @@
 
 Each gives 1.0 to a right response and 0.0 to a wrong one, except `right_equations`, which scores places in it.
 ``answer`` is the data column of that name, of texts or numbers; a row without an answer gets None: not scored.
+
+Digits are 0 to 9. Those of other scripts, and characters that look like digits, make no number. The time that a rule
+takes grows with the length of the response, whatever stands in it: a second or two for a million characters.
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
-from llmrl.rewards.answers import after_thinking, answer_text, boxed, plain_digits
+from llmrl.rewards.answers import after_thinking, answer_text, boxed, plain_digits, without_lookalikes
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _EXPONENT = r"(?:[eE][-+]?\d{1,3}(?!\w))?"
 _NUMBER = rf"((?:(?<![\w)])-)?)\\?\$?((?:{_DIGITS}){_EXPONENT})(?:/({_DIGITS}))?"
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-_MIXED = re.compile(r"(?<![\d.,/^}])(\d{1,4}) (\d+)/(\d+)(?![\d/])")
+_MIXED = re.compile(r"(?<![\d.,/^}])(\d{1,4}) (\d{1,9})/(\d{1,9})(?![\d/])")
 _POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{?\s*(-?\d{1,3})(?!\d)\s*\}?")
 _LAST_NUMBER = re.compile(_NUMBER)
 _MARKED_NUMBER = re.compile(rf"####\s*{_NUMBER}")
@@ -23,7 +27,10 @@ _TERM = rf"\$?(?:{_DIGITS})"
 _CALCULATION = rf"{_TERM}(?:\s*[-+*/x×]\s*{_TERM})+"
 _NOTHING_BEFORE = r"(?<![\w.,)=+*/×-])(?<![)=+*/x×-]\s)"
 _NOTHING_AFTER = r"(?![.,]?\d|\s*[-+*/x×=]\s*[\d$.(])"
-_EQUATION = re.compile(rf"{_NOTHING_BEFORE}({_CALCULATION})\s*=\s*({_TERM}){_NOTHING_AFTER}")
+_EQUATION = re.compile(rf"{_NOTHING_BEFORE}({_CALCULATION})(?:\s*=\s*({_TERM}){_NOTHING_AFTER})?")
+"""A calculation, and its result where it has one: one without is matched too, so that it is passed over as a whole."""
+_MAX_NUMBER = 20_000
+"""Characters of the longest number or calculation that is read: the time for one grows with the square of them."""
 _STEP = re.compile(rf"([-+*/x×]?)\s*\$?({_DIGITS})")
 
 
@@ -65,10 +72,11 @@ def right_equations(responses: Sequence[str]) -> list[list[tuple[int, float]]]:
     On the left stand numbers joined by ``+ - * / x ×``, on the right stands one number. What has brackets, or is a part
     of a longer calculation, is not read. Meant for a small weight: ``1+1=2`` holds too, however often it is said.
     """
-    return [
-        [(match.end() - 1, 1.0) for match in _EQUATION.finditer(response) if _holds(*match.groups())]
-        for response in responses
-    ]
+    return [_ends_of_right_equations(without_lookalikes(response)) for response in responses]
+
+
+def _ends_of_right_equations(text: str) -> list[tuple[int, float]]:
+    return [(match.end() - 1, 1.0) for match in _EQUATION.finditer(text) if _holds(*match.groups())]
 
 
 def _compared(
@@ -85,8 +93,8 @@ def _compared(
 def _last_number(text: str) -> Fraction | None:
     text = after_thinking(text)
     box = boxed(text)
-    matches = list(_LAST_NUMBER.finditer(_plain(text if box is None else box)))
-    return _read_number(matches[-1]) if matches else None
+    last = deque(_LAST_NUMBER.finditer(_plain(text if box is None else box)), maxlen=1)
+    return _read_number(last[0]) if last else None
 
 
 def _final_number(text: str) -> Fraction | None:
@@ -96,13 +104,16 @@ def _final_number(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     """The text with numbers as `_NUMBER` reads them: (mixed) fractions with a slash, powers of ten with an e."""
-    text = _FRACTION.sub(r" \1/\2", plain_digits(text))
+    text = _FRACTION.sub(r" \1/\2", plain_digits(without_lookalikes(text)))
     text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
     return _POWER_OF_TEN.sub(r"e\1", text)
 
 
 def _read_number(match: re.Match[str]) -> Fraction | None:
-    """The number, read by `Decimal`, which unlike `int` takes any number of digits; None for a fraction over zero."""
+    """The number, read by `Decimal`, which unlike `int` takes any number of digits; None for one that is too long, and
+    for a fraction over zero."""
+    if len(match[0]) > _MAX_NUMBER:
+        return None
     sign, numerator, denominator = match.groups(default="")
     divisor = _exact(denominator) if denominator else Fraction(1)
     if divisor == 0:
@@ -114,7 +125,9 @@ def _exact(digits: str) -> Fraction:
     return Fraction(Decimal(digits.replace(",", "")))
 
 
-def _holds(calculation: str, result: str) -> bool:
+def _holds(calculation: str, result: str | None) -> bool:
+    if result is None or len(calculation) + len(result) > _MAX_NUMBER:
+        return False
     try:
         return _calculate(calculation) == _calculate(result)
     except ZeroDivisionError:

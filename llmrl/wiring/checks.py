@@ -30,11 +30,9 @@ from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
 from llmrl.roles import Progress
-from llmrl.settings import to_dict
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
-from llmrl.wiring.contents import contents_of
-from llmrl.wiring.precision import with_dtypes
+from llmrl.wiring.contents import contents_of, recorded_settings
 from llmrl.wiring.rows import EVALUATION, read_section
 
 if TYPE_CHECKING:
@@ -162,7 +160,7 @@ def _compared(
 ) -> Mapping[str, str]:
     """Digests of what the run reads, which were compared with those of the run in its folder."""
     contents = contents_of(config, rows=rows, evaluation_rows=evaluation_rows, functions=functions)
-    check_same_run(config.run, to_dict(with_dtypes(config)), contents)
+    check_same_run(config.run, recorded_settings(config), contents)
     return contents
 
 

@@ -1,4 +1,4 @@
-"""Digests of what a run reads, by which it is known again: its config.json has them."""
+"""What a run is known again by, in its config.json: every setting, and digests of what it reads."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,11 +11,19 @@ from llmrl.config import RewardModelRun, RLRun, SFTRun
 from llmrl.data.source import fingerprint
 from llmrl.models.config import ModelConfig
 from llmrl.models.digest import digest_of_model
+from llmrl.secrets import masked
+from llmrl.settings import to_dict
 from llmrl.user_code import code_files, load_object, names_code
+from llmrl.wiring.precision import with_dtypes
 from llmrl.wiring.rows import EVALUATION
 
 OWN = Path(llmrl.__file__).resolve().parent
 """The code of llmrl itself, which its version stands for."""
+
+
+def recorded_settings(config: SFTRun | RewardModelRun | RLRun) -> dict[str, Any]:
+    """Every setting as it is recorded: resolved, secrets masked."""
+    return masked(to_dict(with_dtypes(config)))
 
 
 def contents_of(

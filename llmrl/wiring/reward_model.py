@@ -27,14 +27,14 @@ from llmrl.reports.report_card import Card, PairResults, make_report_card
 from llmrl.reports.trackers import Trackers
 from llmrl.roles import Scorer
 from llmrl.rollout.support import position_limit
-from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig, RunConfig
 from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.run import Run
 from llmrl.wiring.checks import Checked
-from llmrl.wiring.precision import dtype_of, precision_warnings, with_dtypes
+from llmrl.wiring.contents import recorded_settings
+from llmrl.wiring.precision import dtype_of, precision_warnings
 from llmrl.wiring.trunks import budget_of, report_padding, settle_passes
 
 PAD_NOTE = (
@@ -133,7 +133,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
 
     return Run(
         RunConfig(num_iterations=num_iterations, **vars(config.run)),
-        settings=to_dict(with_dtypes(config)),
+        settings=recorded_settings(config),
         contents=checked.contents,
         trainer=trainer,
         save_model=save,

@@ -26,17 +26,17 @@ from llmrl.reports.trackers import Trackers
 from llmrl.roles import Algorithm, Policy, RolloutEngine, Sampling, Trainable
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
-from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
 from llmrl.wiring.actors import load_actor, reference_of
 from llmrl.wiring.checks import Checked, reward_model_config
+from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_networks, train_networks
 from llmrl.wiring.engines import build_engine, check_room, load_for_sampling
 from llmrl.wiring.passes import check_sampling
-from llmrl.wiring.precision import precision_warnings, with_dtypes
+from llmrl.wiring.precision import precision_warnings
 from llmrl.wiring.rewards import load_scorer, reward_on
 from llmrl.wiring.rows import EVALUATION, report_dropped
 from llmrl.wiring.trunks import budget_of, report_padding
@@ -219,7 +219,7 @@ def _build_run(
     return Run(
         config.run,
         samples=samples,
-        settings=to_dict(with_dtypes(config)),
+        settings=recorded_settings(config),
         contents=checked.contents,
         trainer=trainer,
         save_model=lambda folder: parts.saver.save(folder, trained["actor"]),

@@ -13,14 +13,14 @@ from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable
 from llmrl.reports.trackers import Trackers
-from llmrl.settings import to_dict
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTObjective
 from llmrl.wiring.actors import load_actor
 from llmrl.wiring.checks import Checked
-from llmrl.wiring.precision import precision_warnings, with_dtypes
+from llmrl.wiring.contents import recorded_settings
+from llmrl.wiring.precision import precision_warnings
 from llmrl.wiring.rows import EVALUATION, report_dropped
 from llmrl.wiring.trunks import budget_of, report_padding
 
@@ -58,7 +58,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     )
     return Run(
         config.run,
-        settings=to_dict(with_dtypes(config)),
+        settings=recorded_settings(config),
         contents=checked.contents,
         trainer=trainer,
         save_model=lambda folder: saver.save(folder, trained),

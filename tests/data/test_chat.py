@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.chat import padded, prompt_ids, prompt_problem, response_ids
+from llmrl.data.chat import padded, prompt_ids, prompt_problem, render, response_ids
 from llmrl.data.config import DataConfig
 from llmrl.data.files import DataError
 from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
@@ -147,3 +147,31 @@ def test_padding_by_hand():
     ids, mask = padded([[5], [0, 9]], left=False)
     assert torch.equal(ids, torch.tensor([[5, 0], [0, 9]]))
     assert torch.equal(mask, torch.tensor([[True, False], [True, True]]))
+
+
+HARMFUL = {
+    "time": "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}",
+    "memory": "{{ 'a' * 10000000000 }}",
+    "memory by doubling": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "a wide field": "{{ '%9999999999d' % 1 }}",
+    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a power of messages": "{{ (messages | length + 9) ** 10 ** 9 }}{% generation %}{% endgeneration %}",
+    "much text": "{% for i in range(50000) %}{{ messages[0].content * 1000 }}{% endfor %}",
+    "code": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a file": "{% include '/etc/hostname' %}",
+}
+
+
+@pytest.mark.parametrize("template", HARMFUL.values(), ids=HARMFUL)
+def test_a_template_is_held_to_limits(chat: PreTrainedTokenizerFast, monkeypatch, template):
+    monkeypatch.setattr("llmrl.data.chat.MAX_RENDER_S", 1.0)
+    chat.chat_template = template
+    with pytest.raises(
+        DataError, match=r"the chat template does not take its messages \(user\): .*; mend the template"
+    ):
+        prompt_ids(["hi"], chat, config())
+
+
+def test_two_stars_in_the_text_of_a_template_are_no_power(chat: PreTrainedTokenizerFast):
+    chat.chat_template = "{# ** #}**{{ messages[0].content }}{{ dict(**{'a': 'b'}).a }}"
+    assert render([USER], chat) == "**hib"

@@ -4,12 +4,15 @@ import gzip
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-from llmrl.data.config import DataConfig
+from llmrl.data import files
+from llmrl.data.config import DataConfig, PromptDataConfig
 from llmrl.data.files import DataError, FileRow, read_file
+from llmrl.data.prompts import keep_usable_prompts
 from llmrl.data.rows import read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -233,3 +236,55 @@ def test_any_damage_ends_in_rows_or_in_a_message(tmp_path: Path, kind: str, skip
             assert str(error).startswith(str(path))  # noqa: PT017
             outcomes.add("refused")
     assert outcomes in ({True, "refused"}, {"refused"}) if kind.endswith("gz") else {True, "refused"}
+
+
+# --- files that are made to harm --------------------------------------------------------------------------------------
+
+
+def test_a_file_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(files, "FREE_BYTES", 100_000)
+    small = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}' + b" " * 90_000))
+    assert read_file(small) == [{"a": 1}]
+    bomb = write(tmp_path / "b.jsonl.gz", gzip.compress(b" " * 10_000_000))
+    assert "holds more than" in refusal(bomb)
+
+
+@pytest.mark.parametrize("depth", [101, 900])
+def test_a_row_that_is_nested_too_deep_is_a_bad_row(tmp_path: Path, depth: int):
+    nested = "[" * depth + "]" * depth
+    path = write(tmp_path / "a.jsonl", f'{{"a": {nested}}}\n{{"a": {"[" * 100 + "]" * 100}}}')
+    assert [row.problem for row in read_file(path)] == ["is nested more than 100 deep", None]
+    assert "line 1: is nested more than 100 deep" in refusal_of_rows(path)
+
+
+def refusal_of_rows(path: Path) -> str:
+    with pytest.raises(DataError) as error:
+        read_rows(DataConfig(path=str(path)))
+    return str(error.value)
+
+
+def test_columns_by_the_hundred_thousand(tmp_path: Path):
+    names = [f"c{n}" for n in range(100_000)]
+    path = write(tmp_path / "a.csv", ",".join(names) + "\n" + ",".join(names))
+    started = time.process_time()
+    assert len(read_file(path)[0]) == 100_000
+    assert "twice" in refusal(write(tmp_path / "b.csv", ",".join([*names, "c7"]) + "\n"))
+    assert (
+        "'c7' twice"
+        in read_file(write(tmp_path / "c.jsonl", json.dumps(dict.fromkeys(names, 1))[:-1] + ', "c7": 1}'))[0].problem
+    )
+    assert time.process_time() - started < 20
+
+
+def test_a_reason_quotes_no_megabytes(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", json.dumps({"prompt": [{"role": "x" * 1_000_000, "content": "a"}]}))
+    with pytest.raises(DataError) as error:
+        keep_usable_prompts(read_file(path), PromptDataConfig(path=str(path)))
+    assert len(str(error.value)) < 1000
+
+
+def test_a_parquet_file_of_more_rows_than_it_can_hold_is_refused(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"a": pyarrow.nulls(3_000_000)}), path, compression="zstd")
+    assert path.stat().st_size < 300_000
+    assert "stands for 3,000,000 rows" in refusal(path)

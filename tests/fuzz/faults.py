@@ -190,6 +190,8 @@ def template_is_odd(work: Workspace, rng: random.Random) -> None:
             "constant",
             "{% for i in range(10 ** 9) %}x{% endfor %}",
             "{{ 1 / 0 }}",
+            "{{ 'a' * 10000000000 }}",
+            "{{ 10 ** 10 ** 10 }}",
             "{{ strftime_now('%Y') }}{{ messages[-1].content }}",
             "{{ ''.__class__.__mro__ }}",
             "{{ messages[0]['content'] + 3 }}",

@@ -26,6 +26,7 @@ class Workspace:
     command: str
     overrides: list[str] = field(default_factory=list)
     dry: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def data(self) -> Path:

@@ -262,6 +262,11 @@ def test_so_does_code_of_the_tokenizer_beside_an_adapter(adapter, tmp_path):
     assert check_model(ModelConfig(path=adapter, trust_remote_code=True)) == []
 
 
+def test_an_adapter_that_names_a_module_to_import(adapter, tmp_path):
+    change(tmp_path / "adapter", "adapter_config.json", megatron_config={"a": 1}, megatron_core="payload")
+    assert "would import a module that the adapter names" in refusal(path=adapter)
+
+
 def test_an_adapter_is_continued_as_it_is(adapter):
     assert "leave model.lora out" in refusal(path=adapter, lora=LoraSettings())
     assert "leave model.from_scratch out" in refusal(path=adapter, from_scratch=True)

@@ -153,3 +153,13 @@ def test_weights_in_shards(here):
     assert "lacks 1 of the 2 files" in refusal(weight_files, folder, "m")
     index.write_text("{}")
     assert "without a weight_map" in refusal(weight_files, folder, "m")
+
+
+BINARY = ("pytorch_model.bin", "x.pkl", "..")
+OUTSIDE = ("../other/a.safetensors", "/etc/a.safetensors", "b/a.safetensors")
+
+
+@pytest.mark.parametrize("name", [*BINARY, *OUTSIDE])
+def test_an_index_names_only_safetensors_files_of_its_folder(here, name):
+    (here / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "m.safetensors", "b": name}}))
+    assert f"names {name!r}, which is no safetensors file in the same folder" in refusal(weight_files, here, "m")

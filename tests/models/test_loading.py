@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmrl.models.adapters import load_adapted
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
-from llmrl.models.loading import load_model, load_tokenizer
+from llmrl.models.loading import load_model, load_pretrained, load_tokenizer
 from tests.models.tiny import IDS, logits
 
 from .tiny import llama, make_tokenizer, save_folder
@@ -32,6 +32,23 @@ def test_pickled_weights_are_never_loaded(folder, tmp_path):
     torch.save(llama().state_dict(), tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"cannot be loaded: .*safetensors"):
         load_model(ModelConfig(path=folder))
+
+
+@pytest.mark.parametrize("name", ["some/model", None], ids=["in the cache of the hub", "in a folder"])
+def test_an_index_that_names_a_pickle_is_refused_before_it_is_read(folder, tmp_path, monkeypatch, name):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    torch.save(llama().state_dict(), tmp_path / "model" / "pytorch_model.bin")
+
+    def in_the_cache(_: str, file: str) -> str | None:
+        return str(tmp_path / "model" / file) if (tmp_path / "model" / file).exists() else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", in_the_cache)
+    monkeypatch.setattr(torch, "load", None)
+    config = ModelConfig(path=name or folder)
+    with pytest.raises(ModelError, match=r"names 'pytorch_model\.bin', which is no safetensors file"):
+        load_pretrained(config, AutoModelForCausalLM, llama().config, dtype=torch.float32)
 
 
 def test_a_tokenizer_that_cannot_be_called_is_told_when_it_loads(tmp_path):

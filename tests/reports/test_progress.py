@@ -275,3 +275,19 @@ def test_a_live_block_that_does_not_start_or_stop_ends_nothing(
 def test_the_live_block_is_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, kind: type):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     assert type(progress.make_progress()) is kind
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J[red]\rx\u202e"
+SEEN = r"\x1b]0;title\x07\x1b[2J[red]\rx\u202e"
+
+
+def test_control_characters_of_a_message_are_shown_in_lines():
+    stream = io.StringIO()
+    PlainProgress(stream).message(HOSTILE)
+    assert stream.getvalue() == SEEN + "\n"
+
+
+def test_control_characters_of_a_message_are_shown_on_a_terminal(terminal: Console):
+    with LiveProgress(terminal) as live:
+        live.message(HOSTILE)
+    assert SEEN in shown(terminal)

@@ -305,6 +305,17 @@ def test_the_end_of_a_long_response_is_read_in_time(math_equal):
     assert time.perf_counter() - started < 2
 
 
+@pytest.mark.parametrize("number", ["\u0664\u0662", "\uff14\uff12", "\U0001d7d2\U0001d7d0", "4\u0662"])
+def test_digits_are_0_to_9(math_equal, number):
+    assert math_equal([rf"\boxed{{{number}}}", f"It is ${number}$.", number], ["42"] * 3) == [0.0] * 3
+
+
+@pytest.mark.parametrize("box", ["9" * 100_000, "(" * 50_000 + ")" * 50_000, "1+" * 50_000 + "1"])
+def test_a_box_that_is_longer_than_any_answer_is_not_read(math_equal, monkeypatch, box):
+    monkeypatch.setattr("llmrl.rewards.math._same_mathematics", None)
+    assert math_equal([rf"\boxed{{{box}}}"], ["10"]) == [0.0]
+
+
 def test_outside_the_main_thread_it_says_so(math_equal):
     raised = []
 

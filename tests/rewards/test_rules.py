@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -219,6 +220,50 @@ def test_steps_of_gsm8k_hold_unless_they_are_rounded():
     right = [step for step, given in zip(steps, right_equations(steps), strict=True) if given == [(len(step) - 1, 1.0)]]
     assert len(right) / len(steps) > 0.999
     assert right_equations([f"{step}1" for step in right]) == [[]] * len(right)
+
+
+ARABIC, FULL_WIDTH, BOLD = "\u0664\u0662", "\uff14\uff12", "\U0001d7d2\U0001d7d0"
+LOOKALIKES = [ARABIC, FULL_WIDTH, BOLD, "4\u0662", "\u06642", "\uff12 42/1", "42.\uff10", "4,\u0662"]
+"""42 in other scripts and in look-alikes of 4 and 2, whole and in part."""
+
+
+@pytest.mark.parametrize("rule", [numeric_answer, gsm8k_answer])
+@pytest.mark.parametrize("number", LOOKALIKES)
+def test_digits_are_0_to_9(rule, number):
+    said = [f"It is {number}.", f"#### {number}", rf"\boxed{{{number}}}"]
+    assert rule(said, ["42"] * 3) == [0.0] * 3
+    assert rule(["42"], [number]) == [None]
+    assert rule([f"{number} or 42"], ["42"]) == [1.0]
+
+
+def test_an_equation_in_other_digits_is_none():
+    assert right_equations(["\uff11+1=2", "1+\uff11=2", "1+1=\uff12", "1+1=2\uff10"]) == [[]] * 4
+
+
+N = 100_000
+LONG = {
+    "digits": "9" * N,
+    "thousands": "1" + ",000" * (N // 4),
+    "thousands by blanks": "1" + " 000" * (N // 4) + "0",
+    "a fraction": "9" * (N // 2) + "/" + "7" * (N // 2),
+    "a mixed number": "1 2/" + "3" * N,
+    "boxes in boxes": "\\boxed{" * (N // 7),
+    "words in boxes": "\\boxed" * (N // 6) + "x" * 9,
+    "a sum": "1  +  " * (N // 6),
+    "a product": "99999*" * (N // 6) + "1=1",
+    "a quotient": "1/" + "/".join(map(str, range(3, N // 7))) + "=1",
+    "marks": "####" * (N // 4),
+}
+"""Responses on which a rule could take time that grows faster than they do."""
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_long_responses_take_little_time(text):
+    started = time.process_time()
+    for rule in (numeric_answer, gsm8k_answer):
+        rule([text, "5"], ["5", text])
+    right_equations([text])
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("rule", [exact_answer, numeric_answer, gsm8k_answer])
