@@ -69,8 +69,8 @@ class StepKLControl:
         self.first = self.coef
 
     def update(self, kl: float) -> None:
-        """Moves the coefficient after the updates of an iteration; `kl` is KL(old, new), nats per token. One that is not
-        a number does not move it."""
+        """Moves the coefficient after the updates of an iteration; `kl` is KL(old, new), nats per token. One that is
+        not a number does not move it."""
         if kl > self.target * BAND:
             self.coef *= BAND
         elif kl < self.target / BAND:

@@ -19,7 +19,7 @@ from llmrl.distributed.context import Context
 from llmrl.files import WriteError, writing
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
-from llmrl.trainers.alarms import Alarms
+from llmrl.trainers.alarms import Alarms, NothingLearned
 from llmrl.trainers.best import BestModel
 from llmrl.trainers.checkpoint import (
     list_checkpoints,
@@ -115,6 +115,7 @@ class Run:
             Stopped: By SIGINT or SIGTERM.
             KeyboardInterrupt: By a further SIGINT, see `signals`.
             WriteError: A file cannot be written.
+            NothingLearned: There is nothing to learn.
         """
         self.prepare()
         self.progress.begin(self.config.num_iterations, self.trainer.iteration)
@@ -176,7 +177,18 @@ class Run:
             self.progress.phase("checkpoint", 1)
             self.checkpoint()
             self.progress.advance()
+        self.end_where_nothing_is_learned()
         return values
+
+    def end_where_nothing_is_learned(self) -> None:
+        """Ends the run, with a checkpoint, where its alarms are certain that it learns nothing.
+
+        Raises:
+            NothingLearned: It is so.
+        """
+        if verdict := self.collectives.from_first(self.alarms.verdict):  # the rank that writes knows what came before
+            self.checkpoint()
+            raise NothingLearned(f"stopped after iteration {self.trainer.iteration}: {verdict}")
 
     def evaluation(self, number: int) -> dict[str, float]:
         """Metrics of the evaluation after iteration `number`; empty where none is due."""
