@@ -320,8 +320,8 @@ class Alarms:
         if self._idles("unscored", "score/mean" not in values, NEVER_SCORED, "score/unscored" in values):
             return (
                 f"no response could be scored in {NEVER_SCORED} iterations in a row, and without a score nothing can "
-                "be learned: every rule of reward.functions returned None; see which column it reads the answer from, and "
-                "whether it can read the answers that stand there"
+                "be learned: every rule of reward.functions returned None; see which column it reads the answer from, "
+                "and whether it can read the answers that stand there"
             )
         if self._idles("learned", not self.has_learned, NEVER_LEARNED, bool(norms)):
             return (
@@ -352,8 +352,7 @@ class Alarms:
 
     def _comparable(self, values: Values) -> dict[str, float]:
         """Values to compare others with: finite, and not scaled by an extreme score."""
-        left_out = SCALED_BY_SCORES if "score/extreme" in values else ()
-        return {name: x for name, x in values.items() if math.isfinite(x) and not name.startswith(left_out)}
+        return {name: x for name, x in values.items() if math.isfinite(x) and is_comparable(name, values)}
 
     def _is_flat(self, values: Values) -> bool:
         """Whether no two scores that are compared differ."""
@@ -372,6 +371,11 @@ class Alarms:
 
 def _in_a_row(num: int) -> str:
     return "1 iteration" if num == 1 else f"{num} iterations in a row"
+
+
+def is_comparable(name: str, values: Values) -> bool:
+    """Whether a metric can be compared with other iterations': no extreme score sets its size."""
+    return "score/extreme" not in values or not name.startswith(SCALED_BY_SCORES)
 
 
 def _num_drawn(values: Values) -> float:

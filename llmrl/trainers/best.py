@@ -9,6 +9,7 @@ from typing import Any
 
 from llmrl.files import read_object, write_atomically, writing
 from llmrl.roles import Collectives
+from llmrl.trainers.alarms import is_comparable
 from llmrl.trainers.output import RunError
 
 
@@ -57,7 +58,7 @@ class BestModel:
         if value is None:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self._check_measured(name, values, record)
-        elif self._is_better(value, record["value"] if record else None):
+        elif is_comparable(name, values) and self._is_better(value, record["value"] if record else None):
             with writing(self.folder):
                 self.save_model(self.folder.with_name(".best.new"))
             if self.collectives.is_first:
