@@ -368,7 +368,11 @@ def test_a_run_that_nothing_scores_ends_with_a_line_and_a_checkpoint(tmp_path: P
     (tmp_path / "rule.py").write_text("def rule(responses):\n    return [None] * len(responses)\n")
     settings = [
         *(f"model.path={TINY}", f"data.path={tmp_path / 'rows.jsonl'}", f"run.output_dir={tmp_path / 'out'}"),
-        *(f"reward.functions.0.name={tmp_path / 'rule.py'}:rule", f"evaluation_data.path={tmp_path / 'rows.jsonl'}", "algorithm.max_redraws=0"),
+        *(
+            f"reward.functions.0.name={tmp_path / 'rule.py'}:rule",
+            f"evaluation_data.path={tmp_path / 'rows.jsonl'}",
+            "algorithm.max_redraws=0",
+        ),
         *("run.num_iterations=12", "run.checkpoint_every=100"),
     ]
     done = CliRunner().invoke(app, ["grpo", str(tmp_path / "grpo.yaml"), *settings])
