@@ -277,6 +277,10 @@ class Scores(Batch):
         """Score of each response and its tokens together: `total` plus the sum of `per_token`."""
         return self.total + self.per_token.sum(dim=1)
 
+    def only_finite(self) -> "Scores":
+        """These scores, where a response whose sum of scores is infinite or overflows counts as unscored."""
+        return replace(self, total=self.total.where(self.per_response.isfinite(), torch.nan))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Batch):

@@ -88,8 +88,22 @@ CATALOGUE: tuple[Metric, ...] = (
         name="score/unscored",
         unit="responses",
         meaning="Responses that no reward could score. They are left out of baseline, losses, counts and moments.",
-        look_for="0, unless rules return None for rows of another task.",
+        look_for="0, unless rules return None for rows of another task. Without any score in 10 iterations a run ends.",
         runs=LOOP,
+    ),
+    Metric(
+        name="score/extreme",
+        unit="responses",
+        meaning="Responses whose score is further from the mean of the others than 1000 (1 + |mean| + standard "
+        "deviation), and which algorithm.normalize_scores bounds. Not logged where there are none.",
+        look_for="Not logged; a run warns of any.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="score/extreme_size",
+        unit="score",
+        meaning="The largest of these scores, without its sign.",
+        runs=ALGORITHMS,
     ),
     Metric(
         name="score/overlong_penalty",
@@ -287,7 +301,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="<module>/skipped_steps",
         unit="optimizer steps",
         meaning="Optimizer steps skipped because the gradient was not finite.",
-        look_for="0; a run warns of others.",
+        look_for="0; a run warns of others, and ends after five in a row.",
         runs=(*BATCHES, *LOOP),
     ),
     Metric(

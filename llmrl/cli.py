@@ -458,6 +458,7 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
     from llmrl.roles import StateMismatch
     from llmrl.rollout.support import RolloutError
     from llmrl.sizing.full import describe_full_memory
+    from llmrl.trainers.alarms import NothingLearned
     from llmrl.trainers.checkpoint import CheckpointError
     from llmrl.trainers.rl import FlatGroupsError
     from llmrl.trainers.run import RunError, Stopped
@@ -477,7 +478,7 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
         TrackerError,
     ) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError, PhaseTimeout, WriteError) as error:
+    except (RewardError, FlatGroupsError, FloatingPointError, NothingLearned, PhaseTimeout, WriteError) as error:
         _fail(error, 1, folder)
     except Stopped as stopped:
         _fail(stopped, stopped.status)

@@ -198,6 +198,16 @@ def test_what_could_not_be_scored_does_not_count(short, wide):
     assert both.counted.sum(dim=1).tolist() == [1, 1, 0]
 
 
+def test_a_sum_of_scores_that_is_not_finite_is_no_score():
+    """In the score of the response, in one token's, or in their sum; all other scores stay as they are."""
+    huge, inf = 3e38, float("inf")
+    total = torch.tensor([1.0, inf, -inf, float("nan"), 2.0, huge])
+    per_token = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, -inf], [huge, 0.0]])
+    scores = Scores(total=total, per_token=per_token, parts={"part": total}).only_finite()
+    assert scores.per_response.nan_to_num(-7.0).tolist() == [1.5, -7.0, -7.0, -7.0, -7.0, -7.0]
+    assert scores.parts["part"] is total
+
+
 def test_batches_cannot_be_changed(short):
     with pytest.raises(AttributeError):
         short.advantages = torch.zeros(2, 1)

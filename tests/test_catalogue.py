@@ -11,12 +11,13 @@ from llmrl.reports.progress import HEADLINES, PARTS
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
 
 TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
+EXTREME = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 TIMED = {
     "sft": {"sft": PAIRS},
     "reward-model": {"reward_model": PAIRS},
-    "grpo": {**GRPO, **TWO_REWARDS, **SAMPLED},
-    "ppo": {**PPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"step_kl_target": 0.1}},
+    "grpo": {**GRPO, **EXTREME, **SAMPLED},
+    "ppo": {**PPO, **EXTREME, **SAMPLED, "algorithm": {"step_kl_target": 0.1}},
     OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT"}},
 }
 """By kind of run: what logs times and speed, parts and pass@k of an evaluation, and the KL of an iteration."""
@@ -106,7 +107,7 @@ def test_other_names_belong_to_none(name: str):
 
 
 def test_no_part_of_a_score_can_be_another_metric():
-    assert reserved("score/<part>") == {"mean", "std", "unscored", "overlong_penalty"}
+    assert reserved("score/<part>") == {"mean", "std", "unscored", "extreme", "extreme_size", "overlong_penalty"}
     assert reserved("eval/score/<part>") == set()
 
 

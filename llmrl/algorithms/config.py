@@ -122,7 +122,8 @@ class PPOConfig(Section, place="algorithm"):
     score_clip: Annotated[float | None, Bound(above=0)] = None
     """Scores are clipped at plus and minus this before anything else; null for no clip."""
     normalize_scores: bool = False
-    """Shifts and scales scores by the mean and spread of all so far."""
+    """Shifts and scales scores by the mean and spread of all so far. A score further than
+    1000 (1 + |mean| + spread) from the mean is clipped to that, and hardly changes either."""
     missing_eos_penalty: Annotated[float, Bound(least=0)] = 0.0
     """What is subtracted from the score of a response that did not end by itself."""
     overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0

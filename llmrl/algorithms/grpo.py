@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.policy_gradient import (
+    extreme_metrics,
     kl_metrics,
     length_penalty,
     make_policy_loss,
@@ -30,6 +31,7 @@ from llmrl.algorithms.policy_gradient import (
 from llmrl.algorithms.user_functions import UserBaseline
 from llmrl.batches import GRPOExperience, Rollout, Scores
 from llmrl.functional.advantages import group_relative, leave_one_out
+from llmrl.functional.extremes import find_extremes
 from llmrl.functional.kl import estimate_kl
 from llmrl.functional.losses import importance_ratio, sequence_log_ratio
 from llmrl.functional.masking import masked_sum
@@ -86,6 +88,8 @@ class GRPO(Algorithm):
             advantages=advantages[:, None].expand_as(ref_logprobs),
         )
         statistics = {} if outputs is None else self._metrics(experience, outputs.entropy)
+        extreme, _, _ = find_extremes(scores.per_response, scores.total.isfinite())
+        statistics |= extreme_metrics(scores.per_response, extreme)
         if self.config.overlong_buffer_tokens:
             statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
         return experience, Metrics(statistics)

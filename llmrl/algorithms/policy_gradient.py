@@ -13,7 +13,7 @@ from llmrl.batches import Experience, Rollout, TokenOutputs
 from llmrl.functional.losses import clipped_policy_loss
 from llmrl.functional.masking import masked_sum
 from llmrl.functional.penalties import overlong_penalty
-from llmrl.functional.statistics import Mean, Statistic
+from llmrl.functional.statistics import Maximum, Mean, Statistic, Total
 from llmrl.user_code import names_code
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
@@ -58,3 +58,10 @@ def kl_metrics(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str,
     """KL to the reference per token and per response, nats, from the estimate k1 of each token."""
     total, num_tokens, num_responses = masked_sum(kl, mask).double(), mask.sum(), mask.any(dim=1).sum()
     return {"kl/mean": Mean(total, num_tokens), "kl/sequence": Mean(total, num_responses)}
+
+
+def extreme_metrics(scores: Float[Tensor, " B"], extreme: Bool[Tensor, " B"]) -> dict[str, Statistic]:
+    """Number of extreme scores, and the size of the largest; empty where there are none."""
+    if not extreme.any():
+        return {}
+    return {"score/extreme": Total(extreme.sum()), "score/extreme_size": Maximum(scores[extreme].abs().max())}

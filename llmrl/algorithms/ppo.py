@@ -26,6 +26,7 @@ from torch import Tensor
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
 from llmrl.algorithms.policy_gradient import (
+    extreme_metrics,
     kl_metrics,
     length_penalty,
     make_policy_loss,
@@ -34,6 +35,7 @@ from llmrl.algorithms.policy_gradient import (
 )
 from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_tokens
 from llmrl.functional.advantages import gae
+from llmrl.functional.extremes import EXTREME, find_extremes
 from llmrl.functional.kl import estimate_kl, shape_rewards
 from llmrl.functional.losses import clipped_value_loss
 from llmrl.functional.masking import masked_moments, masked_sum, standardize
@@ -42,6 +44,10 @@ from llmrl.metrics import Metrics
 from llmrl.roles import ActorCritic, Algorithm, Policy
 
 Losses = Iterator[tuple[str, Tensor, Metrics]]
+
+COUNTS_AS = 3.0
+"""Distance from the mean, in scales, at which an extreme score enters the running moments: a single one changes little,
+and where more than one in ten is extreme, the scale follows, as they are then what scores are like."""
 
 
 class PPO(Algorithm):
@@ -84,7 +90,7 @@ class PPO(Algorithm):
         if config.step_kl_target is not None:
             self.step_kl_control = StepKLControl(target=config.step_kl_target)
         self.score_moments = (0.0, 0.0, 0.0)
-        """Count, sum and sum of squares of every clipped score so far."""
+        """Count, sum and sum of squares of every clipped score so far; extreme ones count as `COUNTS_AS` says."""
         self.num_iterations = 0
 
     # --- experience ---------------------------------------------------------------------------------------------------
@@ -98,7 +104,7 @@ class PPO(Algorithm):
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
             kl = torch.where(mask, estimate_kl(outputs.logprobs, ref_logprobs, estimator="k1"), 0.0)
-        shaped = self._shape_scores(scores.total, rollout)
+        shaped, extremes = self._shape_scores(scores.total, rollout)
         rewards = shape_rewards(shaped, kl, mask, kl_coef=self.kl_control.coef)
         rewards = rewards + torch.where(mask, scores.per_token, 0.0)
         bootstrapped = ~rollout.finished & self.config.bootstrap_truncated
@@ -111,7 +117,7 @@ class PPO(Algorithm):
             old_values=values,
             returns=returns,
         )
-        metrics = Metrics(_value_metrics(experience, rewards))
+        metrics = Metrics({**_value_metrics(experience, rewards), **extremes})
         if needs_logprobs:
             metrics = metrics.merge(Metrics({**policy_metrics(experience, outputs.entropy)}))
         if self.reference is not None:
@@ -130,20 +136,32 @@ class PPO(Algorithm):
             or self._warming_up
         )
 
-    def _shape_scores(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
-        """Scores clipped, then normalized, then minus the penalties; 0 where the critic's value replaces the score."""
+    def _shape_scores(
+        self, scores: Float[Tensor, " B"], rollout: Rollout
+    ) -> tuple[Float[Tensor, " B"], dict[str, Statistic]]:
+        """Scores clipped, then normalized, then minus the penalties; 0 where the critic's value replaces the score. And
+        metrics of those that are extreme."""
         replaced = ~rollout.finished & self.config.bootstrap_truncated
+        scored = scores.isfinite() & ~replaced
         if self.config.score_clip is not None:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
+        extreme, mean, scale = find_extremes(scores, scored, moments=self.score_moments)
+        metrics = extreme_metrics(scores, extreme)
         if self.config.normalize_scores:
-            scores = self._normalize(scores, ~scores.isnan() & ~replaced)
+            learned, remembered = (
+                torch.where(extreme, scores.clamp(mean - times * scale, mean + times * scale), scores)
+                for times in (EXTREME, COUNTS_AS)
+            )
+            scores = self._normalize(learned, remembered, scored)
         scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
         penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
-        return torch.where(replaced, 0.0, scores + penalty)
+        return torch.where(replaced, 0.0, scores + penalty), metrics
 
-    def _normalize(self, scores: Float[Tensor, " B"], scored: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Scores standardized by the moments of every score so far, these included."""
-        batch = masked_moments(scores, scored)
+    def _normalize(
+        self, scores: Float[Tensor, " B"], remembered: Float[Tensor, " B"], scored: Bool[Tensor, " B"]
+    ) -> Float[Tensor, " B"]:
+        """Scores standardized by the moments of every score so far, which these enter as they are `remembered`."""
+        batch = masked_moments(remembered, scored)
         count, total, square = (x + float(y) for x, y in zip(self.score_moments, batch, strict=True))
         self.score_moments = (count, total, square)
         return standardize(scores, scored, moments=batch[0].new_tensor(self.score_moments))

@@ -49,14 +49,14 @@ def standardize(
 
     Returns:
         Standardized values in the dtype of `x`; 0 outside the mask, and exactly 0 where all values are equal or there
-        is only one.
+        is only one. NaN under the whole mask where one of them is not finite, so that nothing is learned from the rest.
     """
     check_shapes(x=(x, "*s"), mask=(mask, "*s"))
     count, total, square = masked_moments(x, mask) if moments is None else moments
     mean = total / count
     variance = (square / count - mean.square()).clamp(min=0.0)
     deviation = torch.where(mask, x, 0.0).double() - mean
-    counted = mask & (deviation.abs() > MEAN_ROUNDING * mean.abs())
+    counted = mask & ((deviation.abs() > MEAN_ROUNDING * mean.abs()) | ~mean.isfinite())
     return torch.where(counted, deviation / (variance + VARIANCE_FLOOR).sqrt(), 0.0).to(x.dtype)
 
 

@@ -33,8 +33,17 @@ class Normalization:
 
 
 def normalization_on(scores: Float[Tensor, " B"]) -> Normalization:
-    """Normalization of these scores to mean 0 and standard deviation 1; equal scores are only centred."""
+    """Normalization of these scores to mean 0 and standard deviation 1; equal scores are only centred.
+
+    Raises:
+        FloatingPointError: A score is not finite.
+    """
     exact = scores.double()
+    if not exact.isfinite().all():
+        raise FloatingPointError(
+            f"{int((~exact.isfinite()).sum())} of {len(exact)} scores of the trained reward model are not finite, so "
+            "it is not saved; lower optimizer.learning_rate, or look in metrics.jsonl for where it began"
+        )
     return Normalization(mean=float(exact.mean()), std=float(exact.std(correction=0)) or 1.0)
 
 

@@ -63,15 +63,19 @@ class Saver:
         self.blueprint = None if context.launch.sharding == "none" else Blueprint(model, adapted)
 
     def save(self, folder: Path, trained: Trainable, records: Mapping[str, Any] | None = None) -> None:
-        """See `save_policy`. Collective: every rank must call it."""
+        """See `save_policy`. Collective: every rank must call it.
+
+        Raises:
+            FloatingPointError: A weight is not finite; on every rank, and before anything is written.
+        """
         model, adapted = self.model, self.adapted
-        if self.blueprint is not None:
-            whole = {}
-            for name, weight in trained.whole(self.model):
-                if self.is_first:
-                    whole[name] = weight.to("cpu", copy=True)
-            if self.is_first:
-                model, adapted = self.blueprint.filled(whole)
+        whole = {}
+        for name, weight in trained.whole(self.model):
+            _check_finite(name, weight)
+            if self.blueprint is not None and self.is_first:
+                whole[name] = weight.to("cpu", copy=True)
+        if self.blueprint is not None and self.is_first:
+            model, adapted = self.blueprint.filled(whole)
         if self.is_first:
             save_policy(
                 folder,
@@ -115,6 +119,14 @@ def save_policy(
         companions.write_tokenizer(new, tokenizer)
         for name, record in (records or {}).items():
             (new / name).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise FloatingPointError(
+            f"the weight {name} is not finite, so the model is not saved, and one that was saved earlier stays; lower "
+            "optimizer.learning_rate, or look in metrics.jsonl for where it began"
+        )
 
 
 def _save_model(folder: Path, model: "PreTrainedModel") -> None:

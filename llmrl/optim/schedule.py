@@ -55,6 +55,7 @@ class StepSchedule:
         finite = bool(norm.isfinite())
         self.num_skipped = 0 if finite else self.num_skipped + 1
         if self.num_skipped >= MAX_SKIPPED_STEPS:
+            self.num_skipped = 0  # so that a run that goes on afterwards gets as many again
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps one after another; "
                 "resume from the last checkpoint with a lower learning_rate of its optimizer"

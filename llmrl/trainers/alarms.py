@@ -1,10 +1,12 @@
 """Alarms of a run that is dead or broken: one warning of each kind, with the evidence and the likely cause.
 
-Every kind looks at the metrics of one iteration and at those of the start. It is raised when it holds in several
-iterations in a row, so that one odd batch raises nothing, and repeated at the end of the run if it still holds then.
+Every kind looks at the metrics of one iteration and at those of the start, or at those of the last 20 iterations. It
+is raised when it holds in several iterations in a row, so that one odd batch raises nothing, and repeated at the end of
+the run if it still holds then. Where nothing can be learned at all, the verdict ends the run.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -33,8 +35,32 @@ EXPLODED_VALUE_LOSS = 10.0
 """Times the mean square of the rewards, and times the loss of the start: both."""
 WORSE_LOSS = 1.05
 """Times the held-out loss of the start."""
+WINDOW = 20
+"""Iterations that shares of lost work are taken over: odd batches are few among them."""
+SKIPPED_SHARE = 0.1
+"""Share of optimizer steps that are skipped. Healthy runs skip single ones, some runs in 16 bits one in a hundred."""
+LEAST_SKIPPED = 3
+"""Skipped steps in the window below which they are no share, but single ones."""
+UNSCORED_SHARE = 0.5
+"""Share of responses without a score. Rows of several tasks leave some to no rule; where it is most, sampling is mostly
+for nothing."""
+FLAT_SHARE = 0.9
+"""Share of groups of equal scores, where the task is not solved. Sparse rewards begin with 0.5 to 0.8."""
+NEVER_SCORED = 10
+"""Iterations in a row without any score that end a run. One of them can be a batch of another task; in ten, a hundred
+prompts or more have had no rule."""
+NEVER_LEARNED = 100
+"""Iterations with a gradient of exactly 0, from the first one on, that end a run. With 8 prompts of 8 responses, a task
+that is solved once in a thousand times brings scores that differ before that in 998 of 1000 runs. Terms that teach
+without scores, such as a KL or a critic, have a gradient, and so have groups that were solved on the way."""
+SCALED_BY_SCORES = ("score/", "reward/", "value/")
+"""Metrics whose size an extreme score sets."""
 GAP_LIMITS = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 """Mean distance of a token's log-probability in sampling and in training, by dtype: ten times what rounding makes."""
+
+
+class NothingLearned(RuntimeError):
+    """A run in which nothing can be learned: the message says why."""
 
 
 class Alarms:
@@ -42,15 +68,26 @@ class Alarms:
 
     Args:
         dtype: Arithmetic of sampling and training, which sets the rounding to expect.
+        steps_per_iteration: Optimizer steps of each module in an iteration, if nothing leaves some out.
     """
 
-    def __init__(self, dtype: str = "float32") -> None:
+    def __init__(self, dtype: str = "float32", *, steps_per_iteration: int = 1) -> None:
         self.gap_limit = GAP_LIMITS[dtype]
+        self.steps_per_iteration = steps_per_iteration
         self.num_iterations = 0
+        self.recent: deque[Values] = deque(maxlen=WINDOW)
+        """Metrics of the last iterations."""
         self.start: dict[str, float] = {}
-        """The first value of every metric."""
+        """The first finite value of every metric; of what scores scale, from an iteration without extreme ones."""
         self.best_score = -math.inf
-        """The highest mean score of an iteration in which scores differed."""
+        """The highest mean score of an iteration in which scores differed and none was extreme."""
+        self.has_learned = False
+        """Whether any gradient was not exactly 0."""
+        self.num_idle: dict[str, int] = {}
+        """In how many iterations in a row, up to the last one, a kind of verdict held."""
+        self.verdict: str | None = None
+        """Why nothing can be learned, after the iteration in which that is certain. Then its iterations are counted
+        anew: a run that goes on afterwards gets as many again."""
         self.num_skipped: dict[str, float] = {}
         """Optimizer steps on gradients that were not finite, by module."""
         self.streaks: dict[str, int] = {}
@@ -61,8 +98,10 @@ class Alarms:
 
     def observe(self, values: Values) -> list[str]:
         """New warnings from the metrics of the next iteration, or from those of an evaluation alone."""
-        self.start = {**values, **self.start}
-        self.num_iterations += any(not name.startswith("eval/") for name in values)
+        if any(not name.startswith("eval/") for name in values):
+            self.num_iterations += 1
+            self.recent.append(values)
+        self.start = {**self._comparable(values), **self.start}
         for name, value in values.items():
             if name.endswith("/skipped_steps"):
                 module = name.removesuffix("/skipped_steps")
@@ -71,8 +110,9 @@ class Alarms:
         for kind, (needed, _, check) in kinds.items():
             if needed in values:
                 self.note(kind, check(values))
-        if not self._is_flat(values) and "score/mean" in values:
-            self.best_score = max(self.best_score, values["score/mean"])
+        if not self._is_flat(values):
+            self.best_score = max(self.best_score, self._comparable(values).get("score/mean", -math.inf))
+        self.verdict = self._judge(values)
         new = [kind for kind in self.current if self.streaks[kind] >= kinds[kind][1] and kind not in self.raised]
         self.raised.update(new)
         return [self.current[kind] for kind in new]
@@ -100,7 +140,10 @@ class Alarms:
         """Each kind: the metric that it needs, in how many iterations in a row it must hold, and its check."""
         return {
             "unscored": ("score/unscored", 1, self._unscored),
+            "share unscored": ("score/unscored", 1, self._share_unscored),
             "nothing to learn": ("score/std", PATIENCE, self._nothing_to_learn),
+            "share of flat groups": ("group/flat_fraction", 1, self._share_flat),
+            "extreme": ("score/mean", 1, self._extreme),
             "collapse": ("policy/entropy", PATIENCE, self._collapse),
             "kl": ("kl/mean", PATIENCE, self._kl),
             "step kl": ("policy/approx_kl", PATIENCE, self._step_kl),
@@ -109,6 +152,10 @@ class Alarms:
             "rollout gap": ("policy/rollout_gap", 1, self._gap),
             "held-out accuracy": ("eval/accuracy", 1, self._held_out_accuracy),
             "held-out loss": ("eval/loss", 1, self._held_out_loss),
+            **{
+                f"share of steps of {name}": (f"{name}/skipped_steps", 1, partial(self._share_skipped, name))
+                for name in self.num_skipped
+            },
             **{
                 f"steps of {name}": (f"{name}/skipped_steps", 1, partial(self._skipped, name))
                 for name in self.num_skipped
@@ -138,8 +185,41 @@ class Alarms:
             "are equal"
         )
 
+    def _share_unscored(self, values: Values) -> str | None:
+        unscored = sum(known.get("score/unscored", 0.0) for known in self.recent)
+        drawn = sum(map(_num_drawn, self.recent))
+        if not self._window_is_full or "score/mean" not in values or not unscored > UNSCORED_SHARE * drawn:
+            return None
+        return (
+            f"{unscored:.0f} of the {drawn:.0f} responses of the last {WINDOW} iterations could not be scored, and "
+            "nothing is learned from those: every rule of reward.functions returned None for them; see which rows "
+            "these are, and give them a rule, or leave them out of the data"
+        )
+
+    def _share_flat(self, values: Values) -> str | None:
+        flat = [known["group/flat_fraction"] for known in self.recent if "group/flat_fraction" in known]
+        share = sum(flat) / len(flat)
+        is_told = self._is_flat(values) or values.get("score/overlong_penalty") or "score/mean" not in values
+        if not self._window_is_full or not share > FLAT_SHARE or is_told or self._is_solved(values):
+            return None
+        return (
+            f"{100 * share:.0f} % of the groups of the last {len(flat)} iterations had equal scores, so nothing is "
+            f"learned from them (mean score {values['score/mean']:.3g}): the prompts are mostly too hard or too easy "
+            "for this model; choose others, raise algorithm.group_size, or give a reward that distinguishes more"
+        )
+
+    def _extreme(self, values: Values) -> str | None:
+        if not (num := values.get("score/extreme")):
+            return None
+        scores = "1 score is" if num == 1 else f"{num:.0f} scores are"
+        return (
+            f"{scores} far from all others, by size up to {values['score/extreme_size']:.4g}: of that iteration hardly "
+            "anything else was learned; samples.jsonl shows responses with their scores; bound what the reward "
+            "returns, or set algorithm.score_clip (PPO)"
+        )
+
     def _collapse(self, values: Values) -> str | None:
-        entropy, start = values["policy/entropy"], self.start["policy/entropy"]
+        entropy, start = values["policy/entropy"], self._at_start("policy/entropy")
         if not entropy < COLLAPSED_ENTROPY:
             return None
         return (
@@ -165,7 +245,7 @@ class Alarms:
         )
 
     def _loss(self, values: Values) -> str | None:
-        loss, start, (times, more) = values["loss"], self.start["loss"], EXPLODED_LOSS
+        loss, start, (times, more) = values["loss"], self._at_start("loss"), EXPLODED_LOSS
         if math.isfinite(loss) and (loss <= times * start or loss <= start + more):
             return None
         return (
@@ -173,9 +253,9 @@ class Alarms:
         )
 
     def _value_loss(self, values: Values) -> str | None:
-        loss, start = values["value/loss"], self.start["value/loss"]
+        loss, start = values["value/loss"], self._at_start("value/loss")
         square = 1.0 + values.get("reward/mean", 0.0) ** 2 + values.get("reward/std", 0.0) ** 2
-        if math.isfinite(loss) and loss <= EXPLODED_VALUE_LOSS * max(start, square):
+        if math.isfinite(loss) and loss <= EXPLODED_VALUE_LOSS * max(square, start):
             return None
         return (
             f"the critic's loss has exploded: value/loss is {loss:.4g}, {start:.4g} at the start; "
@@ -193,7 +273,7 @@ class Alarms:
         )
 
     def _held_out_accuracy(self, values: Values) -> str | None:
-        now, start = values["eval/accuracy"], self.start["eval/accuracy"]
+        now, start = values["eval/accuracy"], self._at_start("eval/accuracy")
         if not now < self.start.get("eval/accuracy_low", start):  # NaN, where nothing could be judged, is no fall
             return None
         return (
@@ -202,7 +282,7 @@ class Alarms:
         )
 
     def _held_out_loss(self, values: Values) -> str | None:
-        now, start = values["eval/loss"], self.start["eval/loss"]
+        now, start = values["eval/loss"], self._at_start("eval/loss")
         if now <= WORSE_LOSS * start:
             return None
         return (
@@ -210,15 +290,69 @@ class Alarms:
             "high, or the rows were seen too often"
         )
 
+    def _share_skipped(self, module: str, _: Values) -> str | None:
+        name = f"{module}/skipped_steps"
+        skipped = [known[name] for known in self.recent if name in known]
+        num, due = sum(skipped), len(skipped) * self.steps_per_iteration
+        if num < LEAST_SKIPPED or num <= SKIPPED_SHARE * due:
+            return None
+        return (
+            f"{num:.0f} of the last {due} optimizer steps of the {module.replace('_', ' ')} were skipped, as their "
+            f"gradient was not finite: what they were to learn is lost; lower {_optimizer(module)}.learning_rate, or "
+            "take model.dtype=float32"
+        )
+
     def _skipped(self, module: str, _: Values) -> str | None:
         num = self.num_skipped[module]
-        optimizer = "critic_optimizer" if module == "critic" else "optimizer"
-        if not num:
+        if not num or f"share of steps of {module}" in self.current:
             return None
         return (
             f"optimizer steps of the {module.replace('_', ' ')} that were skipped, as their gradient was not finite: "
-            f"{num:.0f}; lower {optimizer}.learning_rate if there are more"
+            f"{num:.0f}; lower {_optimizer(module)}.learning_rate if there are more"
         )
+
+    # --- verdicts -----------------------------------------------------------------------------------------------------
+
+    def _judge(self, values: Values) -> str | None:
+        """Why nothing can be learned, if that is certain after this iteration."""
+        norms = [value for name, value in values.items() if name.endswith("/grad_norm_max")]
+        self.has_learned |= any(norm != 0.0 for norm in norms)
+        if self._idles("unscored", "score/mean" not in values, NEVER_SCORED, "score/unscored" in values):
+            return (
+                f"no response could be scored in {NEVER_SCORED} iterations in a row, and without a score nothing can "
+                "be learned: every rule of reward.functions returned None; see which column it reads the answer from, "
+                "and whether it can read the answers that stand there"
+            )
+        if self._idles("learned", not self.has_learned, NEVER_LEARNED, bool(norms)):
+            return (
+                f"the gradient was exactly 0 in {NEVER_LEARNED} iterations, from the first one on: every response to a "
+                "prompt gets the same score, or nothing else is there to learn; samples.jsonl shows the responses and "
+                "their scores; mend the reward, or choose prompts that the model can solve sometimes"
+            )
+        return None
+
+    def _idles(self, kind: str, holds: bool, limit: int, is_known: bool) -> bool:
+        """Whether something holds in `limit` iterations in a row, among those in which it is known."""
+        if is_known:
+            self.num_idle[kind] = self.num_idle.get(kind, 0) + 1 if holds else 0
+        is_over = self.num_idle.get(kind, 0) >= limit
+        if is_over:
+            self.num_idle[kind] = 0
+        return is_over
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _window_is_full(self) -> bool:
+        return len(self.recent) == WINDOW
+
+    def _at_start(self, name: str) -> float:
+        """The first finite value of a metric; NaN where none was."""
+        return self.start.get(name, math.nan)
+
+    def _comparable(self, values: Values) -> dict[str, float]:
+        """Values to compare others with: finite, and not scaled by an extreme score."""
+        return {name: x for name, x in values.items() if math.isfinite(x) and is_comparable(name, values)}
 
     def _is_flat(self, values: Values) -> bool:
         """Whether no two scores that are compared differ."""
@@ -237,3 +371,18 @@ class Alarms:
 
 def _in_a_row(num: int) -> str:
     return "1 iteration" if num == 1 else f"{num} iterations in a row"
+
+
+def is_comparable(name: str, values: Values) -> bool:
+    """Whether a metric can be compared with other iterations': no extreme score sets its size."""
+    return "score/extreme" not in values or not name.startswith(SCALED_BY_SCORES)
+
+
+def _num_drawn(values: Values) -> float:
+    """Responses of an iteration: all of their tokens over their mean length."""
+    return values.get("tokens/sampled", 0.0) / values.get("response/length", 1.0)
+
+
+def _optimizer(module: str) -> str:
+    """Section of the settings with the optimizer of a module."""
+    return "critic_optimizer" if module == "critic" else "optimizer"

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmrl.files import read_object, replaced_folder, restore_folder, staged, write_atomically, writing
 from llmrl.roles import Collectives
+from llmrl.trainers.alarms import is_comparable
 from llmrl.trainers.output import RunError
 
 RECORD = "best.json"
@@ -78,7 +79,7 @@ class BestModel:
         if value is None:
             if name.startswith("eval/") or iteration > self.warmup_iterations:
                 self._check_measured(name, values, record)
-        elif self._is_better(value, record["value"] if record else None):
+        elif is_comparable(name, values) and self._is_better(value, record["value"] if record else None):
             if not self.collectives.is_first:
                 self.save_model(staged(self.folder))
                 return

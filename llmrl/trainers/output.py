@@ -87,8 +87,8 @@ def check_nothing_is_lost(folder: Path) -> None:
     """
     best = read_object(folder / "best" / "best.json") or {}
     left = {
-        "final/": os.path.lexists(folder / "final"),
-        "best/": (folder / "best").exists() and best.get("iteration") not in (0, 1),
+        "final/": _holds_something(folder / "final"),
+        "best/": _holds_something(folder / "best") and best.get("iteration") not in (0, 1),
         **{name: last_iteration(folder / name) > 1 for name in ("metrics.jsonl", "samples.jsonl")},
     }
     names = [name for name, is_there in left.items() if is_there]
@@ -97,6 +97,11 @@ def check_nothing_is_lost(folder: Path) -> None:
             f"run.output_dir ({folder}) holds {', '.join(names)} of a run, and no checkpoint to go on from; choose "
             "another folder, or move it away"
         )
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is such a folder, or a link to one, that is not empty."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def finished_iterations(folder: Path) -> int | None:

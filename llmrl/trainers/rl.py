@@ -151,7 +151,7 @@ class RLTrainer(Resumable):
         with self.phase("rollout", num_responses):
             rollout = self.engine.generate(prompts, replace(self.sampling, first_response=first_response))
         with self.phase("reward", num_responses):
-            scores = self.reward(rollout)
+            scores = self.reward(rollout).only_finite()
         return rollout, scores
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:

@@ -23,7 +23,7 @@ from llmrl.files import WriteError, read_object, restore_folder, writing
 from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
-from llmrl.trainers.alarms import Alarms
+from llmrl.trainers.alarms import Alarms, NothingLearned
 from llmrl.trainers.best import BestModel
 from llmrl.trainers.changes import changes_since
 from llmrl.trainers.checkpoint import (
@@ -129,6 +129,7 @@ class Run:
         Raises:
             Stopped: By a signal. One that comes when the last iteration is done does not stop the saving of the model.
             WriteError: A file cannot be written.
+            NothingLearned: There is nothing to learn.
         """
         self.prepare()
         self.progress.begin(self.config.num_iterations, self.trainer.iteration)
@@ -212,7 +213,18 @@ class Run:
             self.progress.phase("checkpoint", 1)
             self.checkpoint()
             self.progress.advance()
+        self.end_where_nothing_is_learned()
         return values
+
+    def end_where_nothing_is_learned(self) -> None:
+        """Ends the run, with a checkpoint, where its alarms are certain that it learns nothing.
+
+        Raises:
+            NothingLearned: It is so.
+        """
+        if verdict := self.collectives.from_first(self.alarms.verdict):  # the rank that writes knows what came before
+            self.checkpoint()
+            raise NothingLearned(f"stopped after iteration {self.trainer.iteration}: {verdict}")
 
     def is_checkpoint_due(self, number: int) -> bool:
         """Whether iteration `number` ends with a checkpoint. Collective: the clock of the first rank counts."""

@@ -227,7 +227,9 @@ def _build_run(
         evaluate_every=config.evaluation.every,
         context=context,
         sink=trackers,
-        alarms=Alarms(str(actor.dtype).removeprefix("torch.")),
+        alarms=Alarms(
+            str(actor.dtype).removeprefix("torch."), steps_per_iteration=config.optimizer_steps_per_iteration
+        ),
         warmup_iterations=config.warmup_iterations,
     )
 

@@ -375,3 +375,29 @@ def test_a_loss_of_a_user_may_write_to_the_old_log_probabilities_of_the_only_ste
     assert torch.equal(
         one_iteration(config, one_step=True, **parts)[1], one_iteration(config, one_step=False, **parts)[1]
     )
+
+
+@pytest.mark.parametrize("huge", [1e30, -1e30, 3e38])
+@pytest.mark.parametrize("settings", [{}, {"scale": "none"}, {"baseline": "leave_one_out", "scale": "none"}])
+def test_an_extreme_score_stays_in_its_group_and_is_counted(settings, huge):
+    algorithm = GRPO(
+        GRPOConfig(group_size=3, **settings),
+        actor=FixedPolicy(random_logprobs(0)),
+        reference=None,
+        max_response_tokens=4,
+    )
+    usual, _ = algorithm.experience(make_rollout(), make_scores([0.0, 0.5, 1.0, *SCORES[3:]]))
+    experience, metrics = algorithm.experience(make_rollout(), make_scores([0.0, 0.5, huge, *SCORES[3:]]))
+    assert experience.advantages.isfinite().all()
+    assert experience.advantages[3:].equal(usual.advantages[3:])
+    assert settings or experience.advantages.abs().max() <= math.sqrt(2)  # of three, whatever their size
+    assert metrics.values()["score/extreme"] == 1.0
+    assert metrics.values()["score/extreme_size"] == pytest.approx(abs(huge))
+
+
+def test_usual_scores_are_not_counted_as_extreme():
+    algorithm = GRPO(
+        GRPOConfig(group_size=3), actor=FixedPolicy(random_logprobs(0)), reference=None, max_response_tokens=4
+    )
+    _, metrics = algorithm.experience(make_rollout(), make_scores([math.nan, *SCORES[1:]]))
+    assert not any(name.startswith("score/extreme") for name in metrics.values())

@@ -205,6 +205,64 @@ def test_running_normalization_over_two_rollouts():
     assert ppo.state_dict()["score_moments"] == [8.0, 8.0, 66.0]
 
 
+def normalized(*batches):
+    """``(PPO, returns and metrics of each batch)``: scores normalized over several rollouts."""
+    ppo = make_ppo(PPOConfig(gamma=0.0, normalize_scores=True), FixedNetworks(OLD), max_response_tokens=LIMIT)
+    told = []
+    for scores in batches:
+        experience, metrics = ppo.experience(make_rollout(), make_scores(scores))
+        told.append((experience.returns.sum(dim=1), metrics.values()))
+    return ppo, told
+
+
+@pytest.mark.parametrize("huge", [1e30, -1e30, 1e38, 1e5])
+@pytest.mark.parametrize("num_before", [0, 20])
+def test_one_extreme_score_flattens_nothing(huge, num_before):
+    """The scores of later rollouts are normalized as if it had been an ordinary one."""
+    healthy = [0.0, 1.0, 1.0, 0.0]
+    before, after = [healthy] * num_before, [healthy] * 60
+    ppo, told = normalized(*before, [0.0, 1.0, 1.0, huge], *after)
+    assert all(map(math.isfinite, ppo.state_dict()["score_moments"]))
+    returns, metrics = told[num_before]
+    assert metrics["score/extreme"] == 1.0
+    assert metrics["score/extreme_size"] == pytest.approx(abs(huge))
+    assert returns.isfinite().all()
+    assert returns.abs().argmax() == 3
+    assert (returns[1] - returns[0]).item() > 0.05
+    gaps = [(returns[1] - returns[0]).item() for returns, _ in told]
+    assert gaps[-1] > 1.4  # 2 without the extreme one
+    assert num_before == 0 or min(gaps) > 1.0
+    assert not any("score/extreme" in metrics for _, metrics in [*told[:num_before], *told[num_before + 1 :]])
+
+
+def test_extreme_scores_keep_their_order():
+    _, told = normalized(*[[0.0, 1.0, 0.5, 0.0]] * 5, [1.0, 900.0, 1e6, 1e30])
+    returns, metrics = told[-1]
+    assert metrics["score/extreme"] == 2.0
+    assert returns[0] < returns[1] < returns[2] == returns[3]
+
+
+def test_where_extremes_are_frequent_the_scale_follows():
+    """A reward of 0 or 5000: after a few rollouts it is what scores are like."""
+    _, told = normalized(*[[0.0, 0.0, 5000.0, 0.0]] * 60)
+    assert "score/extreme" in told[0][1]
+    assert not any("score/extreme" in metrics for _, metrics in told[5:])
+    assert_close(told[-1][0], torch.tensor([-0.55, -0.55, 1.8, -0.55]), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_in_no_moments(bad):
+    ppo, _ = normalized([1.0, 2.0, bad, 6.0])
+    assert ppo.state_dict()["score_moments"] == [3.0, 9.0, 41.0]
+
+
+def test_without_normalization_an_extreme_score_is_only_counted():
+    experience, metrics = collect({"gamma": 0.0, "kl_coef": 0.0}, [0.0, 1.0, 1e30, 0.0])
+    assert_close(experience.returns, final(0.0, 1.0, 1e30, 0.0))
+    assert metrics.values()["score/extreme"] == 1.0
+    assert "score/extreme" not in collect({"score_clip": 5.0}, [0.0, 1.0, 1e30, 0.0])[1].values()
+
+
 def test_a_score_that_the_critic_stands_for_is_in_no_moments():
     settings = {"kl_coef": 0.0, "normalize_scores": True, "bootstrap_truncated": True}
     rewards = rewards_of(settings, [1.0, 3.0, 9.0, NAN], finished=[True, True, False, True])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -115,3 +117,11 @@ def test_check_shapes_binds_each_letter_once():
         check_shapes(a=(torch.zeros(2, 3), "B T"), b=(torch.zeros(3), "B"))
     with pytest.raises(ValueError, match=r"a \(2,\)"):
         check_shapes(a=(torch.zeros(2), "B T"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_standardized_values_are_none_where_one_is_not_finite(bad):
+    """And not 0, which would look like values that are all equal."""
+    x, mask = torch.tensor([1.0, bad, 2.0, 3.0]), torch.tensor([True, True, True, False])
+    assert standardize(x, mask).isnan().tolist() == [True, True, True, False]
+    assert standardize(x, mask & x.isfinite()).isfinite().all()

@@ -13,6 +13,11 @@ def odd(responses):
     return [float(len(response) % 2) for response in responses]
 
 
+def huge(responses):
+    """0, but for some responses a score far from all others."""
+    return [1e6 * (zlib.crc32(response.encode()) % 7 == 0) for response in responses]
+
+
 def letters(responses):
     """A reward at each character."""
     return [[(place, ord(letter) % 7 / 10) for place, letter in enumerate(response)] for response in responses]

@@ -1,7 +1,9 @@
 """What a reward model's config.json keeps."""
 
 import json
+import math
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -20,6 +22,12 @@ def test_normalized_scores_have_mean_0_and_standard_deviation_1():
     assert_close(normalized.mean(), torch.tensor(0.0))
     assert_close(normalized.square().mean(), torch.tensor(1.0))
     assert_close(normalization_on(scores)(torch.tensor([4.0 + 9.5**0.5])), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_no_measure(bad):
+    with pytest.raises(FloatingPointError, match="1 of 3 scores of the trained reward model are not finite"):
+        normalization_on(torch.tensor([1.0, bad, 2.0]))
 
 
 def test_scores_that_are_all_equal_keep_their_spread():

@@ -91,6 +91,132 @@ def test_responses_that_no_rule_scores_are_told_at_once_with_a_way_out():
     assert "24 responses could be scored in 2 iterations in a row" in told(nothing, nothing)[-1][0]
 
 
+# --- shares of what is lost -------------------------------------------------------------------------------------------
+
+DRAWN = HEALTHY | {"tokens/sampled": 640.0, "response/length": 10.0}
+"""64 responses."""
+
+
+def test_a_share_of_unscored_responses_is_told_once_with_its_numbers():
+    seen = told(*[DRAWN | {"score/unscored": 40.0}] * 30)
+    assert [len(new) for new in seen] == [0] * 19 + [1] + [0] * 10 + [1]
+    assert seen[-1][0].startswith("800 of the 1280 responses of the last 20 iterations could not be scored")
+    assert told(*[DRAWN | {"score/unscored": 30.0}] * 30) == [[]] * 31
+
+
+def test_a_share_of_flat_groups_is_told_once_with_its_numbers():
+    mostly = HEALTHY | {"group/flat_fraction": 0.95, "score/mean": 0.02}
+    seen = told(HEALTHY, *[mostly] * 40)
+    assert sum(map(len, seen[:-1])) == 1
+    assert seen[-1][0].startswith("95 % of the groups of the last 20 iterations had equal scores")
+    assert "(mean score 0.02)" in seen[-1][0]
+    assert told(*[HEALTHY | {"group/flat_fraction": 0.85}] * 40) == [[]] * 41
+
+
+def test_mostly_flat_groups_of_a_task_that_is_solved_are_no_loss():
+    rising = [HEALTHY | {"score/mean": mean} for mean in (0.3, 0.7, 0.98)]
+    assert told(*rising, *[HEALTHY | {"score/mean": 0.97, "group/flat_fraction": 0.95}] * 40) == [[]] * 44
+
+
+def test_an_extreme_score_is_told_once_with_its_size_and_a_way_out():
+    extreme = HEALTHY | {"score/extreme": 1.0, "score/extreme_size": 1e30, "score/mean": 1e28, "score/std": 1e29}
+    seen = told(HEALTHY, extreme, HEALTHY, extreme, HEALTHY)
+    assert [len(new) for new in seen] == [0, 1, 0, 0, 0, 0]
+    assert seen[1][0].startswith("1 score is far from all others, by size up to 1e+30")
+    assert "algorithm.score_clip" in seen[1][0]
+    assert "2 scores are far" in told(extreme | {"score/extreme": 2.0})[0][0]
+
+
+def test_an_extreme_score_is_no_measure_for_others():
+    """Neither as the start nor as the best: all flat afterwards is told where it is, and not where all is solved."""
+    extreme = HEALTHY | {"score/extreme": 1.0, "score/extreme_size": 1e30, "score/mean": 1e28, "value/loss": 1e36}
+    assert "same score in 3 iterations" in told(extreme, HEALTHY, *[FLAT] * 3)[4][0]
+    rising = [HEALTHY | {"score/mean": mean} for mean in (0.3, 0.7, 0.98)]
+    assert told(*rising, extreme, *[FLAT | {"score/mean": 0.95}] * 5)[4:] == [[]] * 6
+    begun = HEALTHY | {"value/loss": 0.5}
+    assert "value/loss is 500" in told(extreme, begun, *[begun | {"value/loss": 500.0}] * 3)[-1][0]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e30])
+def test_numbers_that_are_odd_once_change_nothing_afterwards(odd: float):
+    """Each metric alone, as the first value and later on: what is said of healthy iterations stays nothing, and what is
+    said of broken ones stays the same."""
+    named = {
+        **HEALTHY,
+        "loss": 2.0,
+        "eval/loss": 2.0,
+        "eval/accuracy": 0.5,
+        "value/loss": 1.0,
+        "critic/skipped_steps": 0.0,
+    }
+    broken = named | {"loss": 99.0, "value/loss": 1e3, "policy/entropy": 1e-9, "eval/loss": 9.0}
+    for name in named.keys() - {"actor/skipped_steps", "critic/skipped_steps"}:
+        if odd == 1e30 and not name.startswith(("score/", "value/")):
+            continue  # a loss of that size at the start is what others are compared with
+        extreme = {"score/extreme": 1.0, "score/extreme_size": odd} if odd == 1e30 else {}
+        for before in (0, 5):
+            alarms = Alarms()
+            for values in (*[named] * before, named | {name: odd} | extreme):
+                alarms.observe(values)
+            assert [alarms.observe(named) for _ in range(5)] == [[]] * 5, name
+            assert alarms.at_the_end() == [], name
+            assert all(map(math.isfinite, alarms.start.values())), name
+            assert math.isfinite(alarms.best_score), name
+            assert abs(alarms.best_score) < 1e29, name
+            num_new = 4 - ("held-out loss" in alarms.raised)
+            assert len([text for _ in range(3) for text in alarms.observe(broken)]) == num_new, name
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts(*iterations: dict[str, float]) -> list[str | None]:
+    alarms, seen = Alarms(), []
+    for values in iterations:
+        alarms.observe(values)
+        seen.append(alarms.verdict)
+    return seen
+
+
+UNSCORED = {"score/unscored": 24.0, "response/length": 8.0, "tokens/sampled": 192.0}
+IDLE = FLAT | {"actor/grad_norm_max": 0.0}
+LEARNS = HEALTHY | {"actor/grad_norm_max": 0.7}
+
+
+def test_ten_iterations_without_any_score_end_a_run():
+    seen = verdicts(LEARNS, *[UNSCORED] * 9, LEARNS, *[UNSCORED] * 25)
+    assert [n for n, verdict in enumerate(seen) if verdict] == [20, 30]  # and after a resume another ten
+    assert seen[20].startswith("no response could be scored in 10 iterations in a row")  # type: ignore[union-attr]
+    with_evaluation = [*[UNSCORED] * 5, {"eval/accuracy": 0.5}, *[UNSCORED] * 5]
+    assert [bool(verdict) for verdict in verdicts(*with_evaluation)] == [False] * 10 + [True]
+
+
+def test_a_hundred_iterations_of_nothing_but_zero_gradients_end_a_run():
+    seen = verdicts(*[IDLE] * 205)
+    assert [n for n, verdict in enumerate(seen) if verdict] == [99, 199]
+    assert seen[99].startswith("the gradient was exactly 0 in 100 iterations, from the first one on")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("taught", [LEARNS, IDLE | {"actor/grad_norm_max": 1e-9}, IDLE | {"critic/grad_norm_max": 0.1}])
+def test_what_teaches_once_may_be_solved_later(taught: dict[str, float]):
+    assert not any(verdicts(taught, *[IDLE] * 300))
+    assert not any(verdicts(*[IDLE] * 99, taught, *[IDLE] * 300))
+
+
+@pytest.mark.parametrize("ends", [1, 5, 10, 23])
+def test_a_run_in_parts_comes_to_the_same_verdicts(ends: int):
+    """A resume observes the lines of metrics.jsonl again."""
+    lines = [*[UNSCORED] * 4, LEARNS, *[UNSCORED] * 30]
+    alarms = Alarms()
+    for values in lines[:ends]:
+        alarms.observe(values)
+    seen = []
+    for values in lines[ends:]:
+        alarms.observe(values)
+        seen.append(alarms.verdict)
+    assert seen == verdicts(*lines)[ends:]
+
+
 # --- broken -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +268,28 @@ def test_steps_that_were_skipped_are_counted_by_module():
     assert seen[1][0].startswith("optimizer steps of the actor that were skipped, as their gradient was not finite: 2;")
     assert "; lower optimizer.learning_rate" in seen[1][0]
     assert "; lower critic_optimizer.learning_rate" in seen[2][0]
+
+
+def test_a_share_of_skipped_steps_is_told_once_with_its_numbers():
+    half = [HEALTHY | {"actor/skipped_steps": n} for n in (1.0, 2.0)]
+    seen = told(*half * 15, steps_per_iteration=3)
+    assert [len(new) for new in seen] == [1, 1] + [0] * 28 + [1]  # the first one, then the share
+    assert seen[1][0].startswith("3 of the last 6 optimizer steps of the actor were skipped, as their gradient was not")
+    assert seen[-1][0].startswith("30 of the last 60 optimizer steps of the actor were skipped")
+    assert "lower optimizer.learning_rate" in seen[-1][0]
+    seldom = [*[HEALTHY | {"actor/skipped_steps": 1.0}], *[HEALTHY] * 9] * 3
+    assert [new for new in told(*seldom)[:-1] if new] == [told(*seldom)[0]]  # one in ten is told as the first was
+    ended = told(*half * 3, *[HEALTHY] * 20, steps_per_iteration=3)[-1]
+    assert ended == [
+        "optimizer steps of the actor that were skipped, as their gradient was not finite: 9; lower "
+        "optimizer.learning_rate if there are more"
+    ]
+
+
+def test_steps_are_counted_in_iterations_that_took_some():
+    warm_up = {name: x for name, x in HEALTHY.items() if not name.startswith("actor/")}
+    seen = told(*[warm_up] * 9, *[HEALTHY | {"actor/skipped_steps": 1.0}] * 3)
+    assert seen[-1][0].startswith("3 of the last 3 optimizer steps of the actor were skipped")
 
 
 @pytest.mark.parametrize(

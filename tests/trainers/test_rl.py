@@ -420,6 +420,17 @@ def test_a_rollout_that_nothing_could_score_is_counted_and_teaches_nothing():
     assert distance(before, weights_of(trainer)) == 0
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_a_score_that_is_not_finite_counts_as_unscored(bad):
+    total = torch.arange(24) % 5
+    trainer = make_trainer(reward=lambda rollout: scored(rollout, torch.where(total == 3, bad, total)))
+    other = make_trainer(reward=lambda rollout: scored(rollout, torch.where(total == 3, torch.nan, total)))
+    values, same = (each.iterate().values() for each in (trainer, other))
+    assert values["score/unscored"] == 5
+    assert values["score/mean"] == same["score/mean"]
+    assert distance(weights_of(trainer), weights_of(other)) == 0
+
+
 def test_what_nothing_could_score_moves_nothing_by_what_the_optimizer_remembers():
     """Not even after iterations that did learn; where some could be scored, the others are no reason to wait."""
     unscored = torch.zeros(24, dtype=torch.bool)

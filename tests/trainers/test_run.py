@@ -20,12 +20,12 @@ from llmrl.distributed.activity import Activity, FollowedProgress
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.stop import SIGNALS, STOP
 from llmrl.files import WriteError
-from llmrl.functional.statistics import Mean, Total
+from llmrl.functional.statistics import Mean, Moments, Total
 from llmrl.lines import LineFile
 from llmrl.metrics import Metrics
 from llmrl.reports.progress import Silent
 from llmrl.roles import Collectives, Progress
-from llmrl.trainers.alarms import Alarms
+from llmrl.trainers.alarms import NEVER_SCORED, Alarms, NothingLearned
 from llmrl.trainers.checkpoint import CheckpointError, save_checkpoint
 from llmrl.trainers.config import RunConfig
 from llmrl.trainers.run import Run, RunError, Stopped, check_output
@@ -1113,3 +1113,41 @@ def test_a_resumed_run_does_not_warn_again_before_its_end(bench: Bench):
     bench.said.messages.clear()
     bench.make(6, losses=losses, resume=True).train()
     assert len([text for text in bench.said.messages if "exploded: 94, 2 at the start" in text]) == 1
+
+
+def unscored(bench: Bench, num_iterations: int, *, until: int = 1000, **config: Any) -> Run:
+    """A run whose rewards score nothing in iterations up to one."""
+    run, iterate = bench.make(num_iterations, **config), bench.trainer.iterate
+
+    def without_scores() -> Metrics:
+        metrics = iterate()
+        if bench.trainer.iteration > until:
+            return metrics.merge(Metrics({"score": Moments(1.0, 0.5, 0.25)}))
+        return metrics.merge(Metrics({"score/unscored": Total(3.0)}))
+
+    bench.trainer.iterate = without_scores  # type: ignore[method-assign]
+    return run
+
+
+def test_a_run_in_which_nothing_can_be_learned_ends_with_all_it_has(bench: Bench):
+    with pytest.raises(NothingLearned, match=r"^stopped after iteration 10: no response could be scored in 10 iterat"):
+        unscored(bench, 30).train()
+    assert bench.iterations() == list(range(1, NEVER_SCORED + 1))
+    assert bench.steps() == ["step_000001", "step_000010"]
+    assert not (bench.folder / "final").exists()
+
+
+def test_it_gets_as_many_iterations_again_when_it_goes_on(bench: Bench):
+    for ends in (10, 20):
+        with pytest.raises(NothingLearned, match=f"after iteration {ends}: "):
+            unscored(bench, 30).train()
+    unscored(bench, 30, until=25, resume=True).train()
+    assert bench.iterations() == list(range(1, 31))
+    assert (bench.folder / "final").exists()
+
+
+def test_iterations_before_a_failure_count_as_well(bench: Bench):
+    with pytest.raises(Failure):
+        unscored(bench, 30, hooks={(7, "early"): fail}).train()
+    with pytest.raises(NothingLearned, match="after iteration 10: "):
+        unscored(bench, 30, resume=True).train()

@@ -52,3 +52,24 @@ def test_what_stands_beside_the_weights_is_tried_out_before_training(ranks, trie
     monkeypatch.setattr(type(model.config), "save_pretrained", refuse)
     with pytest.raises(ModelError, match="a setting that cannot be saved") if tries else nullcontext():
         Saver(model, None, tokenizer, dtype=torch.float32, context=context_of(ranks))
+
+
+@pytest.mark.usefixtures("launch")
+@pytest.mark.parametrize("ranks", [OneProcess(), Second()])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_not_written_on_any_rank(ranks, bad, tmp_path):
+    """The model that was saved earlier stays. A frozen weight counts as well."""
+    torch.manual_seed(0)
+    model = FAMILIES["gpt2"]()
+    model.transformer.wte.weight.requires_grad_(False)
+    saver = Saver(model, None, make_tokenizer(), dtype=torch.float32, context=context_of(ranks))
+    trained = LocalTrainable(model, OptimizerConfig(), num_steps=1)
+    saver.save(tmp_path / "final", trained)
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file())
+    with torch.no_grad():
+        model.transformer.wte.weight[0, 0] = bad
+    with pytest.raises(
+        FloatingPointError, match=r"the weight transformer\.wte\.weight is not finite, so the model is not"
+    ):
+        saver.save(tmp_path / "final", trained)
+    assert sorted((path.name, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()) == before
