@@ -11,6 +11,9 @@ import pytest
 
 from llmrl.reports.output import LastingStream, lasting_output
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""With what Python holds back and writes as it ends."""
+
 
 class Broken(io.StringIO):
     """A stream that refuses what it is asked to do `num_refused` times."""
@@ -92,9 +95,25 @@ def test_the_status_is_that_of_the_run_whoever_has_gone_away():
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as full:
-        run = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=full, check=False)
+        run = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=full, env=BUFFERED, check=False)
     os.close(writer)
     assert run.returncode == 7
+
+
+@pytest.mark.parametrize("num_lines", [3, 9999])
+def test_what_is_held_back_does_not_change_the_status(num_lines: int):
+    program = (
+        "import sys\nfrom llmrl.reports.output import lasting_output\n"
+        f"with lasting_output():\n  for _ in range({num_lines}): print('x' * 80)\n"
+    )
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, check=False
+        )
+    assert run.returncode == 0
+    assert run.stderr == (
+        "warning: standard output cannot be written ([Errno 28] No space left on device); the run goes on\n"
+    )
 
 
 def test_a_closed_pipe_is_told_on_standard_error_once():

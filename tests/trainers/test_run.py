@@ -947,7 +947,7 @@ def test_the_best_model_is_kept_after_a_failure_to_save_it(bench: Bench, monkeyp
 
 def test_a_line_that_a_full_disk_refused_is_no_hole(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     """Nor where the run ends for another reason before the next one."""
-    run = bench.make(4, checkpoint_every=1, hooks={(3, "early"): fail})
+    run = bench.make(4, checkpoint_every=0, hooks={(3, "early"): fail})
     with monkeypatch.context() as patch:
         opened, real = [], Path.open
 
