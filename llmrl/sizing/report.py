@@ -6,6 +6,7 @@ from typing import Any
 
 from llmrl.config import RewardModelRun, RLRun, SFTRun
 from llmrl.distributed.launch import number, read_launch
+from llmrl.memory import in_units
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import is_adapter
 from llmrl.sizing.estimate import PHASES, Estimate, estimate_memory
@@ -15,7 +16,6 @@ from llmrl.sizing.strategy import launched_strategy
 
 RunConfig = SFTRun | RewardModelRun | RLRun
 UNKNOWN = "cannot be read here, or its layers carry states along the row"
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def describe_memory(config: RunConfig) -> list[str]:
@@ -121,11 +121,3 @@ def _with(config: Any, path: str, value: Any) -> Any:
     """The same settings with another value of one of them."""
     name, _, rest = path.partition(".")
     return replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
-
-
-def in_units(num_bytes: int) -> str:
-    """Bytes as text: three digits, in the unit that suits."""
-    for unit, size in UNITS:
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes} B"

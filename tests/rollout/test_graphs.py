@@ -24,10 +24,10 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def fast(native, progress):
+def fast(native):
     def make(model, *, max_rows=64, eos_ids=EOS, **settings):
         engine = native(model, max_rows=max_rows, eos_ids=eos_ids, **settings)
-        engine.graphs = GraphDecoder(eos_ids=eos_ids, vocab_size=VOCAB, max_rows=max_rows, progress=progress)
+        engine.graphs = GraphDecoder(eos_ids=eos_ids, vocab_size=VOCAB)
         return engine
 
     return make

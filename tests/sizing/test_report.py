@@ -10,19 +10,11 @@ from llmrl.data.config import PreferenceDataConfig
 from llmrl.models.config import ModelConfig
 from llmrl.sizing import describe_memory
 from llmrl.sizing.machine import Machine
-from llmrl.sizing.report import in_units
 from llmrl.sizing.shape import read_shape
 from llmrl.trainers.config import OutputConfig
 from tests.sizing.test_estimate import REWARD_MODEL, rl
 
 TINY = str(Path(__file__).parents[2] / "recipes" / "models" / "tiny_char_llama")
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "told"), [(3, "3 B"), (1536, "1.5 KiB"), (5 * 2**20, "5 MiB"), (2**30 + 2**28, "1.25 GiB")]
-)
-def test_units(num_bytes, told):
-    assert in_units(num_bytes) == told
 
 
 def test_a_run_is_described_in_a_few_lines():

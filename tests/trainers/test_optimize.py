@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmrl.distributed.collectives import OneProcess
+from llmrl.batches import Sequences
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.statistics import Maximum, Mean, Total
 from llmrl.metrics import Metrics
+from llmrl.microbatches import TokenBudget
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.optimize import accumulate_and_step
+from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0], [1.0, 1.0]])
@@ -40,6 +43,33 @@ class Counter(Silent):
         self.done += amount
 
 
+NO_ROWS = Sequences.from_rows(
+    prompt_ids=torch.zeros(0, 1, dtype=torch.long),
+    prompt_mask=torch.zeros(0, 1, dtype=torch.bool),
+    response_ids=torch.zeros(0, 1, dtype=torch.long),
+    response_mask=torch.zeros(0, 1, dtype=torch.bool),
+    response_lengths=torch.zeros(0, dtype=torch.long),
+)
+
+
+class AsGiven(Microbatcher):
+    """Gives the parts that a test has chosen, whatever the batch."""
+
+    def __init__(self, parts, idle, context):
+        super().__init__(TokenBudget(max_tokens=1), context)
+        self.parts = parts, idle
+
+    def run(self, batch, work):
+        return work(*self.parts)
+
+
+def step_on(trained, losses, parts, progress=None, *, idle=(), collectives=None) -> Metrics:
+    """A step on these parts of a batch, each of which `losses` takes."""
+    numbers = [torch.tensor([n]) for n in range(len(parts) + len(idle))]
+    given = AsGiven(numbers[: len(parts)], numbers[len(parts) :], context_of(collectives, progress))
+    return accumulate_and_step(trained, lambda number: losses([*parts, *idle][int(number)]), NO_ROWS, given)
+
+
 class Problem:
     """Least squares, the losses summed over rows with weights 1 / 6."""
 
@@ -58,7 +88,7 @@ class Problem:
 
     def step(self, *microbatches: list[int]) -> dict[str, float]:
         parts = [torch.tensor(rows) for rows in microbatches]
-        return accumulate_and_step(self.trained, map(self.losses, parts), OneProcess(), self.counter).values()
+        return step_on(self.trained, self.losses, parts, self.counter).values()
 
 
 CUTS = ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[5, 3], [0], [1, 2, 4]], [[0], [1], [2], [3], [4], [5]])
@@ -88,7 +118,7 @@ def test_a_total_becomes_a_mean_over_steps():
         def losses(part: float) -> Iterator[tuple[str, Tensor, Metrics]]:
             yield "actor", part * problem.module.w.sum(), Metrics({"loss": Total(part)})
 
-        return accumulate_and_step(problem.trained, map(losses, [loss / 2, loss / 2]), OneProcess(), Silent())
+        return step_on(problem.trained, losses, [loss / 2, loss / 2])
 
     values = step(1.0).merge(step(4.0)).values()
     assert values["loss"] == pytest.approx(2.5)
@@ -104,9 +134,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(bad: float):
     def losses(factor: float) -> Iterator[tuple[str, Tensor, Metrics]]:
         yield "actor", factor * problem.module.w.sum(), Metrics()
 
-    broken = accumulate_and_step(problem.trained, map(losses, [bad]), OneProcess(), Silent())
+    broken = step_on(problem.trained, losses, [bad])
     assert_close(problem.module.w.detach(), torch.tensor([0.5, -0.25]), rtol=0.0, atol=0.0)
-    values = broken.merge(accumulate_and_step(problem.trained, map(losses, [3.0]), OneProcess(), Silent())).values()
+    values = broken.merge(step_on(problem.trained, losses, [3.0])).values()
     assert values["actor/skipped_steps"] == 1.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)  # of the step that was taken
     assert not torch.tensor(values["actor/grad_norm_max"]).isfinite()
@@ -146,7 +176,7 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
             yield name, torch.tensor(float(loss)), Metrics({f"{name}/loss": Total(float(loss))})
 
     trained = {name: Recorder(name) for name in ("actor", "critic")}
-    values = accumulate_and_step(trained, map(losses, [1, 2]), OneProcess(), Silent()).values()
+    values = step_on(trained, losses, [1, 2]).values()
     assert happened == [
         "actor forward 1",
         "actor backward 1",
@@ -175,18 +205,16 @@ def test_a_module_that_no_loss_was_for_is_left_alone():
     def weights(name: str) -> Tensor:
         return networks[name].module.w.detach().clone()
 
-    accumulate_and_step(trained, map(losses, [("actor", "critic")]), OneProcess(), Silent())
+    step_on(trained, losses, [("actor", "critic")])
     before = {name: weights(name) for name in trained}
-    values = accumulate_and_step(trained, map(losses, [("critic",), ("critic",)]), OneProcess(), Silent()).values()
+    values = step_on(trained, losses, [("critic",), ("critic",)]).values()
     assert torch.equal(weights("actor"), before["actor"])
     assert not torch.equal(weights("critic"), before["critic"])
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 1, "critic": 2}
     assert {name.split("/")[0] for name in values} == {"critic"}
 
     # one microbatch is enough
-    values = accumulate_and_step(
-        trained, map(losses, [("critic",), ("actor", "critic")]), OneProcess(), Silent()
-    ).values()
+    values = step_on(trained, losses, [("critic",), ("actor", "critic")]).values()
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 2, "critic": 3}
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)
     assert values["critic/grad_norm"] == pytest.approx(6.0 * 2**0.5)
@@ -201,9 +229,7 @@ def test_an_idle_pass_runs_backward_and_counts_for_nothing():
     def losses(part):
         yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-    values = accumulate_and_step(
-        trained, map(losses, [3.0]), OneProcess(), Silent(), idle=map(losses, [5.0, 7.0])
-    ).values()
+    values = step_on(trained, losses, [3.0], idle=[5.0, 7.0]).values()
     assert backward == [[[3.0, 3.0]], [[0.0, 0.0]], [[0.0, 0.0]]]
     assert values["loss"] == 3.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
@@ -219,7 +245,7 @@ def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
         def losses(part):
             yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-        values = accumulate_and_step(trained, map(losses, [3.0] if ranks.rank == 0 else []), ranks, Silent()).values()
+        values = step_on(trained, losses, [3.0] if ranks.rank == 0 else [], collectives=ranks).values()
         return values, module.weight.detach().clone()
 
     (values, weight), (others, same) = on_ranks(2, step)
