@@ -5,10 +5,14 @@ the disturbed one came to, each from the same unit of work on, is equal to the b
 """
 
 import copy
+import json
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from llmrl.distributed.activity import HERE, FollowedProgress
@@ -17,6 +21,7 @@ from llmrl.memory import MemoryFull
 from llmrl.microbatches import TokenBudget
 from llmrl.reports.progress import Silent
 from tests.contexts import context_of
+from tests.processes import ROOT, environment, lines, write_recipes
 from tests.test_memory import WORDINGS
 from tests.trainers import test_reward_model as of_pairs
 from tests.trainers import test_rl as of_rollouts
@@ -107,8 +112,11 @@ class Bench:
     def outcome(self):
         """Metrics without the clock, weights and states after two iterations."""
         values = [self.trainer.iterate().values() for _ in range(2)]
-        told = [{name: x for name, x in each.items() if not name.endswith("_s")} for each in values]
-        return told, self.trained.state_dict(), self.trainer.position()
+        return without_clock(values), self.trained.state_dict(), self.trainer.position()
+
+
+def without_clock(metrics):
+    return [{name: x for name, x in values.items() if not name.endswith("_s")} for values in metrics]
 
 
 KINDS = ["rotary", "absolute", "sft", "pairs"]
@@ -190,3 +198,52 @@ def test_no_memory_is_one_line(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_memory_from_any_call_on_is_one_line(kind):
     check_end(kind, range(num_calls(kind)))
+
+
+# --- by a limit of the system -----------------------------------------------------------------------------------------
+
+
+def train(folder, output, *settings, program):
+    """What a supervised run prints whose batch takes some 500 MB in a single pass."""
+    texts = [chr(ord("a") + n % 26) * (20 + n % 7) for n in range(100)]
+    rows = [{"prompt": text, "response": text[:1] * (150 + n % 30)} for n, text in enumerate(texts)]
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run(
+        [sys.executable, *program, "sft", "sft.yaml", f"run.output_dir={output}", *settings],
+        cwd=folder, env=environment() | {"MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+LARGE = ("data.path=long.jsonl", "sft.batch_size=100", "run.num_iterations=2", "model.packing=false")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="another system has no /proc, or grants all that is asked for")
+def test_a_run_whose_memory_is_limited_goes_on_as_one_with_smaller_microbatches(tmp_path):
+    write_recipes(tmp_path)
+    limited = (str(ROOT / "tests" / "limited.py"), "200")
+    status, output, error = train(tmp_path, "ours", *LARGE, "sft.microbatch_tokens=100000", program=limited)
+    assert status == 0, error
+    told = re.findall(
+        r"out of memory in update with microbatches of \d+ tokens \(CPU, .*\): goes on with (\d+); ", output
+    )
+    assert told
+    status, _, error = train(tmp_path, "plain", *LARGE, f"sft.microbatch_tokens={told[-1]}", program=("-m", "llmrl"))
+    assert status == 0, error
+    ours, plain = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("ours", "plain"))
+    assert_close(ours, plain, rtol=0.0, atol=0.0)
+    assert without_clock(lines(tmp_path / "ours" / "metrics.jsonl")) == without_clock(
+        lines(tmp_path / "plain" / "metrics.jsonl")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="another system has no /proc, or grants all that is asked for")
+def test_a_run_without_memory_ends_in_a_line(tmp_path):
+    write_recipes(tmp_path)
+    limited = (str(ROOT / "tests" / "limited.py"), "2")
+    status, _, error = train(tmp_path, "ours", *LARGE, "sft.microbatch_tokens=100000", program=limited)
+    assert status == 1
+    assert error.startswith("error: out of memory in update with one row in a microbatch (CPU, "), error
+    assert "Traceback" not in error

@@ -91,8 +91,8 @@ class NativeEngine:
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """G responses to each prompt, on the model's device.
 
-        Where memory runs out, half as many are decoded at once, from the start: the responses are to the bit those of
-        an engine of so many rows, and to rounding of the logits those of any.
+        Where memory runs out, half as many are decoded at once, from the start. The responses are, to the bit, those of
+        an engine with this smaller `max_rows`; those of any other differ by the rounding of logits.
 
         Raises:
             MemoryFull: The responses to one prompt do not fit.

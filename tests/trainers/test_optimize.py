@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from llmrl.batches import Sequences
 from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.statistics import Maximum, Mean, Total
+from llmrl.memory import MemoryFull
 from llmrl.metrics import Metrics
 from llmrl.microbatches import TokenBudget
 from llmrl.optim.config import OptimizerConfig
@@ -43,13 +44,14 @@ class Counter(Silent):
         self.done += amount
 
 
-NO_ROWS = Sequences.from_rows(
-    prompt_ids=torch.zeros(0, 1, dtype=torch.long),
-    prompt_mask=torch.zeros(0, 1, dtype=torch.bool),
-    response_ids=torch.zeros(0, 1, dtype=torch.long),
-    response_mask=torch.zeros(0, 1, dtype=torch.bool),
-    response_lengths=torch.zeros(0, dtype=torch.long),
+ROWS = Sequences.from_rows(
+    prompt_ids=torch.zeros(6, 1, dtype=torch.long),
+    prompt_mask=torch.ones(6, 1, dtype=torch.bool),
+    response_ids=torch.zeros(6, 1, dtype=torch.long),
+    response_mask=torch.ones(6, 1, dtype=torch.bool),
+    response_lengths=torch.ones(6, dtype=torch.long),
 )
+"""Six rows of two tokens each."""
 
 
 class AsGiven(Microbatcher):
@@ -67,7 +69,7 @@ def step_on(trained, losses, parts, progress=None, *, idle=(), collectives=None)
     """A step on these parts of a batch, each of which `losses` takes."""
     numbers = [torch.tensor([n]) for n in range(len(parts) + len(idle))]
     given = AsGiven(numbers[: len(parts)], numbers[len(parts) :], context_of(collectives, progress))
-    return accumulate_and_step(trained, lambda number: losses([*parts, *idle][int(number)]), NO_ROWS, given)
+    return accumulate_and_step(trained, lambda number: losses([*parts, *idle][int(number)]), ROWS, given)
 
 
 class Problem:
@@ -253,3 +255,39 @@ def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
     assert values["loss"] == 3.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
     assert torch.equal(weight, same)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_an_optimizer_step_without_memory_is_not_taken_again(error, monkeypatch):
+    """Some weights may have moved."""
+    problem, calls = Problem(), []
+
+    def step():
+        calls.append(problem.trained["actor"].num_steps_done)
+        raise error
+
+    monkeypatch.setattr(problem.trained["actor"].optimizer, "step", step)
+    with pytest.raises(MemoryFull, match=r", in the optimizer step of actor \([CG]PU.*\): set model\.lora\.rank "):
+        problem.step([0, 1, 2], [3, 4, 5])
+    assert calls == [1]  # it counts as begun, so that nothing is gone back behind
+
+
+def test_gradients_of_a_step_that_had_no_memory_are_dropped():
+    problem, undisturbed = Problem(), Problem()
+    losses, parts = problem.losses, []
+
+    def run_out(rows):
+        for loss in losses(rows):
+            parts.append(rows)
+            if len(parts) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield loss
+
+    numbers = torch.arange(6)
+    microbatcher = Microbatcher(TokenBudget(max_tokens=6), context_of(progress=problem.counter))
+    values = accumulate_and_step(problem.trained, run_out, ROWS, microbatcher).values()
+    assert [len(rows) for rows in parts] == [3, 3, 1, 1, 1, 1, 1, 1]
+    theirs = undisturbed.step(*[[n] for n in numbers.tolist()])
+    assert values == theirs
+    assert torch.equal(problem.module.w, undisturbed.module.w)
+    assert problem.trained["actor"].num_steps_done == 1
