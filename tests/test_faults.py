@@ -115,7 +115,7 @@ def test_full_memory_of_one_rank_ends_both_with_a_line(place: str, setting: str,
     assert f"lower {setting}" in own
     (told,) = outcome.lines_of("rank 0 ")
     assert told.startswith(f"rank 0 ends: rank 1 failed in {in_words(place)}: ")
-    assert outcome.lines_of("Traceback") == []
+    assert len(outcome.lines_of("Traceback")) == 1  # the launcher's
     assert checkpoints(folder) == ["step_000001"]
 
 

@@ -166,6 +166,40 @@ def test_a_step_is_exact_at_every_call_where_memory_runs_out(kind):
     check(kind, range(num_calls(kind)))
 
 
+def train_ppo(fails, budgets=None):
+    """Three iterations of actor and critic, with budgets as for `Bench`. Calls lie before and after each backward."""
+    trainer, planted, used = of_rollouts.make_ppo_trainer(), Planted(fails), []
+    losses, run = trainer.algorithm.losses, trainer.microbatcher.run
+
+    def planted_losses(batch, weights):
+        for loss in losses(batch, weights):
+            planted.call()
+            yield loss
+            planted.call()
+
+    def followed(batch, work):
+        if budgets is not None:
+            trainer.microbatcher.budget = budgets[len(used)]
+        result = run(batch, work)
+        used.append(trainer.microbatcher.budget)
+        return result
+
+    trainer.algorithm.losses, trainer.microbatcher.run = planted_losses, followed
+    told = [of_rollouts.told(trainer) for _ in range(3)]
+    steps = {name: trained.num_steps_done for name, trained in trainer.trained.items()}
+    return (told, of_rollouts.everything(trainer), steps, trainer.position()), used, planted.num_calls
+
+
+def test_actor_and_critic_take_each_step_once_wherever_memory_runs_out():
+    *_, calls = train_ppo(lambda n: False)
+    for call in range(0, calls, 5):
+        ours, used, _ = train_ppo(lambda n, call=call: n == call)
+        assert used[-1].max_tokens < 8192, call
+        theirs, *_ = train_ppo(lambda n: False, used)
+        assert ours[0] == theirs[0], call
+        assert_close(ours[1:], theirs[1:], rtol=0.0, atol=0.0)
+
+
 def check_end(kind, calls):
     """Where memory has run out for good: one line, and no weight has moved unless the iteration had begun a step."""
     for call in calls:
