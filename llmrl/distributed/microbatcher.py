@@ -30,6 +30,7 @@ class Microbatcher:
         self.collectives = context.collectives
         self.progress = context.progress
         self.can_go_back = context.collectives.world_size == 1 and context.launch.sharding == "none"
+        """Whether work in which memory ran out can be done again."""
 
     def run(self, batch: Sequences | PreferencePairs, work: Callable[[Parts, Parts], Result]) -> Result:
         """Result of ``work(parts, idle)``, see `parts_of_rank`: called again, with smaller parts, after memory ran out,

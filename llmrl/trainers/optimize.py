@@ -43,8 +43,9 @@ def accumulate_and_step(
     """
 
     def accumulate(parts: Parts, idle: Parts) -> tuple[Metrics, set[str]]:
-        for trainable in trained.values():
-            trainable.module.zero_grad(set_to_none=True)  # of a call in which memory ran out
+        if microbatcher.can_go_back:
+            for trainable in trained.values():
+                trainable.module.zero_grad(set_to_none=True)  # of a call in which memory ran out
         microbatcher.progress.phase("update", len(parts))
         metrics, learning = Metrics(), set[str]()
         for part in parts:
