@@ -174,7 +174,13 @@ def prepare_llmrl(
         source=source,
         held_out=None,
         batch_size=settings.batch_size,
-        budget=budget_of([loaded.model], settings.microbatch_tokens, loaded.module.dtype, loaded.model.device),
+        budget=budget_of(
+            [loaded.model],
+            settings.microbatch_tokens,
+            loaded.module.dtype,
+            loaded.model.device,
+            section="reward_model",
+        ),
         context=make_context(OneProcess(), Silent()),
     )
 

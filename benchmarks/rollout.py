@@ -122,9 +122,7 @@ def prepare_native(args: argparse.Namespace, model: PreTrainedModel, ids: Tensor
         progress=Silent(),
     )
     if model.device.type == "cuda":
-        engine.graphs = GraphDecoder(
-            eos_ids=engine.eos_ids, vocab_size=engine.vocab_size, max_rows=engine.max_rows, progress=engine.progress
-        )
+        engine.graphs = GraphDecoder(eos_ids=engine.eos_ids, vocab_size=engine.vocab_size)
     prompts = Prompts(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), rows=tuple({} for _ in ids))
     sampling = Sampling(
         temperature=1.0,

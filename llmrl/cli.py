@@ -452,12 +452,12 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
     from llmrl.distributed.launch import LaunchError
     from llmrl.distributed.watchdog import PhaseTimeout
     from llmrl.files import WriteError
+    from llmrl.memory import MemoryFull, describe_full_memory
     from llmrl.models.folders import ModelError
     from llmrl.reports.trackers import TrackerError
     from llmrl.rewards.functions import RewardError
     from llmrl.roles import StateMismatch
     from llmrl.rollout.support import RolloutError
-    from llmrl.sizing.full import describe_full_memory
     from llmrl.trainers.alarms import NothingLearned
     from llmrl.trainers.checkpoint import CheckpointError
     from llmrl.trainers.rl import FlatGroupsError
@@ -478,13 +478,21 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
         TrackerError,
     ) as error:
         _fail(error, 2)
-    except (RewardError, FlatGroupsError, FloatingPointError, NothingLearned, PhaseTimeout, WriteError) as error:
+    except (
+        RewardError,
+        FlatGroupsError,
+        FloatingPointError,
+        MemoryFull,
+        NothingLearned,
+        PhaseTimeout,
+        WriteError,
+    ) as error:
         _fail(error, 1, folder)
     except Stopped as stopped:
         _fail(stopped, stopped.status)
     except AnotherRankFailed as error:
         raise typer.Exit(1) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         message = describe_full_memory(error, HERE.phase)
         if message is None and not isinstance(error, UserCodeFailure):
             raise

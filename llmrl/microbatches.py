@@ -1,7 +1,7 @@
 """Microbatches: rows assigned to ranks, and split into forward passes that hold a token budget."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -22,6 +22,8 @@ class TokenBudget:
     packed: bool = False
     """Whether passes pack their rows: no padding, and the prompt of several rows once. Otherwise each row takes as many
     tokens as the longest."""
+    setting: str = "microbatch_tokens"
+    """Setting that it is of, for messages."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ def parts_of_rank(
     shortest = min(units, key=lambda unit: unit.longest, default=None)
     filler = [torch.tensor(shortest.rows[:1], device="cpu")] if shortest is not None else []
     return [torch.tensor(rows, device="cpu") for rows in parts[rank]], filler * idle
+
+
+def halved(batch: Sequences | PreferencePairs, budget: TokenBudget) -> TokenBudget | None:
+    """Half of a budget, or half of that and so on, until it splits a batch further; None where each pass has one
+    row. For a single process."""
+    parts = _parts(_units(batch, budget, 1), budget)
+    while budget.max_tokens > 1:
+        budget = replace(budget, max_tokens=budget.max_tokens // 2)
+        if _parts(_units(batch, budget, 1), budget) != parts:
+            return budget
+    return None
 
 
 def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:

@@ -197,7 +197,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, amount: int = 1) -> None:
-        """`amount` more units of the current phase are done; 0 is a sign of life."""
+        """`amount` more units of the current phase are done; 0: a sign of life; negative: they are to be done again."""
         ...
 
 
@@ -218,7 +218,8 @@ class Algorithm(Protocol):
         ...
 
     def losses(self, batch: Any, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
-        """Yields ``(trained module, loss, metrics)`` one at a time: each is run backward before the next forward."""
+        """Yields ``(trained module, loss, metrics)`` one at a time: each is run backward before the next forward. Asked
+        about rows again where memory ran out, so it changes nothing of its own."""
         ...
 
     def should_stop(self, update: Metrics) -> bool:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from llmrl.cli import main
 from llmrl.distributed.activity import HERE, FollowedProgress
 from llmrl.distributed.heartbeat import BEAT_S
@@ -31,7 +33,11 @@ def hang() -> None:
         time.sleep(1)
 
 
-FAULTS = {"fails": fail, "is killed": kill, "freezes": freeze, "hangs": hang}
+def run_out() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+FAULTS = {"has no memory": run_out, "fails": fail, "is killed": kill, "freezes": freeze, "hangs": hang}
 HEALTHY = FollowedProgress.phase
 
 

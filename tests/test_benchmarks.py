@@ -95,8 +95,8 @@ def test_every_engine_keeps_forced_lengths(lengths, monkeypatch, recorded):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
     model.generation_config.eos_token_id = None
-    common = {"eos_ids": (2,), "vocab_size": model.config.vocab_size, "max_rows": 3, "progress": Silent()}
-    engine = NativeEngine(model, dtype=model.dtype, **common)
+    common = {"eos_ids": (2,), "vocab_size": model.config.vocab_size}
+    engine = NativeEngine(model, dtype=model.dtype, max_rows=3, progress=Silent(), **common)
     if recorded:
         engine.graphs = GraphDecoder(**common)
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])

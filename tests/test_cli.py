@@ -35,6 +35,7 @@ from llmrl.cli import (
 )
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.collectives import OneProcess
+from llmrl.memory import MemoryFull
 from llmrl.models.folders import ModelError
 from llmrl.trainers.output import locked
 from llmrl.user_code import UserCodeFailure
@@ -752,12 +753,19 @@ def test_full_memory_is_one_line(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     assert ended.value.exit_code == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: the GPU is out of memory, in the phase rollout: lower rollout.max_rows")
+    assert printed.startswith("error: out of memory in rollout (GPU): lower rollout.max_rows")
     assert len(printed.splitlines()) == 1
     code = "raised RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"
     with pytest.raises(cli.typer.Exit), cli.failures_in_one_line():
         raise UserCodeFailure(f"algorithm.loss mine.py:loss {code}")
-    assert "error: the machine has no " in capsys.readouterr().err
+    assert "error: out of memory in rollout (CPU, 4 KiB more asked for, peak " in capsys.readouterr().err
+    for error, line in (
+        (MemoryError(), "error: out of memory in rollout (CPU, peak "),
+        (MemoryFull("full"), "error: full"),
+    ):
+        with pytest.raises(cli.typer.Exit), cli.failures_in_one_line():
+            raise error
+        assert line in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug of ours"), cli.failures_in_one_line():
         raise RuntimeError("a bug of ours")
 

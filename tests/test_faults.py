@@ -106,6 +106,19 @@ def test_an_exception_ends_both_ranks(place: str, kept: str, folder: Path):
     assert checkpoints(folder) == [kept]
 
 
+@pytest.mark.parametrize(("place", "setting"), [("update 2", "update.microbatch_tokens"), ("reward 2", "reward.model")])
+def test_full_memory_of_one_rank_ends_both_with_a_line(place: str, setting: str, folder: Path):
+    outcome = broken(folder, "has no memory", place)
+    assert outcome.status != 0
+    (own,) = outcome.lines_of("error: ")
+    assert own.startswith(f"error: out of memory in {place.split()[0]} on rank 1 ")
+    assert f"lower {setting}" in own
+    (told,) = outcome.lines_of("rank 0 ")
+    assert told.startswith(f"rank 0 ends: rank 1 failed in {in_words(place)}: ")
+    assert len(outcome.lines_of("Traceback")) == 1  # the launcher's
+    assert checkpoints(folder) == ["step_000001"]
+
+
 @pytest.mark.parametrize("fault", ["is killed", "freezes"])
 @pytest.mark.parametrize("place", ["rollout 2", "update 2"])
 def test_a_rank_that_gives_no_sign_of_life_is_named(fault: str, place: str, folder: Path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmrl.batches import PreferencePairs, Sequences, TokenOutputs
-from llmrl.microbatches import TokenBudget, in_row_order, parts_of_rank
+from llmrl.microbatches import TokenBudget, halved, in_row_order, parts_of_rank
 
 
 def rows_of(prompts: list[int], prompt_of_row: list[int], responses: list[int]) -> Sequences:
@@ -234,3 +234,37 @@ def test_row_order_by_hand():
     ]
     outputs = in_row_order(answers, [torch.tensor([2, 0]), torch.tensor([1])])
     assert outputs.values.tolist() == [[0, 0.5], [1, 0], [2, 2.5]]
+
+
+# --- less memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "smaller"),
+    [
+        ([3, 1, 2], 9, 4),
+        ([3, 1, 2], 10**6, 7),  # 15 would hold them all
+        ([9, 9], 20, 10),
+        ([9, 1, 1], 9, 1),  # the long row is alone already
+        ([9, 8], 10, None),
+        ([1], 8192, None),
+        ([], 8192, None),
+    ],
+)
+def test_a_budget_is_halved_until_it_splits_a_batch_further(lengths, max_tokens, smaller):
+    batch = rows(lengths)
+    found = halved(batch, TokenBudget(max_tokens=max_tokens, setting="here"))
+    assert found == (smaller and TokenBudget(max_tokens=smaller, setting="here"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_halving_ends_with_one_row_in_each_pass(packed, seed):
+    batch = drawn(30, 6, seed=seed)
+    budget = TokenBudget(max_tokens=10_000, packed=packed)
+    while (smaller := halved(batch, budget)) is not None:
+        assert len(parts_of(batch, smaller.max_tokens, packed=packed)) > len(
+            parts_of(batch, budget.max_tokens, packed=packed)
+        )
+        budget = smaller
+    assert all(len(part) == 1 for part in parts_of(batch, budget.max_tokens, packed=packed))

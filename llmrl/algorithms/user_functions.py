@@ -15,6 +15,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.catalogue import LOOP, OWN, find
 from llmrl.functional.losses import ratio_metrics
 from llmrl.functional.statistics import Statistic
+from llmrl.memory import is_full
 from llmrl.user_code import UserCodeError, UserCodeFailure, describe_exception, load_object, names_code
 
 BASELINE, LOSS = "algorithm.baseline", "algorithm.loss"
@@ -232,9 +233,11 @@ def failures_of(code: Callable[..., Any], place: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, DistError, UserCodeFailure):
+    except (DistError, UserCodeFailure):
         raise
     except (Exception, SystemExit) as error:
+        if is_full(error):
+            raise
         raise UserCodeFailure(f"{place} {describe_exception(code, error)}") from error
 
 

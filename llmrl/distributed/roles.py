@@ -16,8 +16,9 @@ from torch import Tensor
 
 from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.context import Context
+from llmrl.distributed.microbatcher import Microbatcher, Parts
 from llmrl.distributed.stop import STOP
-from llmrl.microbatches import TokenBudget, in_row_order, parts_of_rank
+from llmrl.microbatches import TokenBudget, in_row_order
 from llmrl.roles import (
     ActorCritic,
     Collectives,
@@ -84,43 +85,41 @@ class DistributedPolicy:
     """`Policy`: without gradient the rows of a rollout are asked about in microbatches, each rank's of its own; with
     gradient the trainer has formed them, because activations stay until the backward pass."""
 
-    def __init__(self, policy: Policy, collectives: Collectives, *, budget: TokenBudget) -> None:
+    def __init__(self, policy: Policy, context: Context, *, budget: TokenBudget) -> None:
         self.policy = policy
-        self.collectives = collectives
-        self.budget = budget
+        self.microbatcher = Microbatcher(budget, context)
 
     def logprobs(self, sequences: Sequences) -> TokenOutputs:
         """See `Policy`."""
         ask = self.policy.logprobs
-        return distribute_rows(ask, sequences, self.budget, self.collectives)
+        return distribute_rows(ask, sequences, self.microbatcher)
 
 
 class DistributedNetworks(DistributedPolicy):
     """`ActorCritic`: splits rows as `DistributedPolicy` does."""
 
-    def __init__(self, networks: ActorCritic, collectives: Collectives, *, budget: TokenBudget) -> None:
-        super().__init__(networks, collectives, budget=budget)
+    def __init__(self, networks: ActorCritic, context: Context, *, budget: TokenBudget) -> None:
+        super().__init__(networks, context, budget=budget)
         self.networks = networks
         self.share_trunk = networks.share_trunk
 
     def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
         ask = self.networks.values
-        return distribute_rows(ask, sequences, self.budget, self.collectives)
+        return distribute_rows(ask, sequences, self.microbatcher)
 
     def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""
         ask = self.networks.both
-        return distribute_rows(ask, sequences, self.budget, self.collectives)
+        return distribute_rows(ask, sequences, self.microbatcher)
 
 
 class DistributedScorer:
     """`Scorer`: splits rows as `DistributedPolicy` does."""
 
-    def __init__(self, scorer: Scorer, collectives: Collectives, *, budget: TokenBudget) -> None:
+    def __init__(self, scorer: Scorer, context: Context, *, budget: TokenBudget) -> None:
         self.scorer = scorer
-        self.collectives = collectives
-        self.budget = budget
+        self.microbatcher = Microbatcher(budget, context)
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Float[Tensor, " B"]:
@@ -129,7 +128,7 @@ class DistributedScorer:
         def ask(part: Sequences) -> TokenOutputs:
             return TokenOutputs(named={"scores": self.scorer.scores(part)})
 
-        outputs = distribute_rows(ask, sequences, self.budget, self.collectives)
+        outputs = distribute_rows(ask, sequences, self.microbatcher)
         return outputs.named["scores"]
 
     def pair_scores(self, pairs: PreferencePairs) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -139,32 +138,32 @@ class DistributedScorer:
             chosen, rejected = self.scorer.pair_scores(part)
             return TokenOutputs(named={"chosen": chosen, "rejected": rejected})
 
-        outputs = distribute_rows(ask, pairs, self.budget, self.collectives)
+        outputs = distribute_rows(ask, pairs, self.microbatcher)
         return outputs.named["chosen"], outputs.named["rejected"]
 
 
-def distribute_rows(
-    ask: Callable[[Read], Answer],
-    batch: Read,
-    budget: TokenBudget,
-    collectives: Collectives,
-) -> Answer:
-    """Outputs of `ask` for every row, in row order: in microbatches that hold the budget, each rank's of its own rows.
-    With gradient, and for no rows, in one pass over what this rank was given.
+def distribute_rows(ask: Callable[[Read], Answer], batch: Read, microbatcher: Microbatcher) -> Answer:
+    """Outputs of `ask` for every row, in row order: in microbatches, each rank's of its own rows. With gradient, and
+    for no rows, in one pass over what this rank was given.
 
     Every rank runs the same number of passes: where weights are sharded, forward passes are collective.
     """
     if torch.is_grad_enabled():
         return ask(batch)
-    parts, idle = parts_of_rank(batch, budget, collectives.rank, collectives.world_size)
-    if not parts and not idle:
-        return ask(batch)
-    answers = []
-    for part in parts:
-        STOP.look()
-        answers.append(ask(batch.select(part)))
-    for row in idle:
-        ask(batch.select(row))
+
+    def ask_in_parts(parts: Parts, idle: Parts) -> tuple[list[Answer], Parts]:
+        if not parts and not idle:
+            return [ask(batch)], [torch.arange(0)]
+        answers = []
+        for part in parts:
+            STOP.look()
+            answers.append(ask(batch.select(part)))
+        for row in idle:
+            ask(batch.select(row))
+        return answers, parts
+
+    answers, parts = microbatcher.run(batch, ask_in_parts)
+    collectives = microbatcher.collectives
     if collectives.world_size == 1:
         return in_row_order(answers, parts)
     on_cpu = [answer.to("cpu") for answer in answers]

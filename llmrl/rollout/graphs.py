@@ -26,7 +26,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from llmrl.batches import Prompts, StopReason
 from llmrl.functional.streams import Purpose, uniforms
-from llmrl.roles import Progress, Sampling
+from llmrl.memory import is_full
+from llmrl.roles import Sampling
 from llmrl.rollout.cache import layer_states
 from llmrl.rollout.native import num_in_one_pass, read_prompts
 from llmrl.rollout.responses import Responses
@@ -68,29 +69,34 @@ class GraphDecoder:
     Args:
         eos_ids: Any of them ends a response.
         vocab_size: Ids from there on have no probability.
-        max_rows: Responses decoded at once.
-        progress: Advanced by one for each complete response.
     """
 
-    def __init__(self, *, eos_ids: tuple[int, ...], vocab_size: int, max_rows: int, progress: Progress) -> None:
+    def __init__(self, *, eos_ids: tuple[int, ...], vocab_size: int) -> None:
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
-        self.max_rows = max_rows
-        self.progress = progress
         self.recorded: RecordedSteps | None = None
 
-    def decode(self, model: "PreTrainedModel", responses: Responses, sampling: Sampling) -> None:
-        """Completes every response.
+    def decode(
+        self,
+        model: "PreTrainedModel",
+        responses: Responses,
+        sampling: Sampling,
+        advance: Callable[[int], None],
+        *,
+        num_slots: int,
+    ) -> None:
+        """Completes every response, `num_slots` of them at once.
+
+        `advance` is called with the number of those that have become complete.
 
         Raises:
             FloatingPointError: Logits are not finite numbers.
         """
-        group, limit = responses.group_size, sampling.max_response_tokens
-        rows = min(len(responses.numbers), self.max_rows // group * group)
+        limit = sampling.max_response_tokens
         longest = int(responses.prompts.mask.sum(dim=1).max())
-        steps = self._steps_for(model, rows=rows, columns=longest + limit, max_tokens=limit)
+        steps = self._steps_for(model, rows=num_slots, columns=longest + limit, max_tokens=limit)
         steps.slots.reset(limit)
-        SlotDecoding(model, steps, responses, sampling, self.progress, num_slots=rows).run()
+        SlotDecoding(model, steps, responses, sampling, advance, num_slots=num_slots).run()
         if not is_small(steps.slots):
             self.recorded = None
 
@@ -207,7 +213,7 @@ class SlotDecoding:
         steps: RecordedSteps,
         responses: Responses,
         sampling: Sampling,
-        progress: Progress,
+        advance: Callable[[int], None],
         *,
         num_slots: int,
     ) -> None:
@@ -216,7 +222,7 @@ class SlotDecoding:
         self.slots = steps.slots
         self.responses = responses
         self.sampling = sampling
-        self.progress = progress
+        self.advance = advance
         self.num_slots = num_slots
         self.prompts = responses.prompts
         self.prompt_lengths = self.prompts.mask.sum(dim=1).tolist()
@@ -289,7 +295,7 @@ class SlotDecoding:
         complete = [slot for slot, row in rows.items() if row.stop_reason == StopReason.NONE != stop_reasons[slot]]
         for slot in complete:
             rows[slot].stop_reason = stop_reasons[slot]
-        self.progress.advance(len(complete))
+        self.advance(len(complete))
         if any(stop_reasons[slot] == NOT_FINITE for slot in complete):
             self.harvest()
 
@@ -428,6 +434,8 @@ def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
         with evaluating(model):
             error = probe_error(model, vocab_size)
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError) as problem:
+        if is_full(problem):
+            raise
         raise RolloutError(f"a step of it cannot be recorded: {problem}") from problem
     if not error <= PROBE_TOLERANCE[model.dtype]:
         raise RolloutError(f"the logits of a recorded step are off by {error:.2g} of the largest")

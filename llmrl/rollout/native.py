@@ -9,8 +9,9 @@ time, the shortest first, without padding.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from llmrl.batches import Prompts, Rollout, StopReason
+from llmrl.distributed.activity import HERE
+from llmrl.memory import MemoryFull, is_full, making_room, out_of_memory
 from llmrl.messages import class_and_message
 from llmrl.roles import Progress, Sampling, Trainable
 from llmrl.rollout.cache import SlotCache, holds_states, num_columns
@@ -54,7 +57,7 @@ class NativeEngine:
         eos_ids: Any of them ends a response.
         vocab_size: Length of the tokenizer; ids from there on, the padding of the embedding, have no probability.
         dtype: Precision of sampling.
-        max_rows: Responses decoded at once.
+        max_rows: Responses decoded at once. Fewer, for the rest of the run, once memory has run out.
         progress: Advanced by the number of responses that each step completes.
         copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
             them.
@@ -81,10 +84,19 @@ class NativeEngine:
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
         self.max_rows = max_rows
+        self.rows_that_fit = max_rows
+        """As far as is known, where memory has run out."""
         self.progress = progress
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
-        """G responses to each prompt, on the model's device."""
+        """G responses to each prompt, on the model's device.
+
+        Where memory runs out, half as many are decoded at once, from the start. The responses are, to the bit, those of
+        an engine with this smaller `max_rows`; those of any other differ by the rounding of logits.
+
+        Raises:
+            MemoryFull: The responses to one prompt do not fit.
+        """
         model = self.weights.fresh()
         longest = int(prompts.mask.sum(dim=1).max())
         check_length(model, longest, sampling.max_response_tokens)
@@ -95,16 +107,56 @@ class NativeEngine:
                 f"set it to at least {sampling.num_responses}"
             )
         prompts = prompts.to(model.device)
+        return making_room(
+            partial(self._decode, model, prompts, sampling, longest + sampling.max_response_tokens),
+            partial(self._make_room, len(prompts.rows), sampling.num_responses),
+        )
+
+    def _decode(self, model: "PreTrainedModel", prompts: Prompts, sampling: Sampling, columns: int) -> Rollout:
+        """Responses that take up to this many columns with their prompts."""
+        slots = self._num_slots(len(prompts.rows), sampling.num_responses)
         responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
-        with evaluating(model), replacing(few_row_forwards(model)):
-            if self.graphs is not None:
-                self.graphs.decode(model, responses, sampling)
-            else:
-                sampler = Sampler(sampling, vocab_size=self.vocab_size)
-                columns = longest + sampling.max_response_tokens
-                cache = self._new_cache(len(responses.numbers), sampling.num_responses, columns)
-                Decoding(model, cache, sampler, responses, self.progress).run()
+        num_complete = 0
+
+        def advance(count: int) -> None:
+            nonlocal num_complete
+            num_complete += count
+            self.progress.advance(count)
+
+        try:
+            with evaluating(model), replacing(few_row_forwards(model)):
+                if self.graphs is not None:
+                    self.graphs.decode(model, responses, sampling, advance, num_slots=slots)
+                else:
+                    sampler = Sampler(sampling, vocab_size=self.vocab_size)
+                    cache = SlotCache(slots, num_columns(columns, refills=slots < len(responses.numbers)))
+                    Decoding(model, cache, sampler, responses, advance).run()
+        except (RuntimeError, MemoryError):
+            self.progress.advance(-num_complete)  # of which nothing is left
+            raise
         return responses.rollout()
+
+    def _num_slots(self, num_prompts: int, group_size: int) -> int:
+        """Responses decoded at once: of whole groups."""
+        return min(num_prompts, max(self.rows_that_fit // group_size, 1)) * group_size
+
+    def _make_room(self, num_prompts: int, group_size: int, usage: str) -> None:
+        """Halves the responses decoded at once.
+
+        Raises:
+            MemoryFull: They are those to one prompt.
+        """
+        if self.graphs is not None:
+            self.graphs.recorded = None
+        slots = self._num_slots(num_prompts, group_size)
+        size = f" with {slots} responses decoded at once"
+        if slots == group_size:
+            way_out = "lower rollout.max_response_tokens, the responses per prompt, or the length of prompts"
+            raise MemoryFull(out_of_memory(usage, HERE.phase, way_out, with_what=size))
+        self.rows_that_fit = slots // 2
+        fewer = self._num_slots(num_prompts, group_size)
+        now = f"goes on with {fewer}; set rollout.max_rows={fewer}"
+        self.progress.message(out_of_memory(usage, HERE.phase, now, with_what=size))
 
     def _check_states(self) -> None:
         """Refuses a model that does not keep its states in a cache of transformers: has it read one token.
@@ -119,7 +171,7 @@ class NativeEngine:
             with evaluating(model):
                 last_logits(model, ids, torch.ones_like(ids, dtype=torch.bool), ids, cache)
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_full(error):
                 raise
             raise refusal(model, class_and_message(error)) from error
         if not all(holds_states(layer) for layer in cache.layers):
@@ -128,11 +180,6 @@ class NativeEngine:
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
         self.weights.load(trained)
-
-    def _new_cache(self, num_responses: int, group_size: int, columns: int) -> SlotCache:
-        """Room for a rollout. It lives no longer than that: the update needs the memory."""
-        slots = min(num_responses, self.max_rows // group_size * group_size)
-        return SlotCache(slots, num_columns(columns, refills=slots < num_responses))
 
 
 @dataclass
@@ -153,13 +200,19 @@ class Decoding:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", cache: SlotCache, sampler: Sampler, responses: Responses, progress: Progress
+        self,
+        model: "PreTrainedModel",
+        cache: SlotCache,
+        sampler: Sampler,
+        responses: Responses,
+        advance: Callable[[int], None],
     ) -> None:
+        """`advance`: called with the number of responses that have become complete."""
         self.model = model
         self.cache = cache
         self.sampler = sampler
         self.responses = responses
-        self.progress = progress
+        self.advance = advance
         self.prompts = responses.prompts
         self.prompt_lengths = self.prompts.mask.sum(dim=1).tolist()
         self.longest_prompt = max(self.prompt_lengths)
@@ -254,7 +307,7 @@ class Decoding:
                     self.rows[slot] = last
                     self.cache.move_row(len(self.rows), slot)
         self._fit_window()
-        self.progress.advance(num_rows - len(self.rows))
+        self.advance(num_rows - len(self.rows))
 
     def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor) -> None:
         for row, stop_reason in zip(rows, self.sampler.extend(self.responses, indices, logits), strict=True):

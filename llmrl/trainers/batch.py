@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llmrl.batches import PreferencePairs, Sequences
 from llmrl.distributed.context import Context
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.statistics import Mean, Total
 from llmrl.metrics import Metrics
-from llmrl.microbatches import TokenBudget, parts_of_rank
+from llmrl.microbatches import TokenBudget
 from llmrl.roles import BatchSource, Objective, Trainable
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
@@ -47,8 +48,7 @@ class BatchTrainer(Resumable):
         self.source: BatchSource = source
         self.held_out = held_out
         self.batch_size = batch_size
-        self.budget = budget
-        self.collectives = context.collectives
+        self.microbatcher = Microbatcher(budget, context)
         self.progress = context.progress
         self.evaluated: tuple[int, Any] | None = None
         """``(iterations done, outputs)`` of the last evaluation on the held-out data."""
@@ -64,11 +64,7 @@ class BatchTrainer(Resumable):
             part = batch.select(index)
             yield self.name, *self.objective.loss(self.objective.outputs(part), part, denominator)
 
-        parts, idle = parts_of_rank(batch, self.budget, self.collectives.rank, self.collectives.world_size)
-        self.progress.phase("update", len(parts))
-        metrics = accumulate_and_step(
-            self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)
-        )
+        metrics = accumulate_and_step(self.trained, losses, batch, self.microbatcher)
         self.finish_iteration(self.iteration + 1)
         seconds = time.perf_counter() - started
         timing = {"time/iteration_s": Total(seconds), "tokens/trained_per_s": Mean(batch.num_tokens.sum(), seconds)}

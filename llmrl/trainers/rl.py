@@ -18,13 +18,14 @@ from torch import Tensor
 
 from llmrl.batches import Experience, Prompts, Rollout, Scores
 from llmrl.distributed.context import Context
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.advantages import flat_groups
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
 from llmrl.metrics import Metrics
-from llmrl.microbatches import TokenBudget, parts_of_rank
+from llmrl.microbatches import TokenBudget
 from llmrl.roles import Algorithm, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
@@ -61,7 +62,7 @@ class RLTrainer(Resumable):
         self.reward = reward
         self.prompts = prompts
         self.config = update
-        self.budget = budget
+        self.microbatcher = Microbatcher(budget, context)
         self.prompts_per_iteration = prompts_per_iteration
         self.sampling = sampling
         """Sampling of every rollout, except for the number of its first response."""
@@ -186,18 +187,19 @@ class RLTrainer(Resumable):
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
             return self.algorithm.losses(minibatch.select(index), weights[index])
 
-        parts, idle = parts_of_rank(
-            minibatch.sequences, self.budget, self.collectives.rank, self.collectives.world_size
-        )
-        with self.phase("update", len(parts)):
-            return accumulate_and_step(
-                self.trained, map(losses, parts), self.collectives, self.progress, idle=map(losses, idle)
-            )
+        with self.timed("update"):
+            return accumulate_and_step(self.trained, losses, minibatch.sequences, self.microbatcher)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:
         """Context of a phase of the iteration: shown while it lasts, its seconds counted."""
         self.progress.phase(name, total)
+        with self.timed(name):
+            yield
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Context of work whose seconds count as those of a phase."""
         started = time.perf_counter()
         yield
         if torch.cuda.is_initialized():

@@ -62,9 +62,7 @@ def _graph_decoder(engine: NativeEngine) -> GraphDecoder | None:
     except RolloutError as error:
         engine.progress.message(f"Responses are decoded without CUDA graphs, which is slower: {error}.")
         return None
-    return GraphDecoder(
-        eos_ids=engine.eos_ids, vocab_size=engine.vocab_size, max_rows=engine.max_rows, progress=engine.progress
-    )
+    return GraphDecoder(eos_ids=engine.eos_ids, vocab_size=engine.vocab_size)
 
 
 def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, config: RolloutConfig) -> None:

@@ -104,9 +104,11 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
         context=context,
     )
     trained = make_trainable(loaded.scorer, config.optimizer, num_steps=num_iterations, context=context)
-    budget = budget_of([loaded.model], settings.microbatch_tokens, loaded.module.dtype, context.device)
+    budget = budget_of(
+        [loaded.model], settings.microbatch_tokens, loaded.module.dtype, context.device, section="reward_model"
+    )
     report_padding(budget, config.model, progress)
-    scorer = DistributedScorer(loaded.scorer, context.collectives, budget=budget)
+    scorer = DistributedScorer(loaded.scorer, context, budget=budget)
     trainer = BatchTrainer(
         objective=RewardModelObjective(settings, scorer=scorer),
         trained={"reward_model": trained},

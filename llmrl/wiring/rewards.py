@@ -17,7 +17,7 @@ from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names, places_of
 from llmrl.data.supervised import EncodedExample, encode_examples
 from llmrl.distributed.collectives import OneProcess
-from llmrl.distributed.context import Context
+from llmrl.distributed.context import Context, Launch
 from llmrl.distributed.roles import DistributedReward, DistributedScorer
 from llmrl.models.adapters import base_of
 from llmrl.models.config import ModelConfig
@@ -28,12 +28,13 @@ from llmrl.models.reward_model import RewardModule, TransformersRewardModel, sco
 from llmrl.models.reward_record import Normalization, saved_normalization, saved_text_form
 from llmrl.models.training import shrink_linear_layers
 from llmrl.models.vocabulary import check_ids, check_vocabulary
+from llmrl.reports.progress import Silent
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function
-from llmrl.roles import Collectives, RewardFunction
+from llmrl.roles import RewardFunction
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.wiring.checks import naming
@@ -79,7 +80,7 @@ def reward_on(
         assert config.model is not None, "it was loaded from there"
         rewards.append(
             LearnedReward(
-                _in_microbatches(scorer, config.model.microbatch_tokens, context.device, context.collectives),
+                _in_microbatches(scorer, config.model.microbatch_tokens, context),
                 encode=_encoder(scorer, tokenizer, data, rows),
                 normalize=scorer.normalize,
                 weight=config.model.weight,
@@ -141,12 +142,10 @@ def load_scorer(
     )
 
 
-def _in_microbatches(
-    scorer: RewardScorer, max_tokens: int, device: torch.device, collectives: Collectives
-) -> DistributedScorer:
-    module = scorer.scorer.module
-    budget = budget_of([module.model], max_tokens, module.dtype, device)  # type: ignore[arg-type]
-    return DistributedScorer(scorer.scorer, collectives, budget=budget)
+def _in_microbatches(scorer: RewardScorer, max_tokens: int, context: Context) -> DistributedScorer:
+    module: Any = scorer.scorer.module
+    budget = budget_of([module.model], max_tokens, module.dtype, context.device, section="reward.model")
+    return DistributedScorer(scorer.scorer, context, budget=budget)
 
 
 def score_rows(
@@ -167,7 +166,9 @@ def score_rows(
     if warning := pin_rope(scorer.scorer.module.model, int(sequences.num_tokens.max())):  # type: ignore[arg-type]
         print(warning, file=sys.stderr)
     max_tokens = LearnedRewardConfig.microbatch_tokens
-    in_microbatches = _in_microbatches(scorer, max_tokens, device, OneProcess())
+    alone = Launch(world_size=1, sharding="none")
+    context = Context(launch=alone, device=device, collectives=OneProcess(), progress=Silent())
+    in_microbatches = _in_microbatches(scorer, max_tokens, context)
     scores = scorer.normalize(in_microbatches.scores(sequences))
     check_finite(scores, way_out="train it again")
     return scores.tolist()

@@ -57,7 +57,7 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
         make = partial(make_user_algorithm, name, progress=context.progress)
     algorithm = make(
         config.algorithm,
-        actor=DistributedPolicy(actor.policy, context.collectives, budget=parts.budget),
+        actor=DistributedPolicy(actor.policy, context, budget=parts.budget),
         reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
     )
@@ -72,7 +72,7 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
     trained = train_networks(networks, config, context)
     algorithm = PPO(
         config.algorithm,
-        networks=DistributedNetworks(networks.both, context.collectives, budget=parts.budget),
+        networks=DistributedNetworks(networks.both, context, budget=parts.budget),
         reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
@@ -132,7 +132,7 @@ class _Parts:
 
 
 def _parts_of(actor: Actor, readers: Mapping[str, "PreTrainedModel"], config: RLRun, context: Context) -> _Parts:
-    budget = budget_of(readers.values(), config.update.microbatch_tokens, actor.dtype, context.device)
+    budget = budget_of(readers.values(), config.update.microbatch_tokens, actor.dtype, context.device, section="update")
     reference = _reference_of(actor, budget, config, context)
     context.progress.phase("start", 1)  # which takes a while where the model is large
     check_sampling(actor, config.rollout)
@@ -160,7 +160,7 @@ def _reference_of(actor: Actor, budget: TokenBudget, config: RLRun, context: Con
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
     reference = reference_of(actor, config.distributed, context)
-    return DistributedPolicy(reference, context.collectives, budget=budget)
+    return DistributedPolicy(reference, context, budget=budget)
 
 
 def _build_run(

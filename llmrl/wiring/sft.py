@@ -44,9 +44,9 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.run.num_iterations, context=context)
-    budget = budget_of([actor.model], config.sft.microbatch_tokens, actor.dtype, context.device)
+    budget = budget_of([actor.model], config.sft.microbatch_tokens, actor.dtype, context.device, section="sft")
     report_padding(budget, config.model, progress)
-    policy = DistributedPolicy(actor.policy, context.collectives, budget=budget)
+    policy = DistributedPolicy(actor.policy, context, budget=budget)
     trainer = BatchTrainer(
         objective=SFTObjective(policy),
         trained={"actor": trained},

@@ -38,10 +38,11 @@ def settle_passes(model: "PreTrainedModel", longest: int, *, packing: bool) -> t
 
 
 def budget_of(
-    models: Iterable["PreTrainedModel"], max_tokens: int, dtype: torch.dtype, device: torch.device
+    models: Iterable["PreTrainedModel"], max_tokens: int, dtype: torch.dtype, device: torch.device, *, section: str
 ) -> TokenBudget:
-    """Token budget of passes over all of these models: packed if each of them packs."""
-    return TokenBudget(max_tokens=max_tokens, packed=all(packs(model.base_model, dtype, device) for model in models))
+    """Token budget of passes over all of these models, which `section` sets: packed if each of them packs."""
+    packed = all(packs(model.base_model, dtype, device) for model in models)
+    return TokenBudget(max_tokens=max_tokens, packed=packed, setting=f"{section}.microbatch_tokens")
 
 
 def report_padding(budget: TokenBudget, model: ModelConfig, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from llmrl.batches import PreferencePairs, Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.distributed import roles
 from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.distributed.roles import (
     DistributedEngine,
     DistributedNetworks,
@@ -39,6 +40,10 @@ SAMPLING = Sampling(
     first_response=10,
 )
 WORLD_SIZES = [2, 3, 5]
+
+
+def microbatcher_of(collectives, **budget) -> Microbatcher:
+    return Microbatcher(TokenBudget(**budget), context_of(collectives))
 
 
 class NumberingEngine:
@@ -184,7 +189,7 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
     @torch.no_grad()
     def ask(ranks):
-        shared = DistributedNetworks(networks[ranks.rank], ranks, budget=TokenBudget(max_tokens=15))
+        shared = DistributedNetworks(networks[ranks.rank], context_of(ranks), budget=TokenBudget(max_tokens=15))
         return getattr(shared, question)(rollout.sequences)
 
     expected = getattr(Lookup(), question)(rollout.sequences)
@@ -196,7 +201,7 @@ def test_without_gradient_ranks_ask_equally_often_within_the_budget(world_size, 
 
 def test_with_gradient_a_rank_is_asked_about_what_it_is_given(rollout):
     policy = Lookup()
-    outputs = DistributedPolicy(policy, OneProcess(), budget=TokenBudget(max_tokens=1)).logprobs(rollout.sequences)
+    outputs = DistributedPolicy(policy, context_of(), budget=TokenBudget(max_tokens=1)).logprobs(rollout.sequences)
     assert policy.num_rows == len(outputs.logprobs) == len(rollout.rows)
 
 
@@ -207,7 +212,8 @@ def test_answers_of_a_row_stay_with_it(packed, rollout):
 
     @torch.no_grad()
     def ask(ranks):
-        return distribute_rows(lambda part: part, rollout.sequences, TokenBudget(max_tokens=12, packed=packed), ranks)
+        microbatcher = microbatcher_of(ranks, max_tokens=12, packed=packed)
+        return distribute_rows(lambda part: part, rollout.sequences, microbatcher)
 
     for answer in on_ranks(3, ask):
         assert_close(answer.response_ids[:, :1].float(), number)
@@ -235,7 +241,7 @@ def test_a_scorer_of_all_ranks_scores_as_one(world_size, rollout):
 
     @torch.no_grad()
     def ask(ranks):
-        shared = DistributedScorer(scorers[ranks.rank], ranks, budget=TokenBudget(max_tokens=20))
+        shared = DistributedScorer(scorers[ranks.rank], context_of(ranks), budget=TokenBudget(max_tokens=20))
         return shared.scores(sequences), *shared.pair_scores(pairs)
 
     first = sequences.response_ids[:, 0].float()
@@ -288,7 +294,7 @@ class Asked:
 )
 def test_answers_come_in_row_order_however_they_are_asked(max_tokens, parts):
     ask = Asked()
-    outputs = distribute_rows(ask, numbered([9, 1, 7, 3]), TokenBudget(max_tokens=max_tokens), OneProcess())
+    outputs = distribute_rows(ask, numbered([9, 1, 7, 3]), microbatcher_of(OneProcess(), max_tokens=max_tokens))
     assert outputs.last_values.tolist() == [10, 20, 30, 40]
     assert outputs.values.tolist() == [[10], [20], [30], [40]]
     assert ask.parts == parts
@@ -316,7 +322,7 @@ def test_of_no_rows_there_is_one_question(world_size, packed):
 
     @torch.no_grad()
     def ask(ranks):
-        return distribute_rows(asked[ranks.rank], numbered([]), TokenBudget(max_tokens=10, packed=packed), ranks)
+        return distribute_rows(asked[ranks.rank], numbered([]), microbatcher_of(ranks, max_tokens=10, packed=packed))
 
     for outputs in on_ranks(world_size, ask):
         assert outputs.values.shape == (0, 1)
@@ -325,7 +331,7 @@ def test_of_no_rows_there_is_one_question(world_size, packed):
 
 def test_shared_networks_say_whether_they_share_a_trunk():
     def share_trunk(ranks):
-        return DistributedNetworks(Lookup(), ranks, budget=TokenBudget(max_tokens=8)).share_trunk
+        return DistributedNetworks(Lookup(), context_of(ranks), budget=TokenBudget(max_tokens=8)).share_trunk
 
     assert on_ranks(2, share_trunk) == [True, True]
 

@@ -9,13 +9,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from llmrl.batches import PreferencePairs
-from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.roles import DistributedScorer
 from llmrl.microbatches import TokenBudget
 from llmrl.models.config import ModelConfig
 from llmrl.models.reward_loading import choose_pad, load_reward_model
 from llmrl.models.saving import save_policy
 from llmrl.models.trunk import encode
+from tests.contexts import context_of
 from tests.models.rewards import (
     CHOSEN,
     PACKING,
@@ -205,7 +205,7 @@ def test_the_head_computes_in_float32():
 def test_microbatches_change_nothing(microbatch_tokens, packed):
     scorer = scorer_of(reward_model("llama"), packed=packed)
     in_microbatches = DistributedScorer(
-        scorer, OneProcess(), budget=TokenBudget(max_tokens=microbatch_tokens, packed=packed)
+        scorer, context_of(), budget=TokenBudget(max_tokens=microbatch_tokens, packed=packed)
     )
     with torch.no_grad():
         expected = alone(scorer.module.model), alone(scorer.module.model, responses=REJECTED)
@@ -219,7 +219,7 @@ def test_microbatches_hold_their_budget():
     scorer.module.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    DistributedScorer(scorer, OneProcess(), budget=TokenBudget(max_tokens=12)).scores(sequences())
+    DistributedScorer(scorer, context_of(), budget=TokenBudget(max_tokens=12)).scores(sequences())
     assert shapes == [(2, 5), (1, 6), (1, 8), (1, 9)]  # lengths 8, 5, 9, 4, 6
 
 
@@ -250,7 +250,7 @@ def test_microbatches_of_unequal_pairs_hold_their_budget(packed):
     )
     with torch.no_grad():
         unequal = pairs([[7]] * 6, [[8, *[9] * 10]] * 6, [[10]] * 6)
-        DistributedScorer(scorer, OneProcess(), budget=TokenBudget(max_tokens=48, packed=packed)).pair_scores(unequal)
+        DistributedScorer(scorer, context_of(), budget=TokenBudget(max_tokens=48, packed=packed)).pair_scores(unequal)
     assert shapes == ([(1, 39), (1, 39)] if packed else [(4, 12)] * 3)
 
 

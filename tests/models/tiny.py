@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from llmrl.batches import Sequences, TokenOutputs
-from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.distributed.roles import distribute_rows
 from llmrl.microbatches import TokenBudget
 from llmrl.models.critic import ValueHead
@@ -35,6 +35,7 @@ from llmrl.models.packing import packs
 from llmrl.models.policy import PolicyModule
 from llmrl.models.probe import pack_where_exact
 from llmrl.models.training import initialize_head, turn_dropout_off
+from tests.contexts import context_of
 from tests.rollout import tiny as rollout_tiny
 from tests.rollout.tiny import SIZES, VOCAB
 
@@ -45,7 +46,7 @@ HEAD_SIZES = {name: value for name, value in SIZES.items() if name != "head_dim"
 
 def in_microbatches(ask: Callable[[Sequences], TokenOutputs], sequences: Sequences, max_tokens: int) -> TokenOutputs:
     """Outputs as a run in one process asks for them."""
-    return distribute_rows(ask, sequences, TokenBudget(max_tokens=max_tokens), OneProcess())
+    return distribute_rows(ask, sequences, Microbatcher(TokenBudget(max_tokens=max_tokens), context_of()))
 
 
 class DrawnHead(ValueHead):

@@ -24,10 +24,10 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def fast(native, progress):
+def fast(native):
     def make(model, *, max_rows=64, eos_ids=EOS, **settings):
         engine = native(model, max_rows=max_rows, eos_ids=eos_ids, **settings)
-        engine.graphs = GraphDecoder(eos_ids=eos_ids, vocab_size=VOCAB, max_rows=max_rows, progress=progress)
+        engine.graphs = GraphDecoder(eos_ids=eos_ids, vocab_size=VOCAB)
         return engine
 
     return make
@@ -239,3 +239,35 @@ def test_a_model_whose_step_gives_other_logits_is_refused(model):
 def test_models_that_carry_a_state_are_refused(hybrid):
     with pytest.raises(RolloutError, match="its layers carry states along the row"):
         check_graphs(build_hybrid(hybrid), VOCAB)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 5, 8, 11])
+def test_after_memory_ran_out_fewer_rows_are_recorded(call, model, native, fast, prompts, progress):
+    """And draw the same: in prompts, in steps, and between two readings."""
+    progress.message = lambda text: None
+    sampling = make_sampling(max_response_tokens=20)
+    theirs = native(model).generate(prompts, sampling)
+    fewer = fast(model, max_rows=4).generate(prompts, sampling)
+    engine, calls, progress.advanced = fast(model), [], 0
+
+    def run_out(*_):
+        calls.append(engine.graphs.recorded)
+        if len(calls) == call + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[1].register_forward_pre_hook(run_out)
+    ours = engine.generate(prompts, sampling)
+    assert_same(ours, theirs)
+    assert torch.equal(ours.rollout_logprobs, fewer.rollout_logprobs)
+    assert engine.graphs.recorded.slots.num_rows == 4
+    assert engine.graphs.recorded not in calls[: call + 1]
+    assert progress.advanced == 10
+
+
+def test_memory_that_runs_out_in_the_probe_is_not_said_to_be_the_model(model, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_graphs(model, VOCAB)

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import math
 import weakref
 
@@ -7,7 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from llmrl.batches import Prompts, StopReason
+from llmrl.distributed.activity import HERE
 from llmrl.functional.streams import Purpose, uniforms
+from llmrl.memory import MemoryFull
 from llmrl.rollout import cache as cache_module
 from llmrl.rollout import native as native_module
 from llmrl.rollout.support import RolloutError
@@ -500,3 +503,84 @@ def test_the_layout_of_live_rows_is_copied_to_the_device_only_when_it_changes(mo
     )
     native(model, eos_ids=()).generate(prompts, make_sampling())
     assert len(copies) == 3  # at first none; the rows of one prefill; these with their columns, for eleven steps
+
+
+# --- less memory ------------------------------------------------------------------------------------------------------
+
+
+def failing(model, fails):
+    """Lets memory run out in the middle of the passes that a test names. Returns the rows of each pass so far."""
+    passes, numbers = [], itertools.count()
+
+    def run_out(_, args):
+        passes.append(len(args[0]))
+        if fails(next(numbers)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    layers[1].register_forward_pre_hook(run_out)
+    return passes
+
+
+@pytest.fixture
+def said(progress, monkeypatch):
+    """What engines say in a rollout."""
+    monkeypatch.setattr(HERE, "phase", "rollout")
+    messages = []
+    progress.message = messages.append
+    return messages
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fewer_rows_after_memory_ran_out_draw_the_same_responses(family, greedy, native, prompts, progress, said):
+    """Equal to the bit with an engine that had fewer rows, to rounding with the one that has them all."""
+    sampling = make_sampling(greedy=greedy)
+    all_at_once = native(build(family)).generate(prompts, sampling)
+    fewer = native(build(family), max_rows=4).generate(prompts, sampling)
+    counted = build(family)
+    passes = failing(counted, lambda n: False)
+    native(counted).generate(prompts, sampling)
+    num_passes = len(passes)
+    assert num_passes >= 12
+    for call in range(0, num_passes, 3):
+        model = build(family)
+        failing(model, lambda n, call=call: n == call)
+        engine = native(model)
+        progress.advanced = 0
+        rollout = engine.generate(prompts, sampling)
+        assert torch.equal(rollout.rollout_logprobs, fewer.rollout_logprobs)
+        assert torch.equal(rollout.sequences.response_ids, fewer.sequences.response_ids)
+        assert tokens(rollout) == tokens(all_at_once)
+        assert progress.advanced == 10
+        assert engine.rows_that_fit == 5
+    line = "out of memory in rollout with 10 responses decoded at once (GPU): goes on with 4; set rollout.max_rows=4"
+    assert set(said) == {line}
+    assert len(said) == len(range(0, num_passes, 3))
+
+
+def test_what_was_learned_of_memory_stays(model, native, prompts, said):
+    engine = native(model)
+    passes = failing(model, lambda n: n in (0, 1))
+    engine.generate(prompts, make_sampling())
+    assert max(passes[2:]) == 2
+    passes.clear()
+    again = engine.generate(prompts, make_sampling())
+    assert max(passes) == 2
+    assert tokens(again) == tokens(native(build("llama")).generate(prompts, make_sampling()))
+    assert len(said) == 2
+    passes.clear()
+    engine.generate(prompts, make_sampling(num_responses=5))  # as in an evaluation: a whole group all the same
+    assert max(passes) == 5
+
+
+def test_a_group_without_memory_is_one_line(model, native, prompts, progress, said):
+    failing(model, lambda n: True)
+    with pytest.raises(MemoryFull) as raised:
+        native(model).generate(prompts, make_sampling())
+    assert str(raised.value) == (
+        "out of memory in rollout with 2 responses decoded at once (GPU): lower rollout.max_response_tokens, the "
+        "responses per prompt, or the length of prompts"
+    )
+    assert progress.advanced == 0
+    assert len(said) == 2

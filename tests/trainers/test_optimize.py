@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmrl.distributed.collectives import OneProcess
+from llmrl.batches import Sequences
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.statistics import Maximum, Mean, Total
+from llmrl.memory import MemoryFull
 from llmrl.metrics import Metrics
+from llmrl.microbatches import TokenBudget
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.reports.progress import Silent
 from llmrl.trainers.optimize import accumulate_and_step
+from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0], [1.0, 1.0]])
@@ -40,6 +44,34 @@ class Counter(Silent):
         self.done += amount
 
 
+ROWS = Sequences.from_rows(
+    prompt_ids=torch.zeros(6, 1, dtype=torch.long),
+    prompt_mask=torch.ones(6, 1, dtype=torch.bool),
+    response_ids=torch.zeros(6, 1, dtype=torch.long),
+    response_mask=torch.ones(6, 1, dtype=torch.bool),
+    response_lengths=torch.ones(6, dtype=torch.long),
+)
+"""Six rows of two tokens each."""
+
+
+class AsGiven(Microbatcher):
+    """Gives the parts that a test has chosen, whatever the batch."""
+
+    def __init__(self, parts, idle, context):
+        super().__init__(TokenBudget(max_tokens=1), context)
+        self.parts = parts, idle
+
+    def run(self, batch, work):
+        return work(*self.parts)
+
+
+def step_on(trained, losses, parts, progress=None, *, idle=(), collectives=None) -> Metrics:
+    """A step on these parts of a batch, each of which `losses` takes."""
+    numbers = [torch.tensor([n]) for n in range(len(parts) + len(idle))]
+    given = AsGiven(numbers[: len(parts)], numbers[len(parts) :], context_of(collectives, progress))
+    return accumulate_and_step(trained, lambda number: losses([*parts, *idle][int(number)]), ROWS, given)
+
+
 class Problem:
     """Least squares, the losses summed over rows with weights 1 / 6."""
 
@@ -58,7 +90,7 @@ class Problem:
 
     def step(self, *microbatches: list[int]) -> dict[str, float]:
         parts = [torch.tensor(rows) for rows in microbatches]
-        return accumulate_and_step(self.trained, map(self.losses, parts), OneProcess(), self.counter).values()
+        return step_on(self.trained, self.losses, parts, self.counter).values()
 
 
 CUTS = ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[5, 3], [0], [1, 2, 4]], [[0], [1], [2], [3], [4], [5]])
@@ -88,7 +120,7 @@ def test_a_total_becomes_a_mean_over_steps():
         def losses(part: float) -> Iterator[tuple[str, Tensor, Metrics]]:
             yield "actor", part * problem.module.w.sum(), Metrics({"loss": Total(part)})
 
-        return accumulate_and_step(problem.trained, map(losses, [loss / 2, loss / 2]), OneProcess(), Silent())
+        return step_on(problem.trained, losses, [loss / 2, loss / 2])
 
     values = step(1.0).merge(step(4.0)).values()
     assert values["loss"] == pytest.approx(2.5)
@@ -104,9 +136,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(bad: float):
     def losses(factor: float) -> Iterator[tuple[str, Tensor, Metrics]]:
         yield "actor", factor * problem.module.w.sum(), Metrics()
 
-    broken = accumulate_and_step(problem.trained, map(losses, [bad]), OneProcess(), Silent())
+    broken = step_on(problem.trained, losses, [bad])
     assert_close(problem.module.w.detach(), torch.tensor([0.5, -0.25]), rtol=0.0, atol=0.0)
-    values = broken.merge(accumulate_and_step(problem.trained, map(losses, [3.0]), OneProcess(), Silent())).values()
+    values = broken.merge(step_on(problem.trained, losses, [3.0])).values()
     assert values["actor/skipped_steps"] == 1.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)  # of the step that was taken
     assert not torch.tensor(values["actor/grad_norm_max"]).isfinite()
@@ -146,7 +178,7 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
             yield name, torch.tensor(float(loss)), Metrics({f"{name}/loss": Total(float(loss))})
 
     trained = {name: Recorder(name) for name in ("actor", "critic")}
-    values = accumulate_and_step(trained, map(losses, [1, 2]), OneProcess(), Silent()).values()
+    values = step_on(trained, losses, [1, 2]).values()
     assert happened == [
         "actor forward 1",
         "actor backward 1",
@@ -175,18 +207,16 @@ def test_a_module_that_no_loss_was_for_is_left_alone():
     def weights(name: str) -> Tensor:
         return networks[name].module.w.detach().clone()
 
-    accumulate_and_step(trained, map(losses, [("actor", "critic")]), OneProcess(), Silent())
+    step_on(trained, losses, [("actor", "critic")])
     before = {name: weights(name) for name in trained}
-    values = accumulate_and_step(trained, map(losses, [("critic",), ("critic",)]), OneProcess(), Silent()).values()
+    values = step_on(trained, losses, [("critic",), ("critic",)]).values()
     assert torch.equal(weights("actor"), before["actor"])
     assert not torch.equal(weights("critic"), before["critic"])
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 1, "critic": 2}
     assert {name.split("/")[0] for name in values} == {"critic"}
 
     # one microbatch is enough
-    values = accumulate_and_step(
-        trained, map(losses, [("critic",), ("actor", "critic")]), OneProcess(), Silent()
-    ).values()
+    values = step_on(trained, losses, [("critic",), ("actor", "critic")]).values()
     assert {name: trainable.num_steps_done for name, trainable in trained.items()} == {"actor": 2, "critic": 3}
     assert values["actor/grad_norm"] == pytest.approx(3.0 * 2**0.5)
     assert values["critic/grad_norm"] == pytest.approx(6.0 * 2**0.5)
@@ -201,9 +231,7 @@ def test_an_idle_pass_runs_backward_and_counts_for_nothing():
     def losses(part):
         yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-    values = accumulate_and_step(
-        trained, map(losses, [3.0]), OneProcess(), Silent(), idle=map(losses, [5.0, 7.0])
-    ).values()
+    values = step_on(trained, losses, [3.0], idle=[5.0, 7.0]).values()
     assert backward == [[[3.0, 3.0]], [[0.0, 0.0]], [[0.0, 0.0]]]
     assert values["loss"] == 3.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
@@ -219,7 +247,7 @@ def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
         def losses(part):
             yield "actor", part * module.weight.sum(), Metrics({"loss": Total(float(part))})
 
-        values = accumulate_and_step(trained, map(losses, [3.0] if ranks.rank == 0 else []), ranks, Silent()).values()
+        values = step_on(trained, losses, [3.0] if ranks.rank == 0 else [], collectives=ranks).values()
         return values, module.weight.detach().clone()
 
     (values, weight), (others, same) = on_ranks(2, step)
@@ -227,3 +255,39 @@ def test_a_module_that_has_a_loss_on_one_rank_only_is_stepped_on_all():
     assert values["loss"] == 3.0
     assert values["actor/grad_norm"] == pytest.approx(3.0 * math.sqrt(2))
     assert torch.equal(weight, same)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_an_optimizer_step_without_memory_is_not_taken_again(error, monkeypatch):
+    """Some weights may have moved."""
+    problem, calls = Problem(), []
+
+    def step():
+        calls.append(problem.trained["actor"].num_steps_done)
+        raise error
+
+    monkeypatch.setattr(problem.trained["actor"].optimizer, "step", step)
+    with pytest.raises(MemoryFull, match=r", in the optimizer step of actor \([CG]PU.*\): set model\.lora\.rank "):
+        problem.step([0, 1, 2], [3, 4, 5])
+    assert calls == [1]  # it counts as begun, so that nothing is gone back behind
+
+
+def test_gradients_of_a_step_that_had_no_memory_are_dropped():
+    problem, undisturbed = Problem(), Problem()
+    losses, parts = problem.losses, []
+
+    def run_out(rows):
+        for loss in losses(rows):
+            parts.append(rows)
+            if len(parts) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield loss
+
+    numbers = torch.arange(6)
+    microbatcher = Microbatcher(TokenBudget(max_tokens=6), context_of(progress=problem.counter))
+    values = accumulate_and_step(problem.trained, run_out, ROWS, microbatcher).values()
+    assert [len(rows) for rows in parts] == [3, 3, 1, 1, 1, 1, 1, 1]
+    theirs = undisturbed.step(*[[n] for n in numbers.tolist()])
+    assert values == theirs
+    assert torch.equal(problem.module.w, undisturbed.module.w)
+    assert problem.trained["actor"].num_steps_done == 1

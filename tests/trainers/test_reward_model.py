@@ -210,7 +210,7 @@ def test_what_ranks_learn_together_is_what_one_process_learns():
 
     def learn(ranks: Collectives) -> float:
         trainer = make_trainer(RAGGED, model=models[ranks.rank], microbatch_tokens=25)
-        trainer.collectives = ranks
+        trainer.microbatcher.collectives = ranks
         return trainer.iterate().values()["loss"]
 
     for loss in on_ranks(2, learn):

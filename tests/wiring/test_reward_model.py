@@ -68,9 +68,9 @@ def test_the_loop_is_what_the_recipe_asks_for(tmp_path):
     run = build_reward_model(config, check_reward_run(config, dry=False), **roles_of(config))
     trainer = run.trainer
     assert (run.config.num_iterations, run.evaluate_every, trainer.objective.config) == (9, 4, settings)
-    assert (trainer.batch_size, trainer.budget.max_tokens) == (2, 77)
+    assert (trainer.batch_size, trainer.microbatcher.budget.max_tokens) == (2, 77)
     scorer = trainer.objective.scorer
-    assert (scorer.budget.max_tokens, scorer.scorer.module.dtype) == (77, torch.bfloat16)
+    assert (scorer.microbatcher.budget.max_tokens, scorer.scorer.module.dtype) == (77, torch.bfloat16)
     tokenizer, (prompt,) = AutoTokenizer.from_pretrained(TINY.path), trainer.held_out.chosen.prompt_ids
     assert tokenizer.decode(prompt) == "12+3="
 

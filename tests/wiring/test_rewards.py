@@ -88,7 +88,7 @@ def test_rows_are_scored_by_their_text_and_the_eos(folder):
 def test_a_scorer_is_what_the_recipe_asks_for(folder):
     scorer = load_scorer(replace(folder, dtype="bfloat16"))
     reward = reward_on(RewardConfig(model=learned(folder, weight=3.0, microbatch_tokens=77)))
-    assert (reward.weight, reward.scorer.budget.max_tokens) == (3.0, 77)
+    assert (reward.weight, reward.scorer.microbatcher.budget.max_tokens) == (3.0, 77)
     assert scorer.scorer.module.dtype == torch.bfloat16
     x = torch.tensor([0.5, 4.5])
     assert scorer.normalize(x).tolist() == [0.0, 2.0]

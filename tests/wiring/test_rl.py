@@ -266,7 +266,7 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     assert (trainer.prompts_per_iteration, trainer.group_size, trainer.config) == (8, 4, update)
     assert (trainer.engine.engine.max_rows, run.evaluate_every, trainer.observe.num_samples) == (11, 2, 1)
     assert trainer.algorithm.max_response_tokens == 3
-    assert trainer.budget.max_tokens == trainer.algorithm.actor.budget.max_tokens == 77
+    assert trainer.microbatcher.budget.max_tokens == trainer.algorithm.actor.microbatcher.budget.max_tokens == 77
     assert trainer.algorithm.config == algorithm
 
 
@@ -328,8 +328,8 @@ def test_passes_are_packed_unless_the_recipe_says_otherwise(config, packing):
     model = dataclasses.replace(config.model, packing=packing)
     run, _ = build_run(dataclasses.replace(config, model=model, algorithm=algorithm))
     reference = run.trainer.algorithm.reference
-    assert run.trainer.budget == reference.budget
-    assert run.trainer.budget.packed == packing
+    assert run.trainer.microbatcher.budget == reference.microbatcher.budget
+    assert run.trainer.microbatcher.budget.packed == packing
     for module in (run.trainer.trained["actor"].module, reference.policy.module):
         assert packs(module.model.base_model, torch.float32, torch.device("cpu")) == packing
 

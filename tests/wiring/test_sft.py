@@ -79,8 +79,9 @@ def test_the_loop_is_what_the_recipe_asks_for(config, tmp_path):
     settings = SFTConfig(batch_size=2, microbatch_tokens=77, evaluate_every=2)
     run, _ = build_run(dataclasses.replace(config, sft=settings, evaluation_data=held_out))
     trainer = run.trainer
-    assert (trainer.batch_size, trainer.budget.max_tokens, run.evaluate_every) == (settings.batch_size, 77, 2)
-    assert trainer.objective.actor.budget.max_tokens == 77
+    assert (trainer.batch_size, run.evaluate_every) == (settings.batch_size, 2)
+    assert trainer.microbatcher.budget.max_tokens == 77
+    assert trainer.objective.actor.microbatcher.budget.max_tokens == 77
     assert trainer.trained["actor"].module.temperature == 1.0
     tokenizer = AutoTokenizer.from_pretrained(TINY.path)
     held_out = trainer.held_out

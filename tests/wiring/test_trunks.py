@@ -34,9 +34,10 @@ def test_a_budget_is_of_packed_passes_if_every_model_packs(packing):
     settle_passes(one, 64, packing=packing)
     settle_passes(other, 64, packing=False)
     float32, cpu = torch.float32, torch.device("cpu")
-    assert budget_of([one], 77, float32, cpu) == TokenBudget(max_tokens=77, packed=packing)
-    assert not budget_of([one, other], 77, float32, cpu).packed
-    assert not budget_of([one], 77, float32, torch.device("cuda")).packed  # no kernel for float32
+    expected = TokenBudget(max_tokens=77, packed=packing, setting="sft.microbatch_tokens")
+    assert budget_of([one], 77, float32, cpu, section="sft") == expected
+    assert not budget_of([one, other], 77, float32, cpu, section="sft").packed
+    assert not budget_of([one], 77, float32, torch.device("cuda"), section="sft").packed  # no kernel for float32
 
 
 @pytest.mark.parametrize(("packing", "packed", "num_lines"), [(True, False, 1), (True, True, 0), (False, False, 0)])
