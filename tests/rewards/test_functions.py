@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.batches import Rollout, Sequences, StopReason
+from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
 
@@ -59,14 +60,22 @@ def rollout():
 
 @pytest.fixture
 def score(tokenizer, rollout):
-    """Scores the rollout with functions, each named rule.py:<its place>, or with the weights given."""
+    """Scores the rollout with functions, each named rule.py:<its place>, with the weights and settings given: no call
+    is repeated unless they say so."""
 
-    def score(*functions, weights=None, rollout=rollout):
-        weights = weights or [1.0] * len(functions)
-        settings = [RewardFunctionConfig(name=f"rule.py:f{i}", weight=weight) for i, weight in enumerate(weights)]
+    def score(*functions, weights=None, rollout=rollout, progress=None, **settings):
+        weights, settings = weights or [1.0] * len(functions), {"retries": 0} | settings
+        settings = [
+            RewardFunctionConfig(name=f"rule.py:f{i}", weight=weight, **settings) for i, weight in enumerate(weights)
+        ]
         config = RewardConfig(functions=tuple(settings))
         reward = FunctionReward(
-            config, functions=functions, tokenizer=tokenizer, prompt_column="question", columns=["question", "answer"]
+            config,
+            functions=functions,
+            tokenizer=tokenizer,
+            prompt_column="question",
+            columns=["question", "answer"],
+            progress=progress or Silent(),
         )
         return reward(rollout)
 
@@ -263,7 +272,7 @@ def test_an_exception_that_no_row_raises_alone_is_that_of_the_batch(score):
         score(partial(fails))
     assert str(error.value) == (
         f"reward function rule.py:f0 raised ValueError: too many at {line_of(fails, 2)} on the whole batch of call 1, "
-        "and on no row of it alone; expected a list of 3 numbers or None, one for each response"
+        "and on no row that was tried alone; expected a list of 3 numbers or None, one for each response"
     )
 
 
@@ -328,14 +337,14 @@ def test_the_search_for_a_row_ends_in_time(score, monkeypatch):
         time.sleep(0.03)
         return [0.0]
 
-    monkeypatch.setattr("llmrl.rewards.functions.SEARCH_S", 0.02)
+    monkeypatch.setattr("llmrl.rewards.asking.SEARCH_S", 0.02)
     with pytest.raises(RewardError, match="in call 1; "):
         score(fails_together)
     assert calls == [3, 1]
 
 
 def test_an_exception_of_an_object_shows_its_line(score):
-    with pytest.raises(RewardError, match=re.escape(f"down at {line_of(Judge.__call__, 2)} in call 1; ")):
+    with pytest.raises(RewardError, match=re.escape(f"down at {line_of(Judge.__call__, 2)} for row 0; ")):
         score(Judge(fails=True))
 
 
@@ -348,20 +357,26 @@ def test_an_exception_of_a_coroutine_is_named_and_chained(score):
         score(fails)
     assert isinstance(error.value.__cause__, ValueError)
     assert str(error.value) == (
-        f"reward function rule.py:f0 raised ValueError: judge is down at {line_of(fails, 2)} in call 1; "
-        "expected a list of 3 numbers or None, one for each response"
+        f"reward function rule.py:f0 raised ValueError: judge is down at {line_of(fails, 2)} for row 0; "
+        "expected a list of 3 numbers or None, one for each response. "
+        "The row: question='1?', answer='one'. The response: 'one'"
     )
 
 
 def test_calls_are_counted(tokenizer, rollout):
     async def fails_at_last(responses):
         if reward.num_calls == 3:
-            raise ValueError("judge is down")
+            raise ConnectionError("judge is down")
         return [0.0] * 3
 
-    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0"),))
+    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0", retries=0),))
     reward = FunctionReward(
-        config, functions=[fails_at_last], tokenizer=tokenizer, prompt_column="question", columns=["question"]
+        config,
+        functions=[fails_at_last],
+        tokenizer=tokenizer,
+        prompt_column="question",
+        columns=["question"],
+        progress=Silent(),
     )
     reward(rollout)
     reward(rollout)
@@ -528,6 +543,11 @@ def test_labels_name_the_parts(tokenizer, rollout):
     config = RewardConfig(functions=tuple(RewardFunctionConfig(name=name) for name in names))
     functions = [giving([float(i)] * 3) for i in range(3)]
     parts = FunctionReward(
-        config, functions=functions, tokenizer=tokenizer, prompt_column="question", columns=["question", "answer"]
+        config,
+        functions=functions,
+        tokenizer=tokenizer,
+        prompt_column="question",
+        columns=["question", "answer"],
+        progress=Silent(),
     )(rollout).parts
     assert {name: part[0].item() for name, part in parts.items()} == {"a.py:score": 0, "b.py:score": 1, "length": 2}
