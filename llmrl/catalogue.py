@@ -110,7 +110,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="reward/<part>/failed",
         unit="responses",
         meaning="Responses on which this function failed, which are excluded as unscored. Only with on_error: exclude.",
-        look_for="A small share; the first ones are told with what the function raised.",
+        look_for="A small share; a warning names what the first ones raised.",
         runs=LOOP,
     ),
     Metric(

@@ -11,7 +11,7 @@ from llmrl.reports.progress import HEADLINES, PARTS
 from llmrl.trainers.rl import RLTrainer
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
 
-TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
+TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd", "on_error": "exclude"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 TIMED = {
     "sft": {"sft": PAIRS},

@@ -115,7 +115,7 @@ class FunctionReward:
         tokenizer: Decodes the responses.
         prompt_column: The data column that holds the prompt.
         columns: Every data column. A function that takes one gets it in every call, though a row may lack it.
-        progress: Told what is waited for, repeated and excluded.
+        progress: Receives what is waited for, repeated and excluded.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class FunctionReward:
             for number, setting in enumerate(config.functions)
         }
         self.has_told: set[str] = set()
-        """Functions whose first excluded responses are told."""
+        """Functions whose first excluded responses have been reported."""
 
     def __call__(self, rollout: Rollout) -> Scores:
         """`total`: weighted sums of scores, without functions that return None; NaN where all with a weight do, or one

@@ -13,8 +13,8 @@ class Patience:
     """`Waiting` for one call.
 
     Args:
-        progress: Told of every look, so that a signal can end the wait.
-        name: Of the function.
+        progress: Called at every look, so that a signal can end the wait.
+        name: Name of the function.
         setting: Place of the function's settings.
         timeout_s: The time limit that is set; None: none.
         limit_s: The time limit of this call, if it is a lower one.

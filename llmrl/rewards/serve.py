@@ -1,8 +1,8 @@
 """Main loop of the worker process: loads the reward functions of a recipe and calls them, one request after another.
 
-It ends when its parent is gone, whatever a function does: the kernel sends SIGIO as soon as nobody holds the other end
-of the pipe `lifeline` any more, and nothing catches that. What a function prints goes where the parent prints; standard
-input is empty.
+It ends when its parent is gone, whatever a function does: the kernel sends SIGIO as soon as no process holds the
+other end of the pipe `lifeline` any more, and nothing catches that. What a function prints goes where the parent
+prints; standard input is empty.
 """
 
 import fcntl
@@ -56,7 +56,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Ask:
-    """Request: a call of a function. Reply: `Told`."""
+    """Request: a call of a function. Reply: `Answered`."""
 
     name: str
     columns: Columns
@@ -64,13 +64,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class Gather:
-    """Request: what the functions of these names returned is awaited. Reply: `Told` for each, as they end."""
+    """Request: what the functions of these names returned is awaited. Reply: `Answered` for each, as they end."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Told:
+class Answered:
     """Answer of a function."""
 
     name: str
@@ -116,10 +116,10 @@ class _Worker:
             case Check(names, columns):
                 yield self._check(names, columns)
             case Ask(name, columns):
-                yield self._told(name, self.calls.ask(name, columns))
+                yield self._answered(name, self.calls.ask(name, columns))
             case Gather(names):
                 for name, answer in self.calls.gather(dict.fromkeys(names)):
-                    yield self._told(name, answer)
+                    yield self._answered(name, answer)
 
     def _load(self, name: str, arguments: Mapping[str, Any]) -> Loaded | Refused:
         try:
@@ -148,10 +148,10 @@ class _Worker:
             return Refused(str(error))
         return None
 
-    def _told(self, name: str, answer: Answer | Pending) -> Told:
+    def _answered(self, name: str, answer: Answer | Pending) -> Answered:
         if isinstance(answer, Failure):
             answer = replace(answer, cause=None)  # an exception may hold what cannot be sent
-        return Told(name, answer, self._come_back())
+        return Answered(name, answer, self._come_back())
 
     def _come_back(self) -> str | None:
         """Goes back to the working folder of the run; returns where the code of the user had gone."""

@@ -24,7 +24,7 @@ from typing import Any
 from llmrl.rewards.calls import Answer, Columns, Failure, Pending, Waiting
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import takes
-from llmrl.rewards.serve import Ask, Check, Gather, Load, Loaded, Refused, Request, Told
+from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, Request
 from llmrl.user_code import UserCodeError
 
 LOOK_S = 0.2
@@ -96,13 +96,13 @@ class Worker:
         """See `Caller`. A call that exceeds its limit, or ends the process, is a `Failure`."""
         taken = {column: values for column, values in columns.items() if takes(self.functions[name], column)}
         with self._asked(Ask(name, taken)) as process:
-            told = self._wait(process, {name: waiting})
-        if told is None:
+            answered = self._wait(process, {name: waiting})
+        if answered is None:
             return _ended(process, {name: waiting})[name]
-        self._remark(told, waiting)
-        if told.answer is Pending.PENDING:
+        self._remark(answered, waiting)
+        if answered.answer is Pending.PENDING:
             self.pending.add(name)
-        return told.answer
+        return answered.answer
 
     def gather(self, waiting: Mapping[str, Waiting]) -> Generator[tuple[str, Answer], None, None]:
         """See `Caller`."""
@@ -113,12 +113,12 @@ class Worker:
         with self._asked(Gather(tuple(left))) as process:
             while left:
                 yield from last.items()
-                told = self._wait(process, left)
-                if told is None:
+                answered = self._wait(process, left)
+                if answered is None:
                     last, left = _ended(process, left), {}
                 else:
-                    self._remark(told, left.pop(told.name))
-                    last = {told.name: told.answer}
+                    self._remark(answered, left.pop(answered.name))
+                    last = {answered.name: answered.answer}
         self.pending.clear()
         yield from last.items()  # here nothing is asked any more, and the worker may stay
 
@@ -140,7 +140,7 @@ class Worker:
         if process.is_lost:
             self._kill()
 
-    def _wait(self, process: "_Process", waiting: Mapping[str, Waiting]) -> Told | None:
+    def _wait(self, process: "_Process", waiting: Mapping[str, Waiting]) -> Answered | None:
         """The next answer; None where the process has ended, or was ended at the limit of one of these functions."""
         last = time.monotonic()
         while not process.has_reply():
@@ -152,10 +152,10 @@ class Worker:
                 return None
         return process.receive()
 
-    def _remark(self, told: Told, waiting: Waiting) -> None:
-        if told.moved_to is not None and told.name not in self.has_moved:
-            self.has_moved.add(told.name)
-            waiting.tell(f"changed the working folder to {told.moved_to}; it is set back after each call")
+    def _remark(self, answered: Answered, waiting: Waiting) -> None:
+        if answered.moved_to is not None and answered.name not in self.has_moved:
+            self.has_moved.add(answered.name)
+            waiting.tell(f"changed the working folder to {answered.moved_to}; it is set back after each call")
 
     def _ready(self) -> "_Process":
         """The process, with every function loaded."""

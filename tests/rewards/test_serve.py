@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmrl.rewards.calls import Failure, Pending
-from llmrl.rewards.serve import Ask, Check, Gather, Load, Loaded, Refused, Told, _Worker
+from llmrl.rewards.serve import Ask, Check, Gather, Load, Loaded, Refused, Answered, _Worker
 
 RULES = """
 import os
@@ -56,8 +56,8 @@ def test_a_call_is_answered_and_the_working_folder_is_set_back(rules):
     worker, here = _Worker(), os.getcwd()
     for name in ("length", "moves"):
         reply(worker, Load(f"{rules}:{name}", {}))
-    assert reply(worker, Ask(f"{rules}:length", {"responses": ["ab"]})) == Told(f"{rules}:length", [2.0], None)
-    assert reply(worker, Ask(f"{rules}:moves", {"responses": ["ab"]})) == Told(f"{rules}:moves", [1.0], "/")
+    assert reply(worker, Ask(f"{rules}:length", {"responses": ["ab"]})) == Answered(f"{rules}:length", [2.0], None)
+    assert reply(worker, Ask(f"{rules}:moves", {"responses": ["ab"]})) == Answered(f"{rules}:moves", [1.0], "/")
     assert os.getcwd() == here
 
 
@@ -74,4 +74,4 @@ def test_what_is_awaited_is_answered_later(rules):
     worker, name = _Worker(), f"{rules}:judge"
     reply(worker, Load(name, {}))
     assert reply(worker, Ask(name, {"responses": ["ab"]})).answer is Pending.PENDING
-    assert reply(worker, Gather((name,))) == Told(name, [2.0], None)
+    assert reply(worker, Gather((name,))) == Answered(name, [2.0], None)
