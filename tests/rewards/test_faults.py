@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from llmrl.rewards.functions import FunctionReward, RewardError
 from llmrl.rewards.worker import Worker
 from llmrl.user_code import UserCodeError
 from tests.data.conftest import make_tokenizer, spell
+from tests.processes import command, environment, write_recipes
 from tests.rewards.said import Said
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
@@ -326,6 +328,10 @@ LOADS = {
 """Files that cannot be used, and what is said of them before a model loads."""
 
 
+ENDINGS = ("exits", "exits-at-once", "breaks-memory", "sleeps", "spins-in-c", "awaits-for-ever")
+"""Faults that a whole run is tried with."""
+
+
 def name_of(fault: str) -> str:
     return fault.replace("-", "_")
 
@@ -412,14 +418,35 @@ def test_a_function(fault: str, worker: Worker, rules: Path, rollout: Rollout, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ENDINGS)
+def test_a_run(fault: str, rules: Path, tmp_path: Path):
+    """It ends with a status other than 0 and one line that names the function, and its start is saved."""
+    write_recipes(tmp_path)
+    name = f"{rules}:{name_of(fault)}"
+    done = subprocess.run(
+        command("grpo", "grpo.yaml", f"reward.functions=[{{name: '{name}', timeout_s: 1}}]", num_processes=1),
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1, done.stderr
+    assert [line for line in lines if line.startswith(f"error: reward function {name} ")] == lines[:1]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "checkpoints" / "step_000000").is_dir()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", LOADS)
 def test_a_file(fault: str, tmp_path: Path):
     code, said = LOADS[fault]
     (tmp_path / "rules.py").write_text(f"{code}\n")
     worker = Worker(RewardConfig(functions=(RewardFunctionConfig(name=f"{tmp_path}/rules.py:_"),)))
-    with pytest.raises(UserCodeError, match=said):
+
+    def check() -> None:
         worker.load()
         worker.check_columns(("question", "tokens"))
+
+    with pytest.raises(UserCodeError, match=said):
+        check()
 
 
 def test_the_table_of_the_docs_has_these():

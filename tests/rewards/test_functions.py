@@ -20,6 +20,7 @@ from llmrl.batches import Rollout, Sequences, StopReason
 from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
+from tests.rewards.said import Said
 
 WORDS = ["<pad>", "<eos>", "one", "two", "three", "four", "bad"]
 ROWS = (
@@ -341,6 +342,59 @@ def test_the_search_for_a_row_ends_in_time(score, monkeypatch):
     with pytest.raises(RewardError, match="in call 1; "):
         score(fails_together)
     assert calls == [3, 1]
+
+
+def fails_on_two(responses):
+    if "two three" in responses:
+        raise KeyError("gold")
+    return [1.0] * len(responses)
+
+
+def test_an_excluded_response_has_no_score_whatever_other_functions_say(score):
+    scores = score(fails_on_two, giving([[1.0, 1.0], 5.0, 5.0]), on_error="exclude")
+    assert_close(scores.total, torch.tensor([1.0, math.nan, 6.0]), equal_nan=True)
+    assert_close(scores.per_token, torch.tensor([[1.0, 1.0, 0.0], [0.0] * 3, [0.0] * 3]))
+    assert_close(scores.parts["f0"], torch.tensor([1.0, math.nan, 1.0]), equal_nan=True)
+    assert_close(scores.parts["f1"], torch.tensor([2.0, 5.0, 5.0]))
+    assert {name: failed.tolist() for name, failed in scores.failed.items()} == {
+        "f0": [False, True, False],
+        "f1": [False] * 3,
+    }
+
+
+def test_a_function_without_weight_excludes_nothing(score):
+    scores = score(giving([1.0, 2.0, 3.0]), fails_on_two, weights=[1.0, 0.0], on_error="exclude")
+    assert_close(scores.total, torch.tensor([1.0, 2.0, 3.0]))
+    assert_close(scores.parts["f1"], torch.tensor([1.0, math.nan, 1.0]), equal_nan=True)
+    assert scores.failed["f1"].tolist() == [False, True, False]
+
+
+def test_the_first_excluded_responses_are_reported_once(tokenizer, rollout):
+    said = Said()
+    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0", on_error="exclude"),))
+    reward = FunctionReward(
+        config, functions=[fails_on_two], tokenizer=tokenizer, prompt_column="question", columns=[], progress=said
+    )
+    reward(rollout)
+    reward(rollout)
+    assert said.messages == [
+        f"warning: reward function rule.py:f0 raised KeyError: 'gold' at {line_of(fails_on_two, 2)}; 1 response of "
+        "this call left out as unscored, and so are further ones, counted in the metrics as failed"
+    ]
+
+
+def test_a_judge_that_fails_is_asked_again_where_that_may_help(score, monkeypatch):
+    monkeypatch.setattr("llmrl.rewards.asking.Asker._pause", lambda self, seconds: None)
+    calls = []
+
+    async def fails_twice(responses):
+        calls.append(len(responses))
+        if len(calls) < 3:
+            raise ConnectionError("refused")
+        return [1.0] * len(responses)
+
+    assert_close(score(fails_twice, Judge(), retries=2).total, torch.full((3,), 2.0))
+    assert calls == [3, 3, 3]
 
 
 def test_an_exception_of_an_object_shows_its_line(score):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmrl.rewards.calls import Failure, Pending
-from llmrl.rewards.serve import Ask, Check, Gather, Load, Loaded, Refused, Answered, _Worker
+from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, _Worker
 
 RULES = """
 import os
