@@ -12,7 +12,7 @@ by the limit of 3), and "v" to the second, which no reward function could score:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -271,6 +271,8 @@ class Scores(Batch):
     per_token: Float[Tensor, "B T"]
     """Scores of single tokens; 0 where a reward gives none."""
     parts: Mapping[str, Float[Tensor, " B"]]
+    failed: Mapping[str, Bool[Tensor, " B"]] = field(default_factory=dict)
+    """Where the function of a part failed, for parts whose settings exclude such responses."""
 
     @property
     def per_response(self) -> Float[Tensor, " B"]:

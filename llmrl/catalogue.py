@@ -121,6 +121,13 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=LOOP,
     ),
     Metric(
+        name="reward/<part>/failed",
+        unit="responses",
+        meaning="Responses on which this function failed, which are excluded as unscored. Only with on_error: exclude.",
+        look_for="A small share; a warning names what the first ones raised.",
+        runs=LOOP,
+    ),
+    Metric(
         name="reward/mean",
         unit="score",
         meaning="Mean over responses of their summed rewards: the score after clipping, normalization and penalties, "

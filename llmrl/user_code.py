@@ -80,6 +80,8 @@ def import_file(path: Path) -> ModuleType:
 
 def source_file(function: Callable[..., Any]) -> str | None:
     """The file that a function or class is written in; None where it is in none. A `partial` counts as its function."""
+    if (file := getattr(function, "__source_file__", None)) is not None:  # it is loaded in another process
+        return file
     module = sys.modules.get(_unbound(function).__module__)
     return getattr(module, "__file__", None)
 

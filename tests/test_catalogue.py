@@ -10,8 +10,8 @@ from llmrl.catalogue import CATALOGUE, OWN, find, reserved
 from llmrl.reports.progress import HEADLINES, PARTS
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
 
-TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
-EXTREME = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
+TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd", "on_error": "exclude"}]}}
+EXTREME = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge", "on_error": "exclude"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 TIMED = {
     "sft": {"sft": PAIRS},

@@ -13,7 +13,7 @@ from llmrl.roles import RewardFunction
 
 class CombinedReward:
     """Sum of several rewards, each with its weight already applied. A reward that does not score a response is left out
-    of its sum; a response that none of them scores gets NaN."""
+    of its sum; a response that none of them scores, or that one excludes because it failed on it, gets NaN."""
 
     def __init__(self, rewards: Sequence[RewardFunction]) -> None:
         self.rewards = rewards
@@ -21,10 +21,15 @@ class CombinedReward:
     def __call__(self, rollout: Rollout) -> Scores:
         """Sums of totals and of per-token scores; the parts of all rewards side by side."""
         scores = [reward(rollout) for reward in self.rewards]
+        total = sum_of_known([each.total for each in scores])
+        for each in scores:
+            for failed in each.failed.values():
+                total = total.masked_fill(failed & each.total.isnan(), math.nan)
         return Scores(
-            total=sum_of_known([each.total for each in scores]),
+            total=total,
             per_token=torch.stack([each.per_token for each in scores]).sum(dim=0),
             parts={name: part for each in scores for name, part in each.parts.items()},
+            failed={name: failed for each in scores for name, failed in each.failed.items()},
         )
 
 

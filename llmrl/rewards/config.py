@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from llmrl.catalogue import reserved
 from llmrl.paths import UserPath
@@ -25,6 +25,13 @@ class RewardFunctionConfig(Section, place="reward.functions.<n>"):
     """Factor on its scores before they are summed; 0 only logs them in the metrics."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the function, such as the pattern of ``llmrl.rewards.rules:matches_pattern``."""
+    timeout_s: Annotated[float | None, Bound(above=0)] = 600.0
+    """Time limit of one call, in seconds; after it the call is ended, whatever it does. None: no limit."""
+    retries: Annotated[int, Bound(least=0)] = 3
+    """How often a call is repeated whose connection or service failed, after 1 s, 2 s, 4 s, ..."""
+    on_error: Literal["end", "exclude"] = "end"
+    """Where the function fails on a response: the run ends, or the response is excluded from learning as unscored and
+    counted in ``reward/<part>/failed``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

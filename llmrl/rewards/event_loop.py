@@ -17,13 +17,9 @@ SHUTDOWN_S = 5.0
 """Seconds that cancelled tasks get to end at exit."""
 
 
-def run_in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Result of a coroutine; its exception is raised. Cancelled where the caller is interrupted."""
-    answer = asyncio.run_coroutine_threadsafe(coroutine, _loop())
-    try:
-        return answer.result()
-    finally:
-        answer.cancel()  # does nothing once it is done
+def start_in_loop(coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+    """A coroutine begins to run; its result or exception comes in the future, which can be cancelled."""
+    return asyncio.run_coroutine_threadsafe(coroutine, _loop())
 
 
 @cache

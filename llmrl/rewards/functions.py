@@ -10,7 +10,8 @@ A function is called with keyword arguments, limited to those that its signature
                   above is not handed over, and every row must have the columns whose parameters have no default
 
 All lists have one entry for each response, in the same order, and are the function's own, however it changes them. All
-responses of a group are in the same call. What a function returns has an entry for each response too, one of these:
+responses of a group are in the same call, except those that are excluded because the function fails on them. What a
+function returns has an entry for each response too, one of these:
 
     0.5                         a number: the score of the response
     None                        the function does not score this response: it is left out of the response's sum; a
@@ -21,39 +22,42 @@ responses of a group are in the same call. What a function returns has an entry 
 
 Awaitables, such as the results of ``async def`` functions, are awaited together, in one event loop for all calls of a
 run: a connection that is kept open stays usable.
+
+Functions that a recipe names run in a process of their own, `llmrl.rewards.worker`, in which a call can be stopped
+whatever it does; those that are handed over as Python objects run in the caller's process, without a limit.
 """
 
-import asyncio
-import inspect
 import math
-import time
-from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Rollout, Row, Scores, Sequences
+from llmrl.messages import counted
+from llmrl.rewards.asking import Asker
+from llmrl.rewards.calls import Answer, Caller, Calls, Failure, Odd, Pending, odd, shorten
 from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig
-from llmrl.rewards.event_loop import run_in_loop
-from llmrl.rewards.loading import Function, select_columns, takes
+from llmrl.rewards.loading import Function, takes
 from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_texts
-from llmrl.user_code import describe_exception
-
-QUICK_S = 0.1
-"""A function that failed within this time is called again row by row, to find the row on which it fails, unless the
-failure is that of a connection or a file."""
-SEARCH_S = 1.0
-"""Time limit of that search."""
+from llmrl.rewards.worker import RemoteFunction
+from llmrl.roles import Progress
 
 
 class RewardError(RuntimeError):
     """A reward function that failed; the message says which one, on which row, and what was expected of it."""
+
+
+class _Excluded:
+    """In place of the result for a response on which a function failed."""
+
+
+EXCLUDED = _Excluded()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Call:
     """Number of the call: 1 for the first rollout."""
     rows: Sequence[Row]
     """The data row of each response."""
+    groups: Sequence[Sequence[int]]
+    """The responses to each prompt."""
     columns: Mapping[str, list[Any]]
     """Columns that functions can take, by name."""
     spellings: Sequence[Spelling]
@@ -76,17 +82,12 @@ class Call:
     @property
     def expected(self) -> str:
         """What a function must return, for messages."""
-        return f"expected a list of {self.num_responses} numbers or None, one for each response"
-
-    def only(self, row: int) -> "Call":
-        """The same call for a single row."""
-        columns = {name: [column[row]] for name, column in self.columns.items()}
-        return Call(number=self.number, rows=[self.rows[row]], columns=columns, spellings=[self.spellings[row]])
+        return expected(self.num_responses)
 
     def describe(self, row: int) -> str:
         """A row and the response to it, for messages."""
-        columns = ", ".join(f"{name}={_shorten(value)}" for name, value in self.rows[row].items())
-        return f"The row: {columns}. The response: {_shorten(self.columns['responses'][row])}"
+        columns = ", ".join(f"{name}={shorten(value)}" for name, value in self.rows[row].items())
+        return f"The row: {columns}. The response: {shorten(self.columns['responses'][row])}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ class GivenScores:
     """Score of each response as a whole: NaN where it cannot be scored, 0 where its tokens got numbers."""
     tokens: list[list[float]]
     """Scores of each response's tokens; empty where the response got a score as a whole."""
+    excluded: list[bool]
+    """Whether the function failed on each response."""
 
     @property
     def in_all(self) -> list[float]:
@@ -107,11 +110,12 @@ class FunctionReward:
     """Scores responses by the weighted sum of what functions return.
 
     Args:
-        config: Names and weights.
-        functions: Those of the config, from `load_functions`.
+        config: Names, weights, limits.
+        functions: Those of the config, from `Worker.load`; or Python functions, which are called in this process.
         tokenizer: Decodes the responses.
         prompt_column: The data column that holds the prompt.
         columns: Every data column. A function that takes one gets it in every call, though a row may lack it.
+        progress: Receives what is waited for, repeated and excluded.
     """
 
     def __init__(
@@ -122,31 +126,48 @@ class FunctionReward:
         tokenizer: PreTrainedTokenizerBase,
         prompt_column: str,
         columns: Sequence[str],
+        progress: Progress,
     ) -> None:
         self.config = config
         self.functions = {setting.name: f for setting, f in zip(config.functions, functions, strict=True)}
         self.tokenizer = tokenizer
         self.prompt_column = prompt_column
         self.columns = columns
+        self.progress = progress
         self.num_calls = 0
+        self.caller = _caller_of(self.functions)
+        self.askers = {
+            setting.name: Asker(self.caller, setting, place=f"reward.functions.{number}", progress=progress)
+            for number, setting in enumerate(config.functions)
+        }
+        self.has_told: set[str] = set()
+        """Functions whose first excluded responses have been reported."""
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """`total`: weighted sums of scores, without functions that return None; NaN where all with a weight do.
-        `per_token`: weighted sums of numbers for tokens. `parts`: score plus numbers of each function, unweighted."""
+        """`total`: weighted sums of scores, without functions that return None; NaN where all with a weight do, or one
+        of them failed. `per_token`: weighted sums of numbers for tokens. `parts`: score plus numbers of each function,
+        unweighted."""
         call = self._next_call(rollout)
-        results = call_functions(self.functions, call)
-        given = [read_scores(name, results[name], call) for name in self.functions]
+        given = self._given(call)
         per_token = torch.zeros_like(rollout.sequences.response_ids, dtype=torch.float32)
         totals = [per_token.new_full((call.num_responses,), math.nan)]
-        for setting, scores in zip(self.config.functions, given, strict=True):
+        excluded = torch.zeros_like(totals[0], dtype=torch.bool)
+        for setting in self.config.functions:
+            scores = given[setting.name]
             if setting.weight:
                 totals.append(setting.weight * totals[0].new_tensor(scores.whole))
                 per_token = per_token + setting.weight * _padded(scores.tokens, like=per_token)
-        parts = [totals[0].new_tensor(scores.in_all) for scores in given]
+                excluded |= excluded.new_tensor(scores.excluded)
+        labelled = list(zip(self.config.function_labels, self.config.functions, strict=True))
         return Scores(
-            total=sum_of_known(totals),
-            per_token=per_token,
-            parts=dict(zip(self.config.function_labels, parts, strict=True)),
+            total=sum_of_known(totals).masked_fill(excluded, math.nan),
+            per_token=per_token.masked_fill(excluded[:, None], 0.0),
+            parts={label: totals[0].new_tensor(given[setting.name].in_all) for label, setting in labelled},
+            failed={
+                label: excluded.new_tensor(given[setting.name].excluded)
+                for label, setting in labelled
+                if setting.on_error == "exclude"
+            },
         )
 
     def _next_call(self, rollout: Rollout) -> Call:
@@ -161,7 +182,85 @@ class FunctionReward:
         ]
         if any(takes(function, "tokens") for function in self.functions.values()):
             columns["tokens"] = token_texts([spelling.ids for spelling in spellings], self.tokenizer)
-        return Call(number=self.num_calls, rows=rollout.rows, columns=columns, spellings=spellings)
+        groups: dict[int, list[int]] = {}
+        for row, group in enumerate(rollout.group_ids.tolist()):
+            groups.setdefault(group, []).append(row)
+        return Call(
+            number=self.num_calls,
+            rows=rollout.rows,
+            groups=list(groups.values()),
+            columns=columns,
+            spellings=spellings,
+        )
+
+    def _given(self, call: Call) -> dict[str, GivenScores]:
+        """Scores by each function: called one after another, then what has to be awaited is awaited together.
+
+        Raises:
+            RewardError: A function failed; an exception of this process is its cause.
+        """
+        given, waiting = {}, {}
+        try:
+            for name, asker in self.askers.items():
+                answer = asker.begin(call.columns)
+                if answer is Pending.PENDING:
+                    waiting[name] = asker.waiting(call.num_responses)
+                else:
+                    given[name] = self._settle(name, answer, call)
+            for name, answer in self._awaited(waiting).items():
+                given[name] = self._settle(name, answer, call)
+        finally:
+            self.caller.drop()
+        return given
+
+    def _awaited(self, waiting: Mapping[str, Any]) -> dict[str, Answer]:
+        """Answers of the functions that are waited for, up to the first that ends the run; at last those for which
+        nothing came."""
+        answers = {}
+        with closing(self.caller.gather(waiting)) as coming:
+            for name, answer in coming:
+                answers[name] = answer
+                if self.askers[name].is_final(answer):
+                    break
+        return answers | {name: Pending.PENDING for name in waiting if name not in answers}
+
+    def _settle(self, name: str, answer: Answer, call: Call) -> GivenScores:
+        """Scores from an answer; of further calls where this one failed, or was lost."""
+        asker = self.askers[name]
+        answer = asker.repeat(asker.ask(call.columns) if answer is Pending.PENDING else answer, call.columns)
+        excludes = asker.config.on_error == "exclude"
+        if isinstance(answer, Failure):
+            if not excludes:
+                raise RewardError(f"reward function {name} {answer.what} {self._place(asker, answer, call)}") from (
+                    answer.cause
+                )
+            results = asker.spare(answer, call.columns, call.groups, lambda part, num: _listed(name, part, num))
+            self._tell_excluded(name, answer, call.num_responses - len(results))
+            answer = [results.get(row, EXCLUDED) for row in range(call.num_responses)]
+        return read_scores(name, answer, call, excludes=excludes)
+
+    def _place(self, asker: Asker, failure: Failure, call: Call) -> str:
+        """Where a function failed: the row, if it can be found."""
+        if failure.is_stuck:
+            return f"in call {call.number}, for {counted(call.num_responses, 'response')}; raise the limit, or mend it"
+        in_call = f"in call {call.number}; {call.expected}"
+        if failure.is_transient:
+            return in_call  # which a service has, whatever the row
+        try:
+            row = asker.failing_row(failure, call.columns)
+        except TimeoutError:
+            return in_call
+        if row is not None:
+            return f"for row {row}; {call.expected}. {call.describe(row)}"
+        return f"on the whole batch of call {call.number}, and on no row that was tried alone; {call.expected}"
+
+    def _tell_excluded(self, name: str, failure: Failure, num: int) -> None:
+        if name not in self.has_told:
+            self.has_told.add(name)
+            self.progress.message(
+                f"warning: reward function {name} {failure.what}; {counted(num, 'response')} of this call left out as "
+                f"unscored, and so are further ones, counted in the metrics as failed"
+            )
 
 
 def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -169,135 +268,72 @@ def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -
     return [spelling.text for spelling in spell_responses(sequences, tokenizer)]
 
 
-def call_functions(functions: Mapping[str, Function], call: Call) -> dict[str, Any]:
-    """Results of the functions, by name: called one after another, then awaitables are awaited together.
-
-    Raises:
-        RewardError: A function raised, and the exception is its cause.
-    """
-    with ExitStack() as stack:
-        results = {}
-        for name, function in functions.items():
-            results[name] = _ask(name, function, call)
-            if inspect.iscoroutine(results[name]):
-                stack.callback(results[name].close)  # where another function raises, it is never awaited
-        stack.pop_all()
-    waiting = {name: result for name, result in results.items() if inspect.isawaitable(result)}
-    answers = [_await(name, functions[name], result, call) for name, result in waiting.items()]
-    return results | dict(zip(waiting, _run_together(answers, list(waiting)), strict=True))
-
-
-def read_scores(name: str, result: Any, call: Call) -> GivenScores:
+def read_scores(name: str, result: Answer, call: Call, *, excludes: bool = False) -> GivenScores:
     """Scores in floats from what a function returned.
+
+    Args:
+        excludes: Whether a response for which the result cannot be used is excluded.
 
     Raises:
         RewardError: For some response it is not a finite number, None, or a list for its tokens.
     """
-    values = _plain(result)
-    returned = f"reward function {name} returned"
-    if not isinstance(values, list | tuple):
-        raise RewardError(f"{returned} {_shorten(result)} ({type(result).__name__}); {call.expected}")
-    if len(values) != call.num_responses:
-        raise RewardError(f"{returned} {len(values)} scores; {call.expected}")
+    values = list(_listed(name, result, call.num_responses))
     for row, (value, spelling) in enumerate(zip(values, call.spellings, strict=True)):
         if misfit := _misfit(value, spelling):
-            raise RewardError(
-                f"{returned} {misfit} for row {row}; expected a finite number, or None where the response cannot be "
-                f"scored, or a list: {spelling.expected}. {call.describe(row)}"
-            )
+            if not excludes:
+                raise RewardError(
+                    f"reward function {name} returned {misfit} for row {row}; expected a finite number, or None where "
+                    f"the response cannot be scored, or a list: {spelling.expected}. {call.describe(row)}"
+                )
+            values[row] = EXCLUDED
     return GivenScores(
         whole=[_score_of_whole(value) for value in values],
         tokens=[
             spelling.land(value) if isinstance(value, list) else []
             for value, spelling in zip(values, call.spellings, strict=True)
         ],
+        excluded=[value is EXCLUDED for value in values],
     )
 
 
-def _ask(name: str, function: Function, call: Call) -> Any:
-    started = time.monotonic()
-    try:
-        return function(**select_columns(function, call.columns))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever it raises, SystemExit included, is the function's failure
-        is_quick = time.monotonic() - started < QUICK_S
-        is_of_row = not isinstance(error, OSError)  # which a connection or a disk has, whatever the row
-        place = _failing_row(function, call, error) if is_quick and is_of_row else _in_call(call)
-        raise RewardError(f"reward function {name} {describe_exception(function, error)} {place}") from error
+def expected(num_responses: int) -> str:
+    """What a function must return, for messages."""
+    return f"expected a list of {num_responses} numbers or None, one for each response"
 
 
-async def _await(name: str, function: Function, answer: Awaitable[Any], call: Call) -> Any:
-    try:
-        return await answer
-    except BaseException as error:
-        raise RewardError(f"reward function {name} {describe_exception(function, error)} {_in_call(call)}") from error
+def _caller_of(functions: Mapping[str, Function]) -> Caller:
+    """The worker of the functions, or this process."""
+    for function in functions.values():
+        if isinstance(function, RemoteFunction):
+            return function.worker
+    return Calls(functions)
 
 
-def _run_together(answers: Sequence[Awaitable[Any]], names: Sequence[str]) -> list[Any]:
-    if not answers:
-        return []
-    try:
-        return run_in_loop(_gather(answers))
-    except (RewardError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise RewardError(f"{cause} while reward function {' and '.join(names)} was awaited") from error
+def _listed(name: str, result: Answer, num_responses: int) -> Sequence[Any]:
+    """The result, if it is a list with an entry for each response.
 
-
-async def _gather(answers: Sequence[Awaitable[Any]]) -> list[Any]:
-    tasks = [asyncio.ensure_future(answer) for answer in answers]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()  # where another one raises
-
-
-def _in_call(call: Call) -> str:
-    return f"in call {call.number}; {call.expected}"
-
-
-def _failing_row(function: Function, call: Call, error: BaseException) -> str:
-    """Names the first row that by itself raises an error of this kind: found by calling again, a row at a time."""
-    ends = time.monotonic() + SEARCH_S
-    for row in range(call.num_responses):
-        if time.monotonic() > ends:
-            return _in_call(call)
-        if _raises(type(error), function, call.only(row)):
-            return f"for row {row}; {call.expected}. {call.describe(row)}"
-    return f"on the whole batch of call {call.number}, and on no row of it alone; {call.expected}"
-
-
-def _raises(kind: type[BaseException], function: Function, call: Call) -> bool:
-    try:
-        function(**select_columns(function, call.columns))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return isinstance(error, kind)
-    return False
-
-
-def _plain(value: Any) -> Any:
-    """Python's own numbers and lists in place of those of torch and numpy, at every depth."""
-    value = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
-    if not isinstance(value, list | tuple):
-        return value
-    items = [_plain(item) for item in value]
-    return tuple(items) if isinstance(value, tuple) else items
+    Raises:
+        RewardError: It is none, which is the fault of the function and of no response.
+    """
+    returned = f"reward function {name} returned"
+    if not isinstance(result, list | tuple):
+        raise RewardError(f"{returned} {result}; {expected(num_responses)}")
+    if len(result) != num_responses:
+        raise RewardError(f"{returned} {len(result)} scores; {expected(num_responses)}")
+    return result
 
 
 def _misfit(value: Any, spelling: Spelling) -> str | None:
     """Why a function's result for a response cannot be used; None if it can."""
     if isinstance(value, list):
         return spelling.misfit(value)
-    return None if value is None or is_number(value) else f"{_shorten(value)} ({type(value).__name__})"
+    if value is None or value is EXCLUDED or is_number(value):
+        return None
+    return str(value if isinstance(value, Odd) else odd(value))
 
 
 def _score_of_whole(value: Any) -> float:
-    if value is None:
+    if value is None or value is EXCLUDED:
         return math.nan
     return 0.0 if isinstance(value, list) else float(value)
 
@@ -309,8 +345,3 @@ def _padded(rows: Sequence[list[float]], *, like: Tensor) -> Tensor:
         if numbers:
             padded[row, : len(numbers)] = padded.new_tensor(numbers)
     return padded
-
-
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."

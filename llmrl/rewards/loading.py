@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from llmrl.batches import Row
 from llmrl.messages import class_and_message, nearest
 from llmrl.rewards.config import AMBIGUOUS_COLUMNS, ROLLOUT_COLUMNS, RewardConfig
 from llmrl.user_code import UserCodeError, load_object, name_of
@@ -95,7 +94,7 @@ def required_columns(config: RewardConfig, functions: Iterable[Function]) -> dic
     }
 
 
-def row_problem(row: Row, required: Mapping[str, str]) -> str | None:
+def row_problem(row: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
     """Why no response to a row can be scored by the functions of `required_columns`; None if it can."""
     for column, name in required.items():
         if column not in row:

@@ -242,4 +242,6 @@ def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
     for name, part in scores.parts.items():
         known = ~part.isnan()
         statistics[f"score/{name}"] = Mean(masked_sum(part, known), known.sum())
+    for name, failed in scores.failed.items():
+        statistics[f"reward/{name}/failed"] = Total(failed.sum())
     return Metrics(statistics)

@@ -28,7 +28,8 @@ from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import check_shared_base
 from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import RewardConfig
-from llmrl.rewards.loading import Function, load_functions, required_columns, row_problem
+from llmrl.rewards.loading import Function, required_columns, row_problem
+from llmrl.rewards.worker import Worker
 from llmrl.roles import Progress
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
@@ -136,10 +137,13 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     elif config.evaluation_data is not None:
         unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
     functions: tuple[Function, ...] = ()
-    if rows is not None:
-        functions, rows = _scorable(config.reward, rows, config.data)
-    if config.evaluation_data is not None and evaluation_rows is not None:
-        functions, evaluation_rows = _scorable(config.reward, evaluation_rows, config.evaluation_data)
+    if config.reward.functions and (rows is not None or evaluation_rows is not None):
+        worker = Worker(config.reward)
+        functions = worker.load()
+        if rows is not None:
+            rows = _scorable(config.reward, worker, rows, config.data)
+        if config.evaluation_data is not None and evaluation_rows is not None:
+            evaluation_rows = _scorable(config.reward, worker, evaluation_rows, config.evaluation_data)
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(
@@ -195,12 +199,11 @@ def _reader(
     return rows_of
 
 
-def _scorable(config: RewardConfig, rows: Rows, data: DataConfig) -> tuple[tuple[Function, ...], Rows]:
-    """The reward functions, and the rows that have the columns which these read."""
-    with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
-        functions = load_functions(config, column_names(rows))
-    required = required_columns(config, functions)
-    return functions, keep_usable(rows, data, partial(row_problem, required=required))
+def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig) -> Rows:
+    """The rows that have the columns which the reward functions read."""
+    worker.check_columns(tuple(column_names(rows)))
+    required = required_columns(config, worker.functions.values())
+    return keep_usable(rows, data, partial(row_problem, required=required))
 
 
 def _check_one_base(config: RLRun, launch: Launch) -> None:

@@ -74,6 +74,7 @@ def reward_on(
             tokenizer=tokenizer,
             prompt_column=data.prompt_column,
             columns=column_names(rows),
+            progress=context.progress,
         )
         rewards.append(DistributedReward(reward, context.collectives))
     if scorer is not None:

@@ -1,6 +1,7 @@
 """Several rewards as one: sums, parts side by side, and what cannot be scored."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,18 @@ def test_one_that_has_nothing_to_say_is_left_out_of_the_sum(rollout, silent_firs
 def test_what_none_of_them_can_score_the_sum_cannot_either(rollout):
     rewards = [giving("rule", [1.0, math.nan, math.nan]), giving("other", [math.nan, math.nan, 0.0])]
     assert_close(CombinedReward(rewards)(rollout).total, torch.tensor([1.0, math.nan, 0.0]), equal_nan=True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_response_that_one_of_them_excludes_has_no_score_whatever_others_say(rollout, first):
+    def fails(rollout):
+        scores = giving("rule", [1.0, math.nan, math.nan])(rollout)
+        return replace(scores, failed={"rule": torch.tensor([False, True, False])})
+
+    rewards = [fails, giving("model", [1.0, 2.0, 3.0])]
+    scores = CombinedReward(rewards if first else rewards[::-1])(rollout)
+    assert_close(scores.total, torch.tensor([2.0, math.nan, 3.0]), equal_nan=True)
+    assert scores.failed["rule"].tolist() == [False, True, False]
 
 
 def test_every_reward_reads_the_same_rollout(rollout):

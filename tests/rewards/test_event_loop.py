@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llmrl.rewards.event_loop import run_in_loop
+from llmrl.rewards.event_loop import start_in_loop
 
 
 async def here():
@@ -15,10 +15,10 @@ async def here():
 
 def test_it_is_the_same_in_every_call_even_inside_another_one():
     async def notebook():
-        return run_in_loop(here()), asyncio.get_running_loop()
+        return start_in_loop(here()).result(), asyncio.get_running_loop()
 
     inside, outside = asyncio.run(notebook())
-    assert run_in_loop(here()) is inside is not outside
+    assert start_in_loop(here()).result() is inside is not outside
 
 
 def test_what_a_coroutine_raises_comes_back():
@@ -26,12 +26,12 @@ def test_what_a_coroutine_raises_comes_back():
         raise KeyError("gold")
 
     with pytest.raises(KeyError, match="gold"):
-        run_in_loop(fails())
+        start_in_loop(fails()).result()
 
 
 AT_EXIT = """
 import asyncio
-from llmrl.rewards.event_loop import run_in_loop
+from llmrl.rewards.event_loop import start_in_loop
 tasks = []
 
 async def keep_alive():
@@ -44,7 +44,7 @@ async def judge():
     tasks.append(asyncio.ensure_future(keep_alive()))
     await asyncio.sleep(0)
 
-run_in_loop(judge())
+start_in_loop(judge()).result()
 """
 
 
@@ -56,17 +56,17 @@ def test_it_is_closed_at_exit_without_a_word():
 
 FORKED = """
 import os, signal
-from llmrl.rewards.event_loop import run_in_loop
+from llmrl.rewards.event_loop import start_in_loop
 
 async def answer():
     return 7
 
-run_in_loop(answer())
+start_in_loop(answer()).result()
 child = os.fork()
 if not child:
     signal.alarm(10)
-    os._exit(run_in_loop(answer()))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_in_loop(answer()))
+    os._exit(start_in_loop(answer()).result())
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), start_in_loop(answer()).result())
 """
 
 

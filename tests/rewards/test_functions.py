@@ -17,8 +17,10 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.batches import Rollout, Sequences, StopReason
+from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
+from tests.rewards.said import Said
 
 WORDS = ["<pad>", "<eos>", "one", "two", "three", "four", "bad"]
 ROWS = (
@@ -59,14 +61,22 @@ def rollout():
 
 @pytest.fixture
 def score(tokenizer, rollout):
-    """Scores the rollout with functions, each named rule.py:<its place>, or with the weights given."""
+    """Scores the rollout with functions, each named rule.py:<its place>, with the weights and settings given: no call
+    is repeated unless they say so."""
 
-    def score(*functions, weights=None, rollout=rollout):
-        weights = weights or [1.0] * len(functions)
-        settings = [RewardFunctionConfig(name=f"rule.py:f{i}", weight=weight) for i, weight in enumerate(weights)]
+    def score(*functions, weights=None, rollout=rollout, progress=None, **settings):
+        weights, settings = weights or [1.0] * len(functions), {"retries": 0} | settings
+        settings = [
+            RewardFunctionConfig(name=f"rule.py:f{i}", weight=weight, **settings) for i, weight in enumerate(weights)
+        ]
         config = RewardConfig(functions=tuple(settings))
         reward = FunctionReward(
-            config, functions=functions, tokenizer=tokenizer, prompt_column="question", columns=["question", "answer"]
+            config,
+            functions=functions,
+            tokenizer=tokenizer,
+            prompt_column="question",
+            columns=["question", "answer"],
+            progress=progress or Silent(),
         )
         return reward(rollout)
 
@@ -263,7 +273,7 @@ def test_an_exception_that_no_row_raises_alone_is_that_of_the_batch(score):
         score(partial(fails))
     assert str(error.value) == (
         f"reward function rule.py:f0 raised ValueError: too many at {line_of(fails, 2)} on the whole batch of call 1, "
-        "and on no row of it alone; expected a list of 3 numbers or None, one for each response"
+        "and on no row that was tried alone; expected a list of 3 numbers or None, one for each response"
     )
 
 
@@ -328,14 +338,67 @@ def test_the_search_for_a_row_ends_in_time(score, monkeypatch):
         time.sleep(0.03)
         return [0.0]
 
-    monkeypatch.setattr("llmrl.rewards.functions.SEARCH_S", 0.02)
+    monkeypatch.setattr("llmrl.rewards.asking.SEARCH_S", 0.02)
     with pytest.raises(RewardError, match="in call 1; "):
         score(fails_together)
     assert calls == [3, 1]
 
 
+def fails_on_two(responses):
+    if "two three" in responses:
+        raise KeyError("gold")
+    return [1.0] * len(responses)
+
+
+def test_an_excluded_response_has_no_score_whatever_other_functions_say(score):
+    scores = score(fails_on_two, giving([[1.0, 1.0], 5.0, 5.0]), on_error="exclude")
+    assert_close(scores.total, torch.tensor([1.0, math.nan, 6.0]), equal_nan=True)
+    assert_close(scores.per_token, torch.tensor([[1.0, 1.0, 0.0], [0.0] * 3, [0.0] * 3]))
+    assert_close(scores.parts["f0"], torch.tensor([1.0, math.nan, 1.0]), equal_nan=True)
+    assert_close(scores.parts["f1"], torch.tensor([2.0, 5.0, 5.0]))
+    assert {name: failed.tolist() for name, failed in scores.failed.items()} == {
+        "f0": [False, True, False],
+        "f1": [False] * 3,
+    }
+
+
+def test_a_function_without_weight_excludes_nothing(score):
+    scores = score(giving([1.0, 2.0, 3.0]), fails_on_two, weights=[1.0, 0.0], on_error="exclude")
+    assert_close(scores.total, torch.tensor([1.0, 2.0, 3.0]))
+    assert_close(scores.parts["f1"], torch.tensor([1.0, math.nan, 1.0]), equal_nan=True)
+    assert scores.failed["f1"].tolist() == [False, True, False]
+
+
+def test_the_first_excluded_responses_are_reported_once(tokenizer, rollout):
+    said = Said()
+    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0", on_error="exclude"),))
+    reward = FunctionReward(
+        config, functions=[fails_on_two], tokenizer=tokenizer, prompt_column="question", columns=[], progress=said
+    )
+    reward(rollout)
+    reward(rollout)
+    assert said.messages == [
+        f"warning: reward function rule.py:f0 raised KeyError: 'gold' at {line_of(fails_on_two, 2)}; 1 response of "
+        "this call left out as unscored, and so are further ones, counted in the metrics as failed"
+    ]
+
+
+def test_a_judge_that_fails_is_asked_again_where_that_may_help(score, monkeypatch):
+    monkeypatch.setattr("llmrl.rewards.asking.Asker._pause", lambda self, seconds: None)
+    calls = []
+
+    async def fails_twice(responses):
+        calls.append(len(responses))
+        if len(calls) < 3:
+            raise ConnectionError("refused")
+        return [1.0] * len(responses)
+
+    assert_close(score(fails_twice, Judge(), retries=2).total, torch.full((3,), 2.0))
+    assert calls == [3, 3, 3]
+
+
 def test_an_exception_of_an_object_shows_its_line(score):
-    with pytest.raises(RewardError, match=re.escape(f"down at {line_of(Judge.__call__, 2)} in call 1; ")):
+    with pytest.raises(RewardError, match=re.escape(f"down at {line_of(Judge.__call__, 2)} for row 0; ")):
         score(Judge(fails=True))
 
 
@@ -348,20 +411,26 @@ def test_an_exception_of_a_coroutine_is_named_and_chained(score):
         score(fails)
     assert isinstance(error.value.__cause__, ValueError)
     assert str(error.value) == (
-        f"reward function rule.py:f0 raised ValueError: judge is down at {line_of(fails, 2)} in call 1; "
-        "expected a list of 3 numbers or None, one for each response"
+        f"reward function rule.py:f0 raised ValueError: judge is down at {line_of(fails, 2)} for row 0; "
+        "expected a list of 3 numbers or None, one for each response. "
+        "The row: question='1?', answer='one'. The response: 'one'"
     )
 
 
 def test_calls_are_counted(tokenizer, rollout):
     async def fails_at_last(responses):
         if reward.num_calls == 3:
-            raise ValueError("judge is down")
+            raise ConnectionError("judge is down")
         return [0.0] * 3
 
-    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0"),))
+    config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0", retries=0),))
     reward = FunctionReward(
-        config, functions=[fails_at_last], tokenizer=tokenizer, prompt_column="question", columns=["question"]
+        config,
+        functions=[fails_at_last],
+        tokenizer=tokenizer,
+        prompt_column="question",
+        columns=["question"],
+        progress=Silent(),
     )
     reward(rollout)
     reward(rollout)
@@ -528,6 +597,11 @@ def test_labels_name_the_parts(tokenizer, rollout):
     config = RewardConfig(functions=tuple(RewardFunctionConfig(name=name) for name in names))
     functions = [giving([float(i)] * 3) for i in range(3)]
     parts = FunctionReward(
-        config, functions=functions, tokenizer=tokenizer, prompt_column="question", columns=["question", "answer"]
+        config,
+        functions=functions,
+        tokenizer=tokenizer,
+        prompt_column="question",
+        columns=["question", "answer"],
+        progress=Silent(),
     )(rollout).parts
     assert {name: part[0].item() for name, part in parts.items()} == {"a.py:score": 0, "b.py:score": 1, "length": 2}

@@ -17,6 +17,7 @@ from llmrl.batches import Rollout
 from llmrl.data.chat import as_sequences
 from llmrl.data.config import PromptDataConfig
 from llmrl.models.config import ModelConfig
+from llmrl.reports.progress import Silent
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward
@@ -256,7 +257,12 @@ def test_functions_and_a_model_add_up_and_none_leaves_the_model_alone(folder, ro
 
     settings = RewardConfig(functions=(RewardFunctionConfig(name="r.py:rule", weight=3.0),), model=learned(folder))
     functions = FunctionReward(
-        settings, functions=[rule], tokenizer=make_tokenizer(), prompt_column="prompt", columns=["prompt"]
+        settings,
+        functions=[rule],
+        tokenizer=make_tokenizer(),
+        prompt_column="prompt",
+        columns=["prompt"],
+        progress=Silent(),
     )
     model = reward_of(learned(folder, weight=0.5), rollout)
     scores = CombinedReward([functions, model])(rollout)

@@ -16,6 +16,7 @@ from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.batches import Rollout, StopReason, TokenOutputs
 from llmrl.data.chat import as_sequences
+from llmrl.reports.progress import Silent
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.functions import FunctionReward, RewardError
 from llmrl.rewards.per_token import spell_responses, token_texts
@@ -158,6 +159,7 @@ def score(*functions, weights=None, rollout=None, kind="word"):
         tokenizer=TOKENIZERS[kind],
         prompt_column="prompt",
         columns=["prompt"],
+        progress=Silent(),
     )
     return reward(rollout or make_rollout())
 

@@ -431,6 +431,17 @@ def test_a_score_that_is_not_finite_counts_as_unscored(bad):
     assert distance(weights_of(trainer), weights_of(other)) == 0
 
 
+def test_responses_on_which_a_function_failed_are_counted():
+    def reward(rollout):
+        failed = torch.arange(24) < 5
+        total = torch.ones(24).masked_fill(failed, torch.nan)
+        tokens = torch.zeros(rollout.sequences.response_ids.shape)
+        return Scores(total=total, per_token=tokens, parts={"rule": total}, failed={"rule": failed})
+
+    values = make_trainer(reward=reward).iterate().values()
+    assert (values["reward/rule/failed"], values["score/unscored"]) == (5, 5)
+
+
 def test_what_nothing_could_score_moves_nothing_by_what_the_optimizer_remembers():
     """Not even after iterations that did learn; where some could be scored, the others are no reason to wait."""
     unscored = torch.zeros(24, dtype=torch.bool)

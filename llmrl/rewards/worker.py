@@ -1,0 +1,286 @@
+"""The process in which the reward functions of a recipe run, seen from the run: it can be stopped whatever they do.
+
+One worker serves a run (each rank has its own). It is started to load the functions, keeps their modules and what these
+hold, and is killed, with every process of its group, where a call exceeds its limit or the run ends in the middle of
+one; the next call starts another one. It is a fresh interpreter, not a fork: threads of torch and CUDA would not
+survive that; and not a daemon of `multiprocessing`: functions may have pools of processes of their own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from inspect import Parameter, Signature
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from threading import Thread
+from typing import Any
+
+from llmrl.rewards.calls import Answer, Columns, Failure, Pending, Waiting
+from llmrl.rewards.config import RewardConfig
+from llmrl.rewards.loading import takes
+from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, Request
+from llmrl.user_code import UserCodeError
+
+LOOK_S = 0.2
+"""Seconds between two looks at the clock and at the process, while an answer is waited for."""
+SHUTDOWN_S = 5.0
+"""Seconds that the worker gets to end by itself at the end of a run."""
+
+
+class RemoteFunction:
+    """A function of a worker: its parameters are known here, a call runs there."""
+
+    def __init__(self, worker: "Worker", name: str, loaded: Loaded) -> None:
+        self.worker = worker
+        self.name = name
+        """As the recipe names it."""
+        self.__module__, _, self.__qualname__ = loaded.name.rpartition(":")
+        self.__source_file__ = loaded.source_file
+        kinds = [Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL]
+        kinds += [Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD]
+        self.__signature__ = Signature(
+            [
+                Parameter(name, kinds[kind], default=None if has_default else Parameter.empty)
+                for name, kind, has_default in loaded.parameters
+            ]
+        )
+
+    def __call__(self, waiting: Waiting, **columns: list[Any]) -> Answer | Pending:
+        """See `Worker.ask`."""
+        return self.worker.ask(self.name, columns, waiting)
+
+
+class Worker:
+    """`Caller` of the functions that a configuration names, in a process of their own."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.folder = os.getcwd()
+        self.process: _Process | None = None
+        self.functions: dict[str, RemoteFunction] = {}
+        self.pending: set[str] = set()
+        """Functions whose results are still to be awaited."""
+        self.has_moved: set[str] = set()
+        """Functions that are known to change the working folder."""
+
+    def load(self) -> tuple[RemoteFunction, ...]:
+        """Every function of the configuration, which the worker has loaded.
+
+        Raises:
+            UserCodeError: A function is missing or does not load.
+        """
+        process = self._start()
+        self.functions = {
+            setting.name: RemoteFunction(self, setting.name, process.load(setting.name, setting.arguments))
+            for setting in self.config.functions
+        }
+        return tuple(self.functions.values())
+
+    def check_columns(self, columns: tuple[str, ...]) -> None:
+        """See `llmrl.rewards.loading.check_columns`."""
+        names = tuple(setting.name for setting in self.config.functions)
+        with self._asked(Check(names, columns)) as process:
+            while not process.has_reply():
+                pass
+            reply = process.receive()
+        if isinstance(reply, Refused):
+            raise UserCodeError(reply.text)
+
+    def ask(self, name: str, columns: Columns, waiting: Waiting) -> Answer | Pending:
+        """See `Caller`. A call that exceeds its limit, or ends the process, is a `Failure`."""
+        taken = {column: values for column, values in columns.items() if takes(self.functions[name], column)}
+        with self._asked(Ask(name, taken)) as process:
+            answered = self._wait(process, {name: waiting})
+        if answered is None:
+            return _ended(process, {name: waiting})[name]
+        self._remark(answered, waiting)
+        if answered.answer is Pending.PENDING:
+            self.pending.add(name)
+        return answered.answer
+
+    def gather(self, waiting: Mapping[str, Waiting]) -> Generator[tuple[str, Answer], None, None]:
+        """See `Caller`."""
+        left = {name: each for name, each in waiting.items() if name in self.pending}
+        if not left:
+            return
+        last: dict[str, Answer] = {}
+        with self._asked(Gather(tuple(left))) as process:
+            while left:
+                yield from last.items()
+                answered = self._wait(process, left)
+                if answered is None:
+                    last, left = _ended(process, left), {}
+                else:
+                    self._remark(answered, left.pop(answered.name))
+                    last = {answered.name: answered.answer}
+        self.pending.clear()
+        yield from last.items()  # here nothing is asked any more, and the worker may stay
+
+    def drop(self) -> None:
+        """See `Caller`."""
+        if self.pending:
+            self._kill()
+
+    @contextmanager
+    def _asked(self, request: Request) -> "Iterator[_Process]":
+        """Context of a request to the worker; where it is left before all has come back, the worker is killed."""
+        process = self._ready()
+        try:
+            process.send(request)
+            yield process
+        except BaseException:
+            self._kill()
+            raise
+        if process.is_lost:
+            self._kill()
+
+    def _wait(self, process: "_Process", waiting: Mapping[str, Waiting]) -> Answered | None:
+        """The next answer; None where the process has ended, or was ended at the limit of one of these functions."""
+        last = time.monotonic()
+        while not process.has_reply():
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * LOOK_S), now  # not the time in which this process was suspended
+            late = [name for name, each in waiting.items() if each.look(elapsed)]
+            if late:
+                process.late, process.is_lost = late, True
+                return None
+        return process.receive()
+
+    def _remark(self, answered: Answered, waiting: Waiting) -> None:
+        if answered.moved_to is not None and answered.name not in self.has_moved:
+            self.has_moved.add(answered.name)
+            waiting.tell(f"changed the working folder to {answered.moved_to}; it is set back after each call")
+
+    def _ready(self) -> "_Process":
+        """The process, with every function loaded."""
+        if self.process is None:
+            process = self._start()
+            for setting in self.config.functions:
+                process.load(setting.name, setting.arguments)
+        assert self.process is not None
+        return self.process
+
+    def _start(self) -> "_Process":
+        self._kill()
+        self.process = _Process(self.folder)
+        return self.process
+
+    def _kill(self) -> None:
+        self.pending.clear()
+        if self.process is not None:
+            self.process.kill()
+            self.process = None
+
+
+class _Process:
+    """A worker process, and the connection to it. It is closed when this is garbage, or at exit."""
+
+    def __init__(self, folder: str) -> None:
+        self.connection, theirs = Pipe()
+        lifeline, mine = os.pipe()
+        self.late: list[str] = []
+        """Functions that exceeded their limit."""
+        self.is_lost = False
+        """Whether nothing more can be received."""
+        program = f"import sys; sys.path[:] = {sys.path!r}; from llmrl.rewards.serve import serve; serve(*{{}})"
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", program.format((theirs.fileno(), lifeline))],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), lifeline),
+            cwd=folder,
+            process_group=0,  # a Ctrl-C goes to the run, which decides; and all of it can be killed at once
+        )
+        theirs.close()
+        os.close(lifeline)
+        self.close = weakref.finalize(self, _close, self.popen, self.connection, mine)
+
+    def load(self, name: str, arguments: Mapping[str, Any]) -> Loaded:
+        """Loads a function.
+
+        Raises:
+            UserCodeError: It is missing, does not load, or ends the process.
+        """
+        self.send(Load(name, arguments))
+        while not self.has_reply():
+            pass
+        match self.receive():
+            case Loaded() as loaded:
+                return loaded
+            case Refused(text):
+                raise UserCodeError(text)
+        raise UserCodeError(f"reward function {name}: while it was loaded, its code {self.end}")
+
+    def send(self, request: Request) -> None:
+        """Sends a request, in a thread: a worker that hangs may not read it, and this process must not hang too."""
+        message = ForkingPickler.dumps(request)
+
+        def send() -> None:
+            with suppress(OSError):  # it has ended, which the wait for its answer finds out
+                self.connection.send_bytes(message)
+
+        Thread(target=send, daemon=True).start()
+
+    def has_reply(self) -> bool:
+        """Whether there is something to receive, if only that the process has ended; waits a moment for it.
+
+        The process is asked too: its own children may hold the connection open.
+        """
+        return self.connection.poll(LOOK_S) or self.popen.poll() is not None
+
+    def receive(self) -> Any:
+        """The next reply; None where the process has ended."""
+        try:
+            if self.connection.poll() or self.popen.poll() is None:
+                return self.connection.recv()
+        except (EOFError, OSError):
+            with suppress(subprocess.TimeoutExpired):
+                self.popen.wait(SHUTDOWN_S)
+        self.is_lost = True
+        return None
+
+    @property
+    def end(self) -> str:
+        """How the process ended, in words."""
+        status = self.popen.poll()
+        if status is None:
+            return "closed the connection of the process that it runs in"
+        if status < 0:
+            killer = signal.Signals(-status).name
+            memory = " (which the system sends where memory runs out)" if killer == "SIGKILL" else ""
+            return f"ended the process that it runs in by {killer}{memory}"
+        return f"ended the process that it runs in with exit status {status}"
+
+    def kill(self) -> None:
+        """Ends the process, and those that it has started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+        self.close()
+
+
+def _close(popen: subprocess.Popen[bytes], connection: Connection, lifeline: int) -> None:
+    """Ends the process in order: it runs what its code has registered for its exit."""
+    connection.close()
+    try:
+        popen.wait(SHUTDOWN_S)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(popen.pid, signal.SIGKILL)
+        popen.wait()
+    os.close(lifeline)
+
+
+def _ended(process: _Process, waiting: Mapping[str, Waiting]) -> dict[str, Failure]:
+    """Failures of the functions with which the process ended: those that exceeded their limit, or else all."""
+    if process.late:
+        return {
+            name: Failure(what=f"did not return within {waiting[name].limit()}", kind="", seconds=0.0, is_stuck=True)
+            for name in process.late
+        }
+    return {name: Failure(what=process.end, kind=process.end, seconds=0.0) for name in waiting}
