@@ -134,9 +134,7 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
         if dry_run:
             _print_dry_run(config, sentence, checked.unchecked, checked.notes)
         elif is_finished(config.run, recorded_settings(config), checked.contents):
-            if _is_first_on_machine():
-                print("Nothing is left to learn: this run has come to its end.")
-                _print_results(config.run)
+            _print_end(config.run)
         else:
             _train(config, sentence, partial(build, config, checked))
 
@@ -567,6 +565,14 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list
     print("\n".join([*memory, *notes]))
     for what in unchecked:
         print(f"not checked: {what}")
+
+
+@lasting_output()
+def _print_end(config: Any) -> None:
+    """What a run that has come to its end says when it is started again."""
+    if _is_first_on_machine():
+        print("Nothing is left to learn: this run has come to its end.")
+        _print_results(config)
 
 
 def _print_results(config: Any) -> None:

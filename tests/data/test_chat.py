@@ -163,15 +163,15 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("template", HARMFUL.values(), ids=HARMFUL)
-def test_a_template_is_held_to_limits(chat: PreTrainedTokenizerFast, monkeypatch, template):
+def test_a_template_is_held_to_limits(monkeypatch, template):
     monkeypatch.setattr("llmrl.data.chat.MAX_RENDER_S", 1.0)
-    chat.chat_template = template
+    chat = make_tokenizer("<bos> $A", template)
     with pytest.raises(
         DataError, match=r"the chat template does not take its messages \(user\): .*; mend the template"
     ):
         prompt_ids(["hi"], chat, config())
 
 
-def test_two_stars_in_the_text_of_a_template_are_no_power(chat: PreTrainedTokenizerFast):
-    chat.chat_template = "{# ** #}**{{ messages[0].content }}{{ dict(**{'a': 'b'}).a }}"
+def test_two_stars_in_the_text_of_a_template_are_no_power():
+    chat = make_tokenizer("<bos> $A", "{# ** #}**{{ messages[0].content }}{{ dict(**{'a': 'b'}).a }}")
     assert render([USER], chat) == "**hib"

@@ -310,7 +310,7 @@ def test_a_signal_ends_them_before_the_next_microbatch(monkeypatch):
     stop, ask = Stop(), Signalled()
     monkeypatch.setattr(roles, "STOP", stop)
     with stop.leaving(lambda: True, alone=True), pytest.raises(Interrupted):
-        distribute_rows(ask, numbered([9, 1, 7, 3]), TokenBudget(max_tokens=1), OneProcess())
+        distribute_rows(ask, numbered([9, 1, 7, 3]), microbatcher_of(OneProcess(), max_tokens=1))
     assert ask.parts == [[2]]
 
 
