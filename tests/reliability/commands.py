@@ -85,6 +85,9 @@ def _run(folder: Path, arguments: tuple[str, ...], output: Path, plant: Callable
     try:
         os.chdir(folder)
         os.setpgid(0, 0)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # whatever this program was started by ignores
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(stream, number)

@@ -1,19 +1,20 @@
 """A signal at a random moment, in some trials a second one while the state is saved; then the same command."""
 
-import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.reliability.commands import Command, nothing, run
+from tests.reliability.kills import on_operations
 from tests.reliability.runs import TRAINERS, difference, has_traceback, new_folder, undisturbed
 
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-SLOW_SYNC_S = 1.5
-"""Seconds of each flush to disk in trials with a second signal, so that it comes before the first has ended the run."""
+SLOW_S = 0.5
+"""Seconds of each operation on a checkpoint in trials with a second signal: it comes before the first has ended the
+run."""
 SECOND_AFTER_S = 2.5
 """Signals within two seconds are one: launchers pass on what a terminal has sent already."""
 LIMIT_S = 60.0
@@ -26,9 +27,11 @@ def trials(seed: int, num: int, work: Path) -> Iterator[dict[str, Any]]:
         draw = random.Random(f"signals {seed} {number}")
         trainer, kind = TRAINERS[number % len(TRAINERS)], KINDS[number // len(TRAINERS) % len(KINDS)]
         second = draw.choice(KINDS) if number % 5 == 4 else None
-        after = draw.uniform(0.1, 1.0) * undisturbed(trainer, work).ended.seconds
+        after = draw.uniform(0.1, 0.9) * undisturbed(trainer, work).ended.seconds
         folder = new_folder(work, "stopped")
-        command = Command(folder, trainer, f"{trainer}.yaml", plant=_slow_syncs if second else nothing)
+        command = Command(folder, trainer, f"{trainer}.yaml", plant=_slowly(folder) if second else nothing)
+        while second and not command.is_over and not (folder / "out" / "metrics.jsonl").exists():
+            time.sleep(0.002)
         _sleep_beside(command, after)
         sent = time.monotonic()
         command.send(kind)
@@ -53,9 +56,9 @@ def trials(seed: int, num: int, work: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _slow_syncs() -> None:
-    flush = os.fsync
-    os.fsync = lambda descriptor: (time.sleep(SLOW_SYNC_S), flush(descriptor))[1]
+def _slowly(folder: Path) -> Callable[[], object]:
+    """Plants a slow disk under the checkpoints."""
+    return lambda: on_operations(folder / "out" / "checkpoints", lambda _: time.sleep(SLOW_S))
 
 
 def _sleep_beside(command: Command, seconds: float) -> None:
