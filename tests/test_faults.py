@@ -18,6 +18,8 @@ from tests.processes import ROOT, command, environment, write_recipes
 pytestmark = pytest.mark.slow
 
 LAUNCHER_SAW_AN_END = "closing signal"
+AT_THE_ENDS = "run.checkpoint_every=0"
+"""Checkpoints after the first iteration and the last one: any other is one of a rank that saves what it can."""
 
 
 @dataclass
@@ -86,29 +88,29 @@ def in_words(place: str) -> str:
 @pytest.mark.parametrize(
     ("place", "kept"),
     [
-        ("rollout 2", "step_000001"),
-        ("reward 2", "step_000001"),
-        ("logprobs 2", "step_000001"),
-        ("update 2", "step_000001"),
+        ("rollout 3", "step_000002"),
+        ("reward 3", "step_000002"),
+        ("logprobs 3", "step_000002"),
+        ("update 3", "step_000002"),
         ("evaluation 2", "step_000002"),
-        ("checkpoint 2", "step_000002"),
+        ("checkpoint 4", "step_000004"),
     ],
 )
 def test_an_exception_ends_both_ranks(place: str, kept: str, folder: Path):
     """One traceback, that of rank 1; one line of rank 0, which still saves what both had learned."""
-    outcome = broken(folder, "fails", place)
+    outcome = broken(folder, "fails", place, AT_THE_ENDS)
     assert outcome.status != 0
     assert outcome.seconds < 30
     told = f"rank 0 ends: rank 1 failed in {in_words(place)}: AssertionError: planted"
     assert outcome.lines_of("rank 0 ") == [told]
     assert outcome.lines_of("planted") == [told, '    raise AssertionError("planted")', "AssertionError: planted"]
     assert outcome.lines_of("gloo") == outcome.lines_of("rank 1 ends") == []
-    assert checkpoints(folder) == [kept]
+    assert checkpoints(folder) == ["step_000001", kept]
 
 
-@pytest.mark.parametrize(("place", "setting"), [("update 2", "update.microbatch_tokens"), ("reward 2", "reward.model")])
+@pytest.mark.parametrize(("place", "setting"), [("update 3", "update.microbatch_tokens"), ("reward 3", "reward.model")])
 def test_full_memory_of_one_rank_ends_both_with_a_line(place: str, setting: str, folder: Path):
-    outcome = broken(folder, "has no memory", place)
+    outcome = broken(folder, "has no memory", place, AT_THE_ENDS)
     assert outcome.status != 0
     (own,) = outcome.lines_of("error: ")
     assert own.startswith(f"error: out of memory in {place.split()[0]} on rank 1 ")
@@ -116,21 +118,21 @@ def test_full_memory_of_one_rank_ends_both_with_a_line(place: str, setting: str,
     (told,) = outcome.lines_of("rank 0 ")
     assert told.startswith(f"rank 0 ends: rank 1 failed in {in_words(place)}: ")
     assert len(outcome.lines_of("Traceback")) == 1  # the launcher's
-    assert checkpoints(folder) == ["step_000001"]
+    assert checkpoints(folder) == ["step_000001", "step_000002"]
 
 
 @pytest.mark.parametrize("fault", ["is killed", "freezes"])
-@pytest.mark.parametrize("place", ["rollout 2", "update 2"])
+@pytest.mark.parametrize("place", ["rollout 3", "update 3"])
 def test_a_rank_that_gives_no_sign_of_life_is_named(fault: str, place: str, folder: Path):
     """Where it was killed, its connections end, so that rank 0 can still save."""
-    outcome = broken(folder, fault, place)
+    outcome = broken(folder, fault, place, AT_THE_ENDS)
     assert outcome.status != 0
     assert outcome.seconds < 30
     (told,) = outcome.lines_of("rank 0 ")
     assert told.startswith("rank 0 ends: rank 1 gave no sign of life for ")
     assert told.endswith(f" s; it was last seen in {in_words(place)}")
     assert outcome.lines_of("gloo") == []
-    assert checkpoints(folder) == (["step_000001"] if fault == "is killed" else [])
+    assert checkpoints(folder) == ["step_000001", "step_000002"][: 2 if fault == "is killed" else 1]
 
 
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -139,16 +141,16 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 @pytest.mark.parametrize(("launch", "fault"), [(ZERO3, "fails"), (FSDP, "freezes")], ids=["zero3", "fsdp"])
 def test_where_weights_are_split_all_end_too(launch: dict[str, str], fault: str, folder: Path):
-    """And nothing is saved, for which all ranks would be needed.
+    """And nothing more is saved, for which all ranks would be needed.
 
     A rank that waits inside FSDP2 is not seen to wait, and has `WORKING_S` from when the other's silence was noticed.
     """
-    outcome = broken(folder, fault, "update 2", launch=launch)
+    outcome = broken(folder, fault, "update 3", AT_THE_ENDS, launch=launch)
     assert outcome.status != 0
     assert outcome.seconds < 30 + WORKING_S
     (told,) = outcome.lines_of("rank 0 ends: rank 1 ")
-    assert told.split("phase ")[1].startswith("update of iteration 2")
-    assert checkpoints(folder) == []
+    assert told.split("phase ")[1].startswith("update of iteration 3")
+    assert checkpoints(folder) == ["step_000001"]
 
 
 def test_a_phase_that_never_ends_shows_who_keeps_the_others_waiting(folder: Path):

@@ -86,7 +86,7 @@ class Run:
         sink: MetricsSink,
         alarms: Alarms,
         warmup_iterations: int,
-        samples: LineFile | None = None,
+        samples: LineFile | None,
     ) -> None:
         self.config = config
         self.collectives = context.collectives

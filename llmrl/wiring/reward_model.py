@@ -135,6 +135,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
 
     return Run(
         RunConfig(num_iterations=num_iterations, **vars(config.run)),
+        samples=None,
         settings=recorded_settings(config),
         contents=checked.contents,
         trainer=trainer,

@@ -58,6 +58,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     )
     return Run(
         config.run,
+        samples=None,
         settings=recorded_settings(config),
         contents=checked.contents,
         trainer=trainer,

@@ -62,6 +62,7 @@ def run(make: Make, folder: Path, num_iterations: int, **config: Any) -> Run:
         RunConfig(output_dir=str(folder), num_iterations=num_iterations, checkpoint_every=1, **config),
         settings={},
         contents={},
+        samples=None,
         trainer=trainer,
         context=context_of(),
         save_model=lambda _: None,
