@@ -40,16 +40,18 @@ REFUSALS = frozenset(
 
 
 class Commands(TyperGroup):
-    """The commands: a signal ends each of them with one line and the status 128 + n."""
+    """The commands. A signal ends each of them with one line and the status 128 + n; output without a reader does not
+    end them."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            with STOP.listening(raises=True):
-                return super().invoke(ctx)
-        except Interrupted as stopped:
-            _fail(stopped, 128 + stopped.number)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
+        with lasting_output():
+            try:
+                with STOP.listening(raises=True):
+                    return super().invoke(ctx)
+            except Interrupted as stopped:
+                _fail(stopped, 128 + stopped.number)
+            except KeyboardInterrupt:
+                _fail("interrupted", 130)
 
 
 app = typer.Typer(
@@ -123,7 +125,7 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
     """The command that trains a kind of run."""
 
     def command(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-        from llmrl.trainers.changes import is_finished
+        from llmrl.trainers.changes import changes_in, is_finished
         from llmrl.wiring.contents import recorded_settings
 
         with bad_input_ends_with_status_2():
@@ -133,8 +135,10 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
         sentence = config.plan(None if checked.rows is None else len(checked.rows))
         if dry_run:
             _print_dry_run(config, sentence, checked.unchecked, checked.notes)
-        elif is_finished(config.run, recorded_settings(config), checked.contents):
-            _print_end(config.run)
+            return
+        changes = changes_in(config.run.folder, recorded_settings(config), checked.contents)
+        if is_finished(config.run, changes):
+            _print_end(config.run, changes)
         else:
             _train(config, sentence, partial(build, config, checked))
 
@@ -305,14 +309,12 @@ def _refuse_recipe(model: str) -> None:
         raise SettingError(f"MODEL ({model}) is a recipe; name a model folder, such as the final/ of its output folder")
 
 
-@lasting_output()
 def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
     from llmrl.reports.trackers import TrackerConfig, Trackers
     from llmrl.sizing import launched_strategy
     from llmrl.trainers.output import locked
     from llmrl.wiring.precision import with_dtypes
 
-    os.umask(os.umask(0o077) | 0o077)  # files of a run are its owner's alone
     keeps_memory = _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
         context.progress.message(sentence)
@@ -325,7 +327,8 @@ def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
         is_first = context.collectives.is_first
         trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
         with locked(config.run.folder, context.collectives):
-            run = build(context, trackers)
+            run = build(context, trackers)  # which may fetch models into a folder that others read too
+            os.umask(os.umask(0o077) | 0o077)  # files of a run are its owner's alone
             with trackers:
                 run.train()
     if not is_first:
@@ -504,7 +507,10 @@ def _fail(error: BaseException | str, status: int, folder: Path | None = None) -
         from llmrl.trainers.checkpoint import list_checkpoints
 
         if list_checkpoints(folder / "checkpoints"):
-            print(f"mend it; the same command goes on from {folder}", file=sys.stderr)
+            print(
+                f"mend it; the same command, with run.resume=true if settings have changed, goes on from {folder}",
+                file=sys.stderr,
+            )
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         print("(What the launcher prints below says only that this process ended.)", file=sys.stderr)
     raise typer.Exit(status)
@@ -567,10 +573,11 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list
         print(f"not checked: {what}")
 
 
-@lasting_output()
-def _print_end(config: Any) -> None:
+def _print_end(config: Any, changes: Sequence[Any]) -> None:
     """What a run that has come to its end says when it is started again."""
     if _is_first_on_machine():
+        for change in changes:
+            print(f"changed since the run was last started: {change.text}")
         print("Nothing is left to learn: this run has come to its end.")
         _print_results(config)
 

@@ -13,7 +13,7 @@ from llmrl.messages import counted, in_spans
 SYNC_S = 10.0
 """Seconds after which lines are brought to disk: a power cut costs at most these, and no line of a checkpoint."""
 MAX_UNWRITTEN = 1000
-"""Lines that are kept while the file cannot be written. One more ends the run."""
+"""Lines that are kept while the file cannot be written. Those of one more iteration end the run."""
 
 
 class LineFile:
@@ -44,11 +44,12 @@ class LineFile:
             WriteError: The file has been unwritable for more than `MAX_UNWRITTEN` lines.
         """
         lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
+        is_full = len(self.unsynced) >= MAX_UNWRITTEN
         self.unsynced += lines
         try:
             self._write(b"".join(lines), syncs=monotonic() - self.synced_at >= SYNC_S)
         except WriteError as error:
-            if len(self.unsynced) > MAX_UNWRITTEN:
+            if is_full:
                 raise
             if not self.has_failed:
                 self.report(f"warning: {error}; its lines are kept, and written with the next ones")

@@ -23,6 +23,8 @@ WAYS_OUT = {
     "reward": "lower reward.model.microbatch_tokens",
     "logprobs": "lower update.microbatch_tokens",
     "update": "set model.gradient_checkpointing=true, or lower microbatch_tokens of update, sft or reward_model",
+    "checkpoint": "take a machine with more memory of the CPU: weights and optimizer are gathered there",
+    "saving": "take a machine with more memory of the CPU: the weights are gathered there",
 }
 OTHER_WAYS_OUT = "lower rollout.max_rows where responses are sampled, else microbatch_tokens"
 

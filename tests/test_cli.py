@@ -778,7 +778,7 @@ def test_the_way_to_resume_is_printed_where_there_is_a_checkpoint(tmp_path, caps
         with pytest.raises(cli.typer.Exit), cli.failures_in_one_line(tmp_path):
             raise error
         _, *more = capsys.readouterr().err.splitlines()
-        hint = f"mend it; the same command goes on from {tmp_path}"
+        hint = f"mend it; the same command, with run.resume=true if settings have changed, goes on from {tmp_path}"
         assert more == [hint] * has_checkpoint
 
 

@@ -239,7 +239,7 @@ def test_a_mistake_is_one_line_and_the_way_to_resume(algorithm, file, message):
     assert status == 1
     *_, line, hint = error.splitlines()
     assert re.fullmatch(f"error: {message}", line)
-    assert hint.startswith("mend it; the same command goes on from /")
+    assert hint.startswith("mend it; the same command, with run.resume=true if settings have changed, goes on from /")
 
 
 def test_a_mistake_before_there_is_a_checkpoint_is_one_line():

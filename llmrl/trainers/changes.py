@@ -1,17 +1,18 @@
 """What has changed since the run in a folder was last started: its settings, what it reads, and the versions.
 
 A change is `harmless` if the run stays the same one: it changes how long the run is, what it writes or how much memory
-it takes, and no number that is learned. With any other change, `run.resume: auto` does not go on.
+it takes, and no number that is learned; or it is code of the user, who mends it after it has failed. With any other
+change, `run.resume: auto` does not go on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from llmrl.files import read_object
-from llmrl.trainers.checkpoint import list_checkpoints
+from llmrl.trainers.checkpoint import iteration_of, list_checkpoints
 from llmrl.trainers.config import OutputConfig
 from llmrl.trainers.output import RunError, finished_iterations
 from llmrl.trainers.records import versions
@@ -22,12 +23,20 @@ HARMLESS = (
     "distributed.*",
     "evaluation*",
     "*.made_by",
+    "*.evaluate_every",
     "*.microbatch_tokens",
+    "model.gradient_checkpointing",
     "rollout.max_rows",
     "reward.functions.*.timeout_s",
     "reward.functions.*.retries",
+    "reward.functions.*.on_error",
 )
-"""Settings that change no number that is learned."""
+"""Settings that change no number that is learned (except `run.num_iterations`, where a schedule ends with the run), and
+what happens when a function of the user fails."""
+CODE = ("reward.functions.*", "algorithm.*")
+"""Contents that are code of the user."""
+FREE = frozenset({"arguments", "rename_columns"})
+"""Mappings whose keys are the user's, so that a new key is no setting of a new version."""
 NOT_HARMLESS = ("run.seed", "run.deterministic")
 """Exceptions to these."""
 
@@ -71,16 +80,20 @@ def check_same_run(config: OutputConfig, settings: Mapping[str, Any], contents: 
 
 
 def changes_in(folder: Path, settings: Mapping[str, Any], contents: Mapping[str, str]) -> list[Change]:
-    """What differs from the run in a folder; nothing where that has learned nothing yet, or has no record."""
-    has_learned = list_checkpoints(folder / "checkpoints") or finished_iterations(folder) is not None
-    record = read_object(folder / "config.json") if has_learned else None
-    return [] if record is None else changes_since(record, settings, contents)
+    """What differs from the run in a folder; nothing where that has learned nothing yet."""
+    has_learned = any(map(iteration_of, list_checkpoints(folder / "checkpoints")))
+    if not has_learned and finished_iterations(folder) is None:
+        return []
+    record = read_object(folder / "config.json")
+    if record is None:
+        return [Change(text="its config.json, by which a run is known again, cannot be read", harmless=False)]
+    return changes_since(record, settings, contents)
 
 
-def is_finished(config: OutputConfig, settings: Mapping[str, Any], contents: Mapping[str, str]) -> bool:
+def is_finished(config: OutputConfig, changes: Sequence[Change]) -> bool:
     """Whether the run in the folder is this one, and has done every iteration that this one asks for."""
     finished = finished_iterations(config.folder)
-    if finished is None or not all(change.harmless for change in changes_in(config.folder, settings, contents)):
+    if finished is None or not all(change.harmless for change in changes):
         return False
     return finished >= getattr(config, "num_iterations", finished)
 
@@ -95,9 +108,10 @@ def _of_settings(before: Any, now: Mapping[str, Any]) -> Iterator[Change]:
 
 def _of_contents(before: Any, now: Mapping[str, str]) -> Iterator[Change]:
     was = before if isinstance(before, Mapping) else {}
-    for what, digest in now.items():
-        if what in was and was[what] != digest:
-            yield Change(text=f"the content of {what} is another", harmless=_is_harmless(what))
+    for what, digest in now.items() if was else ():
+        if was.get(what) != digest:
+            is_code = any(fnmatchcase(what, pattern) for pattern in CODE)
+            yield Change(text=f"the content of {what} is another", harmless=is_code or _is_harmless(what))
 
 
 def _of_versions(before: Any) -> Iterator[Change]:
@@ -108,9 +122,16 @@ def _of_versions(before: Any) -> Iterator[Change]:
 
 
 def _is_known(path: str, was: Mapping[str, Any]) -> bool:
-    """Whether a record has the setting, or the section that it is in as null; a new version may bring others."""
+    """Whether a record knows the setting: has it, or null in place of its section, or would have it, as it is of the
+    user's naming, or of an item that its list lacks. Others a new version may have brought."""
     names = path.split(".")
-    return any(".".join(names[:depth]) in was for depth in range(1, len(names) + 1))
+    if not FREE.isdisjoint(names):
+        return True
+    for depth in range(1, len(names) + 1):
+        part = ".".join(names[:depth])
+        if part in was or (names[depth - 1].isdigit() and not any(name.startswith(f"{part}.") for name in was)):
+            return True
+    return False
 
 
 def _is_harmless(path: str) -> bool:

@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def newest_sound(folder: Path, report: Callable[[str], None]) -> tuple[Path | No
 
 def set_aside(checkpoint: Path) -> Path:
     """What a damaged checkpoint is renamed to, so that it is no longer one."""
-    return checkpoint.with_name(f"{checkpoint.name}.damaged")
+    names = (f"{checkpoint.name}.damaged{number}" for number in chain([""], count(2)))
+    return next(path for path in map(checkpoint.with_name, names) if not path.exists())
 
 
 def not_finite(state: Mapping[str, Any], prefix: str = "") -> str | None:
@@ -129,8 +131,12 @@ def not_finite(state: Mapping[str, Any], prefix: str = "") -> str | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
-    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return sorted((path for path in folder.glob("step_*") if path.name[5:].isdecimal()), key=iteration_of)
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """Iterations that were done when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def split_state(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -107,7 +107,7 @@ def _holds_something(folder: Path) -> bool:
 def finished_iterations(folder: Path) -> int | None:
     """Iterations of the run in a folder, if it has come to its end; None where it has not, or final/ is gone."""
     finished = (read_object(folder / "config.json") or {}).get("finished")
-    return finished if isinstance(finished, int) and (folder / "final").exists() else None
+    return finished if isinstance(finished, int) and _holds_something(folder / "final") else None
 
 
 @contextmanager
@@ -117,11 +117,12 @@ def locked(folder: Path, collectives: Collectives) -> Iterator[None]:
     Raises:
         RunError: Another process writes it.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0, mode=0o600)
     problem = None
     if collectives.is_first:
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with writing(folder / LOCK):
             try:
                 lock.acquire()
             except Timeout:

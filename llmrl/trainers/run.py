@@ -27,6 +27,7 @@ from llmrl.trainers.alarms import Alarms, NothingLearned
 from llmrl.trainers.best import BestModel
 from llmrl.trainers.changes import changes_since
 from llmrl.trainers.checkpoint import (
+    iteration_of,
     list_checkpoints,
     newest_sound,
     not_finite,
@@ -136,10 +137,10 @@ class Run:
         with STOP.listening(raises=False):
             try:
                 last = self.run_iterations()
-            except BaseException:
-                self.rescue()
+            except BaseException as error:
                 if self.keeps_records:
                     self.records.sync_or_report()  # what had no room before may have some now
+                self.rescue(error)
                 raise
             if self.stop_signal is not None:
                 raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
@@ -324,14 +325,15 @@ class Run:
                 )
         if self.keeps_records:  # and every rank has looked
             for path in damaged:
-                path.rename(set_aside(path))
+                with writing(path):
+                    path.rename(set_aside(path))
         return newest
 
     def begin_records(self) -> None:
         """Removes what came after the checkpoint, and writes the settings of the run."""
         restore_folder(self.folder / "final")
         self.records.keep(self.trainer.iteration or -1)
-        self.best.discard_after(self.trainer.iteration)
+        self.best.discard_after(self.trainer.iteration or -1)
         if self.trainer.iteration >= self.config.num_iterations:
             done, asked = counted(self.trainer.iteration, "iteration"), self.config.num_iterations
             self.progress.message(f"nothing is left to learn: {done} done; run.num_iterations asks for {asked}")
@@ -342,13 +344,13 @@ class Run:
         """Saves the state between two iterations, unless it is saved already. Collective; one rank writes.
 
         Raises:
-            RunError: The state is not finite, and not saved.
+            FloatingPointError: The state is not finite, and not saved.
         """
         if self.collectives.from_first(self.next_checkpoint.exists()):
             return
         state = self.trainer.state_dict()
         if found := self.collectives.from_first(self.keeps_records and not_finite(state)):
-            raise RunError(
+            raise FloatingPointError(
                 f"{found} is not finite after iteration {self.trainer.iteration}, and is not saved: "
                 f"{self.what_is_kept()}; lower optimizer.learning_rate, or look in metrics.jsonl for where it began"
             )
@@ -357,7 +359,7 @@ class Run:
             save_checkpoint(self.next_checkpoint, state, keep=self.config.keep_checkpoints)
         self.saved_at = time.monotonic()
 
-    def rescue(self) -> None:
+    def rescue(self, failure: BaseException) -> None:
         """Saves the state at the start of the iteration after a failure, if this rank has all of it by itself."""
         if not self.keeps_records:
             return
@@ -365,9 +367,9 @@ class Run:
             self.progress.message(f"the weights were being changed: {self.what_is_kept()}")
             return
         if self.trainer.holds_all and not self.next_checkpoint.exists():
-            self.save_beside()
+            self.save_beside(failure)
 
-    def save_beside(self) -> None:
+    def save_beside(self, failure: BaseException) -> None:
         """Saves the state of a run that failed beside all checkpoints that are there: a failure is no reason to trust
         it more than them."""
         state = self.trainer.state_dict()
@@ -377,12 +379,13 @@ class Run:
         try:
             save_checkpoint(self.next_checkpoint, state, keep=None)
         except WriteError as error:
-            self.progress.message(f"warning: {error}: {self.what_is_kept()}")
+            reason = "" if isinstance(failure, WriteError) else f"{error}: "  # which the command prints
+            self.progress.message(f"warning: {reason}{self.what_is_kept()}")
 
     def what_is_kept(self) -> str:
         """Sentence on what is kept of everything learned, where nothing more is saved."""
         steps = list_checkpoints(self.folder / "checkpoints")
-        newest = int(steps[-1].name.removeprefix("step_")) if steps else 0
+        newest = iteration_of(steps[-1]) if steps else 0
         return f"what was learned after iteration {newest} is lost" if steps else "no checkpoint was written yet"
 
     @property

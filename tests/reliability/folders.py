@@ -105,7 +105,21 @@ CASES: dict[str, Case] = {
         after_run=True, overrides=("optimizer.learning_rate=0.1",), says="optimizer.learning_rate was 0.0002, is 0.1"
     ),
     "another reward": Case(
-        after_run=True, prepare=edit("rule.py", lambda text: text + "# more\n"), says="reward.functions.0 is another"
+        after_run=True,
+        prepare=edit("rule.py", lambda text: text + "# more\n"),
+        status=0,
+        says="changed since the run was last started: the content of reward.functions.0 is another",
+    ),
+    "one more reward": Case(
+        after_run=True,
+        overrides=("reward.functions=[{name: 'rule.py:rule'}, {name: 'rule.py:rule2', weight: 5}]",),
+        prepare=edit("rule.py", lambda text: text + text.replace("rule", "rule2")),
+        says="reward.functions.1.name was None, is rule.py:rule2",
+    ),
+    "no record": Case(
+        after_run=True,
+        prepare=lambda folder: (folder / "out" / "config.json").unlink(),
+        says="its config.json, by which a run is known again, cannot be read",
     ),
     "another order of the data": Case(
         after_run=True, prepare=edit("rows.jsonl", reverse), says="the content of data is another"
@@ -123,7 +137,7 @@ CASES: dict[str, Case] = {
         after_run=True,
         prepare=edit("out/config.json", of_another_torch),
         status=0,
-        says="Nothing is left to learn",
+        says="the version of torch was 1.0, is ",
     ),
 }
 

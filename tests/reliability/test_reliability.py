@@ -32,7 +32,7 @@ def test_a_sample_comes_out_right(kind: str, seed: int, num: int, tmp_path: Path
     lines = [json.loads(line) for line in table.read_text().splitlines()]
     assert [line for line in lines if line["wrong"] is not None] == []
     assert done.returncode == 0, done.stderr
-    assert len(lines) == min(num, {"folders": 27}.get(kind, num))
+    assert len(lines) == min(num, {"folders": 29}.get(kind, num))
 
 
 def test_a_trial_that_comes_out_wrong_is_told(tmp_path: Path):

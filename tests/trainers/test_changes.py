@@ -51,6 +51,16 @@ def test_the_same_run_has_no_changes():
         ("reward.functions.0.weight", 2.0, "reward.functions.0.weight was 1.0, is 2.0", False),
         ("reward.functions.0.name", "b.py:rule", "reward.functions.0.name was a.py:rule, is b.py:rule", False),
         ("trackers.names", ["wandb"], "trackers.names.0 was None, is wandb", True),
+        ("reward.functions.0.on_error", "exclude", "reward.functions.0.on_error was None, is exclude", True),
+        ("reward.functions.0.of_a_new_version", 7, "reward.functions.0.of_a_new_version was None, is 7", True),
+        ("reward.functions.0.arguments", {"b": 7}, "reward.functions.0.arguments.b was None, is 7", False),
+        (
+            "reward.functions",
+            [*SETTINGS["reward"]["functions"], {"name": "b"}],
+            "reward.functions.1.name was None, is b",
+            False,
+        ),
+        ("reward.functions", [], "reward.functions.0.name was a.py:rule, is None", False),
         ("optimizer.of_a_new_version", 7, "optimizer.of_a_new_version was None, is 7", True),
         ("reward.model", {"path": "m"}, "reward.model.path was None, is m", False),
     ],
@@ -66,7 +76,8 @@ def test_how_it_is_resumed_is_no_change():
 
 
 @pytest.mark.parametrize(
-    ("what", "harmless"), [("model.path", False), ("reward.functions.0", False), ("evaluation_data", True)]
+    ("what", "harmless"),
+    [("model.path", False), ("reward.functions.0", True), ("reward.functions.1", True), ("evaluation_data", True)],
 )
 def test_changed_contents(what: str, harmless: bool):
     (change,) = changes_since(record(), SETTINGS, CONTENTS | {what: "other"})
@@ -119,18 +130,31 @@ def test_a_run_that_has_learned_nothing_is_compared_with_nothing(run: Path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_a_record_that_cannot_be_read_refuses_nothing(run: Path, content: str):
+def test_a_run_without_a_record_is_not_known_again(run: Path, content: str):
     (run / "config.json").write_text(content)
-    check_same_run(config(run), SETTINGS, CONTENTS)
+    with pytest.raises(RunError, match=r"its config\.json, by which a run is known again, cannot be read"):
+        check_same_run(config(run), SETTINGS, CONTENTS)
+    check_same_run(config(run, resume=True), SETTINGS, CONTENTS)
+
+
+def test_a_run_that_failed_in_its_first_iteration_has_learned_nothing(run: Path):
+    (run / "checkpoints" / "step_000002").rename(run / "checkpoints" / "step_000000")
+    check_same_run(config(run), altered("optimizer.learning_rate", 1.0), CONTENTS)
 
 
 def test_a_run_is_finished_when_it_has_done_what_is_asked(run: Path):
+    def finished(settings: Any = SETTINGS, num_iterations: int = 4) -> bool:
+        asked = RunConfig(output_dir=str(run), num_iterations=num_iterations)
+        return is_finished(asked, changes_in(run, settings, CONTENTS))
+
     (run / "config.json").write_text(json.dumps(record(finished=4)))
-    assert not is_finished(config(run), SETTINGS, CONTENTS)  # final/ is gone
+    assert not finished()  # final/ is gone
     (run / "final").mkdir()
-    assert is_finished(config(run), SETTINGS, CONTENTS)
-    assert is_finished(config(run), altered("trackers.names", ["wandb"]), CONTENTS)
-    assert not is_finished(config(run), altered("run.seed", 1), CONTENTS)
-    assert not is_finished(RunConfig(output_dir=str(run), num_iterations=5), SETTINGS, CONTENTS)
+    assert not finished()  # and here empty
+    (run / "final" / "model.safetensors").touch()
+    assert finished()
+    assert finished(altered("trackers.names", ["wandb"]))
+    assert not finished(altered("run.seed", 1))
+    assert not finished(num_iterations=5)
     (run / "config.json").write_text(json.dumps(record()))
-    assert not is_finished(config(run), SETTINGS, CONTENTS)
+    assert not finished()

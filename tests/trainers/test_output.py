@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,9 +157,10 @@ def test_a_finished_run_may_lack_its_checkpoints(tmp_path: Path):
     run = make_run(tmp_path / "run")
     (run / "checkpoints" / "step_000002").rmdir()
     (run / "final").mkdir()
+    (run / "final" / "model.safetensors").touch()
     (run / "config.json").write_text(json.dumps(CONFIG | {"finished": 9}))
     check(run)
-    (run / "final").rmdir()
+    shutil.rmtree(run / "final")
     (run / "metrics.jsonl").write_text('{"iteration": 9}\n')
     with pytest.raises(RunError, match="no checkpoint to go on from"):
         check(run)

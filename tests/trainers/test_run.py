@@ -676,6 +676,28 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(bench: Ben
     assert bench.steps() == ["step_000003", "step_000003.damaged", "step_000004"]
 
 
+def test_a_checkpoint_of_the_same_number_may_be_damaged_again(bench: Bench):
+    with pytest.raises(Failure):
+        bench.make(4, checkpoint_every=1, hooks={(4, "late"): fail}).train()
+    for _ in range(2):
+        bench.damage("step_000003")
+        with pytest.raises(Failure):
+            bench.make(4, checkpoint_every=1, hooks={(4, "late"): fail}).train()
+    assert bench.steps() == ["step_000002", "step_000003", "step_000003.damaged", "step_000003.damaged2"]
+    assert any("kept as step_000003.damaged2" in text for text in bench.said.messages)
+
+
+def test_the_best_before_the_first_iteration_is_not_that_of_a_run_that_begins_anew(bench: Bench):
+    def make(value: float, hooks: Hooks) -> Run:
+        return bench.make(2, evaluate=lambda: {"eval/x": value}, evaluate_every=1, best_metric="eval/x", hooks=hooks)
+
+    with pytest.raises(Failure):
+        make(9.0, {(1, "late"): fail}).train()
+    assert bench.best()["value"] == 9.0
+    make(2.0, {}).train()
+    assert bench.best() == {"metric": "eval/x", "value": 2.0, "iteration": 0}
+
+
 def diverge(bench: Bench) -> None:
     bench.trainer.weight = torch.tensor(math.nan)
 
@@ -683,7 +705,7 @@ def diverge(bench: Bench) -> None:
 def test_weights_that_are_not_finite_are_never_saved(bench: Bench):
     run = bench.make(4, checkpoint_every=1, keep_checkpoints=1, hooks={(3, "late"): lambda: diverge(bench)})
     with pytest.raises(
-        RunError, match=r"weight is not finite after iteration 3, and is not saved: .*after iteration 2"
+        FloatingPointError, match=r"weight is not finite after iteration 3, and is not saved: .*after iteration 2"
     ):
         run.train()
     assert bench.steps() == ["step_000002"]
