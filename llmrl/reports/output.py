@@ -9,7 +9,8 @@ from typing import Any
 
 class LastingStream:
     """A text stream that raises nothing when it is written to. What its encoding lacks is written as an escape; what
-    cannot be written is lost, and `report` receives why, once. Everything else is that of the stream.
+    cannot be written is lost, and `report` receives why, once, unless a reader has closed its pipe, as `head` does.
+    Everything else is that of the stream.
     """
 
     def __init__(self, stream: Any, report: Callable[[str], None]) -> None:
@@ -47,7 +48,8 @@ class LastingStream:
         except (OSError, ValueError) as error:  # a file that was closed is a ValueError
             if not self.has_lost:
                 self.has_lost = True
-                self.report(str(error))
+                if not isinstance(error, BrokenPipeError):
+                    self.report(str(error))
 
 
 @contextmanager

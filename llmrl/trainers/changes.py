@@ -125,13 +125,19 @@ def _is_known(path: str, was: Mapping[str, Any]) -> bool:
     """Whether a record knows the setting: has it, or null in place of its section, or would have it, as it is of the
     user's naming, or of an item that its list lacks. Others a new version may have brought."""
     names = path.split(".")
-    if not FREE.isdisjoint(names):
+    if not FREE.isdisjoint(names[:-1]):
         return True
     for depth in range(1, len(names) + 1):
-        part = ".".join(names[:depth])
-        if part in was or (names[depth - 1].isdigit() and not any(name.startswith(f"{part}.") for name in was)):
+        part, outer = ".".join(names[:depth]), ".".join(names[: depth - 1])
+        is_new_item = names[depth - 1].isdigit() and _has(was, outer) and not _has(was, part)
+        if part in was or is_new_item:
             return True
     return False
+
+
+def _has(settings: Mapping[str, Any], section: str) -> bool:
+    """Whether there is a setting below a section or a list."""
+    return any(path.startswith(f"{section}.") for path in settings)
 
 
 def _is_harmless(path: str) -> bool:

@@ -84,9 +84,7 @@ CASES: dict[str, Case] = {
     "another's final/": Case(prepare=put("out/final/notes"), says="holds final"),
     "another's best/": Case(prepare=put("out/best/notes"), says="holds best"),
     "another's metrics": Case(prepare=put("out/metrics.jsonl", '{"step": 3}\n'), says="holds metrics.jsonl"),
-    "another's checkpoint": Case(
-        prepare=put("out/checkpoints/step_000100/pytorch_model.bin"), says="cannot be read"
-    ),
+    "another's checkpoint": Case(prepare=put("out/checkpoints/step_000100/pytorch_model.bin"), says="cannot be read"),
     "another's config": Case(prepare=put("out/config.json", '{"lr": 1}'), says="holds config.json"),
     "a file": Case(prepare=put("out", "text"), says="is a file; name a folder"),
     "a finished run": Case(after_run=True, status=0, says="Nothing is left to learn"),

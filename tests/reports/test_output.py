@@ -45,7 +45,7 @@ def test_what_cannot_be_written_is_lost_and_told_once(error: Exception):
         assert stream.write(text) == 1
         stream.flush()
     assert stream.stream.getvalue() == "cd"  # type: ignore[attr-defined]
-    assert said == [str(error)]
+    assert said == ([] if isinstance(error, BrokenPipeError) else [str(error)])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_is_held_back_does_not_change_the_status(num_lines: int):
     )
 
 
-def test_a_closed_pipe_is_told_on_standard_error_once():
+def test_a_closed_pipe_is_no_error_and_is_not_told():
     program = (
         "from llmrl.reports.output import lasting_output\n"
         "with lasting_output():\n  for _ in range(9999): print('x' * 80, flush=True)"
@@ -126,4 +126,4 @@ def test_a_closed_pipe_is_told_on_standard_error_once():
     run = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert run.returncode == 0
-    assert run.stderr == ("warning: standard output cannot be written ([Errno 32] Broken pipe); the run goes on\n")
+    assert run.stderr == ""
