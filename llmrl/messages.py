@@ -7,6 +7,8 @@ from typing import Any
 
 from llmrl.secrets import without_secrets
 
+MAX_MESSAGE = 500
+"""Characters of an error's message that are shown: code of a user may put a whole response into one."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that move the cursor, change a terminal or turn the order of a line around; lone surrogates, which no
 terminal can take. Line breaks and tabs are none of them."""
@@ -27,11 +29,15 @@ def visible(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of an error, its line breaks and runs of blanks as single blanks; empty where it cannot be had."""
+    """The message of an error, its line breaks and runs of blanks as single blanks, `MAX_MESSAGE` characters of it and
+    ``...`` where it is longer; empty where it cannot be had."""
     try:
-        return " ".join(str(error).split())
+        message = " ".join(str(error).split())
     except Exception:  # `__str__` of a class that a user wrote
         return ""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    return f"{without_secrets(message)[:MAX_MESSAGE]}..."  # masked first: the beginning of a secret looks like none
 
 
 def class_and_message(error: BaseException) -> str:

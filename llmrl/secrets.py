@@ -2,12 +2,14 @@
 
 What is masked, and only as text leaves the process; a run computes with the true values:
 
-* the value of a name such as api_key, hf_token, password or authorization, in settings, in ``name=value`` and in
-  ``'name': 'value'``;
+* the value of a name such as api_key, hf_token, password or authorization, in settings, and where it is no number in
+  ``name=value`` and in ``'name': 'value'``;
 * a text of a known form: keys of OpenAI, Hugging Face, GitHub, GitLab, AWS, Google and Slack, JSON web tokens, what
   follows "Bearer", private keys, and the password of a URL;
-* what ``${oc.env:NAME}`` gave a recipe, except numbers and paths;
-* wherever else these values stand, if they have 6 characters or more.
+* what ``${oc.env:NAME}`` gave a recipe, except numbers and a choice that its setting has;
+* wherever else these values stand, if they have 6 characters or more and are no paths of this machine.
+
+The time that this takes is in proportion to the length of a text.
 """
 
 import os
@@ -20,22 +22,48 @@ MASK = "***"
 MIN_CHARACTERS = 6
 """Characters of the shortest value that is masked wherever it stands: a shorter one stands in other words too."""
 
+_TOKENS_OF_TEXT = [
+    "eos",
+    "bos",
+    "pad",
+    "unk",
+    "mask",
+    "sep",
+    "cls",
+    "image",
+    "video",
+    "audio",
+    "special",
+    "stop",
+    "max",
+    "min",
+    "num",
+    "total",
+    "per",
+]
+"""Words before the token that is a piece of text or a number of them."""
 _NAME = (
-    r"(?:[a-z0-9]+[_.-])*?(?:api[_-]?keys?|(?:secret|private|access|signing|encryption)[_-]?keys?|secrets?|passwords?"
-    r"|passwd|passphrase|pwd|credentials?|authorization|bearer|cookie|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)token)"
+    r"(?:api[_-]?keys?|(?:secret|private|access|signing|encryption)[_-]?keys?|secrets?|passwords?|passwd"
+    r"|passphrase|pwd(?-i:(?<!\bPWD))|credentials?|authorization|bearer|cookie"
+    rf"|(?=token){''.join(rf'(?<!(?<![a-z0-9]){word}[_.-])' for word in _TOKENS_OF_TEXT)}token)"
     r"(?:[_-](?:id|key|value|header))?"
 )
-_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+"""The end of a name; PWD alone is the current folder."""
+_SECRET_NAME = re.compile(rf"(?<![a-z0-9]){_NAME}\Z", re.IGNORECASE)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _FORMS = re.compile(
-    r"\bsk-[\w-]{16,}|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
-    r"|\bxox[a-z]-[\w-]{10,}|\bAIza[\w-]{30,}|\beyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*"
+    r"\b(?:sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}|(?<!-)eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
 )
 _BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)([\w.~+/=-]{8,})")
-_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@'\"]{0,200}:)([^\s/@'\"]{1,200})(?=@)", re.IGNORECASE)
+_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@'\"]{0,200}:)([^\s/'\"]{1,200})(?=@)", re.IGNORECASE)
+_NUMBER = r"[-+.\d_e]+"
+_ENDS = r"\s'\",;{}()\[\]"
+"""Characters that end a value."""
 _ASSIGNED = re.compile(
-    rf"({_NAME}(?:\s?=\s?|['\"]\s?:\s?)(?:['\"]|(?!['\"\[{{])))([^\s'\",;{{}}()\[\]]{{{MIN_CHARACTERS},}})",
+    rf"({_NAME}(?:\s?=\s?|['\"]\s?:\s?)(?:['\"]|(?!['\"\[{{])))(?!{_NUMBER}(?:[{_ENDS}]|\Z))"
+    rf"([^{_ENDS}]{{{MIN_CHARACTERS},}})",
     re.IGNORECASE,
 )
 _PARTS = (_BEARER, _URL, _ASSIGNED)
@@ -49,12 +77,13 @@ def is_secret_name(name: str) -> bool:
     """Whether a setting, an argument or a variable of this name holds a secret, as api_key does and max_tokens does
     not."""
     words = _CAMEL.sub("_", name)
-    return _SECRET_NAME.fullmatch(words) is not None and not words.lower().startswith(("max_", "min_", "num_"))
+    return _SECRET_NAME.search(words) is not None and not words.lower().startswith(("max_", "min_", "num_"))
 
 
 def remember(value: str) -> None:
-    """Masks a value from now on, wherever it stands."""
-    if len(value) >= MIN_CHARACTERS:
+    """Masks a value from now on, wherever it stands, unless it is short or a path in a folder that is there."""
+    is_path = value.startswith("/") and os.path.exists(Path(*Path(value).parts[:2]))
+    if len(value) >= MIN_CHARACTERS and not is_path:
         _known.add(value)
 
 
@@ -75,14 +104,10 @@ def remember_settings(settings: Any) -> None:
                 remember(match[2])
 
 
-def from_environment(value: str) -> str:
-    """The same value, which a recipe took from the environment; it is masked from now on, unless it is a number or a
-    path in a folder that is there."""
-    is_number = re.fullmatch(r"[-+.\d_e]+", value) is not None
-    is_path = value.startswith("/") and Path(*Path(value).parts[:2]).exists()
-    if not is_number and not is_path:
+def remember_from_environment(value: str) -> None:
+    """Masks a value that a recipe took from the environment from now on, unless it is a number."""
+    if not re.fullmatch(_NUMBER, value, re.IGNORECASE):
         remember(value)
-    return value
 
 
 def masked(settings: Any, name: str = "") -> Any:

@@ -42,7 +42,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from llmrl.paths import UserPath
-from llmrl.secrets import from_environment, remember_settings
+from llmrl.secrets import remember_from_environment, remember_settings
 from llmrl.section import Bound, Like, bounds, likes
 
 T = TypeVar("T")
@@ -138,12 +138,24 @@ def _resolved(classes: Sequence[type], path: Path, overrides: Sequence[str]) -> 
     """Settings of the file with the overrides laid over them."""
     tree = _load(path)
     _override(tree, overrides, classes)
-    for name in re.findall(r"\$\{oc\.env:\s*([^,}]+)", json.dumps(OmegaConf.to_container(tree), default=str)):
-        from_environment(os.environ.get(name.strip(), ""))
+    _remember_environment(classes, OmegaConf.to_container(tree))
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise SettingError(f"{path}: {_refused(error)}") from error
+
+
+def _remember_environment(classes: Sequence[type], value: Any, key: str = "") -> None:
+    """Masks what ``${oc.env:NAME}`` stands for in a value, from now on; a choice of its setting is no secret."""
+    match value:
+        case dict() | list():
+            for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+                _remember_environment(classes, item, f"{key}.{name}" if key else str(name))
+        case str():
+            for name in re.findall(r"\$\{oc\.env:\s*([^,}]+)", value):
+                given = os.environ.get(name.strip(), "")
+                if not any(given in _choices(member) for member in _members(_annotation(classes, key))):
+                    remember_from_environment(given)
 
 
 def _load(path: Path) -> DictConfig:
@@ -244,6 +256,10 @@ def _meant(text: str, annotation: Any) -> Any:
 
 def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _is_text(annotation: Any) -> bool:

@@ -73,7 +73,7 @@ def import_file(path: Path) -> ModuleType:
     path = path.resolve()
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    for name in _imported_names(path):
+    for name in {name.partition(".")[0]: None for level, name in _imports(path) if level == 0}:
         _check_neighbour(path, name)
     return importlib.import_module(f"{__name__}.{quote(os.fsencode(path)).replace('.', '%2E')}")
 
@@ -87,17 +87,25 @@ def source_file(function: Callable[..., Any]) -> str | None:
 
 
 def code_files(function: Callable[..., Any]) -> list[Path]:
-    """The file of a function or class, and the modules beside it that it imports, and those that they import."""
-    first = source_file(function)
+    """The file of a function or class, and the modules below its folder that it imports, and those that they import,
+    relative imports included."""
+    file = source_file(function)
+    if file is None:
+        return []
+    first = Path(file).resolve()
     found: list[Path] = []
-    waiting = [] if first is None else [Path(first).resolve()]
+    waiting = [first]
     while waiting:
         path = waiting.pop()
         if path in found or path.suffix != ".py" or not path.is_file():
             continue
         found.append(path)
-        for name in _imported_names(path):
-            waiting.extend(_places(path.parent, name))
+        for level, name in _imports(path):
+            if level == 0:
+                waiting.extend(_files(first.parent, name))
+            elif level <= len(path.parents):
+                package = path.parents[level - 1]
+                waiting.extend([package / "__init__.py", *_files(package, name)])
     return sorted(found)
 
 
@@ -145,13 +153,15 @@ class _Finder(MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, os.fsdecode(unquote_to_bytes(name)))
 
 
-def _imported_names(path: Path) -> Iterator[str]:
-    """Names of the modules that a file imports, anywhere in it, up to the first dot."""
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields ``(level, name)`` of whatever a file imports, anywhere in it, as in ``from ..package.module import name``:
+    level 2, ``package.module.name``. The last name may be a module or something in one."""
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            before = f"{node.module}." if node.module else ""
+            yield from ((node.level, f"{before}{alias.name}") for alias in node.names)
 
 
 def _check_neighbour(path: Path, name: str) -> None:
@@ -163,6 +173,13 @@ def _check_neighbour(path: Path, name: str) -> None:
     found = Path(spec.origin).resolve()
     if found not in beside:
         raise ImportError(f"it imports {name}, and gets {found}, not the one in {path.parent}; rename that one")
+
+
+def _files(folder: Path, name: str) -> Iterator[Path]:
+    """Yields the paths that a module of a dotted name may have below a folder, and those of the packages around it."""
+    for part in name.split("."):
+        yield from _places(folder, part)
+        folder /= part
 
 
 def _places(folder: Path, name: str) -> tuple[Path, Path]:

@@ -34,6 +34,13 @@ def test_an_error_that_cannot_say_what_it_is_about_has_none():
     assert in_one_line(Broken("x")) == ""
 
 
+def test_a_long_message_is_cut_and_hides_a_secret_that_the_cut_goes_through():
+    assert in_one_line(ValueError("x" * 500)) == "x" * 500
+    assert in_one_line(ValueError("x" * 100_000)) == "x" * 500 + "..."
+    secret = "hf_abcdefghijklmnopqrstuvwx"
+    assert in_one_line(ValueError(f"{'x' * 490} {secret} and more")) == f"{'x' * 490} *** and m..."
+
+
 @pytest.mark.parametrize(
     ("number", "told"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (12_000, "12,000 epochs")]
 )

@@ -1,13 +1,16 @@
 """What is masked in settings and in text, and what is not."""
 
+import time
+
 import pytest
 
 from llmrl import secrets
 from llmrl.secrets import (
-    from_environment,
     is_secret_name,
     masked,
+    remember,
     remember_environment,
+    remember_from_environment,
     remember_settings,
     without_secrets,
 )
@@ -19,9 +22,10 @@ def _knows_none(monkeypatch):
 
 
 NAMES = """api_key API_KEY openai_api_key apiKey hf_token token HF_TOKEN password db-password secret client_secret
-    AWS_SECRET_ACCESS_KEY private_key Authorization accessToken credentials"""
+    AWS_SECRET_ACCESS_KEY private_key Authorization accessToken credentials MYSQL_PWD db.pwd super_token"""
 OTHER_NAMES = """max_response_tokens max_token eos_token pad_token tokens tokenizer microbatch_tokens key keys author
-    secretary tokens_per_s password_column_name path eos_token_id"""
+    secretary tokens_per_s password_column_name path eos_token_id PWD OLDPWD per_token reward.per_token total_token
+    mask_token perToken"""
 
 
 @pytest.mark.parametrize("name", NAMES.split())
@@ -57,6 +61,10 @@ def test_a_known_form_is_masked_under_any_name(secret):
     ("text", "shown"),
     [
         ("https://me:hunter2x@host/x", "https://me:***@host/x"),
+        ("postgres://user:p@ss@host", "postgres://user:***@host"),
+        ("postgres://user:p@@s:s@host:5432/a@b", "postgres://user:***@host:5432/a@b"),
+        ("https://a:bcd@h, https://e:fgh@i", "https://a:***@h, https://e:***@i"),
+        ("?mode=long&accessory_token=hunter2x", "?mode=long&accessory_token=***"),
         ("Authorization: Bearer abcdefgh12345", "Authorization: Bearer ***"),
         ("override 'a.0.api_key=hunter2x' fails", "override 'a.0.api_key=***' fails"),
         ("{'password': 'hunter2x', 'n': 3}", "{'password': '***', 'n': 3}"),
@@ -75,6 +83,12 @@ def test_a_secret_in_a_text_is_masked(text, shown):
         "https://huggingface.co/a/b:main and https://host:8080/x@y",
         "rollout.max_response_tokens=1234567",
         "eos_token='<|im_end|>'",
+        "mask_token='<|mask|>'",
+        "reward.per_token=0.123456",
+        "total_token=12345678",
+        "advantage.token=-1.25e-05, done",
+        "{'token': 12345678}",
+        "PWD=/home/alice/runs",
         "a secret is kept: whatever",
         "sk-1 hf_a AKIA",
     ],
@@ -101,9 +115,50 @@ def test_a_secret_of_the_settings_is_masked_wherever_it_stands():
 
 def test_what_the_environment_gave_is_masked_unless_it_is_a_number_or_a_path(tmp_path):
     for value in ("walrus-and-carpenter", "/nowhere-at-all/x", "12345678", str(tmp_path), f"{tmp_path}/new"):
-        assert from_environment(value) == value
+        remember_from_environment(value)
     shown = masked({"a": "walrus-and-carpenter", "b": "/nowhere-at-all/x", "c": "12345678", "d": f"{tmp_path}/new"})
     assert shown == {"a": "***", "b": "***", "c": "12345678", "d": f"{tmp_path}/new"}
+
+
+def test_a_path_of_this_machine_is_masked_in_its_setting_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", f"{tmp_path}/password")
+    monkeypatch.setenv("PWD", str(tmp_path))
+    remember_environment()
+    remember_settings({"api_key": f"{tmp_path}/key"})
+    remember("/" + "a" * 5000)
+    assert without_secrets(f"there is no file {tmp_path}/key") == f"there is no file {tmp_path}/key"
+    assert masked({"api_key": f"{tmp_path}/key"}) == {"api_key": "***"}
+
+
+PIECES = [
+    "a",
+    "a_",
+    "a.b=",
+    "token",
+    "token_",
+    "sk-",
+    "eyJ-",
+    "api",
+    "x://a:",
+    "a:@",
+    "password=",
+    "Bearer ",
+    "-----BEGIN ",
+]
+
+
+def seconds(text):
+    begin = time.process_time()
+    without_secrets(text)
+    is_secret_name(text)
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_time_is_in_proportion_to_the_length_of_a_text(piece):
+    """Time that grows as the square would make the ratio 64."""
+    short, long = (piece * (size // len(piece)) for size in (20_000, 160_000))
+    assert seconds(long) < 30 * max(min(seconds(short) for _ in range(3)), 0.01)
 
 
 def test_secrets_of_the_environment_are_masked(monkeypatch):

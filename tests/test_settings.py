@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmrl import secrets
 from llmrl.paths import UserPath
-from llmrl.secrets import without_secrets
+from llmrl.secrets import masked, without_secrets
 from llmrl.settings import Setting, SettingError, describe, owner, read_either, read_recipe, to_dict, to_yaml
 
 
@@ -690,3 +690,23 @@ def test_a_value_of_the_environment_and_a_secret_are_masked_in_errors(write: Wri
     assert "seed: '***' is not a whole" in without_secrets(problem(write("seed: ${oc.env:OF_MINE}")))
     problem(write("named: {a: {file: x, api_key: swordfish}}"))
     assert without_secrets("swordfish and humpty dumpty") == "*** and ***"
+
+
+def test_a_choice_a_switch_and_a_number_of_the_environment_are_no_secrets(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(secrets, "_known", set())
+    given = {"KIND": "cosine", "SWITCH": "false", "RATE": "1.25E-05", "ORIGIN": "constant", "PART": "cheshire"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    recipe = """
+        model: {path: m, origin: "${oc.env:ORIGIN}, ${oc.env:PART}", bf16: "${oc.decode:${oc.env:SWITCH}}"}
+        optimizer: {schedule: {kind: "${oc.env:KIND}"}, lr: "${oc.decode:${oc.env:RATE}}"}
+    """
+    run = read_recipe(Run, write(recipe), [])
+    text = "cosine false 1.25E-05 1.25e-05 constant cheshire"
+    assert masked(to_dict(run.optimizer)) == to_dict(run.optimizer)
+    assert without_secrets(text) == "cosine false 1.25E-05 1.25e-05 *** ***"
+    assert "cosine" in str(
+        masked(to_dict(read_recipe(Run, write("model: {path: m}"), ["optimizer.schedule.kind=${oc.env:KIND}"])))
+    )

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from llmrl.user_code import code_files, import_file
+from llmrl.user_code import code_files, describe_exception, import_file
 
 RULE = "def one(text):\n    return len(text)\n"
 
@@ -112,3 +112,32 @@ def test_the_code_of_a_function_is_its_file_with_the_neighbours_that_it_reaches(
     rule = written(tmp_path, "rule.py", "def rule():\n    import near_rule\n    from package_of_rule import x\n")
     assert code_files(import_file(rule).rule) == sorted([far, near, package, rule])
     assert code_files(len) == []
+
+
+def test_the_code_of_a_function_has_the_modules_of_packages_that_it_reaches(tmp_path):
+    """helpers has an `__init__.py`, helpers/deep has none; modules name each other from the top and relatively."""
+    rule = written(
+        tmp_path,
+        "rule.py",
+        "def rule():\n    from helpers.rules import f\n    import plain.tools\n    from plain import more\n",
+    )
+    first = written(tmp_path / "helpers", "__init__.py", "")
+    rules = written(tmp_path / "helpers", "rules.py", "from . import near\nfrom .deep.far import x\nf = 1\n")
+    near = written(tmp_path / "helpers", "near.py", "import helpers.other\n")
+    other = written(tmp_path / "helpers", "other.py", "")
+    far = written(tmp_path / "helpers" / "deep", "far.py", "from ..up import x\nfrom .........beyond import y\n")
+    up = written(tmp_path / "helpers", "up.py", "x = 1\n")
+    tools = written(tmp_path / "plain", "tools.py", "import near\n")
+    more = written(tmp_path / "plain", "more.py", "")
+    for folder in (tmp_path, tmp_path / "helpers"):
+        written(folder, "unused.py", "")
+    written(tmp_path, "up.py", "")
+    assert code_files(import_file(rule).rule) == sorted([rule, first, rules, near, other, far, up, tools, more])
+
+
+def test_the_message_of_an_exception_is_cut_but_for_its_place(tmp_path):
+    rule = written(tmp_path, "rule.py", "def one(text):\n    raise ValueError(text)\n")
+    one = import_file(rule).one
+    with pytest.raises(ValueError, match="xxx") as raised:
+        one("x" * 1_000_000)
+    assert describe_exception(one, raised.value) == f"raised ValueError: {'x' * 500}... at {rule}:2"

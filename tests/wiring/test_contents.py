@@ -4,9 +4,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from llmrl import secrets
 from llmrl.algorithms.config import GRPOConfig
+from llmrl.config import SFTRun
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.secrets import without_secrets
+from llmrl.settings import read_recipe
+from llmrl.trainers.changes import changes_since
 from llmrl.wiring.checks import check_rl
+from llmrl.wiring.contents import recorded_settings
 
 
 def written(file: Path, text: str) -> Path:
@@ -60,3 +66,19 @@ def test_files_of_the_model(config, tmp_path):
     config = replace(config, model=replace(config.model, path=str(tmp_path / "model")))
     file = tmp_path / "model" / "config.json"
     assert changed(config, file, file.read_text() + "\n") == {"model.path"}
+
+
+def test_another_choice_from_the_environment_is_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "_known", set())
+    recipe = written(
+        tmp_path / "recipe.yaml",
+        "model: {path: m}\ndata: {path: x.jsonl}\nrun: {num_iterations: 2, output_dir: out}\n"
+        "optimizer: {schedule: '${oc.env:SCHEDULE_OF_MINE}'}\n",
+    )
+    recorded = []
+    for schedule in ("linear", "cosine"):
+        monkeypatch.setenv("SCHEDULE_OF_MINE", schedule)
+        recorded.append(recorded_settings(read_recipe(SFTRun, recipe, [])))
+    (change,) = changes_since({"settings": recorded[0]}, recorded[1], {})
+    assert change.text == "optimizer.schedule was linear, is cosine"
+    assert without_secrets("a linear layer") == "a linear layer"
