@@ -21,6 +21,7 @@ from llmrl.algorithms.kl_control import KLControl, StepKLControl
 from llmrl.batches import TokenOutputs
 from llmrl.cli import app
 from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.statistics import Maximum, Mean, Moments, Total
 from llmrl.metrics import Metrics
 from llmrl.models.reward_record import normalization_on
@@ -30,6 +31,7 @@ from llmrl.roles import Collectives
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.best import BestModel
 from llmrl.trainers.checkpoint import not_finite
+from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
 from tests.processes import TINY, lines, write_recipes
 from tests.trainers import test_batch, test_rl
@@ -230,7 +232,7 @@ def check(trainer: Any, poison: Poison, case: tuple[str, float]) -> None:
     """Runs the iterations, of which one is poisoned."""
     alarms, place, number = Alarms(steps_per_iteration=4), *case
     for iteration in range(1, NUM_ITERATIONS + 1):
-        poison.active = iteration == BAD_ITERATION and poison.rank in (None, trainer.collectives.rank)
+        poison.active = iteration == BAD_ITERATION and poison.rank in (None, trainer.microbatcher.collectives.rank)
         before = weights_of(trainer)
         values = trainer.iterate().values()
         if iteration == BAD_ITERATION and place in STEPPED and not math.isfinite(number):
@@ -272,6 +274,7 @@ def test_a_bad_number_on_one_rank_of_two_is_skipped_on_both(kind: str, place: st
     def work(collectives: Collectives) -> None:
         trainer, poison = trainers[collectives.rank], Poison(number, rank=rank)
         trainer.collectives = collectives
+        trainer.microbatcher = Microbatcher(trainer.microbatcher.budget, context_of(collectives))
         for trained in trainer.trained.values():
             trained.collectives = collectives
         PLACES[kind][place](trainer, poison)
@@ -288,9 +291,11 @@ def test_a_bad_number_on_one_rank_of_two_is_skipped_on_both(kind: str, place: st
 
 def best_of(folder: Path, numbers: list[dict[str, float]], metric: str) -> float | None:
     def save(place: Path) -> None:
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
 
-    best = BestModel(folder, metric=metric, warmup_iterations=0, save_model=save, collectives=OneProcess())
+    best = BestModel(
+        folder, metric=metric, warmup_iterations=0, save_model=save, collectives=OneProcess(), report=print
+    )
     for iteration, values in enumerate(numbers, start=1):
         best.update(iteration, values)
     record = best.record()
@@ -379,7 +384,8 @@ def test_a_run_that_nothing_scores_ends_with_a_line_and_a_checkpoint(tmp_path: P
     assert done.exit_code == 1, done.stderr
     (error, *_) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: stopped after iteration 10: no response could be scored in 10 iterations in a row")
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step_000010"]
+    steps = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert steps == ["step_000001", "step_000010"]
     (tmp_path / "rule.py").write_text("def rule(responses):\n    return [float(len(text)) for text in responses]\n")
     done = CliRunner().invoke(app, ["grpo", str(tmp_path / "grpo.yaml"), *settings, "run.resume=true"])
     assert done.exit_code == 0, done.stderr

@@ -247,7 +247,8 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     first = 4 if networks == "warm-up" else 2
     assert llmrl(*arguments, f"run.num_iterations={first}", "run.checkpoint_every=2", "run.keep_checkpoints=9")[0] == 0
     if first == 4:  # as if it had been killed
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+        for name in ("final", "checkpoints/step_000004"):
+            shutil.rmtree(tmp_path / "run" / name)
     status, _, error = llmrl(*arguments, "run.num_iterations=4", "run.resume=true")
     assert status == 0, error
 

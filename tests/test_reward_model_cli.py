@@ -208,13 +208,18 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(recipe, tmp_path):
     assert cards[0]["normalization"] == pytest.approx(cards[1]["normalization"], rel=1e-3, abs=1e-4)
 
 
-def test_a_finished_run_is_refused_or_resumed_to_the_same_model(trained, tmp_path):
+def test_a_finished_run_says_so_and_makes_the_same_model_where_it_is_gone(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     recipe, output = trained.parent / "rm.yaml", f"run.output_dir={tmp_path / 'run'}"
-    status, _, error = llmrl("reward-model", recipe, output)
+    status, _, error = llmrl("reward-model", recipe, output, "run.resume=false")
     assert status == 2
-    assert "the same command goes on" in error
+    assert "leave run.resume at auto to go on with it" in error
     before = json.loads((tmp_path / "run" / "final" / "report_card.json").read_text())
+    written = (tmp_path / "run" / "final" / "model.safetensors").stat().st_mtime_ns
+    status, printed, error = llmrl("reward-model", recipe, output)
+    assert status == 0, error
+    assert "finished" in printed + error
+    assert (tmp_path / "run" / "final" / "model.safetensors").stat().st_mtime_ns == written
     shutil.rmtree(tmp_path / "run" / "final")
     status, _, error = llmrl("reward-model", recipe, output, "run.resume=true")
     assert status == 0, error
