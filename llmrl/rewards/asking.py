@@ -99,7 +99,7 @@ class Asker:
         no row that was tried alone does, or the time is over.
 
         Raises:
-            TimeoutError: The time is over.
+            TimeoutError: The time is over, or a fresh process cannot load the function.
         """
         rows, budget = range(_num_rows(columns)), Budget(calls=SEARCH_CALLS, seconds=max(SEARCH_S, failure.seconds))
         is_known = False
@@ -108,6 +108,8 @@ class Asker:
                 raise TimeoutError
             first, second = halves(rows)
             answer = self.ask(rows_of(columns, first), budget.seconds)
+            if isinstance(answer, Failure) and answer.is_unloaded:
+                raise TimeoutError
             is_known = isinstance(answer, Failure) and answer.kind == failure.kind
             rows = first if is_known else second
         return rows[0] if rows else None
@@ -125,7 +127,7 @@ class Asker:
         which the function does not fail. Rows that are not found out within the limits of the search are left out.
         `read` makes the results of this many rows from an answer.
         """
-        if failure.is_transient or failure.is_stuck:
+        if failure.is_transient or failure.is_stuck or failure.is_unloaded:
             return {}
         budget = Budget(calls=SEARCH_CALLS, seconds=self.config.timeout_s)
 

@@ -16,6 +16,11 @@ from llmrl.rewards.event_loop import start_in_loop
 from llmrl.rewards.loading import Function, select_columns
 from llmrl.user_code import describe_exception
 
+
+class RewardError(RuntimeError):
+    """A reward function that failed; the message says which one, on which row, and what was expected of it."""
+
+
 Columns = Mapping[str, list[Any]]
 TRANSIENT = re.compile(
     r"Timeout|TimedOut|Connect|Network|RateLimit|TooMany|Unavailable|Overloaded|HTTP|URLError|Server"
@@ -53,6 +58,8 @@ class Failure:
     """Whether a further call may go well: a connection or a service failed, not the function."""
     is_stuck: bool = False
     """Whether it was ended at its time limit."""
+    is_unloaded: bool = False
+    """Whether there was no call: a fresh process could not load the function."""
     cause: BaseException | None = None
     """The exception; None where it was raised in another process."""
 

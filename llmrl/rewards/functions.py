@@ -40,17 +40,13 @@ from transformers import PreTrainedTokenizerBase
 from llmrl.batches import Rollout, Row, Scores, Sequences
 from llmrl.messages import counted
 from llmrl.rewards.asking import Asker
-from llmrl.rewards.calls import Answer, Caller, Calls, Failure, Odd, Pending, odd, shorten
+from llmrl.rewards.calls import Answer, Caller, Calls, Failure, Odd, Pending, RewardError, odd, shorten
 from llmrl.rewards.combine import sum_of_known
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, takes
 from llmrl.rewards.per_token import Spelling, is_number, spell_responses, token_texts
 from llmrl.rewards.worker import RemoteFunction
 from llmrl.roles import Progress
-
-
-class RewardError(RuntimeError):
-    """A reward function that failed; the message says which one, on which row, and what was expected of it."""
 
 
 class _Excluded:
@@ -243,12 +239,14 @@ class FunctionReward:
         """Where a function failed: the row, if it can be found."""
         if failure.is_stuck:
             return f"in call {call.number}, for {counted(call.num_responses, 'response')}; raise the limit, or mend it"
+        if failure.is_unloaded:
+            return f"in call {call.number}; mend its file"
         in_call = f"in call {call.number}; {call.expected}"
         if failure.is_transient:
             return in_call  # which a service has, whatever the row
         try:
             row = asker.failing_row(failure, call.columns)
-        except TimeoutError:
+        except (TimeoutError, RewardError):
             return in_call
         if row is not None:
             return f"for row {row}; {call.expected}. {call.describe(row)}"

@@ -1,4 +1,6 @@
-"""Waiting for one call of a reward function: what is said meanwhile, and when it has been long enough."""
+"""Waiting for a call of a reward function, or for its file: what is said meanwhile, and when it takes too long."""
+
+import sys
 
 from llmrl.messages import counted
 from llmrl.roles import Progress
@@ -7,6 +9,8 @@ FIRST_S = 30.0
 """Seconds after which a call that goes on is mentioned."""
 AGAIN_S = 60.0
 """Seconds between further mentions."""
+LOADING_S = 600.0
+"""Time limit of loading a function while the recipe is checked."""
 
 
 class Patience:
@@ -59,6 +63,31 @@ class Patience:
     def limit(self) -> str:
         """See `Waiting`."""
         return f"{min(self.limits):g} s ({self.setting}.timeout_s)"
+
+
+class Loading:
+    """`Waiting` for a function that is loaded while the recipe is checked: a signal ends the process there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds = 0.0
+        self.has_told = False
+
+    def look(self, seconds: float) -> bool:
+        """See `Waiting`."""
+        self.seconds += seconds
+        if self.seconds >= FIRST_S and not self.has_told:
+            self.has_told = True
+            self.tell(f"is still loading after {FIRST_S:.0f} s; its limit is {self.limit()}")
+        return self.seconds > LOADING_S
+
+    def tell(self, text: str) -> None:
+        """See `Waiting`."""
+        print(f"reward function {self.name} {text}", file=sys.stderr, flush=True)
+
+    def limit(self) -> str:
+        """See `Waiting`."""
+        return f"{LOADING_S:g} s"
 
 
 def _shown(timeout_s: float | None) -> str:

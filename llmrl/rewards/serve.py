@@ -2,7 +2,7 @@
 
 It ends when its parent is gone, whatever a function does: the kernel sends SIGIO as soon as no process holds the
 other end of the pipe `lifeline` any more, and nothing catches that. What a function prints goes where the parent
-prints; standard input is empty.
+prints, and is lost where that is closed, such as by ``| head``; standard input is empty.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ from inspect import Parameter
 from multiprocessing.connection import Connection
 from typing import Any
 
+from llmrl.output_streams import lasting_output
 from llmrl.rewards.calls import Answer, Calls, Columns, Failure, Pending
 from llmrl.rewards.loading import bind_arguments, check_columns, load_function, takes
 from llmrl.user_code import UserCodeError, name_of, source_file
@@ -91,7 +92,12 @@ def serve(requests: int, lifeline: int) -> None:
     """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    connection, worker, process = Connection(requests), _Worker(), os.getpid()
+    with lasting_output(warns=False):  # the run prints to the same, and warns
+        _serve(Connection(requests))
+
+
+def _serve(connection: Connection) -> None:
+    worker, process = _Worker(), os.getpid()
     while True:
         try:
             request = connection.recv()

@@ -2,30 +2,34 @@
 
 One worker serves a run (each rank has its own). It is started to load the functions, keeps their modules and what these
 hold, and is killed, with every process of its group, where a call exceeds its limit or the run ends in the middle of
-one; the next call starts another one. It is a fresh interpreter, not a fork: threads of torch and CUDA would not
-survive that; and not a daemon of `multiprocessing`: functions may have pools of processes of their own.
+one; the next call starts another one, which loads each function again as it is called. It is a fresh interpreter, not a
+fork: threads of torch and CUDA would not survive that; and not a daemon of `multiprocessing`: functions may have pools
+of processes of their own.
 """
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import Parameter, Signature
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from llmrl.rewards.calls import Answer, Columns, Failure, Pending, Waiting
-from llmrl.rewards.config import RewardConfig
+from llmrl.rewards.calls import Answer, Columns, Failure, Pending, RewardError, Waiting
+from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.loading import takes
+from llmrl.rewards.patience import Loading
 from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, Request
-from llmrl.user_code import UserCodeError
+from llmrl.user_code import UserCodeError, code_files
 
 LOOK_S = 0.2
 """Seconds between two looks at the clock and at the process, while an answer is waited for."""
@@ -68,6 +72,10 @@ class Worker:
         """Functions whose results are still to be awaited."""
         self.has_moved: set[str] = set()
         """Functions that are known to change the working folder."""
+        self.loading_s = 0.0
+        """Seconds that it took to load all functions."""
+        self.code: dict[str, dict[Path, str | None]] = {}
+        """Digests of each function's files, as they were loaded."""
 
     def load(self) -> tuple[RemoteFunction, ...]:
         """Every function of the configuration, which the worker has loaded.
@@ -75,28 +83,38 @@ class Worker:
         Raises:
             UserCodeError: A function is missing or does not load.
         """
-        process = self._start()
-        self.functions = {
-            setting.name: RemoteFunction(self, setting.name, process.load(setting.name, setting.arguments))
-            for setting in self.config.functions
-        }
+        self._kill()
+        started = time.monotonic()
+        for setting in self.config.functions:
+            loaded = self._load(setting, Loading(setting.name))
+            if isinstance(loaded, str):
+                raise UserCodeError(loaded)
+            self.functions[setting.name] = function = RemoteFunction(self, setting.name, loaded)
+            self.code[setting.name] = {file: _digest(file) for file in code_files(function)}
+        self.loading_s = time.monotonic() - started
         return tuple(self.functions.values())
 
     def check_columns(self, columns: tuple[str, ...]) -> None:
         """See `llmrl.rewards.loading.check_columns`."""
         names = tuple(setting.name for setting in self.config.functions)
         with self._asked(Check(names, columns)) as process:
-            while not process.has_reply():
-                pass
-            reply = process.receive()
+            reply = process.reply({names[0]: Loading(names[0]).look})
         if isinstance(reply, Refused):
             raise UserCodeError(reply.text)
+        if process.is_lost:
+            raise UserCodeError(f"reward function {names[0]}: before it was called, its code {process.end}")
 
     def ask(self, name: str, columns: Columns, waiting: Waiting) -> Answer | Pending:
-        """See `Caller`. A call that exceeds its limit, or ends the process, is a `Failure`."""
+        """See `Caller`. A call that exceeds its limit, or ends the process, is a `Failure`.
+
+        Raises:
+            RewardError: The function would be loaded again, and its code is another one by now.
+        """
         taken = {column: values for column, values in columns.items() if takes(self.functions[name], column)}
+        if failure := self._load_again(name, waiting):
+            return failure
         with self._asked(Ask(name, taken)) as process:
-            answered = self._wait(process, {name: waiting})
+            answered = process.reply({name: waiting.look})
         if answered is None:
             return _ended(process, {name: waiting})[name]
         self._remark(answered, waiting)
@@ -113,7 +131,7 @@ class Worker:
         with self._asked(Gather(tuple(left))) as process:
             while left:
                 yield from last.items()
-                answered = self._wait(process, left)
+                answered = process.reply({name: each.look for name, each in left.items()})
                 if answered is None:
                     last, left = _ended(process, left), {}
                 else:
@@ -130,7 +148,9 @@ class Worker:
     @contextmanager
     def _asked(self, request: Request) -> "Iterator[_Process]":
         """Context of a request to the worker; where it is left before all has come back, the worker is killed."""
-        process = self._ready()
+        if self.process is None:
+            self.process = _Process(self.folder)
+        process = self.process
         try:
             process.send(request)
             yield process
@@ -140,36 +160,50 @@ class Worker:
         if process.is_lost:
             self._kill()
 
-    def _wait(self, process: "_Process", waiting: Mapping[str, Waiting]) -> Answered | None:
-        """The next answer; None where the process has ended, or was ended at the limit of one of these functions."""
-        last = time.monotonic()
-        while not process.has_reply():
-            now = time.monotonic()
-            elapsed, last = min(now - last, 2 * LOOK_S), now  # not the time in which this process was suspended
-            late = [name for name, each in waiting.items() if each.look(elapsed)]
-            if late:
-                process.late, process.is_lost = late, True
-                return None
-        return process.receive()
+    def _load(self, setting: RewardFunctionConfig, waiting: Waiting, free_s: float = 0.0) -> Loaded | str:
+        """A function that the process has loaded, or why it has not. The first `free_s` seconds count for no limit."""
+
+        def look(seconds: float) -> bool:
+            nonlocal free_s
+            counted, free_s = max(seconds - free_s, 0.0), max(free_s - seconds, 0.0)
+            return waiting.look(counted)
+
+        with self._asked(Load(setting.name, setting.arguments)) as process:
+            reply = process.reply({setting.name: look})
+        match reply:
+            case Loaded():
+                process.loaded.add(setting.name)
+                return reply
+            case Refused(text):
+                return text
+        if process.late:
+            return f"reward function {setting.name}: it did not load within {waiting.limit()}"
+        return f"reward function {setting.name}: while it was loaded, its code {process.end}"
+
+    def _load_again(self, name: str, waiting: Waiting) -> Failure | None:
+        """Loads a function where a fresh process has not yet; why it cannot be, which is no fault of a response.
+
+        Twice the time that all took at first is free: a short limit of calls must not keep a slow import from its end.
+        """
+        if self.process is not None and name in self.process.loaded:
+            return None
+        for file, digest in self.code[name].items():
+            if _digest(file) != digest:
+                raise RewardError(
+                    f"reward function {name}: {file} has changed during the run, and would be loaded anew, since the "
+                    "process that had loaded it has ended; start the command again"
+                )
+        setting = next(each for each in self.config.functions if each.name == name)
+        loaded = self._load(setting, waiting, free_s=2 * self.loading_s)
+        if isinstance(loaded, Loaded):
+            return None
+        why = loaded.removeprefix(f"reward function {name}: ")
+        return Failure(what=f"could not be loaded again: {why}", kind="", seconds=0.0, is_unloaded=True)
 
     def _remark(self, answered: Answered, waiting: Waiting) -> None:
         if answered.moved_to is not None and answered.name not in self.has_moved:
             self.has_moved.add(answered.name)
             waiting.tell(f"changed the working folder to {answered.moved_to}; it is set back after each call")
-
-    def _ready(self) -> "_Process":
-        """The process, with every function loaded."""
-        if self.process is None:
-            process = self._start()
-            for setting in self.config.functions:
-                process.load(setting.name, setting.arguments)
-        assert self.process is not None
-        return self.process
-
-    def _start(self) -> "_Process":
-        self._kill()
-        self.process = _Process(self.folder)
-        return self.process
 
     def _kill(self) -> None:
         self.pending.clear()
@@ -184,6 +218,8 @@ class _Process:
     def __init__(self, folder: str) -> None:
         self.connection, theirs = Pipe()
         lifeline, mine = os.pipe()
+        self.loaded: set[str] = set()
+        """Functions that it has loaded."""
         self.late: list[str] = []
         """Functions that exceeded their limit."""
         self.is_lost = False
@@ -200,22 +236,6 @@ class _Process:
         os.close(lifeline)
         self.close = weakref.finalize(self, _close, self.popen, self.connection, mine)
 
-    def load(self, name: str, arguments: Mapping[str, Any]) -> Loaded:
-        """Loads a function.
-
-        Raises:
-            UserCodeError: It is missing, does not load, or ends the process.
-        """
-        self.send(Load(name, arguments))
-        while not self.has_reply():
-            pass
-        match self.receive():
-            case Loaded() as loaded:
-                return loaded
-            case Refused(text):
-                raise UserCodeError(text)
-        raise UserCodeError(f"reward function {name}: while it was loaded, its code {self.end}")
-
     def send(self, request: Request) -> None:
         """Sends a request, in a thread: a worker that hangs may not read it, and this process must not hang too."""
         message = ForkingPickler.dumps(request)
@@ -225,6 +245,22 @@ class _Process:
                 self.connection.send_bytes(message)
 
         Thread(target=send, daemon=True).start()
+
+    def reply(self, looks: Mapping[str, Callable[[float], bool]]) -> Any:
+        """The next reply; None where the process has ended, or a function exceeded its limit.
+
+        Args:
+            looks: For each function that is waited for, `Waiting.look`.
+        """
+        last = time.monotonic()
+        while not self.has_reply():
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * LOOK_S), now  # not the time in which this process was suspended
+            late = [name for name, look in looks.items() if look(elapsed)]
+            if late:
+                self.late, self.is_lost = late, True
+                return None
+        return self.receive()
 
     def has_reply(self) -> bool:
         """Whether there is something to receive, if only that the process has ended; waits a moment for it.
@@ -284,3 +320,11 @@ def _ended(process: _Process, waiting: Mapping[str, Waiting]) -> dict[str, Failu
             for name in process.late
         }
     return {name: Failure(what=process.end, kind=process.end, seconds=0.0) for name in waiting}
+
+
+def _digest(file: Path) -> str | None:
+    """SHA-256 of a file; None where it is gone."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None

@@ -327,6 +327,17 @@ LOADS = {
 }
 """Files that cannot be used, and what is said of them before a model loads."""
 
+AGAIN = {
+    "file-raises-again": ("1 / 0", {}, r"could not be loaded again: .*rules\.py does not load: ZeroDivisionError"),
+    "file-exits-again": ("os._exit(4)", {}, r"could not be loaded again: while it was loaded, .* exit status 4"),
+    "file-hangs-again": ("while True: pass", HANGS, r"could not be loaded again: it did not load within 0\.3 s "),
+    "file-raises-again-excluded": ("1 / 0", EXCLUDE, None),
+    "file-hangs-again-excluded": ("while True: pass", {**HANGS, **EXCLUDE}, None),
+    "file-changes": ("", EXCLUDE, r": .*rules\.py has changed during the run"),
+}
+"""Files whose function ends its process, and what they do as a fresh one loads them; what is said of it, None: all
+responses are excluded."""
+
 
 ENDINGS = ("exits", "exits-at-once", "breaks-memory", "sleeps", "spins-in-c", "awaits-for-ever")
 """Faults that a whole run is tried with."""
@@ -449,7 +460,37 @@ def test_a_file(fault: str, tmp_path: Path):
         check()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", AGAIN)
+def test_a_file_that_is_loaded_again(fault: str, tmp_path: Path, rollout: Rollout):
+    does, settings, ends = AGAIN[fault]
+    file, marker = tmp_path / "rules.py", tmp_path / "called"
+    file.write_text(
+        f"import os, pathlib\nif os.path.exists('{marker}'):\n    {does or 'pass'}\n"
+        f"def _(responses):\n    pathlib.Path('{marker}').touch()\n    os._exit(3)\n"
+    )
+    worker = Worker(RewardConfig(functions=(RewardFunctionConfig(name=f"{file}:_"),)))
+    worker.load()
+    said = Said()
+    reward = reward_of(worker, f"{file}:_", said, **settings)
+    if ends is None:
+        for _ in range(2):
+            scores = reward(rollout)
+            assert scores.total.isnan().all()
+            assert [int(failed.sum()) for failed in scores.failed.values()] == [4]
+        assert "4 responses of this call left out" in said.messages[0]
+        return
+    if fault == "file-changes":
+        file.write_text(f"{file.read_text()}\n")
+    else:
+        with pytest.raises(RewardError, match=r"_ ended the process that it runs in with exit status 3 in call 1; "):
+            reward(rollout)
+    with pytest.raises(RewardError) as error:
+        reward(rollout)
+    assert re.search(rf"^reward function {re.escape(str(file))}:_ ?{ends}", str(error.value)), error.value
+
+
 def test_the_table_of_the_docs_has_these():
     _, _, table = DOCS.read_text().partition("## The table")
     listed = re.findall(r"^\| `([a-z0-9-]+)` \|", table, flags=re.MULTILINE)
-    assert listed == [*FAULTS, *LOADS]
+    assert listed == [*FAULTS, *LOADS, *AGAIN]

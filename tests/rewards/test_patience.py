@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmrl.rewards.patience import Patience
+from llmrl.rewards.patience import Loading, Patience
 from tests.rewards.said import Said
 
 
@@ -42,6 +42,13 @@ def test_the_lower_limit_counts():
     assert looks(patience(Said(), timeout_s=3.0), 3.5)
     assert looks(patience(Said(), timeout_s=3.0, limit_s=1.0), 1.5)
     assert patience(Said(), timeout_s=3.0, limit_s=1.5).limit() == "1.5 s (reward.functions.1.timeout_s)"
+
+
+def test_a_file_that_loads_for_long_is_mentioned_once_and_has_ten_minutes(capsys):
+    waiting = Loading("judge.py:judge")
+    assert not looks(waiting, 600)
+    assert capsys.readouterr().err == "reward function judge.py:judge is still loading after 30 s; its limit is 600 s\n"
+    assert looks(waiting, 1)
 
 
 def test_a_signal_that_progress_raises_comes_through():

@@ -151,6 +151,43 @@ def test_what_hangs_is_killed_with_what_it_has_started(worker, tmp_path):
     assert ask(rules, "process", "a")[1] == 1  # a fresh one
 
 
+def test_a_slow_import_does_not_count_for_a_short_limit_of_calls_when_it_is_repeated(tmp_path):
+    (tmp_path / "rules.py").write_text("import time; time.sleep(1.0)\ndef one(responses): return [1.0]\n")
+    config = RewardFunctionConfig(name=f"{tmp_path}/rules.py:one", timeout_s=0.4)
+    rules = Worker(RewardConfig(functions=(config,)))
+    rules.load()
+    rules._kill()
+    assert ask(rules, "one", "a") == [1.0]
+
+
+def test_a_file_that_hangs_as_the_recipe_is_checked_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmrl.rewards.patience.LOADING_S", 0.5)
+    (tmp_path / "rules.py").write_text("while True: pass\n")
+    name = f"{tmp_path}/rules.py:one"
+    with pytest.raises(UserCodeError, match=rf"^reward function {name}: it did not load within 0\.5 s$"):
+        Worker(RewardConfig(functions=(RewardFunctionConfig(name=name),))).load()
+
+
+def test_a_signal_ends_the_wait_for_a_file_that_hangs_as_it_is_loaded_again(tmp_path):
+    class Stops(Said):
+        def advance(self, amount: int = 1) -> None:
+            if (tmp_path / "again").exists():
+                raise KeyboardInterrupt
+
+    (tmp_path / "rules.py").write_text(
+        f"import os\nif os.path.exists('{tmp_path}/once'):\n    open('{tmp_path}/again', 'w')\n    while True: pass\n"
+        "def one(responses): return [1.0]\n"
+    )
+    config = RewardFunctionConfig(name=f"{tmp_path}/rules.py:one", timeout_s=None)
+    rules = Worker(RewardConfig(functions=(config,)))
+    rules.load()
+    rules._kill()
+    (tmp_path / "once").touch()
+    with pytest.raises(KeyboardInterrupt):
+        ask(rules, "one", "a", said=Stops())
+    assert rules.process is None
+
+
 def test_an_interrupt_of_the_run_kills_it_and_comes_through(worker, tmp_path):
     class Stops(Said):
         def advance(self, amount: int = 1) -> None:
@@ -187,6 +224,30 @@ def test_it_ends_with_its_parent_though_a_function_lets_nothing_run(worker, tmp_
     parent.wait()
     assert ends(process)
     os.kill(child, signal.SIGKILL)
+
+
+PRINTS = """
+import os, sys
+def prints(responses):
+    for text in responses:
+        print(text * 100_000, flush=text == "a")
+        print(text, file=sys.stderr)
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize("response", ["a", "b"])
+def test_what_is_printed_to_a_pipe_that_is_closed_is_lost(tmp_path, response):
+    (tmp_path / "rules.py").write_text(PRINTS)
+    closed, pipe = os.pipe()
+    os.close(closed)
+    code = f"{PARENT.replace('Asker(', 'answer = Asker(')}\nassert answer == [1.0], answer"
+    parent = subprocess.run(
+        [sys.executable, "-c", code, f"{tmp_path}/rules.py:prints", response],
+        cwd=Path(__file__).parents[2], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(pipe)
+    assert (parent.returncode, parent.stderr) == (0, f"{response}\n")
 
 
 def begun(worker: Worker, number: int) -> dict:
