@@ -88,7 +88,7 @@ def test_a_secret_in_a_text_is_masked(text, shown):
         "total_token=12345678",
         "advantage.token=-1.25e-05, done",
         "{'token': 12345678}",
-        "PWD=/home/alice/runs",
+        "PWD=/srv/runs",
         "a secret is kept: whatever",
         "sk-1 hf_a AKIA",
     ],
