@@ -385,6 +385,14 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=LOOP,
     ),
     Metric(
+        name="eval/failed",
+        unit="responses",
+        meaning="Held-out responses that the accuracy leaves out, as a function failed on them. Only where there are "
+        "some, with on_error: exclude.",
+        look_for="None: the accuracy of an evaluation with some is over other responses than that of the others.",
+        runs=LOOP,
+    ),
+    Metric(
         name="eval/response_length",
         unit="tokens",
         meaning="Mean number of tokens of the held-out responses, EOS included.",

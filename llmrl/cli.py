@@ -28,7 +28,7 @@ from typer.core import TyperGroup
 from llmrl.distributed.stop import STOP, Interrupted
 from llmrl.files import read_object
 from llmrl.messages import shown, visible, with_interval, without_ends
-from llmrl.reports.output import lasting_output
+from llmrl.output_streams import lasting_output
 from llmrl.secrets import masked, remember_environment
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
 from llmrl.wiring.runs import RUNS, Kind
@@ -456,7 +456,7 @@ def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
     from llmrl.memory import MemoryFull, describe_full_memory
     from llmrl.models.folders import ModelError
     from llmrl.reports.trackers import TrackerError
-    from llmrl.rewards.functions import RewardError
+    from llmrl.rewards.calls import RewardError
     from llmrl.roles import StateMismatch
     from llmrl.rollout.support import RolloutError
     from llmrl.trainers.alarms import NothingLearned

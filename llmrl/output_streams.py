@@ -53,11 +53,15 @@ class LastingStream:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
-    """Context in which nothing that is printed ends the process, whoever prints it, nor changes its status."""
+def lasting_output(*, warns: bool = True) -> Iterator[None]:
+    """Context in which nothing that is printed ends the process, whoever prints it, nor changes its status.
+
+    `warns`: whether it warns once that standard output cannot be written.
+    """
 
     def report(problem: str) -> None:
-        print(f"warning: standard output cannot be written ({problem}); the run goes on", file=errors)
+        if warns:
+            print(f"warning: standard output cannot be written ({problem}); the run goes on", file=errors)
 
     before = sys.stdout, sys.stderr
     errors = LastingStream(_or_nowhere(sys.stderr), lambda _: None)

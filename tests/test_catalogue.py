@@ -10,8 +10,9 @@ from llmrl.catalogue import CATALOGUE, OWN, find, reserved
 from llmrl.reports.progress import HEADLINES, PARTS
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
 
-TWO_REWARDS = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd", "on_error": "exclude"}]}}
-EXTREME = {"reward": {"functions": [{"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge", "on_error": "exclude"}]}}
+FLAKY = {"name": f"{RULES}:flaky", "weight": 0.0, "on_error": "exclude"}
+TWO_REWARDS = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
+EXTREME = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 TIMED = {
     "sft": {"sft": PAIRS},

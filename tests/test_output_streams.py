@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmrl.reports.output import LastingStream, lasting_output
+from llmrl.output_streams import LastingStream, lasting_output
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 """With what Python holds back and writes as it ends."""
@@ -89,7 +89,7 @@ def test_the_streams_are_given_back(monkeypatch: pytest.MonkeyPatch):
 def test_the_status_is_that_of_the_run_whoever_has_gone_away():
     """Standard output is a pipe that nobody reads, and standard error a full disk."""
     program = (
-        "import sys\nfrom llmrl.reports.output import lasting_output\n"
+        "import sys\nfrom llmrl.output_streams import lasting_output\n"
         "with lasting_output():\n  for _ in range(9999): print('x' * 80); print('y', file=sys.stderr)\nsys.exit(7)"
     )
     reader, writer = os.pipe()
@@ -103,7 +103,7 @@ def test_the_status_is_that_of_the_run_whoever_has_gone_away():
 @pytest.mark.parametrize("num_lines", [3, 9999])
 def test_what_is_held_back_does_not_change_the_status(num_lines: int):
     program = (
-        "import sys\nfrom llmrl.reports.output import lasting_output\n"
+        "import sys\nfrom llmrl.output_streams import lasting_output\n"
         f"with lasting_output():\n  for _ in range({num_lines}): print('x' * 80)\n"
     )
     with open("/dev/full", "w") as full:
@@ -118,7 +118,7 @@ def test_what_is_held_back_does_not_change_the_status(num_lines: int):
 
 def test_a_closed_pipe_is_no_error_and_is_not_told():
     program = (
-        "from llmrl.reports.output import lasting_output\n"
+        "from llmrl.output_streams import lasting_output\n"
         "with lasting_output():\n  for _ in range(9999): print('x' * 80, flush=True)"
     )
     reader, writer = os.pipe()

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from llmrl import roles
 from llmrl.messages import class_and_message, shown
 
 PARTS = "score/*"
@@ -261,6 +262,36 @@ class SteadyProgress:
                     self.live.live.stop()
                 self.plain.message(f"warning: the live display failed ({class_and_message(error)}); plain lines follow")
         plain()
+
+
+class OfRank:
+    """`Progress` of one of several ranks, whose messages are printed to stderr with its number: for what a rank alone
+    knows. Everything else is that of `progress`."""
+
+    def __init__(self, progress: roles.Progress, rank: int) -> None:
+        self.progress = progress
+        self.rank = rank
+
+    def begin(self, num_iterations: int, num_done: int = 0) -> None:
+        """See `roles.Progress`."""
+        self.progress.begin(num_iterations, num_done)
+
+    def phase(self, name: str, total: int) -> None:
+        """See `roles.Progress`."""
+        self.progress.phase(name, total)
+
+    def advance(self, amount: int = 1) -> None:
+        """See `roles.Progress`."""
+        self.progress.advance(amount)
+
+    def iteration(self, number: int, values: Mapping[str, float]) -> None:
+        """See `roles.Progress`."""
+        self.progress.iteration(number, values)
+
+    def message(self, text: str) -> None:
+        """In one write, so that lines of several ranks do not mix."""
+        sys.stderr.write(f"{shown(f'rank {self.rank}: {text}')}\n")
+        sys.stderr.flush()
 
 
 class Silent:

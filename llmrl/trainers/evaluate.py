@@ -1,7 +1,7 @@
 """Accuracy and pass@k on held-out prompts, with confidence intervals."""
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from llmrl.batches import Prompts, Scores
@@ -50,28 +50,52 @@ class Evaluator:
         self.progress.phase("evaluation", num_prompts * num_responses)
         rollout = self.engine.generate(self.prompts, self.sampling)
         scores = self.reward(rollout)
-        correct = self._correct(scores, num_responses)
+        failed = _failed(scores, scores.parts[self.criterion])
+        correct, judged = self._judged(scores, failed)
         values = {
-            **(_with_interval("eval/accuracy", *accuracy(correct)) if len(correct) else {}),
+            **(_with_interval("eval/accuracy", *accuracy(correct, judged)) if len(correct) else {}),
             "eval/num_prompts": float(len(correct)),
             "eval/unscored": float(scores.total.isnan().sum()),
             "eval/response_length": float(rollout.sequences.response_lengths.double().mean()),
             "eval/finished_fraction": float(rollout.finished.double().mean()),
         }
+        if failed.any():
+            values["eval/failed"] = float(failed.sum())
         values |= mean_scores(scores)
-        for k in self.config.pass_at if len(correct) else ():
-            chances = pass_at_k(correct.sum(dim=1), num_responses, k)
-            values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances))
+        for k in self.config.pass_at:
+            chances = _chances(correct, judged, k)
+            values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances)) if len(chances) else {}
         return values
 
-    def _correct(self, scores: Scores, num_responses: int) -> Bool[Tensor, "N G"]:
-        """Which responses are correct, for each prompt of the criterion; one that nothing could score is not.
+    def _judged(self, scores: Scores, failed: Bool[Tensor, " B"]) -> tuple[Bool[Tensor, "N G"], Bool[Tensor, "N G"]]:
+        """``(correct, judged)`` of the responses to each prompt of the criterion. One that no reward scores is wrong;
+        one on which a function failed is not judged.
 
         A prompt that the criterion does not score and another reward does is of another task.
         """
-        criterion, total = (x.view(-1, num_responses) for x in (scores.parts[self.criterion], scores.total))
-        of_another_task = (criterion.isnan() & ~total.isnan()).all(dim=1)
-        return (criterion > self.config.correct_above)[~of_another_task]
+        num_responses = self.config.num_responses
+        criterion, total, failed = (
+            x.view(-1, num_responses) for x in (scores.parts[self.criterion], scores.total, failed)
+        )
+        of_another_task = criterion.isnan() & ~total.isnan()
+        kept = ~(of_another_task | failed).all(dim=1)
+        return (criterion > self.config.correct_above)[kept], ~failed[kept]
+
+
+def _failed(scores: Scores, criterion: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """The responses without a score by the criterion on which some function failed."""
+    failed = torch.zeros_like(criterion, dtype=torch.bool)
+    for each in scores.failed.values():
+        failed |= each
+    return failed & criterion.isnan()
+
+
+def _chances(correct: Bool[Tensor, "N G"], judged: Bool[Tensor, "N G"], k: int) -> Float64[Tensor, " M"]:
+    """pass@k of the prompts with at least k responses that are judged."""
+    num_correct, num_judged = correct.sum(dim=1), judged.sum(dim=1)
+    nums = [num for num in num_judged.unique().tolist() if num >= k]
+    chances = [pass_at_k(num_correct[num_judged == num], num, k) for num in nums]
+    return torch.cat(chances) if chances else torch.empty(0, dtype=torch.float64)
 
 
 def mean_scores(scores: Scores) -> dict[str, float]:
@@ -81,13 +105,13 @@ def mean_scores(scores: Scores) -> dict[str, float]:
     return {name: float(score.double().nanmean()) for name, score in named.items() if not score.isnan().all()}
 
 
-def accuracy(correct: Tensor) -> tuple[float, float, float]:
+def accuracy(correct: Bool[Tensor, "N G"], judged: Bool[Tensor, "N G"]) -> tuple[float, float, float]:
     """``(accuracy, low, high)`` at 95 %: Wilson's interval for one response per prompt; for several, which are not
     independent, the normal interval of the means per prompt."""
     if correct.shape[1] == 1:
         successes, trials = int(correct.sum()), len(correct)
         return successes / trials, *wilson_interval(successes, trials)
-    return mean_interval(correct.double().mean(dim=1))
+    return mean_interval(correct.sum(dim=1).double() / judged.sum(dim=1))
 
 
 def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, float]:

@@ -28,7 +28,7 @@ from llmrl.models.reward_model import RewardModule, TransformersRewardModel, sco
 from llmrl.models.reward_record import Normalization, saved_normalization, saved_text_form
 from llmrl.models.training import shrink_linear_layers
 from llmrl.models.vocabulary import check_ids, check_vocabulary
-from llmrl.reports.progress import Silent
+from llmrl.reports.progress import OfRank, Silent
 from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
@@ -67,6 +67,7 @@ def reward_on(
         context: Context of the run.
     """
     rewards: list[RewardFunction] = []
+    is_first = context.collectives.is_first
     if functions:
         reward = FunctionReward(
             config,
@@ -74,7 +75,7 @@ def reward_on(
             tokenizer=tokenizer,
             prompt_column=data.prompt_column,
             columns=column_names(rows),
-            progress=context.progress,
+            progress=context.progress if is_first else OfRank(context.progress, context.collectives.rank),
         )
         rewards.append(DistributedReward(reward, context.collectives))
     if scorer is not None:

@@ -21,3 +21,8 @@ def huge(responses):
 def letters(responses):
     """A reward at each character."""
     return [[(place, ord(letter) % 7 / 10) for place, letter in enumerate(response)] for response in responses]
+
+
+def flaky(responses: list[str]) -> list[float]:
+    """No number for the first response."""
+    return [float("nan") if number == 0 else 1.0 for number, _ in enumerate(responses)]

@@ -7,7 +7,9 @@ from rich.console import Console
 from llmrl.reports import progress
 from llmrl.reports.progress import (
     LiveProgress,
+    OfRank,
     PlainProgress,
+    Silent,
     SteadyProgress,
     format_duration,
     format_headlines,
@@ -291,3 +293,20 @@ def test_control_characters_of_a_message_are_shown_on_a_terminal(terminal: Conso
     with LiveProgress(terminal) as live:
         live.message(HOSTILE)
     assert SEEN in shown(terminal)
+
+
+def test_messages_of_another_rank_have_its_number_and_all_else_passes_through(capsys):
+    passed = []
+
+    class Kept(Silent):
+        def advance(self, amount: int = 1) -> None:
+            passed.append(amount)
+
+        def message(self, text: str) -> None:
+            passed.append(text)
+
+    progress = OfRank(Kept(), 3)
+    progress.message("warning: reward function rules.py:judge\n failed")
+    progress.advance(0)
+    assert capsys.readouterr() == ("", "rank 3: warning: reward function rules.py:judge\n failed\n")
+    assert passed == [0]

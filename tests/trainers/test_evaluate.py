@@ -47,12 +47,13 @@ def prompts(count: int) -> Prompts:
     )
 
 
-def reward(parts: list[float], totals: list[float] | None) -> RewardFunction:
+def reward(parts: list[float], totals: list[float] | None, failed: dict[str, list[bool]]) -> RewardFunction:
     def score(rollout: Rollout) -> Scores:
         return Scores(
             total=torch.tensor(parts if totals is None else totals),
             per_token=torch.zeros(rollout.rollout_logprobs.shape),
             parts={"other": torch.full((len(parts),), 9.0), "correct": torch.tensor(parts)},
+            failed={name: torch.tensor(each) for name, each in failed.items()},
         )
 
     return score
@@ -63,6 +64,7 @@ def make(
     parts: list[float],
     *,
     totals: list[float] | None = None,
+    failed: dict[str, list[bool]] | None = None,
     engine: Engine | None = None,
     progress: Silent | None = None,
     **config: Any,
@@ -70,7 +72,7 @@ def make(
     return Evaluator(
         EvaluationConfig(**config),
         engine=engine or Engine(),
-        reward=reward(parts, totals),
+        reward=reward(parts, totals, failed or {}),
         prompts=prompts(num_prompts),
         criterion="correct",
         max_response_tokens=16,
@@ -181,6 +183,32 @@ def test_the_same_random_numbers_each_time(num_responses: int, greedy: bool):
     )
     assert engine.asked == [expected, expected]
     assert counter.phases == [("evaluation", 2 * num_responses)] * 2
+
+
+def test_responses_on_which_a_function_failed_are_not_in_the_accuracy():
+    """The criterion failed on responses 1 and 3; another function failed on 2, which the criterion judges."""
+    failed = {"correct": [False, True, False, True], "other": [False, False, True, False]}
+    values = make(4, [1.0, NAN, 0.0, NAN], totals=[1.0, NAN, NAN, NAN], failed=failed, pass_at=(1,)).evaluate()
+    expected = {"eval/accuracy": 0.5, "eval/pass_at_1": 0.5, "eval/num_prompts": 2.0, "eval/failed": 2.0}
+    assert {name: values[name] for name in expected} == expected
+    nothing = make(2, [NAN, NAN], failed={"correct": [True, True]}, pass_at=(1,)).evaluate()
+    assert (nothing["eval/num_prompts"], nothing["eval/failed"]) == (0.0, 2.0)
+    assert not any(name.startswith(("eval/accuracy", "eval/pass_at")) for name in nothing)
+    assert "eval/failed" not in make(1, [1.0], failed={"correct": [False]}).evaluate()
+
+
+def test_of_several_responses_each_prompt_counts_by_those_that_are_judged():
+    # correct of those that are judged: 1 of 2, 0 of 3, 1 of 1; pass@2 = 1, 0, and too few
+    parts = [1.0, NAN, 0.0, 0.0, 0.0, 0.0, NAN, 1.0, NAN]
+    values = make(3, parts, failed={"correct": [x != x for x in parts]}, num_responses=3, pass_at=(2,)).evaluate()
+    assert values["eval/accuracy"] == pytest.approx((1 / 2 + 0 + 1) / 3)
+    assert values["eval/pass_at_2"] == 0.5
+    assert (values["eval/num_prompts"], values["eval/failed"]) == (3.0, 3.0)
+
+
+def test_a_response_of_another_task_on_which_a_function_failed_is_not_wrong():
+    values = make(2, [1.0, NAN], totals=[1.0, NAN], failed={"other": [False, True]}).evaluate()
+    assert (values["eval/num_prompts"], values["eval/accuracy"]) == (1.0, 1.0)
 
 
 def test_prompts_of_another_task_are_not_in_the_accuracy():

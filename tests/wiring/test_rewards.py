@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
 from llmrl.data.files import DataError
 from llmrl.data.preferences import split_open_transcript
+from llmrl.distributed.collectives import OneProcess
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.rewards.combine import CombinedReward
@@ -64,6 +66,17 @@ def test_one_kind_of_reward_stands_by_itself_and_two_are_combined(folder):
     assert isinstance(reward_on(RewardConfig(functions=FUNCTIONS), [length]).reward, FunctionReward)
     assert isinstance(reward_on(RewardConfig(model=learned(folder))), LearnedReward)
     assert isinstance(reward_on(RewardConfig(functions=FUNCTIONS, model=learned(folder)), [length]), CombinedReward)
+
+
+@pytest.mark.parametrize(("rank", "line"), [(0, ""), (1, "rank 1: told\n")])
+def test_what_a_function_of_another_rank_has_to_say_is_printed_with_its_number(rank, line, capsys):
+    collectives = OneProcess()
+    collectives.rank = rank
+    reward: Any = under_test.reward_on(
+        DATA, ROWS, RewardConfig(functions=FUNCTIONS), [length], None, make_tokenizer(), context_of(collectives)
+    )
+    reward.reward.progress.message("told")
+    assert capsys.readouterr().err == line
 
 
 def test_a_reward_model_is_loaded_once_for_all_data(folder):
