@@ -6,6 +6,7 @@ warning, and the iterations after it have sound numbers.
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from tests.processes import TINY, lines, write_recipes
 from tests.trainers import test_batch, test_rl
 
 BAD = [math.nan, math.inf, -math.inf, 1e30]
+IS_WHOLE = bool(os.environ.get("RELIABILITY"))
 BAD_ITERATION, NUM_ITERATIONS = 2, 4
 """PPO trains the critic alone in the first one."""
 
@@ -248,11 +250,13 @@ def check(trainer: Any, poison: Poison, case: tuple[str, float]) -> None:
 
 
 def cases() -> list[Any]:
-    """Every place with every number; those that are quick in every test run."""
+    """Every place with every number; those that are quick in every test run. With a transformer, a place has NaN and
+    one of the other numbers, in turn, unless RELIABILITY=1."""
     return [
         pytest.param(kind, place, number, id=f"{kind}-{place}-{number}", marks=[] if is_quick else [pytest.mark.slow])
         for kind, places in PLACES.items()
-        for place, number in itertools.product(places, BAD)
+        for (turn, place), number in itertools.product(enumerate(places), BAD)
+        if kind != "grpo" or IS_WHOLE or number in (BAD[0], BAD[1 + turn % 3])
         for is_quick in [math.isnan(number) and (kind != "grpo" or place in QUICK)]
     ]
 
