@@ -201,7 +201,7 @@ def test_a_payload_would_show(work: Workspace, monkeypatch):
 def test_no_payload_of_a_checkpoint_or_a_record_runs(work: Workspace):
     assert run(work)[0] == 0
     for file in (work.folder / "out").rglob("*"):
-        if file.is_file() and "final" not in file.parts:
+        if file.is_file() and "final" not in file.parts and file.name != ".lock":  # which is empty and never read
             pickled(file)
     for resume in ("true", "auto", "false"):
         work.overrides = [f"run.resume={resume}", "run.num_iterations=2"]
