@@ -2,7 +2,7 @@
 
 What is masked, and only as text leaves the process; a run computes with the true values:
 
-* the value of a name such as api_key, hf_token, password or authorization, in settings, and where it is no number in
+* the value of a name such as api_key, hf_token, password or authorization, in settings, and where it is no fraction in
   ``name=value`` and in ``'name': 'value'``;
 * a text of a known form: keys of OpenAI, Hugging Face, GitHub, GitLab, AWS, Google and Slack, JSON web tokens, what
   follows "Bearer", private keys, and the password of a URL;
@@ -59,10 +59,12 @@ _FORMS = re.compile(
 _BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)([\w.~+/=-]{8,})")
 _URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@'\"]{0,200}:)([^\s/'\"]{1,200})(?=@)", re.IGNORECASE)
 _NUMBER = r"[-+.\d_e]+"
+_FRACTION = r"[-+]?\d*\.\d+(?:e[-+]?\d+)?"
+"""A measured number; a whole one may be a password."""
 _ENDS = r"\s'\",;{}()\[\]"
 """Characters that end a value."""
 _ASSIGNED = re.compile(
-    rf"({_NAME}(?:\s?=\s?|['\"]\s?:\s?)(?:['\"]|(?!['\"\[{{])))(?!{_NUMBER}(?:[{_ENDS}]|\Z))"
+    rf"({_NAME}(?:\s?=\s?|['\"]\s?:\s?)(?:['\"]|(?!['\"\[{{])))(?!{_FRACTION}(?:[{_ENDS}]|\Z))"
     rf"([^{_ENDS}]{{{MIN_CHARACTERS},}})",
     re.IGNORECASE,
 )
