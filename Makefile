@@ -12,7 +12,7 @@ RLHF := recipes/reviews_tiny_ppo.yaml
 PEERS := .peers/trl-1.16.0 .peers/trl-1.12.0
 MODEL ?= runs/bench/SmolLM2-135M-Instruct
 WORKLOADS ?=
-RELIABILITY ?= runs/reliability.jsonl
+RELIABILITY_TABLE ?= runs/reliability.jsonl
 TURNS ?= 2
 DTYPE ?= bfloat16
 
@@ -67,7 +67,7 @@ fuzz: $(INSTALLED)
 # Kills, signals, damage and foreign folders, 1,400 trials and a soak of ten minutes: about an hour; make test tries a
 # sample. The table gets a line for each trial.
 test-reliability: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability --table $(RELIABILITY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability --table $(RELIABILITY_TABLE)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
