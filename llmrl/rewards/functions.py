@@ -253,12 +253,16 @@ class FunctionReward:
         return f"on the whole batch of call {call.number}, and on no row that was tried alone; {call.expected}"
 
     def _tell_excluded(self, name: str, failure: Failure, num: int) -> None:
-        if name not in self.has_told:
-            self.has_told.add(name)
-            self.progress.message(
-                f"warning: reward function {name} {failure.what}; {counted(num, 'response')} of this call left out as "
-                f"unscored, and so are further ones, counted in the metrics as failed"
-            )
+        if num == 0 or name in self.has_told:
+            return
+        self.has_told.add(name)
+        if self.askers[name].config.weight:
+            outcome = f"{counted(num, 'response')} of this call left out as unscored, and so are further ones"
+        else:
+            outcome = f"{counted(num, 'response')} of this call get no score from it, nor do further ones"
+        self.progress.message(
+            f"warning: reward function {name} {failure.what}; {outcome}, counted in the metrics as failed"
+        )
 
 
 def decode_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[str]:

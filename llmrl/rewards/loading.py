@@ -15,23 +15,6 @@ from llmrl.user_code import UserCodeError, load_object, name_of
 Function = Callable[..., Any]
 
 
-def load_functions(config: RewardConfig, columns: Iterable[str]) -> tuple[Function, ...]:
-    """Every function of a configuration, ready to be called.
-
-    Args:
-        config: Names, and the arguments to fill in.
-        columns: Names of the data columns; see `row_problem` for the rows that lack some of them.
-
-    Raises:
-        UserCodeError: A function is missing, or it asks for something that it cannot get.
-    """
-    columns = tuple(columns)
-    functions = tuple(bind_arguments(load_function(setting.name), setting.arguments) for setting in config.functions)
-    for function in functions:
-        check_columns(function, columns)
-    return functions
-
-
 def load_function(name: str) -> Function:
     """The function that ``path/to/file.py:function`` or ``package.module:function`` names.
 

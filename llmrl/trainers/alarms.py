@@ -7,7 +7,7 @@ the run if it still holds then. Where nothing can be learned at all, the verdict
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 Values = Mapping[str, float]
@@ -166,11 +166,13 @@ class Alarms:
         if "score/mean" in values or not values["score/unscored"]:
             return None
         num = self.streaks.get("unscored", 0) + 1
+        why = _failed([values]) or (
+            "every rule of reward.functions returned None; a rule returns None for the rows of another task only, so "
+            "see which column it reads the answer from, and whether it can read the answers that stand there"
+        )
         return (
             f"none of {values['score/unscored']:.0f} responses could be scored in {_in_a_row(num)}, so nothing is "
-            "learned there: every rule of reward.functions returned None; a rule returns None for the rows of another "
-            "task only, so see which column it reads the answer from, and whether it can read the answers that stand "
-            "there"
+            f"learned there: {why}"
         )
 
     def _nothing_to_learn(self, values: Values) -> str | None:
@@ -190,10 +192,13 @@ class Alarms:
         drawn = sum(map(_num_drawn, self.recent))
         if not self._window_is_full or "score/mean" not in values or not unscored > UNSCORED_SHARE * drawn:
             return None
+        why = _failed(self.recent) or (
+            "every rule of reward.functions returned None for them; see which rows these are, and give them a rule, or "
+            "leave them out of the data"
+        )
         return (
             f"{unscored:.0f} of the {drawn:.0f} responses of the last {WINDOW} iterations could not be scored, and "
-            "nothing is learned from those: every rule of reward.functions returned None for them; see which rows "
-            "these are, and give them a rule, or leave them out of the data"
+            f"nothing is learned from those: {why}"
         )
 
     def _share_flat(self, values: Values) -> str | None:
@@ -318,10 +323,13 @@ class Alarms:
         norms = [value for name, value in values.items() if name.endswith("/grad_norm_max")]
         self.has_learned |= any(norm != 0.0 for norm in norms)
         if self._idles("unscored", "score/mean" not in values, NEVER_SCORED, "score/unscored" in values):
+            why = _failed([values]) or (
+                "every rule of reward.functions returned None; see which column it reads the answer from, and whether "
+                "it can read the answers that stand there"
+            )
             return (
                 f"no response could be scored in {NEVER_SCORED} iterations in a row, and without a score nothing can "
-                "be learned: every rule of reward.functions returned None; see which column it reads the answer from, "
-                "and whether it can read the answers that stand there"
+                f"be learned: {why}"
             )
         if self._idles("learned", not self.has_learned, NEVER_LEARNED, bool(norms)):
             return (
@@ -371,6 +379,19 @@ class Alarms:
 
 def _in_a_row(num: int) -> str:
     return "1 iteration" if num == 1 else f"{num} iterations in a row"
+
+
+def _failed(window: Iterable[Values]) -> str | None:
+    """Which functions failed on responses of some iterations, in words; None: none did."""
+    names = {
+        name.removeprefix("reward/").removesuffix("/failed")
+        for values in window
+        for name, num in values.items()
+        if name.startswith("reward/") and name.endswith("/failed") and num
+    }
+    if not names:
+        return None
+    return f"reward function {' and '.join(sorted(names))} failed on responses; a warning says how, so mend that first"
 
 
 def is_comparable(name: str, values: Values) -> bool:

@@ -369,6 +369,35 @@ def test_a_function_without_weight_excludes_nothing(score):
     assert scores.failed["f1"].tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("weight", "limit", "told"),
+    [
+        (1.0, 1, []),
+        (1.0, 0, ["left out as unscored, and so are further ones"]),
+        (0.0, 0, ["get no score from it, nor"]),
+    ],
+)
+def test_what_is_said_of_failures_is_what_becomes_of_the_responses(weight, limit, told, tokenizer, rollout):
+    """A function that fails on more than `limit` responses at once."""
+
+    def judge(responses):
+        assert len(responses) <= limit, "too many"
+        return [1.0] * len(responses)
+
+    said = Said()
+    settings = RewardFunctionConfig(name="r.py:judge", weight=weight, on_error="exclude")
+    config = RewardConfig(functions=(settings, RewardFunctionConfig(name="r.py:ones")))
+    FunctionReward(
+        config,
+        functions=[judge, giving([1.0] * 3)],
+        tokenizer=tokenizer,
+        prompt_column="question",
+        columns=["question"],
+        progress=said,
+    )(rollout)
+    assert [text in message for text, message in zip(told, said.messages, strict=True)] == [True] * len(told)
+
+
 def test_the_first_excluded_responses_are_reported_once(tokenizer, rollout):
     said = Said()
     config = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:f0", on_error="exclude"),))

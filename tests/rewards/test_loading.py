@@ -10,7 +10,6 @@ from llmrl.rewards.loading import (
     bind_arguments,
     check_columns,
     load_function,
-    load_functions,
     required_columns,
     row_problem,
     select_columns,
@@ -174,7 +173,7 @@ def test_what_a_function_can_get_is_enough(function):
 def test_a_row_must_have_the_columns_that_a_function_cannot_do_without(rule):
     names = ("rule.py:length", "rule.py:correct")
     settings = config(*(RewardFunctionConfig(name=name) for name in names))
-    required = required_columns(settings, load_functions(settings, ["question", "answer", "scale"]))
+    required = required_columns(settings, [load_function(name) for name in names])
     assert required == {"answer": "rule.py:correct"}
     assert row_problem({"answer": "a"}, required) is None
     assert row_problem({"question": "a"}, required) == "no column 'answer', which rule.py:correct reads"
@@ -275,22 +274,9 @@ def test_an_argument_without_a_parameter_is_refused(rule):
 def test_an_invalid_pattern_is_refused_before_anything_runs():
     name = "llmrl.rewards.rules:matches_pattern"
     with pytest.raises(UserCodeError, match=r"argument pattern \('\('\): Input should be a valid regular expression"):
-        load_functions(config(RewardFunctionConfig(name=name, arguments={"pattern": "("})), ["answer"])
+        bind_arguments(load_function(name), {"pattern": "("})
 
 
 def test_a_pattern_left_out_is_refused():
     with pytest.raises(UserCodeError, match=r"rules:matches_pattern needs 'pattern'"):
-        load_functions(config(RewardFunctionConfig(name="llmrl.rewards.rules:matches_pattern")), ["answer"])
-
-
-def test_all_functions_are_loaded_in_order(rule):
-    functions = load_functions(
-        config(RewardFunctionConfig(name="rule.py:length"), RewardFunctionConfig(name="rule.py:correct")), ["answer"]
-    )
-    assert [function.__name__ for function in functions] == ["length", "correct"]
-
-
-def test_columns_are_checked_for_every_function(rule):
-    names = (RewardFunctionConfig(name="rule.py:length"), RewardFunctionConfig(name="rule.py:correct"))
-    with pytest.raises(UserCodeError, match="needs 'answer'"):
-        load_functions(config(*names), iter(["question"]))
+        check_columns(load_function("llmrl.rewards.rules:matches_pattern"), ["answer"])

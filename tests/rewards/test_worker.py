@@ -136,6 +136,13 @@ def test_a_function_is_known_by_its_signature(worker, tmp_path):
         rules.check_columns(("question",))
 
 
+def test_all_functions_are_loaded_in_order_and_their_columns_checked(worker, tmp_path):
+    rules = worker("quick", "argued", arguments={})
+    assert [name_of(function).rpartition(":")[2] for function in rules.functions.values()] == ["quick", "argued"]
+    with pytest.raises(UserCodeError, match=r"rules\.py:argued needs 'answer'"):
+        rules.check_columns(("question", "limit"))
+
+
 def test_an_argument_that_does_not_fit_is_refused(worker):
     with pytest.raises(UserCodeError, match="argument limit"):
         worker("argued", arguments={"limit": "x"})

@@ -323,3 +323,18 @@ def test_a_held_out_accuracy_that_is_not_known_has_not_fallen(place: int):
 def test_held_out_loss_above_the_start():
     assert told({"eval/loss": 2.0}, {"loss": 2.0, "eval/loss": 2.05}) == [[]] * 3
     assert "2.5, 2 at the start" in told({"eval/loss": 2.0}, {"loss": 2.0, "eval/loss": 2.5})[1][0]
+
+
+def test_where_a_function_failed_on_responses_it_is_named_and_no_rule_is_blamed():
+    failed = {"reward/judge/failed": 24.0, "reward/length/failed": 0.0}
+    (line,) = Alarms().observe(UNSCORED | failed)
+    assert "nothing is learned there: reward function judge failed on responses" in line
+    alarms = Alarms()
+    for _ in range(10):
+        alarms.observe(UNSCORED | failed)
+    assert alarms.verdict is not None
+    assert "reward function judge failed on responses" in alarms.verdict
+    seen = told(*[DRAWN | {"score/unscored": 40.0} | failed] * 20)
+    (share,) = {text for lines in seen for text in lines if "could not be scored" in text}
+    assert "reward function judge failed on responses" in share
+    assert not any("returned None" in text for text in (line, alarms.verdict, share))
