@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from multiprocessing.connection import Connection
@@ -98,16 +99,19 @@ def serve(requests: int, lifeline: int) -> None:
 
 def _serve(connection: Connection) -> None:
     worker, process = _Worker(), os.getpid()
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        for reply in worker.replies(request):
-            if os.getpid() != process:
-                os._exit(0)  # a child that a function has forked, and that came back
-            _flush()
-            connection.send(reply)
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            _reply(connection, worker, process)
+
+
+def _reply(connection: Connection, worker: "_Worker", process: int) -> None:
+    """Answers one request, by as many replies as it has."""
+    request = connection.recv()
+    for reply in worker.replies(request):
+        if os.getpid() != process:
+            os._exit(0)  # a child that a function has forked, and that came back
+        _flush()
+        connection.send(reply)
 
 
 class _Worker:
