@@ -19,13 +19,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
 from llmrl.distributed.stop import STOP, Interrupted, install
-from llmrl.files import WriteError, read_object, restore_folder, writing
+from llmrl.files import WriteError, restore_folder, writing
 from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms, NothingLearned
 from llmrl.trainers.best import BestModel
-from llmrl.trainers.changes import changes_since
+from llmrl.trainers.changes import changes_in
 from llmrl.trainers.checkpoint import (
     iteration_of,
     list_checkpoints,
@@ -297,13 +297,7 @@ class Run:
 
     def report_changes(self) -> None:
         """Reports what differs from what the run was last started with."""
-        file = self.folder / "config.json"
-        record = read_object(file)
-        if record is None:
-            state = "cannot be read" if file.exists() else "is gone"
-            self.progress.message(f"{file} {state}: what has changed since the run began is not known")
-            return
-        for change in changes_since(record, json.loads(json.dumps(self.settings)), self.contents):
+        for change in changes_in(self.folder, json.loads(json.dumps(self.settings)), self.contents):
             self.progress.message(f"changed since the run was last started: {change.text}")
 
     def newest_checkpoint(self) -> Path | None:

@@ -650,7 +650,7 @@ def test_settings_that_cannot_be_compared_are_told(bench: Bench):
     bench.make(1).train()
     (bench.folder / "config.json").unlink()
     bench.make(2, resume=True).train()
-    assert "config.json is gone" in bench.said.messages[0]
+    assert "its config.json, by which a run is known again, cannot be read" in bench.said.messages[0]
     assert bench.iterations() == [1, 2]
 
 
@@ -1055,7 +1055,7 @@ def test_the_record_of_a_run_that_is_torn_is_told(bench: Bench):
     bench.make(2).train()
     (bench.folder / "config.json").write_text("{")
     bench.make(3, resume=True).train()
-    assert "config.json cannot be read: what has changed" in bench.said.messages[0]
+    assert "its config.json, by which a run is known again, cannot be read" in bench.said.messages[0]
 
 
 def test_the_folder_stays_the_same_when_a_reward_changes_the_working_directory(
