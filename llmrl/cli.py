@@ -52,6 +52,10 @@ class Commands(TyperGroup):
                 _fail(stopped, 128 + stopped.number)
             except KeyboardInterrupt:
                 _fail("interrupted", 130)
+            except RuntimeError as error:
+                if not isinstance(error.__cause__, Interrupted):
+                    raise
+                _fail(error.__cause__, 128 + error.__cause__.number)  # it came while Python 3.11 was making a class
 
 
 app = typer.Typer(

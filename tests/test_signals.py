@@ -124,6 +124,21 @@ def test_a_signal_before_the_first_iteration_is_one_line(
     assert not (folder / "loading").exists()
 
 
+def test_a_signal_while_a_class_is_made_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """As an import does: Python 3.11 raises a RuntimeError in place of what happens there."""
+
+    class Field:
+        def __set_name__(self, owner: type, name: str):
+            signal.raise_signal(signal.SIGUSR1)
+
+    def read(*_: object):
+        type("Config", (), {"field": Field()})
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("llmrl.cli._read", read)
+    assert llmrl("sft", "sft.yaml") == (128 + signal.SIGUSR1, "error: stopped by SIGUSR1\n")
+
+
 def test_a_signal_to_an_evaluation_alone_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     planted = Planted("evaluation", 0, [signal.SIGHUP])

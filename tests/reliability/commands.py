@@ -48,6 +48,7 @@ class Command:
 
     def __init__(self, folder: Path, *arguments: str, plant: Callable[[], object] = nothing) -> None:
         self.output = folder / "output.txt"
+        self.output.touch()  # it may be killed before it gets that far
         self.started = time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()
