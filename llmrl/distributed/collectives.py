@@ -1,5 +1,6 @@
 """Communication between ranks, and the same interface for a single process."""
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -10,12 +11,15 @@ from torch import Tensor
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device, synchronize
-from llmrl.distributed.launch import check_rendezvous, read_launch
+from llmrl.distributed.launch import WAY_OUT, LaunchError, check_rendezvous, read_launch
 from llmrl.distributed.stop import STOP
 from llmrl.roles import Collectives, Progress
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """Timeout of torch's collectives. Long, because the heartbeat ends ranks earlier, and names the one that is late."""
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""Time that ranks wait for each other at the start: the launcher, where they meet, may have died."""
 
 
 class OneProcess(Collectives):
@@ -62,6 +66,9 @@ def join_ranks() -> Collectives:
 
     Tensors on GPUs go through NCCL, everything else through gloo. A single process has a group too if it was launched
     for DeepSpeed or FSDP, which need one.
+
+    Raises:
+        LaunchError: The other ranks cannot be reached.
     """
     launch = read_launch()
     if launch.world_size == 1 and launch.sharding == "none":
@@ -72,8 +79,24 @@ def join_ranks() -> Collectives:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store, rank, world_size = _meet()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return ProcessGroup()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store of this launch, this rank, and how many ranks there are."""
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(
+            f"the ranks of this launch did not meet at {place} (MASTER_ADDR and MASTER_PORT) within "
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s: its launcher or a rank has ended, or cannot be reached from here; "
+            f"{WAY_OUT}"
+        ) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore("default_pg", store), rank, world_size
 
 
 def make_context(collectives: Collectives, progress: Progress) -> Context:

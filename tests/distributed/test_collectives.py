@@ -1,5 +1,6 @@
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from llmrl.distributed.collectives import OneProcess, ProcessGroup, join_ranks, 
 from llmrl.distributed.launch import LaunchError
 from llmrl.distributed.stop import Interrupted, Stop
 from tests.distributed.threads import on_ranks
+from tests.processes import free_port
 
 
 def test_one_process_talks_to_itself():
@@ -84,4 +86,16 @@ def test_a_number_of_processes_alone_is_no_launch(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="RANK and MASTER_ADDR and MASTER_PORT not"):
+        join_ranks()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_others_does_not_wait_for_ever(monkeypatch, rank):
+    port = str(free_port())
+    launch = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(collectives, "JOIN_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(LaunchError, match=rf"did not meet at localhost:{port} .* within 1 s: its launcher or a rank"):
         join_ranks()
