@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,17 +87,25 @@ def test_the_streams_are_given_back(monkeypatch: pytest.MonkeyPatch):
     assert sys.stdout is None
 
 
-def test_the_status_is_that_of_the_run_whoever_has_gone_away():
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """A pipe to write to, which nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def test_the_status_is_that_of_the_run_whoever_has_gone_away(closed_pipe: int):
     """Standard output is a pipe that nobody reads, and standard error a full disk."""
     program = (
         "import sys\nfrom llmrl.output_streams import lasting_output\n"
         "with lasting_output():\n  for _ in range(9999): print('x' * 80); print('y', file=sys.stderr)\nsys.exit(7)"
     )
-    reader, writer = os.pipe()
-    os.close(reader)
     with open("/dev/full", "w") as full:
-        run = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=full, env=BUFFERED, check=False)
-    os.close(writer)
+        run = subprocess.run(
+            [sys.executable, "-c", program], stdout=closed_pipe, stderr=full, env=BUFFERED, check=False
+        )
     assert run.returncode == 7
 
 
@@ -116,14 +125,13 @@ def test_what_is_held_back_does_not_change_the_status(num_lines: int):
     )
 
 
-def test_a_closed_pipe_is_no_error_and_is_not_told():
+def test_a_closed_pipe_is_no_error_and_is_not_told(closed_pipe: int):
     program = (
         "from llmrl.output_streams import lasting_output\n"
         "with lasting_output():\n  for _ in range(9999): print('x' * 80, flush=True)"
     )
-    reader, writer = os.pipe()
-    os.close(reader)
-    run = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writer)
+    run = subprocess.run(
+        [sys.executable, "-c", program], stdout=closed_pipe, stderr=subprocess.PIPE, text=True, check=False
+    )
     assert run.returncode == 0
     assert run.stderr == ""
