@@ -581,7 +581,7 @@ def _print_end(config: Any, changes: Sequence[Any]) -> None:
     """What a run that has come to its end says when it is started again."""
     if _is_first_on_machine():
         for change in changes:
-            print(f"changed since the run was last started: {change.text}")
+            print(change.notice)
         print("Nothing is left to learn: this run has come to its end.")
         _print_results(config)
 

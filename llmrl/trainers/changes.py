@@ -49,6 +49,11 @@ class Change:
     """What it was and is, as the end of a sentence."""
     harmless: bool
 
+    @property
+    def notice(self) -> str:
+        """What a run that goes on, or has come to its end, says of it."""
+        return f"changed since the run was last started: {self.text}"
+
 
 def changes_since(record: Mapping[str, Any], settings: Mapping[str, Any], contents: Mapping[str, str]) -> list[Change]:
     """What differs from the record of a run.

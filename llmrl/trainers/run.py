@@ -298,7 +298,7 @@ class Run:
     def report_changes(self) -> None:
         """Reports what differs from what the run was last started with."""
         for change in changes_in(self.folder, json.loads(json.dumps(self.settings)), self.contents):
-            self.progress.message(f"changed since the run was last started: {change.text}")
+            self.progress.message(change.notice)
 
     def newest_checkpoint(self) -> Path | None:
         """Newest checkpoint that is sound, the same on every rank; None where there is none. Damaged ones that are
