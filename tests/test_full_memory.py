@@ -252,7 +252,7 @@ def train(folder, output, *settings, program):
     return done.returncode, done.stdout, done.stderr
 
 
-LARGE = ("data.path=long.jsonl", "sft.batch_size=100", "run.num_iterations=2", "model.packing=false")
+LARGE = ("data.path=long.jsonl", "sft.batch_size=100", "run.num_iterations=1", "model.packing=false")
 
 
 @pytest.mark.slow
