@@ -114,9 +114,7 @@ def check_folder(folder: Path, files: dict[str, bytes]) -> None:
     foreign = [entry for entry in sorted(folder.glob("*")) if entry.name not in own]
     changed = [folder / name for name, content in files.items() if _differs(folder / name, content)]
     for entry in (*foreign, *changed):
-        raise ValueError(
-            f"{folder} is not empty: {entry} would be lost or in the way; name a folder that is new or empty"
-        )
+        raise ValueError(f"{entry} is in the way: `llmrl new` would not write it; name a folder that is new or empty")
 
 
 def missing_commands(starter: Starter, folder: Path) -> Iterator[str]:
