@@ -44,13 +44,15 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llmrl(built):
     """Runs a command of the wheel in a folder, and returns what it prints; its dependencies are those of the tests."""
+    program = built / "llmrl"
+    program.write_text("from llmrl.cli import main\n\nmain()\n")
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(built / "site")
     others = Path(find_spec("torch").origin).parents[1]
     path = os.pathsep.join([str(built / "site"), str(others)])
 
     def command(arguments: str, folder: Path, **environment: str) -> str:
-        call = [sys.executable, "-m", "llmrl", *shlex.split(arguments)]
+        call = [sys.executable, str(program), *shlex.split(arguments)]
         return run(call, folder, PYTHONPATH=path, **environment)
 
     return command
