@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 SHORT = {
     "sft": "run.num_iterations=2",
-    "reward-model": "run.num_iterations=2 evaluation_data.num_rows=20",
+    "reward-model": "data.num_rows=64 evaluation_data.num_rows=20",
     "grpo": "run.num_iterations=1 evaluation_data.num_rows=20",
     "ppo": "run.num_iterations=3 evaluation_data.num_rows=4 rollout.prompts_per_iteration=64 update.minibatch_size=64",
     "evaluate": "evaluation_data.num_rows=20",
