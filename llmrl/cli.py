@@ -311,9 +311,7 @@ def new(
         print(f"{folder}$ {command}", flush=True)
         if status := run_in(folder, command):
             _fail(f"`{command}` in {folder} ended with status {status}; the same command again goes on from there", 1)
-    print(
-        f"{folder} is ready, and README.md in it says what is what. Next:\n    cd {folder}\n    {chosen.next_command}"
-    )
+    print(f"{folder} is ready; its README.md says what is what. Go on with\n    cd {folder}\n    {chosen.next_command}")
 
 
 @app.command()
