@@ -1,8 +1,12 @@
-# Each target sets up what it needs. PYTHON makes the virtual environment, VENV is where it lies.
+# Each target sets up what it needs. PYTHON makes the virtual environment, VENV is where it lies: what
+# commands of llmrl need, and for developers the rest.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+LOWEST ?= .venv-lowest
+NEEDS_DEV := test_repo.py test_curve.py test_many_processes.py reports/test_trackers.py optim/test_deepspeed.py
 ARITHMETIC := data/arithmetic/train.jsonl
 SFT_MODEL := runs/quickstart/sft/final
 REVIEWS := data/reviews/train.jsonl
@@ -16,7 +20,7 @@ RELIABILITY_TABLE ?= runs/reliability.jsonl
 TURNS ?= 2
 DTYPE ?= bfloat16
 
-.PHONY: quickstart quickstart-rlhf test test-fast test-reliability fuzz check docs bench
+.PHONY: quickstart quickstart-rlhf test test-fast test-lowest test-reliability fuzz check docs bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
@@ -54,47 +58,60 @@ $(REWARD_MODEL): | $(REVIEWER)
 	$(BIN)/llmrl reward-model recipes/reviews_tiny_reward_model.yaml
 
 # Two workers with one thread each, so that they do not fight for the cores.
-test: $(INSTALLED)
+test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-fast: $(INSTALLED)
+test-fast: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
+# The lowest versions that pyproject.toml allows, in an environment of their own; without what needs the extras of dev.
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest tests -m "not slow" $(NEEDS_DEV:%=--ignore=tests/%)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -e ".[math]" pytest beartype hypothesis tokenizers -c constraints-lowest.txt
+	touch $@
+
 # Faults in folders, data, templates, settings and rules, 400 combinations; make test tries 60 of them.
-fuzz: $(INSTALLED)
+fuzz: $(DEV)
 	FUZZ_COMBINATIONS=$${FUZZ_COMBINATIONS:-400} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 # Kills, signals, damage and foreign folders, 1,400 trials and a soak of ten minutes: about an hour; make test tries a
 # sample. The table gets a line for each trial.
-test-reliability: $(INSTALLED)
+test-reliability: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability --table $(RELIABILITY_TABLE)
 
-check: $(INSTALLED)
+check: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 # The page of metrics, from their catalogue.
-docs: $(INSTALLED)
+docs: $(DEV)
 	$(BIN)/python docs/metrics.py
 
 # The short set beside transformers and TRL, and the README's table from all results; make bench WORKLOADS="W6 W7" for
 # others, see benchmarks/bench.py. MODEL is a folder; TURNS is how often each side is measured. DTYPE=float32 where the
 # processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
-bench: $(INSTALLED) $(PEERS) $(MODEL)
+bench: $(DEV) $(PEERS) $(MODEL)
 	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS) --dtype $(DTYPE)
 
 # Each version of TRL in a folder of its own: it changes nothing that llmrl uses.
-.peers/trl-%: | $(INSTALLED)
+.peers/trl-%: | $(DEV)
 	$(BIN)/python -m pip install --no-deps --target $@ trl==$*
 
-runs/bench/SmolLM2-135M-Instruct: | $(INSTALLED)
+runs/bench/SmolLM2-135M-Instruct: | $(DEV)
 	$(BIN)/hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("llmrl needs Python 3.11 or newer, and this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch -c constraints.txt
+	$(BIN)/python -m pip install -e . -c constraints.txt
+	touch $@
+
+$(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[dev]" -c constraints.txt
 	touch $@

@@ -31,6 +31,8 @@ from llmrl.messages import shown, visible, with_interval, without_ends
 from llmrl.output_streams import lasting_output
 from llmrl.secrets import masked, remember_environment
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
+from llmrl.starters.folders import STARTERS, find_starter, missing_commands, run_in, write_starter
+from llmrl.starters.listing import list_recipes, read_recipe_text
 from llmrl.wiring.runs import RUNS, Kind
 
 REFUSALS = frozenset(
@@ -292,6 +294,41 @@ def settings(run: Annotated[str, typer.Argument(help=", ".join(RUNS))]) -> None:
             print(f"{path}  ({kind}{', ' if default else ''}{default})\n    {text}")
         else:
             print(path, kind, default, text, sep="\t")
+
+
+@app.command()
+def new(
+    starter: Annotated[
+        str, typer.Argument(help="; ".join(f"{name}: {starter.summary}" for name, starter in STARTERS.items()))
+    ],
+    folder: Annotated[Path, typer.Argument(help="A folder that is new or empty.", callback=_at_home)],
+) -> None:
+    """Writes a folder to start from: recipe, data, reward and README. Trains the model that the recipe starts from."""
+    with bad_input_ends_with_status_2():
+        chosen = find_starter(starter)
+        write_starter(chosen, folder)
+    for command in missing_commands(chosen, folder):
+        print(f"{folder}$ {command}", flush=True)
+        if status := run_in(folder, command):
+            _fail(f"`{command}` in {folder} ended with status {status}; the same command again goes on from there", 1)
+    print(f"{folder} is ready; its README.md says what is what. Go on with\n    cd {folder}\n    {chosen.next_command}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Prints this recipe, to be saved and changed: > mine.yaml")] = None,
+) -> None:
+    """Lists the recipes that come with llmrl, or prints one."""
+    if name is not None:
+        with bad_input_ends_with_status_2():
+            text = read_recipe_text(name)
+        print(text, end="")
+        return
+    for recipe in list_recipes():
+        if sys.stdout.isatty():
+            print(f"{recipe.name}  ({recipe.command})\n    {recipe.summary}")
+        else:
+            print(*recipe, sep="\t")
 
 
 def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:

@@ -39,7 +39,6 @@ from omegaconf.errors import (
     UnsupportedInterpolationType,
 )
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, to_jsonable_python
 
 from llmrl.paths import UserPath
 from llmrl.secrets import remember_from_environment, remember_settings
@@ -113,7 +112,7 @@ def owner(classes: Mapping[str, type], path: Path) -> str | None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Every setting resolved, as JSON has it: lists for tuples, text for paths."""
-    return to_jsonable_python(config)
+    return _jsonable(config)
 
 
 def to_yaml(config: Any) -> str:
@@ -183,7 +182,8 @@ def _read(path: Path) -> str:
     if path.is_dir():
         raise SettingError(f"{path} is a folder, not a recipe; name a YAML file{_nearest_file(path / 'recipe.yaml')}")
     if not path.exists():
-        raise SettingError(f"there is no recipe {path}{_nearest_file(path)}")
+        listed = "; `llmrl recipes` lists and prints those that come with llmrl"
+        raise SettingError(f"there is no recipe {path}{_nearest_file(path) or listed}")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -516,7 +516,7 @@ _RULES = {
 }
 
 
-def _problem(error: ErrorDetails) -> str:
+def _problem(error: Mapping[str, Any]) -> str:
     path, value = _dotted(*error["loc"]), error["input"]
     match error:
         case {"type": "missing"}:
@@ -639,7 +639,11 @@ def _type_text(annotation: Any) -> str:
     return _TYPE_NAMES.get(annotation) or annotation.__name__
 
 
+def _jsonable(value: Any) -> Any:
+    return TypeAdapter(Any).dump_python(value, mode="json")
+
+
 def _default_text(default: Any) -> str:
     if default is MISSING:
         return "required"
-    return "" if is_dataclass(default) else json.dumps(to_jsonable_python(default))
+    return "" if is_dataclass(default) else json.dumps(_jsonable(default))

@@ -219,6 +219,9 @@ def test_a_missing_recipe(tmp_path):
     status, _, error = llmrl("grpo", "recipes/quickstart_gpro.yaml")
     assert status == 2
     assert "quickstart_grpo.yaml" in error
+    status, _, error = llmrl("grpo", tmp_path / "mine.yaml")
+    assert status == 2
+    assert "`llmrl recipes` lists" in error
 
 
 def test_a_model_that_brings_code_is_refused(grpo_recipe, data):
@@ -831,6 +834,56 @@ def test_a_minibatch_follows_a_smaller_rollout(grpo_recipe, data):
     status, output, error = llmrl("grpo", write_recipe(data / "small.yaml", settings), "--dry-run")
     assert status == 0, error
     assert yaml.safe_load(output.partition("\nEach ")[0])["update"]["minibatch_size"] == 16
+
+
+def test_recipes_are_listed_and_printed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, listed, _ = llmrl("recipes")
+    assert status == 0
+    rows = [line.split("\t") for line in listed.splitlines()]
+    assert ["quickstart_grpo", "llmrl grpo"] in [row[:2] for row in rows]
+    assert {len(row) for row in rows} == {3}
+    status, printed, _ = llmrl("recipes", "gsm8k_smollm2_grpo")
+    assert status == 0
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert llmrl("grpo", "mine.yaml", f"model.path={TINY}", "model.from_scratch=true", "--dry-run")[0] == 0
+
+
+def test_a_recipe_that_does_not_come_with_llmrl():
+    status, output, error = llmrl("recipes", "quickstart_gpro")
+    assert (status, output) == (2, "")
+    assert error.startswith("error: no recipe 'quickstart_gpro' comes with llmrl; did you mean 'quickstart_grpo'?")
+
+
+def test_a_new_folder_is_written_and_made(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(cli, "run_in", lambda folder, command: ran.append((folder, command)) or 0)
+    folder = tmp_path / "demo"
+    status, output, _ = llmrl("new", "math", folder)
+    assert status == 0
+    assert (folder / "recipe.yaml").is_file()
+    assert ran == [(folder, "python data/generate.py"), (folder, "llmrl sft sft.yaml")]
+    assert output.endswith(f"Go on with\n    cd {folder}\n    llmrl grpo recipe.yaml\n")
+
+
+def test_a_new_folder_whose_command_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "run_in", lambda *_: 7)
+    status, output, error = llmrl("new", "rlhf", tmp_path / "demo")
+    assert status == 1
+    assert "is ready" not in output
+    assert error.startswith(f"error: `python data/generate.py` in {tmp_path / 'demo'} ended with status 7")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "told"),
+    [("tools", "demo", "no starter 'tools', only math, rlhf, pairs"), ("math", ".", "mine.txt is in the way")],
+)
+def test_a_new_folder_that_is_refused(name, place, told, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    status, _, error = llmrl("new", name, tmp_path / place)
+    assert status == 2
+    assert told in error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_the_version_and_the_short_help():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import llmrl
 
@@ -96,7 +97,7 @@ def test_every_benchmark_prints_its_help(program: Path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "check", "docs", "bench"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "test-lowest", "check", "docs", "bench"])
 def test_make_knows_the_target(target: str):
     assert_passes("make", "--dry-run", target)
 
@@ -172,6 +173,34 @@ def test_every_dependency_has_one_version_that_its_range_allows():
     for requirement in requirements:
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_the_lowest_versions_are_those_of_the_ranges():
+    """Every dependency, and whatever else `make test-lowest` installs."""
+    extras = PROJECT["optional-dependencies"]
+    least = {
+        requirement.name: next(bound.version for bound in requirement.specifier if bound.operator == ">=")
+        for requirement in map(Requirement, (*PROJECT["dependencies"], *chain(*extras.values())))
+        if requirement.specifier
+    }
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {Requirement(text).name for text in (*PROJECT["dependencies"], *extras["math"])} <= pins.keys()
+    assert {name: Version(pin) for name, pin in pins.items()} == {name: Version(least[name]) for name in pins}
+
+
+def test_the_changelog_has_the_version():
+    assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_quickstart_installs_nothing_for_developers():
+    def planned(target: str) -> str:
+        command = ["make", "--dry-run", target, "VENV=/nowhere"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert "install -e . -c constraints.txt" in planned("quickstart")
+    assert "[dev]" not in planned("quickstart") + planned("quickstart-rlhf")
+    assert planned("test").index("install -e . ") < planned("test").index('install -e ".[dev]"')
 
 
 def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
