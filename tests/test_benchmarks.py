@@ -194,6 +194,15 @@ def test_a_workload_measured_in_two_types_has_a_row_for_each(written, tmp_path):
     assert rows == ["| W4: a step, bfloat16", "| W4: a step, float32"]
 
 
+def test_the_page_of_figures_has_the_table_of_the_stored_results(table, tmp_path, monkeypatch):
+    page = ROOT / "docs" / "figures.md"
+    monkeypatch.setattr(table, "FIGURES", tmp_path / "figures.md")
+    table.FIGURES.write_text(page.read_text())
+    monkeypatch.setattr(sys, "argv", ["table.py"])
+    table.main()
+    assert table.FIGURES.read_text() == page.read_text()
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_number_that_is_nan_is_the_largest(monkeypatch, place):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

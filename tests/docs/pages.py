@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
 FILE = re.compile(r"# ([\w./-]+\.\w+)(?:: .*)?\n")
 
 
@@ -111,4 +111,4 @@ def anchors_of(page: Path) -> set[str]:
 
 def links_of(page: Path) -> list[str]:
     """Every address that a page links to."""
-    return LINK.findall(prose_of(page))
+    return [inline or reference for inline, reference in LINK.findall(prose_of(page))]

@@ -1,11 +1,12 @@
 """Links between pages and to files of the repository, and what pages may not hold."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.docs.pages import PAGES, ROOT, anchors_of, blocks_of, links_of
+from tests.docs.pages import PAGES, ROOT, anchors_of, blocks_of, links_of, prose_of
 
 REPOSITORY = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["repo_url"]
 ON_THE_WEB = (f"{REPOSITORY}/blob/main/", f"{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/main/")
@@ -58,14 +59,37 @@ def test_every_block_says_what_it_is():
     assert unknown == []
 
 
+def is_long(line: str) -> bool:
+    cells = line.split("|") if line.startswith("|") else []
+    return max(map(len, cells)) > MAX_CELL if cells else len(line) > MAX_LINE
+
+
 def test_lines_and_cells_are_short():
     found = [
         f"{page.relative_to(ROOT)}:{number}"
         for page in PAGES
         for number, line in enumerate(page.read_text().splitlines(), 1)
-        if len(line) > MAX_LINE
-        and not line.startswith("|")
-        or line.startswith("|")
-        and max(map(len, line.split("|"))) > MAX_CELL
+        if is_long(line)
     ]
     assert found == []
+
+
+NAMED = re.compile(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|md|sh|jsonl?|svg))(?::\w+)?`")
+"""A file that a page names in its text."""
+ROOMS = (ROOT, ROOT / "llmrl", ROOT / "recipes" / "accelerate")
+MADE = ("data/", "runs/", "path/to/", "llmrl/x/", "tests/x/")
+"""What exists only after a command, or as an example."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    named = {name for name in NAMED.findall(prose_of(page)) if not name.startswith(MADE)}
+    assert [name for name in named if not any((room / name).is_file() for room in ROOMS)] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_page():
+    rows = re.findall(r"^\| \[.*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    numbers = [number for row in rows for number in re.findall(r"-?\d+\.\d\d+(?: \[[\d., ]+\])?", row)]
+    told = " ".join((ROOT / "docs" / "figures.md").read_text().split())
+    assert len(numbers) >= 8
+    assert [number for number in numbers if number not in told] == []

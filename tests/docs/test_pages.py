@@ -28,6 +28,10 @@ x = 1
 
     docker run image
 
+See [the last][x] too.
+
+[x]: last.md
+
 ## A page, of two parts
 """
 
@@ -62,5 +66,5 @@ def test_a_first_line_names_the_file(page):
 
 
 def test_links_and_anchors_are_those_of_the_prose(page):
-    assert links_of(page) == ["other.md#part", "curve.svg"]
+    assert links_of(page) == ["other.md#part", "curve.svg", "last.md"]
     assert anchors_of(page) == {"a-page-of-two-parts", "a-page-of-two-parts-1"}
