@@ -22,7 +22,12 @@ CUTS = {
     "sft": ["run.num_iterations=2", "sft.batch_size=4"],
     "reward-model": ["data.num_rows=16", "reward_model.batch_size=8", "reward_model.num_reference_pairs=4"],
     "grpo": ["run.num_iterations=2", "rollout.prompts_per_iteration=2", "update.minibatch_size=null"],
-    "ppo": ["run.num_iterations=3", "rollout.prompts_per_iteration=8", "update.minibatch_size=8"],
+    "ppo": [
+        "run.num_iterations=2",
+        "critic.warmup_iterations=1",
+        "rollout.prompts_per_iteration=8",
+        "update.minibatch_size=8",
+    ],
 }
 """Settings that make a run of a page take seconds."""
 OUTPUT = "run.output_dir=out"

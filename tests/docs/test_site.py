@@ -40,6 +40,14 @@ def test_the_site_has_every_page(site):
         assert (site / name.removesuffix(".md").replace("index", "") / "index.html").is_file()
 
 
+def test_tables_and_lists_are_rendered(site):
+    """The site's Markdown is stricter than GitHub's: a table or list needs an empty line before it."""
+    for page in (ROOT / "docs").glob("*.md"):
+        html = (site / page.stem.replace("index", "") / "index.html").read_text()
+        assert html.count("<table>") >= page.read_text().count("\n|---|"), page.name
+        assert "<p>* " not in html, page.name
+
+
 def test_links_to_files_outside_of_the_pages_lead_to_the_repository(site):
     page = (site / "reliability" / "index.html").read_text()
     assert f'href="{CONFIG["repo_url"]}/blob/main/SECURITY.md"' in page
