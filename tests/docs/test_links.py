@@ -12,7 +12,7 @@ REPOSITORY = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["repo_url"]
 ON_THE_WEB = (f"{REPOSITORY}/blob/main/", f"{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/main/")
 """Where files of the repository are on the web. The README's links begin there, since PyPI shows it too."""
 LANGUAGES = {"python", "yaml", "json", "text", "shell"}
-MAX_README_BYTES = 7_500
+MAX_README = 7_500
 MAX_LINE, MAX_CELL = 160, 120
 
 
@@ -51,7 +51,7 @@ def test_the_readme_is_readable_wherever_it_is_shown():
     """On PyPI there is no folder that a relative link could begin in."""
     readme = ROOT / "README.md"
     assert [link for link in links_of(readme) if not link.startswith(("https://", "#"))] == []
-    assert len(readme.read_bytes()) <= MAX_README_BYTES
+    assert len(readme.read_text()) <= MAX_README
 
 
 def test_every_block_says_what_it_is():
