@@ -45,6 +45,7 @@ def run(command: Sequence[str], *, trains: bool = False) -> None:
 
 def llmrl(arguments: list[str], trains: bool) -> None:
     """In this process: a run is a dry run, or has a few small iterations; other commands run on a few rows."""
+    arguments, output = _redirected(arguments)
     verb = arguments[0]
     if is_run(["llmrl", *arguments]):
         given = [argument for argument in arguments if argument != "--dry-run"]
@@ -54,6 +55,14 @@ def llmrl(arguments: list[str], trains: bool) -> None:
         arguments = [*arguments, *SHORT]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, f"{' '.join(arguments)}\n{result.output}\n{result.exception!r}"
+    for path in output:
+        Path(path).write_text(result.stdout)
+
+
+def _redirected(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command, and the file that ``>`` sends its output to."""
+    at = words.index(">") if ">" in words else len(words)
+    return words[:at], words[at + 1 :]
 
 
 def is_run(command: Sequence[str]) -> bool:
