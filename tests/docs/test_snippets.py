@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from llmrl.data.files import FileRow, Rows
-from llmrl.settings import SettingError, read_either
+from llmrl.settings import SettingError, describe, read_either
 from llmrl.wiring.runs import RUNS
 from tests.docs import shell
 from tests.docs.conftest import PAIRS, QUESTIONS
@@ -22,7 +22,7 @@ LEAST = {
     "data": {"path": "problems.jsonl"},
     "evaluation_data": {"path": "held_out.jsonl"},
     "reward": {"functions": [{"name": "reward_models/arithmetic.py:correct"}]},
-    "run": {"output_dir": "runs/any", "num_iterations": 10},
+    "run": {"output_dir": "runs/any"},
 }
 """Sections that complete a fragment of a recipe; those that a kind of run does not have are left out."""
 HUB = {"openai/gsm8k": QUESTIONS, "Anthropic/hh-rlhf": PAIRS}
@@ -95,7 +95,8 @@ def test_python_runs(scratch, page):
     assert [block.place for block in shown if (ROOT / block.file).read_text() != block.contents] == []
     script.write_text("\n".join(f"# {block.place}\n{block.text}" for block in blocks if block not in shown))
     runpy.run_path(str(script))
-    sys.modules.pop("my_rules", None)  # another page has another file of that name
+    for block in BLOCKS[page]:  # another page may have another file of the same name
+        sys.modules.pop(Path(block.file or "").stem, None)
 
 
 @pytest.mark.parametrize("page", [page for page in WITH_BLOCKS if blocks_in(page, "yaml")], ids=name_of)
@@ -109,13 +110,12 @@ def test_settings_are_those_of_a_run(scratch, page):
 
 def problem_of(sections, kind, recipe):
     """Why a fragment completes no recipe of this kind of run."""
-    known = {name: value for name, value in LEAST.items() if name in kind.settings.__dataclass_fields__}
-    merged = {**known, **sections}
-    for name in known.keys() & sections.keys():
-        merged[name] = {**known[name], **(sections[name] or {})}
-    if kind.settings is RUNS["reward-model"].settings and "run" in merged:
-        merged["run"] = {key: value for key, value in merged["run"].items() if key != "num_iterations"}
-    recipe.write_text(yaml.safe_dump(merged))
+    paths = {path for path, *_ in describe(kind.settings)}
+    known = {name: dict(value) for name, value in LEAST.items() if name in paths}
+    if "run.num_iterations" in paths:
+        known["run"]["num_iterations"] = 10
+    completed = {name: {**known.get(name, {}), **sections.get(name, {})} for name in known.keys() | sections.keys()}
+    recipe.write_text(yaml.safe_dump(completed))
     try:
         read_either([kind.settings], recipe, [])
     except SettingError as error:
