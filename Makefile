@@ -83,9 +83,9 @@ docs: $(INSTALLED)
 site: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The short set beside transformers and TRL, and the table of docs/figures.md from all results; make bench WORKLOADS="W6 W7" for
-# others, see benchmarks/bench.py. MODEL is a folder; TURNS is how often each side is measured. DTYPE=float32 where the
-# processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
+# The short set beside transformers and TRL, and the table of docs/figures.md from all results; for others
+# make bench WORKLOADS="W6 W7", see benchmarks/bench.py. MODEL is a folder; TURNS is how often each side is measured.
+# DTYPE=float32 where the processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
 bench: $(INSTALLED) $(PEERS) $(MODEL)
 	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS) --dtype $(DTYPE)
 
