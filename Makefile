@@ -20,7 +20,7 @@ RELIABILITY_TABLE ?= runs/reliability.jsonl
 TURNS ?= 2
 DTYPE ?= bfloat16
 
-.PHONY: quickstart quickstart-rlhf test test-fast test-lowest test-reliability fuzz check docs bench
+.PHONY: quickstart quickstart-rlhf test test-fast test-lowest test-reliability fuzz check docs site bench
 
 # Trains a tiny model to add, by GRPO, on a laptop CPU: scores before and after. Interrupted, it goes on where it was.
 quickstart: $(ARITHMETIC) $(SFT_MODEL)
@@ -92,9 +92,13 @@ check: $(DEV)
 docs: $(DEV)
 	$(BIN)/python docs/metrics.py
 
-# The short set beside transformers and TRL, and the README's table from all results; make bench WORKLOADS="W6 W7" for
-# others, see benchmarks/bench.py. MODEL is a folder; TURNS is how often each side is measured. DTYPE=float32 where the
-# processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
+# The site of the documentation, in site/: open site/index.html, or `$(BIN)/mkdocs serve` while writing.
+site: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The short set beside transformers and TRL, and the table of docs/figures.md from all results; for others
+# make bench WORKLOADS="W6 W7", see benchmarks/bench.py. MODEL is a folder; TURNS is how often each side is measured.
+# DTYPE=float32 where the processor has no bfloat16 (neither avx512_bf16 nor amx_bf16), which it would only emulate.
 bench: $(DEV) $(PEERS) $(MODEL)
 	$(BIN)/python benchmarks/bench.py $(MODEL) $(WORKLOADS) --turns $(TURNS) --dtype $(DTYPE)
 

@@ -1,4 +1,4 @@
-"""Runs workloads by name, one after another, and writes the README's table from all results that are stored.
+"""Runs workloads by name, one after another, and writes the table of docs/figures.md from all results that are stored.
 
     python benchmarks/bench.py MODEL_DIR W1 W4 W9
     python benchmarks/bench.py MODEL_DIR W6 W7 --turns 5
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("workloads", nargs="*", help=f"of {', '.join(names())}; none for {', '.join(SHORT)}")
     parser.add_argument("--turns", type=int, default=TURNS, help="measurements of each side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--keep-table", action="store_true", help="leaves the README's table as it is")
+    parser.add_argument("--keep-table", action="store_true", help="leaves the table of docs/figures.md as it is")
     args = parser.parse_args()
     if unknown := [name for name in args.workloads if name not in names()]:
         parser.error(f"unknown workloads {unknown}; known are {', '.join(names())}")

@@ -1,4 +1,4 @@
-"""Writes the README's table of performance from the stored results.
+"""Writes the table of performance in docs/figures.md from the stored results.
 
     python benchmarks/table.py
 
@@ -13,33 +13,35 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from common import MIB, RESULTS
 from workloads import DERIVED, WORKLOADS
 
-README = Path(__file__).parents[1] / "README.md"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures.md"
 BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- end of performance -->"
 HEAD = (
     "| workload | llmrl | peer, tuned | ratio | peer, as shipped | ratio | of the roofline | peak memory |",
     "|---|---|---|---|---|---|---|---|",
 )
 GIB = 2**30
+WIDTH = 118
 TUNED, SHIPPED, OURS = ("trl_tuned", "one"), ("trl", "generate"), ("llmrl", "native", "two")
 
 Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the README's table of performance from the stored results.")
+    parser = argparse.ArgumentParser(description="Writes the table of docs/figures.md from the stored results.")
     parser.parse_args()
-    text = README.read_text()
+    text = FIGURES.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     records = [(path.name.partition("_")[0], json.loads(path.read_text())) for path in sorted(RESULTS.glob("W*.json"))]
     notes = [note(json.loads(path.read_text())) for path in sorted(RESULTS.glob("learning-*.json"))]
-    README.write_text("\n\n".join([f"{before}{BEGIN}", table(records), *notes, f"{END}{after}"]))
-    print(f"{len(records)} workloads written to {README.name}")
+    FIGURES.write_text("\n\n".join([f"{before}{BEGIN}", table(records), *notes, f"{END}{after}"]))
+    print(f"{len(records)} workloads written to {FIGURES.name}")
 
 
 def table(records: Sequence[tuple[str, Record]]) -> str:
@@ -49,7 +51,7 @@ def table(records: Sequence[tuple[str, Record]]) -> str:
     names: dict[str, list[str]] = {}
     for name, record in sorted(records, key=place):
         names.setdefault(machine(record), []).append(name)
-    notes = [f"\n{', '.join(of_note)}: {text}" for text, of_note in names.items()]
+    notes = ["\n" + fill(f"{', '.join(of_note)}: {text}", WIDTH) for text, of_note in names.items()]
     return "\n".join([*HEAD, *(row for _, row in sorted(rows, key=place)), *notes])
 
 
@@ -137,11 +139,12 @@ def kind_of(record: Record) -> str:
 
 
 def note(record: Record) -> str:
-    """How far first losses and gradients are from TRL's, in a line."""
-    return (
+    """How far first losses and gradients are from TRL's, in a sentence."""
+    return fill(
         f"On identical rollouts ({record['describes']}; {record['model']} in {record['settings']['dtype']}) the first "
         f"losses of llmrl and TRL differ by {record['loss_difference']:.1g}, the gradient norms by "
-        f"{100 * record['grad_norm_difference']:.2g} %."
+        f"{100 * record['grad_norm_difference']:.2g} %.",
+        WIDTH,
     )
 
 

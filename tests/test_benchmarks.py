@@ -140,18 +140,18 @@ def record_of(others: float) -> dict[str, Any]:
 
 @pytest.fixture
 def written(table, tmp_path, monkeypatch) -> Callable[..., str]:
-    """What the README is with the table of these results, by their file names."""
+    """What the page of figures is with the table of these results, by their file names."""
 
     def write(**records: dict[str, Any]) -> str:
         for name, record in records.items():
             (tmp_path / f"{name}_tiny_bfloat16_cpu.json").write_text(json.dumps(record))
-        readme = tmp_path / "README.md"
-        readme.write_text(f"above\n{table.BEGIN}\nwhat was there\n{table.END}\nbelow\n")
-        monkeypatch.setattr(table, "README", readme)
+        page = tmp_path / "figures.md"
+        page.write_text(f"above\n{table.BEGIN}\nwhat was there\n{table.END}\nbelow\n")
+        monkeypatch.setattr(table, "FIGURES", page)
         monkeypatch.setattr(table, "RESULTS", tmp_path)
         monkeypatch.setattr(sys, "argv", ["table.py"])
         table.main()
-        return readme.read_text()
+        return page.read_text()
 
     return write
 
@@ -168,7 +168,7 @@ def test_the_table_is_made_of_the_results(written, others, cells):
     text = written(W4=record_of(others))
     assert f"| W4: a step, bfloat16 | {cells} | 2.0 / 5.0 / 7.0 GiB |" in text.splitlines()
     load = "turns of each side: 3, load average 0.5 before and 2.0 after"
-    assert f"W4: tiny in bfloat16, 2 threads of a CPU; torch 2; {load}." in text
+    assert f"W4: tiny in bfloat16, 2 threads of a CPU; torch 2; {load}." in " ".join(text.split())
     assert text.startswith("above\n")
     assert text.endswith("\nbelow\n")
     assert "what was there" not in text
@@ -192,6 +192,15 @@ def test_a_workload_measured_in_two_types_has_a_row_for_each(written, tmp_path):
     (tmp_path / "W4_tiny_float32_cpu.json").write_text(json.dumps(other))
     rows = [line.partition(" | ")[0] for line in written(W4=record_of(1.0)).splitlines() if line.startswith("| W4")]
     assert rows == ["| W4: a step, bfloat16", "| W4: a step, float32"]
+
+
+def test_the_page_of_figures_has_the_table_of_the_stored_results(table, tmp_path, monkeypatch):
+    page = ROOT / "docs" / "figures.md"
+    monkeypatch.setattr(table, "FIGURES", tmp_path / "figures.md")
+    table.FIGURES.write_text(page.read_text())
+    monkeypatch.setattr(sys, "argv", ["table.py"])
+    table.main()
+    assert table.FIGURES.read_text() == page.read_text()
 
 
 @pytest.mark.parametrize("place", [0, 1])

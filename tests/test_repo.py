@@ -97,7 +97,7 @@ def test_every_benchmark_prints_its_help(program: Path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "test-lowest", "check", "docs", "bench"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-fast", "test-lowest", "check", "docs", "site", "bench"])
 def test_make_knows_the_target(target: str):
     assert_passes("make", "--dry-run", target)
 
