@@ -156,6 +156,20 @@ def test_the_best_reward_model_needs_evaluations(metric: str):
             r"algorithm\.overlong_buffer_tokens \(17\) must be at most rollout\.max_response_tokens \(16\)$",
         ),
         (
+            {"reward": STANDARDIZED, "algorithm": GRPOConfig(scale="none")},
+            r"algorithm\.scale \(none\) is about the sum of rewards, and reward\.combine standardized compares each by "
+            r"itself; set algorithm\.scale to std, or reward\.combine to sum$",
+        ),
+        *(
+            ({"reward": STANDARDIZED, "algorithm": GRPOConfig(**settings)}, f"algorithm.{name} .* is about the sum")
+            for name, settings in {
+                "baseline": {"baseline": "leave_one_out", "scale": "none"},
+                "name": {"name": "mine.py:Mine"},
+                "overlong_buffer_tokens": {"overlong_buffer_tokens": 4},
+                "max_redraws": {"max_redraws": 1},
+            }.items()
+        ),
+        (
             {"evaluation": EvaluationConfig(every=10)},
             r"evaluation\.every \(10\) needs evaluation_data; name held-out prompts, or set it to 0$",
         ),
@@ -188,6 +202,7 @@ def test_sections_of_grpo_that_do_not_fit_are_refused(sections: dict[str, Any], 
         {"rollout": RolloutConfig(max_rows=1, engine="transformers")},
         {"algorithm": GRPOConfig(overlong_buffer_tokens=16), "rollout": RolloutConfig(max_response_tokens=16)},
         {"evaluation": EvaluationConfig(every=10), "evaluation_data": PromptDataConfig(path="e.jsonl")},
+        {"reward": STANDARDIZED},
     ],
 )
 def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):

@@ -52,7 +52,11 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
     name = config.algorithm.name
     if name == "grpo":
-        make = partial(GRPO, one_step=config.optimizer_steps_per_iteration == 1)
+        make = partial(
+            GRPO,
+            one_step=config.optimizer_steps_per_iteration == 1,
+            reward_weights=config.reward.weights if config.reward.combine == "standardized" else None,
+        )
     else:
         make = partial(make_user_algorithm, name, progress=context.progress)
     algorithm = make(
