@@ -145,8 +145,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="group/flat_fraction",
         unit="fraction",
-        meaning="Groups whose scores are all equal: prompts that teach nothing, except with reward.combine standardized, "
-        "where the rewards that make up equal scores may differ. Those that were replaced count too.",
+        meaning="Groups whose scores are all equal: prompts that teach nothing, unless reward.combine standardized "
+        "compares rewards that differ under equal sums. Those that were replaced count too.",
         look_for="Below 1; near 1, prompts are too easy or too hard, or the reward is too coarse.",
         runs=(GRPO, OWN),
     ),
@@ -264,7 +264,7 @@ CATALOGUE: tuple[Metric, ...] = (
     ),
     Metric(
         name="reference/moved",
-        unit="fraction",
+        unit="moves",
         meaning="1 in an iteration at whose end the reference moved towards the actor, else 0. Only with "
         "algorithm.reference_refresh_every.",
         look_for="kl/* is measured from another reference in the iteration after a 1, and falls.",

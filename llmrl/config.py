@@ -148,6 +148,16 @@ class AlgorithmConfig(Protocol):
         """Weight of the KL to the reference; 0 where there is none."""
         ...
 
+    @property
+    def reference_refresh_every(self) -> int | None:
+        """Iterations between two moves of the reference; None where it stays."""
+        ...
+
+    @property
+    def reference_mixing(self) -> float:
+        """Share of the actor when it moves."""
+        ...
+
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
         ...

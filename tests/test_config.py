@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ KINDS = [kind.settings for kind in RUNS.values()]
 LEARNED = RewardConfig(model=LearnedRewardConfig(path="rm"))
 ON_BASE = RewardConfig(model=LearnedRewardConfig(path="rm", on_actor_base=True))
 LORA = ModelConfig(path="m", lora=LoraSettings())
+STANDARDIZED = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),), combine="standardized")
 
 
 def sft(**sections: Any) -> SFTRun:
@@ -242,6 +243,10 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
             r"critic\.warmup_iterations \(4\) must be less than run\.num_iterations \(4\), or the actor never learns$",
         ),
         (
+            {"reward": replace(LEARNED, combine="standardized")},
+            r"reward\.combine standardized compares each reward within the group of a prompt, and llmrl ppo has no gr",
+        ),
+        (
             {"reward": ON_BASE},
             r"reward\.model\.on_actor_base needs model\.lora: it is an adapter on the actor's frozen base$",
         ),
@@ -399,7 +404,9 @@ def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
 def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
     parameters = inspect.signature(cls).parameters.values()
     own = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
-    assert own == (["one_step"] if cls is GRPO else [])  # no setting; users' subclasses call this constructor without
+    assert own == (
+        ["one_step", "reward_weights"] if cls is GRPO else []
+    )  # no setting; users' subclasses call this constructor without
 
 
 def test_the_list_of_settings_shows_bounds():

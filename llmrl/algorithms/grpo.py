@@ -123,8 +123,8 @@ class GRPO(Algorithm):
         return statistics
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
-        """Yields the policy loss of one microbatch, with the KL to the reference added and the entropy bonus subtracted;
-        `weights` from `token_weights`."""
+        """Yields the policy loss of one microbatch, plus the KL to the reference, minus the entropy bonus; `weights`
+        from `token_weights`."""
         counted, outputs = batch.counted, self.actor.logprobs(batch.sequences)
         logprobs, old_logprobs = outputs.logprobs, old_logprobs_of(batch, outputs)
         current, old = logprobs, old_logprobs

@@ -122,9 +122,7 @@ class PPO(Algorithm):
             old_values=values,
             returns=returns,
         )
-        metrics = Metrics(
-            {**_value_metrics(experience, rewards), **advantage_metrics(advantages, mask), **extremes}
-        )
+        metrics = Metrics({**_value_metrics(experience, rewards), **advantage_metrics(advantages, mask), **extremes})
         if needs_logprobs:
             metrics = metrics.merge(Metrics({**policy_metrics(experience, outputs.entropy)}))
         if self.reference is not None:

@@ -360,8 +360,8 @@ def truncated_experience(truncated, scores=SCORES, **settings):
 
 
 def dapo_paper_filtered(new, truncated):
-    """arXiv:2503.14476, eq. 8 with overlong filtering: advantages of whole groups, one mean over the tokens of responses
-    that ended by themselves."""
+    """arXiv:2503.14476, eq. 8 with overlong filtering: advantages of whole groups, one mean over the tokens of the
+    responses that ended by themselves."""
     advantages, total = standardized(SCORES), torch.zeros(())
     kept = [i for i in range(len(LENGTHS)) if i not in truncated]
     for i in kept:

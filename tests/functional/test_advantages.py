@@ -332,8 +332,9 @@ def test_decoupled_rewards_have_neither_mean_nor_scale():
 
 def test_a_single_decoupled_reward_is_the_usual_one_over_the_spread_of_the_batch():
     scores, group_ids = random_groups()
-    alone, usual = decoupled_group_relative(scores[None], torch.tensor([3.0]), group_ids), group_relative(
-        scores, group_ids
+    alone, usual = (
+        decoupled_group_relative(scores[None], torch.tensor([3.0]), group_ids),
+        group_relative(scores, group_ids),
     )
     std = usual.square().sum().div((~scores.isnan()).sum()).sqrt()
     assert_close(alone, usual / std, rtol=1e-5, atol=1e-6)
