@@ -7,7 +7,7 @@ each of its tokens has that advantage. No critic. GRPO, Dr. GRPO, RLOO, DAPO and
     GRPO        mean           std    sequence     0.2 / 0.2        kl_coef: 0.04, kl_form: k3_paper
     Dr. GRPO    mean           none   constant     0.2 / 0.2
     RLOO        leave_one_out  none   constant     0.2 / 0.2        one optimizer step per rollout
-    DAPO        mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws
+    DAPO        mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws, mask_truncated
     GSPO        mean           std    sequence     3e-4 / 4e-4      ratio: sequence
     GDPO        mean           std    token        0.2 / 0.2        reward.combine: standardized
 """

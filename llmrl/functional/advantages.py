@@ -132,7 +132,7 @@ def decoupled_group_relative(
     Raises:
         ValueError: A group has one response, or shapes differ.
 
-    Reference: Liu et al. 2026, arXiv:2601.05242, section 3.1.
+    Reference: Liu et al. 2026, arXiv:2601.05242.
     """
     check_shapes(parts=(parts, "K B"), weights=(weights, "K"), group_ids=(group_ids, "B"))
     exact = parts.cpu().double()

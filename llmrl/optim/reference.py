@@ -3,7 +3,7 @@
     ref <- mixing * actor + (1 - mixing) * ref
 
 With mixing 1 that is a copy, as in iterative GRPO (Shao et al. 2024, arXiv:2402.03300, algorithm 1); below 1 it is an
-average, as in the soft update of TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656, section 4).
+average, as in the soft update of TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656).
 """
 
 from abc import ABC, abstractmethod
