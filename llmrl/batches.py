@@ -306,14 +306,27 @@ class Experience(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOExperience(Experience):
+class FilteredExperience(Experience):
+    """Experience in which scored responses may be left out of the losses."""
+
+    learned: Bool[Tensor, " B"]
+    """False for a response that the losses leave out, whatever its score: see `learned_responses`."""
+
+    @property
+    def counted(self) -> Bool[Tensor, "B T"]:
+        """True on the tokens that losses and metrics count: those of learned responses that could be scored."""
+        return super().counted & self.learned[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOExperience(FilteredExperience):
     """Experience with log-probabilities of the reference, for the KL in the loss; zeros where there is no reference."""
 
     ref_logprobs: Float[Tensor, "B T"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOExperience(Experience):
+class PPOExperience(FilteredExperience):
     """Experience with the critic's values at collection and their targets, the returns. Advantages are standardized,
     returns are not."""
 

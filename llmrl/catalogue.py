@@ -145,7 +145,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="group/flat_fraction",
         unit="fraction",
-        meaning="Groups whose scores are all equal: prompts that teach nothing. Those that were replaced count too.",
+        meaning="Groups whose scores are all equal: prompts that teach nothing, unless reward.combine standardized "
+        "compares rewards that differ under equal sums. Those that were replaced count too.",
         look_for="Below 1; near 1, prompts are too easy or too hard, or the reward is too coarse.",
         runs=(GRPO, OWN),
     ),
@@ -169,6 +170,40 @@ CATALOGUE: tuple[Metric, ...] = (
         meaning="Responses that ended by themselves; the others were truncated at rollout.max_response_tokens.",
         look_for="Near 1. A fall is a policy that no longer ends its responses.",
         runs=LOOP,
+    ),
+    Metric(
+        name="advantage/mean",
+        unit="score",
+        meaning="Mean advantage over the tokens that the losses count: before they are standardized in PPO, whose unit "
+        "is the score; as they enter the loss in GRPO, in units of the group's spread with algorithm.scale std.",
+        look_for="PPO: near 0 once the critic is unbiased. GRPO: above 0 where better responses are longer.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="advantage/std",
+        unit="score",
+        meaning="Population standard deviation of these advantages.",
+        look_for="Above 0: there is something to learn. In GRPO it falls as groups become flat.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="advantage/min",
+        unit="score",
+        meaning="The smallest of them.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="advantage/max",
+        unit="score",
+        meaning="The largest of them.",
+        look_for="Far above advantage/std, a few tokens set the direction of the update.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="advantage/positive_fraction",
+        unit="fraction",
+        meaning="Tokens whose advantage is above 0.",
+        runs=ALGORITHMS,
     ),
     Metric(
         name="policy/loss",
@@ -226,6 +261,14 @@ CATALOGUE: tuple[Metric, ...] = (
         meaning="Coefficient of the penalty on that KL in this iteration.",
         look_for="Settles; at a factor of 1000 from its start, the target is out of reach.",
         runs=(PPO,),
+    ),
+    Metric(
+        name="reference/moved",
+        unit="moves",
+        meaning="1 in an iteration at whose end the reference moved towards the actor, else 0. Only with "
+        "algorithm.reference_refresh_every.",
+        look_for="kl/* is measured from another reference in the iteration after a 1, and falls.",
+        runs=LOOP,
     ),
     Metric(
         name="kl/mean",

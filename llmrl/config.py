@@ -148,6 +148,16 @@ class AlgorithmConfig(Protocol):
         """Weight of the KL to the reference; 0 where there is none."""
         ...
 
+    @property
+    def reference_refresh_every(self) -> int | None:
+        """Iterations between two moves of the reference; None where it stays."""
+        ...
+
+    @property
+    def reference_mixing(self) -> float:
+        """Share of the actor when it moves."""
+        ...
+
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
         ...
@@ -295,6 +305,11 @@ class GRPORun(RLRun):
 
     algorithm: GRPOConfig = field(default_factory=GRPOConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward.combine == "standardized":
+            _check_standardized(self.algorithm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPORun(RLRun):
@@ -320,6 +335,11 @@ class PPORun(RLRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reward.combine == "standardized":
+            raise ValueError(
+                "reward.combine standardized compares each reward within the group of a prompt, and llmrl ppo has no "
+                "groups; set it to sum, or train with llmrl grpo"
+            )
         if self.critic.network == "adapter" and self.model.lora is None:
             raise ValueError(
                 "critic.network adapter needs model.lora: it is an adapter on the actor's frozen base; where model.path"
@@ -364,6 +384,17 @@ def _epochs(num_used: int, what: str, num_rows: int | None) -> str:
     if not num_rows:
         return ""
     return f"; {num_used:,} {what} in all, {num_used / num_rows:.2f} epochs of {counted(num_rows, 'row')}"
+
+
+def _check_standardized(algorithm: GRPOConfig) -> None:
+    """Refuses settings that read one score of a response, where each reward is standardized by itself."""
+    needed = {"name": "grpo", "baseline": "mean", "scale": "std", "overlong_buffer_tokens": 0, "max_redraws": 0}
+    for name, value in needed.items():
+        if (ours := getattr(algorithm, name)) != value:
+            raise ValueError(
+                f"algorithm.{name} ({ours}) is about the sum of rewards, and reward.combine standardized compares each "
+                f"by itself; set algorithm.{name} to {value}, or reward.combine to sum"
+            )
 
 
 def _check_base(actor: ModelConfig) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmrl.functional.statistics import Explained, Maximum, Mean, Moments, Statistic, Total
+from llmrl.functional.statistics import Explained, Maximum, Mean, Minimum, Moments, Statistic, Total
 
 VARIANCE_ROUNDING = 2.0**-40
 """Smallest variance, relative to the mean squares it is computed from; below it is the rounding of float32."""
@@ -65,6 +65,8 @@ def pool(left: Statistic, right: Statistic) -> Statistic:
     match left, right:
         case Maximum(), Maximum():
             return Maximum(_maximum(left.value, right.value))
+        case Minimum(), Minimum():
+            return Minimum(-_maximum(-left.value, -right.value))
         case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()) | (Explained(), Explained()):
             return type(left)(*(a + b for a, b in zip(left, right, strict=True)))
     raise TypeError(f"cannot pool a {type(left).__name__} with a {type(right).__name__}: one name, two meanings")

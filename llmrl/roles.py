@@ -137,12 +137,39 @@ class Trainable(Protocol):
         every rank must iterate."""
         ...
 
+    def assign(self, name: str, value: Tensor) -> None:
+        """Sets a frozen parameter of the module to this full value, the same on every rank. Collective."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state, at least on the first rank."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateMismatch, and changes nothing, where the state is of other weights."""
+        ...
+
+
+@runtime_checkable
+class MovingReference(Protocol):
+    """The reference, where it follows the actor."""
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all its weights by itself; if not, `state_dict` is collective."""
+        ...
+
+    def finish_iteration(self, number: int) -> Metrics:
+        """Called at the end of iteration `number`, counted from 1: moves the reference if its time has come. Returns
+        its metrics. Collective."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its weights, at least on the first rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
         ...
 
 

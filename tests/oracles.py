@@ -54,6 +54,18 @@ def group_relative(scores: list[float], group_ids: list[int], *, scale: str) -> 
     return advantages
 
 
+def decoupled_group_relative(parts: list[list[float]], weights: list[float], group_ids: list[int]) -> list[float]:
+    """Weighted sum of the standardized rewards, then minus its mean over all scored responses and over their
+    population std + 1e-6 (arXiv:2601.05242)."""
+    relative = [group_relative(part, group_ids, scale="std") for part in parts]
+    sums = [sum(w * of[i] for w, of in zip(weights, relative, strict=True)) for i in range(len(group_ids))]
+    scored = [s for i, s in enumerate(sums) if not all(math.isnan(part[i]) for part in parts)]
+    mean = sum(scored) / len(scored)
+    std = math.sqrt(sum((s - mean) ** 2 for s in scored) / len(scored))
+    unscored = [all(math.isnan(part[i]) for part in parts) for i in range(len(group_ids))]
+    return [0.0 if missing else (s - mean) / (std + 1e-6) for s, missing in zip(sums, unscored, strict=True)]
+
+
 def leave_one_out(scores: list[float], group_ids: list[int]) -> list[float]:
     """Score minus the mean of the other scored ones of its group (arXiv:2402.14740)."""
     advantages = []

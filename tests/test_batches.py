@@ -47,6 +47,7 @@ def make_experience(prompts, responses, scores, *, first_group=0) -> GRPOExperie
         scores=Scores(total=total, per_token=torch.zeros(mask.shape), parts={"correct": total, "format": -total}),
         old_logprobs=response_ids / 100,
         advantages=response_ids / 10,
+        learned=torch.ones(len(prompts), dtype=torch.bool),
         ref_logprobs=response_ids / 1000,
     )
 

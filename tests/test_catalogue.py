@@ -14,12 +14,13 @@ FLAKY = {"name": f"{RULES}:flaky", "weight": 0.0, "on_error": "exclude"}
 TWO_REWARDS = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
 EXTREME = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
+MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2}
 TIMED = {
     "sft": {"sft": PAIRS},
     "reward-model": {"reward_model": PAIRS},
-    "grpo": {**GRPO, **EXTREME, **SAMPLED},
-    "ppo": {**PPO, **EXTREME, **SAMPLED, "algorithm": {"step_kl_target": 0.1}},
-    OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT"}},
+    "grpo": {**GRPO, **EXTREME, **SAMPLED, "algorithm": {"group_size": 4, **MOVING}},
+    "ppo": {**PPO, **EXTREME, **SAMPLED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
+    OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
 }
 """By kind of run: what logs times and speed, parts and pass@k of an evaluation, and the KL of an iteration."""
 SILENT = """

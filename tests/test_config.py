@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ KINDS = [kind.settings for kind in RUNS.values()]
 LEARNED = RewardConfig(model=LearnedRewardConfig(path="rm"))
 ON_BASE = RewardConfig(model=LearnedRewardConfig(path="rm", on_actor_base=True))
 LORA = ModelConfig(path="m", lora=LoraSettings())
+STANDARDIZED = RewardConfig(functions=(RewardFunctionConfig(name="rule.py:score"),), combine="standardized")
 
 
 def sft(**sections: Any) -> SFTRun:
@@ -156,6 +157,20 @@ def test_the_best_reward_model_needs_evaluations(metric: str):
             r"algorithm\.overlong_buffer_tokens \(17\) must be at most rollout\.max_response_tokens \(16\)$",
         ),
         (
+            {"reward": STANDARDIZED, "algorithm": GRPOConfig(scale="none")},
+            r"algorithm\.scale \(none\) is about the sum of rewards, and reward\.combine standardized compares each by "
+            r"itself; set algorithm\.scale to std, or reward\.combine to sum$",
+        ),
+        *(
+            ({"reward": STANDARDIZED, "algorithm": GRPOConfig(**settings)}, f"algorithm.{name} .* is about the sum")
+            for name, settings in {
+                "baseline": {"baseline": "leave_one_out", "scale": "none"},
+                "name": {"name": "mine.py:Mine"},
+                "overlong_buffer_tokens": {"overlong_buffer_tokens": 4},
+                "max_redraws": {"max_redraws": 1},
+            }.items()
+        ),
+        (
             {"evaluation": EvaluationConfig(every=10)},
             r"evaluation\.every \(10\) needs evaluation_data; name held-out prompts, or set it to 0$",
         ),
@@ -188,6 +203,7 @@ def test_sections_of_grpo_that_do_not_fit_are_refused(sections: dict[str, Any], 
         {"rollout": RolloutConfig(max_rows=1, engine="transformers")},
         {"algorithm": GRPOConfig(overlong_buffer_tokens=16), "rollout": RolloutConfig(max_response_tokens=16)},
         {"evaluation": EvaluationConfig(every=10), "evaluation_data": PromptDataConfig(path="e.jsonl")},
+        {"reward": STANDARDIZED},
     ],
 )
 def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
@@ -225,6 +241,10 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
         (
             {"critic": CriticConfig(warmup_iterations=4)},
             r"critic\.warmup_iterations \(4\) must be less than run\.num_iterations \(4\), or the actor never learns$",
+        ),
+        (
+            {"reward": replace(LEARNED, combine="standardized")},
+            r"reward\.combine standardized compares each reward within the group of a prompt, and llmrl ppo has no gr",
         ),
         (
             {"reward": ON_BASE},
@@ -384,7 +404,9 @@ def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
 def test_what_reads_settings_has_no_defaults_of_its_own(cls: type):
     parameters = inspect.signature(cls).parameters.values()
     own = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
-    assert own == (["one_step"] if cls is GRPO else [])  # no setting; users' subclasses call this constructor without
+    assert own == (
+        ["one_step", "reward_weights"] if cls is GRPO else []
+    )  # no setting; users' subclasses call this constructor without
 
 
 def test_the_list_of_settings_shows_bounds():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.processes import ROOT, TINY, assert_same_run, environment, free_port, write_recipes
+from tests.processes import ROOT, TINY, assert_same_run, environment, free_port, lines, write_recipes
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +117,41 @@ def test_two_processes_do_what_one_does(folder: Path, file: str):
         assert_same_run(folder / pairs.get(name, name), ours / name)
     model = AutoModelForCausalLM.from_pretrained(ours / "tied" / "final")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+AVERAGE = ("algorithm.reference_refresh_every=1", "algorithm.reference_mixing=0.5")
+FOLLOWING = {
+    "average": ("grpo", *AVERAGE),
+    "average_split": ("grpo", *AVERAGE, *SPLIT),
+    "copy_of_an_adapter": ("grpo", "algorithm.reference_refresh_every=2", *LORA),
+    "copy_of_a_trunk": ("ppo", "algorithm.reference_refresh_every=2", *SHARED),
+}
+"""Runs whose reference moves, by the folder that they write."""
+
+
+@pytest.fixture(scope="module")
+def following(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With what one process makes of each run whose reference moves, without a stop."""
+    folder = tmp_path_factory.mktemp("following")
+    write_recipes(folder)
+    do(folder, [], [command(algorithm, name, *settings) for name, (algorithm, *settings) in FOLLOWING.items()])
+    return folder
+
+
+@pytest.mark.parametrize("file", ["cpu_two_processes", "gpu_eight_zero3", "gpu_eight_fsdp2"])
+def test_a_reference_follows_an_actor_that_is_split(following: Path, file: str):
+    """Stopped when it has moved, and resumed: the numbers of one process that never stopped."""
+    commands = [
+        [*step, *settings]
+        for name, (algorithm, *settings) in FOLLOWING.items()
+        for step in halves(algorithm, f"{file}/{name}")
+    ]
+    do(following, launcher(file), commands)
+    for name in FOLLOWING:
+        assert_same_run(following / name, following / file / name)
+    assert [line["reference/moved"] for line in lines(following / file / "copy_of_a_trunk" / "metrics.jsonl")[1:]] == [
+        0.0, 1.0, 0.0, 1.0,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 
-from llmrl.functional.statistics import Explained, Maximum, Mean, Moments, Total
+from llmrl.functional.statistics import Explained, Maximum, Mean, Minimum, Moments, Total
 from llmrl.metrics import Metrics, pool
 
 
@@ -29,6 +29,13 @@ def test_totals_add_and_maxima_stay():
 def test_maxima_of_numbers_and_tensors(left, right):
     assert metrics(x=pool(Maximum(left), Maximum(right))).values() == {"x": 2.5}
     assert metrics(x=pool(Maximum(right), Maximum(left))).values() == {"x": 2.5}
+
+
+@pytest.mark.parametrize("left", [1.5, torch.tensor(1.5)])
+@pytest.mark.parametrize("right", [-2.5, torch.tensor(-2.5)])
+def test_minima_of_numbers_and_tensors(left, right):
+    assert metrics(x=pool(Minimum(left), Minimum(right))).values() == {"x": -2.5}
+    assert metrics(x=pool(Minimum(right), Minimum(left))).values() == {"x": -2.5}
 
 
 def test_moments_of_the_whole():

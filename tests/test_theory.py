@@ -92,6 +92,7 @@ def train(config, *, scores=SCORES, num_iterations=150):
         sampling=sampling_of(config.group_size, seed=0, max_response_tokens=1),
         context=context_of(),
         observe=lambda iteration, experience: None,
+        reference=None,
     )
     for _ in range(num_iterations):
         trainer.iterate()

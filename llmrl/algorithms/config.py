@@ -46,6 +46,16 @@ class GRPOConfig(Section, place="algorithm"):
     kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
     """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
     alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
+    reference_refresh_every: Annotated[int | None, Bound(least=1)] = None
+    """Moves the reference towards the actor after every this many iterations; null keeps it where the actor began."""
+    reference_mixing: Annotated[float, Bound(above=0, most=1)] = 1.0
+    """Share of the actor when the reference moves: ref = mixing * actor + (1 - mixing) * ref, weight by weight. 1
+    copies the actor (iterative GRPO), less averages (TR-DPO); only 1 goes with LoRA."""
+    entropy_coef: Annotated[float, Bound(least=0)] = 0.0
+    """Weight of the entropy bonus in the loss, aggregated as the loss is."""
+    mask_truncated: bool = False
+    """Leaves truncated responses out of the loss and of what it divides by; their scores still count in their group
+    (DAPO's overlong filtering)."""
     overlong_buffer_tokens: Annotated[int, Bound(least=0)] = 0
     """DAPO: responses in this many tokens before the length limit lose up to 1 point; 0 for no penalty."""
     max_redraws: Annotated[int, Bound(least=0)] = 0
@@ -66,6 +76,7 @@ class GRPOConfig(Section, place="algorithm"):
             raise ValueError(
                 "algorithm.ratio sequence goes with algorithm.aggregation sequence: GSPO averages over responses"
             )
+        _check_moving_reference(self)
 
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant. None for a user's class: its run reports what it
@@ -104,7 +115,7 @@ class PPOConfig(Section, place="algorithm"):
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
-    """Weight of the entropy bonus in the actor's loss."""
+    """Weight of the entropy bonus in the actor's loss, aggregated as the loss is."""
     aggregation: Aggregation = "token"
     """How token losses become one number: each token counts the same, each response does, or a constant divides."""
     kl_coef: Annotated[float, Bound(least=0)] = 0.05
@@ -113,6 +124,11 @@ class PPOConfig(Section, place="algorithm"):
     kl_target: Annotated[float | None, Bound(above=0)] = None
     """Steers kl_coef, by a fifth at most in 10,000 responses or in one rollout, so that kl/sequence comes to this many
     nats (Ziegler et al. 2019, arXiv:1909.08593); null keeps it as it is."""
+    reference_refresh_every: Annotated[int | None, Bound(least=1)] = None
+    """Moves the reference towards the actor after every this many iterations; null keeps it where the actor began."""
+    reference_mixing: Annotated[float, Bound(above=0, most=1)] = 1.0
+    """Share of the actor when the reference moves: ref = mixing * actor + (1 - mixing) * ref, weight by weight. 1
+    copies the actor (iterative GRPO), less averages (TR-DPO); only 1 goes with LoRA."""
     step_kl_target: Annotated[float | None, Bound(above=0)] = None
     """Penalizes KL(old actor, new actor) in the loss, its price steered, from 1 on, so that an iteration moves the
     actor by this many nats per token (penalized TRPO); null for no such penalty."""
@@ -130,6 +146,9 @@ class PPOConfig(Section, place="algorithm"):
     """Responses in this many tokens before the length limit lose up to 1 point (DAPO); 0 for no penalty."""
     bootstrap_truncated: bool = False
     """A truncated response gets the critic's value after its last token in place of a score."""
+    mask_truncated: bool = False
+    """Leaves truncated responses out, as if they had not been drawn: of both losses and what they divide by, and of
+    the moments that standardize advantages and scores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +157,13 @@ class PPOConfig(Section, place="algorithm"):
             raise ValueError(
                 "algorithm.kl_target steers algorithm.kl_coef by factors, so that must not begin at 0; try 0.05"
             )
+        for name in ("missing_eos_penalty", "bootstrap_truncated"):
+            if self.mask_truncated and getattr(self, name):
+                raise ValueError(
+                    f"algorithm.{name} is about truncated responses, which algorithm.mask_truncated leaves out; set "
+                    "one of the two"
+                )
+        _check_moving_reference(self)
         for name in ("missing_eos_penalty", "overlong_buffer_tokens"):
             if self.bootstrap_truncated and getattr(self, name):
                 raise ValueError(
@@ -161,6 +187,21 @@ def _check_name(setting: str, value: str, *ours: str) -> None:
         raise ValueError(
             f"algorithm.{setting} ({value!r}) must be {' or '.join(ours)}, or name your own: path/to/file.py:name or "
             "package.module:name"
+        )
+
+
+def _check_moving_reference(config: GRPOConfig | PPOConfig) -> None:
+    """Refuses a reference that moves where there is none, and a mixing that is never read."""
+    every, mixing = config.reference_refresh_every, config.reference_mixing
+    if every is not None and config.kl_coef == 0:
+        raise ValueError(
+            f"algorithm.reference_refresh_every ({every}) moves the reference of the KL, which algorithm.kl_coef 0 "
+            "leaves out; set algorithm.kl_coef above 0, or this to null"
+        )
+    if every is None and mixing != 1:
+        raise ValueError(
+            f"algorithm.reference_mixing ({mixing}) is read when the reference moves; set "
+            "algorithm.reference_refresh_every too, such as 10, or leave this out"
         )
 
 

@@ -7,22 +7,26 @@ each of its tokens has that advantage. No critic. GRPO, Dr. GRPO, RLOO, DAPO and
     GRPO        mean           std    sequence     0.2 / 0.2        kl_coef: 0.04, kl_form: k3_paper
     Dr. GRPO    mean           none   constant     0.2 / 0.2
     RLOO        leave_one_out  none   constant     0.2 / 0.2        one optimizer step per rollout
-    DAPO        mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws
+    DAPO        mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws, mask_truncated
     GSPO        mean           std    sequence     3e-4 / 4e-4      ratio: sequence
+    GDPO        mean           std    token        0.2 / 0.2        reward.combine: standardized
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.policy_gradient import (
+    add_entropy_bonus,
+    advantage_metrics,
     extreme_metrics,
     kl_metrics,
+    learned_responses,
     length_penalty,
     make_policy_loss,
     old_logprobs_of,
@@ -30,7 +34,7 @@ from llmrl.algorithms.policy_gradient import (
 )
 from llmrl.algorithms.user_functions import UserBaseline
 from llmrl.batches import GRPOExperience, Rollout, Scores
-from llmrl.functional.advantages import group_relative, leave_one_out
+from llmrl.functional.advantages import decoupled_group_relative, group_relative, leave_one_out
 from llmrl.functional.extremes import find_extremes
 from llmrl.functional.kl import estimate_kl
 from llmrl.functional.losses import importance_ratio, sequence_log_ratio
@@ -50,6 +54,8 @@ class GRPO(Algorithm):
         max_response_tokens: Length limit of a response, tokens.
         one_step: Whether each rollout is learned from in a single optimizer step. Then no pass is made for old
             log-probabilities: the live ones of that step are the same.
+        reward_weights: Weight of each part of the scores where these are standardized one by one (GDPO); None: the
+            responses of a group are compared by their sum.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class GRPO(Algorithm):
         reference: Policy | None,
         max_response_tokens: int,
         one_step: bool = False,
+        reward_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
         self.actor = actor
@@ -68,6 +75,7 @@ class GRPO(Algorithm):
         self.max_redraws = config.max_redraws
         self.max_response_tokens = max_response_tokens
         self.one_step = one_step
+        self.reward_weights = reward_weights
         self.estimate_advantages = make_advantages(config)
         self.policy_loss = make_policy_loss(config)
 
@@ -79,20 +87,32 @@ class GRPO(Algorithm):
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
         penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
-        advantages = self.estimate_advantages(scores.per_response + penalty, rollout.group_ids)
+        advantages = self._compare(scores, penalty, rollout.group_ids)
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
             old_logprobs=None if outputs is None else outputs.logprobs,
             ref_logprobs=ref_logprobs,
             advantages=advantages[:, None].expand_as(ref_logprobs),
+            learned=learned_responses(rollout, self.config),
         )
-        statistics = {} if outputs is None else self._metrics(experience, outputs.entropy)
+        statistics = advantage_metrics(experience.advantages, experience.counted)
+        statistics |= {} if outputs is None else self._metrics(experience, outputs.entropy)
         extreme, _, _ = find_extremes(scores.per_response, scores.total.isfinite())
         statistics |= extreme_metrics(scores.per_response, extreme)
         if self.config.overlong_buffer_tokens:
             statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
         return experience, Metrics(statistics)
+
+    def _compare(
+        self, scores: Scores, penalty: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
+    ) -> Float[Tensor, " B"]:
+        """Advantages of responses within their groups: by the sum of their scores, or by each part of it."""
+        if self.reward_weights is None:
+            return self.estimate_advantages(scores.per_response + penalty, group_ids)
+        parts = torch.stack([scores.parts[name] for name in self.reward_weights])
+        weights = parts.new_tensor(list(self.reward_weights.values()))
+        return decoupled_group_relative(parts.masked_fill(scores.total.isnan(), torch.nan), weights, group_ids)
 
     def _metrics(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:
         """Metrics of the old policy, and of its KL to the reference."""
@@ -103,8 +123,8 @@ class GRPO(Algorithm):
         return statistics
 
     def losses(self, batch: GRPOExperience, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
-        """Yields the policy loss, with the KL to the reference added, of one microbatch; `weights` from
-        `token_weights`."""
+        """Yields the policy loss of one microbatch, plus the KL to the reference, minus the entropy bonus; `weights`
+        from `token_weights`."""
         counted, outputs = batch.counted, self.actor.logprobs(batch.sequences)
         logprobs, old_logprobs = outputs.logprobs, old_logprobs_of(batch, outputs)
         current, old = logprobs, old_logprobs
@@ -115,6 +135,7 @@ class GRPO(Algorithm):
             live, ref = (torch.where(counted, x, 0.0) for x in (logprobs, batch.ref_logprobs))
             kl = self._kl(live, ref, importance_ratio(logprobs, old_logprobs, counted))
             loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)
+        loss = add_entropy_bonus(loss, outputs.entropy, weights, counted, coef=self.config.entropy_coef)
         if batch.old_logprobs is None:
             statistics |= self._metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})

@@ -1,4 +1,5 @@
-"""Parts that policy-gradient algorithms share: the policy loss, the length penalty, and the metrics of a policy."""
+"""Parts that policy-gradient algorithms share: the policy loss and the entropy bonus, the length penalty, the filter of
+truncated responses, and the metrics of a policy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +12,9 @@ from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
 from llmrl.algorithms.user_functions import UserLoss
 from llmrl.batches import Experience, Rollout, TokenOutputs
 from llmrl.functional.losses import clipped_policy_loss
-from llmrl.functional.masking import masked_sum
+from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.penalties import overlong_penalty
-from llmrl.functional.statistics import Maximum, Mean, Statistic, Total
+from llmrl.functional.statistics import Maximum, Mean, Minimum, Moments, Statistic, Total
 from llmrl.user_code import names_code
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
@@ -37,6 +38,31 @@ def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor
     return overlong_penalty(lengths, limit=limit, buffer=buffer) if buffer else torch.zeros_like(lengths).float()
 
 
+def learned_responses(rollout: Rollout, config: GRPOConfig | PPOConfig) -> Bool[Tensor, " B"]:
+    """True for the responses that the losses count: all, or with `mask_truncated` those that ended by themselves.
+
+    Reference: Yu et al. 2025, arXiv:2503.14476, section 3.4, overlong filtering.
+    """
+    return rollout.finished if config.mask_truncated else torch.ones_like(rollout.finished)
+
+
+def add_entropy_bonus(
+    loss: Float[Tensor, ""],
+    entropy: Float[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    coef: float,
+) -> Float[Tensor, ""]:
+    """Loss minus the entropy bonus, which is aggregated by the weights of the loss.
+
+        L - coef Σ_t weight_t H_t,    H_t = -Σ_v π_t(v) log π_t(v)
+
+    Reference: Schulman et al. 2017, arXiv:1707.06347, eq. 9.
+    """
+    return loss - coef * masked_sum(weights * entropy, mask) if coef else loss
+
+
 def old_logprobs_of(batch: Experience, live: TokenOutputs) -> Float[Tensor, "B T"]:
     """Old log-probabilities of a microbatch; where its experience has none, a copy of the live ones, detached: in the
     only optimizer step both are of the same weights."""
@@ -51,6 +77,19 @@ def policy_metrics(experience: Experience, entropy: Float[Tensor, "B T"]) -> dic
     return {
         "policy/entropy": Mean(masked_sum(entropy, mask), mask.sum()),
         "policy/rollout_gap": Mean(masked_sum(gap, mask), mask.sum()),
+    }
+
+
+def advantage_metrics(advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, Statistic]:
+    """Moments, bounds and positive share of advantages, over the tokens under the mask; empty where there are none."""
+    if not mask.any():
+        return {}
+    counted = advantages[mask]
+    return {
+        "advantage": Moments(*masked_moments(advantages, mask)),
+        "advantage/min": Minimum(counted.min()),
+        "advantage/max": Maximum(counted.max()),
+        "advantage/positive_fraction": Mean((counted > 0).sum(), len(counted)),
     }
 
 

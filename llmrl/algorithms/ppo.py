@@ -26,8 +26,11 @@ from torch import Tensor
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
 from llmrl.algorithms.policy_gradient import (
+    add_entropy_bonus,
+    advantage_metrics,
     extreme_metrics,
     kl_metrics,
+    learned_responses,
     length_penalty,
     make_policy_loss,
     old_logprobs_of,
@@ -99,7 +102,8 @@ class PPO(Algorithm):
         """Values, standardized advantages and returns of a rollout, and metrics. Called without gradient."""
         needs_logprobs = self._needs_old_logprobs
         outputs = (self.networks.both if needs_logprobs else self.networks.values)(rollout.sequences)
-        values, mask = outputs.values, counted_tokens(rollout, scores)
+        values, learned = outputs.values, learned_responses(rollout, self.config)
+        mask = counted_tokens(rollout, scores) & learned[:, None]
         kl = torch.zeros_like(values)
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
@@ -114,10 +118,11 @@ class PPO(Algorithm):
             scores=scores,
             old_logprobs=outputs.logprobs if needs_logprobs else None,
             advantages=standardize(advantages, mask),
+            learned=learned,
             old_values=values,
             returns=returns,
         )
-        metrics = Metrics({**_value_metrics(experience, rewards), **extremes})
+        metrics = Metrics({**_value_metrics(experience, rewards), **advantage_metrics(advantages, mask), **extremes})
         if needs_logprobs:
             metrics = metrics.merge(Metrics({**policy_metrics(experience, outputs.entropy)}))
         if self.reference is not None:
@@ -142,7 +147,7 @@ class PPO(Algorithm):
         """Scores clipped, then normalized, then minus the penalties; 0 where the critic's value replaces the score. And
         metrics of those that are extreme."""
         replaced = ~rollout.finished & self.config.bootstrap_truncated
-        scored = scores.isfinite() & ~replaced
+        scored = scores.isfinite() & ~replaced & learned_responses(rollout, self.config)
         if self.config.score_clip is not None:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
         extreme, mean, scale = find_extremes(scores, scored, moments=self.score_moments)
@@ -212,8 +217,7 @@ class PPO(Algorithm):
     ) -> Float[Tensor, ""]:
         """The policy loss minus the entropy bonus, plus the penalty on the KL of this iteration's step."""
         counted = batch.counted
-        if self.config.entropy_coef:
-            loss = loss - self.config.entropy_coef * masked_sum(weights * outputs.entropy, counted)
+        loss = add_entropy_bonus(loss, outputs.entropy, weights, counted, coef=self.config.entropy_coef)
         if self.step_kl_control is not None:
             moved = _step_kl(batch, outputs.logprobs)
             loss = loss + self.step_kl_control.coef * masked_sum(weights * moved, counted)

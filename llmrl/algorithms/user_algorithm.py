@@ -27,7 +27,7 @@ from llmrl.user_code import UserCodeError, UserCodeFailure, load_object, names_c
 NAME = "algorithm.name"
 ARGUMENTS = ("actor", "reference", "max_response_tokens")
 """Keyword arguments that the class of an algorithm without a critic is made with, after its settings."""
-READ_BY_THE_LOOP = ("name", "group_size", "kl_coef")
+READ_BY_THE_LOOP = ("name", "group_size", "kl_coef", "reference_refresh_every", "reference_mixing")
 """Settings that have their effect whether the class reads them or not."""
 TRAINED = "actor"
 """The only module that an algorithm without a critic trains."""

@@ -107,6 +107,42 @@ def group_relative(
     return deviation.to(scores)
 
 
+def decoupled_group_relative(
+    parts: Float[Tensor, "K B"], weights: Float[Tensor, " K"], group_ids: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Advantage of several rewards, each standardized in its group before they are added (GDPO).
+
+        A_k,i = (r_k,i - mean of r_k in the group) / (population std of r_k in the group + 1e-6)
+        S_i = Σ_k w_k A_k,i
+        A_i = S_i / (population std of S over all scored responses + 1e-6)
+
+    Whatever its scale, a reward has a say as large as its weight, and the size of advantages does not grow with the
+    number of rewards. The paper also subtracts the mean of S, which is 0 by construction; without that, a group whose
+    rewards are all flat has advantages of exactly 0.
+
+    Args:
+        parts: K rewards of each response; NaN where one could not score it, which leaves it out of that reward's mean
+            and std, and that reward out of its sum.
+        weights: Weight of each reward.
+        group_ids: The group of each response, in any order; each group has at least two.
+
+    Returns:
+        Advantages, computed in float64, in the dtype of `parts`; 0 for a response without a score.
+
+    Raises:
+        ValueError: A group has one response, or shapes differ.
+
+    Reference: Liu et al. 2026, arXiv:2601.05242.
+    """
+    check_shapes(parts=(parts, "K B"), weights=(weights, "K"), group_ids=(group_ids, "B"))
+    exact = parts.cpu().double()
+    relative = torch.stack([group_relative(part, group_ids) for part in exact])
+    total = (weights.cpu().double()[:, None] * relative).sum(dim=0)
+    num_scored = (~exact.isnan()).any(dim=0).sum().clamp(min=1)
+    std = (total.square().sum() / num_scored).sqrt()
+    return (total / (std + STD_FLOOR)).to(parts)
+
+
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Score minus the mean score of the *other* scored responses in the group (RLOO).
 

@@ -28,6 +28,12 @@ class Maximum(NamedTuple):
     value: Tensor | float
 
 
+class Minimum(NamedTuple):
+    """The smallest of everything pooled."""
+
+    value: Tensor | float
+
+
 class Moments(NamedTuple):
     """Mean and population standard deviation of everything pooled."""
 
@@ -46,4 +52,4 @@ class Explained(NamedTuple):
     residual_square: Tensor | float
 
 
-Statistic = Mean | Total | Maximum | Moments | Explained
+Statistic = Mean | Total | Maximum | Minimum | Moments | Explained

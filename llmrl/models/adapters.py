@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from llmrl.batches import Sequences, TokenOutputs
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
+REFERENCE = "reference"
+"""Name of a frozen adapter that is the reference."""
+
 
 @contextmanager
 def naming_adapter(config: ModelConfig) -> Iterator[None]:
@@ -36,11 +40,12 @@ def naming_adapter(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | None]":
+def load_adapted(config: ModelConfig, *, moving_reference: bool = False) -> "tuple[PreTrainedModel, PeftModel | None]":
     """The model to be trained, in float32, and peft's view of it if adapters are trained.
 
     The reference of an adapted model is the model as loaded. A new adapter changes nothing yet, so that is the model
-    with the adapter off; for an adapter that came with the folder it is a frozen copy, under the name ``reference``.
+    with the adapter off; for an adapter that came with the folder, or where the reference will move, it is a frozen
+    copy, under the name ``reference``.
     """
     from peft import PeftModel, get_peft_model
 
@@ -51,18 +56,35 @@ def load_adapted(config: ModelConfig) -> "tuple[PreTrainedModel, PeftModel | Non
         path, device = resolved(config.path), str(model.device)  # peft would read by way of any accelerator it finds
         with reading(config):
             adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
-            adapted.load_adapter(path, adapter_name="reference", is_trainable=False, torch_device=device)
+            adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False, torch_device=device)
         adapted.peft_config["default"].base_model_name_or_path = resolved(base.path)
     elif config.lora is not None:
         model = load_model(config)
         check_targets(config.lora, model)
         with reading(config):
             adapted = get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
+            if moving_reference:
+                _add_reference(adapted, lora_config(config.lora, task_type="CAUSAL_LM"))
     else:
         return load_model(config), None
     refuse_tied(model)
     turn_dropout_off(model)
     return model, adapted  # type: ignore[return-value]
+
+
+def _add_reference(adapted: "PeftModel", config: "LoraConfig") -> None:
+    """Adds a frozen copy of the new adapter."""
+    adapted.add_adapter(REFERENCE, config)
+    weights = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, source in reference_names(adapted).items():
+            weights[name].requires_grad_(False).copy_(weights[source])
+
+
+def reference_names(module: nn.Module) -> dict[str, str]:
+    """Names of the weights of the frozen adapter in a module, each with that of its trained counterpart."""
+    names = [name for name, _ in module.named_parameters() if f".{REFERENCE}." in f"{name}."]
+    return {name: f"{name}.".replace(f".{REFERENCE}.", ".default.")[:-1] for name in names}
 
 
 def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
@@ -130,11 +152,11 @@ def as_reference(adapted: "PeftModel") -> Iterator[None]:
 
     Switching back restores `requires_grad`, which peft takes from adapters that are not active.
     """
-    if "reference" not in adapted.peft_config:
+    if REFERENCE not in adapted.peft_config:
         with adapted.disable_adapter():
             yield
         return
-    adapted.set_adapter("reference")
+    adapted.set_adapter(REFERENCE)
     try:
         yield
     finally:

@@ -75,6 +75,15 @@ class DeepSpeedTrainable(StepSchedule):
                 yield name, p.detach()
 
     @torch.no_grad()
+    def assign(self, name: str, value: Tensor) -> None:
+        """See `Trainable`."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        p = self.module.get_parameter(name)
+        with GatheredParameters([p], modifier_rank=0, enabled=self.splits_weights):
+            p.copy_(value)
+
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The state of `LocalTrainable`, gathered; empty on every rank except the first."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable, whole_tensor
@@ -49,6 +48,11 @@ class ShardedTrainable(LocalTrainable):
         for name, p in part.named_parameters():
             yield name, whole_tensor(p.detach())
 
+    def assign(self, name: str, value: Tensor) -> None:
+        """See `Trainable`."""
+        cast(FSDPModule, self.module).reshard()
+        super().assign(name, value)
+
     def state_dict(self) -> dict[str, Any]:
         """The state of `LocalTrainable`, gathered; empty on every rank except the first."""
         state = super().state_dict()
@@ -58,12 +62,6 @@ class ShardedTrainable(LocalTrainable):
                 if self.first:
                     tensors[name] = whole.cpu()
         return state
-
-    def laid_out(self, value: Tensor, like: Tensor) -> Tensor:
-        """See `LocalTrainable`. Each rank takes its own part: all of them have read the whole."""
-        if not isinstance(like, DTensor) or value.shape != like.shape:
-            return super().laid_out(value, like)
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def shard(module: nn.Module, device: torch.device, *, is_frozen: bool = False) -> None:

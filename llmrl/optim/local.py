@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrl.distributed.launch import BUCKET_ELEMENTS
 from llmrl.optim.config import OptimizerConfig
@@ -84,6 +84,12 @@ class LocalTrainable(StepSchedule):
         for name, p in part.named_parameters():
             yield name, p.detach()
 
+    @torch.no_grad()
+    def assign(self, name: str, value: Tensor) -> None:
+        """See `Trainable`."""
+        p = self.module.get_parameter(name)
+        p.copy_(laid_out(value, p))
+
     def state_dict(self) -> dict[str, Any]:
         """The state by name, tensors and plain numbers only, so that safetensors and JSON can hold it."""
         moments = {
@@ -103,16 +109,12 @@ class LocalTrainable(StepSchedule):
         check_same(shapes_of(state["parameters"]), shapes_of(self.parameters))
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(self.laid_out(state["parameters"][name], p))
+                p.copy_(laid_out(state["parameters"][name], p))
         self.optimizer.state.clear()
         for name, moments in state["optimizer"].items():
             p = self.parameters[name]
-            self.optimizer.state[p] = {key: self.laid_out(value, p) for key, value in moments.items()}
+            self.optimizer.state[p] = {key: laid_out(value, p) for key, value in moments.items()}
         self.set_steps(state)
-
-    def laid_out(self, value: Tensor, like: Tensor) -> Tensor:
-        """Copy of a full weight, or of a moment of it, on the device and in the layout of `like`."""
-        return value.to(like.device, copy=True)
 
 
 def learning_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,6 +146,15 @@ def in_buckets(parameters: Iterable[nn.Parameter], max_elements: int) -> Iterato
 def whole_tensor(x: Tensor) -> Tensor:
     """Full tensor of one that may be split over ranks. Collective in that case: every rank must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """Copy of a full weight, or of a moment of it, on the device and in the layout of `like`: where that is split over
+    ranks, each takes its own part, and all of them must have the whole."""
+    value = value.to(like.device, copy=True)
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

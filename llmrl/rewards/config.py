@@ -83,6 +83,9 @@ class RewardConfig:
     """Programs that score responses."""
     model: LearnedRewardConfig | None = None
     """A model that scores responses."""
+    combine: Literal["sum", "standardized"] = "sum"
+    """How several rewards become advantages in llmrl grpo: their weighted sum is compared within the group, or each is
+    compared by itself, in units of its spread there, and the weighted sum of that is taken (GDPO)."""
 
     def __post_init__(self) -> None:
         if self.model is None and not any(function.weight for function in self.functions):
@@ -98,6 +101,12 @@ class RewardConfig:
                 f"reward.functions names {name} {uses} times and must name it once; "
                 "write a function of your own that calls it twice"
             )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each part that is learned from, by its label."""
+        settings = (*self.functions, *(() if self.model is None else (self.model,)))
+        return {label: part.weight for label, part in zip(self.labels, settings, strict=True) if part.weight}
 
     @property
     def labels(self) -> tuple[str, ...]:

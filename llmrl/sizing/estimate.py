@@ -269,8 +269,7 @@ class _Reinforcement(_Parts):
         num = self.shape.num_parameters + self.num_adapter
         if self.bfloat16 or self.strategy.splits_weights:
             yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
-        if self._has_reference:
-            yield Item(name="reference", num_bytes=self._frozen_bytes(self.shape, self.shape.num_parameters))
+        yield Item(name="reference", num_bytes=self._reference_bytes())
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             shape = self.reward_shape
@@ -282,9 +281,19 @@ class _Reinforcement(_Parts):
     def _has_reference(self) -> bool:
         return self.config.algorithm.kl_coef != 0 and not self.num_adapter
 
-    def _frozen_bytes(self, shape: ModelShape, num: int) -> int:
+    def _reference_bytes(self) -> int:
+        """Bytes of the reference: with LoRA, only the adapter of one that moves; all in float32 if it averages."""
+        if self.num_adapter:
+            return FLOAT32 * self.num_adapter * (self.config.algorithm.reference_refresh_every is not None)
+        averages = self.config.algorithm.reference_mixing < 1
+        return (
+            self._frozen_bytes(self.shape, self.shape.num_parameters, is_float32=averages) if self._has_reference else 0
+        )
+
+    def _frozen_bytes(self, shape: ModelShape, num: int, *, is_float32: bool = False) -> int:
         """Bytes of a model that never learns: linear layers in the precision they compute in, all else in float32."""
-        whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * self.bfloat16
+        shrinks = self.bfloat16 and not is_float32
+        whole = FLOAT32 * num - (FLOAT32 - BFLOAT16) * shape.num_linear * shrinks
         return whole // (self.strategy.num_devices if self.config.distributed.frozen == "split" else 1)
 
     def rollout(self) -> Iterator[Item]:

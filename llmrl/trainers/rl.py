@@ -26,7 +26,7 @@ from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
 from llmrl.metrics import Metrics
 from llmrl.microbatches import TokenBudget
-from llmrl.roles import Algorithm, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
+from llmrl.roles import Algorithm, MovingReference, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
@@ -56,6 +56,7 @@ class RLTrainer(Resumable):
         sampling: Sampling,
         context: Context,
         observe: Callable[[int, Experience], None],
+        reference: MovingReference | None,
     ) -> None:
         self.algorithm = algorithm
         self.engine = engine
@@ -72,6 +73,8 @@ class RLTrainer(Resumable):
         self.progress = context.progress
         self.observe = observe
         """Called with every experience before it is learned from, to write samples."""
+        self.reference = reference
+        """None where the reference stays as it is, or there is none."""
         self.num_responses = 0
         """Lower bound of new global response numbers: every response so far, on every rank, has a smaller one."""
         self.seconds: dict[str, float] = {}
@@ -83,6 +86,8 @@ class RLTrainer(Resumable):
         self.seconds = {}
         started = time.perf_counter()
         metrics = self.step(self.prompts.next(self.prompts_per_iteration))
+        if self.reference is not None:
+            metrics = metrics.merge(self.reference.finish_iteration(self.iteration + 1))
         self.finish_iteration(self.iteration + 1)
         total = time.perf_counter() - started
         timing = {f"time/{name}_s": Total(seconds) for name, seconds in self.seconds.items()}
@@ -214,8 +219,18 @@ class RLTrainer(Resumable):
         self.algorithm.load_state_dict(position["algorithm"])
         super().move_to(position)
 
+    @property
+    def holds_all(self) -> bool:
+        return super().holds_all and (self.reference is None or self.reference.holds_all)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state if self.reference is None else {**state, "reference": self.reference.state_dict()}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        if self.reference is not None and "reference" in state:  # not in one of a run whose reference stayed
+            self.reference.load_state_dict(state["reference"])
         self.engine.load_weights(self.trained["actor"])
 
 

@@ -23,7 +23,7 @@ from llmrl.data.supervised import keep_examples_in_template, read_supervised_row
 from llmrl.distributed.launch import Launch, LaunchError, read_launch
 from llmrl.models.checking import check_model, check_reward_model
 from llmrl.models.config import ModelConfig
-from llmrl.models.folders import ModelError
+from llmrl.models.folders import ModelError, is_adapter
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import check_shared_base
 from llmrl.reports.trackers import Trackers
@@ -111,6 +111,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
     if trains:
         _check_one_base(config, read_launch())
+        _check_averages(config)
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
@@ -218,6 +219,19 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
             f"{names}: roles on one base need it whole in every process, and the launch splits weights over processes "
             "(ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set reward.model.on_actor_base to false "
             "and critic.network to own or shared"
+        )
+
+
+def _check_averages(config: RLRun) -> None:
+    """Refuses a reference that averages adapters: the mean of two products is not the product of the means."""
+    mixing, is_adapted = (
+        config.algorithm.reference_mixing,
+        config.model.lora is not None or is_adapter(config.model.path),
+    )
+    if mixing < 1 and is_adapted:
+        raise ModelError(
+            f"algorithm.reference_mixing ({mixing}) averages weights, and those of an adapter are products of two "
+            "matrices, whose average is none of its rank; set it to 1, which copies the adapter, or train all weights"
         )
 
 

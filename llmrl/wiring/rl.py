@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
@@ -23,14 +23,14 @@ from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Algorithm, Policy, RolloutEngine, Sampling, Trainable
+from llmrl.roles import Algorithm, MovingReference, RolloutEngine, Sampling, Trainable
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
-from llmrl.wiring.actors import load_actor, reference_of
+from llmrl.wiring.actors import following, load_actor, reference_of
 from llmrl.wiring.checks import Checked, reward_model_config
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_networks, train_networks
@@ -52,7 +52,11 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
     name = config.algorithm.name
     if name == "grpo":
-        make = partial(GRPO, one_step=config.optimizer_steps_per_iteration == 1)
+        make = partial(
+            GRPO,
+            one_step=config.optimizer_steps_per_iteration == 1,
+            reward_weights=config.reward.weights if config.reward.combine == "standardized" else None,
+        )
     else:
         make = partial(make_user_algorithm, name, progress=context.progress)
     algorithm = make(
@@ -100,6 +104,7 @@ def _load_actor(config: RLRun, context: Context) -> Actor:
         temperature=config.rollout.temperature,
         longest=config.longest_sequence,
         seed=config.run.seed,
+        moving_reference=config.algorithm.reference_refresh_every is not None,
     )
 
 
@@ -125,7 +130,7 @@ class _Parts:
     """The models that train, by their names in errors: the longest prompt with its response has to fit in each."""
     budget: TokenBudget
     """Token budget of their passes."""
-    reference: Policy | None
+    reference: DistributedPolicy | None
     engine: RolloutEngine
     scorer: RewardScorer | None
     saver: Saver
@@ -155,12 +160,22 @@ def _parts_of(actor: Actor, readers: Mapping[str, "PreTrainedModel"], config: RL
     )
 
 
-def _reference_of(actor: Actor, budget: TokenBudget, config: RLRun, context: Context) -> Policy | None:
+def _reference_of(actor: Actor, budget: TokenBudget, config: RLRun, context: Context) -> DistributedPolicy | None:
     """A reference where `kl_coef` > 0, or where LoRA makes one free (then the KL is only logged); else None."""
     if config.algorithm.kl_coef == 0 and actor.adapted is None:
         return None
-    reference = reference_of(actor, config.distributed, context)
+    reference = reference_of(actor, config.distributed, context, averages=config.algorithm.reference_mixing < 1)
     return DistributedPolicy(reference, context, budget=budget)
+
+
+def _moving_reference(parts: _Parts, trained: Trainable, config: RLRun, context: Context) -> MovingReference | None:
+    """What moves the reference; None where it stays."""
+    every = config.algorithm.reference_refresh_every
+    if every is None:
+        return None
+    assert parts.reference is not None, "checked with the settings"
+    reference: Any = parts.reference.policy
+    return following(reference, parts.actor, trained, context, every=every, mixing=config.algorithm.reference_mixing)
 
 
 def _build_run(
@@ -212,6 +227,7 @@ def _build_run(
             num_samples=config.run.samples_per_iteration if context.collectives.is_first else 0,
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
+        reference=_moving_reference(parts, trained["actor"], config, context),
     )
     evaluator = None
     if config.evaluates:

@@ -188,6 +188,7 @@ def make_trainer(algorithm, engine, reward, trained, *, update, prompts_per_iter
         sampling=sampling_of(group_size, seed=seed, max_response_tokens=algorithm.max_response_tokens),
         context=context_of(),
         observe=lambda iteration, experience: None,
+        reference=None,
     )
 
 

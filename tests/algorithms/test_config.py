@@ -28,6 +28,14 @@ NAN = float("nan")
         ({"loss": "mine.py"}, "algorithm.loss ('mine.py') must be clipped, or name your own"),
         ({"name": "ppo"}, "algorithm.name ('ppo') must be grpo, or name your own"),
         ({"ratio": "sequence"}, "goes with algorithm.aggregation sequence"),
+        ({"entropy_coef": -0.1}, "algorithm.entropy_coef (-0.1) must be 0 or greater"),
+        ({"kl_coef": 0.1, "reference_refresh_every": 0}, "algorithm.reference_refresh_every (0) must be at least 1"),
+        ({"reference_refresh_every": 5}, "algorithm.reference_refresh_every (5) moves the reference of the KL, which"),
+        ({"kl_coef": 0.1, "reference_mixing": 0.5}, "algorithm.reference_mixing (0.5) is read when the reference mov"),
+        (
+            {"kl_coef": 0.1, "reference_refresh_every": 5, "reference_mixing": 0.0},
+            "algorithm.reference_mixing (0.0) must be greater than 0 and at most 1",
+        ),
     ],
 )
 def test_grpo_settings_that_make_no_sense(settings, told):
@@ -85,6 +93,10 @@ def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
         ({"score_clip": 0.0}, "algorithm.score_clip (0.0) must be greater than 0, or null"),
         ({"missing_eos_penalty": -1.0}, "algorithm.missing_eos_penalty (-1.0) must be 0 or greater"),
         ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1) must be 0 or greater"),
+        ({"mask_truncated": True, "missing_eos_penalty": 1.0}, "algorithm.missing_eos_penalty is about truncated resp"),
+        ({"mask_truncated": True, "bootstrap_truncated": True}, "algorithm.bootstrap_truncated is about truncated res"),
+        ({"kl_coef": 0.0, "reference_refresh_every": 5}, "algorithm.reference_refresh_every (5) moves the reference"),
+        ({"reference_mixing": 0.5}, "algorithm.reference_mixing (0.5) is read when the reference moves; set"),
         ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty could be subtracted; set"),
         ({"bootstrap_truncated": True, "overlong_buffer_tokens": 3}, "overlong_buffer_tokens could be subtracted"),
     ],

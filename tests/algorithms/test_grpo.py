@@ -10,8 +10,10 @@ from torch.testing import assert_close
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Rollout, Scores, Sequences, StopReason, TokenOutputs
+from llmrl.functional.logprobs import linear_token_logprobs
 from llmrl.functional.losses import token_weights
 from llmrl.metrics import Metrics
+from tests import oracles
 
 LENGTHS = [3, 1, 4, 2, 4, 3]  # two groups of three
 GROUPS = [7, 7, 7, 4, 4, 4]
@@ -288,6 +290,137 @@ def test_tool_output_is_no_part_of_the_ratio_of_a_response():
     after = GRPO(config, actor=FixedPolicy(new), reference=None, max_response_tokens=LIMIT)
     ((_, loss, _),) = after.losses(experience, weights)
     assert loss.item() == pytest.approx(-(math.exp(-0.05) - math.exp(-0.2)) / 4, rel=1e-5)
+
+
+# --- entropy ----------------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[2, 0, 1, 4], [3, 4, 4, 4], [1, 1, 0, 2], [0, 3, 4, 4], [2, 2, 2, 2], [1, 0, 3, 4]])
+VOCABULARY, CHUNK = 5, 2
+
+
+class LinearPolicy:
+    """A policy whose logits are linear in given hidden states, read by the head in chunks of two tokens."""
+
+    def __init__(self, hidden, weight, index):
+        self.hidden, self.weight, self.index = hidden, weight, index
+
+    def logprobs(self, sequences):
+        mask = sequences.response_mask
+        hidden, ids = self.hidden[self.index][mask], IDS[self.index][mask]
+        named = {}
+        for name, known in zip(
+            ("logprobs", "entropy"), linear_token_logprobs(hidden, self.weight, ids, chunk_tokens=CHUNK), strict=True
+        ):
+            named[name] = torch.full(mask.shape, math.nan).masked_scatter(mask, known)
+        return TokenOutputs(named=named)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_entropy_bonus_and_its_gradient_are_the_definition(aggregation):
+    """-coef times the entropy of each token's distribution, written out over the vocabulary, under the loss's own
+    aggregation; with scores that are all equal there is nothing else."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(len(LENGTHS), LIMIT, 3, generator=generator)
+    ours = (2 * torch.randn(VOCABULARY, 3, generator=generator)).requires_grad_()
+    config = GRPOConfig(group_size=3, entropy_coef=0.3, aggregation=aggregation)
+    start = GRPO(config, actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
+    experience, _ = start.experience(make_rollout(), make_scores([1.0] * 6))
+    counts = {"num_tokens": sum(LENGTHS), "num_responses": len(LENGTHS), "max_response_tokens": LIMIT}
+    total = torch.zeros(())
+    for rows in [(5, 0), (2,), (4, 1, 3)]:
+        index = torch.tensor(rows)
+        part = experience.select(index)
+        weights = token_weights(part.counted, aggregation=aggregation, **counts)
+        policy = LinearPolicy(hidden, ours, index)
+        ((_, loss, _),) = GRPO(config, actor=policy, reference=None, max_response_tokens=LIMIT).losses(part, weights)
+        loss.backward()
+        total = total + loss.detach()
+
+    theirs, expected = ours.detach().double().requires_grad_(), torch.zeros((), dtype=torch.float64)
+    for i, length in enumerate(LENGTHS):
+        divisor = {"token": sum(LENGTHS), "sequence": 6 * length, "constant": 6 * LIMIT}[aggregation]
+        for t in range(length):
+            logits = theirs @ hidden[i, t].double()
+            p = logits.exp() / logits.exp().sum()
+            expected = expected + 0.3 * sum(p[v] * p[v].log() for v in range(VOCABULARY)) / divisor
+    expected.backward()
+    assert_close(total, expected.detach().float())
+    assert_close(ours.grad, theirs.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+# --- truncated responses ----------------------------------------------------------------------------------------------
+
+
+def truncated_experience(truncated, scores=SCORES, **settings):
+    reasons = [StopReason.LENGTH if i in truncated else StopReason.EOS for i in range(len(LENGTHS))]
+    rollout = replace(make_rollout(), stop_reason=torch.tensor(reasons))
+    config = GRPOConfig(group_size=3, mask_truncated=True, **settings)
+    algorithm = GRPO(config, actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
+    return config, *algorithm.experience(rollout, make_scores(scores))
+
+
+def dapo_paper_filtered(new, truncated):
+    """arXiv:2503.14476, eq. 8 with overlong filtering: advantages of whole groups, one mean over the tokens of the
+    responses that ended by themselves."""
+    advantages, total = standardized(SCORES), torch.zeros(())
+    kept = [i for i in range(len(LENGTHS)) if i not in truncated]
+    for i in kept:
+        for t in range(LENGTHS[i]):
+            total = total + surrogate(new, i, t, advantages[i], 0.2, 0.28)
+    return -total / sum(LENGTHS[i] for i in kept)
+
+
+@pytest.mark.parametrize("truncated", [(2,), (0, 5), (0, 1, 2)])
+def test_truncated_responses_count_in_their_group_and_not_in_the_loss(truncated):
+    config, experience, metrics = truncated_experience(truncated, clip_high=0.28)
+    live, paper = NEW.clone().requires_grad_(), NEW.clone().requires_grad_()
+    mask = experience.counted
+    assert mask.any(dim=1).tolist() == [i not in truncated for i in range(6)]
+    weights = token_weights(
+        mask, aggregation="token", num_tokens=mask.sum(), num_responses=mask.any(dim=1).sum(), max_response_tokens=LIMIT
+    )
+    algorithm = GRPO(config, actor=FixedPolicy(live), reference=None, max_response_tokens=LIMIT)
+    ((_, loss, _),) = algorithm.losses(experience, weights)
+    loss.backward()
+    expected = dapo_paper_filtered(paper, truncated)
+    expected.backward()
+    assert_close(loss.detach(), expected.detach())
+    assert_close(live.grad[mask], paper.grad[mask])
+    assert (live.grad[~mask] == 0).all()
+    assert_close(experience.advantages[:, 0], torch.tensor(standardized(SCORES)))
+    assert metrics.values()["advantage/max"] == pytest.approx(float(experience.advantages[mask].max()))
+
+
+def test_where_every_response_is_truncated_nothing_counts():
+    _, experience, metrics = truncated_experience(range(6))
+    assert not experience.counted.any()
+    assert not any(math.isnan(value) for value in metrics.values().values())
+
+
+# --- several rewards --------------------------------------------------------------------------------------------------
+
+
+def test_rewards_are_standardized_one_by_one_where_their_weights_are_given():
+    correct, format_ = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.0, 0.5, math.nan, 0.5]
+    watched = torch.full((6,), 1e9)
+    total = torch.tensor([2.25, 0.25, math.nan, 0.25, 2.0, 2.25])  # the third response is excluded: a function failed
+    scores = Scores(
+        total=total,
+        per_token=torch.zeros(6, LIMIT),
+        parts={"watched": watched, "correct": torch.tensor(correct), "format": torch.tensor(format_)},
+    )
+    algorithm = GRPO(
+        GRPOConfig(group_size=3),
+        actor=FixedPolicy(OLD),
+        reference=None,
+        max_response_tokens=LIMIT,
+        reward_weights={"correct": 2.0, "format": 0.5},
+    )
+    experience, _ = algorithm.experience(make_rollout(), scores)
+    known = [[math.nan if i == 2 else x for i, x in enumerate(part)] for part in (correct, format_)]
+    expected = oracles.decoupled_group_relative(known, [2.0, 0.5], GROUPS)
+    assert_close(experience.advantages[:, 0], torch.tensor(expected))
+    assert experience.advantages[2, 0] == 0
 
 
 def test_kl_metrics_are_per_token_and_per_response():

@@ -1,14 +1,23 @@
 """What PPO and GRPO share, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
-from llmrl.algorithms.policy_gradient import kl_metrics, length_penalty, make_policy_loss, policy_metrics
+from llmrl.algorithms.policy_gradient import (
+    add_entropy_bonus,
+    advantage_metrics,
+    kl_metrics,
+    learned_responses,
+    length_penalty,
+    make_policy_loss,
+    policy_metrics,
+)
 from llmrl.algorithms.user_functions import UserLoss
-from llmrl.batches import Experience
+from llmrl.batches import Experience, StopReason
 from llmrl.metrics import Metrics
 
 from .test_grpo import make_rollout, make_scores
@@ -55,3 +64,36 @@ def test_the_kl_is_per_token_and_per_response_that_counts():
         "kl/mean": pytest.approx(1.25 / 3),
         "kl/sequence": pytest.approx(1.25 / 2),
     }
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig])
+def test_truncated_responses_are_left_out_where_that_is_asked_for(config):
+    reasons = torch.tensor([StopReason.EOS, StopReason.LENGTH, StopReason.EOS] * 2)
+    rollout = replace(make_rollout(), stop_reason=reasons)
+    assert learned_responses(rollout, config()).tolist() == [True] * 6
+    assert learned_responses(rollout, config(mask_truncated=True)).tolist() == [True, False, True] * 2
+
+
+def test_the_entropy_bonus_is_aggregated_by_the_weights():
+    entropy = torch.tensor([[0.5, 2.0, math.nan], [4.0, math.nan, math.nan]], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    weights = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.0, 0.0]])
+    loss = add_entropy_bonus(torch.tensor(7.0), entropy, weights, mask, coef=0.5)
+    assert loss.item() == pytest.approx(7.0 - 0.5 * (0.1 * 0.5 + 0.2 * 2.0 + 0.3 * 4.0))
+    loss.backward()
+    assert entropy.grad.tolist() == (-0.5 * weights).tolist()
+    same = torch.tensor(7.0)
+    assert add_entropy_bonus(same, entropy, weights, mask, coef=0.0) is same
+
+
+def test_advantages_are_described_over_the_tokens_that_count():
+    advantages = torch.tensor([[1.0, -3.0, math.nan], [2.0, 0.0, 99.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    assert Metrics(advantage_metrics(advantages, mask)).values() == {
+        "advantage/mean": 0.0,
+        "advantage/std": pytest.approx((14 / 4) ** 0.5),
+        "advantage/min": -3.0,
+        "advantage/max": 2.0,
+        "advantage/positive_fraction": 0.5,
+    }
+    assert advantage_metrics(advantages, mask & False) == {}

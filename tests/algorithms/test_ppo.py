@@ -872,3 +872,33 @@ def test_returns_that_do_not_vary_are_explained_by_nobody(score):
     """Their variance is rounding, and a share of it would be noise."""
     _, metrics = collect({"gae_lambda": 1.0}, [score] * 4, values=random_table(3))
     assert "value/explained_variance" not in metrics.values()
+
+
+# --- truncated responses, and advantages in the metrics ---------------------------------------------------------------
+
+
+def test_a_truncated_response_that_is_masked_is_as_if_it_could_not_be_scored():
+    settings = {"kl_coef": 0.1, "kl_target": 3.0, "normalize_scores": True, "score_clip": 1.5}
+    finished, kl = [True, False, True, False], random_table(8, scale=0.3)
+    collected = [
+        collect({**settings, "mask_truncated": True}, finished=finished, kl=kl, values=OLD_VALUES),
+        collect(settings, [1.0, NAN, 2.0, NAN], finished=finished, kl=kl, values=OLD_VALUES),
+    ]
+    (masked, metrics), (unscored, theirs) = collected
+    assert masked.counted.any(dim=1).tolist() == finished
+    assert masked.counted.equal(unscored.counted)
+    for name in ("advantages", "returns"):
+        assert_close(getattr(masked, name), getattr(unscored, name), rtol=0, atol=0)
+    assert metrics.values() == theirs.values()
+    assert metrics.values()["kl/sequence"] == pytest.approx(sum(float(kl[i, : LENGTHS[i]].sum()) for i in (0, 2)) / 2)
+
+
+def test_advantages_are_described_before_they_are_standardized():
+    # gamma and lambda 1, values 0: each token's advantage is the score of its response
+    _, metrics = collect({"gae_lambda": 1.0, "kl_coef": 0.0})
+    told = [score for score, length in zip(SCORES, LENGTHS, strict=True) for _ in range(length)]
+    values = metrics.values()
+    assert values["advantage/mean"] == pytest.approx(statistics.fmean(told))
+    assert values["advantage/std"] == pytest.approx(statistics.pstdev(told))
+    assert (values["advantage/min"], values["advantage/max"]) == (-0.5, 2.0)
+    assert values["advantage/positive_fraction"] == pytest.approx(9 / 10)

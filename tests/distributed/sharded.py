@@ -77,6 +77,16 @@ class LikeLocal:
         assert (name, bias) == ("weight", "bias")
         assert_close(weight, local.module[2].weight.detach())
 
+    def test_a_frozen_weight_is_assigned(self, group: ProcessGroup):
+        local, other = self.pair(group)
+        for trainable in (local, other):
+            learn(trainable, 0, 1)
+            trainable.assign("3.weight", torch.tensor([[0.25]]))
+        assert dict(other.whole(other.module))["3.weight"].item() == 0.25
+        learn(other, 1, 2)
+        learn(local, 1, 2)
+        assert_close(whole(other), whole(local))
+
     def test_a_state_goes_on_in_the_other_kind_both_ways(self, group: ProcessGroup):
         local, other = self.pair(group)
         learn(local, 0, 2)

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.functional.advantages import discounted_returns, flat_groups, gae, group_relative, leave_one_out
+from llmrl.functional.advantages import (
+    decoupled_group_relative,
+    discounted_returns,
+    flat_groups,
+    gae,
+    group_relative,
+    leave_one_out,
+)
 from tests import oracles
 
 GROUPED = {
@@ -273,3 +280,78 @@ def test_flat_groups_are_those_without_any_advantage():
     for group in group_ids.unique():
         members = group_ids == group
         assert flat[members].all() == (group_relative(scores, group_ids)[members] == 0).all()
+
+
+# --- several rewards --------------------------------------------------------------------------------------------------
+
+PAIRS = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def test_decoupled_rewards_by_hand():
+    # one reward differs in each of groups 0 and 1, both do in group 2: sums 1, -1, 1, -1, 2, -2 of variance 2
+    parts = torch.tensor([[1.0, 0, 5, 5, 1, 0], [3.0, 3, 70, 20, 9, 8]], dtype=torch.float64)
+    advantages = decoupled_group_relative(parts, torch.ones(2), PAIRS)
+    assert_close(advantages, torch.tensor([1.0, -1, 1, -1, 2, -2]).double() / 2**0.5, rtol=1e-4, atol=0)
+
+
+def test_decoupled_rewards_keep_apart_what_the_sum_does_not():
+    """The paper's example: (0, 1) and (0, 2) in a group of two have the same advantages once they are standardized."""
+    first, second = torch.tensor([[0.0, 0, 0, 1, 0, 0], [0.0, 1, 0, 1, 0, 0]])
+    summed = group_relative(first + second, PAIRS)
+    assert_close(summed[1], summed[3], rtol=1e-5, atol=0)
+    decoupled = decoupled_group_relative(torch.stack([first, second]), torch.ones(2), PAIRS)
+    assert decoupled[3].item() == pytest.approx(2 * decoupled[1].item(), rel=1e-5)
+
+
+def several_rewards():
+    """Three rewards of very different scales, each with unscored responses of its own, on shuffled groups."""
+    scores, group_ids = random_groups()
+    parts = torch.stack([scores, 1000 * torch.randn_like(scores), torch.rand_like(scores).round()])
+    parts[1:, torch.rand(len(scores)) < 0.2] = torch.nan
+    return parts, torch.tensor([1.0, 0.5, -2.0]), group_ids
+
+
+def test_decoupled_rewards_by_definition():
+    parts, weights, group_ids = several_rewards()
+    expected = oracles.decoupled_group_relative(parts.tolist(), weights.tolist(), group_ids.tolist())
+    ours = decoupled_group_relative(parts, weights, group_ids)
+    assert_close(ours.tolist(), expected)
+    assert ours[parts.isnan().all(dim=0)].tolist() == [0.0] * int(parts.isnan().all(dim=0).sum())
+    assert parts.isnan().all(dim=0).any()
+
+
+def test_decoupled_rewards_have_neither_mean_nor_scale():
+    parts, weights, group_ids = several_rewards()
+    advantages = decoupled_group_relative(parts, weights, group_ids)
+    scored = ~parts.isnan().all(dim=0)
+    assert abs(advantages.mean()) < 1e-12
+    assert_close(advantages[scored].square().mean().item(), 1.0, rtol=1e-5, atol=0)
+    scaled = decoupled_group_relative(parts * torch.tensor([[0.25], [300.0], [8.0]]), weights, group_ids)
+    assert_close(scaled, advantages, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_decoupled_reward_is_the_usual_one_over_the_spread_of_the_batch():
+    scores, group_ids = random_groups()
+    alone, usual = (
+        decoupled_group_relative(scores[None], torch.tensor([3.0]), group_ids),
+        group_relative(scores, group_ids),
+    )
+    std = usual.square().sum().div((~scores.isnan()).sum()).sqrt()
+    assert_close(alone, usual / std, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_decoupled_rewards_give_exactly_0(dtype):
+    parts = torch.tensor([[0.1] * 6, [0.3, 0.3, 0.2, 0.2, 0.7, 0.9]], dtype=dtype)
+    advantages = decoupled_group_relative(parts, torch.tensor([0.3, 0.7]), PAIRS)
+    assert advantages.dtype == dtype
+    assert advantages[:4].tolist() == [0.0] * 4
+    assert advantages[4] == -advantages[5] != 0
+    assert decoupled_group_relative(parts[:1], torch.ones(1), PAIRS).tolist() == [0.0] * 6
+    assert decoupled_group_relative(parts * torch.nan, torch.ones(2), PAIRS).tolist() == [0.0] * 6
+
+
+@pytest.mark.usefixtures("production")
+def test_shapes_of_several_rewards_are_checked_at_the_door():
+    with pytest.raises(ValueError, match=r"parts \(2, 6\), weights \(3,\), group_ids \(6,\)"):
+        decoupled_group_relative(torch.zeros(2, 6), torch.ones(3), PAIRS)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from llmrl.models.adapters import as_reference, load_adapted
+from llmrl.models.adapters import as_reference, load_adapted, reference_names
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.models.loading import load_model, load_tokenizer
@@ -83,6 +83,44 @@ def test_the_reference_is_the_model_as_loaded(folder, adapter, brought):
         raise KeyError
     assert torch.equal(logits(model), moved)
     assert trainable(adapted) == flags
+
+
+def test_a_reference_that_will_move_is_a_frozen_copy(folder):
+    config = ModelConfig(path=folder, lora=LoraSettings(rank=2, alpha=6))
+    (plain, theirs), (model, adapted) = load_both(config)
+    assert torch.equal(logits(model), logits(plain))
+    for name, learns in trainable(adapted).items():
+        assert learns == (".default." in name and "lora_" in name), name
+    names = reference_names(adapted)
+    weights = dict(adapted.named_parameters())
+    assert len(names) == sum(trainable(theirs).values()) == sum(trainable(adapted).values())
+    for name, source in names.items():
+        assert torch.equal(weights[name], weights[source])
+        assert torch.equal(weights[source], theirs.get_parameter(source))
+        assert weights[name] is not weights[source]
+    assert reference_names(theirs) == {}
+
+    start, flags = logits(model), trainable(adapted)
+    move(adapted)
+    with as_reference(adapted):
+        assert torch.equal(logits(model), start)
+    with torch.no_grad():
+        for name, source in names.items():
+            weights[name].copy_(weights[source])
+    moved = logits(model)
+    with as_reference(adapted):
+        assert torch.equal(logits(model), moved)
+    assert not torch.allclose(moved, start, atol=0.1)
+    assert trainable(adapted) == flags
+
+
+def load_both(config):
+    """The model with a reference that stays, and with one that will move; both from one seed."""
+    loaded = []
+    for moving_reference in (False, True):
+        torch.manual_seed(0)
+        loaded.append(load_adapted(config, moving_reference=moving_reference))
+    return loaded
 
 
 def test_a_brought_adapter_is_continued(adapter, folder):

@@ -54,6 +54,16 @@ def test_a_reward_model_alone_will_do():
     assert (config.function_labels, config.labels) == ((), ("model",))
 
 
+def test_weights_are_those_of_what_is_learned_from():
+    functions = (
+        RewardFunctionConfig(name="rule.py:watched", weight=0.0),
+        RewardFunctionConfig(name="rule.py:score", weight=-2.0),
+    )
+    assert RewardConfig(functions=functions).weights == {"score": -2.0}
+    model = LearnedRewardConfig(path="m", weight=0.5)
+    assert RewardConfig(functions=functions, model=model).weights == {"score": -2.0, "model": 0.5}
+
+
 @pytest.mark.parametrize(
     ("weight", "rule"), [(0.0, "be other than 0; .*, leave"), (math.nan, "be finite$"), (math.inf, "be finite$")]
 )

@@ -19,13 +19,13 @@ def sft(**model) -> SFTRun:
     )
 
 
-def rl(kind, *, kl_coef: float = 0.0, reward=RULE, critic=None, **model):
+def rl(kind, *, kl_coef: float = 0.0, reward=RULE, critic=None, algorithm=None, **model):
     settings = {
         "model": {"path": "m", **model},
         "data": {"path": "x", "max_prompt_tokens": 6},
         "reward": reward,
         "run": RUN,
-        "algorithm": {"kl_coef": kl_coef} | ({"group_size": 4} if kind is GRPORun else {}),
+        "algorithm": {"kl_coef": kl_coef} | ({"group_size": 4} if kind is GRPORun else {}) | (algorithm or {}),
         "rollout": {"prompts_per_iteration": 4, "max_response_tokens": 4},
         "update": {"minibatch_size": 4, "microbatch_tokens": 30},
     }
@@ -179,3 +179,20 @@ def test_without_packing_a_pass_of_grpo_is_estimated_in_padded_rows(shape):
     """A group of 6 + 4 x 4 tokens fits into 30, and three rows of 10."""
     packed, padded = (estimate_memory(rl(GRPORun, packing=packing), shape, Strategy()) for packing in (True, False))
     assert item(packed, "activations") * 30 == item(padded, "activations") * 22
+
+
+def test_a_reference_that_moves(shape):
+    """A copy is kept as one that stays; an average wholly in float32; with LoRA it is a second adapter."""
+
+    def reference(algorithm, **model):
+        config = rl(GRPORun, kl_coef=0.1, algorithm=algorithm, **model)
+        return estimate_memory(config, shape, Strategy())
+
+    stays = item(reference({}, dtype="bfloat16"), "reference")
+    assert stays == item(reference({"reference_refresh_every": 5}, dtype="bfloat16"), "reference")
+    averages = {"reference_refresh_every": 1, "reference_mixing": 0.1}
+    assert item(reference(averages, dtype="bfloat16"), "reference") == 4 * 1704
+    lora = {"lora": {"rank": 2}}
+    adapted = reference({"reference_refresh_every": 5}, **lora)
+    assert item(adapted, "reference") == item(adapted, "AdamW's states") // 2 > 0
+    assert item(reference({}, **lora), "reference") == 0

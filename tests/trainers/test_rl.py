@@ -116,6 +116,7 @@ def make_trainer(
         sampling=sampling_of(config.group_size, seed=3, max_response_tokens=LIMIT),
         context=context_of(),
         observe=Recorder(),
+        reference=None,
     )
 
 

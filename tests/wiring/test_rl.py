@@ -1,7 +1,9 @@
 """What building wires together, beyond what the whole runs of test_cli.py show."""
 
+import copy
 import dataclasses
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError
 from llmrl.rollout.transformers import TransformersEngine
+from llmrl.trainers.checkpoint import join_state, split_state
 from llmrl.trainers.config import EvaluationConfig, UpdateConfig
 from llmrl.wiring.checks import check_rl
 from llmrl.wiring.rl import build_evaluator, build_grpo
@@ -100,6 +103,75 @@ def test_an_adapted_model_measures_its_kl_at_no_price(config):
             p.add_(0.1)
     run.trainer.engine.load_weights(trained)
     assert abs(run.trainer.iterate().values()["kl/mean"]) > 1e-3
+
+
+MOVING = {
+    "copy": {"reference_refresh_every": 2},
+    "average": {"reference_refresh_every": 1, "reference_mixing": 0.25},
+}
+
+
+def moving(config, settings, **model):
+    """These settings with a reference that moves."""
+    algorithm = dataclasses.replace(config.algorithm, kl_coef=0.1, scale="none", **settings)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **model), algorithm=algorithm, optimizer=optimizer
+    )
+
+
+def learned(config, num_iterations, state=None):
+    """A trainer after some iterations from a state, with their metrics, in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(dir=Path(config.run.output_dir).parent))
+    trainer = build_run(dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder))))[
+        0
+    ].trainer
+    if state is not None:
+        trainer.load_state_dict(state)
+    return trainer, [trainer.iterate().values() for _ in range(num_iterations)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        ("copy", {}),
+        ("copy", {"dtype": "bfloat16"}),
+        ("copy", {"lora": LoraSettings(rank=2)}),
+        ("average", {}),
+        ("average", {"dtype": "bfloat16"}),
+    ],
+)
+def test_a_reference_that_moves_goes_on_where_it_stood(config, settings, model):
+    """Four iterations, and two that are saved and two after them: weights, reference and metrics to the bit."""
+    config = moving(config, MOVING[settings], **model)
+    straight, told = learned(config, 4)
+    half, _ = learned(config, 2)
+    saved = join_state(*copy.deepcopy(split_state(half.state_dict())))
+    resumed, rest = learned(config, 2, saved)
+    now, before = (split_state(trainer.state_dict())[0] for trainer in (resumed, straight))
+    assert any(name.startswith("reference/") for name in now)
+    assert now.keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in now.items())
+    for ours, theirs in zip(rest, told[2:], strict=True):
+        assert all(value == theirs[name] for name, value in ours.items() if not name.endswith("_s"))
+    every = config.algorithm.reference_refresh_every
+    assert [each["reference/moved"] for each in told] == [float(n % every == 0) for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": LoraSettings(rank=2)}], ids=["full", "lora"])
+def test_the_kl_is_measured_from_where_the_reference_moved(config, model):
+    config = moving(config, MOVING["copy"], **model)
+    _, told = learned(config, 3)
+    first, second, third = (each["kl/sequence"] for each in told)
+    assert first == pytest.approx(0.0, abs=1e-5)
+    assert abs(second) > 1e-3
+    assert third == pytest.approx(0.0, abs=1e-5)  # the actor has just been copied
+
+
+def test_adapters_are_not_averaged(config):
+    adapted = moving(config, MOVING["average"], lora=LoraSettings(rank=2))
+    with pytest.raises(ModelError, match=r"algorithm\.reference_mixing \(0\.25\) averages weights, .* set it to 1"):
+        check_rl(adapted, dry=True)
 
 
 @pytest.mark.parametrize(("name", "engine"), [("native", NativeEngine), ("transformers", TransformersEngine)])
