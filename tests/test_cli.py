@@ -166,6 +166,8 @@ def test_a_dry_run_tells_the_memory_of_the_launch(monkeypatch, tmp_path):
     status, output, error = llmrl("grpo", *recipe, "--dry-run")
     assert (status, output) == (2, "")
     assert "mixed_precision (bf16)" in error
+    assert "model.dtype (float32)" in error
+    assert llmrl("grpo", *recipe, "model.dtype=bfloat16", "--dry-run")[0] == 0
 
 
 def test_a_dry_run_says_what_it_could_not_check(monkeypatch, tmp_path):

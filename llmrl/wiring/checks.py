@@ -20,7 +20,7 @@ from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
 from llmrl.data.rerender import same_ids
 from llmrl.data.rows import column_names, keep_usable
 from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
-from llmrl.distributed.launch import Launch, LaunchError, read_launch
+from llmrl.distributed.launch import Launch, LaunchError, check_mixed_precision, read_launch
 from llmrl.models.checking import check_model, check_reward_model
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
@@ -34,6 +34,7 @@ from llmrl.roles import Progress
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
+from llmrl.wiring.precision import default_dtype
 from llmrl.wiring.rows import EVALUATION, read_section
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _check_batches(
     """Checks a run that learns from batches of data; `read` reads the rows, `keep` keeps those that
     the model's chat template takes."""
     read_launch()
+    _check_precision(config)
     check_output(config.run, _inputs(config))
     made_by = command_for(config.model.path, config)
     unchecked = _check_model(config.model, dry=dry, made_by=made_by, needs_head=needs_head)
@@ -109,6 +111,7 @@ def _check_batches(
 
 def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
+    _check_precision(config)
     if trains:
         _check_one_base(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
@@ -204,6 +207,10 @@ def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig
     worker.check_columns(tuple(column_names(rows)))
     required = required_columns(config, worker.functions.values())
     return keep_usable(rows, data, partial(row_problem, required=required))
+
+
+def _check_precision(config: SFTRun | RewardModelRun | RLRun) -> None:
+    check_mixed_precision(config.model.dtype or default_dtype())
 
 
 def _check_one_base(config: RLRun, launch: Launch) -> None:
