@@ -242,13 +242,21 @@ def generate(
     num_responses: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
     max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="Arguments of the chat template, a JSON object such as '{\"enable_thinking\": false}'."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random stream.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
     ] = False,
 ) -> None:
     """Responds to prompts. A terminal gets control characters of a response escaped, a file or a pipe as they are."""
-    names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
+    names = {
+        "rollout.max_response_tokens": "--max-response-tokens",
+        "data.system_prompt": "--system-prompt",
+        "data.chat_template_kwargs": "--chat-template-kwargs",
+    }
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.distributed.device import pick_device
         from llmrl.models.checking import check_model
@@ -262,6 +270,7 @@ def generate(
         for text in (*prompts, system_prompt or ""):
             if not is_unicode(text):
                 raise SettingError(f"the prompt {text!r} is no UTF-8 text")
+        arguments = _object(chat_template_kwargs)
         _refuse_recipe(model)
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_model(config, may_be_random=False)
@@ -273,6 +282,7 @@ def generate(
             prompts,
             pick_device(),
             system_prompt=system_prompt,
+            chat_template_kwargs=arguments,
             temperature=temperature,
             num_responses=num_responses,
             max_response_tokens=max_response_tokens,
@@ -306,6 +316,19 @@ def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
         raise SettingError(
             f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}; run that, or name another recipe"
         ) from None
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    """The JSON object that an option holds; empty where it is not given."""
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise SettingError(
+            f"--chat-template-kwargs ({text}) must be a JSON object, as in '{{\"enable_thinking\": false}}'"
+        )
+    return value
 
 
 def _refuse_recipe(model: str) -> None:

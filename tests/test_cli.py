@@ -463,6 +463,8 @@ def test_scores_never_replace_their_rows(data):
         (("generate", "recipes/quickstart_sft.yaml", "hi"), "MODEL (recipes/quickstart_sft.yaml) is a recipe"),
         (("generate", TINY, "\udcff"), "is no UTF-8 text"),
         (("generate", TINY, "hi", "--temperature", "nan"), "--temperature (nan)"),
+        (("generate", TINY, "hi", "--chat-template-kwargs", "[1]"), "--chat-template-kwargs ([1]) must be a JSON obj"),
+        (("generate", TINY, "hi", "--chat-template-kwargs", "{a"), "--chat-template-kwargs ({a) must be a JSON obj"),
         (("score", "recipes/typo", "x.jsonl"), "MODEL (recipes/typo) is no folder"),
         (("score", "recipes/quickstart_sft.yaml", "x.jsonl"), "MODEL (recipes/quickstart_sft.yaml) is a recipe"),
     ],

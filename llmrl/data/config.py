@@ -1,7 +1,7 @@
 """Settings of data: which rows to read, and how they become prompts, examples or pairs."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llmrl.data.files import SURROGATE
 from llmrl.paths import UserPath
@@ -25,6 +25,9 @@ class DataConfig(Section, place="data"):
     template: Literal["auto", "chat", "none"] = "auto"
     """How a text becomes tokens: "chat" makes it the user's message in the tokenizer's chat template, "none" takes it
     as it is, "auto" is "chat" for a tokenizer that has a chat template and "none" for any other."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, as in {enable_thinking: false} for Qwen3: names that the template reads. A reward
+    model that reads prompts by a template of its own gets them too."""
     num_rows: Annotated[int | None, Bound(least=1, way_out="leave it out to use every row")] = None
     """Uses only this many rows, from the start."""
     skip_bad_rows: bool = False
@@ -42,6 +45,11 @@ class DataConfig(Section, place="data"):
             raise ValueError(
                 'data.system_prompt needs a chat template, but data.template is "none"; '
                 'set data.template to "chat" or put the system prompt into the prompts'
+            )
+        if self.template == "none" and self.chat_template_kwargs:
+            raise ValueError(
+                f"data.chat_template_kwargs ({', '.join(self.chat_template_kwargs)}) need a chat template, but "
+                'data.template is "none"; set data.template to "chat" or leave them out'
             )
 
 

@@ -155,10 +155,10 @@ def score_rows(
 ) -> list[float]:
     """Score of each row's response by a reward model, which reads prompts as it did in training.
 
-    Only path and columns of `data` are used: template and system prompt are those stored with the model.
+    Only path and columns of `data` are used: template, its arguments and system prompt are those stored with the model.
     """
     scorer = load_scorer(config, normalize=normalize, place=lambda module: module.to(device))
-    data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
+    data = replace(data, **vars(scorer.text_form))
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
     ids = [ids for example in examples for ids in example]
