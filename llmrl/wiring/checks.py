@@ -15,6 +15,7 @@ from llmrl.algorithms.user_functions import check_user_functions
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
+from llmrl.data.mixture import keep_in_each, mix, sets_of
 from llmrl.data.preferences import keep_pairs_in_template, read_preference_rows
 from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
 from llmrl.data.rerender import same_ids
@@ -173,7 +174,8 @@ def _compared(
 
 def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
     """Paths that a run reads, by setting."""
-    inputs = {"model.path": config.model.path, "data.path": str(config.data.path)}
+    sets = zip(_places(config.data, "data"), sets_of(config.data), strict=True)
+    inputs = {"model.path": config.model.path, **{f"{place}.path": str(each.path) for place, each in sets}}
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
     return inputs
@@ -195,18 +197,29 @@ def _reader(
     """
     tokenizer = None if dry and unchecked else load_tokenizer(run.model)
 
-    def rows_of(config: C, section: str) -> Rows | None:
-        rows = read_section(config, read, unchecked, dry=dry, section=section, made_by=command_for(config.path, run))
+    def set_of(config: C, place: str) -> Rows | None:
+        rows = read_section(config, read, unchecked, dry=dry, section=place, made_by=command_for(config.path, run))
         return rows if rows is None or tokenizer is None else keep(rows, tokenizer, config)
 
+    def rows_of(config: C, section: str) -> Rows | None:
+        sets = [set_of(each, place) for each, place in zip(sets_of(config), _places(config, section), strict=True)]
+        known = [rows for rows in sets if rows is not None]
+        return mix(known, config) if len(known) == len(sets) else None
+
     return rows_of
+
+
+def _places(config: DataConfig, section: str) -> list[str]:
+    """Place in the recipe of each set of rows of a section."""
+    return [section, *(f"{section}.mixed_with.{number}" for number in range(len(sets_of(config)) - 1))]
 
 
 def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig) -> Rows:
     """The rows that have the columns which the reward functions read."""
     worker.check_columns(tuple(column_names(rows)))
     required = required_columns(config, worker.functions.values())
-    return keep_usable(rows, data, partial(row_problem, required=required))
+    problem = partial(row_problem, required=required)
+    return keep_in_each(rows, data, lambda part, each: keep_usable(part, each, problem))
 
 
 def _check_precision(config: SFTRun | RewardModelRun | RLRun) -> None:
