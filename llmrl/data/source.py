@@ -1,7 +1,5 @@
 """Shuffled source of examples: a new random order each epoch, resumed exactly."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -10,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from llmrl.batches import Row
+from llmrl.batches import Row, fingerprint
 from llmrl.data.files import DataError
 from llmrl.data.mixture import dealt_after, next_set, whole_weights
 from llmrl.functional.streams import Purpose, permutation
@@ -115,12 +113,3 @@ class _Deck:
         first_epoch, first_place = divmod(start, self.size)
         order = torch.cat([self._order(epoch) for epoch in range(first_epoch, -(-end // self.size))])
         return order[first_place : first_place + end - start].tolist()
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 of rows, content and order. A value that JSON cannot hold counts by its type only."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
