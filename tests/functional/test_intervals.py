@@ -115,7 +115,7 @@ def test_paired_covers_the_true_difference_as_often_as_it_says():
     assert 0.92 <= sum(covered) / 400 <= 0.98
 
 
-def test_paired_needs_two_measurements_of_each():
+def test_paired_needs_two_measurements_of_each(production):
     with pytest.raises(ValueError, match=r"after.*before"):
         paired_interval(torch.zeros(3), torch.zeros(2))
     with pytest.raises(ValueError, match="at least one"):
