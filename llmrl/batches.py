@@ -11,6 +11,8 @@ by the limit of 3), and "v" to the second, which no reward function could score:
     stop_reason        EOS LENGTH EOS    scores.total  1.0 0.0 nan
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
@@ -386,3 +388,12 @@ def pad_columns(x: Tensor, width: int, *, left: bool) -> Tensor:
     """``(B, C)`` widened to ``(B, width)`` with zeros."""
     padding = x.new_zeros(x.shape[0], width - x.shape[1])
     return torch.cat([padding, x] if left else [x, padding], dim=1)
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows, content and order. A value that JSON cannot hold counts by its type only."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

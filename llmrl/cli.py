@@ -163,7 +163,8 @@ def evaluate(
         Path | None, typer.Option(help="Writes the numbers to this JSON file.", callback=_at_home)
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="An earlier --output to set these numbers beside.", callback=_at_home)
+        Path | None,
+        typer.Option(help="An earlier --output: sets its numbers beside these, with differences.", callback=_at_home),
     ] = None,
 ) -> None:
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
@@ -176,17 +177,17 @@ def evaluate(
             raise SettingError(f"{recipe}: evaluation_data is not set; name the held-out prompts")
         _check_output(output)
         output = output and output.absolute()  # a reward may change the working directory
-        before = _earlier(compare) if compare is not None else None
+        before = None if compare is None else _earlier(compare)
         checked = check_rl(config, dry=False, trains=False)
     _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(), _context(config.distributed) as context:
         _warn_without_gpu(context)
-        values = build_evaluator(config, checked, context).evaluate()
+        measured = build_evaluator(config, checked, context).measure()
     if not context.collectives.is_first:
         raise typer.Exit()
     if output is not None:
-        _write(output, json.dumps({"model": config.model.path, **values}, indent=1))
-    _print_evaluation(config.model.path, values, before)
+        _write(output, json.dumps({"model": config.model.path, **measured.to_record()}, indent=1))
+    _compare(config.model.path, measured, before)
     print(f"Accuracy is the share of responses with {config.reward.labels[0]} > {config.evaluation.correct_above:g}.")
 
 
@@ -244,13 +245,21 @@ def generate(
     num_responses: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
     max_response_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="Arguments of the chat template, a JSON object such as '{\"enable_thinking\": false}'."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random stream.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
     ] = False,
 ) -> None:
     """Responds to prompts. A terminal gets control characters of a response escaped, a file or a pipe as they are."""
-    names = {"rollout.max_response_tokens": "--max-response-tokens", "data.system_prompt": "--system-prompt"}
+    names = {
+        "rollout.max_response_tokens": "--max-response-tokens",
+        "data.system_prompt": "--system-prompt",
+        "data.chat_template_kwargs": "--chat-template-kwargs",
+    }
     with bad_input_ends_with_status_2(), _named_as_given(names):
         from llmrl.distributed.device import pick_device
         from llmrl.models.checking import check_model
@@ -264,6 +273,7 @@ def generate(
         for text in (*prompts, system_prompt or ""):
             if not is_unicode(text):
                 raise SettingError(f"the prompt {text!r} is no UTF-8 text")
+        arguments = _object(chat_template_kwargs)
         _refuse_recipe(model)
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_model(config, may_be_random=False)
@@ -275,6 +285,7 @@ def generate(
             prompts,
             pick_device(),
             system_prompt=system_prompt,
+            chat_template_kwargs=arguments,
             temperature=temperature,
             num_responses=num_responses,
             max_response_tokens=max_response_tokens,
@@ -343,6 +354,19 @@ def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
         raise SettingError(
             f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}; run that, or name another recipe"
         ) from None
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    """The JSON object that an option holds; empty where it is not given."""
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise SettingError(
+            f"--chat-template-kwargs ({text}) must be a JSON object, as in '{{\"enable_thinking\": false}}'"
+        )
+    return value
 
 
 def _refuse_recipe(model: str) -> None:
@@ -585,14 +609,16 @@ def _write(output: Path, text: str) -> None:
         _fail(f"--output ({output}) cannot be written: {error.strerror}; what it was to hold is printed", 1)
 
 
-def _earlier(file: Path) -> dict[str, Any]:
-    """Numbers that an earlier evaluation wrote, and the model that they are of."""
+def _earlier(file: Path) -> tuple[str, Any]:
+    """The model of an earlier evaluation, and the evaluation that it wrote."""
+    from llmrl.trainers.comparison import read_evaluation
+
     if not file.is_file():
         raise SettingError(f"--compare ({file}) is no file; write one with --output")
     try:
         match json.loads(file.read_text()):
-            case {"model": str(), **numbers} as values if all(isinstance(x, int | float) for x in numbers.values()):
-                return values
+            case {"model": str(model), **record}:
+                return model, read_evaluation(record)
     except (ValueError, RecursionError):
         pass
     raise SettingError(f"--compare ({file}) does not hold what --output of llmrl evaluate writes; name such a file")
@@ -646,13 +672,42 @@ def _print_responses(prompts: Sequence[str], responses: Sequence[Sequence[str]])
             print(show(f"> {prompt}\n{text}\n"))
 
 
-def _print_evaluation(model: str, values: dict[str, float], before: dict[str, Any] | None) -> None:
-    columns = map(shown, ["", *([before["model"]] if before else []), model])
+def _compare(model: str, measured: Any, before: tuple[str, Any] | None) -> None:
+    """Prints an evaluation, beside an earlier one if there is one: prompt by prompt where both are of the same."""
+    from llmrl.trainers.comparison import NotPaired, paired_differences
+
+    if before is None:
+        _print_evaluation(model, measured.values, None)
+        return
+    earlier, then = before
+    values = {"model": earlier, **then.values}
+    try:
+        differences = paired_differences(measured, then)
+    except NotPaired as reason:
+        _print_evaluation(model, measured.values, values)
+        print(f"Not compared prompt by prompt: {reason}.")
+        return
+    _print_evaluation(model, measured.values, values, differences)
+    print("The difference is the mean over prompts, with the 95 % interval of paired differences.")
+
+
+def _print_evaluation(
+    model: str,
+    values: dict[str, float],
+    before: dict[str, Any] | None,
+    differences: Mapping[str, tuple[float, float, float]] | None = None,
+) -> None:
+    columns = map(shown, ["", *([before["model"]] if before else []), model, *(["difference"] if differences else [])])
     table = Table(*(Column(Text(column), overflow="fold") for column in columns))
     for name in without_ends(values):
         cells = [_cell(name, before)] if before else []
-        table.add_row(Text(shown(name.removeprefix("eval/"))), *cells, _cell(name, values))
+        gaps = [_difference(differences.get(name))] if differences else []
+        table.add_row(Text(shown(name.removeprefix("eval/"))), *cells, _cell(name, values), *gaps)
     Console().print(table)
+
+
+def _difference(interval: tuple[float, float, float] | None) -> str:
+    return "" if interval is None else "{:+.4g}  [{:.4g}, {:.4g}]".format(*interval)
 
 
 def _cell(name: str, values: dict[str, Any]) -> str:

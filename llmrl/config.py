@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
-from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.data.config import (
+    DataConfig,
+    ExamplesConfig,
+    PreferenceDataConfig,
+    PromptDataConfig,
+    PromptsConfig,
+    SupervisedDataConfig,
+)
 from llmrl.distributed.config import DistributedConfig
 from llmrl.messages import counted
 from llmrl.models.config import CriticConfig, ModelConfig
@@ -26,7 +33,7 @@ from llmrl.trainers.config import (
 )
 
 DEFAULT_MINIBATCH_SIZE = 128
-LIKE_DATA = Like("data", own=("path", "num_rows"))
+LIKE_DATA = Like("data", own=("path", "num_rows", "mixed_with"))
 """Held-out rows are read as those of `data`, unless their section says otherwise."""
 LIKE_OPTIMIZER = Like("optimizer", own=("learning_rate",))
 """The critic's optimizer is that of the actor at a learning rate of its own, unless its section says otherwise."""
@@ -54,7 +61,7 @@ class SFTRun:
     """Batches of examples, and their evaluation."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """Optimizer of the model: learning rate, schedule, clipping."""
-    evaluation_data: Annotated[SupervisedDataConfig | None, LIKE_DATA] = None
+    evaluation_data: Annotated[ExamplesConfig | None, LIKE_DATA] = None
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Other places that receive the metrics."""
@@ -185,7 +192,7 @@ class RLRun:
     """Optimizer of the model: learning rate, schedule, clipping."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluation on held-out prompts."""
-    evaluation_data: Annotated[PromptDataConfig | None, LIKE_DATA] = None
+    evaluation_data: Annotated[PromptsConfig | None, LIKE_DATA] = None
     """Held-out prompts."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Other places that receive the metrics."""

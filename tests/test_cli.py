@@ -166,6 +166,8 @@ def test_a_dry_run_tells_the_memory_of_the_launch(monkeypatch, tmp_path):
     status, output, error = llmrl("grpo", *recipe, "--dry-run")
     assert (status, output) == (2, "")
     assert "mixed_precision (bf16)" in error
+    assert "model.dtype (float32)" in error
+    assert llmrl("grpo", *recipe, "model.dtype=bfloat16", "--dry-run")[0] == 0
 
 
 def test_a_dry_run_says_what_it_could_not_check(monkeypatch, tmp_path):
@@ -424,7 +426,10 @@ def test_a_recipe_with_a_slip_is_not_taken_for_another_s(grpo_recipe):
 @pytest.mark.parametrize(
     ("content", "is_taken"),
     [
-        ('{"model": "m", "eval/accuracy": 0.5}', True),
+        ('{"model": "m", "eval/accuracy": 0.5}', True),  # as version 0.1 wrote it
+        ('{"model": "m", "per_prompt": {"num_responses": 1, "prompts": ["a"], "means": {"eval/score": [null]}}}', True),
+        ('{"model": "m", "per_prompt": {"num_responses": 1, "prompts": ["a"], "means": {"eval/score": []}}}', False),
+        ('{"model": "m", "per_prompt": []}', False),
         *[(text, False) for text in ("[]", "{}", "{", '{"model": 1}', '{"model": "m", "eval/x": null}', "[" * 99999)],
     ],
 )
@@ -464,6 +469,8 @@ def test_scores_never_replace_their_rows(data):
         (("generate", "recipes/quickstart_sft.yaml", "hi"), "MODEL (recipes/quickstart_sft.yaml) is a recipe"),
         (("generate", TINY, "\udcff"), "is no UTF-8 text"),
         (("generate", TINY, "hi", "--temperature", "nan"), "--temperature (nan)"),
+        (("generate", TINY, "hi", "--chat-template-kwargs", "[1]"), "--chat-template-kwargs ([1]) must be a JSON obj"),
+        (("generate", TINY, "hi", "--chat-template-kwargs", "{a"), "--chat-template-kwargs ({a) must be a JSON obj"),
         (("score", "recipes/typo", "x.jsonl"), "MODEL (recipes/typo) is no folder"),
         (("score", "recipes/quickstart_sft.yaml", "x.jsonl"), "MODEL (recipes/quickstart_sft.yaml) is a recipe"),
     ],
@@ -583,6 +590,10 @@ def test_sft_grpo_evaluate_generate(sft_recipe, grpo_recipe, data):
     assert status == 0, error
     assert "accuracy" in output
     assert "Accuracy is the share of responses with" in output
+    assert "difference" in output
+    assert "with the 95 % interval of paired differences" in output
+    other = llmrl("evaluate", grpo_recipe, *final, "--compare", before, "evaluation_data.num_rows=2")[1]
+    assert "Not compared prompt by prompt: the evaluations are of other prompts" in other
     assert json.loads(after.read_text())["eval/accuracy"] == entries[2]["eval/accuracy"]  # the same weights, reloaded
 
     enable_progress_bar()  # as in a fresh process
@@ -963,6 +974,13 @@ def test_so_does_a_traceback(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
     assert told.endswith("LookupError: \\x1b[2J of ***\n")
+
+
+def test_a_difference_stands_beside_what_it_is_of(capsys):
+    values = {"eval/accuracy": 0.5, "eval/num_prompts": 4.0}
+    _print_evaluation("after", values, {"model": "before", **values}, {"eval/accuracy": (0.25, -0.125, 0.625)})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["accuracy", "0.5", "0.5", "+0.25  [-0.125, 0.625]"]
 
 
 def test_a_table_gives_a_terminal_no_commands(capsys):

@@ -14,7 +14,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun, command_for
-from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
 from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
@@ -498,7 +498,10 @@ def ppo_recipe(tmp_path: Path) -> Path:
 
 def test_held_out_prompts_are_read_as_the_others_unless_they_say_otherwise(ppo_recipe: Path):
     read = read_recipe(PPORun, ppo_recipe, []).evaluation_data
-    assert read == PromptDataConfig(path="e.jsonl", subset="main", prompt_column="question")
+    assert read == PromptsConfig(path="e.jsonl", subset="main", prompt_column="question")
+    mixed = read_recipe(PPORun, ppo_recipe, ["data.mixed_with=[{path: m.jsonl, weight: 2.0}]"])
+    assert [more.path for more in mixed.data.mixed_with] == ["m.jsonl"]
+    assert mixed.evaluation_data == read
     other = read_recipe(PPORun, ppo_recipe, ["data.max_prompt_tokens=7", "evaluation_data.prompt_column=q"])
     assert other.evaluation_data is not None
     assert (other.evaluation_data.max_prompt_tokens, other.evaluation_data.prompt_column) == (7, "q")

@@ -5,6 +5,7 @@ A plain text gets the special tokens that the tokenizer puts before a text, but 
 A response is tokenized on its own and ends with EOS: what is trained on is what is sampled later.
 """
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from torch import Tensor
@@ -137,7 +138,7 @@ def opening_of_response(tokenizer: PreTrainedTokenizerBase, config: DataConfig) 
     if not uses_chat(tokenizer, config):
         return ""
     try:
-        text = render([{"role": "user", "content": "x"}], tokenizer)
+        text = render([{"role": "user", "content": "x"}], tokenizer, config)
     except TemplateProblem:
         return ""
     found = OPENING.search(text)
@@ -163,7 +164,13 @@ MAX_RENDERED = 10_000_000
 """Characters of the longest conversation that a template may write."""
 
 
-def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, for_response: bool = True) -> str:
+def render(
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    for_response: bool = True,
+) -> str:
     """A conversation in the tokenizer's chat template; `for_response` ends it with the generation prompt.
 
     A template is a program that came with the model. It runs in the sandbox of Jinja, for 10 seconds at most (in the
@@ -175,7 +182,9 @@ def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *
     _refuse_powers(tokenizer)
     try:
         with time_limit(MAX_RENDER_S) if can_limit_time() else nullcontext(), memory_limit(MAX_RENDER_BYTES):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=for_response, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=for_response, tokenize=False, **config.chat_template_kwargs
+            )
     except MemoryError as error:
         raise TemplateProblem(f"it takes more than {MAX_RENDER_BYTES:,} bytes of memory") from error
     except TooLong as error:
@@ -191,20 +200,67 @@ def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *
 def _refuse_powers(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a template that raises to a power: 10**10**10 is one call into C, which no limit of time stops, and is
     computed before a conversation is rendered."""
-    template = tokenizer.chat_template
-    if any(_has_powers(text) for text in (template.values() if isinstance(template, dict) else [template])):
+    if any(_has_powers(template) for template in _templates(tokenizer)):
         raise TemplateProblem("it raises a number to a power, which can take any time")
 
 
+def check_template_arguments(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    """Refuses arguments that the chat template does not read, or that are not for a setting to give.
+
+    Raises:
+        DataError: It names what the template reads.
+    """
+    if not config.chat_template_kwargs:
+        return
+    if not uses_chat(tokenizer, config):
+        raise DataError(
+            f"data.chat_template_kwargs ({', '.join(config.chat_template_kwargs)}) need a chat template, but the "
+            "tokenizer has none; use the tokenizer of an instruct model, or leave them out"
+        )
+    given_otherwise = {*OTHER_ARGUMENTS, *tokenizer.special_tokens_map}
+    known = {name for template in _templates(tokenizer) for name in _variables(template)} - given_otherwise
+    if unknown := [name for name in config.chat_template_kwargs if name not in known]:
+        raise DataError(
+            f"data.chat_template_kwargs ({', '.join(unknown)}): the chat template takes no such argument from a "
+            f"setting; it takes {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+OTHER_ARGUMENTS = frozenset(
+    {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+    | {"raise_exception", "strftime_now"}
+)
+"""Names that a template may read and that the tokenizer gives it, or the rows."""
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The chat templates of a tokenizer, which may have several by name."""
+    template = tokenizer.chat_template
+    return list(template.values()) if isinstance(template, dict) else [template] if template is not None else []
+
+
 @lru_cache(maxsize=16)
-def _has_powers(template: str | None) -> bool:
-    if template is None or "**" not in template:
+def _has_powers(template: str) -> bool:
+    if "**" not in template:
         return False
+    tree = _parse_template(template)
+    return tree is not None and tree.find(nodes.Pow) is not None
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    """Names that a template reads and does not set."""
+    tree = _parse_template(template)
+    return frozenset() if tree is None else frozenset(meta.find_undeclared_variables(tree))
+
+
+def _parse_template(template: str) -> nodes.Template | None:
+    """The syntax tree of a template; None for one that is broken, which is for the renderer to report."""
     environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
     try:
-        return environment.parse(template).find(nodes.Pow) is not None
+        return environment.parse(template)
     except (TemplateSyntaxError, RecursionError):
-        return False  # which is for the renderer to report
+        return None
 
 
 class _GenerationBlock(Extension):
@@ -233,7 +289,7 @@ def template_problem(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config:
     """Why the chat template does not render a prompt, and what to do; None if it does."""
     messages = as_messages(prompt, config.system_prompt)
     try:
-        render(messages, tokenizer)
+        render(messages, tokenizer, config)
     except TemplateProblem as problem:
         roles = [message["role"] for message in messages]
         return (
@@ -292,7 +348,7 @@ def _render_all(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig, places: Sequence[str] | None
 ) -> list[str]:
     try:
-        return [render(as_messages(prompt, config.system_prompt), tokenizer) for prompt in prompts]
+        return [render(as_messages(prompt, config.system_prompt), tokenizer, config) for prompt in prompts]
     except TemplateProblem:
         check_rows(config.path, prompts, lambda prompt: template_problem(prompt, tokenizer, config), places=places)
         raise

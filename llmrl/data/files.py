@@ -50,13 +50,15 @@ class DataError(ValueError):
 class FileRow(dict[str, Any]):
     """A row with its place for messages, such as "line 3" of its file."""
 
-    __slots__ = ("place", "problem")
+    __slots__ = ("place", "problem", "set_number")
 
     def __init__(self, values: Any, place: str, problem: str | None = None) -> None:
         """`problem` is why the file holds no row in this place, if it does not."""
         super().__init__(values)
         self.place = place
         self.problem = problem
+        self.set_number = 0
+        """Number of its set in a mixture."""
 
 
 class Rows(list[FileRow]):

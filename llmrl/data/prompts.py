@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Prompts, Row
 from llmrl.data.chat import padded, prompt_ids, prompt_problem
-from llmrl.data.config import PromptDataConfig
+from llmrl.data.config import PromptsConfig
 from llmrl.data.files import DataError, Rows
+from llmrl.data.mixture import by_set, weights_of
 from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import keep_in_template
 from llmrl.data.source import ShuffledSource
@@ -15,23 +16,23 @@ from llmrl.data.source import ShuffledSource
 EncodedPrompt = tuple[Row, list[int]]
 
 
-def read_prompt_rows(config: PromptDataConfig) -> Rows:
+def read_prompt_rows(config: PromptsConfig) -> Rows:
     """The rows that a config names, checked."""
     return keep_usable_prompts(read_rows(config), config)
 
 
-def keep_usable_prompts(rows: Sequence[Row], config: PromptDataConfig) -> Rows:
+def keep_usable_prompts(rows: Sequence[Row], config: PromptsConfig) -> Rows:
     """The rows with a usable prompt; see `keep_usable` for the others."""
     return keep_usable(rows, config, lambda row: _row_problem(row, config.prompt_column))
 
 
-def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> Rows:
+def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> Rows:
     """The rows whose prompt the chat template takes."""
     return keep_in_template(rows, [row[config.prompt_column] for row in rows], tokenizer, config)
 
 
 def encode_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig
 ) -> tuple[Prompts, int]:
     """``(prompts, num_dropped)``: the rows in order as one batch, less those longer than `max_prompt_tokens`."""
     kept = _encode(rows, tokenizer, config)
@@ -42,14 +43,26 @@ class ShuffledPrompts(ShuffledSource[EncodedPrompt]):
     """`PromptSource` of encoded rows, in shuffled epochs."""
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig, *, seed: int
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig, *, seed: int
     ) -> None:
-        kept = _encode(rows, tokenizer, config)
-        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed, rows=rows)
+        sets = [_encode(part, tokenizer, each) for each, part in by_set(rows, config)]
+        kept = [prompt for encoded in sets for prompt in encoded]
+        super().__init__(
+            kept,
+            num_dropped=len(rows) - len(kept),
+            seed=seed,
+            rows=rows,
+            sizes=[len(encoded) for encoded in sets],
+            weights=weights_of(config),
+        )
 
     def next(self, num_prompts: int) -> Prompts:
         """The next prompts as one batch."""
         return _batch(self.take(num_prompts))
+
+    def all(self) -> Prompts:
+        """Every prompt once, in data order; what `next` deals is not changed by it."""
+        return _batch(self.examples)
 
 
 def _row_problem(row: Row, column: str) -> str | None:
@@ -60,7 +73,7 @@ def _row_problem(row: Row, column: str) -> str | None:
     return None
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptDataConfig) -> list[EncodedPrompt]:
+def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> list[EncodedPrompt]:
     """Each row with its prompt's ids, less those that are too long."""
     prompts = [row[config.prompt_column] for row in rows]
     encoded = zip(rows, prompt_ids(prompts, tokenizer, config, places=places_of(rows)), strict=True)

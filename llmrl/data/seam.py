@@ -16,6 +16,7 @@ from llmrl.data.chat import (
     Prompt,
     TemplateProblem,
     as_messages,
+    check_template_arguments,
     opening_of_response,
     render,
     template_problem,
@@ -40,6 +41,7 @@ def keep_in_template(
 
     What a template refuses are roles and their order, so one prompt of each order is tried.
     """
+    check_template_arguments(tokenizer, config)
     if not uses_chat(tokenizer, config):
         return keep_usable(rows, config, lambda row: None)
     one_of_each = {_roles(prompt): prompt for prompt in reversed(prompts) if prompt is not None}
@@ -84,9 +86,9 @@ def _parted(
     """``(training text, template text)`` around the place where they differ first; None where they agree."""
     messages = as_messages(prompt, config.system_prompt)
     try:
-        before = render(messages, tokenizer)
+        before = render(messages, tokenizer, config)
         answer = {"role": "assistant", "content": response}
-        written = render([*messages, answer], tokenizer, for_response=False)
+        written = render([*messages, answer], tokenizer, config, for_response=False)
     except TemplateProblem:
         return None
     text = without_opening(response, opening)

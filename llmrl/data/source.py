@@ -1,16 +1,16 @@
 """Shuffled source of examples: a new random order each epoch, resumed exactly."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from llmrl.batches import Row
+from llmrl.batches import Row, fingerprint
 from llmrl.data.files import DataError
+from llmrl.data.mixture import dealt_after, next_set, whole_weights
 from llmrl.functional.streams import Purpose, permutation
 
 Example = TypeVar("Example")
@@ -21,20 +21,33 @@ class ShuffledSource(Generic[Example]):
 
     The order of an epoch is a function of the seed and the epoch, so the position is the whole state.
 
+    Of several sets, the quota method picks the one that each example comes from, see `next_set`, and each is dealt in
+    epochs of its own.
+
     Args:
         examples: Encoded examples, so that dealing them is cheap.
         num_dropped: Number of rows that were too long to be among the examples.
         seed: Seed of the run.
         rows: Rows that the examples were made of; a resumed run must have the same.
+        sizes: Examples of each set, which stand one set after another; none given: they are one set.
+        weights: Weights of the sets.
     """
 
-    def __init__(self, examples: Sequence[Example], *, num_dropped: int, seed: int, rows: Sequence[Row] = ()) -> None:
-        def order(epoch: int) -> Tensor:
-            return permutation(len(examples), seed, Purpose.DATA, epoch=epoch)
-
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        num_dropped: int,
+        seed: int,
+        rows: Sequence[Row] = (),
+        sizes: Sequence[int] = (),
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
         self.num_dropped = num_dropped
         self._examples = examples
-        self._order = lru_cache(maxsize=2)(order)  # a batch seldom touches more than two epochs
+        self._decks = [_Deck(size, seed, number) for number, size in enumerate(sizes or [len(examples)])]
+        self._firsts = [0, *accumulate(sizes)]
+        self._weights = whole_weights(weights)
         self._position = 0
         self._fingerprint = fingerprint(rows)
 
@@ -55,11 +68,16 @@ class ShuffledSource(Generic[Example]):
 
     def take(self, count: int) -> list[Example]:
         """The next examples; they may span epochs."""
-        first_epoch, first_place = divmod(self._position, self.num_rows)
-        end_epoch = -(-(self._position + count) // self.num_rows)
-        order = torch.cat([self._order(epoch) for epoch in range(first_epoch, end_epoch)])
+        dealt = dealt_after(self._position, self._weights)
+        before = list(dealt)
+        numbers = []
+        for _ in range(count):
+            numbers.append(next_set(dealt, self._weights))
+            dealt[numbers[-1]] += 1
+        parts = zip(self._decks, before, dealt, strict=True)
+        places = [iter(deck.places(start, end)) for deck, start, end in parts]
         self._position += count
-        return [self._examples[n] for n in order[first_place : first_place + count].tolist()]
+        return [self._examples[self._firsts[number] + next(places[number])] for number in numbers]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self._position, "num_rows": self.num_rows, "fingerprint": self._fingerprint}
@@ -78,10 +96,20 @@ class ShuffledSource(Generic[Example]):
         self._position = state["position"]
 
 
-def fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 of rows, content and order. A value that JSON cannot hold counts by its type only."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+class _Deck:
+    """Places of the examples of one set, in a new random order each epoch."""
+
+    def __init__(self, size: int, seed: int, number: int) -> None:
+        def order(epoch: int) -> Tensor:
+            return permutation(size, seed, Purpose.DATA, epoch=epoch, iteration=number)
+
+        self.size = size
+        self._order = lru_cache(maxsize=2)(order)  # a batch seldom touches more than two epochs
+
+    def places(self, start: int, end: int) -> list[int]:
+        """Places of what is dealt from one position of the stream of this set to another."""
+        if start == end:
+            return []
+        first_epoch, first_place = divmod(start, self.size)
+        order = torch.cat([self._order(epoch) for epoch in range(first_epoch, -(-end // self.size))])
+        return order[first_place : first_place + end - start].tolist()

@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.batches import Row, Sequences
 from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, response_ids
-from llmrl.data.config import SupervisedDataConfig
+from llmrl.data.config import ExamplesConfig
 from llmrl.data.files import DataError, Rows, kind
+from llmrl.data.mixture import by_set, weights_of
 from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import keep_in_template, notes_on_seams
 from llmrl.data.source import ShuffledSource
@@ -16,19 +17,17 @@ from llmrl.data.source import ShuffledSource
 EncodedExample = tuple[list[int], list[int]]
 
 
-def read_supervised_rows(config: SupervisedDataConfig) -> Rows:
+def read_supervised_rows(config: ExamplesConfig) -> Rows:
     """The rows that a config names, checked."""
     return keep_usable_examples(read_rows(config), config)
 
 
-def keep_usable_examples(rows: Sequence[Row], config: SupervisedDataConfig) -> Rows:
+def keep_usable_examples(rows: Sequence[Row], config: ExamplesConfig) -> Rows:
     """The rows with a usable prompt and response; see `keep_usable` for the others."""
     return keep_usable(rows, config, lambda row: _row_problem(row, config))
 
 
-def keep_examples_in_template(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
-) -> Rows:
+def keep_examples_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig) -> Rows:
     """The rows whose prompt the chat template takes, with notes on where prompts and responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
     kept = keep_in_template(rows, [_split(row, config)[0] for row in rows], tokenizer, config)
@@ -37,7 +36,7 @@ def keep_examples_in_template(
 
 
 def encode_examples(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig
 ) -> list[EncodedExample]:
     """``(prompt ids, response ids)`` of each row, however long."""
     prompts, responses = zip(*(_split(row, config) for row in rows), strict=True)
@@ -49,17 +48,25 @@ class SupervisedSource(ShuffledSource[EncodedExample]):
     """Deals supervised examples in shuffled epochs."""
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig, *, seed: int
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig, *, seed: int
     ) -> None:
-        kept = _encode(rows, tokenizer, config)
-        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed, rows=rows)
+        sets = [_encode(part, tokenizer, each) for each, part in by_set(rows, config)]
+        kept = [example for encoded in sets for example in encoded]
+        super().__init__(
+            kept,
+            num_dropped=len(rows) - len(kept),
+            seed=seed,
+            rows=rows,
+            sizes=[len(encoded) for encoded in sets],
+            weights=weights_of(config),
+        )
 
     def next(self, num_examples: int) -> Sequences:
         """The next examples as one batch."""
         return as_sequences(*zip(*self.take(num_examples), strict=True))
 
 
-def _row_problem(row: Row, config: SupervisedDataConfig) -> str | None:
+def _row_problem(row: Row, config: ExamplesConfig) -> str | None:
     if config.prompt_column not in row:
         return missing_column(row, config.prompt_column, "prompt_column")
     if _brings_response(row, config) and config.response_column in row:
@@ -74,14 +81,14 @@ def _row_problem(row: Row, config: SupervisedDataConfig) -> str | None:
     return None if response.strip() else "its response is an empty text"
 
 
-def _brings_response(row: Row, config: SupervisedDataConfig) -> bool:
+def _brings_response(row: Row, config: ExamplesConfig) -> bool:
     match row[config.prompt_column]:
         case [*_, {"role": "assistant", "content": _}]:
             return True
     return False
 
 
-def _split(row: Row, config: SupervisedDataConfig) -> tuple[Any, Any]:
+def _split(row: Row, config: ExamplesConfig) -> tuple[Any, Any]:
     """``(prompt, response)`` of a row, unchecked: see `_row_problem`."""
     prompt = row[config.prompt_column]
     if _brings_response(row, config):
@@ -89,9 +96,7 @@ def _split(row: Row, config: SupervisedDataConfig) -> tuple[Any, Any]:
     return prompt, row[config.response_column]
 
 
-def _encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: SupervisedDataConfig
-) -> list[EncodedExample]:
+def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig) -> list[EncodedExample]:
     """The ids of each row's prompt and response, less those that are too long."""
     encoded = encode_examples(rows, tokenizer, config)
     kept = [(prompt, response) for prompt, response in encoded if len(prompt) + len(response) <= config.max_tokens]

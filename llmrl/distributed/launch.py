@@ -9,6 +9,8 @@ from llmrl.distributed.context import Launch
 
 RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that a launcher sets for each of several processes, in addition to WORLD_SIZE."""
+MIXED_PRECISIONS = {"bfloat16": "bf16"}
+"""Name that accelerate has for the mixed precision of a dtype: products in it, weights in float32."""
 WAY_OUT = "see recipes/accelerate/ for files that work"
 
 
@@ -23,12 +25,6 @@ def read_launch() -> Launch:
         LaunchError: The launcher asks for what llmrl does not support.
     """
     world_size = number("WORLD_SIZE", least=1, otherwise=1)
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
-    if precision != "no":
-        raise LaunchError(
-            f"mixed_precision ({precision}) of the launch, in its file or as ACCELERATE_MIXED_PRECISION: precision is "
-            'the recipe\'s; set mixed_precision to "no" there and model.dtype to bfloat16 in the recipe'
-        )
     if is_on("ACCELERATE_USE_MEGATRON_LM"):
         raise LaunchError(f"Megatron-LM of the launch file is not supported; choose DeepSpeed or FSDP: {WAY_OUT}")
     if is_on("ACCELERATE_USE_DEEPSPEED"):
@@ -37,6 +33,21 @@ def read_launch() -> Launch:
         _check_fsdp()
         return Launch(world_size=world_size, sharding="fsdp")
     return Launch(world_size=world_size, sharding="none")
+
+
+def check_mixed_precision(dtype: str) -> None:
+    """Checks that the launch asks for no other precision than the recipe, whose `model.dtype` is what computes.
+
+    Raises:
+        LaunchError: It does.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if precision not in ("no", MIXED_PRECISIONS.get(dtype)):
+        raise LaunchError(
+            f"mixed_precision ({precision}) of the launch, in its file or as ACCELERATE_MIXED_PRECISION, differs from "
+            f'model.dtype ({dtype}), which is what computes; set mixed_precision to "no"'
+            + (", or model.dtype to bfloat16" if precision == "bf16" else "")
+        )
 
 
 def _zero_stage() -> int:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from llmrl.functional.masking import check_shapes
+
 Z_95 = 1.959964
 """Standard normal quantile at 0.975: intervals of 95 %."""
 
@@ -72,3 +74,27 @@ def mean_interval(values: Float[Tensor, " N"], *, z: float = Z_95) -> tuple[floa
         return mean, -math.inf, math.inf
     half = z * values.double().std().item() / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def paired_interval(
+    after: Float[Tensor, " N"], before: Float[Tensor, " N"], *, z: float = Z_95
+) -> tuple[float, float, float]:
+    """Normal confidence interval ``(difference, low, high)`` of the mean difference of two measurements of each unit.
+
+        d_n = after_n - before_n,  mean(d) ± z s_d / sqrt(N), s_d with N - 1
+
+    What both share, such as how hard a prompt is, cancels: the interval is narrower than that of two independent means
+    by twice their covariance, Var(d) = Var(after) + Var(before) - 2 Cov(after, before). Infinite for a single unit.
+
+    Args:
+        after: Measurement of each unit, such as the mean score of the responses to each prompt.
+        before: The other measurement of the same units.
+        z: Standard normal quantile of the confidence level.
+
+    Raises:
+        ValueError: There are no units, or shapes differ.
+
+    Reference: Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640, section 4.2.
+    """
+    check_shapes(after=(after, "N"), before=(before, "N"))
+    return mean_interval(after.double() - before.double(), z=z)

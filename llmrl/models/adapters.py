@@ -17,6 +17,7 @@ from llmrl.models.folders import (
     resolved,
 )
 from llmrl.models.loading import load_model, reading
+from llmrl.models.routers import routers_of
 from llmrl.models.training import turn_dropout_off
 from llmrl.roles import Policy
 
@@ -62,9 +63,10 @@ def load_adapted(config: ModelConfig, *, moving_reference: bool = False) -> "tup
         model = load_model(config)
         check_targets(config.lora, model)
         with reading(config):
-            adapted = get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM"))
+            settings = lora_config(config.lora, model, task_type="CAUSAL_LM")
+            adapted = get_peft_model(model, copy.deepcopy(settings))  # peft writes the layers that it found into its own
             if moving_reference:
-                _add_reference(adapted, lora_config(config.lora, task_type="CAUSAL_LM"))
+                _add_reference(adapted, settings)
     else:
         return load_model(config), None
     refuse_tied(model)
@@ -105,14 +107,19 @@ def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
         )
 
 
-def lora_config(settings: LoraSettings, *, task_type: str, modules_to_save: list[str] | None = None) -> "LoraConfig":
-    """peft's settings of an adapter, made from ours."""
+def lora_config(
+    settings: LoraSettings, model: "PreTrainedModel", *, task_type: str, modules_to_save: list[str] | None = None
+) -> "LoraConfig":
+    """peft's settings of an adapter on a model, made from ours."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         target_modules=list(settings.targets) or "all-linear",
+        exclude_modules=None if settings.targets else routers_of(model) or None,
         modules_to_save=modules_to_save,
         task_type=task_type,
     )  # type: ignore[arg-type]

@@ -230,7 +230,7 @@ def _try_lora(config: ModelConfig, model: "PreTrainedModel") -> None:
     check_targets(config.lora, model)
     is_causal = model.get_output_embeddings() is not None
     with reading(config):
-        get_peft_model(model, lora_config(config.lora, task_type="CAUSAL_LM" if is_causal else "SEQ_CLS"))
+        get_peft_model(model, lora_config(config.lora, model, task_type="CAUSAL_LM" if is_causal else "SEQ_CLS"))
     if is_causal:
         refuse_tied(model)
 

@@ -16,9 +16,16 @@ class LoraSettings(Section, place="model.lora"):
     rank: Annotated[int, Bound(least=1)] = 16
     """Rank of each update."""
     alpha: Annotated[int, Bound(above=0)] = 32
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank, or as `use_rslora` says."""
     targets: tuple[str, ...] | Literal["all-linear"] = ()
-    """Names of the layers that get an adapter; none named, or all-linear: every linear layer except the LM head."""
+    """Names of the layers that get an adapter; none named, or all-linear: every linear layer except the LM head and the
+    routers of mixtures of experts."""
+    use_rslora: bool = False
+    """Scales the update by alpha / sqrt(rank), which keeps it from fading at high ranks. Kalajdzievski 2023,
+    arXiv:2312.03732."""
+    use_dora: bool = False
+    """Learns the length of each row of the merged weight apart from its direction. Liu et al. 2024,
+    arXiv:2402.09353."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

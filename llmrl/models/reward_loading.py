@@ -129,7 +129,7 @@ def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
 
     check_targets(config.lora, model)
     with reading(config):
-        adapted = get_peft_model(model, lora_config(config.lora, task_type="SEQ_CLS", modules_to_save=["score"]))
+        adapted = get_peft_model(model, lora_config(config.lora, model, task_type="SEQ_CLS", modules_to_save=["score"]))
     turn_dropout_off(model)
     return adapted  # type: ignore[return-value]
 

@@ -1,7 +1,7 @@
 """Records of training in a reward model's config.json: normalization of scores, and how texts became tokens."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +14,7 @@ MEAN_KEY, STD_KEY = "llmrl_score_mean", "llmrl_score_std"
 
 
 TEMPLATE_KEY, SYSTEM_PROMPT_KEY = "llmrl_template", "llmrl_system_prompt"
+ARGUMENTS_KEY = "llmrl_chat_template_kwargs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +60,20 @@ class TextForm:
 
     template: Literal["auto", "chat", "none"] = "auto"
     system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def write(self, config: "PretrainedConfig") -> None:
-        """Stores both in the config, where `saved_text_form` finds them."""
+        """Stores them in the config, where `saved_text_form` finds them."""
         setattr(config, TEMPLATE_KEY, self.template)
         setattr(config, SYSTEM_PROMPT_KEY, self.system_prompt)
+        setattr(config, ARGUMENTS_KEY, self.chat_template_kwargs)
 
 
 def saved_text_form(config: "PretrainedConfig") -> TextForm:
     """The text form stored with a model; the defaults of `data` for one that llmrl did not train."""
+    arguments = getattr(config, ARGUMENTS_KEY, None)
     return TextForm(
-        template=getattr(config, TEMPLATE_KEY, "auto"), system_prompt=getattr(config, SYSTEM_PROMPT_KEY, None)
+        template=getattr(config, TEMPLATE_KEY, "auto"),
+        system_prompt=getattr(config, SYSTEM_PROMPT_KEY, None),
+        chat_template_kwargs=arguments if isinstance(arguments, dict) else {},
     )

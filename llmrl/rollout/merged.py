@@ -1,4 +1,5 @@
-"""Layers of a copy in which an adapter is merged: W + scale B A, of the trained float32 weights, rounded once."""
+"""Layers of a copy in which an adapter is merged, of the trained float32 weights, rounded once: W + scale B A, and with
+DoRA that with each of its rows at its learned length."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MergedLayer:
-    """The weight of a linear layer of the copy, merged from the three that make it as they come, in any order.
+    """The weight of a linear layer of the copy, merged from those that make it as they come, in any order.
 
     Args:
         name: Name of the adapted layer in the trained model.
@@ -21,9 +22,10 @@ class MergedLayer:
     def __init__(self, name: str, layer: Any, weight: nn.Parameter) -> None:
         adapter = layer.active_adapters[0]
         self.name = name
-        self.base, self.a, self.b = (
-            f"{name}.{part}.weight" for part in ("base_layer", f"lora_A.{adapter}", f"lora_B.{adapter}")
-        )
+        parts = ["base_layer", f"lora_A.{adapter}", f"lora_B.{adapter}"]
+        if adapter in layer.lora_magnitude_vector:
+            parts.append(f"lora_magnitude_vector.{adapter}")
+        self.names = tuple(f"{name}.{part}.weight" for part in parts)
         self.scale = layer.scaling[adapter]
         self.transposed = layer.fan_in_fan_out
         self.weight = weight
@@ -34,14 +36,12 @@ class MergedLayer:
         self.parts[name] = part.detach().to(self.weight.device, copy=True)
         if len(self.parts) < len(self.names):
             return
-        base, a, b = (self.parts[name] for name in self.names)
-        change = self.scale * (b @ a)
-        self.weight.copy_(base + (change.T if self.transposed else change))
+        base, a, b, *lengths = (self.parts[name] for name in self.names)
+        merged = (base.T if self.transposed else base) + self.scale * (b @ a)
+        for length in lengths:
+            merged = (length / merged.norm(dim=1))[:, None] * merged
+        self.weight.copy_(merged.T if self.transposed else merged)
         self.parts.clear()
-
-    @property
-    def names(self) -> tuple[str, str, str]:
-        return self.base, self.a, self.b
 
 
 def merge_adapters(
@@ -73,7 +73,7 @@ def refresh(layers: Iterable[MergedLayer], weights: Iterable[tuple[str, Tensor]]
 
 
 def _adapted(model: "PreTrainedModel") -> Iterator[tuple[str, Any]]:
-    """Yields linear layers with one plain adapter of low rank."""
+    """Yields linear layers with one adapter of low rank, plain or of DoRA."""
     candidates = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
     if not candidates:
         return
@@ -83,8 +83,6 @@ def _adapted(model: "PreTrainedModel") -> Iterator[tuple[str, Any]]:
         active = getattr(layer, "active_adapters", ())
         if type(layer) is not Linear or layer.disable_adapters or len(active) != 1 or active[0] not in layer.lora_A:
             continue
-        is_plain = not any(
-            getattr(layer, more, {}).get(active[0]) for more in ("lora_variant", "lora_bias", "use_dora")
-        )
-        if is_plain:
+        is_other = active[0] in layer.lora_variant and active[0] not in layer.lora_magnitude_vector
+        if not is_other and not layer.lora_bias.get(active[0]):
             yield name, layer

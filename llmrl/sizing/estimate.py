@@ -90,10 +90,12 @@ class _Parts(ABC):
     def __init__(self, config: SFTRun | RewardModelRun | RLRun, shape: ModelShape, strategy: Strategy) -> None:
         self.model, self.shape, self.strategy = config.model, shape, strategy
         self.bfloat16 = config.model.dtype == "bfloat16"
-        rank = config.model.lora.rank if config.model.lora is not None else shape.adapter_rank
-        targets = config.model.lora.targets if config.model.lora is not None else shape.adapter_targets
+        lora = config.model.lora
+        rank = lora.rank if lora is not None else shape.adapter_rank
+        targets = lora.targets if lora is not None else shape.adapter_targets
+        has_lengths = lora.use_dora if lora is not None else shape.adapter_has_lengths
         self.rank = rank or 0
-        self.num_adapter = 0 if rank is None else shape.num_adapter(rank, targets)
+        self.num_adapter = 0 if rank is None else shape.num_adapter(rank, targets, has_lengths=has_lengths)
 
     @abstractmethod
     def items(self) -> Iterator[Item]:

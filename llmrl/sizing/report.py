@@ -35,7 +35,19 @@ def describe_memory(config: RunConfig) -> list[str]:
     def estimated(other: RunConfig) -> Estimate:
         return estimate_memory(other, shape, strategy, reward_shape=reward_shape)
 
-    return [*lines, *_fit(config, estimate, estimated, beside="the reward model" if unknown else None)]
+    fit = _fit(config, estimate, estimated, beside="the reward model" if unknown else None)
+    return [*lines, *fit, *_left_out(config.model, shape)]
+
+
+def _left_out(config: ModelConfig, shape: ModelShape) -> list[str]:
+    """A sentence on routers, which adapters leave out unless they are named."""
+    routers = sorted({linear.name.rpartition(".")[2] for linear in shape.linears if linear.routes})
+    if config.lora is None or config.lora.targets or not routers:
+        return []
+    return [
+        f"model.lora leaves out the routers of the mixture of experts ({', '.join(routers)}); name them in "
+        "model.lora.targets, beside the others, to train them too."
+    ]
 
 
 def _reward_shape(config: RunConfig) -> tuple[ModelShape | None, list[str]]:

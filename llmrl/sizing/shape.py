@@ -11,6 +11,7 @@ from torch import nn
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import base_of_adapter, is_adapter, json_object, resolved
+from llmrl.models.routers import routers_of
 from llmrl.rollout.support import carries_states
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class Linear:
     name: str
     inputs: int
     outputs: int
+    routes: bool
+    """Whether it is a router of a mixture of experts, which gets an adapter only by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ class ModelShape:
     adapter_rank: int | None = None
     """LoRA rank of the adapter that comes with the folder."""
     adapter_targets: tuple[str, ...] = ()
+    adapter_has_lengths: bool = False
+    """Whether that adapter is one of DoRA."""
 
     @property
     def num_linear(self) -> int:
@@ -68,10 +73,11 @@ class ModelShape:
         """Parameters without an LM head of its own."""
         return self.num_parameters - self.num_head
 
-    def num_adapter(self, rank: int, targets: Sequence[str]) -> int:
-        """Parameters of LoRA matrices of this rank on the linear layers of these names; none named: on all."""
-        chosen = [x for x in self.linears if not targets or x.name.rpartition(".")[2] in targets]
-        return sum(rank * (linear.inputs + linear.outputs) for linear in chosen)
+    def num_adapter(self, rank: int, targets: Sequence[str], *, has_lengths: bool = False) -> int:
+        """Parameters of LoRA matrices of this rank on the linear layers of these names; none named: on all except
+        routers. `has_lengths`: with the length of each row, of DoRA."""
+        chosen = [x for x in self.linears if (x.name.rpartition(".")[2] in targets if targets else not x.routes)]
+        return sum(rank * (linear.inputs + linear.outputs) + has_lengths * linear.outputs for linear in chosen)
 
 
 def read_shape(config: ModelConfig) -> ModelShape | None:
@@ -97,7 +103,8 @@ def _read_adapted(config: ModelConfig) -> ModelShape | None:
     base = read_shape(base_of_adapter(config))
     targets = adapter["target_modules"]
     named = tuple(targets) if isinstance(targets, list) else ()
-    return None if base is None else replace(base, adapter_rank=adapter["r"], adapter_targets=named)
+    has_lengths = bool(adapter.get("use_dora"))
+    return base and replace(base, adapter_rank=adapter["r"], adapter_targets=named, adapter_has_lengths=has_lengths)
 
 
 def _config_file(path: str) -> Path | None:
@@ -140,8 +147,12 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
 def _linears(trunk: nn.Module) -> Iterator[Linear]:
     from transformers.pytorch_utils import Conv1D
 
+    routers = routers_of(trunk)
     for name, module in trunk.named_modules():
         if isinstance(module, nn.Linear):
-            yield Linear(name=name, inputs=module.in_features, outputs=module.out_features)
+            inputs, outputs = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
-            yield Linear(name=name, inputs=module.nx, outputs=module.nf)
+            inputs, outputs = module.nx, module.nf
+        else:
+            continue
+        yield Linear(name=name, inputs=inputs, outputs=outputs, routes=name in routers)

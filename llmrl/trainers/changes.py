@@ -35,7 +35,7 @@ HARMLESS = (
 what happens when a function of the user fails."""
 CODE = ("reward.functions.*", "algorithm.*")
 """Contents that are code of the user."""
-FREE = frozenset({"arguments", "rename_columns"})
+FREE = frozenset({"arguments", "chat_template_kwargs", "rename_columns"})
 """Mappings whose keys are the user's, so that a new key is no setting of a new version."""
 NOT_HARMLESS = ("run.seed", "run.deterministic")
 """Exceptions to these."""

@@ -1,13 +1,16 @@
 """Accuracy and pass@k on held-out prompts, with confidence intervals."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from llmrl.batches import Prompts, Scores
+from llmrl.batches import Prompts, Scores, fingerprint
 from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling
+from llmrl.trainers.comparison import Evaluation
 from llmrl.trainers.config import EvaluationConfig
 
 
@@ -43,15 +46,19 @@ class Evaluator:
         )
         self.progress = progress
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval/accuracy`` with ``_low`` and ``_high``, ``eval/pass_at_k`` likewise, and what else describes them."""
+        return self.measure().values
+
+    @torch.no_grad()
+    def measure(self) -> Evaluation:
+        """What `evaluate` returns, with the means of each prompt, by which evaluations are compared in pairs."""
         num_prompts, num_responses = len(self.prompts.rows), self.config.num_responses
         self.progress.phase("evaluation", num_prompts * num_responses)
         rollout = self.engine.generate(self.prompts, self.sampling)
         scores = self.reward(rollout)
         failed = _failed(scores, scores.parts[self.criterion])
-        correct, judged = self._judged(scores, failed)
+        correct, judged, kept = self._judged(scores, failed)
         values = {
             **(_with_interval("eval/accuracy", *accuracy(correct, judged)) if len(correct) else {}),
             "eval/num_prompts": float(len(correct)),
@@ -65,11 +72,21 @@ class Evaluator:
         for k in self.config.pass_at:
             chances = _chances(correct, judged, k)
             values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances)) if len(chances) else {}
-        return values
+        rates = torch.full((num_prompts,), math.nan, dtype=torch.float64, device=correct.device)
+        rates[kept] = correct.sum(dim=1).double() / judged.sum(dim=1)
+        mean_score = scores.per_response.view(num_prompts, num_responses).double().nanmean(dim=1)
+        return Evaluation(
+            values=values,
+            num_responses=num_responses,
+            prompts=tuple(fingerprint([row]) for row in self.prompts.rows),
+            means={"eval/accuracy": rates, "eval/score": mean_score},
+        )
 
-    def _judged(self, scores: Scores, failed: Bool[Tensor, " B"]) -> tuple[Bool[Tensor, "N G"], Bool[Tensor, "N G"]]:
-        """``(correct, judged)`` of the responses to each prompt of the criterion. One that no reward scores is wrong;
-        one on which a function failed is not judged.
+    def _judged(
+        self, scores: Scores, failed: Bool[Tensor, " B"]
+    ) -> tuple[Bool[Tensor, "M G"], Bool[Tensor, "M G"], Bool[Tensor, " N"]]:
+        """``(correct, judged, kept)``: of the responses to each prompt of the criterion, which prompts are `kept`. One
+        that no reward scores is wrong; one on which a function failed is not judged.
 
         A prompt that the criterion does not score and another reward does is of another task.
         """
@@ -79,7 +96,7 @@ class Evaluator:
         )
         of_another_task = criterion.isnan() & ~total.isnan()
         kept = ~(of_another_task | failed).all(dim=1)
-        return (criterion > self.config.correct_above)[kept], ~failed[kept]
+        return (criterion > self.config.correct_above)[kept], ~failed[kept], kept
 
 
 def _failed(scores: Scores, criterion: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:

@@ -15,12 +15,13 @@ from llmrl.algorithms.user_functions import check_user_functions
 from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
+from llmrl.data.mixture import keep_in_each, mix, sets_of
 from llmrl.data.preferences import keep_pairs_in_template, read_preference_rows
 from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
 from llmrl.data.rerender import same_ids
 from llmrl.data.rows import column_names, keep_usable
 from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
-from llmrl.distributed.launch import Launch, LaunchError, read_launch
+from llmrl.distributed.launch import Launch, LaunchError, check_mixed_precision, read_launch
 from llmrl.models.checking import check_model, check_reward_model
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError, is_adapter
@@ -34,6 +35,7 @@ from llmrl.roles import Progress
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
+from llmrl.wiring.precision import default_dtype
 from llmrl.wiring.rows import EVALUATION, read_section
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def _check_batches(
     """Checks a run that learns from batches of data; `read` reads the rows, `keep` keeps those that
     the model's chat template takes."""
     read_launch()
+    _check_precision(config)
     check_output(config.run, _inputs(config))
     made_by = command_for(config.model.path, config)
     unchecked = _check_model(config.model, dry=dry, made_by=made_by, needs_head=needs_head)
@@ -109,6 +112,7 @@ def _check_batches(
 
 def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
     """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
+    _check_precision(config)
     if trains:
         _check_one_base(config, read_launch())
         _check_averages(config)
@@ -171,7 +175,8 @@ def _compared(
 
 def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
     """Paths that a run reads, by setting."""
-    inputs = {"model.path": config.model.path, "data.path": str(config.data.path)}
+    sets = zip(_places(config.data, "data"), sets_of(config.data), strict=True)
+    inputs = {"model.path": config.model.path, **{f"{place}.path": str(each.path) for place, each in sets}}
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
     return inputs
@@ -193,18 +198,33 @@ def _reader(
     """
     tokenizer = None if dry and unchecked else load_tokenizer(run.model)
 
-    def rows_of(config: C, section: str) -> Rows | None:
-        rows = read_section(config, read, unchecked, dry=dry, section=section, made_by=command_for(config.path, run))
+    def set_of(config: C, place: str) -> Rows | None:
+        rows = read_section(config, read, unchecked, dry=dry, section=place, made_by=command_for(config.path, run))
         return rows if rows is None or tokenizer is None else keep(rows, tokenizer, config)
 
+    def rows_of(config: C, section: str) -> Rows | None:
+        sets = [set_of(each, place) for each, place in zip(sets_of(config), _places(config, section), strict=True)]
+        known = [rows for rows in sets if rows is not None]
+        return mix(known, config) if len(known) == len(sets) else None
+
     return rows_of
+
+
+def _places(config: DataConfig, section: str) -> list[str]:
+    """Place in the recipe of each set of rows of a section."""
+    return [section, *(f"{section}.mixed_with.{number}" for number in range(len(sets_of(config)) - 1))]
 
 
 def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig) -> Rows:
     """The rows that have the columns which the reward functions read."""
     worker.check_columns(tuple(column_names(rows)))
     required = required_columns(config, worker.functions.values())
-    return keep_usable(rows, data, partial(row_problem, required=required))
+    problem = partial(row_problem, required=required)
+    return keep_in_each(rows, data, lambda part, each: keep_usable(part, each, problem))
+
+
+def _check_precision(config: SFTRun | RewardModelRun | RLRun) -> None:
+    check_mixed_precision(config.model.dtype or default_dtype())
 
 
 def _check_one_base(config: RLRun, launch: Launch) -> None:

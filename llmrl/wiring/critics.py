@@ -82,7 +82,7 @@ def _adapter_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
     assert config.model.lora is not None, "checked with the settings"
     trunk: PreTrainedModel = base_of(actor.adapted).base_model  # type: ignore[assignment]
     _check_targets(config.model.lora.targets, trunk)
-    get_peft_model(trunk, lora_config(config.model.lora, task_type="FEATURE_EXTRACTION"))
+    get_peft_model(trunk, lora_config(config.model.lora, trunk, task_type="FEATURE_EXTRACTION"))
     turn_dropout_off(trunk)
     return trunk
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.batches import Prompts
+from llmrl.data.chat import check_template_arguments
 from llmrl.data.config import PromptDataConfig
 from llmrl.data.prompts import encode_prompts
 from llmrl.functional.streams import Purpose
@@ -87,14 +88,22 @@ def respond(
     device: torch.device,
     *,
     system_prompt: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     temperature: float,
     num_responses: int,
     max_response_tokens: int,
     seed: int,
 ) -> list[list[str]]:
     """Responses to texts, as text; greedy at temperature 0."""
+    data = PromptDataConfig(
+        path="the command line",
+        system_prompt=system_prompt,
+        chat_template_kwargs=dict(chat_template_kwargs or {}),
+        max_prompt_tokens=sys.maxsize,
+    )
+    if data.chat_template_kwargs:
+        check_template_arguments(load_tokenizer(config), data)
     tokenizer, model = load_for_sampling(config, device)
-    data = PromptDataConfig(path="the command line", system_prompt=system_prompt, max_prompt_tokens=sys.maxsize)
     prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
     check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
     engine = build_engine(

@@ -93,7 +93,11 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
         check_ids(data.path, ids, loaded.model, loaded.tokenizer)
     if not loaded.has_own_pad:
         progress.message(PAD_NOTE)
-    TextForm(template=config.data.template, system_prompt=config.data.system_prompt).write(loaded.model.config)
+    data = config.data
+    text_form = TextForm(
+        template=data.template, system_prompt=data.system_prompt, chat_template_kwargs=data.chat_template_kwargs
+    )
+    text_form.write(loaded.model.config)
     reference = pairs.evenly_spaced(settings.num_reference_pairs).to(context.device)
     num_iterations = max(settings.num_epochs * pairs.num_rows // settings.batch_size, 1)
     saver = Saver(

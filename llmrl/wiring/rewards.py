@@ -11,7 +11,7 @@ from torch import nn
 
 from llmrl.batches import Rollout, Row, Sequences
 from llmrl.data.chat import as_sequences, uses_chat
-from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
+from llmrl.data.config import ExamplesConfig, PromptsConfig
 from llmrl.data.preferences import split_open_transcript
 from llmrl.data.rerender import Rerenderer, ended_by, same_tokens
 from llmrl.data.rows import check_rows, column_names, places_of
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def reward_on(
-    data: PromptDataConfig,
+    data: PromptsConfig,
     rows: Sequence[Row],
     config: RewardConfig,
     functions: Sequence[Function],
@@ -92,7 +92,7 @@ def reward_on(
 
 
 def _encoder(
-    scorer: RewardScorer, tokenizer: "PreTrainedTokenizerBase", data: PromptDataConfig, rows: Sequence[Row]
+    scorer: RewardScorer, tokenizer: "PreTrainedTokenizerBase", data: PromptsConfig, rows: Sequence[Row]
 ) -> Callable[[Rollout], Sequences]:
     """Encoder of a rollout in the reward model's tokens: the policy's own ids where both have the same."""
     eos_id: Any = scorer.tokenizer.eos_token_id
@@ -151,14 +151,14 @@ def _in_microbatches(scorer: RewardScorer, max_tokens: int, context: Context) ->
 
 
 def score_rows(
-    config: ModelConfig, rows: Sequence[Row], data: SupervisedDataConfig, device: torch.device, *, normalize: bool
+    config: ModelConfig, rows: Sequence[Row], data: ExamplesConfig, device: torch.device, *, normalize: bool
 ) -> list[float]:
     """Score of each row's response by a reward model, which reads prompts as it did in training.
 
-    Only path and columns of `data` are used: template and system prompt are those stored with the model.
+    Only path and columns of `data` are used: template, its arguments and system prompt are those stored with the model.
     """
     scorer = load_scorer(config, normalize=normalize, place=lambda module: module.to(device))
-    data = replace(data, template=scorer.text_form.template, system_prompt=scorer.text_form.system_prompt)
+    data = replace(data, **vars(scorer.text_form))
     as_messages = uses_chat(scorer.tokenizer, data)
     examples = encode_examples([_as_in_training(row, data, as_messages) for row in rows], scorer.tokenizer, data)
     ids = [ids for example in examples for ids in example]
@@ -176,7 +176,7 @@ def score_rows(
     return scores.tolist()
 
 
-def _as_in_training(row: Row, data: SupervisedDataConfig, as_messages: bool) -> Row:
+def _as_in_training(row: Row, data: ExamplesConfig, as_messages: bool) -> Row:
     """The row; a prompt that is an open transcript is split as in training."""
     prompt = row[data.prompt_column]
     if not isinstance(prompt, str):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import make_user_algorithm
-from llmrl.batches import Prompts
 from llmrl.config import GRPORun, PPORun, RLRun
 from llmrl.data.prompts import ShuffledPrompts, encode_prompts
 from llmrl.data.rerender import same_tokens
@@ -199,7 +198,7 @@ def _build_run(
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
     readers = {**parts.readers, **_reader_of(parts.scorer, actor.tokenizer)}
     if any(position_limit(model) is not None for model in readers.values()):
-        check_room(readers, _one_epoch(prompts), config.rollout)
+        check_room(readers, prompts.all(), config.rollout)
     samples = LineFile(config.run.folder / "samples.jsonl", context.progress.message)
     trainer = RLTrainer(
         algorithm=algorithm,
@@ -255,14 +254,6 @@ def _reader_of(scorer: RewardScorer | None, tokenizer: "PreTrainedTokenizerBase"
     if scorer is None or not same_tokens(tokenizer, scorer.tokenizer):
         return {}
     return {"the reward model": scorer.scorer.module.model}  # type: ignore[dict-item]
-
-
-def _one_epoch(source: ShuffledPrompts) -> Prompts:
-    """Every prompt of the source once; its position does not change."""
-    place = source.state_dict()
-    prompts = source.next(source.num_rows)
-    source.load_state_dict(place)
-    return prompts
 
 
 def _evaluator(

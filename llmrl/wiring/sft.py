@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from llmrl.batches import Row, Sequences
 from llmrl.config import SFTRun
-from llmrl.data.config import SupervisedDataConfig
+from llmrl.data.config import ExamplesConfig
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedPolicy
@@ -73,7 +73,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
 
 
 def _held_out(
-    config: SupervisedDataConfig | None, rows: Sequence[Row] | None, actor: Actor, context: Context
+    config: ExamplesConfig | None, rows: Sequence[Row] | None, actor: Actor, context: Context
 ) -> Sequences | None:
     if config is None or rows is None:
         return None

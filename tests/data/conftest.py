@@ -13,6 +13,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
+# As Qwen3's: told not to think, it writes the end of a thought itself.
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "assistant:", "assistant:{% if enable_thinking is defined and enable_thinking is false %}nothought|{% endif %}"
+)
+
 
 def make_tokenizer(post_processor: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer whose `post_processor` is written as in "<bos> $A <eos>"."""

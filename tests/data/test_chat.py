@@ -2,10 +2,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.chat import padded, prompt_ids, prompt_problem, render, response_ids
+from llmrl.data.chat import (
+    check_template_arguments,
+    opening_of_response,
+    padded,
+    prompt_ids,
+    prompt_problem,
+    render,
+    response_ids,
+)
 from llmrl.data.config import DataConfig
 from llmrl.data.files import DataError
-from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, make_tokenizer, spell
+from tests.data.conftest import BOS, CHAT_TEMPLATE, EOS, THINKING_TEMPLATE, make_tokenizer, spell
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yes"}
@@ -174,4 +182,51 @@ def test_a_template_is_held_to_limits(monkeypatch, template):
 
 def test_two_stars_in_the_text_of_a_template_are_no_power():
     chat = make_tokenizer("<bos> $A", "{# ** #}**{{ messages[0].content }}{{ dict(**{'a': 'b'}).a }}")
-    assert render([USER], chat) == "**hib"
+    assert render([USER], chat, config()) == "**hib"
+
+
+THINKS = [BOS, *spell("user:hi|assistant:")]
+DOES_NOT_THINK = [BOS, *spell("user:hi|assistant:nothought|")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ids"),
+    [({}, THINKS), ({"enable_thinking": True}, THINKS), ({"enable_thinking": False}, DOES_NOT_THINK)],
+)
+def test_arguments_reach_the_template(arguments: dict, ids: list[int]):
+    chat = make_tokenizer("<bos> $A", THINKING_TEMPLATE)
+    settings = config(chat_template_kwargs=arguments)
+    check_template_arguments(chat, settings)
+    assert prompt_ids(["hi"], chat, settings) == [ids]
+
+
+def test_the_tag_before_a_response_is_that_of_these_arguments():
+    chat = make_tokenizer("<bos> $A", THINKING_TEMPLATE.replace("nothought|", "</think>"))
+    assert opening_of_response(chat, config()) == ""
+    assert opening_of_response(chat, config(chat_template_kwargs={"enable_thinking": False})) == "</think>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["enable_thinkin", "messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "bos_token", "m"],
+)
+def test_an_argument_that_is_not_for_a_setting_is_refused_by_those_that_are(name: str):
+    """`m` is a name that the template sets itself; it reads `bos_token`, `messages` and `add_generation_prompt`."""
+    chat = make_tokenizer("<bos> $A", THINKING_TEMPLATE + "{{ raise_exception('x') if tools }}")
+    with pytest.raises(DataError, match=rf"data\.chat_template_kwargs \({name}\): .*; it takes enable_thinking$"):
+        check_template_arguments(chat, config(chat_template_kwargs={"enable_thinking": False, name: 1}))
+
+
+def test_arguments_of_a_template_that_takes_none(chat: PreTrainedTokenizerFast, plain: PreTrainedTokenizerFast):
+    with pytest.raises(DataError, match=r"\(enable_thinking\).*; it takes none$"):
+        check_template_arguments(chat, config(chat_template_kwargs={"enable_thinking": False}))
+    with pytest.raises(DataError, match=r"data\.chat_template_kwargs \(a\) need a chat template, but the tokenizer"):
+        check_template_arguments(plain, config(chat_template_kwargs={"a": 1}))
+    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs \(a\) need a chat template, but data\.template"):
+        config(chat_template_kwargs={"a": 1}, template="none")
+
+
+def test_arguments_of_one_of_several_templates():
+    chat = make_tokenizer("<bos> $A", THINKING_TEMPLATE)
+    chat.chat_template = {"default": CHAT_TEMPLATE, "tool_use": THINKING_TEMPLATE}
+    check_template_arguments(chat, config(chat_template_kwargs={"enable_thinking": False}))

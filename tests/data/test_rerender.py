@@ -210,3 +210,11 @@ def test_what_it_cannot_write_is_refused_before_there_are_responses(data, prompt
 
 def test_what_it_can_write_passes():
     Rerenderer(DATA, policy_tokenizer=make_tokenizer(), tokenizer=make_other()).check([{"prompt": "a"}])
+
+
+def test_arguments_of_the_template_reach_the_other_templates_too():
+    other = make_other(TEMPLATE.replace("a|{% endif %}", "a|{{ 'u|' if enable_thinking is false }}{% endif %}"))
+    data = PromptDataConfig(path="d.jsonl", chat_template_kwargs={"enable_thinking": False})
+    rollout = make_rollout(("ab", spell("c"), False))
+    assert ids_of(rerender(rollout, data=data, other=other))[0][0] == spell_other("u|ab|a|u|")
+    assert ids_of(rerender(rollout, data=data))[0][0] == spell_other("u|ab|a|")  # which reads none

@@ -7,8 +7,9 @@ from llmrl.data.files import DataError
 from llmrl.data.preferences import encode_pairs, keep_pairs_in_template, parse_preferences
 from llmrl.data.prompts import keep_prompts_in_template
 from llmrl.data.rows import SKIP
+from llmrl.data.seam import notes_on_seams
 from llmrl.data.supervised import encode_examples, keep_examples_in_template
-from tests.data.conftest import CHAT_TEMPLATE, EOS, make_tokenizer, spell
+from tests.data.conftest import CHAT_TEMPLATE, EOS, THINKING_TEMPLATE, make_tokenizer, spell
 
 SYSTEM = {"role": "system", "content": "s"}
 USER = {"role": "user", "content": "hi"}
@@ -217,3 +218,26 @@ def test_a_long_text_is_shown_around_the_place_where_it_parts():
     (note,) = keep_examples_in_template(rows, chat(EMPTY_THOUGHT), SupervisedDataConfig(path="rows.jsonl")).notes
     assert len(note) < 500
     assert "<think></think>yes" in note
+
+
+def test_arguments_that_the_template_does_not_take_are_refused_with_the_rows():
+    tokenizer = make_tokenizer("<bos> $A", THINKING_TEMPLATE)
+    rows = [{"prompt": "a", "response": "b", "chosen": "b", "rejected": "c"}]
+    arguments = {"path": "rows.jsonl", "chat_template_kwargs": {"thinking": False}}
+    for keep, config in (
+        (keep_prompts_in_template, PromptDataConfig(**arguments)),
+        (keep_examples_in_template, SupervisedDataConfig(**arguments)),
+        (keep_pairs_in_template, PreferenceDataConfig(**arguments)),
+    ):
+        with pytest.raises(DataError, match=r"\(thinking\).* it takes enable_thinking"):
+            keep(rows, tokenizer, config)
+
+
+def test_the_seam_is_that_of_these_arguments():
+    """A template that writes the end of a thought before each response, as training then reads it."""
+    opened = "{{ m.role }}:{% if m.role == 'assistant' %}nothought|{% endif %}"
+    tokenizer = make_tokenizer("<bos> $A", THINKING_TEMPLATE.replace("{{ m.role }}:", opened))
+    examples = [("a", "b")]
+    assert notes_on_seams(examples, tokenizer, SupervisedDataConfig(path="rows.jsonl")) != []
+    config = SupervisedDataConfig(path="rows.jsonl", chat_template_kwargs={"enable_thinking": False})
+    assert notes_on_seams(examples, tokenizer, config) == []

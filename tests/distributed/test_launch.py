@@ -2,7 +2,15 @@
 
 import pytest
 
-from llmrl.distributed.launch import Launch, LaunchError, check_rendezvous, gpu_warning, local_rank, read_launch
+from llmrl.distributed.launch import (
+    Launch,
+    LaunchError,
+    check_mixed_precision,
+    check_rendezvous,
+    gpu_warning,
+    local_rank,
+    read_launch,
+)
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 RENDEZVOUS = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -54,7 +62,6 @@ def test_what_a_launch_asks_for(monkeypatch, environment, sharding, stage, split
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed_precision \(bf16\).* model\.dtype to bfloat16"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM of the launch file is not supported"),
         (FSDP | {"FSDP_VERSION": "1"}, r"fsdp_version \(1\) of the launch file must be 2"),
         (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params of the launch file is not supported"),
@@ -69,6 +76,32 @@ def test_what_a_launch_asks_for(monkeypatch, environment, sharding, stage, split
 def test_what_is_not_served_is_refused_with_a_way_out(monkeypatch, environment, told):
     with pytest.raises(LaunchError, match=told):
         launched(monkeypatch, **environment)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("no", "float32"), ("no", "bfloat16"), ("", "bfloat16"), ("bf16", "bfloat16")]
+)
+def test_a_mixed_precision_that_is_the_recipes_is_accepted(monkeypatch, precision, dtype):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    check_mixed_precision(dtype)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "way_out"),
+    [
+        ("bf16", "float32", 'set mixed_precision to "no", or model.dtype to bfloat16'),
+        ("fp16", "bfloat16", 'set mixed_precision to "no"'),
+        ("fp8", "float32", 'set mixed_precision to "no"'),
+    ],
+)
+def test_a_mixed_precision_that_differs_is_refused_by_both_names(monkeypatch, precision, dtype, way_out):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(LaunchError) as refusal:
+        check_mixed_precision(dtype)
+    message = str(refusal.value)
+    assert message.startswith(f"mixed_precision ({precision}) of the launch")
+    assert f"differs from model.dtype ({dtype})" in message
+    assert message.endswith(way_out)
 
 
 @pytest.mark.parametrize(

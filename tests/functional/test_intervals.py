@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
+from llmrl.functional.intervals import mean_interval, paired_interval, pass_at_k, wilson_interval
 from llmrl.functional.streams import Purpose, uniforms
 from tests import oracles
 
@@ -76,3 +76,47 @@ def test_mean_intervals_hold_the_truth_as_often_as_they_say():
     draws = uniforms(0, Purpose.EVALUATION, number, token)
     held = sum(low <= 0.5 <= high for _, low, high in map(mean_interval, draws))
     assert 0.93 < held / 2000 < 0.965
+
+
+def test_paired_by_hand():
+    """Differences 0.5, 0, 1 of three prompts: mean 0.5, sample variance 0.25."""
+    after, before = torch.tensor([1.0, 0.25, 1.0]), torch.tensor([0.5, 0.25, 0.0])
+    half = 2 * 0.5 / math.sqrt(3)
+    assert paired_interval(after, before, z=2.0) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+
+
+def test_paired_has_the_variance_of_both_less_twice_the_covariance():
+    hard = torch.tensor([0.0, 0.1, 0.4, 0.8, 0.9])
+    after, before = hard + torch.tensor([0.1, 0.0, 0.1, 0.0, 0.1]), hard
+    covariance = torch.cov(torch.stack([after, before]).double())
+    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    difference, low, high = paired_interval(after, before)
+    assert difference == pytest.approx(0.06)
+    assert (high - low) / 2 == pytest.approx(1.959964 * math.sqrt(variance / 5), rel=1e-4)
+    apart = 1.959964 * math.sqrt(float(covariance[0, 0] + covariance[1, 1]) / 5)
+    assert (high - low) / 2 < apart / 5
+
+
+def test_paired_changes_its_sign_with_its_order_and_nothing_differs_from_itself():
+    after, before = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 0.25, 0.75])
+    difference, low, high = paired_interval(after, before)
+    assert paired_interval(before, after) == pytest.approx((-difference, -high, -low))
+    assert paired_interval(after, after) == (0.0, 0.0, 0.0)
+
+
+def test_paired_covers_the_true_difference_as_often_as_it_says():
+    """400 experiments of 200 prompts whose difference is 0.1 on average and whose level varies far more."""
+    u = uniforms(3, Purpose.EVALUATION, torch.arange(400)[:, None].expand(400, 400), torch.arange(400).expand(400, 400))
+    before = u[:, :200] * 10
+    after = before + 0.2 * u[:, 200:]
+    covered = [
+        low <= 0.1 <= high for _, low, high in (paired_interval(*pair) for pair in zip(after, before, strict=True))
+    ]
+    assert 0.92 <= sum(covered) / 400 <= 0.98
+
+
+def test_paired_needs_two_measurements_of_each(production):
+    with pytest.raises(ValueError, match=r"after.*before"):
+        paired_interval(torch.zeros(3), torch.zeros(2))
+    with pytest.raises(ValueError, match="at least one"):
+        paired_interval(torch.zeros(0), torch.zeros(0))

@@ -12,6 +12,7 @@ from llmrl.models.adapters import as_reference, load_adapted, reference_names
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.models.loading import load_model, load_tokenizer
+from llmrl.models.saving import save_policy
 from tests.models.tiny import IDS, logits, move
 
 from .tiny import llama_tied, save_folder
@@ -174,3 +175,36 @@ def test_reference_and_adapter_learn_apart(adapter):
     }
     move(adapted)
     assert all(torch.equal(adapted.get_parameter(name), p) for name, p in snapshot.items())
+
+
+@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_a_variant_begins_as_the_model_and_is_saved_as_it_learned(folder, tmp_path, variant):
+    """Its reference is the model as loaded, and the merged folder and the adapter say what it says."""
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=4, alpha=6, **variant)))
+    as_it_came = logits(load_model(ModelConfig(path=folder)))
+    assert_close(logits(model), as_it_came)
+    move(adapted)
+    moved = logits(model)
+    assert not torch.allclose(moved, as_it_came, atol=0.1)
+    with as_reference(adapted):
+        assert torch.equal(logits(model), as_it_came)
+    tokenizer = load_tokenizer(ModelConfig(path=folder))
+    save_policy(tmp_path / "final", model=model, adapted=adapted, tokenizer=tokenizer, dtype=torch.float32)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "final")), moved, atol=1e-4, rtol=1e-4)
+    continued, _ = load_adapted(ModelConfig(path=str(tmp_path / "final" / "adapter")))
+    assert_close(logits(continued), moved)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(folder):
+    model, _ = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=4, alpha=6, use_rslora=True)))
+    assert model.model.layers[0].self_attn.q_proj.scaling["default"] == 6 / 2
+
+
+def test_dora_learns_the_length_of_each_row(folder):
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=4, use_dora=True)))
+    layer = model.model.layers[0].self_attn.q_proj
+    length = layer.lora_magnitude_vector["default"].weight
+    assert_close(length, layer.base_layer.weight.norm(dim=1))
+    assert length.requires_grad
+    model(input_ids=IDS).logits.sum().backward()
+    assert length.grad.abs().sum() > 0

@@ -74,9 +74,23 @@ def test_a_copy_that_is_whole_in_the_dtype_of_training_is_merged_too():
     assert_close(logits(weights.fresh()), logits(model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True, "bias": "none"}], ids=str)
-def test_other_adapters_stay_beside_their_layers(changes):
-    model = adapted(**changes)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}])
+def test_variants_of_low_rank_are_merged(family, changes, dtype):
+    """A length that DoRA has learned is far from that of the row."""
+    model = adapted(family, **changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(torch.linspace(0.5, 1.5, len(p)))
+    weights = SamplingWeights(model, dtype, torch.device("cpu"))
+    assert names(weights.fresh()) == names(build(family))
+    assert_close(logits(weights.fresh()).float(), logits(model), atol=1e-4, rtol=0)
+
+
+def test_other_adapters_stay_beside_their_layers():
+    model = adapted(lora_bias=True, bias="none")
     weights = SamplingWeights(model, torch.float64, None)
     assert names(weights.fresh()) == names(model)
     assert_close(logits(weights.fresh()).float(), logits(model), atol=1e-4, rtol=0)

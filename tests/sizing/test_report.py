@@ -4,8 +4,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from transformers import AutoConfig
 
-from llmrl.config import PPORun, RewardModelRun
+from llmrl.config import GRPORun, PPORun, RewardModelRun
 from llmrl.data.config import PreferenceDataConfig
 from llmrl.models.config import ModelConfig
 from llmrl.sizing import describe_memory
@@ -140,3 +141,15 @@ def test_runs_without_rollouts_have_their_own_ways(machine):
     fit = describe_memory(config)[-1]
     assert "reward_model.microbatch_tokens=300 to " in fit
     assert "rollout" not in fit
+
+
+def test_routers_that_lora_leaves_out_are_named(tmp_path, machine):
+    machine(cpu=2**30)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    AutoConfig.for_model("qwen2_moe", vocab_size=40, **sizes, **experts).save_pretrained(tmp_path)
+    told = "model.lora leaves out the routers of the mixture of experts (shared_expert_gate); name them in"
+    assert describe_memory(rl(GRPORun, path=str(tmp_path), lora={"rank": 2}))[-1].startswith(told)
+    for lora in (None, {"rank": 2, "targets": ["q_proj", "shared_expert_gate"]}):
+        assert "routers" not in describe_memory(rl(GRPORun, path=str(tmp_path), lora=lora))[-1]
+    assert "routers" not in describe_memory(rl(GRPORun, path=TINY, lora={"rank": 2}))[-1]

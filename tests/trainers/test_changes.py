@@ -15,6 +15,7 @@ SETTINGS: dict[str, Any] = {
     "run": {"num_iterations": 4, "seed": 0, "resume": "auto", "output_dir": "out"},
     "optimizer": {"learning_rate": 1e-4, "betas": [0.9, 0.99]},
     "reward": {"functions": [{"name": "a.py:rule", "weight": 1.0, "timeout_s": 600.0}], "model": None},
+    "data": {"chat_template_kwargs": {}},
     "update": {"microbatch_tokens": 8192},
     "trackers": {"names": []},
 }
@@ -54,6 +55,12 @@ def test_the_same_run_has_no_changes():
         ("reward.functions.0.on_error", "exclude", "reward.functions.0.on_error was None, is exclude", True),
         ("reward.functions.0.of_a_new_version", 7, "reward.functions.0.of_a_new_version was None, is 7", True),
         ("reward.functions.0.arguments", {"b": 7}, "reward.functions.0.arguments.b was None, is 7", False),
+        (
+            "data.chat_template_kwargs",
+            {"enable_thinking": False},
+            "data.chat_template_kwargs.enable_thinking was None, is False",
+            False,
+        ),
         (
             "reward.functions",
             [*SETTINGS["reward"]["functions"], {"name": "b"}],

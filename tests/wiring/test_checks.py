@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmrl.config import SFTRun
-from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
+from llmrl.data.config import MixedRowsConfig, PromptDataConfig, SupervisedDataConfig
 from llmrl.data.files import DataError
 from llmrl.data.rows import SKIP
 from llmrl.models.config import ModelConfig
@@ -15,6 +15,8 @@ from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFuncti
 from llmrl.trainers.config import EvaluationConfig
 from llmrl.trainers.run import RunError
 from llmrl.wiring.checks import check_rl, check_sft, reward_model_config
+from llmrl.wiring.rl import build_grpo
+from tests.wiring.conftest import roles_of
 
 
 def test_held_out_prompts_are_read_only_where_they_are_used(config):
@@ -119,3 +121,39 @@ def test_a_file_of_rules_does_not_move_the_run(config, tmp_path, monkeypatch):
     rule = RewardFunctionConfig(name=f"{tmp_path}/moving.py:rule")
     check_rl(dataclasses.replace(config, reward=RewardConfig(functions=(rule,))), dry=False)
     assert Path.cwd() == tmp_path
+
+
+def test_a_mixture_is_read_set_by_set(config, tmp_path):
+    """Each by settings of its own, checked for the rewards, and part of what the run is known again by."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"task": "3+3=", "answer": "6", "dataset": "sums"}\n{"task": "4+4="}\n')
+    mixed = MixedRowsConfig(path=str(other), weight=2.0, rename_columns={"task": "prompt"})
+    data = dataclasses.replace(config.data, mixed_with=(mixed,))
+    with pytest.raises(DataError, match=r"other\.jsonl: 1 bad row\n  line 2: no column 'answer'"):
+        check_rl(dataclasses.replace(config, data=data), dry=False)
+    dropping = dataclasses.replace(config, data=dataclasses.replace(data, skip_bad_rows=True))
+    checked = check_rl(dropping, dry=False)
+    assert [row["dataset"] for row in checked.rows] == [config.data.path] * 3 + ["sums"]
+    assert checked.contents["data"] != check_rl(config, dry=False).contents["data"]
+    assert checked.notes[-1].startswith(f"data: {other}: dropped 1 of 2 rows: line 2: no column 'answer'")
+    run = build_grpo(dropping, checked, **roles_of(dropping))
+    dealt = [row["dataset"] for row in run.trainer.prompts.next(9).rows]
+    assert dealt.count("sums") == 6
+
+
+def test_a_set_of_a_mixture_that_is_still_to_be_made(config):
+    mixed = MixedRowsConfig(path="gone.jsonl", weight=2.0)
+    run = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, mixed_with=(mixed,)), made_by={"gone.jsonl": "make it"}
+    )
+    checked = check_rl(run, dry=True)
+    assert checked.rows is None
+    assert "data.mixed_with.0.path (gone.jsonl) does not exist yet; `make it` makes it" in checked.unchecked
+
+
+def test_a_run_does_not_write_over_a_set_of_its_mixture(config, tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "more.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    mixed = MixedRowsConfig(path=str(tmp_path / "run" / "final" / "more.jsonl"), weight=2.0)
+    with pytest.raises(RunError, match=r"data\.mixed_with\.0\.path"):
+        check_rl(dataclasses.replace(config, data=dataclasses.replace(config.data, mixed_with=(mixed,))), dry=False)

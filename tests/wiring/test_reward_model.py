@@ -135,6 +135,7 @@ def test_how_texts_were_read_is_saved_with_the_model(tmp_path, template):
     card_of(build(tmp_path, template=template)[0], tmp_path)
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
     assert (settings["llmrl_template"], settings["llmrl_system_prompt"]) == (template, None)
+    assert settings["llmrl_chat_template_kwargs"] == {}
 
 
 def test_a_model_is_saved_with_its_card_or_not_at_all(run, tmp_path, monkeypatch):

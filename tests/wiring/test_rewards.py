@@ -21,7 +21,7 @@ from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward
 from llmrl.wiring import rewards as under_test
 from tests.contexts import CPU, context_of, on_cpu
-from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer, spell
+from tests.data.conftest import CHAT_TEMPLATE, THINKING_TEMPLATE, make_tokenizer, spell
 from tests.models.tiny import SIZES
 
 ROWS = [{"prompt": "ab", "response": "cd"}, {"prompt": "e", "response": "f"}]
@@ -131,11 +131,13 @@ def raw_score(folder, text):
         ({}, {"prompt": "a"}, "user:a|assistant:x"),
         ({"llmrl_system_prompt": "s"}, {"prompt": "a"}, "system:s|user:a|assistant:x"),
         ({"llmrl_template": "none"}, {"prompt": "a"}, "ax"),
+        ({"llmrl_chat_template_kwargs": {"enable_thinking": False}}, {"prompt": "a"}, "user:a|assistant:nothought|x"),
+        ({"llmrl_chat_template_kwargs": [7]}, {"prompt": "a"}, "user:a|assistant:x"),  # of another program
     ],
 )
 def test_rows_are_read_as_in_training(folder, form, row, read):
     """Whatever else the data says."""
-    make_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ bos_token }}", "")).save_pretrained(folder.path)
+    make_tokenizer(chat_template=THINKING_TEMPLATE.replace("{{ bos_token }}", "")).save_pretrained(folder.path)
     change(folder, **form)
     scores = score_rows(folder, [{**row, "response": "x"}])
     assert scores == pytest.approx([(raw_score(folder, read) - 0.5) / 2.0], abs=1e-5)
