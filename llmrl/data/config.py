@@ -64,6 +64,14 @@ class SupervisedDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredDataConfig(SupervisedDataConfig):
+    """Rows of prompts, responses and the scores that these got."""
+
+    score_column: str = "score"
+    """Column of the score, a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceDataConfig(DataConfig):
     """Rows of preference pairs. Without the prompt column both sides begin with the prompt."""
 

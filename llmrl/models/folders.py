@@ -40,6 +40,13 @@ def resolved(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if is_local(path) else path
 
 
+def same_model(left: str, right: str) -> bool:
+    """Whether two paths mean the same folder, or are the same name on the hub."""
+    if is_local(left) and is_local(right):
+        return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
+    return left == right
+
+
 def is_adapter(path: str) -> bool:
     """Whether a folder holds a peft adapter rather than a whole model."""
     return (Path(path).expanduser() / "adapter_config.json").is_file()
