@@ -334,7 +334,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="eval/loss",
         unit="nats",
-        meaning="The loss on held-out data: per response token, or per pair. Of `llmrl critic`: value/loss, score squared.",
+        meaning="The loss on held-out data: per response token, or per pair. Of `llmrl critic`: value/loss.",
         look_for="Falls. 5 % above the start a run warns.",
         runs=BATCHES,
     ),

@@ -239,7 +239,9 @@ def check_ppo(config: PPORun, *, dry: bool) -> Checked:
         if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")
         else:
-            _check_tokens(config.model, reward_model_config(config), "reward.model", f"critic.network {network}: ")
+            _check_tokens(
+                config.model, reward_model_config(config), "reward.model", cause=f"critic.network {network}: "
+            )
     return checked
 
 
@@ -264,14 +266,14 @@ def critic_model_config(run: PPORun) -> ModelConfig:
     return ModelConfig(path=run.critic.path, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
 
 
-def _check_tokens(model: ModelConfig, critic: ModelConfig, section: str, cause: str = "") -> None:
+def _check_tokens(model: ModelConfig, critic: ModelConfig, section: str, *, cause: str = "") -> None:
     """Refuses a critic's body that reads other tokens than the policy writes."""
     with naming(section):
         theirs = load_tokenizer(critic)
     if not same_ids(load_tokenizer(model), theirs):
         raise ModelError(
             f"{cause}{section}.path ({critic.path}) reads other tokens than model.path ({model.path}), and the critic "
-            "reads the policy's; begin with the policy's own weights: critic.network own, and no critic.path"
+            f"reads the policy's; {'set critic.network to own' if cause else 'leave it out'}"
         )
 
 

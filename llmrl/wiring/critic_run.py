@@ -19,6 +19,7 @@ from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.critic import CriticObjective
 from llmrl.trainers.run import Run
 from llmrl.wiring.actors import load_actor
+from llmrl.wiring.cards import card_of
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_critic
@@ -62,6 +63,7 @@ def build_critic(config: CriticRun, checked: Checked, context: Context, trackers
         samples=None,
         settings=recorded_settings(config),
         contents=checked.contents,
+        card=card_of(config, checked),
         trainer=trainer,
         save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if held_out is not None else None,

@@ -33,6 +33,7 @@ from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
 from llmrl.wiring.actors import load_actor, reference_of
+from llmrl.wiring.cards import card_of
 from llmrl.wiring.checks import Checked, reward_model_config
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_networks, train_networks
@@ -234,6 +235,7 @@ def _build_run(
         samples=samples,
         settings=recorded_settings(config),
         contents=checked.contents,
+        card=card_of(config, checked),
         trainer=trainer,
         save_model=save,
         evaluate=evaluator.evaluate if evaluator is not None else None,
