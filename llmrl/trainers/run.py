@@ -40,6 +40,7 @@ from llmrl.trainers.output import RunError, check_folder, check_models, check_no
 from llmrl.trainers.records import Records
 
 Lines = Sequence[tuple[int, Mapping[str, float]]]
+"""The metrics of a run, as ``(iteration, values)``."""
 
 
 class Stopped(Exception):

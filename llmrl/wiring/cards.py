@@ -1,6 +1,6 @@
 """Model cards of runs: what the settings and the checks know, for `reports/model_card.py`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
@@ -40,18 +40,28 @@ def card_of(config: AnyRun, checked: Checked) -> Callable[[Lines], str]:
 def changed_settings(config: AnyRun) -> dict[str, Any]:
     """Settings of a run that are not at their defaults, by their dotted names, as JSON has them. A section that takes
     settings from another one is compared with that."""
-    sources = {name: getattr(config, like.source) for name, like in likes(type(config)).items()}
-    changed: dict[str, Any] = {}
+    sources, changed = likes(type(config)), {}
     for each in fields(config):
-        default = sources.get(each.name, _default(each))
-        changed |= dict(_changed(getattr(config, each.name), default, each.name))
+        value, default = getattr(config, each.name), _default(each)
+        if each.name in sources and value is not None:
+            default = _as_taken(value, getattr(config, sources[each.name].source), default, sources[each.name].own)
+        changed |= dict(_changed(value, default, each.name))
     return {name: value for name, value in changed.items() if not _is_left_out(name)}
+
+
+def _as_taken(section: Any, source: Any, default: Any, own: Sequence[str]) -> dict[str, Any]:
+    """What each setting of a section is where it is left out: that of the source, except its own ones."""
+    return {
+        each.name: getattr(default, each.name, _default(each)) if each.name in own else getattr(source, each.name)
+        for each in fields(section)
+    }
 
 
 def _changed(value: Any, default: Any, path: str) -> Iterator[tuple[str, Any]]:
     if is_dataclass(value):
         for each in fields(value):
-            of_default = getattr(default, each.name, MISSING) if is_dataclass(default) else _default(each)
+            names = default if isinstance(default, dict) else vars(default) if is_dataclass(default) else {}
+            of_default = names.get(each.name, _default(each))
             yield from _changed(getattr(value, each.name), of_default, f"{path}.{each.name}")
     elif value != default:
         yield path, to_dict(value)
