@@ -12,8 +12,9 @@ from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.batches import Rollout, Scores, StopReason
 from llmrl.functional.losses import token_weights
-from llmrl.models.policy import TransformersPolicy
-from tests.models.tiny import llama, make_sequences, module_of
+from llmrl.models.heads import choose_head
+from llmrl.models.policy import PolicyModule, TransformersPolicy
+from tests.models.tiny import llama, make_sequences
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -43,7 +44,7 @@ def test_its_step_is_that_of_the_framework(by_hand):
     """Loss and gradient on a rollout of ragged lengths, against GRPO's own."""
     torch.manual_seed(0)
     model = llama()
-    module = module_of(model, temperature=1.0)
+    module = PolicyModule(model, choose_head(model, model.config.vocab_size), temperature=1.0, dtype=torch.float32)
     sequences = make_sequences(ROWS)
     scores = torch.tensor([1.0, 0.0, 0.0, 3.0])
     rollout = Rollout(

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from llmrl.config import AnyRun, RLRun
@@ -40,13 +42,14 @@ def card_of(config: AnyRun, checked: Checked) -> Callable[[Lines], str]:
 def changed_settings(config: AnyRun) -> dict[str, Any]:
     """Settings of a run that are not at their defaults, by their dotted names, as JSON has them. A section that takes
     settings from another one is compared with that."""
-    sources, changed = likes(type(config)), {}
+    sources, changed = likes(type(config)), list[str]()
     for each in fields(config):
         value, default = getattr(config, each.name), _default(each)
         if each.name in sources and value is not None:
             default = _as_taken(value, getattr(config, sources[each.name].source), default, sources[each.name].own)
-        changed |= dict(_changed(value, default, each.name))
-    return {name: value for name, value in changed.items() if not _is_left_out(name)}
+        changed += _changed(value, default, each.name)
+    settings = to_dict(config)
+    return {name: reduce(getitem, name.split("."), settings) for name in changed if not _is_left_out(name)}
 
 
 def _as_taken(section: Any, source: Any, default: Any, own: Sequence[str]) -> dict[str, Any]:
@@ -57,14 +60,15 @@ def _as_taken(section: Any, source: Any, default: Any, own: Sequence[str]) -> di
     }
 
 
-def _changed(value: Any, default: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _changed(value: Any, default: Any, path: str) -> Iterator[str]:
+    """Yields the names of settings that differ, whole lists among them."""
     if is_dataclass(value):
         for each in fields(value):
             names = default if isinstance(default, dict) else vars(default) if is_dataclass(default) else {}
             of_default = names.get(each.name, _default(each))
             yield from _changed(getattr(value, each.name), of_default, f"{path}.{each.name}")
     elif value != default:
-        yield path, to_dict(value)
+        yield path
 
 
 def _default(field: Field[Any]) -> Any:

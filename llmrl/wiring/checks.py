@@ -121,6 +121,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
+    knows_actor = not (dry and unchecked)
     rows_of = _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
     if config.reward.model is not None:
         made_by = command_for(config.reward.model.path, config)
@@ -129,6 +130,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             with naming("reward.model"):
                 check_shared_base(reward_model_config(config), config.model)
         unchecked += missing
+    if trains and isinstance(config, PPORun) and config.critic.path is not None:
+        unchecked += _check_kept_critic(config, config.critic.path, dry=dry, knows_actor=knows_actor)
     knows_models = not unchecked
     if trains:
         inputs = _inputs(config)
@@ -230,34 +233,31 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
 
 
 def check_ppo(config: PPORun, *, dry: bool) -> Checked:
-    """Checks a run of PPO: that of any algorithm, and that of its critic, which reads the policy's tokens."""
+    """Checks a run of PPO: that of any algorithm, and that the critic's body reads the policy's tokens."""
     checked = check_rl(config, dry=dry)
-    network, path = config.critic.network, config.critic.path
-    if path is not None:
-        return _with_critic(config, path, checked, dry=dry)
-    if network == "reward_model":
+    if config.critic.network == "reward_model":
         if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")
         else:
-            _check_tokens(
-                config.model, reward_model_config(config), "reward.model", cause=f"critic.network {network}: "
-            )
+            cause = f"critic.network {config.critic.network}: "
+            _check_tokens(config.model, reward_model_config(config), "reward.model", cause=cause)
     return checked
 
 
-def _with_critic(config: PPORun, path: str, checked: Checked, *, dry: bool) -> Checked:
-    """The same results, once the critic that `critic.path` names was checked."""
+def _check_kept_critic(config: PPORun, path: str, *, dry: bool, knows_actor: bool) -> list[str]:
+    """Checks the critic that `critic.path` names. Returns sentences on what could not be checked."""
     made_by = command_for(path, config)
     if made_by is not None and not Path(path).expanduser().exists():
         if not dry:
             raise ModelError(f"critic.path ({path}) is no folder; make it with `{made_by}`")
-        checked.unchecked.append(f"critic.path ({path}) does not exist yet; `{made_by}` makes it")
-        return checked
+        return [f"critic.path ({path}) does not exist yet; `{made_by}` makes it"]
+    if not knows_actor:
+        return [f"whether critic.path ({path}) goes with the policy"]
+    critic = critic_model_config(config)
     with naming("critic"):
-        check_critic(critic_model_config(config), config.critic.network, config.model)
-    if checked.knows_models:
-        _check_tokens(config.model, critic_model_config(config), "critic")
-    return checked
+        check_critic(critic, config.critic.network, config.model)
+    _check_tokens(config.model, critic, "critic")
+    return []
 
 
 def critic_model_config(run: PPORun) -> ModelConfig:
