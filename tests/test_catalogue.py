@@ -1,4 +1,4 @@
-"""The catalogue of metrics against what runs log: the golden runs as stored, and five that bring what those lack."""
+"""The catalogue of metrics against what runs log: the golden runs as stored, and six that bring what those lack."""
 
 import importlib.util
 import subprocess
@@ -17,6 +17,7 @@ SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 TIMED = {
     "sft": {"sft": PAIRS},
     "reward-model": {"reward_model": PAIRS},
+    "critic": {"critic": PAIRS},
     "grpo": {**GRPO, **EXTREME, **SAMPLED},
     "ppo": {**PPO, **EXTREME, **SAMPLED, "algorithm": {"step_kl_target": 0.1}},
     OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT"}},

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmrl.distributed.context import Context
+from llmrl.files import replaced_folder
 from llmrl.models.companions import Companions
 from llmrl.models.config import CriticNetwork, ModelConfig
 from llmrl.models.folders import (
@@ -84,12 +85,12 @@ class CriticSaver:
                 check_finite(name, weight)
         if not self.is_first:
             return
-        folder.mkdir(parents=True)
-        trunk.config.save_pretrained(folder)
-        self.companions.write(folder, trunk)
-        self.companions.write_tokenizer(folder, self.tokenizer)
-        if adapted is not None:
-            adapted.save_pretrained(str(folder / ADAPTER), selected_adapters=["default"])
+        with replaced_folder(folder) as new:
+            trunk.config.save_pretrained(new)
+            self.companions.write(new, trunk)
+            self.companions.write_tokenizer(new, self.tokenizer)
+            if adapted is not None:
+                adapted.save_pretrained(str(new / ADAPTER), selected_adapters=["default"])
 
 
 def load_trunk(config: ModelConfig) -> "PreTrainedModel":
