@@ -226,6 +226,27 @@ class PreferencePairs(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredResponses(Batch):
+    """Responses and the score that each of them got."""
+
+    sequences: Sequences
+    scores: Float[Tensor, " B"]
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " B"]:
+        """Number of prompt and response tokens of each row, padding left out."""
+        return self.sequences.num_tokens
+
+    def pass_tokens(self, *, packed: bool) -> PassTokens:
+        """See `Sequences.pass_tokens`."""
+        return self.sequences.pass_tokens(packed=packed)
+
+
+ReadBatch = Sequences | PreferencePairs | ScoredResponses
+"""Batches that a forward pass reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompts(Batch):
     """Tokenized prompts, and the data rows that they came from."""
 

@@ -7,10 +7,10 @@ generated from this table, and tests compare it with what runs log.
 import re
 from dataclasses import dataclass
 
-SFT, REWARD_MODEL, GRPO, PPO = "sft", "reward-model", "grpo", "ppo"
+SFT, REWARD_MODEL, CRITIC, GRPO, PPO = "sft", "reward-model", "critic", "grpo", "ppo"
 OWN = "own"
 """Runs of `llmrl grpo` with a class of the user's own (`algorithm.name`)."""
-BATCHES = (SFT, REWARD_MODEL)
+BATCHES = (SFT, REWARD_MODEL, CRITIC)
 ALGORITHMS = (GRPO, PPO)
 """Runs that log what the algorithms of llmrl measure."""
 LOOP = (*ALGORITHMS, OWN)
@@ -53,7 +53,7 @@ CATALOGUE: tuple[Metric, ...] = (
         meaning="Loss of the optimizer step: per response token in supervised runs; per pair, with the pull to 0 of "
         "reward_model.center_coef, for reward models.",
         look_for="Falls. A reward model with a new head begins near ln 2 = 0.69.",
-        runs=BATCHES,
+        runs=(SFT, REWARD_MODEL),
     ),
     Metric(
         name="pairs/accuracy",
@@ -294,9 +294,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="value/loss",
         unit="score squared",
-        meaning="The critic's loss, half the clipped squared error per token, mean over optimizer steps.",
+        meaning="The critic's loss, half the squared error per token, which PPO clips; mean over optimizer steps.",
         look_for="Falls, then follows the spread of the rewards. Above 10 times both that and its start a run warns.",
-        runs=(PPO,),
+        runs=(PPO, CRITIC),
     ),
     Metric(
         name="value/mean",
@@ -315,10 +315,10 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="value/explained_variance",
         unit="fraction",
-        meaning="1 - Var(return - value) / Var(return), at collection.",
+        meaning="1 - Var(return - value) / Var(return), at collection; of `llmrl critic` on the batch of the step.",
         look_for="1 is a perfect critic, 0 no better than a constant, below 0 worse. Rises above 0 within a few "
         "iterations; if not, raise critic.warmup_iterations or the critic's learning rate.",
-        runs=(PPO,),
+        runs=(PPO, CRITIC),
     ),
     Metric(
         name="value/clip_fraction",
@@ -377,9 +377,16 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="eval/loss",
         unit="nats",
-        meaning="The loss on held-out data: per response token, or per pair.",
+        meaning="The loss on held-out data: per response token, or per pair. Of `llmrl critic`: value/loss.",
         look_for="Falls. 5 % above the start a run warns.",
         runs=BATCHES,
+    ),
+    Metric(
+        name="eval/explained_variance",
+        unit="fraction",
+        meaning="value/explained_variance on held-out responses.",
+        look_for="Rises, and stays near value/explained_variance: below that the critic learns responses by heart.",
+        runs=(CRITIC,),
     ),
     Metric(
         name="eval/pass_at_<k>",

@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 
 from llmrl.distributed.stop import STOP, Interrupted
 from llmrl.files import read_object
-from llmrl.messages import shown, visible, with_interval, without_ends
+from llmrl.messages import in_units, shown, visible, with_interval, without_ends
 from llmrl.output_streams import lasting_output
 from llmrl.secrets import masked, remember_environment
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
@@ -292,6 +292,34 @@ def generate(
             seed=seed,
         )
     _print_responses(prompts, responses)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, its run.output_dir.", callback=_at_home)],
+    repo: Annotated[str, typer.Argument(help="Name of the repository on the hub: owner/name.")],
+    best: Annotated[bool, typer.Option("--best", help="Takes best/, of a run that has not ended too.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is seen by you alone.")] = False,
+) -> None:
+    """Publishes the model of a run on the Hugging Face hub, with its model card."""
+    with bad_input_ends_with_status_2():
+        from llmrl.hub import HubError, push_folder
+        from llmrl.models.folders import adapters_on_folders
+        from llmrl.trainers.output import model_of_run
+
+        folder = model_of_run(run, best=best)
+        left_out = adapters_on_folders(folder)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        if not any(name.is_relative_to(adapter) for adapter in left_out):
+            print(f"{in_units(file.stat().st_size):>10}  {shown(str(name))}")
+    for adapter in left_out:
+        print(f"{'left out':>10}  {adapter}/, whose base is a folder of this machine")
+    try:
+        url = push_folder(folder, repo, private=private, left_out=left_out)
+    except HubError as error:
+        _fail(error, 1)
+    print(f"The model is at {url}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from llmrl.data.config import (
     PreferenceDataConfig,
     PromptDataConfig,
     PromptsConfig,
+    ScoredDataConfig,
     SupervisedDataConfig,
 )
 from llmrl.distributed.config import DistributedConfig
@@ -23,6 +24,7 @@ from llmrl.rewards.config import RewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.section import Like
 from llmrl.trainers.config import (
+    CriticTrainingConfig,
     EvaluationConfig,
     OutputConfig,
     RewardModelConfig,
@@ -134,6 +136,55 @@ class RewardModelRun:
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with one response that the run may have."""
         return max(self.data.max_tokens, self.evaluation_data.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticRun:
+    """A critic trained on responses and their scores, before PPO: `llmrl critic`."""
+
+    model: ModelConfig
+    """The policy that the critic is for, as which it begins; with model.lora it is an adapter on that."""
+    data: ScoredDataConfig
+    """Prompts with responses and their scores."""
+    run: RunConfig
+    """Length of the run, and its output folder."""
+    critic: CriticTrainingConfig = field(default_factory=CriticTrainingConfig)
+    """Targets of the values; batches of responses, and their evaluation."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    """Optimizer of the critic: learning rate, schedule, clipping."""
+    evaluation_data: Annotated[ScoredDataConfig | None, LIKE_DATA] = None
+    """Held-out responses, on which the explained variance is measured."""
+    trackers: TrackerConfig = field(default_factory=TrackerConfig)
+    """Other places that receive the metrics."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Work of several processes together."""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
+    moved: ClassVar[dict[str, str]] = MOVED
+    """Settings of other days, and what to write now."""
+
+    def __post_init__(self) -> None:
+        every = self.critic.evaluate_every
+        if every and self.evaluation_data is None:
+            raise ValueError(
+                f"critic.evaluate_every ({every}) needs evaluation_data; name held-out responses, or set it to 0"
+            )
+        evaluates = self.evaluation_data is not None and every != 0
+        way_out = _way_to_evaluate("critic.evaluate_every", self.evaluation_data)
+        _check_best(self.run, evaluates=evaluates, way_out=way_out)
+
+    def plan(self, num_rows: int | None) -> str:
+        """Sentence on what an iteration does, with the number of epochs where the number of rows is known."""
+        num_used = self.run.num_iterations * self.critic.batch_size
+        return (
+            f"Each of {self.run.num_iterations} iterations is one optimizer step on {self.critic.batch_size} responses"
+            f"{_epochs(num_used, 'responses', num_rows)}."
+        )
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with its response that the run may have."""
+        return max(data.max_tokens for data in (self.data, self.evaluation_data) if data is not None)
 
 
 @runtime_checkable
@@ -381,7 +432,11 @@ class PPORun(RLRun):
         return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
 
 
-def command_for(path: str, run: SFTRun | RewardModelRun | RLRun) -> str | None:
+AnyRun = SFTRun | RewardModelRun | CriticRun | RLRun
+"""Settings of any kind of run."""
+
+
+def command_for(path: str, run: AnyRun) -> str | None:
     """The command that a run names for a file or folder which it reads."""
     commands = {Path(os.path.expanduser(made)): command for made, command in run.made_by.items()}
     return commands.get(Path(path))

@@ -1,10 +1,12 @@
-"""Names on the Hugging Face hub: what is one, and whether the hub has it.
+"""The Hugging Face hub: which names are of it, whether it has them, and what is published there.
 
 The libraries ask a hub that does not answer again and again, for half a minute and more; so it is asked once before.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
 TIMEOUT_S = 5.0
 """For the hub to say whether it has a name that is not in the local cache."""
 
@@ -45,3 +47,43 @@ def ask_for_dataset(name: str) -> None:
             CachedDatasetModuleFactory(name).get_module()
         except FileNotFoundError:
             raise OSError(str(error)) from error
+
+
+class HubError(RuntimeError):
+    """The hub refused what was to be published, or cannot be reached."""
+
+
+def push_folder(folder: Path, repo: str, *, private: bool, left_out: Sequence[str] = ()) -> str:
+    """Uploads a folder to a model repository of the hub, which is made if it is not there. Returns its address.
+
+    Args:
+        folder: The folder; files of that name in the repository are replaced, others stay.
+        repo: Name of the repository, as in owner/name.
+        private: Whether a new repository is seen by its owner alone; else what is usual for the owner.
+        left_out: Folders in it that are not uploaded.
+
+    Raises:
+        HubError: With the reason and, where a token is refused, how to get one.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if get_token() is None:
+        raise HubError(f"no token of the hub: {LOG_IN}")
+    try:
+        made = HfApi().create_repo(repo, private=private or None, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload {folder.name} of a run of llmrl",
+            ignore_patterns=[f"{name}/*" for name in left_out],
+        )
+    except HFValidationError as error:
+        raise HubError(f"REPO ({repo}) is no name of a repository, such as owner/name: {error}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = f"; {LOG_IN}" if status in (401, 403) else ""
+        raise HubError(f"the hub refused to take {repo} ({status}): {error.server_message or error}{hint}") from error
+    except Exception as error:  # see `ask_for_model`
+        raise HubError(f"{repo} could not be uploaded: {error}") from error
+    return str(made)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llmrl.batches import Batch, PreferencePairs, Sequences
+from llmrl.batches import Batch, ReadBatch
 
 Answer = TypeVar("Answer", bound=Batch)
 
@@ -38,7 +38,7 @@ class Unit:
 
 
 def parts_of_rank(
-    batch: Sequences | PreferencePairs, budget: TokenBudget, rank: int, world_size: int
+    batch: ReadBatch, budget: TokenBudget, rank: int, world_size: int
 ) -> tuple[list[Int[Tensor, " part"]], list[Int[Tensor, " 1"]]]:
     """``(parts, idle)`` of one rank: row indices of its forward passes; and one filler row for each pass in which only
     other ranks still have work.
@@ -53,7 +53,7 @@ def parts_of_rank(
     return [torch.tensor(rows, device="cpu") for rows in parts[rank]], filler * idle
 
 
-def halved(batch: Sequences | PreferencePairs, budget: TokenBudget) -> TokenBudget | None:
+def halved(batch: ReadBatch, budget: TokenBudget) -> TokenBudget | None:
     """Half of a budget, or half of that and so on, until it splits a batch further; None where each pass has one
     row. For a single process."""
     parts = _parts(_units(batch, budget, 1), budget)
@@ -69,7 +69,7 @@ def in_row_order(answers: Sequence[Answer], parts: Sequence[Tensor]) -> Answer:
     return type(answers[0]).cat(answers).select(torch.cat(list(parts)).argsort())
 
 
-def _units(batch: Sequences | PreferencePairs, budget: TokenBudget, world_size: int) -> list[Unit]:
+def _units(batch: ReadBatch, budget: TokenBudget, world_size: int) -> list[Unit]:
     """Every row in a unit. The rows of a prompt are several units where they would exceed the budget, or the share of
     a rank."""
     tokens = batch.pass_tokens(packed=budget.packed)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmrl.batches import Experience, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
+from llmrl.batches import Experience, PreferencePairs, Prompts, ReadBatch, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics
@@ -286,7 +286,7 @@ class PromptSource(Source, Protocol):
 class BatchSource(Source, Protocol):
     """Source of prompts with the responses to learn, or of preference pairs."""
 
-    def next(self, num_rows: int, /) -> Sequences | PreferencePairs: ...
+    def next(self, num_rows: int, /) -> ReadBatch: ...
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The catalogue of metrics against what runs log: the golden runs as stored, and five that bring what those lack."""
+"""The catalogue of metrics against what runs log: the golden runs as stored, and six that bring what those lack."""
 
 import importlib.util
 import subprocess
@@ -18,6 +18,7 @@ MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2}
 TIMED = {
     "sft": {"sft": PAIRS},
     "reward-model": {"reward_model": PAIRS},
+    "critic": {"critic": PAIRS},
     "grpo": {**GRPO, **EXTREME, **SAMPLED, "algorithm": {"group_size": 4, **MOVING}},
     "ppo": {**PPO, **EXTREME, **SAMPLED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
     OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},

@@ -145,7 +145,7 @@ def without_times(entries):
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_of_the_repository_dry_runs(recipe, monkeypatch, tmp_path):
     refuse_to_load(monkeypatch)
-    (command,) = [name for name in ("sft", "reward_model", "grpo", "ppo") if recipe.stem.endswith(name)]
+    (command,) = [name for name in ("sft", "reward_model", "critic", "grpo", "ppo") if recipe.stem.endswith(name)]
     status, output, error = llmrl(command.replace("_", "-"), recipe, f"run.output_dir={tmp_path / 'run'}", "--dry-run")
     assert status == 0, error
     settings, _, sentence = output.partition("\nEach ")

@@ -107,6 +107,14 @@ class SupervisedDataConfig(MixtureConfig, ExamplesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredDataConfig(ExamplesConfig):
+    """Rows of prompts, responses and the scores that these got."""
+
+    score_column: str = "score"
+    """Column of the score, a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceDataConfig(DataConfig):
     """Rows of preference pairs. Without the prompt column both sides begin with the prompt."""
 

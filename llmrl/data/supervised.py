@@ -44,13 +44,36 @@ def encode_examples(
     return list(zip(encoded_prompts, response_ids(responses, tokenizer, config), strict=True))
 
 
+def encode_fitting(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig
+) -> list[tuple[int, EncodedExample]]:
+    """``(number of the row, (prompt ids, response ids))`` of each row that is not too long.
+
+    Raises:
+        DataError: All of them are.
+    """
+    kept = [
+        (number, (prompt, response))
+        for number, (prompt, response) in enumerate(encode_examples(rows, tokenizer, config))
+        if len(prompt) + len(response) <= config.max_tokens
+    ]
+    if not kept:
+        raise DataError(
+            f"{config.path}: every one of the {len(rows)} examples is longer than data.max_tokens "
+            f"({config.max_tokens}); raise it"
+        )
+    return kept
+
+
 class SupervisedSource(ShuffledSource[EncodedExample]):
     """Deals supervised examples in shuffled epochs."""
 
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig, *, seed: int
     ) -> None:
-        sets = [_encode(part, tokenizer, each) for each, part in by_set(rows, config)]
+        sets = [
+            [example for _, example in encode_fitting(part, tokenizer, each)] for each, part in by_set(rows, config)
+        ]
         kept = [example for encoded in sets for example in encoded]
         super().__init__(
             kept,
@@ -94,15 +117,3 @@ def _split(row: Row, config: ExamplesConfig) -> tuple[Any, Any]:
     if _brings_response(row, config):
         return prompt[:-1], prompt[-1]["content"]
     return prompt, row[config.response_column]
-
-
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig) -> list[EncodedExample]:
-    """The ids of each row's prompt and response, less those that are too long."""
-    encoded = encode_examples(rows, tokenizer, config)
-    kept = [(prompt, response) for prompt, response in encoded if len(prompt) + len(response) <= config.max_tokens]
-    if not kept:
-        raise DataError(
-            f"{config.path}: every one of the {len(rows)} examples is longer than data.max_tokens "
-            f"({config.max_tokens}); raise it"
-        )
-    return kept

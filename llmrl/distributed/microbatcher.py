@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import ReadBatch
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.context import Context
 from llmrl.memory import MemoryFull, making_room, out_of_memory
@@ -32,7 +32,7 @@ class Microbatcher:
         self.can_go_back = context.collectives.world_size == 1 and context.launch.sharding == "none"
         """Whether work in which memory ran out can be done again."""
 
-    def run(self, batch: Sequences | PreferencePairs, work: Callable[[Parts, Parts], Result]) -> Result:
+    def run(self, batch: ReadBatch, work: Callable[[Parts, Parts], Result]) -> Result:
         """Result of ``work(parts, idle)``, see `parts_of_rank`: called again, with smaller parts, after memory ran out,
         so that it begins by dropping what an earlier call has left.
 
@@ -45,7 +45,7 @@ class Microbatcher:
 
         return making_room(attempt, partial(self._make_room, batch))
 
-    def _make_room(self, batch: Sequences | PreferencePairs, usage: str) -> None:
+    def _make_room(self, batch: ReadBatch, usage: str) -> None:
         setting, smaller = self.budget.setting, halved(batch, self.budget)
         checkpointing = "set model.gradient_checkpointing=true, or " if torch.is_grad_enabled() else ""
         size = f" with microbatches of {self.budget.max_tokens} tokens"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llmrl.batches import Batch, PreferencePairs, Prompts, Rollout, Scores, Sequences, TokenOutputs
+from llmrl.batches import Batch, PreferencePairs, Prompts, ReadBatch, Rollout, Scores, Sequences, TokenOutputs
 from llmrl.distributed.context import Context
 from llmrl.distributed.microbatcher import Microbatcher, Parts
 from llmrl.distributed.stop import STOP
@@ -28,10 +28,11 @@ from llmrl.roles import (
     Sampling,
     Scorer,
     Trainable,
+    ValueFunction,
 )
 
 Part = TypeVar("Part", bound=Batch)
-Read = TypeVar("Read", bound=Sequences | PreferencePairs)
+Read = TypeVar("Read", bound=ReadBatch)
 Answer = TypeVar("Answer", bound=Batch)
 
 
@@ -95,18 +96,26 @@ class DistributedPolicy:
         return distribute_rows(ask, sequences, self.microbatcher)
 
 
-class DistributedNetworks(DistributedPolicy):
+class DistributedValues:
+    """`ValueFunction`: splits rows as `DistributedPolicy` does."""
+
+    def __init__(self, critic: ValueFunction, context: Context, *, budget: TokenBudget) -> None:
+        self.critic = critic
+        self.microbatcher = Microbatcher(budget, context)
+
+    def values(self, sequences: Sequences) -> TokenOutputs:
+        """See `ValueFunction`."""
+        ask = self.critic.values
+        return distribute_rows(ask, sequences, self.microbatcher)
+
+
+class DistributedNetworks(DistributedPolicy, DistributedValues):
     """`ActorCritic`: splits rows as `DistributedPolicy` does."""
 
     def __init__(self, networks: ActorCritic, context: Context, *, budget: TokenBudget) -> None:
         super().__init__(networks, context, budget=budget)
-        self.networks = networks
+        self.critic = self.networks = networks
         self.share_trunk = networks.share_trunk
-
-    def values(self, sequences: Sequences) -> TokenOutputs:
-        """See `ValueFunction`."""
-        ask = self.networks.values
-        return distribute_rows(ask, sequences, self.microbatcher)
 
     def both(self, sequences: Sequences) -> TokenOutputs:
         """See `ActorCritic`."""

@@ -8,7 +8,8 @@ import torch
 
 from llmrl.hub import is_local
 from llmrl.models.adapters import check_targets, lora_config, naming_adapter, refuse_tied
-from llmrl.models.config import ModelConfig
+from llmrl.models.config import CriticNetwork, ModelConfig
+from llmrl.models.critic_folder import check_critic_files, check_same_base, check_width
 from llmrl.models.folders import (
     CODE_FILES,
     JSON_FILES,
@@ -88,6 +89,44 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
                 _try_lora(config, model)
             _check_tokenizer(config, folder, model)
     return []
+
+
+def check_critic(config: ModelConfig, network: CriticNetwork, actor: ModelConfig) -> None:
+    """Checks the folder of a critic, and that it goes with the actor.
+
+    Args:
+        config: The folder.
+        network: `critic.network` of the run, which must be that of the run which saved the critic.
+        actor: The model whose trunk or base the critic reads, unless it has a trunk of its own.
+
+    Raises:
+        ModelError: It holds no critic, another kind of critic, or one that does not fit.
+    """
+    check_critic_files(config.path, network)
+    with reading_files(config.path):
+        if network == "own":
+            _check_folder(config, find_folder(config.path), _trunks(), may_be_random=False)
+    if network == "adapter":
+        check_same_base(config.path, actor.path)
+    width = _width(config)
+    if network == "shared" and is_local(actor.path) and not is_adapter(actor.path) and width != _width(actor):
+        raise ModelError(
+            f"model.path ({config.path}) is a value head on hidden states of {width} numbers, and those of the actor "
+            f"({actor.path}) have {_width(actor)}; name the model that was saved with it"
+        )
+    check_width(config.path, width)
+
+
+def _width(config: ModelConfig) -> int:
+    """Size of the last hidden states, by the settings of a model."""
+    text: Any = read_config(config).get_text_config()
+    return getattr(text, "word_embed_proj_dim", text.hidden_size)
+
+
+def _trunks() -> Any:
+    from transformers import AutoModel
+
+    return AutoModel
 
 
 def _causal() -> Any:

@@ -7,6 +7,7 @@ from llmrl.paths import UserPath
 from llmrl.section import Bound, Section
 
 HeadInit = Literal["zero", "normal"]
+CriticNetwork = Literal["own", "reward_model", "adapter", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,13 @@ class ModelConfig:
 class CriticConfig(Section, place="critic"):
     """The network that predicts rewards still to come."""
 
-    network: Literal["own", "reward_model", "adapter", "shared"] = "own"
+    network: CriticNetwork = "own"
     """own: a network of its own, every weight trained, that begins as the actor. reward_model: the same, beginning as
     the reward model. adapter: with model.lora, an adapter of its own on the actor's frozen base, which stands in memory
     once. shared: a head on the actor's own trunk, trained by both losses' sum."""
+    path: UserPath | None = None
+    """Folder of a critic to begin from, as PPO saves one in final/critic and `llmrl critic` makes one; null: the head
+    begins at zero, and so every value."""
     warmup_iterations: Annotated[int, Bound(least=0)] = 0
     """Iterations at the start in which the critic learns alone; not for a shared trunk."""
     value_coef: Annotated[float, Bound(above=0)] = 0.5
@@ -71,6 +75,11 @@ class CriticConfig(Section, place="critic"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.path is not None and self.network == "reward_model":
+            raise ValueError(
+                f"critic.path ({self.path}) is a critic that is already there, and critic.network reward_model makes "
+                "one of the reward model; leave one of them out"
+            )
         if self.network == "shared" and self.warmup_iterations:
             raise ValueError(
                 f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "

@@ -23,13 +23,22 @@ def digest_of_model(config: ModelConfig) -> str:
     """SHA-256 of a folder's files and, of an adapter, of its base model's; of a name on the hub its commit."""
     if not is_local(config.path):
         return _commit(config.path)
-    folder = Path(config.path).expanduser()
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()):
-        digest.update(f"{file.name}\n{digest_of_file(file)}\n".encode())
+    digest = _digest_of_files(Path(config.path).expanduser())
     if is_adapter(config.path):
         digest.update(digest_of_model(base_of_adapter(config)).encode())
     return digest.hexdigest()
+
+
+def digest_of_files(folder: Path) -> str:
+    """SHA-256 of the files of a folder from which a model is read."""
+    return _digest_of_files(folder).hexdigest()
+
+
+def _digest_of_files(folder: Path) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()):
+        digest.update(f"{file.name}\n{digest_of_file(file)}\n".encode())
+    return digest
 
 
 def digest_of_file(file: Path) -> str:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmrl.files import LFS_POINTER
+from llmrl.files import LFS_POINTER, read_object
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
 
@@ -38,6 +38,23 @@ class ModelError(ValueError):
 def resolved(path: str) -> str:
     """Absolute path of a folder, so that a saved reference to it is valid from anywhere; a hub name unchanged."""
     return str(Path(path).expanduser().absolute()) if is_local(path) else path
+
+
+def adapters_on_folders(folder: Path) -> list[str]:
+    """Adapters in a folder whose base is a folder of this machine, by their paths in it: of no use anywhere else."""
+    found = []
+    for file in sorted(folder.rglob("adapter_config.json")):
+        base = (read_object(file) or {}).get("base_model_name_or_path")
+        if isinstance(base, str) and is_local(base):
+            found.append(str(file.parent.relative_to(folder)))
+    return found
+
+
+def same_model(left: str, right: str) -> bool:
+    """Whether two paths mean the same folder, or are the same name on the hub."""
+    if is_local(left) and is_local(right):
+        return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
+    return left == right
 
 
 def is_adapter(path: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmrl.batches import PreferencePairs
-from llmrl.models.critic import SharedTrunk, TransformersValueFunction
+from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.models.reward_record import Normalization, TextForm, normalization_on
@@ -34,6 +34,19 @@ class Actor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadedCritic:
+    """What the critic is made of."""
+
+    trunk: "PreTrainedModel"
+    """The model whose hidden states the head reads."""
+    head: ValueHead
+    adapted: "PeftModel | None"
+    """peft's view of the trunk, where the critic is an adapter on the actor's base."""
+    owns_trunk: bool
+    """Whether every weight of the trunk is the critic's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Networks:
     """Actor and critic of PPO."""
 
@@ -41,8 +54,7 @@ class Networks:
     actor: TransformersPolicy | SharedTrunk
     value: TransformersValueFunction | None
     """None where both are heads on one trunk."""
-    critic: "PreTrainedModel"
-    """The trunk that the value head reads."""
+    critic: LoadedCritic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmrl.hub import is_local
 from llmrl.models.adapters import check_targets, lora_config
 from llmrl.models.config import HeadInit, ModelConfig
-from llmrl.models.folders import ModelError, json_object, resolved
+from llmrl.models.folders import ModelError, json_object, resolved, same_model
 from llmrl.models.loading import load_pretrained, read_config, reading, refuse_weights
 from llmrl.models.reward_model import score_layer
 from llmrl.models.training import initialize_head, turn_dropout_off
@@ -84,17 +83,11 @@ def check_shared_base(config: ModelConfig, actor: ModelConfig) -> None:
             "the actor's base; leave reward.model.on_actor_base out, or train it with model.lora"
         )
     trained_from = json_object(settings, config.path).get("base_model_name_or_path") or "a model without a name"
-    if not _same_model(trained_from, actor.path):
+    if not same_model(trained_from, actor.path):
         raise ModelError(
             f"model.path ({config.path}) is an adapter on {trained_from}, and the actor's base is {actor.path}; leave "
             "reward.model.on_actor_base out, or train the reward model from the actor's own model"
         )
-
-
-def _same_model(left: str, right: str) -> bool:
-    if is_local(left) and is_local(right):
-        return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
-    return left == right
 
 
 def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTrainedModel":

@@ -71,7 +71,7 @@ class Saver:
         model, adapted = self.model, self.adapted
         whole = {}
         for name, weight in trained.whole(self.model):
-            _check_finite(name, weight)
+            check_finite(name, weight)
             if self.blueprint is not None and self.is_first:
                 whole[name] = weight.to("cpu", copy=True)
         if self.blueprint is not None and self.is_first:
@@ -121,7 +121,7 @@ def save_policy(
             (new / name).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
     if not weight.isfinite().all():
         raise FloatingPointError(
             f"the weight {name} is not finite, so the model is not saved, and one that was saved earlier stays; lower "

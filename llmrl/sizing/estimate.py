@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmrl.config import GRPORun, PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.config import AnyRun, CriticRun, GRPORun, PPORun, RewardModelRun, RLRun, SFTRun
 from llmrl.rollout.cache import num_columns
 from llmrl.rollout.native import PREFILL_TOKENS
 from llmrl.sizing import activations
@@ -57,7 +57,7 @@ class Estimate:
 
 
 def estimate_memory(
-    config: SFTRun | RewardModelRun | RLRun,
+    config: AnyRun,
     shape: ModelShape,
     strategy: Strategy,
     *,
@@ -73,8 +73,8 @@ def estimate_memory(
     """
     if isinstance(config, SFTRun):
         parts = _Supervised(config, shape, strategy)
-    elif isinstance(config, RewardModelRun):
-        parts = _Preferences(config, shape, strategy)
+    elif isinstance(config, RewardModelRun | CriticRun):
+        parts = _OfBatches(config, shape, strategy)
     else:
         parts = _Reinforcement(config, shape, strategy, reward_shape)
     return Estimate(
@@ -87,7 +87,7 @@ def estimate_memory(
 class _Parts(ABC):
     """Memory of what every run has: modules that learn."""
 
-    def __init__(self, config: SFTRun | RewardModelRun | RLRun, shape: ModelShape, strategy: Strategy) -> None:
+    def __init__(self, config: AnyRun, shape: ModelShape, strategy: Strategy) -> None:
         self.model, self.shape, self.strategy = config.model, shape, strategy
         self.bfloat16 = config.model.dtype == "bfloat16"
         lora = config.model.lora
@@ -204,19 +204,22 @@ class _Supervised(_Parts):
         yield from self.updating(work, num_rows)
 
 
-class _Preferences(_Parts):
-    def __init__(self, config: RewardModelRun, shape: ModelShape, strategy: Strategy) -> None:
+class _OfBatches(_Parts):
+    """A trunk with a head to one number, trained on batches of data."""
+
+    def __init__(self, config: RewardModelRun | CriticRun, shape: ModelShape, strategy: Strategy) -> None:
         super().__init__(config, shape, strategy)
-        self.config = config
+        self.max_tokens = config.data.max_tokens
+        self.batches = config.reward_model if isinstance(config, RewardModelRun) else config.critic
 
     def splits(self) -> list[Split]:
         return [self.split(self.shape.num_trunk, extra=self.shape.hidden_size)]
 
     def items(self) -> Iterator[Item]:
         yield from self.learning()
-        settings, length = self.config.reward_model, self.config.data.max_tokens
-        num_rows = -(-settings.batch_size // self.strategy.num_devices)
-        work = self.work(budget=settings.microbatch_tokens, length=length, response_tokens=0, num_rows=num_rows)
+        num_rows = -(-self.batches.batch_size // self.strategy.num_devices)
+        budget = self.batches.microbatch_tokens
+        work = self.work(budget=budget, length=self.max_tokens, response_tokens=0, num_rows=num_rows)
         yield from self.updating(work, num_rows)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.config import AnyRun, CriticRun, RLRun, SFTRun
 from llmrl.distributed.launch import number, read_launch
 from llmrl.messages import in_units
 from llmrl.models.config import LoraSettings, ModelConfig
@@ -14,11 +14,10 @@ from llmrl.sizing.machine import this_machine
 from llmrl.sizing.shape import ModelShape, read_shape
 from llmrl.sizing.strategy import launched_strategy
 
-RunConfig = SFTRun | RewardModelRun | RLRun
 UNKNOWN = "cannot be read here, or its layers carry states along the row"
 
 
-def describe_memory(config: RunConfig) -> list[str]:
+def describe_memory(config: AnyRun) -> list[str]:
     """Lines on the memory of a run under the launch of this process, or a sentence on why it is not known.
 
     Raises:
@@ -32,7 +31,7 @@ def describe_memory(config: RunConfig) -> list[str]:
     has_rollouts = isinstance(config, RLRun)
     lines = [f"Memory, estimated with {strategy.name}:", *_lines(estimate, has_rollouts), *unknown]
 
-    def estimated(other: RunConfig) -> Estimate:
+    def estimated(other: AnyRun) -> Estimate:
         return estimate_memory(other, shape, strategy, reward_shape=reward_shape)
 
     fit = _fit(config, estimate, estimated, beside="the reward model" if unknown else None)
@@ -50,7 +49,7 @@ def _left_out(config: ModelConfig, shape: ModelShape) -> list[str]:
     ]
 
 
-def _reward_shape(config: RunConfig) -> tuple[ModelShape | None, list[str]]:
+def _reward_shape(config: AnyRun) -> tuple[ModelShape | None, list[str]]:
     if not isinstance(config, RLRun) or config.reward.model is None:
         return None, []
     path = config.reward.model.path
@@ -74,7 +73,7 @@ def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
 
 
 def _fit(
-    config: RunConfig, estimate: Estimate, estimated: Callable[[RunConfig], Estimate], *, beside: str | None
+    config: AnyRun, estimate: Estimate, estimated: Callable[[AnyRun], Estimate], *, beside: str | None
 ) -> list[str]:
     """Lines on whether the run fits this machine, and what would lower its memory; `beside`: what was not counted."""
     machine = this_machine()
@@ -97,7 +96,7 @@ def _fit(
     ]
 
 
-def _lowered(config: RunConfig, needed: int, peak: Callable[[RunConfig], int]) -> Iterator[tuple[str, int]]:
+def _lowered(config: AnyRun, needed: int, peak: Callable[[AnyRun], int]) -> Iterator[tuple[str, int]]:
     """Yields each setting that lowers the peak, with the peak that it gives; last all of them together."""
     together, names = config, []
     for setting, (path, value) in _levers(config).items():
@@ -111,7 +110,7 @@ def _lowered(config: RunConfig, needed: int, peak: Callable[[RunConfig], int]) -
         yield "all of these together", peak(together)
 
 
-def _levers(config: RunConfig) -> dict[str, tuple[str, Any]]:
+def _levers(config: AnyRun) -> dict[str, tuple[str, Any]]:
     """Settings that may lower the peak: as an override, as a path and its value."""
     levers: dict[str, tuple[str, Any]] = {
         "model.gradient_checkpointing=true": ("model.gradient_checkpointing", True),
@@ -124,7 +123,8 @@ def _levers(config: RunConfig) -> dict[str, tuple[str, Any]]:
         rows = max(config.algorithm.group_size, config.evaluation.num_responses)
         levers[f"rollout.max_rows={rows}"] = ("rollout.max_rows", rows)
     else:
-        section, length = "sft" if isinstance(config, SFTRun) else "reward_model", config.data.max_tokens
+        sections = {SFTRun: "sft", CriticRun: "critic"}
+        section, length = sections.get(type(config), "reward_model"), config.data.max_tokens
     levers[f"{section}.microbatch_tokens={length}"] = (f"{section}.microbatch_tokens", length)
     return levers
 

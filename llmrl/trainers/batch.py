@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import ReadBatch
 from llmrl.distributed.context import Context
 from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.functional.statistics import Mean, Total
@@ -37,7 +37,7 @@ class BatchTrainer(Resumable):
         objective: Objective,
         trained: Mapping[str, Trainable],
         source: BatchSource,
-        held_out: Sequences | PreferencePairs | None,
+        held_out: ReadBatch | None,
         batch_size: int,
         budget: TokenBudget,
         context: Context,

@@ -136,3 +136,19 @@ class SFTConfig(Section, place="sft"):
     evaluate_every: Annotated[int | None, Bound(least=0)] = None
     """Iterations between evaluations of the loss on `evaluation_data`; before the first and after the last too. null
     for these two only, where `evaluation_data` is named; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticTrainingConfig(Section, place="critic"):
+    """Targets of a critic that is trained before PPO, and batches of responses. An iteration is one optimizer step."""
+
+    gamma: Annotated[float, Bound(least=0, most=1)] = 1.0
+    """Discount per token of the score, which comes with the last one: what `algorithm.gamma` of PPO will be."""
+    batch_size: Annotated[int, Bound(least=1)] = 32
+    """Responses per optimizer step, over all ranks."""
+    microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
+    """Tokens per forward pass on one device, padding included where it is not packed (`model.packing`). Changes memory,
+    never the result."""
+    evaluate_every: Annotated[int | None, Bound(least=0)] = None
+    """Iterations between evaluations on `evaluation_data`; before the first and after the last too. null for these two
+    only, where `evaluation_data` is named; 0 for none."""

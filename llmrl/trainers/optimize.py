@@ -6,7 +6,7 @@ from functools import partial
 from jaxtyping import Int
 from torch import Tensor
 
-from llmrl.batches import PreferencePairs, Sequences
+from llmrl.batches import ReadBatch
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.microbatcher import Microbatcher, Parts
 from llmrl.functional.statistics import Maximum, Mean, Total
@@ -21,7 +21,7 @@ Losses = Iterable[tuple[str, Tensor, Metrics]]
 def accumulate_and_step(
     trained: Mapping[str, Trainable],
     losses: Callable[[Int[Tensor, " part"]], Losses],
-    batch: Sequences | PreferencePairs,
+    batch: ReadBatch,
     microbatcher: Microbatcher,
 ) -> Metrics:
     """Adds up the gradients of all microbatches of all ranks, then steps every trained module that any loss was for.

@@ -110,6 +110,26 @@ def finished_iterations(folder: Path) -> int | None:
     return finished if isinstance(finished, int) and _holds_something(folder / "final") else None
 
 
+def model_of_run(folder: Path, *, best: bool) -> Path:
+    """The folder of a run's model: final/ of one that has come to its end, or best/ of any.
+
+    Raises:
+        RunError: There is none.
+    """
+    if not is_run(folder):
+        raise RunError(f"RUN ({folder}) is not the folder of a run; name the run.output_dir of one")
+    if best:
+        if not _holds_something(folder / "best"):
+            raise RunError(f"RUN ({folder}) has no best/; leave --best out, or set run.best_metric in its recipe")
+        return folder / "best"
+    if finished_iterations(folder) is None:
+        raise RunError(
+            f"RUN ({folder}) has not come to its end; let it go on with the command that began it, or add --best for "
+            "the best model so far"
+        )
+    return folder / "final"
+
+
 @contextmanager
 def locked(folder: Path, collectives: Collectives) -> Iterator[None]:
     """Context in which no other process writes the folder, which is made. Collective; the first rank holds the lock.

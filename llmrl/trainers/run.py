@@ -6,20 +6,20 @@ samples.jsonl       some responses of each iteration
 trackers.json       which runs of trackers belong to it
 checkpoints/        what resume continues from
 best/               the model with the best value of `run.best_metric`
-final/              the model at the end
+final/              the model at the end; each with its model card, README.md
 """
 
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
 from llmrl.distributed.stop import STOP, Interrupted, install
-from llmrl.files import WriteError, restore_folder, writing
+from llmrl.files import WriteError, replaced_folder, restore_folder, staged, writing
 from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
@@ -38,6 +38,9 @@ from llmrl.trainers.checkpoint import (
 from llmrl.trainers.config import OutputConfig, RunConfig
 from llmrl.trainers.output import RunError, check_folder, check_models, check_nothing_is_lost, is_run
 from llmrl.trainers.records import Records
+
+Lines = Sequence[tuple[int, Mapping[str, float]]]
+"""The metrics of a run, as ``(iteration, values)``."""
 
 
 class Stopped(Exception):
@@ -88,6 +91,7 @@ class Run:
         alarms: Alarms,
         warmup_iterations: int,
         samples: LineFile | None,
+        card: Callable[[Lines], str],
     ) -> None:
         self.config = config
         self.collectives = context.collectives
@@ -98,6 +102,8 @@ class Run:
         """Digests of what the run reads, by what it is."""
         self.trainer = trainer
         self.save_model = save_model
+        self.card = card
+        """Model card from the metrics so far, as ``(iteration, values)``."""
         self.evaluate = evaluate
         self.evaluate_every = config.num_iterations if evaluate_every is None else evaluate_every
         """Iterations between evaluations; before the first and after the last one in any case, unless it is 0."""
@@ -111,7 +117,7 @@ class Run:
             self.folder,
             metric=config.best_metric,
             warmup_iterations=warmup_iterations,
-            save_model=save_model,
+            save_model=self.save,
             collectives=self.collectives,
             report=self.progress.message,
         )
@@ -145,8 +151,7 @@ class Run:
             if self.stop_signal is not None:
                 raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
             self.progress.phase("saving", 1)
-            with writing(self.folder / "final"):
-                self.save_model(self.folder / "final")
+            self.save_final()
             if self.keeps_records:
                 self.records.mark_finished(self.trainer.iteration)
             self.collectives.barrier()  # no rank leaves before it is saved
@@ -172,6 +177,21 @@ class Run:
                 self.progress.message(line)
             self.checkpoint()
         return last
+
+    def save(self, folder: Path) -> None:
+        """Writes the model, with its card. Collective; the folder may be half written after a failure."""
+        self.save_model(folder)
+        if self.keeps_records:
+            (folder / "README.md").write_text(self.card(self.records.lines()), encoding="utf-8")
+
+    def save_final(self) -> None:
+        """Writes final/, whole or not at all. Collective."""
+        final = self.folder / "final"
+        if not self.keeps_records:
+            self.save(staged(final))
+            return
+        with replaced_folder(final) as new:
+            self.save(new)
 
     def conclude(self) -> None:
         """Repeats at the end what was wrong with the run, and names the model to use instead."""

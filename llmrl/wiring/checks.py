@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmrl.algorithms.user_algorithm import check_user_algorithm
 from llmrl.algorithms.user_functions import check_user_functions
-from llmrl.config import PPORun, RewardModelRun, RLRun, SFTRun, command_for
+from llmrl.config import AnyRun, CriticRun, PPORun, RewardModelRun, RLRun, SFTRun, command_for
 from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
 from llmrl.data.mixture import keep_in_each, mix, sets_of
@@ -20,9 +20,10 @@ from llmrl.data.preferences import keep_pairs_in_template, read_preference_rows
 from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
 from llmrl.data.rerender import same_ids
 from llmrl.data.rows import column_names, keep_usable
+from llmrl.data.scored import read_scored_rows
 from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, check_mixed_precision, read_launch
-from llmrl.models.checking import check_model, check_reward_model
+from llmrl.models.checking import check_critic, check_model, check_reward_model
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError, is_adapter
 from llmrl.models.loading import load_tokenizer
@@ -80,8 +81,13 @@ def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
     return _check_batches(config, read_preference_rows, keep_pairs_in_template, dry=dry, needs_head=False)
 
 
+def check_critic_run(config: CriticRun, *, dry: bool) -> Checked:
+    """Checks the training of a critic on scored responses."""
+    return _check_batches(config, read_scored_rows, keep_examples_in_template, dry=dry)
+
+
 def _check_batches(
-    config: SFTRun | RewardModelRun,
+    config: SFTRun | RewardModelRun | CriticRun,
     read: Callable[[C], Rows],
     keep: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
     *,
@@ -120,6 +126,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
+    knows_actor = not (dry and unchecked)
     rows_of = _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
     if config.reward.model is not None:
         made_by = command_for(config.reward.model.path, config)
@@ -128,6 +135,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             with naming("reward.model"):
                 check_shared_base(reward_model_config(config), config.model)
         unchecked += missing
+    if trains and isinstance(config, PPORun) and config.critic.path is not None:
+        unchecked += _check_kept_critic(config, config.critic.path, dry=dry, knows_actor=knows_actor)
     knows_models = not unchecked
     if trains:
         inputs = _inputs(config)
@@ -162,7 +171,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
 
 
 def _compared(
-    config: SFTRun | RewardModelRun | RLRun,
+    config: AnyRun,
     rows: Rows | None,
     evaluation_rows: Rows | None,
     functions: tuple[Function, ...],
@@ -173,19 +182,21 @@ def _compared(
     return contents
 
 
-def _inputs(config: SFTRun | RewardModelRun | RLRun) -> dict[str, str]:
+def _inputs(config: AnyRun) -> dict[str, str]:
     """Paths that a run reads, by setting."""
     sets = zip(_places(config.data, "data"), sets_of(config.data), strict=True)
     inputs = {"model.path": config.model.path, **{f"{place}.path": str(each.path) for place, each in sets}}
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
+    if isinstance(config, PPORun) and config.critic.path is not None:
+        inputs["critic.path"] = config.critic.path
     return inputs
 
 
 def _reader(
     read: Callable[[C], Rows],
     keep: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
-    run: SFTRun | RewardModelRun | RLRun,
+    run: AnyRun,
     unchecked: list[str],
     *,
     dry: bool,
@@ -262,18 +273,41 @@ def check_ppo(config: PPORun, *, dry: bool) -> Checked:
         if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")
         else:
-            _check_body(config.model, reward_model_config(config))
+            cause = f"critic.network {config.critic.network}: "
+            _check_tokens(config.model, reward_model_config(config), "reward.model", cause=cause)
     return checked
 
 
-def _check_body(model: ModelConfig, reward_model: ModelConfig) -> None:
-    """Refuses a reward model as the critic's body that reads other tokens than the policy writes."""
-    with naming("reward.model"):
-        theirs = load_tokenizer(reward_model)
+def _check_kept_critic(config: PPORun, path: str, *, dry: bool, knows_actor: bool) -> list[str]:
+    """Checks the critic that `critic.path` names. Returns sentences on what could not be checked."""
+    made_by = command_for(path, config)
+    if made_by is not None and not Path(path).expanduser().exists():
+        if not dry:
+            raise ModelError(f"critic.path ({path}) is no folder; make it with `{made_by}`")
+        return [f"critic.path ({path}) does not exist yet; `{made_by}` makes it"]
+    if not knows_actor:
+        return [f"whether critic.path ({path}) goes with the policy"]
+    critic = critic_model_config(config)
+    with naming("critic"):
+        check_critic(critic, config.critic.network, config.model)
+    _check_tokens(config.model, critic, "critic")
+    return []
+
+
+def critic_model_config(run: PPORun) -> ModelConfig:
+    """Settings by which the critic that `critic.path` names is loaded."""
+    assert run.critic.path is not None, "asked for where there is one"
+    return ModelConfig(path=run.critic.path, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+
+
+def _check_tokens(model: ModelConfig, critic: ModelConfig, section: str, *, cause: str = "") -> None:
+    """Refuses a critic's body that reads other tokens than the policy writes."""
+    with naming(section):
+        theirs = load_tokenizer(critic)
     if not same_ids(load_tokenizer(model), theirs):
         raise ModelError(
-            f"critic.network reward_model: reward.model.path ({reward_model.path}) reads other tokens than "
-            f"model.path ({model.path}), and the critic reads the policy's; set critic.network to own"
+            f"{cause}{section}.path ({critic.path}) reads other tokens than model.path ({model.path}), and the critic "
+            f"reads the policy's; {'set critic.network to own' if cause else 'leave it out'}"
         )
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import llmrl
 from llmrl.batches import Row
-from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.config import AnyRun, PPORun, RLRun
 from llmrl.data.source import fingerprint
 from llmrl.models.config import ModelConfig
-from llmrl.models.digest import digest_of_model
+from llmrl.models.critic_folder import ADAPTER
+from llmrl.models.digest import digest_of_files, digest_of_model
 from llmrl.secrets import masked
 from llmrl.settings import to_dict
 from llmrl.user_code import code_files, load_object, names_code
@@ -21,13 +22,13 @@ OWN = Path(llmrl.__file__).resolve().parent
 """The code of llmrl itself, which its version stands for."""
 
 
-def recorded_settings(config: SFTRun | RewardModelRun | RLRun) -> dict[str, Any]:
+def recorded_settings(config: AnyRun) -> dict[str, Any]:
     """Every setting as it is recorded: resolved, secrets masked."""
     return masked(to_dict(with_dtypes(config)))
 
 
 def contents_of(
-    config: SFTRun | RewardModelRun | RLRun,
+    config: AnyRun,
     *,
     rows: Sequence[Row] | None,
     evaluation_rows: Sequence[Row] | None,
@@ -38,6 +39,8 @@ def contents_of(
     for section, read in (("data", rows), (EVALUATION, evaluation_rows)):
         if read is not None:
             contents[section] = fingerprint(read)
+    if isinstance(config, PPORun) and config.critic.path is not None:
+        contents["critic.path"] = _digest_of_critic(config.critic.path)
     if isinstance(config, RLRun):
         if config.reward.model is not None:
             scorer = ModelConfig(path=config.reward.model.path, trust_remote_code=config.model.trust_remote_code)
@@ -48,6 +51,14 @@ def contents_of(
                 code[f"algorithm.{name}"] = load_object(value, role=f"algorithm.{name}")
         contents |= {name: _digest_of_code(function) for name, function in code.items()}
     return contents
+
+
+def _digest_of_critic(path: str) -> str:
+    """Digest of a critic's files and, where it is one, of its adapter's."""
+    adapter = Path(path).expanduser() / ADAPTER
+    folders = [path, str(adapter)] if adapter.is_dir() else [path]
+    digests = [digest_of_files(Path(folder).expanduser()) for folder in folders]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _digest_of_code(function: Callable[..., Any]) -> str:

@@ -4,9 +4,12 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmrl.config import PPORun
+import torch
+
+from llmrl.config import CriticRun, PPORun
 from llmrl.distributed.context import Context
 from llmrl.models.adapters import base_of, lora_config
+from llmrl.models.config import CriticNetwork
 from llmrl.models.critic import (
     SeparateNetworks,
     SharedModule,
@@ -15,16 +18,18 @@ from llmrl.models.critic import (
     ValueHead,
     ValueModule,
 )
+from llmrl.models.critic_folder import check_width, load_adapter, load_trunk, load_value_head
 from llmrl.models.folders import ModelError
-from llmrl.models.loaded import Actor, Networks
+from llmrl.models.loaded import Actor, LoadedCritic, Networks
 from llmrl.models.reward_loading import load_reward_model
 from llmrl.models.training import ready_to_train, turn_dropout_off
 from llmrl.optim.factory import make_trainable
 from llmrl.roles import Trainable
-from llmrl.wiring.checks import naming, reward_model_config
+from llmrl.wiring.checks import critic_model_config, naming, reward_model_config
 from llmrl.wiring.trunks import settle_passes
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -42,30 +47,46 @@ def train_networks(networks: Networks, config: PPORun, context: Context) -> dict
 
 def load_networks(config: PPORun, actor: Actor) -> Networks:
     """The critic that the config names, beside a loaded actor."""
+    critic = load_critic(config, actor, network=config.critic.network, path=config.critic.path)
     if config.critic.network == "shared":
-        return _share_trunk(config, actor)
-    trunk = _adapter_trunk(config, actor) if config.critic.network == "adapter" else _own_trunk(config, actor)
-    ready_to_train(trunk, actor.model.device, gradient_checkpointing=config.model.gradient_checkpointing)
-    module = ValueModule(trunk, _head_on(trunk, config), dtype=actor.dtype)
-    value = TransformersValueFunction(module)
-    return Networks(both=SeparateNetworks(actor.policy, value), actor=actor.policy, value=value, critic=trunk)
+        both = SharedTrunk(SharedModule(actor.module, critic.head))
+        return Networks(both=both, actor=both, value=None, critic=critic)
+    value = TransformersValueFunction(ValueModule(critic.trunk, critic.head, dtype=actor.dtype))
+    return Networks(both=SeparateNetworks(actor.policy, value), actor=actor.policy, value=value, critic=critic)
 
 
-def _head_on(trunk: "PreTrainedModel", config: PPORun) -> ValueHead:
-    """Value head as wide as the hidden states of the trunk."""
+def load_critic(
+    config: PPORun | CriticRun, actor: Actor, *, network: CriticNetwork, path: str | None = None
+) -> LoadedCritic:
+    """Trunk and value head, ready to train: those of a folder, or as they begin."""
+    adapted = None
+    if network == "shared":
+        trunk = actor.model
+    else:
+        trunk, adapted = (
+            _adapter_trunk(config, actor, path) if network == "adapter" else (_own_trunk(config, actor), None)
+        )
+        ready_to_train(trunk, actor.model.device, gradient_checkpointing=config.model.gradient_checkpointing)
     width, _ = settle_passes(trunk, config.longest_sequence, packing=config.model.packing)
-    return ValueHead(width).to(trunk.device)
+    head = ValueHead(width)
+    if path is not None:
+        with naming("critic"), torch.no_grad():
+            check_width(path, width)
+            head.weight.copy_(load_value_head(path))
+    return LoadedCritic(
+        trunk=trunk,
+        head=head.to(trunk.device),
+        adapted=adapted,
+        owns_trunk=network in ("own", "reward_model"),
+    )
 
 
-def _share_trunk(config: PPORun, actor: Actor) -> Networks:
-    module = SharedModule(actor.module, _head_on(actor.model, config))
-    both = SharedTrunk(module)
-    return Networks(both=both, actor=both, value=None, critic=actor.model)
-
-
-def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
-    """Trunk with weights of its own, equal to the actor's or the reward model's bit for bit."""
-    if config.critic.network == "reward_model":
+def _own_trunk(config: PPORun | CriticRun, actor: Actor) -> "PreTrainedModel":
+    """Trunk with weights of its own: those of `critic.path`, or the reward model's or the actor's, bit for bit."""
+    if isinstance(config, PPORun) and config.critic.path is not None:
+        with naming("critic"):
+            return load_trunk(critic_model_config(config))
+    if isinstance(config, PPORun) and config.critic.network == "reward_model":
         with naming("reward.model"):
             model = load_reward_model(reward_model_config(config), head_init=None)
             return model.base_model  # type: ignore[return-value]
@@ -74,17 +95,22 @@ def _own_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
     return copy.deepcopy(actor.model.base_model).requires_grad_(True)  # type: ignore[return-value]
 
 
-def _adapter_trunk(config: PPORun, actor: Actor) -> "PreTrainedModel":
-    """Trunk on the actor's frozen base, with an adapter of its own."""
+def _adapter_trunk(config: PPORun | CriticRun, actor: Actor, path: str | None) -> "tuple[PreTrainedModel, PeftModel]":
+    """Trunk on the actor's frozen base, with an adapter of its own, new or of a folder; and peft's view of it."""
     from peft import get_peft_model
 
     assert actor.adapted is not None, "checked with the settings"
     assert config.model.lora is not None, "checked with the settings"
     trunk: PreTrainedModel = base_of(actor.adapted).base_model  # type: ignore[assignment]
-    _check_targets(config.model.lora.targets, trunk)
-    get_peft_model(trunk, lora_config(config.model.lora, trunk, task_type="FEATURE_EXTRACTION"))
+    if path is None:
+        _check_targets(config.model.lora.targets, trunk)
+        adapted = get_peft_model(trunk, lora_config(config.model.lora, trunk, task_type="FEATURE_EXTRACTION"))
+    else:
+        with naming("critic"):
+            adapted = load_adapter(path, trunk)
+    adapted.peft_config["default"].base_model_name_or_path = actor.model.config.name_or_path
     turn_dropout_off(trunk)
-    return trunk
+    return trunk, adapted  # type: ignore[return-value]
 
 
 def _check_targets(targets: Sequence[str], trunk: "PreTrainedModel") -> None:

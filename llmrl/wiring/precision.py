@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
-from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.config import AnyRun
 from llmrl.distributed.device import pick_device
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import DTYPES
@@ -14,7 +14,7 @@ from llmrl.models.loading import DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-R = TypeVar("R", bound="SFTRun | RewardModelRun | RLRun")
+R = TypeVar("R", bound=AnyRun)
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:

@@ -32,6 +32,7 @@ from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.config import RewardModelConfig, RunConfig
 from llmrl.trainers.reward_model import RewardModelObjective
 from llmrl.trainers.run import Run
+from llmrl.wiring.cards import card_of
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.precision import dtype_of, precision_warnings
@@ -142,6 +143,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
         samples=None,
         settings=recorded_settings(config),
         contents=checked.contents,
+        card=card_of(config, checked),
         trainer=trainer,
         save_model=save,
         evaluate=trainer.evaluate,

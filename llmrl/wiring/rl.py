@@ -1,8 +1,9 @@
 """Runs of reinforcement learning: one builder for each algorithm, and what all of them share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.algorithms.grpo import GRPO
@@ -16,6 +17,7 @@ from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, Dist
 from llmrl.functional.streams import Purpose
 from llmrl.lines import LineFile
 from llmrl.microbatches import TokenBudget
+from llmrl.models.critic_folder import CriticSaver
 from llmrl.models.loaded import Actor, RewardScorer
 from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
@@ -30,6 +32,7 @@ from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
 from llmrl.trainers.run import Run
 from llmrl.wiring.actors import following, load_actor, reference_of
+from llmrl.wiring.cards import card_of
 from llmrl.wiring.checks import Checked, reward_model_config
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_networks, train_networks
@@ -64,14 +67,19 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
         reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
     )
-    return _build_run(config, checked, context, trackers, parts, algorithm, {"actor": trained})
+
+    def save(folder: Path) -> None:
+        parts.saver.save(folder, trained)
+
+    return _build_run(config, checked, context, trackers, parts, algorithm, {"actor": trained}, save)
 
 
 def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A run of PPO, ready to train."""
     actor = _load_actor(config, context)
     networks = load_networks(config, actor)
-    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic}, config, context)
+    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic.trunk}, config, context)
+    critic_saver = CriticSaver(networks.critic, actor.tokenizer, context=context)
     trained = train_networks(networks, config, context)
     algorithm = PPO(
         config.algorithm,
@@ -82,7 +90,12 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
         value_coef=config.critic.value_coef,
         one_step=config.optimizer_steps_per_iteration == 1,
     )
-    return _build_run(config, checked, context, trackers, parts, algorithm, trained)
+
+    def save(folder: Path) -> None:
+        parts.saver.save(folder, trained["actor"])
+        critic_saver.save(folder / "critic", trained.get("critic", trained["actor"]))
+
+    return _build_run(config, checked, context, trackers, parts, algorithm, trained, save)
 
 
 def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evaluator:
@@ -185,6 +198,7 @@ def _build_run(
     parts: _Parts,
     algorithm: Algorithm,
     trained: Mapping[str, Trainable],
+    save: Callable[[Path], None],
 ) -> Run:
     """A run of any algorithm: the steps that all builders share."""
     actor = parts.actor
@@ -236,8 +250,9 @@ def _build_run(
         samples=samples,
         settings=recorded_settings(config),
         contents=checked.contents,
+        card=card_of(config, checked),
         trainer=trainer,
-        save_model=lambda folder: parts.saver.save(folder, trained["actor"]),
+        save_model=save,
         evaluate=evaluator.evaluate if evaluator is not None else None,
         evaluate_every=config.evaluation.every,
         context=context,

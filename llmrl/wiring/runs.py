@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from llmrl.config import GRPORun, PPORun, RewardModelRun, RLRun, SFTRun
+from llmrl.config import CriticRun, GRPORun, PPORun, RewardModelRun, RLRun, SFTRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,12 @@ RUNS: dict[str, Kind] = {
         check="llmrl.wiring.checks:check_reward_run",
         build="llmrl.wiring.reward_model:build_reward_model",
         help="Trains a reward model on pairs of responses, one of which was preferred.",
+    ),
+    "critic": Kind(
+        settings=CriticRun,
+        check="llmrl.wiring.checks:check_critic_run",
+        build="llmrl.wiring.critic_run:build_critic",
+        help="Trains a critic for PPO on responses and their scores.",
     ),
     "grpo": Kind(
         settings=GRPORun,

@@ -18,6 +18,7 @@ from llmrl.trainers.batch import BatchTrainer
 from llmrl.trainers.run import Run
 from llmrl.trainers.sft import SFTObjective
 from llmrl.wiring.actors import load_actor
+from llmrl.wiring.cards import card_of
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.precision import precision_warnings
@@ -61,6 +62,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
         samples=None,
         settings=recorded_settings(config),
         contents=checked.contents,
+        card=card_of(config, checked),
         trainer=trainer,
         save_model=lambda folder: saver.save(folder, trained),
         evaluate=trainer.evaluate if config.evaluation_data is not None else None,

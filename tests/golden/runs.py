@@ -125,7 +125,13 @@ def make_data(folder: Path) -> None:
         answer = str(first + second)
         wrong = str(first + second + 1 + number % 3)
         rows.append(
-            {"prompt": f"{first}+{second}=", "response": answer, "chosen": answer, "rejected": wrong * (1 + number % 2)}
+            {
+                "prompt": f"{first}+{second}=",
+                "response": answer,
+                "score": number % 3 - 1,
+                "chosen": answer,
+                "rejected": wrong * (1 + number % 2),
+            }
         )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

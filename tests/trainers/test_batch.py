@@ -66,6 +66,7 @@ def run(make: Make, folder: Path, num_iterations: int, **config: Any) -> Run:
         trainer=trainer,
         context=context_of(),
         save_model=lambda _: None,
+        card=str,
         evaluate=trainer.evaluate,
         evaluate_every=2,
         sink=Nobody(),

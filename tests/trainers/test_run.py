@@ -166,6 +166,7 @@ class Bench:
             RunConfig(output_dir=str(self.folder), num_iterations=num_iterations, **config),
             settings=settings or {},
             contents={},
+            card=str,
             trainer=trainer,
             save_model=save or save_model,
             evaluate=evaluate,
@@ -254,7 +255,7 @@ def test_the_best_is_what_the_writing_rank_has_seen(bench: Bench):
         saved.append(folder.name)
 
     bench.make(2, losses=[4.0, 6.0], best_metric="loss", collectives=Second(), save=save).train()
-    assert saved == [".best.new", "final"]  # 6 beats 5, 4 did not
+    assert saved == [".best.new", ".final.new"]  # 6 beats 5, 4 did not
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(bench: Bench):
@@ -285,7 +286,7 @@ def test_the_best_goes_by_the_number_of_the_writing_rank(bench: Bench):
 
     saved: list[Path] = []
     bench.make(1, losses=[4.0], best_metric="loss", collectives=Second(), save=saved.append).train()
-    assert [folder.name for folder in saved] == ["final"]  # 4 is better than none, what is not finite never is
+    assert [folder.name for folder in saved] == [".final.new"]  # 4 is better than none, what is not finite never is
 
 
 def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
@@ -296,7 +297,7 @@ def test_a_rank_that_is_not_the_first_trains_and_writes_nothing(bench: Bench):
     saved: list[Path] = []  # whose weights the first rank may need
     run = bench.make(3, best_metric="weight", checkpoint_every=1, collectives=Second(), save=saved.append)
     assert run.train() == {"weight": 18.0}
-    assert [folder.name for folder in saved] == [".best.new", ".best.new", ".best.new", "final"]
+    assert [folder.name for folder in saved] == [".best.new", ".best.new", ".best.new", ".final.new"]
     assert not bench.folder.exists()
     assert bench.sink.logged == []
 

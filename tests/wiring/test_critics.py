@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
@@ -354,6 +354,104 @@ def test_gradient_checkpointing_changes_memory_alone(one_base, network):
     assert num_forwards == [1, 2]  # recomputed in the backward pass, or it was never on
     assert all(grad.any() for grad in grads[0].values())
     assert_same_gradients(grads[1], grads[0])
+
+
+# --- a critic that is kept --------------------------------------------------------------------------------------------
+
+
+def trained_critic(config: PPORun, folder: Path) -> Any:
+    """A run whose networks have moved, saved to a folder."""
+    run = build_run(config)
+    for trainable in run.trainer.trained.values():
+        move(trainable.module)
+    run.save_model(folder)
+    return run
+
+
+@pytest.mark.parametrize("network", ["own", "reward_model", "adapter", "shared"])
+def test_a_kept_critic_gives_the_same_values_in_another_run(one_base, tmp_path, network):
+    """To the bit, where its trunk is that of the run which saved it."""
+    saved = with_critic(one_base, network=network)
+    if network != "adapter":
+        saved = with_model(with_reward(saved, on_actor_base=False), lora=None)
+    run = trained_critic(saved, tmp_path / "first")
+    critic = tmp_path / "first" / "critic"
+    has_own = {"own": "model.safetensors", "reward_model": "model.safetensors", "adapter": "adapter"}.get(network)
+    assert {"value_head.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in critic.iterdir()}
+    assert {name for name in ("model.safetensors", "adapter") if (critic / name).exists()} == {has_own} - {None}
+    assert not (critic / "value_head.safetensors").stat().st_size > 1000
+
+    settings = with_critic(saved, path=str(critic), network="own" if network == "reward_model" else network)
+    if network == "shared":
+        settings = with_model(settings, path=str(tmp_path / "first"))
+    again = build_run(settings)
+    rollout, _ = rollout_of(run)
+    with torch.no_grad():
+        ours, theirs = (each.trainer.algorithm.networks.values(rollout.sequences) for each in (run, again))
+    assert ours.values.abs().max() > 0.01
+    assert torch.equal(ours.values, theirs.values)
+    assert torch.equal(ours.last_values, theirs.last_values)
+    names = [
+        learning(each.trainer.trained.get("critic", each.trainer.trained["actor"]).module) for each in (run, again)
+    ]
+    assert names[0] == names[1]  # what learned goes on learning
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_folder_that_is_no_fitting_critic_is_refused(config, folders, monkeypatch, tmp_path, dry):
+    trained_critic(config, tmp_path / "own")
+    trained_critic(with_critic(config, network="shared"), tmp_path / "shared")
+    own, shared = str(tmp_path / "own" / "critic"), str(tmp_path / "shared" / "critic")
+    foreign = AutoTokenizer.from_pretrained(folders.base)
+    foreign.eos_token = "a"
+    other = retokenized(tmp_path / "own" / "critic", tmp_path / "foreign", foreign)
+    wide = Path(shutil.copytree(own, tmp_path / "wide"))
+    save_file({"weight": torch.zeros(1, 7)}, wide / "value_head.safetensors")
+    torn = Path(shutil.copytree(own, tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-1])
+    for path, network, problem in (
+        (str(tmp_path / "own"), "own", f"holds no value_head.safetensors, so it is no critic; did you mean {own}?"),
+        (str(tmp_path / "ownn"), "own", f"is no folder; did you mean {tmp_path / 'own'}?"),
+        (shared, "own", "holds a value head alone, which reads the trunk of the actor that was saved with it; set "
+         "critic.network to shared, or name another critic"),
+        (own, "shared", "holds a critic with a trunk of its own; set critic.network to own, or name another critic"),
+        (str(other), "own", f"reads other tokens than model.path ({folders.base}), and the critic reads the policy's"),
+        (str(wide), "own", "its value_head.safetensors has [1, 7] where the trunk needs a weight of [1, 32]"),
+        (str(torn), "own", "it is truncated"),
+    ):  # fmt: skip
+        message = refusal(with_critic(config, network=network, path=path), monkeypatch, dry=dry)
+        assert f"critic.path ({path})" in message
+        assert problem in message
+
+
+def test_an_adapter_on_another_base_is_refused(one_base, folders, monkeypatch, tmp_path):
+    trained_critic(one_base, tmp_path / "first")
+    critic = str(tmp_path / "first" / "critic")
+    other = with_reward(with_model(one_base, path=str(folders.whole)), on_actor_base=False)
+    shutil.copytree(folders.base, tmp_path / "base")
+    message = refusal(with_critic(with_model(other, path=str(tmp_path / "base")), path=critic), monkeypatch, dry=False)
+    assert message.startswith(f"critic.path ({critic}) is an adapter on {folders.base}, and the actor's base is ")
+
+
+def test_a_critic_that_a_command_makes_need_not_be_there_in_a_dry_run(config, tmp_path):
+    path = str(tmp_path / "critic" / "final")
+    made = dataclasses.replace(with_critic(config, path=path), made_by={path: "llmrl critic critic.yaml"})
+    assert f"critic.path ({path}) does not exist yet; `llmrl critic critic.yaml` makes it" in (
+        check_ppo(made, dry=True).unchecked
+    )
+    with pytest.raises(ModelError, match=r"make it with `llmrl critic critic\.yaml`"):
+        check_ppo(made, dry=False)
+
+
+def test_another_critic_is_another_run(config, tmp_path):
+    """Its weights, and those of its adapter, are part of what the run reads."""
+    trained_critic(config, tmp_path / "first")
+    reads = with_critic(config, path=str(tmp_path / "first" / "critic"))
+    before = check_ppo(reads, dry=False).contents["critic.path"]
+    run = build_run(reads)
+    move(run.trainer.trained["critic"].module, seed=3)
+    run.save_model(tmp_path / "first")
+    assert check_ppo(reads, dry=False).contents["critic.path"] != before
 
 
 # --- a critic of its own ----------------------------------------------------------------------------------------------
