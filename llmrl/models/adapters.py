@@ -64,7 +64,7 @@ def load_adapted(config: ModelConfig, *, moving_reference: bool = False) -> "tup
         check_targets(config.lora, model)
         with reading(config):
             settings = lora_config(config.lora, model, task_type="CAUSAL_LM")
-            adapted = get_peft_model(model, copy.deepcopy(settings))  # peft writes the layers that it found into its own
+            adapted = get_peft_model(model, copy.deepcopy(settings))  # peft writes the found layers into its own
             if moving_reference:
                 _add_reference(adapted, settings)
     else:
