@@ -13,7 +13,7 @@ import pytest
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
-from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun, command_for
+from llmrl.config import CriticRun, GRPORun, PPORun, RewardModelRun, SFTRun, command_for
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
 from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.optim.config import OptimizerConfig
@@ -392,6 +392,7 @@ def test_a_section_left_out_is_the_section_with_nothing_said(run: type):
     expected = {
         SFTRun: {"optimizer"},
         RewardModelRun: {"optimizer"},
+        CriticRun: {"optimizer"},
         GRPORun: set(),
         PPORun: {"rollout", "update", "critic_optimizer"},
     }

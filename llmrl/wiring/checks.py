@@ -234,7 +234,7 @@ def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig
     return keep_in_each(rows, data, lambda part, each: keep_usable(part, each, problem))
 
 
-def _check_precision(config: SFTRun | RewardModelRun | RLRun) -> None:
+def _check_precision(config: AnyRun) -> None:
     check_mixed_precision(config.model.dtype or default_dtype())
 
 
