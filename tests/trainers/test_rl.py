@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
-from llmrl.batches import Prompts, Scores
+from llmrl.batches import Prompts, Scores, StopReason
 from llmrl.microbatches import TokenBudget
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule, TransformersPolicy
@@ -620,3 +622,26 @@ def test_a_phase_ends_when_the_gpu_has_done_what_it_asked_for(monkeypatch):
     with trainer.phase("update", 1):
         pass
     assert (seen, trainer.seconds) == ([1], {"update": 2})
+
+
+# --- truncated responses ----------------------------------------------------------------------------------------------
+
+
+def test_a_minibatch_of_truncated_responses_takes_no_step():
+    """With momentum from an earlier step, a gradient of zero would still move the weights."""
+    trainer = make_trainer(config=GRPOConfig(group_size=4, mask_truncated=True, entropy_coef=0.1))
+    generate, reasons = trainer.engine.generate, iter([StopReason.EOS, StopReason.LENGTH])
+
+    def ended_by(*arguments):
+        rollout = generate(*arguments)
+        return replace(rollout, stop_reason=torch.full_like(rollout.stop_reason, next(reasons)))
+
+    trainer.engine.generate = ended_by
+    trainer.iterate()
+    before, num_steps = weights_of(trainer), trainer.trained["actor"].num_steps_done
+    values = trainer.iterate().values()
+    assert distance(weights_of(trainer), before) == 0
+    assert trainer.trained["actor"].num_steps_done == num_steps > 0
+    assert values["response/finished_fraction"] == 0
+    assert all(math.isfinite(value) for value in values.values())
+    assert not {"policy/loss", "advantage/mean"} & values.keys()

@@ -168,6 +168,21 @@ def test_the_kl_is_measured_from_where_the_reference_moved(config, model):
     assert third == pytest.approx(0.0, abs=1e-5)  # the actor has just been copied
 
 
+def test_rewards_are_compared_one_by_one_where_that_is_asked_for(config):
+    rules = (
+        *config.reward.functions,
+        RewardFunctionConfig(name=f"{ROOT}/recipes/algorithms/digits.py:digits", weight=0.5),
+    )
+    summed, standardized = (
+        dataclasses.replace(config, reward=RewardConfig(functions=rules, combine=combine))
+        for combine in ("sum", "standardized")
+    )
+    assert build_run(summed)[0].trainer.algorithm.reward_weights is None
+    trainer, (values,) = learned(standardized, 1)
+    assert trainer.algorithm.reward_weights == {"correct": 1.0, "digits": 0.5}
+    assert values["advantage/std"] > 0
+
+
 def test_adapters_are_not_averaged(config):
     adapted = moving(config, MOVING["average"], lora=LoraSettings(rank=2))
     with pytest.raises(ModelError, match=r"algorithm\.reference_mixing \(0\.25\) averages weights, .* set it to 1"):
