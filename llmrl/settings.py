@@ -41,6 +41,7 @@ from omegaconf.errors import (
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
+from llmrl.errors import Error
 from llmrl.paths import UserPath
 from llmrl.secrets import remember_from_environment, remember_settings
 from llmrl.section import Bound, Like, bounds, likes
@@ -54,7 +55,7 @@ MAX_NODES = 100_000
 """Values of the longest recipe, those that aliases stand for included."""
 
 
-class SettingError(ValueError):
+class SettingError(Error, ValueError):
     """A recipe or an override that cannot be used; the message is meant for the person who wrote it."""
 
 

@@ -24,16 +24,17 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
+from llmrl.errors import Error
 from llmrl.messages import class_and_message, nearest
 
 __path__: list[str] = []  # makes this module a package, whose modules the finder finds
 
 
-class UserCodeError(ValueError):
+class UserCodeError(Error, ValueError):
     """Code that cannot be used as it was named; the message addresses the person who named it."""
 
 
-class UserCodeFailure(RuntimeError):
+class UserCodeFailure(Error, RuntimeError):
     """Code that failed in a run: it raised, or returned what cannot be used."""
 
 

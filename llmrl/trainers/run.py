@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
 from llmrl.distributed.stop import STOP, Interrupted, install
+from llmrl.errors import Error
 from llmrl.files import WriteError, restore_folder, writing
 from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
@@ -40,7 +41,7 @@ from llmrl.trainers.output import RunError, check_folder, check_models, check_no
 from llmrl.trainers.records import Records
 
 
-class Stopped(Exception):
+class Stopped(Error):
     """A signal ended the run; everything up to an iteration's end is saved."""
 
     def __init__(self, signal_number: int, iteration: int, output_dir: Path) -> None:
