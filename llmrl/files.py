@@ -19,6 +19,12 @@ UNSYNCED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What file systems say that have no way to bring the names in a folder to disk."""
 
 
+REFUSALS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
+)
+"""Errors of a file system whose cause lies outside of llmrl."""
+
+
 class WriteError(Error):
     """A file of a run that cannot be written."""
 

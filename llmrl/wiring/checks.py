@@ -141,9 +141,9 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         worker = Worker(config.reward)
         functions = worker.load()
         if rows is not None:
-            rows = _scorable(config.reward, worker, rows, config.data)
+            rows = _scorable(config.reward, worker, functions, rows, config.data)
         if config.evaluation_data is not None and evaluation_rows is not None:
-            evaluation_rows = _scorable(config.reward, worker, evaluation_rows, config.evaluation_data)
+            evaluation_rows = _scorable(config.reward, worker, functions, evaluation_rows, config.evaluation_data)
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(
@@ -199,10 +199,12 @@ def _reader(
     return rows_of
 
 
-def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig) -> Rows:
+def _scorable(
+    config: RewardConfig, worker: Worker, functions: tuple[Function, ...], rows: Rows, data: DataConfig
+) -> Rows:
     """The rows that have the columns which the reward functions read."""
     worker.check_columns(tuple(column_names(rows)))
-    required = required_columns(config, worker.functions.values())
+    required = required_columns(config, functions)
     return keep_usable(rows, data, partial(row_problem, required=required))
 
 
