@@ -30,7 +30,7 @@ from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, required_columns, row_problem
 from llmrl.rewards.worker import Worker
-from llmrl.roles import Progress
+from llmrl.roles import Progress, RolloutEngine
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
@@ -55,6 +55,8 @@ class Checked:
     """Whether every model of the run was there to be checked."""
     contents: Mapping[str, str]
     """Digests of what the run reads, by the setting that names it; empty where nothing trains."""
+    engine: RolloutEngine | None = None
+    """The engine that a program hands over; None: the one that the settings name."""
 
     @property
     def notes(self) -> list[str]:
