@@ -20,27 +20,33 @@ from llmrl.wiring.process import quieten
 @contextmanager
 def computing(*, deterministic: bool = False, raises: bool = True) -> Iterator[None]:
     """Context of a part of a run. Its errors are those of a user, and the process is put back after it: handlers of
-    signals, settings of torch, progress bars.
+    signals, settings of torch, bars of transformers.
 
     Args:
         deterministic: See `prepare_device`.
         raises: Whether a signal ends it at once; else whoever computes looks for it.
     """
-    with_bars = is_progress_bar_enabled()
-    with errors_of_users(), _torch_as_it_was(), torch.enable_grad(), STOP.listening(raises=raises):
+    with errors_of_users(), quiet(), _torch_as_it_was(), torch.enable_grad(), STOP.listening(raises=raises):
         prepare_device(deterministic=deterministic)
-        quieten()
-        try:
-            yield
-        finally:
-            if with_bars:
-                enable_progress_bar()
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Context in which libraries print no bars and no lines of their own."""
+    with_bars = is_progress_bar_enabled()
+    quieten()
+    try:
+        yield
+    finally:
+        if with_bars:
+            enable_progress_bar()
 
 
 @contextmanager
 def checking() -> Iterator[None]:
     """Context of everything before a model loads: what is wrong there is the input."""
-    with errors_of_users():
+    with errors_of_users(), quiet():
         try:
             yield
         except Error:

@@ -40,8 +40,8 @@ def reward_section(reward: Reward, given: Given) -> dict[str, Any]:
             functions.append({"name": _code(each, name, given), **setting})
         else:
             raise SettingError(
-                f"reward is a {type(each).__name__}; hand over a function such as def score(responses), a reward model, "
-                "or several of them as a list or a dict"
+                f"reward is a {type(each).__name__}; hand over a function such as def score(responses), a reward "
+                "model, or several of them as a list or a dict"
             )
     if len(models) > 1:
         raise SettingError(f"reward has {len(models)} reward models, and a run scores by one; leave the others out")

@@ -39,9 +39,8 @@ def sft(
     Raises:
         Error: Something cannot be used; no model was loaded yet.
     """
-    return _made(
-        "sft", model, tokenizer, output_dir, settings, data, evaluation, run={"num_iterations": num_iterations}
-    )
+    run = {"output_dir": output_dir, "num_iterations": num_iterations}
+    return _made("sft", model, tokenizer, data, evaluation, run, settings)
 
 
 def reward_model(
@@ -67,7 +66,7 @@ def reward_model(
     Raises:
         Error: Something cannot be used; no model was loaded yet.
     """
-    return _made("reward-model", model, tokenizer, output_dir, settings, pairs, evaluation)
+    return _made("reward-model", model, tokenizer, pairs, evaluation, {"output_dir": output_dir}, settings)
 
 
 def grpo(
@@ -101,10 +100,8 @@ def grpo(
     Raises:
         Error: Something cannot be used; no model was loaded yet.
     """
-    run = {"num_iterations": num_iterations}
-    return _made(
-        "grpo", model, tokenizer, output_dir, settings, prompts, evaluation, run=run, reward=reward, engine=engine
-    )
+    run = {"output_dir": output_dir, "num_iterations": num_iterations}
+    return _made("grpo", model, tokenizer, prompts, evaluation, run, settings, reward=reward, engine=engine)
 
 
 def ppo(
@@ -135,33 +132,30 @@ def ppo(
     Raises:
         Error: Something cannot be used; no model was loaded yet.
     """
-    run = {"num_iterations": num_iterations}
-    return _made(
-        "ppo", model, tokenizer, output_dir, settings, prompts, evaluation, run=run, reward=reward, engine=engine
-    )
+    run = {"output_dir": output_dir, "num_iterations": num_iterations}
+    return _made("ppo", model, tokenizer, prompts, evaluation, run, settings, reward=reward, engine=engine)
 
 
 def _made(
     verb: str,
     model: Model,
     tokenizer: Tokenizer | None,
-    output_dir: str | Path,
-    settings: Mapping[str, Any] | None,
     data: Rows,
     evaluation: Rows | None,
+    run: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
     *,
-    run: Mapping[str, Any] | None = None,
     reward: Reward | None = None,
     engine: RolloutEngine | None = None,
 ) -> Run:
     """A run of the kind that a verb of the command line names."""
     remember_environment()
     with checking():
-        given = Given(Path(output_dir).expanduser().absolute() / "given")
+        given = Given(Path(run["output_dir"]).expanduser().absolute() / "given")
         sections: dict[str, Any] = {
             "model": {"path": given.model(model, tokenizer)},
             "data": {"path": given.rows(data, argument="data")},
-            "run": {"output_dir": str(output_dir), **(run or {})},
+            "run": run,
         }
         if evaluation is not None:
             sections["evaluation_data"] = {"path": given.rows(evaluation, argument="evaluation")}
