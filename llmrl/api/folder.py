@@ -41,7 +41,7 @@ class RunFolder:
         return config
 
     @property
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, int | float]]:
         """A row for each iteration with its number as ``iteration``, 0 for the evaluation before the first; as
         ``pandas.DataFrame(run.metrics)`` takes them. A number that was not finite is NaN. Lines that a crash has torn
         are left out, and of several of one iteration all but the last."""

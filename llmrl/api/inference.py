@@ -12,6 +12,7 @@ from llmrl.api.rewards import Reward, reward_section
 from llmrl.config import GRPORun, RLRun
 from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.supervised import read_supervised_rows
+from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device
 from llmrl.models.checking import check_model
 from llmrl.models.config import ModelConfig
@@ -69,20 +70,26 @@ def evaluate(
         return measure(config, given.objects, engine)
 
 
-def measure(config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None) -> dict[str, float]:
+def measure(
+    config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None, context: Context | None = None
+) -> dict[str, float]:
     """Evaluates the model of a run's settings on its held-out prompts.
 
     Args:
         config: The settings.
         objects: What was handed over, see `Given.objects`.
         engine: In place of the engine of the settings.
+        context: Context of the run that is under way; None: there is none.
     """
     with handed_over(objects):
         with checking():
             checked = dataclasses.replace(check_rl(config, dry=False, trains=False), engine=engine)
-        with computing(deterministic=config.run.deterministic), joined(config.distributed) as context:
-            warn_without_gpu(context)
-            return build_evaluator(config, checked, context).evaluate()
+        with computing(deterministic=config.run.deterministic):
+            if context is not None:
+                return build_evaluator(config, checked, context).evaluate()
+            with joined(config.distributed) as context:
+                warn_without_gpu(context)
+                return build_evaluator(config, checked, context).evaluate()
 
 
 def generate(

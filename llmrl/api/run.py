@@ -11,10 +11,11 @@ from llmrl.api.folder import RunFolder, load_model
 from llmrl.api.given import Given, Rows
 from llmrl.api.guest import checking, computing, own_random_numbers
 from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.distributed.context import Context
 from llmrl.roles import RolloutEngine
 from llmrl.trainers import run as trainers
 from llmrl.trainers.changes import changes_in, is_finished
-from llmrl.trainers.output import RunError
+from llmrl.trainers.output import RunError, finished_iterations
 from llmrl.user_code import handed_over
 from llmrl.wiring.checks import Checked
 from llmrl.wiring.contents import recorded_settings
@@ -49,10 +50,12 @@ class Run(RunFolder):
         self._engine = engine
         self._under_way: trainers.Run | None = None
         """The run in memory, while a loop is over it."""
+        self._context: Context | None = None
+        """Context of this process, meanwhile."""
         self._checked: Checked | None = self._check()
         """What the next loop begins with; None: it checks again."""
 
-    def __iter__(self) -> Iterator[dict[str, float]]:
+    def __iter__(self) -> Iterator[dict[str, int | float]]:
         """Runs the iterations that are left, and yields the metrics of each, its number as ``iteration``.
 
         Raises:
@@ -71,13 +74,13 @@ class Run(RunFolder):
                 with self._computing(raises=False), private_files():
                     steps.close()
 
-    def train(self) -> dict[str, float]:
+    def train(self) -> dict[str, int | float]:
         """Runs the iterations that are left. Returns the metrics of the last one, empty where none is left.
 
         Raises:
             Error: The run failed, or a signal stopped it. What was learned is in a checkpoint.
         """
-        last: dict[str, float] = {}
+        last: dict[str, int | float] = {}
         for values in self:
             last = values
         return last
@@ -105,7 +108,7 @@ class Run(RunFolder):
         with self._weights() as folder:
             model = dataclasses.replace(config.model, path=str(folder), lora=None, from_scratch=False)
             config = dataclasses.replace(config, model=model, evaluation_data=data)
-            return measure(config, self._given.objects, self._engine)
+            return measure(config, self._given.objects, self._engine, self._context)
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -133,15 +136,18 @@ class Run(RunFolder):
 
     def _open(self, checked: Checked, stack: ExitStack) -> trainers.Run:
         """The run in memory, at its newest checkpoint, until the stack is closed."""
-        stack.callback(setattr, self, "_under_way", None)
+        stack.callback(self._forget)
         with self._computing(raises=True):
             context = stack.enter_context(joined(self._config.distributed))
             with own_random_numbers(), handed_over(self._given.objects):
                 run = stack.enter_context(opened(self._config, checked, self._kind.builder(), context))
             with private_files():
                 run.prepare()
-        self._under_way = run
+        self._under_way, self._context = run, context
         return run
+
+    def _forget(self) -> None:
+        self._under_way = self._context = None
 
     def _step(self, steps: Iterator[dict[str, float]]) -> dict[str, float] | None:
         """Metrics of the next iteration; None where the run has come to its end."""
@@ -156,7 +162,7 @@ class Run(RunFolder):
     @contextmanager
     def _weights(self) -> Iterator[Path]:
         """Context of a folder with the model as it is now."""
-        if self._under_way is None and (self.folder / "final").is_dir():
+        if self._under_way is None and finished_iterations(self.folder) is not None:
             yield self._final
             return
         with ExitStack() as stack:
