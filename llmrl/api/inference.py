@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ from llmrl.models.config import ModelConfig
 from llmrl.roles import RolloutEngine
 from llmrl.secrets import remember_environment
 from llmrl.settings import SettingError, compose
+from llmrl.trainers.evaluate import PerPrompt
 from llmrl.user_code import handed_over
 from llmrl.wiring.checks import check_rl, check_scorer
 from llmrl.wiring.engines import respond
@@ -67,13 +69,14 @@ def evaluate(
                 "run": {"output_dir": place, "num_iterations": 1},
             }
             config = compose(GRPORun, sections, given.settings(settings or {}))
-        return measure(config, given.objects, engine)
+        return measure(config, given.objects, engine)[0]
 
 
 def measure(
     config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None, context: Context | None = None
-) -> dict[str, float]:
-    """Evaluates the model of a run's settings on its held-out prompts.
+) -> tuple[dict[str, float], PerPrompt]:
+    """Evaluates the model of a run's settings on its held-out prompts. Returns the metrics, and what each prompt has of
+    them.
 
     Args:
         config: The settings.
@@ -84,12 +87,13 @@ def measure(
     with handed_over(objects):
         with checking():
             checked = dataclasses.replace(check_rl(config, dry=False, trains=False), engine=engine)
-        with computing(deterministic=config.run.deterministic):
-            if context is not None:
-                return build_evaluator(config, checked, context).evaluate()
-            with joined(config.distributed) as context:
-                warn_without_gpu(context)
-                return build_evaluator(config, checked, context).evaluate()
+        with computing(deterministic=config.run.deterministic), ExitStack() as stack:
+            context = context or stack.enter_context(joined(config.distributed))
+            warn_without_gpu(context)
+            evaluator = build_evaluator(config, checked, context)
+            values = evaluator.evaluate()
+    assert evaluator.per_prompt is not None, "it has evaluated"
+    return values, evaluator.per_prompt
 
 
 def generate(

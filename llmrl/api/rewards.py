@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from llmrl.api.folder import RunFolder
 from llmrl.api.given import Given
+from llmrl.rewards.loading import takes_rollout
 from llmrl.settings import SettingError
 from llmrl.user_code import load_object, names_code
 
@@ -28,7 +29,7 @@ def reward_section(reward: Reward, given: Given) -> dict[str, Any]:
     """Section `reward` of a recipe.
 
     Raises:
-        SettingError: It is no reward, or there are two reward models.
+        SettingError: It is no reward, or rewards are together that cannot be.
     """
     functions: list[dict[str, Any]] = []
     models: list[dict[str, Any]] = []
@@ -43,6 +44,10 @@ def reward_section(reward: Reward, given: Given) -> dict[str, Any]:
                 f"reward is a {type(each).__name__}; hand over a function such as def score(responses), a reward "
                 "model, or several of them as a list or a dict"
             )
+    if len(functions) > 1 and any(callable(each) and takes_rollout(each) for _, each, _ in _named(reward)):
+        raise SettingError(
+            "reward: one that takes a rollout scores alone, or beside a reward model; call the others in it"
+        )
     if len(models) > 1:
         raise SettingError(f"reward has {len(models)} reward models, and a run scores by one; leave the others out")
     return {"functions": functions, **({"model": models[0]} if models else {})}

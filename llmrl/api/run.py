@@ -15,6 +15,7 @@ from llmrl.distributed.context import Context
 from llmrl.roles import RolloutEngine
 from llmrl.trainers import run as trainers
 from llmrl.trainers.changes import changes_in, is_finished
+from llmrl.trainers.evaluate import PerPrompt, paired_difference
 from llmrl.trainers.output import RunError, finished_iterations
 from llmrl.user_code import handed_over
 from llmrl.wiring.checks import Checked
@@ -52,6 +53,8 @@ class Run(RunFolder):
         """The run in memory, while a loop is over it."""
         self._context: Context | None = None
         """Context of this process, meanwhile."""
+        self._before: dict[str, PerPrompt] = {}
+        """Evaluations of the model before the training, by their data."""
         self._checked: Checked | None = self._check()
         """What the next loop begins with; None: it checks again."""
 
@@ -86,8 +89,11 @@ class Run(RunFolder):
         return last
 
     def evaluate(self, rows: Rows | None = None) -> dict[str, float]:
-        """Accuracy of the model as it is now, with ``_low`` and ``_high`` of its 95 % interval, and what else
-        `llmrl.evaluate` returns. For runs of `grpo` and `ppo`.
+        """Accuracy of the model as it is now, and what else `llmrl.evaluate` returns; beside it ``difference/accuracy``
+        and ``difference/score``, each with ``_low`` and ``_high`` of its 95 % interval: what has changed since before
+        the training, prompt by prompt. For runs of `grpo` and `ppo`.
+
+        Without ``difference/...`` where the run began with random weights, or has an engine of one's own.
 
         Args:
             rows: Held-out prompts, read as those of the run; None: those that the run was given as `evaluation`.
@@ -97,18 +103,30 @@ class Run(RunFolder):
         """
         from llmrl.api.inference import measure
 
+        start = self._to_evaluate(rows)
+        with self._weights() as folder:
+            model = dataclasses.replace(start.model, path=str(folder), lora=None, from_scratch=False)
+            now = dataclasses.replace(start, model=model)
+            values, after = measure(now, self._given.objects, self._engine, self._context)
+        if start.model.from_scratch or self._engine is not None:
+            return values
+        data = str(start.evaluation_data)
+        if data not in self._before:
+            self._before[data] = measure(start, self._given.objects, None, self._context)[1]
+        return values | paired_difference(self._before[data], after)
+
+    def _to_evaluate(self, rows: Rows | None) -> RLRun:
+        """Settings of the run with these held-out prompts."""
         config = self._config
         if not isinstance(config, RLRun):
             raise RunError("run.evaluate is for grpo and ppo; the metrics of other runs have eval/...")
         if rows is None and config.evaluation_data is None:
             raise RunError("run.evaluate has no prompts: hand them over, or evaluation to the call that made the run")
-        data = config.evaluation_data or config.data
-        if rows is not None:
-            data = dataclasses.replace(data, path=self._given.rows(rows, argument="evaluation"), num_rows=None)
-        with self._weights() as folder:
-            model = dataclasses.replace(config.model, path=str(folder), lora=None, from_scratch=False)
-            config = dataclasses.replace(config, model=model, evaluation_data=data)
-            return measure(config, self._given.objects, self._engine, self._context)
+        if rows is None:
+            return config
+        path = self._given.rows(rows, argument="evaluation")
+        data = dataclasses.replace(config.evaluation_data or config.data, path=path, num_rows=None)
+        return dataclasses.replace(config, evaluation_data=data)
 
     @property
     def model(self) -> "PreTrainedModel":

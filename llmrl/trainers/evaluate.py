@@ -1,5 +1,7 @@
 """Accuracy and pass@k on held-out prompts, with confidence intervals."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
@@ -9,6 +11,16 @@ from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling
 from llmrl.trainers.config import EvaluationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerPrompt:
+    """What an evaluation measured of each prompt; NaN where nothing could be judged or scored."""
+
+    accuracy: Float64[Tensor, " N"]
+    """Share of its judged responses that are correct."""
+    score: Float64[Tensor, " N"]
+    """Mean score of its responses."""
 
 
 class Evaluator:
@@ -42,6 +54,8 @@ class Evaluator:
             first_response=0,
         )
         self.progress = progress
+        self.per_prompt: PerPrompt | None = None
+        """Of the last evaluation."""
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -51,7 +65,11 @@ class Evaluator:
         rollout = self.engine.generate(self.prompts, self.sampling)
         scores = self.reward(rollout)
         failed = _failed(scores, scores.parts[self.criterion])
-        correct, judged = self._judged(scores, failed)
+        kept, correct, judged = self._judged(scores, failed)
+        accuracy_of_each = torch.full((num_prompts,), torch.nan, dtype=torch.float64)
+        accuracy_of_each[kept] = _accuracies(correct, judged)
+        score_of_each = scores.per_response.double().view(num_prompts, num_responses).nanmean(dim=1)
+        self.per_prompt = PerPrompt(accuracy=accuracy_of_each, score=score_of_each)
         values = {
             **(_with_interval("eval/accuracy", *accuracy(correct, judged)) if len(correct) else {}),
             "eval/num_prompts": float(len(correct)),
@@ -67,9 +85,11 @@ class Evaluator:
             values |= _with_interval(f"eval/pass_at_{k}", *mean_interval(chances)) if len(chances) else {}
         return values
 
-    def _judged(self, scores: Scores, failed: Bool[Tensor, " B"]) -> tuple[Bool[Tensor, "N G"], Bool[Tensor, "N G"]]:
-        """``(correct, judged)`` of the responses to each prompt of the criterion. One that no reward scores is wrong;
-        one on which a function failed is not judged.
+    def _judged(
+        self, scores: Scores, failed: Bool[Tensor, " B"]
+    ) -> tuple[Bool[Tensor, " N"], Bool[Tensor, "M G"], Bool[Tensor, "M G"]]:
+        """``(kept, correct, judged)``: the prompts that the criterion judges, and the responses to each of these. One
+        that no reward scores is wrong; one on which a function failed is not judged.
 
         A prompt that the criterion does not score and another reward does is of another task.
         """
@@ -79,7 +99,7 @@ class Evaluator:
         )
         of_another_task = criterion.isnan() & ~total.isnan()
         kept = ~(of_another_task | failed).all(dim=1)
-        return (criterion > self.config.correct_above)[kept], ~failed[kept]
+        return kept, (criterion > self.config.correct_above)[kept], ~failed[kept]
 
 
 def _failed(scores: Scores, criterion: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
@@ -111,7 +131,28 @@ def accuracy(correct: Bool[Tensor, "N G"], judged: Bool[Tensor, "N G"]) -> tuple
     if correct.shape[1] == 1:
         successes, trials = int(correct.sum()), len(correct)
         return successes / trials, *wilson_interval(successes, trials)
-    return mean_interval(correct.sum(dim=1).double() / judged.sum(dim=1))
+    return mean_interval(_accuracies(correct, judged))
+
+
+def paired_difference(before: PerPrompt, after: PerPrompt) -> dict[str, float]:
+    """``difference/accuracy`` and ``difference/score``, after minus before, each with ``_low`` and ``_high`` at 95 %.
+
+    It is the normal interval of the mean over prompts of the difference on each: of a paired comparison, for two
+    evaluations of the same prompts.
+    """
+    values: dict[str, float] = {}
+    for name in ("accuracy", "score"):
+        difference = getattr(after, name) - getattr(before, name)
+        known = difference[~difference.isnan()]
+        if len(known):
+            mean, low, high = mean_interval(known)
+            values |= {f"difference/{name}": mean, f"difference/{name}_low": low, f"difference/{name}_high": high}
+    return values
+
+
+def _accuracies(correct: Bool[Tensor, "N G"], judged: Bool[Tensor, "N G"]) -> Float64[Tensor, " N"]:
+    """Share of the judged responses to each prompt that are correct."""
+    return correct.sum(dim=1).double() / judged.sum(dim=1)
 
 
 def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
