@@ -1,5 +1,7 @@
 """What is done with a model without training it: evaluation, generation, scores."""
 
+from __future__ import annotations  # so that help() shows Rows and Reward by these names
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

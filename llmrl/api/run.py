@@ -1,7 +1,7 @@
 """A run that a program drives."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -167,7 +167,7 @@ class Run(RunFolder):
     def _forget(self) -> None:
         self._under_way = self._context = None
 
-    def _step(self, steps: Iterator[dict[str, float]]) -> dict[str, float] | None:
+    def _step(self, steps: Generator[dict[str, float], None, None]) -> dict[str, float] | None:
         """Metrics of the next iteration; None where the run has come to its end."""
         with self._computing(raises=False), private_files():
             return next(steps, None)

@@ -1,5 +1,7 @@
 """Functions that make a run: one for each kind of run that the command line has."""
 
+from __future__ import annotations  # so that help() shows Rows and Reward by these names
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

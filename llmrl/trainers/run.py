@@ -12,7 +12,7 @@ final/              the model at the end
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -130,7 +130,7 @@ class Run:
                 last = values
         return last
 
-    def iterations(self) -> Iterator[dict[str, float]]:
+    def iterations(self) -> Generator[dict[str, float], None, None]:
         """Runs every iteration that is left, after `prepare`, and yields the metrics of each. Each step of it belongs
         in a context of `STOP.listening`.
 
@@ -165,7 +165,7 @@ class Run:
         self.progress.advance()
         self.conclude()
 
-    def run_iterations(self) -> Iterator[dict[str, float]]:
+    def run_iterations(self) -> Generator[dict[str, float], None, None]:
         """Runs every iteration that is left, or until a signal stops them: then the state is saved. Yields the metrics
         of each."""
         try:
