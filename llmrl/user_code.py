@@ -100,7 +100,10 @@ def source_text(code: Any) -> str:
         return inspect.getsource(code)
     except (OSError, TypeError):
         compiled = getattr(code, "__code__", None)
-        return code.__qualname__ if compiled is None else f"{compiled.co_code.hex()} {compiled.co_names}"
+        if compiled is None:
+            return code.__qualname__
+        constants = [each for each in compiled.co_consts if not hasattr(each, "co_code")]
+        return f"{compiled.co_code.hex()} {compiled.co_names} {constants}"
 
 
 def import_file(path: Path) -> ModuleType:

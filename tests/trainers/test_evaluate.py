@@ -12,7 +12,7 @@ from llmrl.reports.progress import Silent
 from llmrl.roles import RewardFunction, Sampling
 from llmrl.rollout.scripted import ScriptedEngine
 from llmrl.trainers.config import EvaluationConfig
-from llmrl.trainers.evaluate import Evaluator, mean_scores
+from llmrl.trainers.evaluate import Evaluator, PerPrompt, mean_scores, paired_difference
 
 NAN = math.nan
 
@@ -219,3 +219,22 @@ def test_prompts_of_another_task_are_not_in_the_accuracy():
     nothing = make(2, [NAN, NAN], totals=[1.0, 2.0], pass_at=(1,)).evaluate()
     assert nothing["eval/num_prompts"] == 0.0
     assert not any(name.startswith(("eval/accuracy", "eval/pass_at")) for name in nothing)
+
+
+def per_prompt(accuracy: list[float], score: list[float]) -> PerPrompt:
+    values = (torch.tensor(values, dtype=torch.float64) for values in (accuracy, score))
+    return PerPrompt(**dict(zip(("accuracy", "score"), values, strict=True)))
+
+
+def test_two_evaluations_are_compared_prompt_by_prompt():
+    """Differences of 1, 0 and 0.5, beside a prompt that only one of them judged: mean 0.5, s 0.5, 3 prompts."""
+    before = per_prompt([0.0, 1.0, 0.5, NAN], [NAN] * 4)
+    after = per_prompt([1.0, 1.0, 1.0, 1.0], [0.0] * 4)
+    half = 1.959964 * 0.5 / math.sqrt(3)
+    expected = {
+        "difference/accuracy": 0.5,
+        "difference/accuracy_low": 0.5 - half,
+        "difference/accuracy_high": 0.5 + half,
+    }
+    assert paired_difference(before, after) == pytest.approx(expected)
+    assert paired_difference(after, after)["difference/accuracy_high"] == 0.0
