@@ -55,7 +55,7 @@ class Evaluator:
         )
         self.progress = progress
         self.per_prompt: PerPrompt | None = None
-        """Of the last evaluation."""
+        """Results of the last evaluation."""
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -4,7 +4,9 @@ import torch
 
 import llmrl
 from llmrl.functional.losses import clipped_policy_loss
-from llmrl.roles import Sampling
+from llmrl.models.vocabulary import end_ids, num_token_ids
+from llmrl.reports.progress import Silent
+from llmrl.rollout.transformers import TransformersEngine
 from recipes.algorithms.reinforce import Reinforce
 from tests.golden.runs import GRPO
 
@@ -48,28 +50,32 @@ def test_an_algorithm_a_loss_and_a_baseline_are_handed_over(tiny, rows, tmp_path
 
 
 def test_an_engine_of_ones_own_draws_every_response(tiny, rows, tmp_path):
-    """It is an engine of llmrl, which counts what it is asked for."""
-    from llmrl.models.vocabulary import end_ids, num_token_ids
-    from llmrl.reports.progress import Silent
-    from llmrl.rollout.transformers import TransformersEngine
+    class Engine:
+        """`RolloutEngine` that counts, over one of llmrl."""
 
-    class Counting(TransformersEngine):
-        asked: list[Sampling] = []  # noqa: RUF012
+        def __init__(self):
+            self.inner, self.num_calls, self.num_loaded = None, 0, 0
+
+        def load_weights(self, trained):
+            model = trained.module.model
+            self.num_loaded += 1
+            self.inner = self.inner or TransformersEngine(
+                model,
+                eos_ids=end_ids(tiny.tokenizer, model),
+                vocab_size=num_token_ids(tiny.tokenizer, model),
+                dtype=torch.float32,
+                progress=Silent(),
+                copy_device=None,
+            )
+            self.inner.load_weights(trained)
 
         def generate(self, prompts, sampling):
-            self.asked.append(sampling)
-            return super().generate(prompts, sampling)
+            self.num_calls += 1
+            return self.inner.generate(prompts, sampling)
 
-    engine = Counting(
-        tiny.model,
-        eos_ids=end_ids(tiny.tokenizer, tiny.model),
-        vocab_size=num_token_ids(tiny.tokenizer, tiny.model),
-        dtype=torch.float32,
-        progress=Silent(),
-        copy_device=None,
-    )
+    engine = Engine()
     last = train(tiny, rows, tmp_path / "run", engine=engine).train()
-    assert len(Counting.asked) == 2
+    assert (engine.num_calls, engine.num_loaded) == (2, 3)
     assert last["policy/rollout_gap"] < 1e-4  # it has the weights of the run
 
 

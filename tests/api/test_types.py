@@ -27,7 +27,7 @@ run = llmrl.grpo(
 for iteration in run:
     mean: float = iteration["score/mean"]
 accuracy: float = run.evaluate(rows)["eval/accuracy"]
-run.model.save_pretrained("mine")
+run.model.save_pretrained("mine")  # pyright: ignore[reportUnknownMemberType]  # its own types are partial
 fine_tuned = llmrl.sft(run, data=rows, output_dir="runs/sft", num_iterations=3)
 judge = llmrl.reward_model(fine_tuned, pairs=rows, evaluation=rows, output_dir="runs/judge")
 try:

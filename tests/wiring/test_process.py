@@ -30,9 +30,13 @@ def test_files_are_private_in_the_context_only(tmp_path):
 
 
 def test_a_run_that_is_stopped_leaves_its_ranks_in_order(tmp_path):
-    with pytest.raises(Stopped), joined(DistributedConfig()) as context:
-        assert context.collectives.is_first
-        raise Stopped(15, 3, tmp_path)
+    def command():
+        with joined(DistributedConfig()) as context:
+            assert context.collectives.is_first
+            raise Stopped(15, 3, tmp_path)
+
+    with pytest.raises(Stopped):
+        command()
 
 
 def test_no_other_process_writes_the_folder_meanwhile(config):
