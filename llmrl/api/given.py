@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from llmrl.api.folder import RunFolder
 from llmrl.data.files import DataError
-from llmrl.distributed.collectives import join_ranks
 from llmrl.files import replace_file, writing
 from llmrl.models.config import ModelConfig
 from llmrl.models.digest import digest_of_model
 from llmrl.models.folders import ModelError
 from llmrl.models.saving import save_weights
+from llmrl.roles import Collectives
 from llmrl.user_code import GIVEN, name_of, names_code
 from llmrl.wiring.process import private_files
 
@@ -44,11 +44,12 @@ class Given:
 
     Args:
         folder: Where the files go.
+        collectives: Ranks that share them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, collectives: Collectives) -> None:
         self.folder = folder
-        self.collectives = join_ranks()
+        self.collectives = collectives
         self.objects: dict[str, Any] = {}
         """Functions, classes and others by the name after ``given:``."""
 

@@ -15,6 +15,7 @@ from llmrl.api.rewards import Reward, reward_section
 from llmrl.config import GRPORun, RLRun
 from llmrl.data.config import SupervisedDataConfig
 from llmrl.data.supervised import read_supervised_rows
+from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device
 from llmrl.models.checking import check_model
@@ -61,7 +62,7 @@ def evaluate(
     remember_environment()
     with TemporaryDirectory() as place:
         with checking():
-            given = Given(Path(place))
+            given = Given(Path(place), OneProcess())
             rows = {"path": given.rows(prompts, argument="prompts")}
             sections = {
                 "model": {"path": given.model(model, tokenizer)},
@@ -135,7 +136,8 @@ def generate(
             _check_sampling(
                 temperature=temperature, num_responses=num_responses, max_response_tokens=max_response_tokens
             )
-            config = ModelConfig(path=Given(Path(place)).model(model, tokenizer), trust_remote_code=trust_remote_code)
+            path = Given(Path(place), OneProcess()).model(model, tokenizer)
+            config = ModelConfig(path=path, trust_remote_code=trust_remote_code)
             check_model(config, may_be_random=False)
         with computing(), own_random_numbers():
             return respond(
@@ -179,7 +181,7 @@ def score(
     """
     with TemporaryDirectory() as place:
         with checking():
-            given = Given(Path(place))
+            given = Given(Path(place), OneProcess())
             path = given.model(reward_model, tokenizer, argument="reward_model")
             config = ModelConfig(path=path, trust_remote_code=trust_remote_code)
             check_scorer(config)

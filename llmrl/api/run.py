@@ -1,5 +1,6 @@
 """A run that a program drives."""
 
+import atexit
 import dataclasses
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from llmrl.api.folder import RunFolder, load_model
 from llmrl.api.given import Given, Rows
 from llmrl.api.guest import checking, computing, own_random_numbers
 from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.distributed.collectives import leave_ranks
 from llmrl.distributed.context import Context
 from llmrl.roles import RolloutEngine
 from llmrl.trainers import run as trainers
@@ -25,6 +27,9 @@ from llmrl.wiring.runs import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+atexit.register(leave_ranks)  # a program joins them once, and shares them until its end
 
 
 class Run(RunFolder):
@@ -185,7 +190,10 @@ class Run(RunFolder):
             return
         with ExitStack() as stack:
             run = self._under_way or self._open(self._check(), stack)
-            folder = Path(stack.enter_context(TemporaryDirectory())) / "model"
+            place = stack.enter_context(TemporaryDirectory(dir=self.folder, prefix=".model-"))
+            folder = Path(run.collectives.from_first(place)) / "model"
             with self._computing(raises=True):
                 run.save_model(folder)
+            run.collectives.barrier()  # no rank reads before it is there
             yield folder
+            run.collectives.barrier()  # nor is it removed before

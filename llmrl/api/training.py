@@ -10,6 +10,7 @@ from llmrl.api.given import Given, Model, Rows, Tokenizer
 from llmrl.api.guest import checking
 from llmrl.api.rewards import Reward, reward_section
 from llmrl.api.run import Run
+from llmrl.distributed.collectives import join_ranks
 from llmrl.roles import RolloutEngine
 from llmrl.secrets import remember_environment
 from llmrl.settings import compose
@@ -153,7 +154,7 @@ def _made(
     """A run of the kind that a verb of the command line names."""
     remember_environment()
     with checking():
-        given = Given(Path(run["output_dir"]).expanduser().absolute() / "given")
+        given = Given(Path(run["output_dir"]).expanduser().absolute() / "given", join_ranks())
         sections: dict[str, Any] = {
             "model": {"path": given.model(model, tokenizer)},
             "data": {"path": given.rows(data, argument="data")},

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import llmrl
 from llmrl.api.given import Given
+from llmrl.distributed.collectives import OneProcess
 from llmrl.rewards.rules import exact_answer
 from llmrl.user_code import handed_over, load_object
 
@@ -17,7 +18,7 @@ ROWS = [{"prompt": "1+1=", "answer": "2", "level": 1.5}, {"prompt": "2+2=", "ans
 
 @pytest.fixture
 def given(tmp_path):
-    return Given(tmp_path / "given")
+    return Given(tmp_path / "given", OneProcess())
 
 
 def read(path):

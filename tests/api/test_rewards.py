@@ -7,6 +7,7 @@ import llmrl
 from llmrl.api.given import Given
 from llmrl.api.rewards import reward_section
 from llmrl.batches import Scores
+from llmrl.distributed.collectives import OneProcess
 from llmrl.rewards.rules import exact_answer
 
 from .conftest import SHORT, digits
@@ -14,7 +15,7 @@ from .conftest import SHORT, digits
 
 @pytest.fixture
 def given(tmp_path):
-    return Given(tmp_path / "given")
+    return Given(tmp_path / "given", OneProcess())
 
 
 def short(responses):
