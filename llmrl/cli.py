@@ -3,7 +3,6 @@
 Exit status: 0 done, 1 a run that failed, 2 input that cannot be used, 128 + n stopped by signal n.
 """
 
-import errno
 import json
 import math
 import os
@@ -13,8 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,7 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from llmrl.distributed.stop import STOP, Interrupted
-from llmrl.files import read_object
+from llmrl.files import REFUSALS, read_object
 from llmrl.messages import in_units, shown, visible, with_interval, without_ends
 from llmrl.output_streams import lasting_output
 from llmrl.secrets import masked, remember_environment
@@ -34,11 +32,6 @@ from llmrl.settings import SettingError, describe, is_unicode, owner, read_eithe
 from llmrl.starters.folders import STARTERS, find_starter, missing_commands, run_in, write_starter
 from llmrl.starters.listing import list_recipes, read_recipe_text
 from llmrl.wiring.runs import RUNS, Kind
-
-REFUSALS = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
-)
-"""Errors of a file system whose cause lies outside of llmrl."""
 
 
 class Commands(TyperGroup):
@@ -138,15 +131,14 @@ def _command(verb: str, kind: Kind) -> Callable[..., None]:
             check, build = kind.checker(), kind.builder()
             config = _read(recipe, overrides, verb)
             checked = check(config, dry=dry_run)
-        sentence = config.plan(None if checked.rows is None else len(checked.rows))
         if dry_run:
-            _print_dry_run(config, sentence, checked.unchecked, checked.notes)
+            _print_dry_run(config, checked)
             return
         changes = changes_in(config.run.folder, recorded_settings(config), checked.contents)
         if is_finished(config.run, changes):
             _print_end(config.run, changes)
         else:
-            _train(config, sentence, partial(build, config, checked))
+            _train(config, checked, build)
 
     return command
 
@@ -170,6 +162,7 @@ def evaluate(
     """Accuracy and pass@k of a GRPO or PPO recipe's model on its held-out prompts, with 95 % confidence intervals."""
     with bad_input_ends_with_status_2():
         from llmrl.wiring.checks import check_rl
+        from llmrl.wiring.process import warn_without_gpu
         from llmrl.wiring.rl import build_evaluator
 
         config = _read(recipe, overrides, *(verb for verb, kind in RUNS.items() if kind.samples))
@@ -181,7 +174,7 @@ def evaluate(
         checked = check_rl(config, dry=False, trains=False)
     _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(), _context(config.distributed) as context:
-        _warn_without_gpu(context)
+        warn_without_gpu(context)
         measured = build_evaluator(config, checked, context).measure()
     if not context.collectives.is_first:
         raise typer.Exit()
@@ -213,6 +206,7 @@ def score(
         from llmrl.distributed.device import pick_device
         from llmrl.models.config import ModelConfig
         from llmrl.wiring.checks import check_scorer
+        from llmrl.wiring.process import quieten
         from llmrl.wiring.rewards import score_rows
 
         _check_output(output)
@@ -227,7 +221,7 @@ def score(
             raise SettingError(f"{file} already has a column 'score', which would be lost; rename it or take it out")
     _prepare_process()
     with failures_in_one_line(), _named_as_given(names):
-        _quiet()
+        quieten()
         scores = score_rows(config, rows, data, pick_device(), normalize=normalize)
     lines = [json.dumps({**row, "score": value}, default=str) for row, value in zip(rows, scores, strict=True)]
     if output is None:
@@ -265,6 +259,7 @@ def generate(
         from llmrl.models.checking import check_model
         from llmrl.models.config import ModelConfig
         from llmrl.wiring.engines import respond
+        from llmrl.wiring.process import quieten
 
         if not 0 <= temperature < math.inf:
             raise SettingError(f"--temperature ({temperature}) must be a finite number, 0 or greater")
@@ -279,7 +274,7 @@ def generate(
         check_model(config, may_be_random=False)
     _prepare_process()
     with failures_in_one_line(), _named_as_given(names):
-        _quiet()
+        quieten()
         responses = respond(
             config,
             prompts,
@@ -402,29 +397,16 @@ def _refuse_recipe(model: str) -> None:
         raise SettingError(f"MODEL ({model}) is a recipe; name a model folder, such as the final/ of its output folder")
 
 
-def _train(config: Any, sentence: str, build: Callable[..., Any]) -> None:
-    from llmrl.reports.trackers import TrackerConfig, Trackers
-    from llmrl.sizing import launched_strategy
-    from llmrl.trainers.output import locked
-    from llmrl.wiring.precision import with_dtypes
+def _train(config: Any, checked: Any, build: Callable[..., Any]) -> None:
+    from llmrl.wiring.process import opened, private_files
 
     keeps_memory = _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
-        context.progress.message(sentence)
-        dtype = with_dtypes(config).model.dtype
-        strategy = launched_strategy(context.launch).name
-        context.progress.message(f"Computes on {context.device.type} in {dtype}, {strategy}.")
         if keeps_memory:
             context.progress.message(KEEPS_MEMORY)
-        _warn_without_gpu(context)
-        is_first = context.collectives.is_first
-        trackers = Trackers(config.trackers if is_first else TrackerConfig(), output_dir=config.run.folder)
-        with locked(config.run.folder, context.collectives):
-            run = build(context, trackers)  # which may fetch models into a folder that others read too
-            os.umask(os.umask(0o077) | 0o077)  # files of a run are its owner's alone
-            with trackers:
-                run.train()
-    if not is_first:
+        with opened(config, checked, build, context) as run, private_files():
+            run.train()
+    if not context.collectives.is_first:
         raise typer.Exit()
     _print_results(config.run)
 
@@ -437,34 +419,23 @@ def _prepare_process(*, deterministic: bool = False) -> bool:
     return keep_freed_memory()
 
 
-def _warn_without_gpu(context: Any) -> None:
-    from llmrl.distributed.launch import gpu_warning
-
-    if warning := gpu_warning(has_gpu=context.device.type != "cpu"):
-        context.progress.message(f"warning: {warning}")
-
-
 @contextmanager
 def _context(config: Any) -> Iterator[Any]:
-    """Context of all that the ranks of a launch do together; the first one prints and writes."""
-    from llmrl.distributed.activity import FollowedProgress
-    from llmrl.distributed.collectives import join_ranks, leave_ranks, make_context
-    from llmrl.distributed.heartbeat import watched
-    from llmrl.reports.progress import Silent, make_progress
+    """Context of a command, see `joined`; of those that a signal stops only the first rank prints it."""
+    from llmrl.distributed.collectives import leave_ranks
     from llmrl.trainers.run import Stopped
+    from llmrl.wiring.process import joined
 
-    collectives = join_ranks()
-    stopped = None
-    with watched(collectives, config):
-        try:
-            _quiet()
-            with make_progress() if collectives.is_first else nullcontext(Silent()) as progress:
-                yield make_context(collectives, FollowedProgress(progress))
-        except Stopped as error:
-            stopped = error  # which is no failure: all ranks stop together
+    stopped, is_first = None, True
+    try:
+        with joined(config) as context:
+            is_first = context.collectives.is_first
+            yield context
+    except Stopped as error:
+        stopped = error
     leave_ranks()
     if stopped is not None:
-        raise stopped if collectives.is_first else typer.Exit(stopped.status)
+        raise stopped if is_first else typer.Exit(stopped.status)
 
 
 def _end_at_once(status: int, message: str = "") -> None:
@@ -475,17 +446,6 @@ def _end_at_once(status: int, message: str = "") -> None:
         sys.stderr.write(message)
         sys.stderr.flush()
         os._exit(status)
-
-
-def _quiet() -> None:
-    """Keeps the output to lines of our own: no bars of transformers, no line of DeepSpeed, which announces what it
-    computes on as soon as something asks whether it is installed."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from llmrl.distributed.device import pick_device
-
-    disable_progress_bar()
-    os.environ.setdefault("DS_ACCELERATOR", pick_device().type)
 
 
 @contextmanager
@@ -652,7 +612,7 @@ def _earlier(file: Path) -> tuple[str, Any]:
     raise SettingError(f"--compare ({file}) does not hold what --output of llmrl evaluate writes; name such a file")
 
 
-def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list[str]) -> None:
+def _print_dry_run(config: Any, checked: Any) -> None:
     from llmrl.sizing import describe_memory
     from llmrl.wiring.precision import with_dtypes
 
@@ -662,9 +622,9 @@ def _print_dry_run(config: Any, sentence: str, unchecked: list[str], notes: list
     if not _is_first_on_machine():
         return
     print(to_yaml(masked(to_dict(config))))
-    print(sentence)
-    print("\n".join([*memory, *notes]))
-    for what in unchecked:
+    print(config.plan(None if checked.rows is None else len(checked.rows)))
+    print("\n".join([*memory, *checked.notes]))
+    for what in checked.unchecked:
         print(f"not checked: {what}")
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from llmrl.errors import Error
 from llmrl.messages import in_units
 
 LFS_POINTER = b"version https://git-lfs"
@@ -18,7 +19,13 @@ UNSYNCED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What file systems say that have no way to bring the names in a folder to disk."""
 
 
-class WriteError(Exception):
+REFUSALS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
+)
+"""Errors of a file system whose cause lies outside of llmrl."""
+
+
+class WriteError(Error):
     """A file of a run that cannot be written."""
 
 

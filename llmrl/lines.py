@@ -156,13 +156,19 @@ class LineFile:
         return enumerate(lines, start=1)
 
 
-def last_iteration(file: Path) -> int:
-    """The greatest iteration in a file of JSON lines; 0 where there is none."""
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """Every entry of a file of JSON lines, in order; lines that cannot be read are passed over. Empty where there is no
+    file."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError:
-        return 0
-    return max((entry["iteration"] for line in lines if (entry := _entry(line))), default=0)
+        return []
+    return [entry for line in lines if (entry := _entry(line)) is not None]
+
+
+def last_iteration(file: Path) -> int:
+    """The greatest iteration in a file of JSON lines; 0 where there is none."""
+    return max((entry["iteration"] for entry in read_entries(file)), default=0)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from llmrl.errors import Error
 from llmrl.messages import in_units
 
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ WAYS_OUT = {
 OTHER_WAYS_OUT = "lower rollout.max_rows where responses are sampled, else microbatch_tokens"
 
 
-class MemoryFull(RuntimeError):
+class MemoryFull(Error, RuntimeError):
     """Memory ran out, and nothing is left that would make room; the message is one line, with what to set."""
 
 

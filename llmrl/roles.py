@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmrl.batches import Experience, PreferencePairs, Prompts, ReadBatch, Rollout, Scores, Sequences, TokenOutputs
+from llmrl.errors import Error
 from llmrl.functional.aggregation import Aggregation
 from llmrl.functional.streams import Purpose
 from llmrl.metrics import Metrics
@@ -87,7 +88,7 @@ class ActorCritic(Policy, ValueFunction, Protocol):
         ...
 
 
-class StateMismatch(ValueError):
+class StateMismatch(Error, ValueError):
     """A saved state of other weights than those it was to be loaded into."""
 
 

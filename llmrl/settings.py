@@ -40,6 +40,7 @@ from omegaconf.errors import (
 )
 from pydantic import TypeAdapter, ValidationError
 
+from llmrl.errors import Error
 from llmrl.paths import UserPath
 from llmrl.secrets import remember_from_environment, remember_settings
 from llmrl.section import Bound, Like, bounds, likes
@@ -53,7 +54,7 @@ MAX_NODES = 100_000
 """Values of the longest recipe, those that aliases stand for included."""
 
 
-class SettingError(ValueError):
+class SettingError(Error, ValueError):
     """A recipe or an override that cannot be used; the message is meant for the person who wrote it."""
 
 
@@ -101,6 +102,24 @@ def read_either(classes: Sequence[type[T]], path: Path, overrides: Sequence[str]
         except SettingError as error:
             refusals.append(error)
     raise refusals[0]
+
+
+def compose(cls: type[T], given: Mapping[str, Any], settings: Mapping[str, Any]) -> T:
+    """The run that settings in Python describe, with the checks and the messages of a recipe.
+
+    Args:
+        cls: As for `read_recipe`.
+        given: Sections of a recipe, made from the arguments of a function.
+        settings: Values by dotted name, laid over these; a text stands for itself, ``${`` included.
+
+    Raises:
+        SettingError: A setting cannot be used, or an argument gives it already. All bad settings are in one message.
+    """
+    tree = _as_json(given, ())
+    for name, value in settings.items():
+        _put(tree, name, _as_json(value, (name,)))
+    remember_settings(tree)
+    return _validated(cls, Path("settings"), tree)
 
 
 def owner(classes: Mapping[str, type], path: Path) -> str | None:
@@ -565,6 +584,45 @@ def _escape(value: Any) -> Any:
         case dict():
             return {key: _escape(item) for key, item in value.items()}
     return value
+
+
+# --- settings in Python -----------------------------------------------------------------------------------------------
+
+
+def _as_json(value: Any, place: Place) -> Any:
+    """A value as a recipe would hold it: lists for tuples, text for paths."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Path():
+            return str(value)
+        case Mapping():
+            return {str(name): _as_json(item, (*place, name)) for name, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item, (*place, number)) for number, item in enumerate(value)]
+    raise SettingError(f"settings: {_dotted(*place)} is {value!r}, which no recipe can hold; write a number or a text")
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Writes a setting into the sections of a recipe, in which an argument may stand already."""
+    *sections, last = str(name).split(".")
+    node: Any = tree
+    for section in sections:
+        if isinstance(node, list) and section.isdecimal() and int(section) < len(node):
+            node = node[int(section)]
+        elif isinstance(node, dict) and isinstance(inner := node.setdefault(section, {}), dict | list):
+            node = inner
+        else:
+            raise SettingError(f"settings: {name}: there is no section {section} to put it in")
+    if isinstance(node, dict) and isinstance(value, dict) and isinstance(node.get(last), dict):
+        for inner, item in value.items():
+            _put(tree, f"{name}.{inner}", item)
+    elif isinstance(node, dict) and last not in node:
+        node[last] = value
+    else:
+        raise SettingError(
+            f"settings: {name} is given already, as an argument or by another name; leave one of them out"
+        )
 
 
 # --- the listing ------------------------------------------------------------------------------------------------------

@@ -7,33 +7,44 @@ are forked or spawned. It runs once in a process.
 
 Modules that lie beside a file are found as well: its folder is put at the end of ``sys.path``, after what is installed.
 One that something installed would hide is refused.
+
+Objects that a program hands over in Python have names too, ``given:name``, in the context `handed_over`.
 """
 
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
+from llmrl.errors import Error
 from llmrl.messages import class_and_message, nearest
 
 __path__: list[str] = []  # makes this module a package, whose modules the finder finds
 
 
-class UserCodeError(ValueError):
+GIVEN = "given"
+"""Stands for the module in the name of an object that was handed over in Python."""
+_HANDED_OVER: ContextVar[Mapping[str, Any]] = ContextVar("handed_over", default=MappingProxyType({}))
+
+
+class UserCodeError(Error, ValueError):
     """Code that cannot be used as it was named; the message addresses the person who named it."""
 
 
-class UserCodeFailure(RuntimeError):
+class UserCodeFailure(Error, RuntimeError):
     """Code that failed in a run: it raised, or returned what cannot be used."""
 
 
@@ -55,12 +66,44 @@ def load_object(name: str, *, role: str) -> Any:
         UserCodeError: The file or module is missing or does not load, or has no such object.
     """
     source, _, attribute = name.rpartition(":")
+    if source == GIVEN:
+        return _given(name, attribute, role)
     module = _load_module(source, name, role)
     if not hasattr(module, attribute):
         known = [known for known, value in vars(module).items() if callable(value)]
         way_out = nearest(attribute, known) or "; define it there, or name another"
         raise UserCodeError(f"{role} {name}: {source} has no {attribute!r}{way_out}")
     return getattr(module, attribute)
+
+
+@contextmanager
+def handed_over(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which ``given:name`` names these objects."""
+    token = _HANDED_OVER.set(objects)
+    try:
+        yield
+    finally:
+        _HANDED_OVER.reset(token)
+
+
+def is_given(name: str) -> bool:
+    """Whether a name is that of an object which a program hands over in Python."""
+    return name.startswith(f"{GIVEN}:")
+
+
+def source_text(code: Any) -> str:
+    """Source of a function or class that was handed over, or else its bytecode; of any other object that of its
+    class. Values that a closure holds are not in it."""
+    code = _unbound(code)
+    code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        compiled = getattr(code, "__code__", None)
+        if compiled is None:
+            return code.__qualname__
+        constants = [each for each in compiled.co_consts if not hasattr(each, "co_code")]
+        return f"{compiled.co_code.hex()} {compiled.co_names} {constants}"
 
 
 def import_file(path: Path) -> ModuleType:
@@ -127,6 +170,15 @@ def describe_exception(function: Callable[..., Any], error: BaseException) -> st
 
 def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
     return function.func if isinstance(function, partial) else function
+
+
+def _given(name: str, attribute: str, role: str) -> Any:
+    objects = _HANDED_OVER.get()
+    if attribute not in objects:
+        raise UserCodeError(
+            f"{role} {name} was handed over by a program in Python, and is only there; name it by file.py:name"
+        )
+    return objects[attribute]
 
 
 def _load_module(source: str, name: str, role: str) -> ModuleType:

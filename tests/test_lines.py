@@ -12,7 +12,7 @@ import pytest
 
 from llmrl import lines
 from llmrl.files import WriteError
-from llmrl.lines import LineFile
+from llmrl.lines import LineFile, read_entries
 
 
 class Disk:
@@ -270,3 +270,10 @@ def test_a_file_that_is_not_there_stays_away(tmp_path: Path):
     assert file.read() == {}
     file.sync()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_entry_of_a_file_is_read_in_order(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    assert read_entries(file) == []
+    file.write_text('{"iteration": 1, "x": 1}\n[]\n{"iteration": 1, "x": 2}\n{"iteration": 0}\n{"iteration": 3, "x')
+    assert read_entries(file) == [{"iteration": 1, "x": 1}, {"iteration": 1, "x": 2}, {"iteration": 0}]

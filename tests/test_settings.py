@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llmrl import secrets
+from llmrl.config import GRPORun, SFTRun
 from llmrl.paths import UserPath
 from llmrl.secrets import masked, without_secrets
-from llmrl.settings import Setting, SettingError, describe, owner, read_either, read_recipe, to_dict, to_yaml
+from llmrl.settings import Setting, SettingError, compose, describe, owner, read_either, read_recipe, to_dict, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -710,3 +711,59 @@ def test_a_choice_a_switch_and_a_number_of_the_environment_are_no_secrets(
     assert "cosine" in str(
         masked(to_dict(read_recipe(Run, write("model: {path: m}"), ["optimizer.schedule.kind=${oc.env:KIND}"])))
     )
+
+
+# --- settings in Python -----------------------------------------------------------------------------------------------
+
+GIVEN = {"model": {"path": "m"}, "data": {"path": Path("d.jsonl")}, "run": {"output_dir": "o", "num_iterations": 3}}
+
+
+def composed(**settings):
+    return compose(SFTRun, GIVEN, {name.replace("__", "."): value for name, value in settings.items()})
+
+
+def test_settings_in_python_are_those_of_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: m, lora: {rank: 4, targets: [a, b]}}\ndata: {path: d.jsonl, rename_columns: {x: null}}\n"
+        "run: {output_dir: o, num_iterations: 3}\noptimizer: {learning_rate: 1e-3, betas: [0.5, 0.9]}\n"
+    )
+    nested = composed(
+        model={"lora": {"rank": 4, "targets": ("a", "b")}},
+        data__rename_columns={"x": None},
+        optimizer__learning_rate=1e-3,
+        optimizer__betas=(0.5, 0.9),
+    )
+    assert nested == read_recipe(SFTRun, recipe, [])
+    assert GIVEN["model"] == {"path": "m"}
+
+
+def test_a_text_in_python_stands_for_itself():
+    assert composed(data__system_prompt="${run.seed} 007").data.system_prompt == "${run.seed} 007"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optimizer.learning_rat": 1.0},
+            "did you mean optimizer.learning_rate?",
+        ),
+        ({"optimizer.learning_rate": "x"}, "optimizer.learning_rate: 'x' is not a number"),
+        ({"run.num_iterations": 4}, "run.num_iterations is given already, as an argument or by another name"),
+        ({"run": {"num_iterations": 4}}, "run.num_iterations is given already"),
+        ({"model.path.x": 4}, "model.path.x: there is no section path to put it in"),
+        ({"sft.batch_size": {1}}, "sft.batch_size is {1}, which no recipe can hold"),
+        ({"optimizer.betas": [0.9, object]}, "optimizer.betas.1 is <class 'object'>, which no recipe can hold"),
+    ],
+)
+def test_bad_settings_in_python_are_named(settings, message):
+    with pytest.raises(SettingError) as raised:
+        compose(SFTRun, GIVEN, settings)
+    assert message in str(raised.value)
+
+
+def test_an_item_of_a_list_goes_by_its_number():
+    given = {**GIVEN, "reward": {"functions": [{"name": "a.py:f"}]}}
+    config = compose(GRPORun, given, {"reward.functions.0.timeout_s": 5})
+    assert config.reward.functions[0].timeout_s == 5

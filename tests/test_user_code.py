@@ -5,10 +5,21 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from types import FunctionType
 
 import pytest
 
-from llmrl.user_code import code_files, describe_exception, import_file
+from llmrl.user_code import (
+    UserCodeError,
+    code_files,
+    describe_exception,
+    handed_over,
+    import_file,
+    is_given,
+    load_object,
+    source_text,
+)
 
 RULE = "def one(text):\n    return len(text)\n"
 
@@ -141,3 +152,28 @@ def test_the_message_of_an_exception_is_cut_but_for_its_place(tmp_path):
     with pytest.raises(ValueError, match="xxx") as raised:
         one("x" * 1_000_000)
     assert describe_exception(one, raised.value) == f"raised ValueError: {'x' * 500}... at {rule}:2"
+
+
+def test_what_is_handed_over_has_a_name_in_its_context_only():
+    def reward(responses):
+        return responses
+
+    with handed_over({"reward": reward}):
+        assert load_object("given:reward", role="reward function") is reward
+        with handed_over({}), pytest.raises(UserCodeError, match="was handed over by a program in Python"):
+            load_object("given:reward", role="reward function")
+        assert load_object("given:reward", role="reward function") is reward
+    assert is_given("given:reward")
+    assert not is_given("given.py:reward")
+
+
+def test_the_source_of_what_is_handed_over_tells_one_from_another():
+    class Judge:
+        def __call__(self, responses):
+            return responses
+
+    assert source_text(Judge()) == source_text(Judge)
+    assert "return responses" in source_text(Judge())
+    assert source_text(partial(Judge(), 1)) == source_text(Judge)
+    unwritten = [FunctionType(compile(text, "<cell>", "eval"), {}) for text in ("x + 1", "x + 2", "x + 1")]
+    assert source_text(unwritten[0]) == source_text(unwritten[2]) != source_text(unwritten[1])

@@ -16,6 +16,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
+from llmrl.errors import Error
 from llmrl.files import LFS_POINTER
 from llmrl.messages import in_one_line
 
@@ -43,7 +44,7 @@ MAX_CELL = 2**31 - 1
 """Limit on the characters of a CSV cell; Python's own is 131,072."""
 
 
-class DataError(ValueError):
+class DataError(Error, ValueError):
     """Data that cannot be used as it is. The message says where, why, and the way out."""
 
 

@@ -38,6 +38,7 @@ from llmrl.distributed.activity import HERE, Activity
 from llmrl.distributed.config import DistributedConfig
 from llmrl.distributed.stop import STOP, install, restore
 from llmrl.distributed.watchdog import phases_limited
+from llmrl.errors import Error
 from llmrl.roles import Collectives
 
 BEAT_S = 1.0
@@ -56,7 +57,7 @@ HEARD_S = 3.0
 CONNECTION_ERROR = re.compile("gloo|nccl|c10d|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
-class AnotherRankFailed(Exception):
+class AnotherRankFailed(Error):
     """This rank ends because of another; the reason is printed already."""
 
 

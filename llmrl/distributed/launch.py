@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmrl.distributed.context import Launch
+from llmrl.errors import Error
 
 RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that a launcher sets for each of several processes, in addition to WORLD_SIZE."""
@@ -14,7 +15,7 @@ MIXED_PRECISIONS = {"bfloat16": "bf16"}
 WAY_OUT = "see recipes/accelerate/ for files that work"
 
 
-class LaunchError(ValueError):
+class LaunchError(Error, ValueError):
     """A launch that asks for what llmrl does not support or this machine does not have."""
 
 

@@ -6,6 +6,7 @@ closed (SIGHUP) all mean the same.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -130,8 +131,11 @@ os.register_at_fork(after_in_child=STOP.release)
 def install(handler: Handler) -> dict[int, Any]:
     """Has `handler` receive the signals that stop a run. Returns the handlers before, for `restore`.
 
-    A SIGHUP that is ignored stays so: under nohup a run outlives its terminal.
+    A SIGHUP that is ignored stays so: under nohup a run outlives its terminal. Outside of the main thread, where Python
+    takes no handlers, nothing changes.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     if before[signal.SIGHUP] == signal.SIG_IGN:
         del before[signal.SIGHUP]

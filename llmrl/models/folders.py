@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llmrl.errors import Error
 from llmrl.files import LFS_POINTER, read_object
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
@@ -31,7 +32,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Bytes of the largest header that safetensors reads."""
 
 
-class ModelError(ValueError):
+class ModelError(Error, ValueError):
     """A model that cannot be used, and what to do about it."""
 
 

@@ -114,7 +114,7 @@ def save_policy(
             model = copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
         elif dtype != model.dtype:
             model = copy.deepcopy(model)
-        _save_model(new, model.to(dtype))  # type: ignore[arg-type]
+        save_weights(new, model.to(dtype))  # type: ignore[arg-type]
         companions.write(new, model)
         companions.write_tokenizer(new, tokenizer)
         for name, record in (records or {}).items():
@@ -129,7 +129,7 @@ def check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _save_model(folder: Path, model: "PreTrainedModel") -> None:
+def save_weights(folder: Path, model: "PreTrainedModel") -> None:
     """Writes weights and settings. Generation settings are written separately: transformers refuses to save some that
     it loads."""
     if not model.can_generate():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from uuid import uuid4
 
+from llmrl.errors import Error
 from llmrl.files import WriteError, read_object, write_atomically
 from llmrl.messages import counted
 
@@ -34,7 +35,7 @@ FINISH_S = 600
 """Seconds that a tracker may take at the end of a run to send what it has."""
 
 
-class TrackerError(ValueError):
+class TrackerError(Error, ValueError):
     """A tracker that does not start."""
 
 

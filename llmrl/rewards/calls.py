@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
+from llmrl.errors import Error
 from llmrl.rewards.event_loop import start_in_loop
 from llmrl.rewards.loading import Function, select_columns
 from llmrl.user_code import describe_exception
 
 
-class RewardError(RuntimeError):
+class RewardError(Error, RuntimeError):
     """A reward function that failed; the message says which one, on which row, and what was expected of it."""
 
 

@@ -143,7 +143,14 @@ def _keyword_parameters(function: Function) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def takes_rollout(function: Function) -> bool:
+    """Whether a function is a `RewardFunction` of `llmrl.roles`: it takes a rollout, and no columns."""
+    return list(_keyword_parameters(function))[:1] == ["rollout"]
+
+
 def _required(function: Function) -> list[str]:
+    if takes_rollout(function):
+        return []
     return [name for name, p in _keyword_parameters(function).items() if p.default is p.empty]
 
 

@@ -24,12 +24,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from llmrl.rewards.calls import Answer, Columns, Failure, Pending, RewardError, Waiting
+from llmrl.rewards.calls import Answer, Calls, Columns, Failure, Pending, RewardError, Waiting
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
-from llmrl.rewards.loading import takes
+from llmrl.rewards.loading import Function, bind_arguments, check_columns, load_function, takes
 from llmrl.rewards.patience import Loading
 from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, Request
-from llmrl.user_code import UserCodeError, code_files
+from llmrl.user_code import UserCodeError, code_files, is_given
 
 LOOK_S = 0.2
 """Seconds between two looks at the clock and at the process, while an answer is waited for."""
@@ -61,13 +61,16 @@ class RemoteFunction:
 
 
 class Worker:
-    """`Caller` of the functions that a configuration names, in a process of their own."""
+    """`Caller` of the functions that a configuration names, in a process of their own; of those that a program hands
+    over in Python, in this process."""
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self.folder = os.getcwd()
         self.process: _Process | None = None
         self.functions: dict[str, RemoteFunction] = {}
+        self.calls = Calls({})
+        """Functions of this process."""
         self.pending: set[str] = set()
         """Functions whose results are still to be awaited."""
         self.has_moved: set[str] = set()
@@ -77,8 +80,8 @@ class Worker:
         self.code: dict[str, dict[Path, str | None]] = {}
         """Digests of each function's files, as they were loaded."""
 
-    def load(self) -> tuple[RemoteFunction, ...]:
-        """Every function of the configuration, which the worker has loaded.
+    def load(self) -> tuple[Function, ...]:
+        """Every function of the configuration, in its order.
 
         Raises:
             UserCodeError: A function is missing or does not load.
@@ -86,17 +89,25 @@ class Worker:
         self._kill()
         started = time.monotonic()
         for setting in self.config.functions:
+            if is_given(setting.name):
+                self.calls.functions[setting.name] = bind_arguments(load_function(setting.name), setting.arguments)
+                continue
             loaded = self._load(setting, Loading(setting.name))
             if isinstance(loaded, str):
                 raise UserCodeError(loaded)
             self.functions[setting.name] = function = RemoteFunction(self, setting.name, loaded)
             self.code[setting.name] = {file: _digest(file) for file in code_files(function)}
         self.loading_s = time.monotonic() - started
-        return tuple(self.functions.values())
+        loaded_functions = self.functions | self.calls.functions
+        return tuple(loaded_functions[setting.name] for setting in self.config.functions)
 
     def check_columns(self, columns: tuple[str, ...]) -> None:
         """See `llmrl.rewards.loading.check_columns`."""
-        names = tuple(setting.name for setting in self.config.functions)
+        for function in self.calls.functions.values():
+            check_columns(function, columns)
+        names = tuple(self.functions)
+        if not names:
+            return
         with self._asked(Check(names, columns)) as process:
             reply = process.reply({names[0]: Loading(names[0]).look})
         if isinstance(reply, Refused):
@@ -110,6 +121,8 @@ class Worker:
         Raises:
             RewardError: The function would be loaded again, and its code is another one by now.
         """
+        if name in self.calls.functions:
+            return self.calls.ask(name, columns, waiting)
         taken = {column: values for column, values in columns.items() if takes(self.functions[name], column)}
         if failure := self._load_again(name, waiting):
             return failure
@@ -124,6 +137,7 @@ class Worker:
 
     def gather(self, waiting: Mapping[str, Waiting]) -> Generator[tuple[str, Answer], None, None]:
         """See `Caller`."""
+        yield from self.calls.gather({name: each for name, each in waiting.items() if name in self.calls.awaitables})
         left = {name: each for name, each in waiting.items() if name in self.pending}
         if not left:
             return
@@ -142,6 +156,7 @@ class Worker:
 
     def drop(self) -> None:
         """See `Caller`."""
+        self.calls.drop()
         if self.pending:
             self._kill()
 

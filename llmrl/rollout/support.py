@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers.cache_utils import DynamicCache
 
+from llmrl.errors import Error
 from llmrl.rollout.layers import (
     DummyLayer,
     DynamicLayer,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-class RolloutError(ValueError):
+class RolloutError(Error, ValueError):
     """A rollout that the model or the engine cannot make, and what to do about it."""
 
 

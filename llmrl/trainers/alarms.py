@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+from llmrl.errors import Error
+
 Values = Mapping[str, float]
 
 PATIENCE = 3
@@ -59,7 +61,7 @@ GAP_LIMITS = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 """Mean distance of a token's log-probability in sampling and in training, by dtype: ten times what rounding makes."""
 
 
-class NothingLearned(RuntimeError):
+class NothingLearned(Error, RuntimeError):
     """A run in which nothing can be learned: the message says why."""
 
 

@@ -21,12 +21,13 @@ from typing import Any
 from torch import Tensor
 
 import llmrl
+from llmrl.errors import Error
 from llmrl.files import flush_to_disk, writing
 
 STATE_FILES = ("state.safetensors", "state.json")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Error, ValueError):
     """A checkpoint that cannot be continued from."""
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from llmrl.errors import Error
 from llmrl.files import read_object, writing
 from llmrl.lines import last_iteration
 from llmrl.roles import Collectives
@@ -24,7 +25,7 @@ LOCK = ".lock"
 """File that the process which writes the folder holds a lock on. The system releases it when the process ends."""
 
 
-class RunError(ValueError):
+class RunError(Error, ValueError):
     """A run that cannot start as it was asked to."""
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmrl.batches import Experience, Prompts, Rollout, Scores
 from llmrl.distributed.context import Context
 from llmrl.distributed.microbatcher import Microbatcher
+from llmrl.errors import Error
 from llmrl.functional.advantages import flat_groups
 from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
@@ -35,7 +36,7 @@ FIRST_ONLY = "policy/ratio_max_deviation"
 """Metric of the first minibatch that is learned from only: until its step all passes read the same weights."""
 
 
-class FlatGroupsError(RuntimeError):
+class FlatGroupsError(Error, RuntimeError):
     """No scores to learn from: every redraw was used up and groups of equal scores remain."""
 
 

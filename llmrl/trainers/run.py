@@ -12,13 +12,14 @@ final/              the model at the end; each with its model card, README.md
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.distributed.context import Context
 from llmrl.distributed.stop import STOP, Interrupted, install
+from llmrl.errors import Error
 from llmrl.files import WriteError, replaced_folder, restore_folder, staged, writing
 from llmrl.lines import LineFile
 from llmrl.messages import counted, format_evaluation
@@ -43,7 +44,7 @@ Lines = Sequence[tuple[int, Mapping[str, float]]]
 """The metrics of a run, as ``(iteration, values)``."""
 
 
-class Stopped(Exception):
+class Stopped(Error):
     """A signal ended the run; everything up to an iteration's end is saved."""
 
     def __init__(self, signal_number: int, iteration: int, output_dir: Path) -> None:
@@ -127,48 +128,61 @@ class Run:
         """When the last checkpoint was written, or this process began, by its own clock."""
 
     def train(self) -> dict[str, float]:
-        """Runs every iteration that is left. Returns the metrics of the last one.
+        """Runs every iteration that is left. Returns the metrics of the last one. See `iterations`."""
+        last: dict[str, float] = {}
+        self.prepare()
+        with STOP.listening(raises=False):
+            for values in self.iterations():
+                last = values
+        return last
+
+    def iterations(self) -> Generator[dict[str, float], None, None]:
+        """Runs every iteration that is left, after `prepare`, and yields the metrics of each. Each step of it belongs
+        in a context of `STOP.listening`.
 
         Whatever ends it early, what was learned is kept: a signal or an error before an iteration's first optimizer
         step puts the trainer back to its start, a later signal waits for its end, and in all cases a checkpoint is
-        written.
+        written. So it is where the caller closes it between two iterations.
 
         Raises:
             Stopped: By a signal. One that comes when the last iteration is done does not stop the saving of the model.
             WriteError: A file cannot be written.
             NothingLearned: There is nothing to learn.
         """
-        self.prepare()
         self.progress.begin(self.config.num_iterations, self.trainer.iteration)
-        with STOP.listening(raises=False):
-            try:
-                last = self.run_iterations()
-            except BaseException as error:
-                if self.keeps_records:
-                    self.records.sync_or_report()  # what had no room before may have some now
-                self.rescue(error)
-                raise
-            if self.stop_signal is not None:
-                raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
-            self.progress.phase("saving", 1)
-            self.save_final()
+        try:
+            yield from self.run_iterations()
+        except GeneratorExit:
+            self.checkpoint()
+            raise
+        except BaseException as error:
             if self.keeps_records:
-                self.records.mark_finished(self.trainer.iteration)
-            self.collectives.barrier()  # no rank leaves before it is saved
-            self.progress.advance()
-            self.conclude()
-        return last
+                self.records.sync_or_report()  # what had no room before may have some now
+            self.rescue(error)
+            raise
+        if self.stop_signal is not None:
+            raise Stopped(self.stop_signal, self.trainer.iteration, self.folder)
+        self.progress.phase("saving", 1)
+        self.save_final()
+        if self.keeps_records:
+            self.records.mark_finished(self.trainer.iteration)
+        self.collectives.barrier()  # no rank leaves before it is saved
+        self.progress.advance()
+        self.conclude()
 
-    def run_iterations(self) -> dict[str, float]:
-        """Runs every iteration that is left, or until a signal stops them: then the state is saved. Returns the metrics
-        of the last one."""
-        last: dict[str, float] = {}
+    def run_iterations(self) -> Generator[dict[str, float], None, None]:
+        """Runs every iteration that is left, or until a signal stops them: then the state is saved. Yields the metrics
+        of each."""
         try:
             self.catch_up()
             self.replay()
-            while self.trainer.iteration < self.config.num_iterations and not self.is_stopped():
+            is_over = self.is_over()
+            while not is_over:
                 install(STOP.handle)  # a reward function may have put another handler there
-                last = self.iterate()
+                values = self.iterate()
+                is_over = self.is_over()
+                if self.stop_signal is None:
+                    yield values
         except Interrupted as interrupted:
             self.stop_signal = interrupted.number
             self.trainer.rewind()
@@ -176,7 +190,6 @@ class Run:
             if line := STOP.notice():
                 self.progress.message(line)
             self.checkpoint()
-        return last
 
     def save(self, folder: Path) -> None:
         """Writes the model, with its card. Collective; the folder may be half written after a failure."""
@@ -203,6 +216,10 @@ class Run:
                 f"{self.best.folder} holds the model with the best {record['metric']}, {record['value']:.4g} after "
                 f"iteration {record['iteration']}: use that rather than {self.folder / 'final'}"
             )
+
+    def is_over(self) -> bool:
+        """Whether every iteration is done, or a signal stops the run."""
+        return self.trainer.iteration >= self.config.num_iterations or self.is_stopped()
 
     def is_stopped(self) -> bool:
         """Whether any rank got a signal; then all have."""

@@ -32,7 +32,7 @@ from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, required_columns, row_problem
 from llmrl.rewards.worker import Worker
-from llmrl.roles import Progress
+from llmrl.roles import Progress, RolloutEngine
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
@@ -58,6 +58,8 @@ class Checked:
     """Whether every model of the run was there to be checked."""
     contents: Mapping[str, str]
     """Digests of what the run reads, by the setting that names it; empty where nothing trains."""
+    engine: RolloutEngine | None = None
+    """The engine that a program hands over; None: the one that the settings name."""
 
     @property
     def notes(self) -> list[str]:
@@ -155,9 +157,9 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         worker = Worker(config.reward)
         functions = worker.load()
         if rows is not None:
-            rows = _scorable(config.reward, worker, rows, config.data)
+            rows = _scorable(config.reward, worker, functions, rows, config.data)
         if config.evaluation_data is not None and evaluation_rows is not None:
-            evaluation_rows = _scorable(config.reward, worker, evaluation_rows, config.evaluation_data)
+            evaluation_rows = _scorable(config.reward, worker, functions, evaluation_rows, config.evaluation_data)
     if config.reward.functions and rows is None and evaluation_rows is None:
         unchecked.append("the columns that the reward functions ask for, since there are no rows to look at")
     return Checked(
@@ -226,10 +228,12 @@ def _places(config: DataConfig, section: str) -> list[str]:
     return [section, *(f"{section}.mixed_with.{number}" for number in range(len(sets_of(config)) - 1))]
 
 
-def _scorable(config: RewardConfig, worker: Worker, rows: Rows, data: DataConfig) -> Rows:
+def _scorable(
+    config: RewardConfig, worker: Worker, functions: tuple[Function, ...], rows: Rows, data: DataConfig
+) -> Rows:
     """The rows that have the columns which the reward functions read."""
     worker.check_columns(tuple(column_names(rows)))
-    required = required_columns(config, worker.functions.values())
+    required = required_columns(config, functions)
     problem = partial(row_problem, required=required)
     return keep_in_each(rows, data, lambda part, each: keep_usable(part, each, problem))
 

@@ -14,7 +14,7 @@ from llmrl.models.critic_folder import ADAPTER
 from llmrl.models.digest import digest_of_files, digest_of_model
 from llmrl.secrets import masked
 from llmrl.settings import to_dict
-from llmrl.user_code import code_files, load_object, names_code
+from llmrl.user_code import code_files, is_given, load_object, names_code, source_text
 from llmrl.wiring.precision import with_dtypes
 from llmrl.wiring.rows import EVALUATION
 
@@ -45,11 +45,13 @@ def contents_of(
         if config.reward.model is not None:
             scorer = ModelConfig(path=config.reward.model.path, trust_remote_code=config.model.trust_remote_code)
             contents["reward.model.path"] = digest_of_model(scorer)
-        code = {f"reward.functions.{number}": function for number, function in enumerate(functions)}
+        named = {f"reward.functions.{n}": each.name for n, each in enumerate(config.reward.functions)}
+        code = dict(zip(named, functions, strict=True)) if functions else {}
         for name, value in vars(config.algorithm).items():
             if isinstance(value, str) and names_code(value):
+                named[f"algorithm.{name}"] = value
                 code[f"algorithm.{name}"] = load_object(value, role=f"algorithm.{name}")
-        contents |= {name: _digest_of_code(function) for name, function in code.items()}
+        contents |= {name: _digest_of_code(named[name], function) for name, function in code.items()}
     return contents
 
 
@@ -61,8 +63,11 @@ def _digest_of_critic(path: str) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _digest_of_code(function: Callable[..., Any]) -> str:
+def _digest_of_code(name: str, function: Callable[..., Any]) -> str:
     digest = hashlib.sha256()
+    if is_given(name):
+        digest.update(source_text(function).encode())
+        return digest.hexdigest()
     for file in code_files(function):
         if not file.is_relative_to(OWN):
             digest.update(file.read_bytes())

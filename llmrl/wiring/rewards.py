@@ -33,7 +33,8 @@ from llmrl.rewards.combine import CombinedReward
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
-from llmrl.rewards.loading import Function
+from llmrl.rewards.loading import Function, takes_rollout
+from llmrl.rewards.named import NamedReward
 from llmrl.roles import RewardFunction
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import position_limit
@@ -68,7 +69,11 @@ def reward_on(
     """
     rewards: list[RewardFunction] = []
     is_first = context.collectives.is_first
-    if functions:
+    if len(functions) == 1 and takes_rollout(functions[0]):
+        (setting,), (label,) = config.functions, config.function_labels
+        named = NamedReward(functions[0], label=label, weight=setting.weight)
+        rewards.append(DistributedReward(named, context.collectives))
+    elif functions:
         reward = FunctionReward(
             config,
             functions=functions,

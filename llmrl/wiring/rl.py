@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Trackers) -> Run:
     """A run of GRPO, ready to train."""
     actor = _load_actor(config, context)
-    parts = _parts_of(actor, {"the model": actor.model}, config, context)
+    parts = _parts_of(actor, {"the model": actor.model}, config, checked, context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.num_optimizer_steps, context=context)
     name = config.algorithm.name
     if name == "grpo":
@@ -78,7 +78,7 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
     """A run of PPO, ready to train."""
     actor = _load_actor(config, context)
     networks = load_networks(config, actor)
-    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic.trunk}, config, context)
+    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic.trunk}, config, checked, context)
     critic_saver = CriticSaver(networks.critic, actor.tokenizer, context=context)
     trained = train_networks(networks, config, context)
     algorithm = PPO(
@@ -104,7 +104,9 @@ def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evalua
     tokenizer, model = load_for_sampling(config.model, context.device)
     if warning := pin_rope(model, config.longest_sequence):
         context.progress.message(warning)
-    engine = build_engine(config.rollout, model, tokenizer, dtype=model.dtype, progress=context.progress)
+    engine = checked.engine or build_engine(
+        config.rollout, model, tokenizer, dtype=model.dtype, progress=context.progress
+    )
     scorer = _load_scorer(config, context)
     return _evaluator(config, checked, context, tokenizer, model, DistributedEngine(engine, context), scorer)
 
@@ -148,12 +150,14 @@ class _Parts:
     saver: Saver
 
 
-def _parts_of(actor: Actor, readers: Mapping[str, "PreTrainedModel"], config: RLRun, context: Context) -> _Parts:
+def _parts_of(
+    actor: Actor, readers: Mapping[str, "PreTrainedModel"], config: RLRun, checked: Checked, context: Context
+) -> _Parts:
     budget = budget_of(readers.values(), config.update.microbatch_tokens, actor.dtype, context.device, section="update")
     reference = _reference_of(actor, budget, config, context)
     context.progress.phase("start", 1)  # which takes a while where the model is large
     check_sampling(actor, config.rollout)
-    engine = build_engine(
+    engine = checked.engine or build_engine(
         config.rollout,
         actor.model,
         actor.tokenizer,

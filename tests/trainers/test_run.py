@@ -1174,3 +1174,29 @@ def test_iterations_before_a_failure_count_as_well(bench: Bench):
         unscored(bench, 30, hooks={(7, "early"): fail}).train()
     with pytest.raises(NothingLearned, match="after iteration 10: "):
         unscored(bench, 30, resume=True).train()
+
+
+def test_iterations_that_are_left_between_two_are_saved(bench):
+    """By hand: 3w + n after one and after two iterations."""
+    run = bench.make(checkpoint_every=0)
+    run.prepare()
+    steps = run.iterations()
+    assert [next(steps)["weight"], next(steps)["weight"]] == WEIGHTS[:2]
+    assert not (bench.folder / "checkpoints" / "step_000002").exists()
+    steps.close()
+    assert (bench.folder / "checkpoints" / "step_000002").exists()
+    assert not (bench.folder / "final").exists()
+    bench.make().train()
+    assert bench.model() == WEIGHTS[3]
+
+
+def test_a_signal_in_an_iteration_comes_before_its_metrics(bench):
+    """The caller of `iterations` is not asked for more work first."""
+    run = bench.make(hooks={(2, "late"): terminate})
+    run.prepare()
+    steps = run.iterations()
+    with STOP.listening(raises=False):
+        assert next(steps)["weight"] == WEIGHTS[0]
+        with pytest.raises(Stopped):
+            next(steps)
+    assert (bench.folder / "checkpoints" / "step_000002").exists()

@@ -1,0 +1,85 @@
+"""Evaluation, generation and scores of models without training, as the commands do them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import llmrl
+from llmrl.cli import app
+from tests.golden.runs import run as golden_run
+
+from .conftest import digits
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_responses_are_those_of_the_command(tiny, folder):
+    common = {"num_responses": 2, "temperature": 0.7, "max_response_tokens": 5, "seed": 3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
+    prompts = ["1+1=", "2+3="]
+    ours = llmrl.generate(tiny.model, prompts, tokenizer=tiny.tokenizer, **common)
+    assert ours == llmrl.generate(folder / "llama", prompts, **common)
+    assert [len(texts) for texts in ours] == [2, 2]
+    printed = command("generate", folder / "llama", *prompts, *options)
+    expected = [f"> {prompt}\n{text}\n\n" for prompt, texts in zip(prompts, ours, strict=True) for text in texts]
+    assert printed == "".join(expected)
+    assert llmrl.generate(folder / "llama", "1+1=") == llmrl.generate(folder / "llama", ["1+1="])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature \(-1.0\) must be a number of at least 0"),
+        ({"num_responses": 0}, r"num_responses \(0\) must be at least 1"),
+        ({"max_response_tokens": 0}, r"max_response_tokens \(0\) must be at least 1"),
+    ],
+)
+def test_arguments_out_of_their_bounds_are_refused(folder, arguments, message):
+    with pytest.raises(llmrl.Error, match=message):
+        llmrl.generate(folder / "llama", ["1+1="], **arguments)
+
+
+def test_a_folder_that_is_missing_is_named():
+    with pytest.raises(llmrl.Error, match=r"model\.path"):
+        llmrl.generate("./nowhere", ["1+1="])
+
+
+def test_scores_are_those_of_the_command(folder, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    golden_run("reward_model_shared_prompts", folder, output=tmp_path)
+    final = tmp_path / "reward_model_shared_prompts" / "final"
+    command("score", final, folder / "rows.jsonl", "--output", tmp_path / "scored.jsonl")
+    theirs = [json.loads(line)["score"] for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert llmrl.score(final, rows) == theirs
+    trained = llmrl.load_run(final.parent)
+    assert llmrl.score(trained, rows[:3]) == pytest.approx(theirs[:3], abs=1e-5)
+    assert llmrl.score(trained.model, rows[:3], tokenizer=trained.tokenizer) == pytest.approx(theirs[:3], abs=1e-5)
+    assert type(trained.model).__name__ == "LlamaForSequenceClassification"
+
+
+def test_an_evaluation_is_that_of_the_command(folder, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    recipe = tmp_path / "recipe.yaml"
+    data = f"{{path: {folder / 'rows.jsonl'}}}"
+    recipe.write_text(
+        f"model: {{path: {folder / 'llama'}}}\ndata: {data}\nevaluation_data: {data}\n"
+        "reward: {functions: [{name: tests.golden.rules:graded}]}\nrollout: {max_response_tokens: 5}\n"
+        f"evaluation: {{num_responses: 4, pass_at: [2]}}\nrun: {{output_dir: {tmp_path}/run, num_iterations: 1}}\n"
+    )
+    command("evaluate", recipe, "--output", tmp_path / "numbers.json")
+    theirs = json.loads((tmp_path / "numbers.json").read_text())
+    settings = {"rollout.max_response_tokens": 5, "evaluation.num_responses": 4, "evaluation.pass_at": [2]}
+    ours = llmrl.evaluate(folder / "llama", prompts=rows, reward="tests.golden.rules:graded", settings=settings)
+    assert ours == {name: x for name, x in theirs.items() if name != "model"}
+
+
+def test_settings_have_the_checks_of_recipes(folder, rows):
+    message = r"evaluation\.num_response is not a setting; did you mean evaluation\.num_responses"
+    with pytest.raises(llmrl.Error, match=message):
+        llmrl.evaluate(folder / "llama", prompts=rows, reward=digits, settings={"evaluation.num_response": 2})
