@@ -1,6 +1,7 @@
 """What the tests do with a shell command of a page: each program is asked by its own parser, and run where that takes
 a moment. Commands of llmrl run in this process."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -119,6 +120,7 @@ def source(arguments: list[str], trains: bool) -> None:
 
 
 PROGRAMS = {
+    "cd": lambda arguments, trains: os.chdir(arguments[0]),
     "llmrl": llmrl,
     "python": python,
     "accelerate": accelerate,
