@@ -163,7 +163,7 @@ def test_rslora_scales_by_the_root_of_the_rank(folder):
 
 
 def test_dora_learns_the_length_of_each_row(folder):
-    model, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=4, use_dora=True)))
+    model, _ = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=4, use_dora=True)))
     layer = model.model.layers[0].self_attn.q_proj
     length = layer.lora_magnitude_vector["default"].weight
     assert_close(length, layer.base_layer.weight.norm(dim=1))
