@@ -526,7 +526,7 @@ def _problem(error: Mapping[str, Any]) -> str:
         case {"type": "literal_error", "ctx": {"expected": expected}}:
             rule = f"is not one of {expected}"
         case _:
-            rule = _RULES.get(error["type"], error["msg"])
+            rule = _RULES.get(error["type"]) or error["msg"]
     if value is None:
         rule += "; leave it out to get its default"
     return f"{path}: {repr(value) if isinstance(value, str) else json.dumps(value)} {rule}"
