@@ -110,7 +110,9 @@ def check_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Raises ValueError where a folder has other files than these, or these with other content."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder that is new or empty")
-    own = {Path(name).parts[0] for name in files} | {"runs"}
+    first, content = next(iter(files.items()))  # is written before any other
+    is_begun = (folder / first).is_file() and not _differs(folder / first, content)
+    own = {Path(name).parts[0] for name in files} | {"runs"} if is_begun else set()
     foreign = [entry for entry in sorted(folder.glob("*")) if entry.name not in own]
     changed = [folder / name for name, content in files.items() if _differs(folder / name, content)]
     for entry in (*foreign, *changed):

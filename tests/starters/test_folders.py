@@ -79,11 +79,19 @@ def test_a_folder_with_something_else_is_left_as_it_is(tmp_path):
 def test_a_file_that_was_changed_is_left_as_it_is(written):
     starter, folder = written
     (folder / "recipe.yaml").write_text("mine")
-    (folder / "README.md").unlink()
+    (folder / "data" / "generate.py").unlink()
     with pytest.raises(ValueError, match=r"recipe\.yaml is in the way"):
         write_starter(starter, folder)
     assert (folder / "recipe.yaml").read_text() == "mine"
-    assert not (folder / "README.md").exists()
+    assert not (folder / "data" / "generate.py").exists()
+
+
+def test_data_of_a_user_are_not_taken_for_those_of_a_folder_that_was_begun(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"data is in the way"):
+        write_starter(STARTERS["math"], tmp_path)
+    assert contents(tmp_path) == {"data/train.jsonl": b"mine"}
 
 
 def test_a_file_is_no_folder(tmp_path):
