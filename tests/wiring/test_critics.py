@@ -248,7 +248,7 @@ def test_scores_and_values_are_those_of_models_of_their_own(one_base, folders):
 def critic_apart(critic: Any, base: Path) -> TransformersValueFunction:
     """The same critic on weights of its own, its adapter merged into them."""
     trunk = AutoModelForCausalLM.from_pretrained(base).base_model
-    adapted = get_peft_model(trunk, lora_config(LORA, task_type="FEATURE_EXTRACTION"))
+    adapted = get_peft_model(trunk, lora_config(LORA, trunk, task_type="FEATURE_EXTRACTION"))
     ours = {name: p for name, p in critic.trunk.named_parameters() if "lora_" in name}
     theirs = {name: p for name, p in trunk.named_parameters() if "lora_" in name}
     assert ours.keys() == theirs.keys()
