@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-import llmrl
 from llmrl.errors import Error
 from llmrl.files import flush_to_disk, writing
+from llmrl.trainers.records import versions
 
 STATE_FILES = ("state.safetensors", "state.json")
 
@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], *, keep: int | None)
             save_file(in_own_memory(tensors), partial / "state.safetensors")
             (partial / "state.json").write_text(json.dumps(rest, indent=1))
             files = {name: _fingerprint(partial / name) for name in STATE_FILES}
-            (partial / "manifest.json").write_text(json.dumps({"llmrl": llmrl.__version__, "files": files}, indent=1))
+            (partial / "manifest.json").write_text(json.dumps({"llmrl": versions()["llmrl"], "files": files}, indent=1))
             for path in (*partial.iterdir(), partial):
                 flush_to_disk(path)
         except BaseException:

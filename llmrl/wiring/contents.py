@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import llmrl
 from llmrl.batches import Row
 from llmrl.config import AnyRun, PPORun, RLRun
 from llmrl.data.source import fingerprint
@@ -18,7 +17,7 @@ from llmrl.user_code import code_files, is_given, load_object, names_code, sourc
 from llmrl.wiring.precision import with_dtypes
 from llmrl.wiring.rows import EVALUATION
 
-OWN = Path(llmrl.__file__).resolve().parent
+OWN = Path(__file__).resolve().parents[1]
 """The code of llmrl itself, which its version stands for."""
 
 
