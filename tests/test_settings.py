@@ -164,7 +164,8 @@ def test_a_missing_recipe_suggests_the_nearest(write: Write):
 
 
 def test_a_missing_folder_is_a_missing_recipe(tmp_path: Path):
-    assert problem(tmp_path / "no" / "r.yaml") == f"there is no recipe {tmp_path / 'no' / 'r.yaml'}"
+    way_out = "`llmrl recipes` lists and prints those that come with llmrl"
+    assert problem(tmp_path / "no" / "r.yaml") == f"there is no recipe {tmp_path / 'no' / 'r.yaml'}; {way_out}"
 
 
 @pytest.mark.parametrize(
