@@ -143,6 +143,7 @@ def test_a_run_leaves_its_health_its_samples_and_a_model(recipe, models, tmp_pat
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert settings["critic"] == {
         "network": network,
+        "path": None,
         "warmup_iterations": 0,
         "value_coef": 0.5,
     }
