@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_checkable
 
 from llmrl.api.folder import RunFolder
 from llmrl.data.files import DataError
@@ -28,15 +28,21 @@ from llmrl.wiring.process import private_files
 
 if TYPE_CHECKING:
     import datasets
-    import pandas
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Model: TypeAlias = Union["PreTrainedModel", RunFolder, str, Path]
 """A model of transformers, what a run has left, a folder, or a name on the hub."""
 Tokenizer: TypeAlias = Union["PreTrainedTokenizerBase", str, Path]
 """A tokenizer of transformers, its folder, or a name on the hub."""
-Rows: TypeAlias = Union[Sequence[Mapping[str, Any]], "datasets.Dataset", "pandas.DataFrame", str, Path]
+Rows: TypeAlias = Union[Sequence[Mapping[str, Any]], "datasets.Dataset", "Frame", str, Path]
 """A list of dicts, a data set of `datasets`, a frame of pandas, a file, or a name on the hub."""
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """A frame of pandas, which need not be installed."""
+
+    def to_dict(self, orient: Any) -> Any: ...
 
 
 class Given:

@@ -7,8 +7,8 @@ from llmrl.functional.losses import clipped_policy_loss
 from llmrl.models.vocabulary import end_ids, num_token_ids
 from llmrl.reports.progress import Silent
 from llmrl.rollout.transformers import TransformersEngine
-from recipes.algorithms.reinforce import Reinforce
-from tests.golden.runs import GRPO
+from llmrl.user_code import load_object
+from tests.golden.runs import GRPO, ROOT
 
 from .conftest import SHORT, digits
 
@@ -27,7 +27,7 @@ def train(tiny, rows, folder, settings=None, **arguments):
 
 
 def test_an_algorithm_a_loss_and_a_baseline_are_handed_over(tiny, rows, tmp_path):
-    class Mine(Reinforce):
+    class Mine(load_object(f"{ROOT}/recipes/algorithms/reinforce.py:Reinforce", role="algorithm")):
         pass
 
     run = train(tiny, rows, tmp_path / "algorithm", {"algorithm.name": Mine})

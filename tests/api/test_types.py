@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -46,7 +45,7 @@ def test_a_program_is_strictly_typed(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "wrong.py").write_text('import llmrl\n\nllmrl.grpo("m", prompts=3, output_dir="x")\n')
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
-    command = [Path(sys.executable).with_name("pyright"), "--pythonpath", sys.executable, "-p", tmp_path]
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "-p", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout, done.stderr
     problems = [line for line in done.stdout.splitlines() if "- error" in line or "- warning" in line]
