@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmrl.api.folder import RunFolder, load_model
 from llmrl.api.given import Given, Rows
 from llmrl.api.guest import checking, computing, own_random_numbers
-from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.config import AnyRun, RLRun
 from llmrl.distributed.collectives import leave_ranks
 from llmrl.distributed.context import Context
 from llmrl.roles import RolloutEngine
@@ -44,7 +44,7 @@ class Run(RunFolder):
     def __init__(
         self,
         kind: Kind,
-        config: SFTRun | RewardModelRun | RLRun,
+        config: AnyRun,
         given: Given,
         *,
         engine: RolloutEngine | None = None,

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 from transformers.utils.logging import disable_progress_bar
 
-from llmrl.config import RewardModelRun, RLRun, SFTRun
+from llmrl.config import AnyRun
 from llmrl.distributed import launch
 from llmrl.distributed.activity import FollowedProgress
 from llmrl.distributed.collectives import join_ranks, make_context
@@ -45,9 +45,7 @@ def joined(config: DistributedConfig) -> Iterator[Context]:
 
 
 @contextmanager
-def opened(
-    config: SFTRun | RewardModelRun | RLRun, checked: Checked, build: Callable[..., Run], context: Context
-) -> Iterator[Run]:
+def opened(config: AnyRun, checked: Checked, build: Callable[..., Run], context: Context) -> Iterator[Run]:
     """Context of a run that is built from its settings, in whose folder no other process writes meanwhile."""
     context.progress.message(config.plan(None if checked.rows is None else len(checked.rows)))
     dtype, strategy = with_dtypes(config).model.dtype, launched_strategy(context.launch).name

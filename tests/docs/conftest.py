@@ -33,6 +33,7 @@ SCORERS = {
 QUESTIONS = [{"question": f"{a} plus {b}?", "answer": str(a + b)} for a in range(6) for b in range(5)]
 CHATS = [{"prompt": [{"role": "user", "content": row["question"]}]} for row in QUESTIONS]
 EXAMPLES = [{"prompt": row["question"], "response": row["answer"]} for row in QUESTIONS]
+SCORED = [{**row, "score": float(n % 3)} for n, row in enumerate(EXAMPLES)]
 PAIRS = [{"prompt": row["question"], "chosen": row["answer"], "rejected": f"{row['answer']}0"} for row in QUESTIONS]
 FILES = {
     "problems.jsonl": QUESTIONS,
@@ -42,6 +43,8 @@ FILES = {
     "pairs.jsonl": PAIRS,
     "held_out_pairs.jsonl": PAIRS[:8],
     "responses.jsonl": EXAMPLES[:3],
+    "scored.jsonl": SCORED,
+    "scored_test.jsonl": SCORED[:4],
     "first300.jsonl": PAIRS,
     "last200.jsonl": PAIRS[:8],
     "data/hh/prompts.jsonl": CHATS,

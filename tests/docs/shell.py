@@ -22,6 +22,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 CUTS = {
     "sft": ["run.num_iterations=2", "sft.batch_size=4"],
     "reward-model": ["data.num_rows=16", "reward_model.batch_size=8", "reward_model.num_reference_pairs=4"],
+    "critic": ["run.num_iterations=2", "critic.batch_size=4"],
     "grpo": ["run.num_iterations=2", "rollout.prompts_per_iteration=2", "update.minibatch_size=null"],
     "ppo": [
         "run.num_iterations=2",

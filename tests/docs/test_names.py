@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from llmrl import Run
 from llmrl.catalogue import CATALOGUE
 from llmrl.settings import describe
 from llmrl.wiring.runs import RUNS
@@ -11,6 +12,7 @@ from tests.docs.pages import ROOT, prose_of
 
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "metrics.md"]
 SETTINGS = {path for kind in RUNS.values() for path, *_ in describe(kind.settings)}
+ATTRIBUTES = {"run.folder", *(f"run.{name}" for name in dir(Run))}
 SECTIONS = {path.partition(".")[0] for path in SETTINGS}
 METRICS = {metric.name for metric in CATALOGUE}
 GROUPS = {name.partition("/")[0] for name in METRICS}
@@ -29,7 +31,7 @@ def metrics_in(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_are_known(page):
-    assert settings_in(prose_of(page)) - SETTINGS == set()
+    assert settings_in(prose_of(page)) - SETTINGS - ATTRIBUTES == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
