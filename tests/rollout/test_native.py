@@ -37,7 +37,7 @@ def select(prompts: Prompts, *order: int) -> Prompts:
 def test_logprobs_are_those_of_one_plain_forward(any_model, native, prompts, temperature):
     rollout = native(any_model, max_rows=4).generate(prompts, make_sampling(temperature=temperature))
     for prompt, response, logprobs, _ in rows_of(rollout):
-        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, temperature), atol=1e-5, rtol=0)
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, temperature), atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("max_rows", [2, 3, 4, 7])
@@ -115,7 +115,7 @@ def test_streams_differ_by_seed_purpose_and_number(model, native, prompts):
 def test_greedy_takes_the_likeliest_and_reports_the_logprob_at_the_temperature(any_model, native, prompts):
     rollout = native(any_model, max_rows=3).generate(prompts, make_sampling(greedy=True, temperature=0.5))
     for prompt, response, logprobs, _ in rows_of(rollout):
-        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, 0.5), atol=1e-5, rtol=0)
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response, 0.5), atol=3e-5, rtol=0)
         for t in range(len(response)):
             logits = any_model(input_ids=torch.tensor([prompt + response[:t]])).logits[0, -1, :VOCAB]
             assert logits.argmax() == response[t]
@@ -125,7 +125,7 @@ def test_refill_with_a_later_prompt_longer_than_what_is_live(any_model, native):
     prompts = make_prompts([20], [21], [7, 8, 9, 2, 11, 12, 13, 14, 15, 16, 17])
     rollout = native(any_model, max_rows=2).generate(prompts, make_sampling(max_response_tokens=5))
     for prompt, response, logprobs, _ in rows_of(rollout):
-        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response), atol=1e-5, rtol=0)
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response), atol=3e-5, rtol=0)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_the_window_moves_to_the_front_without_a_trace(any_model, native, prompt
     assert len(moves) > 1
     assert min(moves) >= 1
     for prompt, response, logprobs, _ in rows_of(rollout):
-        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response), atol=1e-5, rtol=0)
+        assert_close(logprobs, full_forward_logprobs(any_model, prompt, response), atol=3e-5, rtol=0)
 
 
 def test_every_prompt_is_prefilled_once_and_no_finished_row_is_decoded(model, native, prompts):
@@ -297,7 +297,7 @@ def test_a_failed_call_leaves_nothing_in_the_buffers(model, native, prompts):
         embedding[11] = healthy
     rollout = engine.generate(make_prompts([20], [21], [22], [23], long), sampling)
     for prompt, response, logprobs, _ in rows_of(rollout):
-        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=3e-5, rtol=0)
 
 
 def test_padding_of_the_embedding_is_never_sampled(model, native, prompts):
@@ -306,7 +306,7 @@ def test_padding_of_the_embedding_is_never_sampled(model, native, prompts):
     rollout = native(model).generate(prompts, make_sampling(num_responses=4))
     for prompt, response, logprobs, _ in rows_of(rollout):
         assert max(response) < VOCAB
-        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=1e-5, rtol=0)
+        assert_close(logprobs, full_forward_logprobs(model, prompt, response), atol=3e-5, rtol=0)
 
 
 def test_first_tokens_follow_the_softmax(model, native):

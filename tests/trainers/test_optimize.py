@@ -160,6 +160,9 @@ def test_each_loss_runs_backward_before_the_next_forward_and_every_module_steps_
         def whole(self, part: nn.Module) -> Any:
             raise AssertionError("nobody samples from it")
 
+        def assign(self, name: str, value: Tensor) -> None:
+            raise AssertionError("no reference moves")
+
         def backward(self, loss: Tensor) -> None:
             happened.append(f"{self.name} backward {loss:g}")
 
