@@ -17,7 +17,7 @@ CUTS = {
     "improve_a_model": {"num_iterations=40": "num_iterations=2"},
     "reward_model": {"pairs=pairs,": "pairs=pairs[:64],"},
     "ppo": {
-        "reward_model.yaml |": "reward_model.yaml data.num_rows=64 |",
+        "reward_model.yaml >": "reward_model.yaml data.num_rows=64 >",
         "num_iterations=40": "num_iterations=3",
         '"rollout.prompts_per_iteration": 128': '"rollout.prompts_per_iteration": 64',
     },
