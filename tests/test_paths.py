@@ -12,15 +12,17 @@ from llmrl.settings import describe, read_recipe
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
-        (SFTRun, {"model.path", "data.path", "evaluation_data.path", "run.output_dir"}),
+        (SFTRun, {"model.path", "data.path", "data.mixed_with.<n>.path", "evaluation_data.path", "run.output_dir"}),
         (RewardModelRun, {"model.path", "data.path", "evaluation_data.path", "run.output_dir"}),
         (
             PPORun,
             {
                 "model.path",
                 "data.path",
+                "data.mixed_with.<n>.path",
                 "evaluation_data.path",
                 "run.output_dir",
+                "critic.path",
                 "reward.model.path",
                 "reward.functions.<n>.name",
             },
