@@ -203,7 +203,7 @@ class TRLPPO(TRL):
             train_dataset=Dataset.from_list([{"input_ids": ids} for ids in self.tokenizer(self.prompts)["input_ids"]]),
             eval_dataset=Dataset.from_list([{"input_ids": [0]}]),
             callbacks=[self.callback()],
-            peft_config=lora_config(LoraSettings(rank=lora), task_type="CAUSAL_LM") if lora else None,
+            peft_config=lora_config(LoraSettings(rank=lora), policy, task_type="CAUSAL_LM") if lora else None,
         )
         return trainer, policy
 
