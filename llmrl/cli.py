@@ -402,9 +402,9 @@ def _train(config: Any, checked: Any, build: Callable[..., Any]) -> None:
 
     keeps_memory = _prepare_process(deterministic=config.run.deterministic)
     with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
-        if keeps_memory:
-            context.progress.message(KEEPS_MEMORY)
         with opened(config, checked, build, context) as run, private_files():
+            if keeps_memory:
+                context.progress.message(KEEPS_MEMORY)
             run.train()
     if not context.collectives.is_first:
         raise typer.Exit()
