@@ -401,11 +401,15 @@ def _train(config: Any, checked: Any, build: Callable[..., Any]) -> None:
     from llmrl.wiring.process import opened, private_files
 
     keeps_memory = _prepare_process(deterministic=config.run.deterministic)
-    with failures_in_one_line(config.run.folder), _context(config.distributed) as context:
-        with opened(config, checked, build, context) as run, private_files():
-            if keeps_memory:
-                context.progress.message(KEEPS_MEMORY)
-            run.train()
+    with (
+        failures_in_one_line(config.run.folder),
+        _context(config.distributed) as context,
+        opened(config, checked, build, context) as run,
+        private_files(),
+    ):
+        if keeps_memory:
+            context.progress.message(KEEPS_MEMORY)
+        run.train()
     if not context.collectives.is_first:
         raise typer.Exit()
     _print_results(config.run)

@@ -109,7 +109,9 @@ def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_one(
 
 
 @pytest.mark.parametrize("command", ["grpo", "ppo", "sft", "reward-model", "evaluate"])
-@pytest.mark.parametrize("moment", ["transformers.AutoTokenizer.from_pretrained", "llmrl.wiring.process.warn_without_gpu"])
+@pytest.mark.parametrize(
+    "moment", ["transformers.AutoTokenizer.from_pretrained", "llmrl.wiring.process.warn_without_gpu"]
+)
 def test_a_signal_before_the_first_iteration_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, moment: str
 ):

@@ -127,10 +127,17 @@ def missing_commands(starter: Starter, folder: Path) -> Iterator[str]:
 
 
 def run_in(folder: Path, command: str) -> int:
-    """The exit status of a command that runs in a folder, by this interpreter."""
+    """The exit status of a command that runs in a folder, by this interpreter. A signal to this process ends it
+    too, once it has saved what it learned."""
     program, *arguments = shlex.split(command)
     module = ["-m", "llmrl"] if program == "llmrl" else []
-    return subprocess.run([sys.executable, *module, *arguments], cwd=folder, check=False).returncode
+    process = subprocess.Popen([sys.executable, *module, *arguments], cwd=folder)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def _files(starter: Starter) -> Iterator[tuple[str, bytes]]:

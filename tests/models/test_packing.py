@@ -82,8 +82,8 @@ def test_attention_and_its_gradients_by_definition(prompts, responses, kv_heads)
 
 
 def test_scores_too_large_for_an_exponential():
-    """The parts are joined by their log-sum-exps, which neither overflow nor vanish. Scores of thousands are rounded by up
-    to 5e-4, so where two are nearly tied, values of 100 mix by that much more or less."""
+    """The parts are joined by their log-sum-exps, which neither overflow nor vanish. Scores of thousands are rounded
+    by up to 5e-4, so where two are nearly tied, values of 100 mix by that much more or less."""
     inputs = [x.detach().mul(40).requires_grad_() for x in tensors(sum(PROMPTS) + sum(map(sum, RESPONSES)))]
     out = PackedAttention.apply(*inputs, packing(PROMPTS, RESPONSES), 1.0)
     assert_close(out, by_definition(*inputs, PROMPTS, RESPONSES, 1.0), rtol=1e-4, atol=0.05)
