@@ -107,11 +107,11 @@ class Given:
 
         return self._write(write)
 
-    def code(self, code: Any, name: str | None = None) -> str:
+    def code(self, code: Any, name: str | None = None, *, stays_here: bool = False) -> str:
         """Name of a function, class or other object: that by which another process can import it, unless it is to have
-        another name."""
+        another name, or stays in this process."""
         own = name_of(code) if callable(code) else ""
-        if (name is None or own.rpartition(":")[2] == name) and _is_importable(code):
+        if not stays_here and (name is None or own.rpartition(":")[2] == name) and _is_importable(code):
             return own
         base = name or own.rpartition(":")[2].rpartition(".")[2]
         base = base if base.isidentifier() else "function"

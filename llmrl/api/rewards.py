@@ -1,5 +1,6 @@
 """Rewards that a program hands over, as the section of a recipe."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -75,7 +76,8 @@ def _is_model(reward: Any) -> bool:
 
 def _code(reward: Any, name: str | None, given: Given) -> str:
     if not isinstance(reward, str):
-        return given.code(reward, name)
+        takes_tensors = inspect.isfunction(reward) and takes_rollout(reward)  # which no other process gets
+        return given.code(reward, name, stays_here=takes_tensors)
     if name is None or reward.rpartition(":")[2] == name:
         return reward
     return given.code(load_object(reward, role="reward function"), name)

@@ -25,9 +25,16 @@ def short(responses):
 EXACT = "llmrl.rewards.rules:exact_answer"
 
 
+def whole(rollout):
+    """A `RewardFunction` that another process can import."""
+    return Lengths()(rollout)
+
+
 @pytest.mark.parametrize(
     ("reward", "functions"),
     [
+        (whole, [{"name": "given:whole"}]),
+        ({"whole": whole}, [{"name": "given:whole"}]),
         (exact_answer, [{"name": EXACT}]),
         (EXACT, [{"name": EXACT}]),
         ((exact_answer, 2.0), [{"name": EXACT, "weight": 2.0}]),
