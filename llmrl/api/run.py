@@ -12,6 +12,7 @@ from llmrl.api.folder import RunFolder, load_model
 from llmrl.api.given import Given, Rows
 from llmrl.api.guest import checking, computing, own_random_numbers
 from llmrl.config import AnyRun, RLRun
+from llmrl.data.mixture import sets_of
 from llmrl.distributed.collectives import leave_ranks
 from llmrl.distributed.context import Context
 from llmrl.roles import RolloutEngine
@@ -130,7 +131,8 @@ class Run(RunFolder):
         if rows is None:
             return config
         path = self._given.rows(rows, argument="evaluation")
-        data = dataclasses.replace(config.evaluation_data or config.data, path=path, num_rows=None)
+        read_like = config.evaluation_data or sets_of(config.data)[0]
+        data = dataclasses.replace(read_like, path=path, num_rows=None)
         return dataclasses.replace(config, evaluation_data=data)
 
     @property

@@ -1,5 +1,6 @@
 """A run that a program drives: left, stopped and gone on with; its model and its evaluation; the process around it."""
 
+import json
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers.utils.logging import is_progress_bar_enabled
 
 import llmrl
+from llmrl.data.mixture import sets_of
 from llmrl.trainers.run import Stopped
 
 from .conftest import SHORT, digits, without_times
@@ -180,6 +182,16 @@ def test_an_evaluation_is_paired_with_that_before_the_training(make, rows, tiny)
     assert set(values) - set(after) == {
         f"difference/{x}{y}" for x in ("score", "accuracy") for y in ("", "_low", "_high")
     }
+
+
+def test_an_evaluation_is_of_its_prompts_alone_where_the_run_trains_on_a_mixture(make, rows, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(rows[0]) + "\n")
+    run = make(settings={**SHORT, "data.mixed_with": [{"path": str(other), "weight": 1.0}]})
+    config = run._to_evaluate(rows[:2])
+    assert sets_of(config.evaluation_data) == (config.evaluation_data,)
+    assert config.evaluation_data.path != config.data.path
+    assert config.data == run._config.data
 
 
 def test_an_evaluation_in_the_loop_changes_nothing(make, straight, rows):
