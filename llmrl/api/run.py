@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmrl.api.folder import RunFolder, load_model
 from llmrl.api.given import Given, Rows
-from llmrl.api.guest import checking, computing, own_random_numbers
+from llmrl.api.guest import checking, computing, errors_of_users, handlers_kept, own_random_numbers, quiet
 from llmrl.config import AnyRun, RLRun
 from llmrl.data.mixture import sets_of
 from llmrl.distributed.collectives import leave_ranks
@@ -162,8 +162,9 @@ class Run(RunFolder):
     def _open(self, checked: Checked, stack: ExitStack) -> trainers.Run:
         """The run in memory, at its newest checkpoint, until the stack is closed."""
         stack.callback(self._forget)
-        with self._computing(raises=True):
+        with errors_of_users(), quiet(), handlers_kept():  # in the body of a loop they are the program's
             context = stack.enter_context(joined(self._config.distributed))
+        with self._computing(raises=True):
             with own_random_numbers(), handed_over(self._given.objects):
                 run = stack.enter_context(opened(self._config, checked, self._kind.builder(), context))
             with private_files():

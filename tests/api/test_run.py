@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 import llmrl
 from llmrl.data.mixture import sets_of
+from llmrl.distributed.stop import handlers, install, restore
 from llmrl.trainers.run import Stopped
+from llmrl.wiring.process import joined
 
 from .conftest import SHORT, digits, without_times
 
@@ -129,6 +132,23 @@ def test_the_process_is_as_it_was_in_the_loop_and_after(make):
             assert (state(), mask()) == before
         assert (state(), mask()) == before
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_handlers_of_several_ranks_are_those_of_the_program_in_the_loop_and_after(make, monkeypatch):
+    """Ranks that watch each other install handlers when they join, and restore what was there when they part."""
+
+    @contextmanager
+    def several(config):
+        with joined(config) as context:
+            before = install(lambda *_: None)
+            yield context
+            restore(before)
+
+    monkeypatch.setattr("llmrl.api.run.joined", several)
+    before = handlers()
+    for _ in make(num_iterations=1):
+        assert handlers() == before
+    assert handlers() == before
 
 
 def test_a_run_may_be_driven_outside_of_the_main_thread(make):
