@@ -80,6 +80,8 @@ class Run(RunFolder):
                 while (values := self._step(steps)) is not None:
                     yield {"iteration": run.trainer.iteration, **values}
             except GeneratorExit:  # the loop was left
+                pass
+            finally:
                 with self._computing(raises=False), private_files():
                     steps.close()
 

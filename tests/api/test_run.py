@@ -14,6 +14,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 import llmrl
 from llmrl.data.mixture import sets_of
 from llmrl.distributed.stop import handlers, install, restore
+from llmrl.trainers import run as trainers
 from llmrl.trainers.run import Stopped
 from llmrl.wiring.process import joined
 
@@ -72,6 +73,19 @@ def test_the_same_run_goes_on_after_an_exception_of_the_loop(make, straight):
         loop()
     assert run.train()["iteration"] == 3
     assert_same(run, straight)
+
+
+def test_what_comes_between_two_steps_ends_them_while_the_folder_is_locked(make, monkeypatch):
+    run = make()
+    held = []
+    checkpoint = trainers.Run.checkpoint
+    monkeypatch.setattr(trainers.Run, "checkpoint", lambda own: (held.append(run._under_way is own), checkpoint(own)))
+    steps = iter(run)
+    next(steps), next(steps)
+    held.clear()
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert held == [True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
