@@ -23,7 +23,7 @@ Reward: TypeAlias = (
     | Mapping[str, OneReward | tuple[OneReward, float]]
 )
 """One reward, or several as a list or, by their names in the metrics, as a mapping; each with a weight where it stands
-in a pair ``(reward, weight)``."""
+in a pair ``(reward, weight)``. A reward model is ``model`` in the metrics, whatever its name here."""
 
 
 def reward_section(reward: Reward, given: Given) -> dict[str, Any]:
@@ -75,6 +75,11 @@ def _is_model(reward: Any) -> bool:
 
 
 def _code(reward: Any, name: str | None, given: Given) -> str:
+    if name is not None and not name.isidentifier():
+        raise SettingError(
+            f"reward: {name!r} cannot be the name of a function in the metrics; write letters, digits and _, such as "
+            "length_penalty"
+        )
     if not isinstance(reward, str):
         takes_tensors = inspect.isfunction(reward) and takes_rollout(reward)  # which no other process gets
         return given.code(reward, name, stays_here=takes_tensors)
