@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_check
 
 from llmrl.api.folder import RunFolder
 from llmrl.data.files import DataError
+from llmrl.errors import Error
 from llmrl.files import replace_file, writing
 from llmrl.models.config import ModelConfig
 from llmrl.models.digest import digest_of_model
@@ -125,10 +126,20 @@ class Given:
         return {name: self.code(value) if callable(value) else value for name, value in settings.items()}
 
     def _write(self, write: Callable[[], Path]) -> str:
-        """Path of what the first rank writes. Collective."""
-        with private_files():
-            path = str(write()) if self.collectives.is_first else ""
-        return self.collectives.from_first(path)
+        """Path of what the first rank writes. Collective; where it fails, all raise."""
+        path, failure = "", None
+        if self.collectives.is_first:
+            try:
+                with private_files():
+                    path = str(write())
+            except Exception as error:  # the other ranks wait for it
+                failure = error
+        path, reason = self.collectives.from_first((path, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise Error(reason)
+        return path
 
     def _write_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", argument: str) -> Path:
         new = self.folder / f".{argument}.new"
