@@ -38,7 +38,6 @@ def evaluate(
     prompts: Rows,
     reward: Reward,
     tokenizer: Tokenizer | None = None,
-    engine: RolloutEngine | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Accuracy and pass@k of a model on held-out prompts, with 95 % confidence intervals: `llmrl evaluate`.
@@ -49,7 +48,6 @@ def evaluate(
         reward: See `grpo`. A response is correct where its first function, or else its model, gives it more than
             ``evaluation.correct_above``.
         tokenizer: See `sft`.
-        engine: See `grpo`.
         settings: Settings of `grpo`, as in ``{"evaluation.num_responses": 4, "evaluation.pass_at": [1, 4]}``.
 
     Returns:
@@ -72,18 +70,18 @@ def evaluate(
                 "run": {"output_dir": place, "num_iterations": 1},
             }
             config = compose(GRPORun, sections, given.settings(settings or {}))
-        return measure(config, given.objects, engine).values
+        return measure(config, given.objects).values
 
 
 def measure(
-    config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None, context: Context | None = None
+    config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None = None, context: Context | None = None
 ) -> Evaluation:
     """Evaluates the model of a run's settings on its held-out prompts.
 
     Args:
         config: The settings.
         objects: What was handed over, see `Given.objects`.
-        engine: In place of the engine of the settings.
+        engine: In place of the engine of the settings, with the weights that it has; None: that of the settings.
         context: Context of the run that is under way; None: there is none.
     """
     with handed_over(objects):
