@@ -6,6 +6,8 @@ The libraries ask a hub that does not answer again and again, for half a minute 
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmrl.errors import Error
+
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
 TIMEOUT_S = 5.0
 """For the hub to say whether it has a name that is not in the local cache."""
@@ -49,7 +51,7 @@ def ask_for_dataset(name: str) -> None:
             raise OSError(str(error)) from error
 
 
-class HubError(RuntimeError):
+class HubError(Error, RuntimeError):
     """The hub refused what was to be published, or cannot be reached."""
 
 

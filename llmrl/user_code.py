@@ -15,6 +15,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 import traceback
@@ -93,8 +94,10 @@ def is_given(name: str) -> bool:
 
 def source_text(code: Any) -> str:
     """Source of a function or class that was handed over, or else its bytecode; of any other object that of its
-    class. Values that a closure holds are not in it."""
-    code = _unbound(code)
+    class; of a `partial` its arguments too. Values that a closure or an object holds are not in it."""
+    if isinstance(code, partial):
+        arguments = json.dumps([code.args, code.keywords], default=lambda x: type(x).__qualname__, skipkeys=True)
+        return f"{source_text(code.func)} {arguments}"
     code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     try:
         return inspect.getsource(code)

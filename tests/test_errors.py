@@ -7,6 +7,7 @@ from llmrl.data.files import DataError
 from llmrl.distributed.heartbeat import AnotherRankFailed
 from llmrl.distributed.launch import LaunchError
 from llmrl.files import WriteError
+from llmrl.hub import HubError
 from llmrl.memory import MemoryFull
 from llmrl.models.folders import ModelError
 from llmrl.reports.trackers import TrackerError
@@ -16,6 +17,7 @@ from llmrl.rollout.support import RolloutError
 from llmrl.settings import SettingError
 from llmrl.trainers.alarms import NothingLearned
 from llmrl.trainers.checkpoint import CheckpointError
+from llmrl.trainers.comparison import NotPaired
 from llmrl.trainers.output import RunError
 from llmrl.trainers.rl import FlatGroupsError
 from llmrl.trainers.run import Stopped
@@ -32,6 +34,7 @@ INPUT = (
     CheckpointError,
     RunError,
     UserCodeError,
+    NotPaired,
 )
 FAILURES = (
     AnotherRankFailed,
@@ -42,6 +45,7 @@ FAILURES = (
     FlatGroupsError,
     Stopped,
     UserCodeFailure,
+    HubError,
 )
 
 

@@ -174,6 +174,9 @@ def test_the_source_of_what_is_handed_over_tells_one_from_another():
 
     assert source_text(Judge()) == source_text(Judge)
     assert "return responses" in source_text(Judge())
-    assert source_text(partial(Judge(), 1)) == source_text(Judge)
+    assert source_text(partial(Judge(), 1)).startswith(source_text(Judge))
+    assert source_text(partial(Judge(), 1)) == source_text(partial(Judge(), 1))
+    assert source_text(partial(Judge(), 1)) != source_text(partial(Judge(), 5))
+    assert source_text(partial(Judge(), k=object())) == source_text(partial(Judge(), k=object()))  # not its address
     unwritten = [FunctionType(compile(text, "<cell>", "eval"), {}) for text in ("x + 1", "x + 2", "x + 1")]
     assert source_text(unwritten[0]) == source_text(unwritten[2]) != source_text(unwritten[1])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_check
 
 from llmrl.api.folder import RunFolder
 from llmrl.data.files import DataError
+from llmrl.errors import Error
 from llmrl.files import replace_file, writing
 from llmrl.models.config import ModelConfig
 from llmrl.models.digest import digest_of_model
@@ -107,11 +108,11 @@ class Given:
 
         return self._write(write)
 
-    def code(self, code: Any, name: str | None = None) -> str:
+    def code(self, code: Any, name: str | None = None, *, stays_here: bool = False) -> str:
         """Name of a function, class or other object: that by which another process can import it, unless it is to have
-        another name."""
+        another name, or stays in this process."""
         own = name_of(code) if callable(code) else ""
-        if (name is None or own.rpartition(":")[2] == name) and _is_importable(code):
+        if not stays_here and (name is None or own.rpartition(":")[2] == name) and _is_importable(code):
             return own
         base = name or own.rpartition(":")[2].rpartition(".")[2]
         base = base if base.isidentifier() else "function"
@@ -125,10 +126,20 @@ class Given:
         return {name: self.code(value) if callable(value) else value for name, value in settings.items()}
 
     def _write(self, write: Callable[[], Path]) -> str:
-        """Path of what the first rank writes. Collective."""
-        with private_files():
-            path = str(write()) if self.collectives.is_first else ""
-        return self.collectives.from_first(path)
+        """Path of what the first rank writes. Collective; where it fails, all raise."""
+        path, failure = "", None
+        if self.collectives.is_first:
+            try:
+                with private_files():
+                    path = str(write())
+            except Exception as error:  # the other ranks wait for it
+                failure = error
+        path, reason = self.collectives.from_first((path, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise Error(reason)
+        return path
 
     def _write_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", argument: str) -> Path:
         new = self.folder / f".{argument}.new"

@@ -8,7 +8,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.device import prepare_device
-from llmrl.distributed.stop import STOP
+from llmrl.distributed.stop import STOP, handlers, restore
 from llmrl.distributed.watchdog import PhaseTimeout
 from llmrl.errors import Error
 from llmrl.files import REFUSALS
@@ -71,6 +71,16 @@ def errors_of_users() -> Iterator[None]:
         if message is None:
             raise
         raise MemoryFull(message) from error
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Context after which the signals have the handlers that they had before it."""
+    before = handlers()
+    try:
+        yield
+    finally:
+        restore(before)
 
 
 @contextmanager

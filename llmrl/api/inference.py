@@ -22,7 +22,7 @@ from llmrl.models.checking import check_model
 from llmrl.models.config import ModelConfig
 from llmrl.roles import RolloutEngine
 from llmrl.secrets import remember_environment
-from llmrl.settings import SettingError, compose
+from llmrl.settings import SettingError, compose, is_unicode
 from llmrl.trainers.comparison import Evaluation
 from llmrl.user_code import handed_over
 from llmrl.wiring.checks import check_rl, check_scorer
@@ -38,7 +38,6 @@ def evaluate(
     prompts: Rows,
     reward: Reward,
     tokenizer: Tokenizer | None = None,
-    engine: RolloutEngine | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Accuracy and pass@k of a model on held-out prompts, with 95 % confidence intervals: `llmrl evaluate`.
@@ -49,7 +48,6 @@ def evaluate(
         reward: See `grpo`. A response is correct where its first function, or else its model, gives it more than
             ``evaluation.correct_above``.
         tokenizer: See `sft`.
-        engine: See `grpo`.
         settings: Settings of `grpo`, as in ``{"evaluation.num_responses": 4, "evaluation.pass_at": [1, 4]}``.
 
     Returns:
@@ -72,18 +70,18 @@ def evaluate(
                 "run": {"output_dir": place, "num_iterations": 1},
             }
             config = compose(GRPORun, sections, given.settings(settings or {}))
-        return measure(config, given.objects, engine).values
+        return measure(config, given.objects).values
 
 
 def measure(
-    config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None, context: Context | None = None
+    config: RLRun, objects: Mapping[str, Any], engine: RolloutEngine | None = None, context: Context | None = None
 ) -> Evaluation:
     """Evaluates the model of a run's settings on its held-out prompts.
 
     Args:
         config: The settings.
         objects: What was handed over, see `Given.objects`.
-        engine: In place of the engine of the settings.
+        engine: In place of the engine of the settings, with the weights that it has; None: that of the settings.
         context: Context of the run that is under way; None: there is none.
     """
     with handed_over(objects):
@@ -104,6 +102,7 @@ def generate(
     num_responses: int = 1,
     max_response_tokens: int = 256,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> list[list[str]]:
@@ -117,6 +116,7 @@ def generate(
         num_responses: Responses per prompt, G.
         max_response_tokens: Length limit of a response.
         system_prompt: System message before each prompt.
+        chat_template_kwargs: Arguments of the chat template, as in ``{"enable_thinking": False}``.
         seed: Seed of the random stream.
         trust_remote_code: Allows the model's folder to bring and run its own Python code.
 
@@ -130,8 +130,14 @@ def generate(
     with TemporaryDirectory() as place:
         with checking():
             _check_sampling(
-                temperature=temperature, num_responses=num_responses, max_response_tokens=max_response_tokens
+                temperature=temperature,
+                num_responses=num_responses,
+                max_response_tokens=max_response_tokens,
+                seed=seed,
             )
+            for text in (*texts, system_prompt or ""):
+                if not is_unicode(text):
+                    raise SettingError(f"the prompt {text!r} is no Unicode text; write it as UTF-8")
             path = Given(Path(place), OneProcess()).model(model, tokenizer)
             config = ModelConfig(path=path, trust_remote_code=trust_remote_code)
             check_model(config, may_be_random=False)
@@ -141,6 +147,7 @@ def generate(
                 texts,
                 pick_device(),
                 system_prompt=system_prompt,
+                chat_template_kwargs=chat_template_kwargs,
                 temperature=temperature,
                 num_responses=num_responses,
                 max_response_tokens=max_response_tokens,
@@ -188,9 +195,11 @@ def score(
             return score_rows(config, read, data, pick_device(), normalize=normalize)
 
 
-def _check_sampling(*, temperature: float, num_responses: int, max_response_tokens: int) -> None:
+def _check_sampling(*, temperature: float, num_responses: int, max_response_tokens: int, seed: int) -> None:
     if not 0 <= temperature < float("inf"):
         raise SettingError(f"temperature ({temperature}) must be a number of at least 0; 0 takes the likeliest token")
     for name, value in (("num_responses", num_responses), ("max_response_tokens", max_response_tokens)):
         if value < 1:
             raise SettingError(f"{name} ({value}) must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise SettingError(f"seed ({seed}) must be at least 0 and less than {2**32}")

@@ -1,5 +1,6 @@
 """Rewards that a program hands over, as the section of a recipe."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -22,7 +23,7 @@ Reward: TypeAlias = (
     | Mapping[str, OneReward | tuple[OneReward, float]]
 )
 """One reward, or several as a list or, by their names in the metrics, as a mapping; each with a weight where it stands
-in a pair ``(reward, weight)``."""
+in a pair ``(reward, weight)``. A reward model is ``model`` in the metrics, whatever its name here."""
 
 
 def reward_section(reward: Reward, given: Given) -> dict[str, Any]:
@@ -74,8 +75,14 @@ def _is_model(reward: Any) -> bool:
 
 
 def _code(reward: Any, name: str | None, given: Given) -> str:
+    if name is not None and not name.isidentifier():
+        raise SettingError(
+            f"reward: {name!r} cannot be the name of a function in the metrics; write letters, digits and _, such as "
+            "length_penalty"
+        )
     if not isinstance(reward, str):
-        return given.code(reward, name)
+        takes_tensors = inspect.isfunction(reward) and takes_rollout(reward)  # which no other process gets
+        return given.code(reward, name, stays_here=takes_tensors)
     if name is None or reward.rpartition(":")[2] == name:
         return reward
     return given.code(load_object(reward, role="reward function"), name)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from llmrl.api.folder import RunFolder, load_model
 from llmrl.api.given import Given, Rows
-from llmrl.api.guest import checking, computing, own_random_numbers
+from llmrl.api.guest import checking, computing, errors_of_users, handlers_kept, own_random_numbers, quiet
 from llmrl.config import AnyRun, RLRun
+from llmrl.data.mixture import sets_of
 from llmrl.distributed.collectives import leave_ranks
 from llmrl.distributed.context import Context
 from llmrl.roles import RolloutEngine
@@ -79,6 +80,8 @@ class Run(RunFolder):
                 while (values := self._step(steps)) is not None:
                     yield {"iteration": run.trainer.iteration, **values}
             except GeneratorExit:  # the loop was left
+                pass
+            finally:
                 with self._computing(raises=False), private_files():
                     steps.close()
 
@@ -130,7 +133,8 @@ class Run(RunFolder):
         if rows is None:
             return config
         path = self._given.rows(rows, argument="evaluation")
-        data = dataclasses.replace(config.evaluation_data or config.data, path=path, num_rows=None)
+        read_like = config.evaluation_data or sets_of(config.data)[0]
+        data = dataclasses.replace(read_like, path=path, num_rows=None)
         return dataclasses.replace(config, evaluation_data=data)
 
     @property
@@ -160,8 +164,9 @@ class Run(RunFolder):
     def _open(self, checked: Checked, stack: ExitStack) -> trainers.Run:
         """The run in memory, at its newest checkpoint, until the stack is closed."""
         stack.callback(self._forget)
-        with self._computing(raises=True):
+        with errors_of_users(), quiet(), handlers_kept():  # in the body of a loop they are the program's
             context = stack.enter_context(joined(self._config.distributed))
+        with self._computing(raises=True):
             with own_random_numbers(), handed_over(self._given.objects):
                 run = stack.enter_context(opened(self._config, checked, self._kind.builder(), context))
             with private_files():

@@ -91,7 +91,8 @@ def grpo(
         prompts: Rows with a ``prompt``, a text or messages; functions of the reward get the other columns by name.
         reward: A function such as ``def correct(responses, answer)``, which returns a number for each response; its
             name as ``file.py:function``; a reward model; a `RewardFunction` of `llmrl.roles`; or several of these, as a
-            list, or as a mapping by their names in the metrics, each as it is or as ``(reward, weight)``.
+            list, or as a mapping by their names in the metrics, each as it is or as ``(reward, weight)``. A reward
+            model is ``score/model`` there.
         output_dir: See `sft`.
         num_iterations: Iterations in all, each one rollout and the updates from it.
         evaluation: Held-out prompts, which are evaluated before the first iteration and after the last.

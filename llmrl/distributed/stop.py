@@ -128,24 +128,30 @@ STOP = Stop()
 os.register_at_fork(after_in_child=STOP.release)
 
 
-def install(handler: Handler) -> dict[int, Any]:
-    """Has `handler` receive the signals that stop a run. Returns the handlers before, for `restore`.
+def handlers() -> dict[int, Any]:
+    """The handlers of the signals that stop a run, for `restore`.
 
-    A SIGHUP that is ignored stays so: under nohup a run outlives its terminal. Outside of the main thread, where Python
-    takes no handlers, nothing changes.
+    Without an ignored SIGHUP, which stays so: under nohup a run outlives its terminal. Empty outside of the main
+    thread, where Python takes no handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    if before[signal.SIGHUP] == signal.SIG_IGN:
-        del before[signal.SIGHUP]
+    present: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    if present[signal.SIGHUP] == signal.SIG_IGN:
+        del present[signal.SIGHUP]
+    return present
+
+
+def install(handler: Handler) -> dict[int, Any]:
+    """Has `handler` receive the signals of `handlers`. Returns what these were before, for `restore`."""
+    before = handlers()
     for number in before:
         signal.signal(number, handler)
     return before
 
 
 def restore(before: dict[int, Any]) -> None:
-    """Gives the signals back to the handlers that `install` returned."""
+    """Gives the signals back to the handlers that `handlers` or `install` returned."""
     for number, handler in before.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it is not of Python
 

@@ -145,7 +145,7 @@ def _keyword_parameters(function: Function) -> dict[str, inspect.Parameter]:
 
 def takes_rollout(function: Function) -> bool:
     """Whether a function is a `RewardFunction` of `llmrl.roles`: it takes a rollout, and no columns."""
-    return list(_keyword_parameters(function))[:1] == ["rollout"]
+    return [name for name in _keyword_parameters(function) if takes(function, name)] == ["rollout"]
 
 
 def _required(function: Function) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from llmrl.rewards.calls import Answer, Calls, Columns, Failure, Pending, RewardError, Waiting
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
-from llmrl.rewards.loading import Function, bind_arguments, check_columns, load_function, takes
+from llmrl.rewards.loading import Function, bind_arguments, check_columns, load_function, takes, takes_rollout
 from llmrl.rewards.patience import Loading
 from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, Request
 from llmrl.user_code import UserCodeError, code_files, is_given
@@ -96,6 +96,11 @@ class Worker:
             if isinstance(loaded, str):
                 raise UserCodeError(loaded)
             self.functions[setting.name] = function = RemoteFunction(self, setting.name, loaded)
+            if takes_rollout(function):
+                raise UserCodeError(
+                    f"reward function {setting.name} takes a rollout, which stays in the process of the run; take "
+                    "responses, or hand the function itself over in Python, as in llmrl.grpo(..., reward=function)"
+                )
             self.code[setting.name] = {file: _digest(file) for file in code_files(function)}
         self.loading_s = time.monotonic() - started
         loaded_functions = self.functions | self.calls.functions

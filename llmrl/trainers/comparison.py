@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from llmrl.errors import Error
 from llmrl.functional.intervals import paired_interval
 
 PER_PROMPT = "per_prompt"
 """Key of what a comparison needs in the record of an evaluation."""
 
 
-class NotPaired(ValueError):
+class NotPaired(Error, ValueError):
     """Why two evaluations cannot be compared prompt by prompt."""
 
 

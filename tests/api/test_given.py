@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import llmrl
 from llmrl.api.given import Given
 from llmrl.distributed.collectives import OneProcess
+from llmrl.models.folders import ModelError
 from llmrl.rewards.rules import exact_answer
 from llmrl.user_code import handed_over, load_object
 
@@ -79,6 +80,26 @@ def test_a_tokenizer_is_looked_for_where_the_model_was_loaded(given, tiny, folde
     assert (given.folder / given.model(tiny.model, folder / "llama") / "tokenizer.json").is_file()
     with pytest.raises(llmrl.Error, match=r"model brings no tokenizer that can be found .*; hand it over"):
         given.model(tiny.model)
+
+
+class Exchange(OneProcess):
+    """Collectives of a rank to which the first one has sent something already."""
+
+    def __init__(self, *sent):
+        self.sent = list(sent)
+        self.rank = len(sent)
+
+    def from_first(self, x):
+        self.sent.append(x)
+        return self.sent[0]
+
+
+def test_a_model_that_the_first_rank_refuses_is_refused_by_all(tmp_path, tiny):
+    first = Exchange()
+    with pytest.raises(ModelError, match="brings no tokenizer"):
+        Given(tmp_path, first).model(tiny.model)
+    with pytest.raises(llmrl.Error, match="model brings no tokenizer"):
+        Given(tmp_path, Exchange(*first.sent)).model(tiny.model)
 
 
 def test_what_is_no_model_is_refused(given, tiny, folder, production):

@@ -38,11 +38,30 @@ def test_responses_are_those_of_the_command(tiny, folder):
         ({"temperature": -1.0}, r"temperature \(-1.0\) must be a number of at least 0"),
         ({"num_responses": 0}, r"num_responses \(0\) must be at least 1"),
         ({"max_response_tokens": 0}, r"max_response_tokens \(0\) must be at least 1"),
+        ({"seed": -1}, r"seed \(-1\) must be at least 0"),
+        ({"seed": 2**32}, r"seed \(4294967296\) must be at least 0 and less than 4294967296"),
+        ({"system_prompt": "\ud800"}, "is no Unicode text"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "need a chat template, but the tokenizer has none"),
     ],
 )
 def test_arguments_out_of_their_bounds_are_refused(folder, arguments, message):
     with pytest.raises(llmrl.Error, match=message):
         llmrl.generate(folder / "llama", ["1+1="], **arguments)
+
+
+def test_arguments_of_the_chat_template_reach_it(tiny):
+    """Greedy responses to the same tokens are the same."""
+    tiny.tokenizer.chat_template = "{{ letter }}{{ messages[0]['content'] }}"
+    in_template = llmrl.generate(
+        tiny.model, "+1=", tokenizer=tiny.tokenizer, chat_template_kwargs={"letter": "1"}, max_response_tokens=4
+    )
+    other = llmrl.generate(
+        tiny.model, "+1=", tokenizer=tiny.tokenizer, chat_template_kwargs={"letter": "7"}, max_response_tokens=4
+    )
+    tiny.tokenizer.chat_template = None
+    plain = llmrl.generate(tiny.model, "1+1=", tokenizer=tiny.tokenizer, max_response_tokens=4)
+    assert in_template == plain
+    assert in_template != other
 
 
 def test_a_folder_that_is_missing_is_named():

@@ -25,9 +25,16 @@ def short(responses):
 EXACT = "llmrl.rewards.rules:exact_answer"
 
 
+def whole(rollout):
+    """A `RewardFunction` that another process can import."""
+    return Lengths()(rollout)
+
+
 @pytest.mark.parametrize(
     ("reward", "functions"),
     [
+        (whole, [{"name": "given:whole"}]),
+        ({"whole": whole}, [{"name": "given:whole"}]),
         (exact_answer, [{"name": EXACT}]),
         (EXACT, [{"name": EXACT}]),
         ((exact_answer, 2.0), [{"name": EXACT, "weight": 2.0}]),
@@ -52,6 +59,8 @@ def test_a_reward_model_is_a_folder_a_run_or_an_object(given, tiny, tmp_path):
 def test_what_is_no_reward_is_refused(given, production):
     with pytest.raises(llmrl.Error, match="reward is a int; hand over a function"):
         reward_section(3, given)  # type: ignore[arg-type]
+    with pytest.raises(llmrl.Error, match="reward: 'length-penalty' cannot be the name of a function in the metrics"):
+        reward_section({"length-penalty": short}, given)
 
 
 def test_functions_of_the_worker_and_of_this_process_score_together(tiny, rows, tmp_path):

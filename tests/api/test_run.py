@@ -1,8 +1,10 @@
 """A run that a program drives: left, stopped and gone on with; its model and its evaluation; the process around it."""
 
+import json
 import os
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ from safetensors.torch import load_file
 from transformers.utils.logging import is_progress_bar_enabled
 
 import llmrl
+from llmrl.data.mixture import sets_of
+from llmrl.distributed.stop import handlers, install, restore
+from llmrl.trainers import run as trainers
 from llmrl.trainers.run import Stopped
+from llmrl.wiring.process import joined
 
 from .conftest import SHORT, digits, without_times
 
@@ -67,6 +73,19 @@ def test_the_same_run_goes_on_after_an_exception_of_the_loop(make, straight):
         loop()
     assert run.train()["iteration"] == 3
     assert_same(run, straight)
+
+
+def test_what_comes_between_two_steps_ends_them_while_the_folder_is_locked(make, monkeypatch):
+    run = make()
+    held = []
+    checkpoint = trainers.Run.checkpoint
+    monkeypatch.setattr(trainers.Run, "checkpoint", lambda own: (held.append(run._under_way is own), checkpoint(own)))
+    steps = iter(run)
+    next(steps), next(steps)
+    held.clear()
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert held == [True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -129,6 +148,23 @@ def test_the_process_is_as_it_was_in_the_loop_and_after(make):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_handlers_of_several_ranks_are_those_of_the_program_in_the_loop_and_after(make, monkeypatch):
+    """Ranks that watch each other install handlers when they join, and restore what was there when they part."""
+
+    @contextmanager
+    def several(config):
+        with joined(config) as context:
+            before = install(lambda *_: None)
+            yield context
+            restore(before)
+
+    monkeypatch.setattr("llmrl.api.run.joined", several)
+    before = handlers()
+    for _ in make(num_iterations=1):
+        assert handlers() == before
+    assert handlers() == before
+
+
 def test_a_run_may_be_driven_outside_of_the_main_thread(make):
     done = []
     thread = threading.Thread(target=lambda: done.extend(make(num_iterations=1)))
@@ -180,6 +216,16 @@ def test_an_evaluation_is_paired_with_that_before_the_training(make, rows, tiny)
     assert set(values) - set(after) == {
         f"difference/{x}{y}" for x in ("score", "accuracy") for y in ("", "_low", "_high")
     }
+
+
+def test_an_evaluation_is_of_its_prompts_alone_where_the_run_trains_on_a_mixture(make, rows, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(rows[0]) + "\n")
+    run = make(settings={**SHORT, "data.mixed_with": [{"path": str(other), "weight": 1.0}]})
+    config = run._to_evaluate(rows[:2])
+    assert sets_of(config.evaluation_data) == (config.evaluation_data,)
+    assert config.evaluation_data.path != config.data.path
+    assert config.data == run._config.data
 
 
 def test_an_evaluation_in_the_loop_changes_nothing(make, straight, rows):

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,7 @@ from llmrl.rewards.loading import (
     row_problem,
     select_columns,
     takes,
+    takes_rollout,
 )
 from llmrl.user_code import UserCodeError, source_file
 
@@ -280,3 +282,14 @@ def test_an_invalid_pattern_is_refused_before_anything_runs():
 def test_a_pattern_left_out_is_refused():
     with pytest.raises(UserCodeError, match=r"rules:matches_pattern needs 'pattern'"):
         check_columns(load_function("llmrl.rewards.rules:matches_pattern"), ["answer"])
+
+
+def test_a_rollout_is_taken_by_what_takes_nothing_else():
+    def scaled(rollout, scale):
+        return scale
+
+    assert takes_rollout(lambda rollout: rollout)
+    assert takes_rollout(partial(scaled, scale=2.0))
+    assert not takes_rollout(scaled)
+    assert not takes_rollout(lambda rollout, answer: answer)
+    assert not takes_rollout(lambda responses: responses)
