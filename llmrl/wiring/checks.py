@@ -85,6 +85,7 @@ def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
 
 def check_critic_run(config: CriticRun, *, dry: bool) -> Checked:
     """Checks the training of a critic on scored responses."""
+    _check_whole_base(config, read_launch())
     return _check_batches(config, read_scored_rows, keep_examples_in_template, dry=dry)
 
 
@@ -254,6 +255,16 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
             f"{names}: roles on one base need it whole in every process, and the launch splits weights over processes "
             "(ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set reward.model.on_actor_base to false "
             "and critic.network to own or shared"
+        )
+
+
+def _check_whole_base(config: CriticRun, launch: Launch) -> None:
+    """Refuses a critic that is an adapter where no process holds its base whole."""
+    if launch.splits_weights and config.model.lora is not None:
+        raise LaunchError(
+            "model.lora: a critic that is an adapter needs its base whole in every process, and the launch splits "
+            "weights over processes (ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set model.lora to "
+            "null"
         )
 
 
