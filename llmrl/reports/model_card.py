@@ -6,8 +6,11 @@ left, and secrets are masked.
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,6 +33,10 @@ CURVES = {
 """Metrics that the curve of a run is of, by its command."""
 OF_LOOP = ("score/mean", "kl/sequence", "response/length")
 """The same of a run of reinforcement learning."""
+MAX_NAME = 255
+"""Bytes of the longest name of a file."""
+_PATHS = re.compile(r"file://\S+|(?<![\w./~])(?:/[\w.@+%-]+/[\w.@+%/-]+|(?:~(?:[a-z_][\w.-]*)?|\.\.?)/[\w.@+%/-]+)")
+"""Paths in a text: addresses of files, and what begins with a slash and has another one, or with a tilde or dots."""
 TASKS = {"reward-model": "text-classification", "critic": None}
 """What the hub calls the task of a model; text-generation where none is named."""
 
@@ -78,22 +85,26 @@ def model_card(facts: CardFacts, lines: Lines) -> str:
 
 
 def public(value: Any) -> Any:
-    """A setting as others may read it: of paths of this machine only the last name, in lists and mappings too."""
+    """A setting as others may read it: of paths of this machine only the last name, in texts, lists and mappings."""
     match value:
         case Mapping():
             return {public(name): public(item) for name, item in value.items()}
         case list() | tuple():
             return [public(item) for item in value]
-        case str() if value.startswith(("/", "~")):
+        case str() if is_path(value):
             return _last_name(value)
         case str():
-            return " ".join(_last_name(word) if is_path(word) else word for word in value.split(" "))
+            return _PATHS.sub(lambda match: _last_name(match[0]), value)
     return value
 
 
-def is_path(word: str) -> bool:
-    """Whether a word is a path with a folder in it, and no name on the hub."""
-    return "/" in word and "://" not in word and is_local(word)
+def is_path(text: str) -> bool:
+    """Whether a text is a path with a folder in it, and no name on the hub. One of several words begins with ``~/`` or
+    with a folder of this machine's root: a prompt may begin with ``/no_think``."""
+    if len(text.split()) > 1:
+        return text.startswith("~/") or (text.startswith("/") and os.path.exists(Path(*Path(text).parts[:2])))
+    is_short = len(text.encode()) <= MAX_NAME  # or the file system refuses to look it up
+    return is_short and text.count("/") > text.startswith("/") and "://" not in text and is_local(text)
 
 
 def _last_name(path: str) -> str:
