@@ -71,10 +71,14 @@ class Alarms:
     Args:
         dtype: Arithmetic of sampling and training, which sets the rounding to expect.
         steps_per_iteration: Optimizer steps of each module in an iteration, if nothing leaves some out.
+        critic_optimizer: Section of the settings with the critic's optimizer.
     """
 
-    def __init__(self, dtype: str = "float32", *, steps_per_iteration: int = 1) -> None:
+    def __init__(
+        self, dtype: str = "float32", *, steps_per_iteration: int = 1, critic_optimizer: str = "critic_optimizer"
+    ) -> None:
         self.gap_limit = GAP_LIMITS[dtype]
+        self.critic_optimizer = critic_optimizer
         self.steps_per_iteration = steps_per_iteration
         self.num_iterations = 0
         self.recent: deque[Values] = deque(maxlen=WINDOW)
@@ -266,7 +270,7 @@ class Alarms:
             return None
         return (
             f"the critic's loss has exploded: value/loss is {loss:.4g}, {start:.4g} at the start; "
-            "critic_optimizer.learning_rate is likely too high"
+            f"{self.critic_optimizer}.learning_rate is likely too high"
         )
 
     def _gap(self, values: Values) -> str | None:
@@ -305,8 +309,8 @@ class Alarms:
             return None
         return (
             f"{num:.0f} of the last {due} optimizer steps of the {module.replace('_', ' ')} were skipped, as their "
-            f"gradient was not finite: what they were to learn is lost; lower {_optimizer(module)}.learning_rate, or "
-            "take model.dtype=float32"
+            f"gradient was not finite: what they were to learn is lost; lower {self._optimizer(module)}.learning_rate, "
+            "or take model.dtype=float32"
         )
 
     def _skipped(self, module: str, _: Values) -> str | None:
@@ -315,8 +319,12 @@ class Alarms:
             return None
         return (
             f"optimizer steps of the {module.replace('_', ' ')} that were skipped, as their gradient was not finite: "
-            f"{num:.0f}; lower {_optimizer(module)}.learning_rate if there are more"
+            f"{num:.0f}; lower {self._optimizer(module)}.learning_rate if there are more"
         )
+
+    def _optimizer(self, module: str) -> str:
+        """Section of the settings with the optimizer of a module."""
+        return self.critic_optimizer if module == "critic" else "optimizer"
 
     # --- verdicts -----------------------------------------------------------------------------------------------------
 
@@ -404,8 +412,3 @@ def is_comparable(name: str, values: Values) -> bool:
 def _num_drawn(values: Values) -> float:
     """Responses of an iteration: all of their tokens over their mean length."""
     return values.get("tokens/sampled", 0.0) / values.get("response/length", 1.0)
-
-
-def _optimizer(module: str) -> str:
-    """Section of the settings with the optimizer of a module."""
-    return "critic_optimizer" if module == "critic" else "optimizer"

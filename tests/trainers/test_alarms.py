@@ -262,6 +262,15 @@ def test_a_critic_whose_loss_rises_with_the_rewards_is_healthy():
     assert "value/loss is 500" in told(begun, *[begun | {"value/loss": 500.0}] * 3)[-1][0]
 
 
+def test_a_critic_that_learns_alone_has_the_first_optimizer():
+    begun = {"value/loss": 0.5, "critic/skipped_steps": 0.0}
+    broken = begun | {"value/loss": 500.0, "critic/skipped_steps": 1.0}
+    for settings, section in (({}, "critic_optimizer"), ({"critic_optimizer": "optimizer"}, "optimizer")):
+        end = told(begun, *[broken] * 3, **settings)[-1]
+        assert len(end) == 2
+        assert all(f" {section}.learning_rate" in text for text in end)
+
+
 def test_steps_that_were_skipped_are_counted_by_module():
     seen = told(HEALTHY, HEALTHY | {"actor/skipped_steps": 2.0}, HEALTHY | {"critic/skipped_steps": 1.0}, HEALTHY)
     assert [len(new) for new in seen] == [0, 1, 1, 0, 2]
