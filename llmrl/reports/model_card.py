@@ -37,6 +37,8 @@ MAX_NAME = 255
 """Bytes of the longest name of a file."""
 _PATHS = re.compile(r"file://\S+|(?<![\w./~])(?:/[\w.@+%-]+/[\w.@+%/-]+|(?:~(?:[a-z_][\w.-]*)?|\.\.?)/[\w.@+%/-]+)")
 """Paths in a text: addresses of files, and what begins with a slash and has another one, or with a tilde or dots."""
+REFRESH = "algorithm.reference_refresh_every"
+"""Setting by which the reference of the KL moves."""
 TASKS = {"reward-model": "text-classification", "critic": None}
 """What the hub calls the task of a model; text-generation where none is named."""
 
@@ -77,7 +79,7 @@ def model_card(facts: CardFacts, lines: Lines) -> str:
         *_section("Data", _data(facts.data)),
         *_section("Reward", [f"* {public(reward)}" for reward in facts.rewards]),
         *_section("Held-out result", _held_out(lines)),
-        *_section("Learning curve", _curve(facts.command, lines)),
+        *_section("Learning curve", _curve(facts, lines)),
         *_section("Settings that differ from the defaults", _settings(facts.changed)),
         *_section("Versions", [", ".join(f"{name} {x}" for name, x in facts.versions.items() if x is not None)]),
     ]
@@ -153,8 +155,8 @@ def _held_out(lines: Lines) -> list[str]:
     return [*_head("", *columns), *rows]
 
 
-def _curve(command: str, lines: Lines) -> list[str]:
-    names = [name for name in CURVES.get(command, OF_LOOP) if any(name in values for _, values in lines)]
+def _curve(facts: CardFacts, lines: Lines) -> list[str]:
+    names = [name for name in CURVES.get(facts.command, OF_LOOP) if any(name in values for _, values in lines)]
     trained = [(number, values) for number, values in lines if number and names and names[0] in values]
     if not trained:
         return []
@@ -162,10 +164,11 @@ def _curve(command: str, lines: Lines) -> list[str]:
     rows = [f"| {number} | " + " | ".join(_number(values.get(name)) for name in names) + " |" for number, values in few]
     bars = sparkline([values[names[0]] for _, values in trained])
     paid = [values["kl/sequence"] for _, values in trained if "kl/sequence" in values][-1:]
+    reference = "the reference, which moves" if REFRESH in facts.changed else "the model that it began as"
     return [
         f"`{names[0]}`: {bars}",
         "",
-        *(f"KL to the model that it began as: {_number(kl)} nats per response.\n" for kl in paid),
+        *(f"KL to {reference}: {_number(kl)} nats per response.\n" for kl in paid),
         *_head("iteration", *names),
         *rows,
     ]

@@ -57,13 +57,18 @@ def test_it_says_what_was_measured():
     card = model_card(facts(), LINES)
     assert "| accuracy | 0.25 [0.2, 0.3] | 0.5 [0.4, 0.6] |" in card
     assert "|  | after iteration 0 | after iteration 30 |" in card
-    assert "0.375 nats per response" in card
+    assert "KL to the model that it began as: 0.375 nats per response" in card
     assert "| 1 | 0.1 | 0.01 |" in card
     assert "| 30 | 3 | 0.375 |" in card
     assert "| data | `owner/rows` | 7,000 | 0123456789abcdef |" in card
     assert "| `optimizer.learning_rate` | `1e-05` |" in card
     assert "llmrl 0.1.0, torch 2.10" in card
     assert "deepspeed" not in card
+
+
+def test_a_reference_that_moves_is_not_what_the_model_began_as():
+    card = model_card(facts(changed={"algorithm.reference_refresh_every": 10}), LINES)
+    assert "KL to the reference, which moves: 0.375 nats per response" in card
 
 
 def test_what_is_not_known_has_no_section():
