@@ -187,7 +187,7 @@ def _compared(
 
 def _inputs(config: AnyRun) -> dict[str, str]:
     """Paths that a run reads, by setting."""
-    sets = zip(_places(config.data, "data"), sets_of(config.data), strict=True)
+    sets = zip(places_of(config.data, "data"), sets_of(config.data), strict=True)
     inputs = {"model.path": config.model.path, **{f"{place}.path": str(each.path) for place, each in sets}}
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
@@ -217,14 +217,14 @@ def _reader(
         return rows if rows is None or tokenizer is None else keep(rows, tokenizer, config)
 
     def rows_of(config: C, section: str) -> Rows | None:
-        sets = [set_of(each, place) for each, place in zip(sets_of(config), _places(config, section), strict=True)]
+        sets = [set_of(each, place) for each, place in zip(sets_of(config), places_of(config, section), strict=True)]
         known = [rows for rows in sets if rows is not None]
         return mix(known, config) if len(known) == len(sets) else None
 
     return rows_of
 
 
-def _places(config: DataConfig, section: str) -> list[str]:
+def places_of(config: DataConfig, section: str) -> list[str]:
     """Place in the recipe of each set of rows of a section."""
     return [section, *(f"{section}.mixed_with.{number}" for number in range(len(sets_of(config)) - 1))]
 
