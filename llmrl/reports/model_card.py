@@ -16,11 +16,9 @@ from typing import Any
 import yaml
 
 from llmrl.hub import is_local
+from llmrl.lines import Lines
 from llmrl.messages import with_interval, without_ends
 from llmrl.secrets import masked, without_secrets
-
-Lines = Sequence[tuple[int, Mapping[str, float]]]
-"""The metrics of a run, as ``(iteration, values)``."""
 
 MAX_ROWS = 11
 """Iterations in the table of the curve."""

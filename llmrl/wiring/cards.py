@@ -11,7 +11,8 @@ from llmrl.data.config import DataConfig
 from llmrl.data.files import Rows
 from llmrl.data.mixture import by_set
 from llmrl.data.source import fingerprint
-from llmrl.reports.model_card import CardFacts, Data, Lines, model_card
+from llmrl.lines import Lines
+from llmrl.reports.model_card import CardFacts, Data, model_card
 from llmrl.section import likes
 from llmrl.settings import to_dict
 from llmrl.trainers.records import versions
