@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from llmrl.files import WriteError, flush_to_disk, replace_file, writing
 from llmrl.messages import counted, in_spans
 
+Lines = Sequence[tuple[int, Mapping[str, float]]]
+"""The metrics of a run, as ``(iteration, values)``."""
 SYNC_S = 10.0
 """Seconds after which lines are brought to disk: a power cut costs at most these, and no line of a checkpoint."""
 MAX_UNWRITTEN = 1000

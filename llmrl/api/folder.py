@@ -59,7 +59,7 @@ class RunFolder:
         label where the run trained a reward model.
 
         Raises:
-            RunError: The run has saved no model yet.
+            RunError: The run has saved no model yet, or trained a critic, which transformers does not load whole.
         """
         return load_model(self._final)
 
@@ -99,6 +99,14 @@ def load_model(folder: Path) -> "PreTrainedModel":
     """The model in a folder that a run has saved."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from llmrl.models.critic_folder import VALUE_HEAD
+
+    if (folder / VALUE_HEAD).is_file():
+        raise RunError(
+            f"{folder} holds a critic, a trunk with a value head, and no language model; name it in the setting "
+            "critic.path of PPO, or load its trunk with AutoModel of transformers, and its head from "
+            f"{VALUE_HEAD}"
+        )
     names = (read_object(folder / "config.json") or {}).get("architectures") or [""]
     is_reward_model = names[0].endswith("ForSequenceClassification")
     kind = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM

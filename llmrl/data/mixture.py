@@ -17,6 +17,8 @@ C = TypeVar("C", bound=DataConfig)
 DATASET = "dataset"
 """Column that each row of a mixture gets, unless it has one: the path of its set."""
 
+MAX_DENOMINATOR = 10**6
+
 
 def sets_of(config: C) -> tuple[C, ...]:
     """Settings of each set of rows of a section: those of `path`, and of each item of `mixed_with`."""
@@ -34,8 +36,10 @@ def weights_of(config: DataConfig) -> tuple[float, ...]:
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
-    """The least whole numbers in the proportions of the weights, which are read as decimals."""
-    exact = [Fraction(str(weight)) for weight in weights]
+    """The least whole numbers in the proportions of the weights. A weight is read as a decimal, and as the nearest
+    fraction with a denominator of at most `MAX_DENOMINATOR`, unless that is 0: 1/3 of Python is a third."""
+    decimals = [Fraction(str(weight)) for weight in weights]
+    exact = [weight.limit_denominator(MAX_DENOMINATOR) or weight for weight in decimals]
     scale = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
     return [weight // gcd(*whole) for weight in whole]

@@ -6,18 +6,19 @@ left, and secrets are masked.
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llmrl.hub import is_local
+from llmrl.lines import Lines
 from llmrl.messages import with_interval, without_ends
 from llmrl.secrets import masked, without_secrets
-
-Lines = Sequence[tuple[int, Mapping[str, float]]]
-"""The metrics of a run, as ``(iteration, values)``."""
 
 MAX_ROWS = 11
 """Iterations in the table of the curve."""
@@ -30,6 +31,12 @@ CURVES = {
 """Metrics that the curve of a run is of, by its command."""
 OF_LOOP = ("score/mean", "kl/sequence", "response/length")
 """The same of a run of reinforcement learning."""
+MAX_NAME = 255
+"""Bytes of the longest name of a file."""
+_PATHS = re.compile(r"file://\S+|(?<![\w./~])(?:/[\w.@+%-]+/[\w.@+%/-]+|(?:~(?:[a-z_][\w.-]*)?|\.\.?)/[\w.@+%/-]+)")
+"""Paths in a text: addresses of files, and what begins with a slash and has another one, or with a tilde or dots."""
+REFRESH = "algorithm.reference_refresh_every"
+"""Setting by which the reference of the KL moves."""
 TASKS = {"reward-model": "text-classification", "critic": None}
 """What the hub calls the task of a model; text-generation where none is named."""
 
@@ -70,7 +77,7 @@ def model_card(facts: CardFacts, lines: Lines) -> str:
         *_section("Data", _data(facts.data)),
         *_section("Reward", [f"* {public(reward)}" for reward in facts.rewards]),
         *_section("Held-out result", _held_out(lines)),
-        *_section("Learning curve", _curve(facts.command, lines)),
+        *_section("Learning curve", _curve(facts, lines)),
         *_section("Settings that differ from the defaults", _settings(facts.changed)),
         *_section("Versions", [", ".join(f"{name} {x}" for name, x in facts.versions.items() if x is not None)]),
     ]
@@ -78,22 +85,26 @@ def model_card(facts: CardFacts, lines: Lines) -> str:
 
 
 def public(value: Any) -> Any:
-    """A setting as others may read it: of paths of this machine only the last name, in lists and mappings too."""
+    """A setting as others may read it: of paths of this machine only the last name, in texts, lists and mappings."""
     match value:
         case Mapping():
             return {public(name): public(item) for name, item in value.items()}
         case list() | tuple():
             return [public(item) for item in value]
-        case str() if value.startswith(("/", "~")):
+        case str() if is_path(value):
             return _last_name(value)
         case str():
-            return " ".join(_last_name(word) if is_path(word) else word for word in value.split(" "))
+            return _PATHS.sub(lambda match: _last_name(match[0]), value)
     return value
 
 
-def is_path(word: str) -> bool:
-    """Whether a word is a path with a folder in it, and no name on the hub."""
-    return "/" in word and "://" not in word and is_local(word)
+def is_path(text: str) -> bool:
+    """Whether a text is a path with a folder in it, and no name on the hub. One of several words begins with ``~/`` or
+    with a folder of this machine's root: a prompt may begin with ``/no_think``."""
+    if len(text.split()) > 1:
+        return text.startswith("~/") or (text.startswith("/") and os.path.exists(Path(*Path(text).parts[:2])))
+    is_short = len(text.encode()) <= MAX_NAME  # or the file system refuses to look it up
+    return is_short and text.count("/") > text.startswith("/") and "://" not in text and is_local(text)
 
 
 def _last_name(path: str) -> str:
@@ -142,8 +153,8 @@ def _held_out(lines: Lines) -> list[str]:
     return [*_head("", *columns), *rows]
 
 
-def _curve(command: str, lines: Lines) -> list[str]:
-    names = [name for name in CURVES.get(command, OF_LOOP) if any(name in values for _, values in lines)]
+def _curve(facts: CardFacts, lines: Lines) -> list[str]:
+    names = [name for name in CURVES.get(facts.command, OF_LOOP) if any(name in values for _, values in lines)]
     trained = [(number, values) for number, values in lines if number and names and names[0] in values]
     if not trained:
         return []
@@ -151,10 +162,11 @@ def _curve(command: str, lines: Lines) -> list[str]:
     rows = [f"| {number} | " + " | ".join(_number(values.get(name)) for name in names) + " |" for number, values in few]
     bars = sparkline([values[names[0]] for _, values in trained])
     paid = [values["kl/sequence"] for _, values in trained if "kl/sequence" in values][-1:]
+    reference = "the reference, which moves" if REFRESH in facts.changed else "the model that it began as"
     return [
         f"`{names[0]}`: {bars}",
         "",
-        *(f"KL to the model that it began as: {_number(kl)} nats per response.\n" for kl in paid),
+        *(f"KL to {reference}: {_number(kl)} nats per response.\n" for kl in paid),
         *_head("iteration", *names),
         *rows,
     ]

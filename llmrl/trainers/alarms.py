@@ -16,7 +16,7 @@ Values = Mapping[str, float]
 
 PATIENCE = 3
 """Iterations in a row: a batch of hard prompts, or a spike of the loss, is over by then."""
-LEARNS_NOTHING = ("unscored", "nothing to learn")
+LEARNS_NOTHING = ("unscored", "cut off", "nothing to learn")
 """Kinds that odd batches bring into healthy runs, and that the first iteration may show as well as any other."""
 FLAT_STD = 1e-6
 """Spread of scores, relative to their size, that is rounding."""
@@ -71,10 +71,14 @@ class Alarms:
     Args:
         dtype: Arithmetic of sampling and training, which sets the rounding to expect.
         steps_per_iteration: Optimizer steps of each module in an iteration, if nothing leaves some out.
+        critic_optimizer: Section of the settings with the critic's optimizer.
     """
 
-    def __init__(self, dtype: str = "float32", *, steps_per_iteration: int = 1) -> None:
+    def __init__(
+        self, dtype: str = "float32", *, steps_per_iteration: int = 1, critic_optimizer: str = "critic_optimizer"
+    ) -> None:
         self.gap_limit = GAP_LIMITS[dtype]
+        self.critic_optimizer = critic_optimizer
         self.steps_per_iteration = steps_per_iteration
         self.num_iterations = 0
         self.recent: deque[Values] = deque(maxlen=WINDOW)
@@ -83,6 +87,8 @@ class Alarms:
         """The first finite value of every metric; of what scores scale, from an iteration without extreme ones."""
         self.best_score = -math.inf
         """The highest mean score of an iteration in which scores differed and none was extreme."""
+        self.compares_sums = True
+        """Whether groups with equal sums of scores teach nothing: False once they had advantages."""
         self.has_learned = False
         """Whether any gradient was not exactly 0."""
         self.num_idle: dict[str, int] = {}
@@ -108,6 +114,8 @@ class Alarms:
             if name.endswith("/skipped_steps"):
                 module = name.removesuffix("/skipped_steps")
                 self.num_skipped[module] = self.num_skipped.get(module, 0.0) + value
+        if has_other_advantages(values):
+            self.compares_sums = False
         kinds = self.kinds()
         for kind, (needed, _, check) in kinds.items():
             if needed in values:
@@ -142,6 +150,7 @@ class Alarms:
         """Each kind: the metric that it needs, in how many iterations in a row it must hold, and its check."""
         return {
             "unscored": ("score/unscored", 1, self._unscored),
+            "cut off": ("response/finished_fraction", PATIENCE, self._cut_off),
             "share unscored": ("score/unscored", 1, self._share_unscored),
             "nothing to learn": ("score/std", PATIENCE, self._nothing_to_learn),
             "share of flat groups": ("group/flat_fraction", 1, self._share_flat),
@@ -177,6 +186,17 @@ class Alarms:
             f"learned there: {why}"
         )
 
+    def _cut_off(self, values: Values) -> str | None:
+        has_stepped = any(name.endswith("/skipped_steps") for name in values)
+        if "score/mean" not in values or has_stepped or values["response/finished_fraction"] == 1.0:
+            return None
+        num = self.streaks.get("cut off", 0) + 1
+        return (
+            f"no response was learned from in {_in_a_row(num)}: algorithm.mask_truncated leaves out those that were "
+            f"cut off, and {100 * values['response/finished_fraction']:.0f} % ended by themselves; raise "
+            "rollout.max_response_tokens, or set algorithm.mask_truncated to false"
+        )
+
     def _nothing_to_learn(self, values: Values) -> str | None:
         if not self._is_flat(values) or values.get("score/overlong_penalty") or self._is_solved(values):
             return None
@@ -206,7 +226,12 @@ class Alarms:
     def _share_flat(self, values: Values) -> str | None:
         flat = [known["group/flat_fraction"] for known in self.recent if "group/flat_fraction" in known]
         share = sum(flat) / len(flat)
-        is_told = self._is_flat(values) or values.get("score/overlong_penalty") or "score/mean" not in values
+        is_told = (
+            not self.compares_sums
+            or self._is_flat(values)
+            or values.get("score/overlong_penalty")
+            or "score/mean" not in values
+        )
         if not self._window_is_full or not share > FLAT_SHARE or is_told or self._is_solved(values):
             return None
         return (
@@ -266,7 +291,7 @@ class Alarms:
             return None
         return (
             f"the critic's loss has exploded: value/loss is {loss:.4g}, {start:.4g} at the start; "
-            "critic_optimizer.learning_rate is likely too high"
+            f"{self.critic_optimizer}.learning_rate is likely too high"
         )
 
     def _gap(self, values: Values) -> str | None:
@@ -305,8 +330,8 @@ class Alarms:
             return None
         return (
             f"{num:.0f} of the last {due} optimizer steps of the {module.replace('_', ' ')} were skipped, as their "
-            f"gradient was not finite: what they were to learn is lost; lower {_optimizer(module)}.learning_rate, or "
-            "take model.dtype=float32"
+            f"gradient was not finite: what they were to learn is lost; lower {self._optimizer(module)}.learning_rate, "
+            "or take model.dtype=float32"
         )
 
     def _skipped(self, module: str, _: Values) -> str | None:
@@ -315,8 +340,12 @@ class Alarms:
             return None
         return (
             f"optimizer steps of the {module.replace('_', ' ')} that were skipped, as their gradient was not finite: "
-            f"{num:.0f}; lower {_optimizer(module)}.learning_rate if there are more"
+            f"{num:.0f}; lower {self._optimizer(module)}.learning_rate if there are more"
         )
+
+    def _optimizer(self, module: str) -> str:
+        """Section of the settings with the optimizer of a module."""
+        return self.critic_optimizer if module == "critic" else "optimizer"
 
     # --- verdicts -----------------------------------------------------------------------------------------------------
 
@@ -369,7 +398,7 @@ class Alarms:
         if "score/std" not in values:
             return False
         if "group/flat_fraction" in values:
-            return values["group/flat_fraction"] == 1.0
+            return values["group/flat_fraction"] == 1.0 and self.compares_sums
         return values["score/std"] <= FLAT_STD * (1.0 + abs(values["score/mean"]))
 
     def _is_solved(self, values: Values) -> bool:
@@ -401,11 +430,14 @@ def is_comparable(name: str, values: Values) -> bool:
     return "score/extreme" not in values or not name.startswith(SCALED_BY_SCORES)
 
 
+def has_other_advantages(values: Values) -> bool:
+    """Whether advantages differ from 0 though all groups have equal sums of scores, as where each reward is compared by
+    itself. Those of a critic always do, and a penalty for length is none of the scores."""
+    is_flat = values.get("group/flat_fraction") == 1.0
+    is_explained = "value/loss" in values or values.get("score/overlong_penalty", 0.0) != 0.0
+    return is_flat and not is_explained and any(values.get(f"advantage/{end}", 0.0) != 0.0 for end in ("min", "max"))
+
+
 def _num_drawn(values: Values) -> float:
     """Responses of an iteration: all of their tokens over their mean length."""
     return values.get("tokens/sampled", 0.0) / values.get("response/length", 1.0)
-
-
-def _optimizer(module: str) -> str:
-    """Section of the settings with the optimizer of a module."""
-    return "critic_optimizer" if module == "critic" else "optimizer"

@@ -50,7 +50,7 @@ def read_evaluation(record: Mapping[str, Any]) -> Evaluation:
     """
     values = {name: value for name, value in record.items() if name != PER_PROMPT}
     if not all(isinstance(value, int | float) for value in values.values()):
-        raise ValueError("a number of the evaluation is none")
+        raise ValueError("a value of the evaluation is not a number")
     match record.get(PER_PROMPT, {"num_responses": 0, "prompts": [], "means": {}}):
         case {"num_responses": int(num_responses), "prompts": list(prompts), "means": dict(means)} if all(
             _is_column(each, len(prompts)) for each in means.values()

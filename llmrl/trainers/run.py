@@ -12,7 +12,7 @@ final/              the model at the end; each with its model card, README.md
 import json
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from llmrl.distributed.context import Context
 from llmrl.distributed.stop import STOP, Interrupted, install
 from llmrl.errors import Error
 from llmrl.files import WriteError, replaced_folder, restore_folder, staged, writing
-from llmrl.lines import LineFile
+from llmrl.lines import LineFile, Lines
 from llmrl.messages import counted, format_evaluation
 from llmrl.roles import Trainer
 from llmrl.trainers.alarms import Alarms, NothingLearned
@@ -39,9 +39,6 @@ from llmrl.trainers.checkpoint import (
 from llmrl.trainers.config import OutputConfig, RunConfig
 from llmrl.trainers.output import RunError, check_folder, check_models, check_nothing_is_lost, is_run
 from llmrl.trainers.records import Records
-
-Lines = Sequence[tuple[int, Mapping[str, float]]]
-"""The metrics of a run, as ``(iteration, values)``."""
 
 
 class Stopped(Error):

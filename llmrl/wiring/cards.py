@@ -7,11 +7,16 @@ from operator import getitem
 from typing import Any
 
 from llmrl.config import AnyRun, RLRun
-from llmrl.reports.model_card import CardFacts, Data, Lines, model_card
+from llmrl.data.config import DataConfig
+from llmrl.data.files import Rows
+from llmrl.data.mixture import by_set
+from llmrl.data.source import fingerprint
+from llmrl.lines import Lines
+from llmrl.reports.model_card import CardFacts, Data, model_card
 from llmrl.section import likes
 from llmrl.settings import to_dict
 from llmrl.trainers.records import versions
-from llmrl.wiring.checks import Checked
+from llmrl.wiring.checks import Checked, places_of
 from llmrl.wiring.precision import with_dtypes
 from llmrl.wiring.rows import EVALUATION
 from llmrl.wiring.runs import RUNS
@@ -22,21 +27,25 @@ LEFT_OUT = ("run.output_dir", "run.resume", "made_by", "trackers", "distributed"
 
 def card_of(config: AnyRun, checked: Checked) -> Callable[[Lines], str]:
     """Function from the metrics of the run so far to its model card."""
-    rows = {"data": checked.rows, EVALUATION: checked.evaluation_rows}
-    sections = {"data": config.data, EVALUATION: config.evaluation_data}
     facts = CardFacts(
         command=next(verb for verb, kind in RUNS.items() if type(config) is kind.settings),
         base_model=config.model.path,
         data=[
-            Data(section=name, path=section.path, num_rows=len(read), digest=checked.contents.get(name))
-            for name, section in sections.items()
-            if section is not None and (read := rows[name]) is not None
+            *_data("data", config.data, checked.rows),
+            *_data(EVALUATION, config.evaluation_data, checked.evaluation_rows),
         ],
         rewards=list(_rewards(config)) if isinstance(config, RLRun) else [],
         changed=changed_settings(with_dtypes(config)),
         versions=versions(),
     )
     return lambda lines: model_card(facts, lines)
+
+
+def _data(section: str, config: DataConfig | None, rows: Rows | None) -> Iterator[Data]:
+    """Each set of rows of a section that a run reads."""
+    if config is not None and rows is not None:
+        for place, (each, part) in zip(places_of(config, section), by_set(rows, config), strict=True):
+            yield Data(section=place, path=each.path, num_rows=len(part), digest=fingerprint(part))
 
 
 def changed_settings(config: AnyRun) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def check_reward_run(config: RewardModelRun, *, dry: bool) -> Checked:
 
 def check_critic_run(config: CriticRun, *, dry: bool) -> Checked:
     """Checks the training of a critic on scored responses."""
+    _check_whole_base(config, read_launch())
     return _check_batches(config, read_scored_rows, keep_examples_in_template, dry=dry)
 
 
@@ -186,7 +187,7 @@ def _compared(
 
 def _inputs(config: AnyRun) -> dict[str, str]:
     """Paths that a run reads, by setting."""
-    sets = zip(_places(config.data, "data"), sets_of(config.data), strict=True)
+    sets = zip(places_of(config.data, "data"), sets_of(config.data), strict=True)
     inputs = {"model.path": config.model.path, **{f"{place}.path": str(each.path) for place, each in sets}}
     if config.evaluation_data is not None:
         inputs["evaluation_data.path"] = str(config.evaluation_data.path)
@@ -216,14 +217,14 @@ def _reader(
         return rows if rows is None or tokenizer is None else keep(rows, tokenizer, config)
 
     def rows_of(config: C, section: str) -> Rows | None:
-        sets = [set_of(each, place) for each, place in zip(sets_of(config), _places(config, section), strict=True)]
+        sets = [set_of(each, place) for each, place in zip(sets_of(config), places_of(config, section), strict=True)]
         known = [rows for rows in sets if rows is not None]
         return mix(known, config) if len(known) == len(sets) else None
 
     return rows_of
 
 
-def _places(config: DataConfig, section: str) -> list[str]:
+def places_of(config: DataConfig, section: str) -> list[str]:
     """Place in the recipe of each set of rows of a section."""
     return [section, *(f"{section}.mixed_with.{number}" for number in range(len(sets_of(config)) - 1))]
 
@@ -254,6 +255,16 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
             f"{names}: roles on one base need it whole in every process, and the launch splits weights over processes "
             "(ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set reward.model.on_actor_base to false "
             "and critic.network to own or shared"
+        )
+
+
+def _check_whole_base(config: CriticRun, launch: Launch) -> None:
+    """Refuses a critic that is an adapter where no process holds its base whole."""
+    if launch.splits_weights and config.model.lora is not None:
+        raise LaunchError(
+            "model.lora: a critic that is an adapter needs its base whole in every process, and the launch splits "
+            "weights over processes (ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set model.lora to "
+            "null"
         )
 
 

@@ -70,7 +70,7 @@ def build_critic(config: CriticRun, checked: Checked, context: Context, trackers
         evaluate_every=config.critic.evaluate_every,
         context=context,
         sink=trackers,
-        alarms=Alarms(),
+        alarms=Alarms(critic_optimizer="optimizer"),
         warmup_iterations=0,
     )
 

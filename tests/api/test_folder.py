@@ -58,6 +58,14 @@ def test_a_run_without_a_model_says_so(folder):
             getattr(llmrl.load_run(folder), name)
 
 
+def test_a_critic_is_no_language_model(folder):
+    (folder / "final").mkdir()
+    for name in ("config.json", "value_head.safetensors"):
+        (folder / "final" / name).write_text("{}")
+    with pytest.raises(llmrl.Error, match=r"final holds a critic.*critic\.path of PPO"):
+        llmrl.load_run(folder).model  # noqa: B018
+
+
 def test_a_run_without_samples_has_none(folder):
     (folder / "samples.jsonl").unlink()
     assert llmrl.load_run(folder).samples == []

@@ -57,13 +57,18 @@ def test_it_says_what_was_measured():
     card = model_card(facts(), LINES)
     assert "| accuracy | 0.25 [0.2, 0.3] | 0.5 [0.4, 0.6] |" in card
     assert "|  | after iteration 0 | after iteration 30 |" in card
-    assert "0.375 nats per response" in card
+    assert "KL to the model that it began as: 0.375 nats per response" in card
     assert "| 1 | 0.1 | 0.01 |" in card
     assert "| 30 | 3 | 0.375 |" in card
     assert "| data | `owner/rows` | 7,000 | 0123456789abcdef |" in card
     assert "| `optimizer.learning_rate` | `1e-05` |" in card
     assert "llmrl 0.1.0, torch 2.10" in card
     assert "deepspeed" not in card
+
+
+def test_a_reference_that_moves_is_not_what_the_model_began_as():
+    card = model_card(facts(changed={"algorithm.reference_refresh_every": 10}), LINES)
+    assert "KL to the reference, which moves: 0.375 nats per response" in card
 
 
 def test_what_is_not_known_has_no_section():
@@ -99,10 +104,19 @@ def test_a_table_stays_one():
     ("value", "shown"),
     [
         (f"{HOME}/a b/c", "c"),
+        (f"{HOME}/a b/rules.py:right, weight 1", "rules.py:right, weight 1"),
+        ("~/a b/c", "c"),
         ("owner/name", "owner/name"),
         ("./runs/x/", "x"),
         ("a/b/c.yaml", "c.yaml"),
         ("https://example.org/a/b", "https://example.org/a/b"),
+        (f"file://{HOME}/a", "a"),
+        (f"Read file://{HOME}/a, (../b/c), `~/d` and\n{HOME}/e.", "Read a, (c), `d` and\ne."),
+        ("/no_think You are good at 1/2.", "/no_think You are good at 1/2."),
+        ("/no_think", "/no_think"),
+        ("是/" + "不" * 300, "是/" + "不" * 300),
+        ("/no_" + "x" * 300 + " and/or", "/no_" + "x" * 300 + " and/or"),
+        ("think and/or/else: </think>, https://x.org/a/b", "think and/or/else: </think>, https://x.org/a/b"),
         ([f"{HOME}/a", 3, None], ["a", 3, None]),
         ({f"{HOME}/a": "b"}, {"a": "b"}),
     ],

@@ -79,6 +79,28 @@ def test_a_penalty_for_length_is_learned_from():
     assert told(*[FLAT | {"score/overlong_penalty": -0.3}] * 5) == [[]] * 6
 
 
+def test_rewards_that_are_compared_one_by_one_teach_though_their_sums_are_equal():
+    unlike = FLAT | {"advantage/min": -1.0, "advantage/max": 1.0}
+    alike = FLAT | {"advantage/min": 0.0, "advantage/max": 0.0}
+    assert told(*[unlike] * 30) == [[]] * 31
+    mostly = HEALTHY | {"group/flat_fraction": 0.95, "score/mean": 0.02}
+    assert told(HEALTHY, unlike, *[mostly] * 40) == [[]] * 43
+    assert len(told(HEALTHY, alike, *[mostly] * 40)[-1]) == 1
+    assert len(told(*[alike] * 3)[2]) == 1
+    assert len(told(*[unlike | {"value/loss": 0.1}] * 3)[2]) == 1  # a critic's advantages differ for other reasons
+
+
+def test_an_iteration_whose_responses_are_all_cut_off_is_no_lesson():
+    learned = {"actor/grad_norm", "actor/skipped_steps"}
+    cut_off = {name: x for name, x in HEALTHY.items() if name not in learned} | {"response/finished_fraction": 0.0}
+    *seen, end = told(*[cut_off] * 4)
+    assert [len(new) for new in seen] == [0, 0, 1, 0]
+    assert seen[2][0].startswith("no response was learned from in 3 iterations in a row: algorithm.mask_truncated")
+    assert "0 % ended by themselves; raise rollout.max_response_tokens" in end[0]
+    assert told(*[HEALTHY | {"response/finished_fraction": 0.0}] * 4) == [[]] * 5  # they are learned from
+    assert told(cut_off, HEALTHY, cut_off, HEALTHY)[-1] == []
+
+
 def test_responses_that_no_rule_scores_are_told_at_once_with_a_way_out():
     nothing = {"score/unscored": 24.0, "response/length": 8.0}
     seen = told(nothing, nothing, HEALTHY)
@@ -260,6 +282,15 @@ def test_a_critic_whose_loss_rises_with_the_rewards_is_healthy():
     begun = {"value/loss": 0.001, "reward/mean": 0.0, "reward/std": 0.1}
     assert told(begun, *[{"value/loss": 50.0, "reward/mean": 9.0, "reward/std": 3.0}] * 3) == [[]] * 5
     assert "value/loss is 500" in told(begun, *[begun | {"value/loss": 500.0}] * 3)[-1][0]
+
+
+def test_a_critic_that_learns_alone_has_the_first_optimizer():
+    begun = {"value/loss": 0.5, "critic/skipped_steps": 0.0}
+    broken = begun | {"value/loss": 500.0, "critic/skipped_steps": 1.0}
+    for settings, section in (({}, "critic_optimizer"), ({"critic_optimizer": "optimizer"}, "optimizer")):
+        end = told(begun, *[broken] * 3, **settings)[-1]
+        assert len(end) == 2
+        assert all(f" {section}.learning_rate" in text for text in end)
 
 
 def test_steps_that_were_skipped_are_counted_by_module():

@@ -63,6 +63,8 @@ def test_an_evaluation_is_read_as_it_was_written():
 
 def test_an_evaluation_without_prompts_is_read_too():
     assert read_evaluation({"eval/accuracy": 0.5}).prompts == ()
+    with pytest.raises(ValueError, match="a value of the evaluation is not a number"):
+        read_evaluation({"eval/accuracy": "0.5"})
 
 
 def test_what_an_evaluator_measures_of_each_prompt():

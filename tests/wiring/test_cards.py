@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from llmrl.config import PPORun
-from llmrl.data.config import PromptDataConfig
+from llmrl.data.config import MixedRowsConfig, PromptDataConfig
 from llmrl.models.config import LoraSettings
 from llmrl.optim.config import OptimizerConfig
-from llmrl.wiring.cards import changed_settings
+from llmrl.wiring.cards import card_of, changed_settings
+from llmrl.wiring.checks import check_rl
 
 from .conftest import build_run
 
@@ -66,6 +67,15 @@ def test_a_section_that_takes_its_settings_from_another_is_compared_with_that(co
 def test_a_new_section_has_its_settings_named(config):
     lora = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraSettings(rank=3)))
     assert changed_settings(lora)["model.lora.rank"] == 3
+
+
+def test_each_set_of_a_mixture_is_named(config, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "3+3=", "answer": "6"}\n')
+    mixed = MixedRowsConfig(path=str(tmp_path / "other.jsonl"), weight=2.0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixed_with=(mixed,)))
+    card = card_of(config, check_rl(config, dry=False))([])
+    assert "| data | `train.csv` | 3 | " in card
+    assert "| data.mixed_with.0 | `other.jsonl` | 1 | " in card
 
 
 def test_the_card_of_a_run_stands_beside_its_model(config, tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from llmrl.config import CriticRun, PPORun
 from llmrl.data.config import PromptDataConfig, ScoredDataConfig
+from llmrl.distributed.launch import LaunchError
 from llmrl.models.config import CriticConfig, LoraSettings
 from llmrl.models.critic_folder import VALUE_HEAD
 from llmrl.models.saving import save_policy
@@ -104,6 +105,15 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(config, lora, tmp_path
     resumed = weights(stopped)
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], x) for name, x in resumed.items())
+
+
+def test_an_adapter_is_refused_where_the_launch_splits_its_base(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_critic_run(config, dry=False)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraSettings(rank=4)))
+    with pytest.raises(LaunchError, match=r"^model\.lora: .* launch with plain data parallel or ZeRO-2"):
+        check_critic_run(config, dry=False)
 
 
 def test_rows_that_are_too_long_are_told(config, tmp_path):
