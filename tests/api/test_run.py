@@ -106,7 +106,15 @@ def test_a_signal_in_an_iteration_stops_the_run(make, straight, number, default_
     assert_same(run, straight)
 
 
-def test_a_signal_in_the_body_is_that_of_the_program(make, straight):
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a process that a shell has started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_in_the_body_is_that_of_the_program(make, straight, interruptible):
     run = make()
 
     def loop():
