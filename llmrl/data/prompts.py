@@ -11,7 +11,7 @@ from llmrl.data.files import DataError, Rows
 from llmrl.data.mixture import by_set, weights_of
 from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import keep_in_template
-from llmrl.data.source import ShuffledSource
+from llmrl.data.source import MixedSource
 
 EncodedPrompt = tuple[Row, list[int]]
 
@@ -39,22 +39,14 @@ def encode_prompts(
     return _batch(kept), len(rows) - len(kept)
 
 
-class ShuffledPrompts(ShuffledSource[EncodedPrompt]):
+class ShuffledPrompts(MixedSource[EncodedPrompt]):
     """`PromptSource` of encoded rows, in shuffled epochs."""
 
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig, *, seed: int
     ) -> None:
         sets = [_encode(part, tokenizer, each) for each, part in by_set(rows, config)]
-        kept = [prompt for encoded in sets for prompt in encoded]
-        super().__init__(
-            kept,
-            num_dropped=len(rows) - len(kept),
-            seed=seed,
-            rows=rows,
-            sizes=[len(encoded) for encoded in sets],
-            weights=weights_of(config),
-        )
+        super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_prompts: int) -> Prompts:
         """The next prompts as one batch."""

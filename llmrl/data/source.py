@@ -96,6 +96,30 @@ class ShuffledSource(Generic[Example]):
         self._position = state["position"]
 
 
+class MixedSource(ShuffledSource[Example]):
+    """Deals the examples of one or several sets of rows, each in the share of its weight.
+
+    Args:
+        sets: Encoded examples of each set.
+        seed: Seed of the run.
+        rows: Rows of all sets.
+        weights: Weights of the sets.
+    """
+
+    def __init__(
+        self, sets: Sequence[Sequence[Example]], *, seed: int, rows: Sequence[Row], weights: Sequence[float]
+    ) -> None:
+        examples = [example for each in sets for example in each]
+        super().__init__(
+            examples,
+            num_dropped=len(rows) - len(examples),
+            seed=seed,
+            rows=rows,
+            sizes=[len(each) for each in sets],
+            weights=weights,
+        )
+
+
 class _Deck:
     """Places of the examples of one set, in a new random order each epoch."""
 

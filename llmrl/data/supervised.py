@@ -12,7 +12,7 @@ from llmrl.data.files import DataError, Rows, kind
 from llmrl.data.mixture import by_set, weights_of
 from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
 from llmrl.data.seam import keep_in_template, notes_on_seams
-from llmrl.data.source import ShuffledSource
+from llmrl.data.source import MixedSource
 
 EncodedExample = tuple[list[int], list[int]]
 
@@ -65,7 +65,7 @@ def encode_fitting(
     return kept
 
 
-class SupervisedSource(ShuffledSource[EncodedExample]):
+class SupervisedSource(MixedSource[EncodedExample]):
     """Deals supervised examples in shuffled epochs."""
 
     def __init__(
@@ -74,15 +74,7 @@ class SupervisedSource(ShuffledSource[EncodedExample]):
         sets = [
             [example for _, example in encode_fitting(part, tokenizer, each)] for each, part in by_set(rows, config)
         ]
-        kept = [example for encoded in sets for example in encoded]
-        super().__init__(
-            kept,
-            num_dropped=len(rows) - len(kept),
-            seed=seed,
-            rows=rows,
-            sizes=[len(encoded) for encoded in sets],
-            weights=weights_of(config),
-        )
+        super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_examples: int) -> Sequences:
         """The next examples as one batch."""
