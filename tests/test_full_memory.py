@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -22,7 +23,7 @@ from llmrl.memory import MemoryFull
 from llmrl.microbatches import TokenBudget
 from llmrl.reports.progress import Silent
 from tests.contexts import context_of
-from tests.processes import ROOT, environment, lines, write_recipes
+from tests.processes import ROOT, TINY, environment, lines, write_recipes
 from tests.test_memory import WORDINGS
 from tests.trainers import test_reward_model as of_pairs
 from tests.trainers import test_rl as of_rollouts
@@ -278,9 +279,15 @@ def test_a_run_whose_memory_is_limited_goes_on_as_one_with_smaller_microbatches(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="another system has no /proc, or grants all that is asked for")
 def test_a_run_without_memory_ends_in_a_line(tmp_path):
+    """One row asks for some 70 MB. What is left must hold the checkpoint, whose writer aborts where it gets no 1 MB."""
     write_recipes(tmp_path)
-    limited = (str(ROOT / "tests" / "limited.py"), "2")
-    status, _, error = train(tmp_path, "ours", *LARGE, "sft.microbatch_tokens=100000", program=limited)
-    assert status == 1
+    deep = shutil.copytree(TINY, tmp_path / "deep")
+    config = json.loads((deep / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 24}))
+    limited = (str(ROOT / "tests" / "limited.py"), "24")
+    status, _, error = train(
+        tmp_path, "ours", *LARGE, "sft.microbatch_tokens=100000", f"model.path={deep}", program=limited
+    )
+    assert status == 1, error
     assert error.startswith("error: out of memory in update with one row in a microbatch (CPU, "), error
     assert "Traceback" not in error
