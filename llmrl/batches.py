@@ -257,14 +257,53 @@ class Prompts(Batch):
 
 
 class StopReason(IntEnum):
-    """Why a response ended."""
+    """Why a response ended, or a turn of it."""
 
     NONE = 0
     """It is still being decoded. Never in a `Rollout`."""
     EOS = 1
     """The actor chose an end-of-sequence token."""
     LENGTH = 2
-    """The length limit truncated it."""
+    """A length limit truncated it."""
+    TURNS = 3
+    """The limit on turns truncated it."""
+    FAILED = 4
+    """Its environment failed, or one of its tools."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes(Batch):
+    """What environments answered to responses of several turns. Turn k of an episode that has fewer is all zeros.
+
+    A response "a b $" to which "1 2" was fed, and then "c $":
+
+        response_ids  a b $ 1 2 c $    response_mask  1 1 1 0 0 1 1    turn_ends  3 7    turn_rewards  -0.5 1.0
+    """
+
+    turn_ends: Int[Tensor, "B K"]
+    """Number of response tokens up to the end of each turn of the actor: its last token has the index turn_ends - 1."""
+    turn_rewards: Float[Tensor, "B K"]
+    """Reward of each turn."""
+    end_reward: Float[Tensor, " B"]
+    """Reward of the episode as a whole."""
+    num_calls: Int[Tensor, " B"]
+    """Calls of tools."""
+    num_bad_calls: Int[Tensor, " B"]
+    """Calls that were answered with an error."""
+    failures: tuple[str | None, ...]
+    """Name of what failed: a method of the environment, or a tool; None where nothing did."""
+    messages: tuple[tuple[Row, ...], ...]
+    """The conversation after the prompt: messages of the actor, of the environment and of tools."""
+
+    @property
+    def num_turns(self) -> Int[Tensor, " B"]:
+        """Turns of the actor in each episode."""
+        return (self.turn_ends > 0).sum(dim=1)
+
+    @property
+    def failed(self) -> Bool[Tensor, " B"]:
+        """True where an environment or a tool failed, so that the response cannot be scored."""
+        return torch.tensor([name is not None for name in self.failures], device=self.turn_ends.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,10 +318,26 @@ class Rollout(Batch):
     group_ids: Int[Tensor, " B"]
     """Number of the group of each response: unique per draw of a prompt, never used twice in a run."""
     rows: tuple[Row, ...]
+    episodes: Episodes | None = None
+    """What environments answered; None where each response is one turn."""
+
+    @property
+    def num_chosen(self) -> Int[Tensor, " B"]:
+        """Number of tokens of each response that the actor chose."""
+        return self.sequences.response_mask.sum(dim=1)
+
+    @property
+    def turn_of_token(self) -> Int[Tensor, "B T"]:
+        """Number of the turn, from 0, that each token which the actor chose is of; that of the next one elsewhere."""
+        columns = torch.arange(self.sequences.response_ids.shape[1], device=self.device)
+        if self.episodes is None:
+            return torch.zeros_like(self.sequences.response_ids)
+        ends = self.episodes.turn_ends[:, None]
+        return ((ends > 0) & (ends <= columns[:, None])).sum(dim=2)
 
     @property
     def finished(self) -> Bool[Tensor, " B"]:
-        """True where a response ended by itself, False where the length limit truncated it."""
+        """True where a response ended by itself, False where a limit truncated it or its environment failed."""
         return self.stop_reason == StopReason.EOS
 
 

@@ -3,7 +3,7 @@
 An adapter that has the methods plays the part: a new engine or a new distributed backend touches no algorithm.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,6 +36,23 @@ class Sampling:
     first_response: int
     """Global number of the first response. Response g of prompt n has the number first_response + n * G + g, and that
     number over G, rounded down, is its group."""
+    max_turn_tokens: int | None = None
+    """Length limit of a turn, EOS included; None: that of the response."""
+
+
+@runtime_checkable
+class Replies(Protocol):
+    """Whatever answers the turns of the responses that an engine is decoding. Responses are known by their index in the
+    rollout. All that it does depends on what it is told and not on when."""
+
+    def ask(self, turns: Mapping[int, Sequence[int]]) -> None:
+        """Turns of these responses have ended by themselves, with these ids, EOS included. Returns at once."""
+        ...
+
+    def take(self, indices: Sequence[int]) -> Mapping[int, Sequence[int]]:
+        """What is fed to each of these responses, whose turns have ended: waits until it is known. Nothing where the
+        response is complete; and never so much that no room is left for a further token."""
+        ...
 
 
 @runtime_checkable

@@ -126,12 +126,13 @@ class SlotCache(Cache):
             for buffer, states in zip(_fixed_states(layer), _fixed_states(filled), strict=True):
                 _spread(states[rows], buffer, slot, copies)
 
-    def copy_slots(self, slots: Sequence[int]) -> Cache:
-        """The window of these slots in a cache of its own, which grows by every token that the model writes."""
+    def copy_slots(self, slots: Sequence[int], *, start: int | None = None) -> Cache:
+        """The window of these slots, from a column on, in a cache of its own, which grows by every token that the model
+        writes."""
         copy = Cache(layers=[_empty_like(layer) for layer in self.layers])
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SlotLayer):
-                keys, values = layer.view(self.window.start, self.window.end)
+                keys, values = layer.view(self.window.start if start is None else start, self.window.end)
                 copy.update(keys[slots], values[slots], index)
             if isinstance(layer, LinearAttentionLayer):
                 _take_states(copy.layers[index], layer, lambda state: state[slots], dict)

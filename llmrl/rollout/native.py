@@ -23,7 +23,7 @@ from llmrl.batches import Prompts, Rollout, StopReason
 from llmrl.distributed.activity import HERE
 from llmrl.memory import MemoryFull, is_full, making_room, out_of_memory
 from llmrl.messages import class_and_message
-from llmrl.roles import Progress, Sampling, Trainable
+from llmrl.roles import Progress, Replies, Sampling, Trainable
 from llmrl.rollout.cache import SlotCache, holds_states, num_columns
 from llmrl.rollout.linear import few_row_forwards, replacing
 from llmrl.rollout.responses import Responses
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 16_384
 """Prompt tokens of one forward pass, padding included."""
+
+
+STEPS_ASIDE = 16
+"""Steps in which other rows grow, before a row that was set aside is waited for."""
 
 
 class NativeEngine:
@@ -88,8 +92,13 @@ class NativeEngine:
         """As far as is known, where memory has run out."""
         self.progress = progress
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, replies: Callable[[Responses], Replies] | None = None
+    ) -> Rollout:
         """G responses to each prompt, on the model's device.
+
+        `replies` begins what answers the turns of the responses; None: a response is one turn. Such responses are
+        decoded without CUDA graphs.
 
         Where memory runs out, half as many are decoded at once, from the start. The responses are, to the bit, those of
         an engine with this smaller `max_rows`; those of any other differ by the rounding of logits.
@@ -108,14 +117,22 @@ class NativeEngine:
             )
         prompts = prompts.to(model.device)
         return making_room(
-            partial(self._decode, model, prompts, sampling, longest + sampling.max_response_tokens),
+            partial(self._decode, model, prompts, sampling, longest + sampling.max_response_tokens, replies),
             partial(self._make_room, len(prompts.rows), sampling.num_responses),
         )
 
-    def _decode(self, model: "PreTrainedModel", prompts: Prompts, sampling: Sampling, columns: int) -> Rollout:
+    def _decode(
+        self,
+        model: "PreTrainedModel",
+        prompts: Prompts,
+        sampling: Sampling,
+        columns: int,
+        begin: Callable[[Responses], Replies] | None,
+    ) -> Rollout:
         """Responses that take up to this many columns with their prompts."""
         slots = self._num_slots(len(prompts.rows), sampling.num_responses)
         responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
+        replies = None if begin is None else begin(responses)
         num_complete = 0
 
         def advance(count: int) -> None:
@@ -125,12 +142,12 @@ class NativeEngine:
 
         try:
             with evaluating(model), replacing(few_row_forwards(model)):
-                if self.graphs is not None:
+                if self.graphs is not None and replies is None:
                     self.graphs.decode(model, responses, sampling, advance, num_slots=slots)
                 else:
                     sampler = Sampler(sampling, vocab_size=self.vocab_size)
                     cache = SlotCache(slots, num_columns(columns, refills=slots < len(responses.numbers)))
-                    Decoding(model, cache, sampler, responses, advance).run()
+                    Decoding(model, cache, sampler, responses, advance, replies).run()
         except (RuntimeError, MemoryError):
             self.progress.advance(-num_complete)  # of which nothing is left
             raise
@@ -193,6 +210,19 @@ class Row:
     stop_reason: int = StopReason.NONE
 
 
+@dataclass(frozen=True)
+class Aside:
+    """A row whose turn has ended, and which waits for what is fed to it, outside of the slots."""
+
+    row: Row
+    cache: Cache
+    """What the model keeps of it, its last token left out: one row."""
+    length: int
+    """Number of its tokens in the cache."""
+    since: int
+    """Steps of the decoding before it was set aside."""
+
+
 class Decoding:
     """Decoding of one rollout. Live rows are slots 0 .. len(rows) - 1 of the cache.
 
@@ -206,6 +236,7 @@ class Decoding:
         sampler: Sampler,
         responses: Responses,
         advance: Callable[[int], None],
+        replies: Replies | None = None,
     ) -> None:
         """`advance`: called with the number of responses that have become complete."""
         self.model = model
@@ -221,15 +252,20 @@ class Decoding:
         waiting = range(len(self.prompts.rows))
         self.waiting = deque(waiting if self.pads else sorted(waiting, key=self.prompt_lengths.__getitem__))
         self.rows: list[Row] = []
+        self.replies = replies
+        self.aside: dict[int, Aside] = {}
+        """Rows that wait for what is fed to them, by their index. Each has a slot that is kept free for it."""
+        self.num_steps = 0
         self.layout: list[tuple[int, int]] = []
         """Index and start of each live row, as `layout_on_device` has them."""
         self.layout_on_device = self._tensor([])
 
     def run(self) -> None:
         """Decodes until every response is complete."""
-        while self.rows or self.waiting:
+        while self.rows or self.waiting or self.aside:
             while self.admit():
                 self.retire()
+            self.rejoin()
             if self.rows:
                 self.step()
                 self.retire()
@@ -237,7 +273,7 @@ class Decoding:
     def admit(self) -> bool:
         """Moves waiting prompts in, as many as have free slots for whole groups and fit in one forward pass, and draws
         their first tokens. Returns whether there were any."""
-        free = (self.cache.slots - len(self.rows)) // self.group_size
+        free = (self.cache.slots - len(self.rows) - len(self.aside)) // self.group_size
         count = self._num_in_one_pass([self.prompt_lengths[prompt] for prompt in islice(self.waiting, free)])
         if count == 0:
             return False
@@ -267,12 +303,30 @@ class Decoding:
         ids = self.responses.last_ids(indices)
         logits = last_logits(self.model, ids[:, None], mask, (window.end - starts)[:, None], self.cache)
         window.end += 1
+        self.num_steps += 1
         self._extend(self.rows, indices, logits)
+
+    def rejoin(self) -> None:
+        """Feeds the rows that were set aside long enough ago, all of them where no other is growing, and has them grow
+        on; those to which nothing is fed are complete. It waits for their replies, so that which rows are decoded
+        together, and with it the rounding of their logits, depends on no clock."""
+        due = [
+            index
+            for index, aside in self.aside.items()
+            if not self.rows or self.num_steps - aside.since >= STEPS_ASIDE
+        ]
+        if not due:
+            return
+        assert self.replies is not None, "who set them aside"
+        fed = {index: ids for index, ids in self.replies.take(due).items() if ids}
+        back = [self.aside.pop(index) for index in due]
+        self._take_in([aside for aside in back if aside.row.index in fed])
+        if fed:
+            self.feed(fed)
+        self.advance(len(due) - len(fed))
 
     def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
         """Feeds tokens to live rows, by their index in `Responses`: one or more to each, and all at once.
-
-        For the answers of tools within a response; no engine calls it yet.
 
         Between a draw and `retire`, so that a row goes on which its EOS has just ended. The next step draws what comes
         after the last fed token.
@@ -299,7 +353,7 @@ class Decoding:
 
     def retire(self) -> None:
         """Gives the slot of every complete row to the last live one, and fits the window to the rows that are left."""
-        num_rows = len(self.rows)
+        num_rows, num_aside = len(self.rows), self._set_aside()
         for slot in reversed(range(num_rows)):
             if self.rows[slot].stop_reason != StopReason.NONE:
                 last = self.rows.pop()
@@ -307,7 +361,34 @@ class Decoding:
                     self.rows[slot] = last
                     self.cache.move_row(len(self.rows), slot)
         self._fit_window()
-        self.advance(num_rows - len(self.rows))
+        self.advance(num_rows - len(self.rows) - num_aside)
+
+    def _set_aside(self) -> int:
+        """Keeps what the model holds of the rows whose turn has ended by itself, and asks for the replies to them.
+        Returns their number."""
+        slots = [slot for slot, row in enumerate(self.rows) if row.stop_reason == StopReason.EOS]
+        if self.replies is None or not slots:
+            return 0
+        rows = [self.rows[slot] for slot in slots]
+        for slot, row in zip(slots, rows, strict=True):
+            kept = self.cache.copy_slots([slot], start=row.start)
+            self.aside[row.index] = Aside(row, kept, self.cache.window.end - row.start, self.num_steps)
+        self.replies.ask(self.responses.last_turns(self._indices(rows)))
+        return len(rows)
+
+    def _take_in(self, back: list[Aside]) -> None:
+        """Gives slots to rows that were set aside, their tokens before the write column."""
+        window = self.cache.window
+        longest = max((aside.length for aside in back), default=0)
+        if not self.rows:
+            window.end = longest
+        elif window.end < longest:
+            self._shift(window.end - longest)
+        for aside in back:
+            self.cache.fill(len(self.rows), aside.cache, copies=1)
+            aside.row.start = window.end - aside.length
+            self.rows.append(aside.row)
+        self._fit_window()
 
     def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor) -> None:
         for row, stop_reason in zip(rows, self.sampler.extend(self.responses, indices, logits), strict=True):

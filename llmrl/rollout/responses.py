@@ -46,6 +46,9 @@ class Responses:
         self.num_fed: Int[Tensor, " B"] = torch.zeros(rows, dtype=torch.long, device=device)
         self.lengths: Int[Tensor, " B"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Chosen and fed tokens."""
+        self.max_turn_tokens = sampling.max_turn_tokens or self.max_tokens
+        self.limits: Int[Tensor, " B"] = self._limits_after(self.lengths)
+        """Length at which the current turn of each row is truncated."""
         self.stop_reason: Int[Tensor, " B"] = torch.full((rows,), StopReason.NONE, device=device)
 
     @property
@@ -62,13 +65,25 @@ class Responses:
         """The last token of each row, chosen or fed."""
         return self.ids[rows, self.lengths[rows] - 1]
 
+    def last_turns(self, rows: Int[Tensor, " R"]) -> dict[int, list[int]]:
+        """The ids of the current turn of each row: those that the actor has chosen since it was last fed."""
+        turns = {}
+        for row, ids, fed, length in zip(
+            rows.tolist(), self.ids[rows].tolist(), self.fed[rows].tolist(), self.lengths[rows].tolist(), strict=True
+        ):
+            begin = max((column + 1 for column in range(length) if fed[column]), default=0)
+            turns[row] = ids[begin:length]
+        return turns
+
     def append(
         self, rows: Int[Tensor, " R"], ids: Int[Tensor, " R"], logprobs: Float[Tensor, " R"]
     ) -> Int[Tensor, " R"]:
         """Appends to each of these rows, all under way, a token that the actor chose. Returns their stop reasons."""
         columns = self.lengths[rows]
         lengths = columns + 1
-        stop_reason = self._stop_reason_at(lengths).masked_fill(torch.isin(ids, self.eos_ids), StopReason.EOS)
+        at_limit = lengths == self.limits[rows]
+        stop_reason = torch.where(at_limit, StopReason.LENGTH, StopReason.NONE)
+        stop_reason = stop_reason.masked_fill(torch.isin(ids, self.eos_ids), StopReason.EOS)
         self.ids[rows, columns] = ids
         self.logprobs[rows, columns] = logprobs
         self.lengths[rows] = lengths
@@ -91,8 +106,8 @@ class Responses:
         self.stop_reason[rows] = stop_reason
 
     def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
-        """Appends tokens that the actor did not choose, by row: the answers of tools, for which no engine calls it yet.
-        A row that its EOS had ended is under way again; no id that is fed ends one.
+        """Appends tokens that the actor did not choose, by row: what an environment answers. A row that its EOS had
+        ended is under way again, in a new turn; no id that is fed ends one.
 
         Raises:
             ValueError: A row has no room for them.
@@ -111,7 +126,13 @@ class Responses:
         counts = self.ids.new_tensor([len(ids) for ids in fed.values()])
         self.num_fed[rows] += counts
         self.lengths[rows] += counts
-        self.stop_reason[rows] = self._stop_reason_at(self.lengths[rows])
+        lengths = self.lengths[rows]
+        self.limits[rows] = self._limits_after(lengths)
+        self.stop_reason[rows] = torch.where(lengths == self.max_tokens, StopReason.LENGTH, StopReason.NONE)
+
+    def _limits_after(self, lengths: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+        """Length at which a turn is truncated that begins after so many tokens."""
+        return (lengths + self.max_turn_tokens).clamp(max=self.max_tokens)
 
     def rollout(self) -> Rollout:
         """The rollout that the responses make, as wide as the longest."""
@@ -133,7 +154,3 @@ class Responses:
             group_ids=self.numbers // self.group_size,
             rows=tuple(row for row in prompts.rows for _ in range(self.group_size)),
         )
-
-    def _stop_reason_at(self, lengths: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
-        """`LENGTH` for responses of these lengths that have no room, else `NONE`."""
-        return torch.where(lengths == self.max_tokens, StopReason.LENGTH, StopReason.NONE)

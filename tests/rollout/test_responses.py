@@ -8,7 +8,7 @@ from llmrl.rollout.responses import Responses
 from .tiny import make_prompts, make_sampling
 
 PROMPTS = make_prompts([7, 8], [9])
-NONE, EOS, LENGTH = StopReason
+NONE, EOS, LENGTH, *_ = StopReason
 
 
 def make_responses(eos_ids=(2,), **changes):
