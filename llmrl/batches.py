@@ -292,8 +292,10 @@ class Episodes(Batch):
     """Calls that were answered with an error."""
     failures: tuple[str | None, ...]
     """Name of what failed: a method of the environment, or a tool; None where nothing did."""
+    openings: tuple[Any, ...]
+    """What each actor read first: a text, or messages."""
     messages: tuple[tuple[Row, ...], ...]
-    """The conversation after the prompt: messages of the actor, of the environment and of tools."""
+    """The conversation after that: messages of the actor, of the environment and of tools."""
 
     @property
     def num_turns(self) -> Int[Tensor, " B"]:
@@ -325,6 +327,18 @@ class Rollout(Batch):
     def num_chosen(self) -> Int[Tensor, " B"]:
         """Number of tokens of each response that the actor chose."""
         return self.sequences.response_mask.sum(dim=1)
+
+    @property
+    def last_turn_starts(self) -> Int[Tensor, " B"]:
+        """Index of the first token of each response's last turn."""
+        if self.episodes is None:
+            return torch.zeros_like(self.stop_reason)
+        mask = self.sequences.response_mask
+        before = torch.arange(mask.shape[1], device=mask.device) < self.sequences.response_lengths[:, None]
+        fed = torch.where(~mask & before, torch.arange(1, mask.shape[1] + 1, device=mask.device), 0)
+        ends = self.episodes.turn_ends
+        is_earlier = (ends > 0) & (ends < self.sequences.response_lengths[:, None])
+        return torch.maximum(fed.amax(dim=1), torch.where(is_earlier, ends, 0).amax(dim=1))
 
     @property
     def turn_of_token(self) -> Int[Tensor, "B T"]:

@@ -181,7 +181,7 @@ def evaluate(
     if output is not None:
         _write(output, json.dumps({"model": config.model.path, **measured.to_record()}, indent=1))
     _compare(config.model.path, measured, before)
-    print(f"Accuracy is the share of responses with {config.reward.labels[0]} > {config.evaluation.correct_above:g}.")
+    print(f"Accuracy is the share of responses with {config.criterion} > {config.evaluation.correct_above:g}.")
 
 
 @app.command()

@@ -16,11 +16,12 @@ from llmrl.data.config import (
     SupervisedDataConfig,
 )
 from llmrl.distributed.config import DistributedConfig
+from llmrl.environments.config import EnvironmentConfig
 from llmrl.messages import counted
 from llmrl.models.config import CriticConfig, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
-from llmrl.rewards.config import RewardConfig
+from llmrl.rewards.config import ENVIRONMENT, RewardConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.section import Like
 from llmrl.trainers.config import (
@@ -229,10 +230,12 @@ class RLRun:
     """The model that is trained."""
     data: PromptDataConfig
     """Prompts."""
-    reward: RewardConfig
-    """Rewards of the responses: functions, a reward model, or both."""
     run: RLRunConfig
     """Length of the run, and its output folder."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Rewards of the responses: functions, a reward model, or both. An environment gives rewards of its own too."""
+    environment: EnvironmentConfig | None = None
+    """What answers the actor, for responses of several turns; null: a response is one turn."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Sampling of responses."""
     algorithm: AlgorithmConfig
@@ -259,6 +262,8 @@ class RLRun:
     """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
+        _check_rewards(self.reward, self.environment)
+        _check_turns(self)
         if self.update.minibatch_size is None:
             fitting = replace(self.update, minibatch_size=self._sizes_near(DEFAULT_MINIBATCH_SIZE)[0])
             object.__setattr__(self, "update", fitting)
@@ -321,6 +326,21 @@ class RLRun:
         """Responses of one optimizer step, over all ranks."""
         assert self.update.minibatch_size is not None, "set with the run"
         return self.update.minibatch_size
+
+    @property
+    def criterion(self) -> str:
+        """Part of a score that decides in an evaluation what is correct."""
+        return ENVIRONMENT if self.opens_prompts else self.reward.labels[0]
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weight of each part of a score that is learned from, by its name."""
+        return ({ENVIRONMENT: 1.0} if self.opens_prompts else {}) | self.reward.weights
+
+    @property
+    def opens_prompts(self) -> bool:
+        """Whether an environment makes the prompts, and gives rewards."""
+        return self.environment is not None and self.environment.name is not None
 
     @property
     def evaluates(self) -> bool:
@@ -450,7 +470,7 @@ def _epochs(num_used: int, what: str, num_rows: int | None) -> str:
 
 def _check_standardized(algorithm: GRPOConfig) -> None:
     """Refuses settings that read one score of a response, where each reward is standardized by itself."""
-    needed = {"name": "grpo", "baseline": "mean", "scale": "std", "overlong_buffer_tokens": 0, "max_redraws": 0}
+    needed = {"name": "grpo", "baseline": "mean", "scale": "std", "credit": "response", "overlong_buffer_tokens": 0, "max_redraws": 0}
     for name, value in needed.items():
         if (ours := getattr(algorithm, name)) != value:
             raise ValueError(
@@ -466,6 +486,37 @@ def _check_base(actor: ModelConfig) -> None:
         raise ValueError(
             "reward.model.on_actor_base needs the base that the reward model was trained on, and model.from_scratch "
             "draws another; leave one of them out"
+        )
+
+
+def _check_rewards(reward: RewardConfig, environment: EnvironmentConfig | None) -> None:
+    if reward.teaches or (environment is not None and environment.name is not None):
+        return
+    raise ValueError(
+        "there is nothing to learn from: no reward.functions with a weight other than 0, no reward.model and no "
+        "environment.name; name at least one function, such as {name: rule.py:score}, a reward model, or an environment"
+    )
+
+
+def _check_turns(run: RLRun) -> None:
+    """Refuses settings of episodes without an environment, or an engine that has no turns."""
+    environment = run.environment
+    if environment is None:
+        if getattr(run.algorithm, "credit", "response") == "turn":
+            raise ValueError(
+                "algorithm.credit turn compares turns, and without environment a response has one; set it to response"
+            )
+        return
+    if run.rollout.engine != "native":
+        raise ValueError(
+            f"rollout.engine ({run.rollout.engine}) samples responses of one turn, and environment has several; set it "
+            "to native"
+        )
+    turn, response = environment.max_turn_tokens, run.rollout.max_response_tokens
+    if turn is not None and turn > response:
+        raise ValueError(
+            f"environment.max_turn_tokens ({turn}) must be at most rollout.max_response_tokens ({response}), which "
+            "counts all turns and what is read between them"
         )
 
 

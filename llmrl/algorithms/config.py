@@ -26,6 +26,9 @@ class GRPOConfig(Section, place="algorithm"):
     what a function of your own returns, ``path/to/file.py:function``: (scores, group_ids) -> what is subtracted."""
     scale: Literal["std", "none"] = "std"
     """Divides advantages by the standard deviation of the group's scores, or leaves them as they are (Dr. GRPO)."""
+    credit: Literal["response", "turn"] = "response"
+    """What is compared in a group, where an environment answers the actor: whole episodes, or each turn with the turns
+    of the same number, by the rewards from there on."""
     aggregation: Aggregation = "token"
     """How token losses become one number: each token counts the same, each response does, or a constant divides
     (Dr. GRPO)."""

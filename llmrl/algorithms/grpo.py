@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
@@ -34,7 +34,7 @@ from llmrl.algorithms.policy_gradient import (
 )
 from llmrl.algorithms.user_functions import UserBaseline
 from llmrl.batches import GRPOExperience, Rollout, Scores
-from llmrl.functional.advantages import decoupled_group_relative, group_relative, leave_one_out
+from llmrl.functional.advantages import decoupled_group_relative, group_relative, leave_one_out, rewards_to_go
 from llmrl.functional.extremes import find_extremes
 from llmrl.functional.kl import estimate_kl
 from llmrl.functional.losses import importance_ratio, sequence_log_ratio
@@ -87,13 +87,13 @@ class GRPO(Algorithm):
         if self.reference is not None:
             ref_logprobs = self.reference.logprobs(rollout.sequences).logprobs
         penalty = length_penalty(rollout, limit=self.max_response_tokens, buffer=self.config.overlong_buffer_tokens)
-        advantages = self._compare(scores, penalty, rollout.group_ids)
+        advantages = self._compare(rollout, scores, penalty)
         experience = GRPOExperience(
             rollout=rollout,
             scores=scores,
             old_logprobs=None if outputs is None else outputs.logprobs,
             ref_logprobs=ref_logprobs,
-            advantages=advantages[:, None].expand_as(ref_logprobs),
+            advantages=advantages,
             learned=learned_responses(rollout, self.config),
         )
         statistics = advantage_metrics(experience.advantages, experience.counted)
@@ -104,15 +104,28 @@ class GRPO(Algorithm):
             statistics["score/overlong_penalty"] = Mean(penalty.sum(), len(penalty))
         return experience, Metrics(statistics)
 
-    def _compare(
-        self, scores: Scores, penalty: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
-    ) -> Float[Tensor, " B"]:
-        """Advantages of responses within their groups: by the sum of their scores, or by each part of it."""
+    def _compare(self, rollout: Rollout, scores: Scores, penalty: Float[Tensor, " B"]) -> Float[Tensor, "B T"]:
+        """Advantages of tokens: of their responses within the groups, by the sum of scores or by each part of it; or of
+        their turns."""
+        if self.config.credit == "turn":
+            return self._compare_turns(rollout, scores, penalty)
         if self.reward_weights is None:
-            return self.estimate_advantages(scores.per_response + penalty, group_ids)
-        parts = torch.stack([scores.parts[name] for name in self.reward_weights])
-        weights = parts.new_tensor(list(self.reward_weights.values()))
-        return decoupled_group_relative(parts.masked_fill(scores.total.isnan(), torch.nan), weights, group_ids)
+            advantages = self.estimate_advantages(scores.per_response + penalty, rollout.group_ids)
+        else:
+            parts = torch.stack([scores.parts[name] for name in self.reward_weights])
+            weights = parts.new_tensor(list(self.reward_weights.values()))
+            unscored = parts.masked_fill(scores.total.isnan(), torch.nan)
+            advantages = decoupled_group_relative(unscored, weights, rollout.group_ids)
+        return advantages[:, None].expand_as(scores.per_token)
+
+    def _compare_turns(self, rollout: Rollout, scores: Scores, penalty: Float[Tensor, " B"]) -> Float[Tensor, "B T"]:
+        """Advantages of turns, each among those of the same number in its group."""
+        of_token = rollout.turn_of_token
+        to_go = rewards_to_go(scores.total + penalty, scores.per_token, of_token, rollout.sequences.response_mask)
+        num_turns = to_go.shape[1]
+        groups = rollout.group_ids[:, None] * num_turns + torch.arange(num_turns, device=to_go.device)
+        advantages = self.estimate_advantages(to_go.flatten(), groups.flatten()).view_as(to_go)
+        return advantages.gather(1, of_token.clamp(max=num_turns - 1))
 
     def _metrics(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:
         """Metrics of the old policy, and of its KL to the reference."""

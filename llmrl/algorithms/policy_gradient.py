@@ -33,8 +33,9 @@ def make_policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
 
 
 def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor, " B"]:
-    """`overlong_penalty` of each response, 0 or below; 0 without a buffer. `limit` and `buffer` in tokens."""
-    lengths = rollout.sequences.response_lengths
+    """`overlong_penalty` of each response, 0 or below, by the tokens that the actor chose; 0 without a buffer. `limit`
+    and `buffer` in tokens."""
+    lengths = rollout.num_chosen
     return overlong_penalty(lengths, limit=limit, buffer=buffer) if buffer else torch.zeros_like(lengths).float()
 
 

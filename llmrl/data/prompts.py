@@ -57,6 +57,24 @@ class ShuffledPrompts(MixedSource[EncodedPrompt]):
         return _batch(self.examples)
 
 
+class ShuffledRows(MixedSource[Row]):
+    """`PromptSource` of rows whose prompts an environment makes, in shuffled epochs."""
+
+    def __init__(self, rows: Sequence[Row], config: PromptsConfig, *, seed: int) -> None:
+        super().__init__(
+            [part for _, part in by_set(rows, config)], seed=seed, rows=rows, weights=weights_of(config)
+        )
+
+    def next(self, num_prompts: int) -> Prompts:
+        """The next rows as one batch."""
+        return unopened(self.take(num_prompts))
+
+
+def unopened(rows: Sequence[Row]) -> Prompts:
+    """Rows as prompts of a single token that nobody reads, because an environment makes them."""
+    return _batch([(row, [0]) for row in rows])
+
+
 def _row_problem(row: Row, column: str) -> str | None:
     if column not in row:
         return missing_column(row, column, "prompt_column")

@@ -143,6 +143,43 @@ def decoupled_group_relative(
     return (total / (std + STD_FLOOR)).to(parts)
 
 
+def rewards_to_go(
+    scores: Float[Tensor, " B"],
+    per_token: Float[Tensor, "B T"],
+    turn_of_token: Int[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B K"]:
+    """Rewards of each turn and those after it, R_k = r_k + R_{k+1}, R_K = the score; no discount.
+
+    Compared among the turns k of a group they are group-relative advantages of turns.
+
+    Args:
+        scores: Score of each response as a whole, which comes at its end; NaN where it has none.
+        per_token: Rewards of tokens.
+        turn_of_token: Number of the turn of each token under the mask, from 0.
+        response_mask: True on the tokens that the policy chose.
+
+    Returns:
+        In float64. NaN for turns that a response does not have, and for a response without a score.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
+    check_shapes(
+        scores=(scores, "B"),
+        per_token=(per_token, "B T"),
+        turn_of_token=(turn_of_token, "B T"),
+        response_mask=(response_mask, "B T"),
+    )
+    of_turn = torch.where(response_mask, turn_of_token, 0)
+    num_turns = int(of_turn.max()) + 1 if of_turn.numel() else 1
+    rewards = per_token.new_zeros(len(scores), num_turns, dtype=torch.float64)
+    rewards.scatter_add_(1, of_turn, torch.where(response_mask, per_token, 0.0).double())
+    to_go = rewards.flip(1).cumsum(1).flip(1) + scores.double()[:, None]
+    last = of_turn.max(dim=1, keepdim=True).values
+    return to_go.masked_fill(torch.arange(num_turns, device=to_go.device) > last, torch.nan)
+
+
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Score minus the mean score of the *other* scored responses in the group (RLOO).
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from llmrl.batches import Experience
+from llmrl.batches import Episodes, Experience, Rollout, StopReason
 from llmrl.functional.masking import masked_mean
 from llmrl.lines import LineFile
 
@@ -40,7 +40,20 @@ class SampleWriter:
             "parts": {name: _number(part[row]) for name, part in scores.parts.items()},
             "advantage": float(masked_mean(experience.advantages[row], experience.counted[row])),
             "group": int(rollout.group_ids[row]),
+            **({} if rollout.episodes is None else _turns(rollout, rollout.episodes, row)),
         }
+
+
+def _turns(rollout: Rollout, episodes: Episodes, row: int) -> dict:
+    """The turns of an episode: how far each goes, its reward, and why the last one was the last."""
+    num_turns = int(episodes.num_turns[row])
+    return {
+        "turn_ends": episodes.turn_ends[row, :num_turns].tolist(),
+        "turn_rewards": episodes.turn_rewards[row, :num_turns].tolist(),
+        "messages": list(episodes.messages[row]),
+        "stop": StopReason(int(rollout.stop_reason[row])).name.lower(),
+        "failed": episodes.failures[row],
+    }
 
 
 def _number(x: torch.Tensor) -> float | None:

@@ -11,6 +11,8 @@ from llmrl.user_code import names_code
 
 ROLLOUT_COLUMNS = ("prompts", "responses", "completions", "tokens")
 """Parameters that every reward function can have beside data columns; a column of the same name is not passed."""
+ENVIRONMENT = "environment"
+"""Name of the part of a score that an environment gives."""
 AMBIGUOUS_COLUMNS = ("completions", "tokens")
 """Parameters of these names may be meant as data columns: refused if the data has one of that name."""
 
@@ -88,11 +90,6 @@ class RewardConfig:
     compared by itself, in units of its spread there, and the weighted sum of that is taken (GDPO)."""
 
     def __post_init__(self) -> None:
-        if self.model is None and not any(function.weight for function in self.functions):
-            raise ValueError(
-                "there is nothing to learn from: no reward.functions with a weight other than 0 and no reward.model; "
-                "name at least one function, such as {name: rule.py:score}, or a reward model"
-            )
         if not self.functions:
             return
         name, uses = Counter(function.name for function in self.functions).most_common(1)[0]
@@ -101,6 +98,11 @@ class RewardConfig:
                 f"reward.functions names {name} {uses} times and must name it once; "
                 "write a function of your own that calls it twice"
             )
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is anything to learn from."""
+        return self.model is not None or any(function.weight for function in self.functions)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -117,7 +119,7 @@ class RewardConfig:
     @property
     def function_labels(self) -> tuple[str, ...]:
         short = [function.name.rpartition(":")[2] for function in self.functions]
-        taken = [*short, *self._model_labels, *reserved("score/<part>"), *reserved("eval/score/<part>")]
+        taken = [*short, ENVIRONMENT, *self._model_labels, *reserved("score/<part>"), *reserved("eval/score/<part>")]
         return tuple(
             function.name if taken.count(label) > 1 else label
             for function, label in zip(self.functions, short, strict=True)

@@ -69,7 +69,9 @@ class Call:
     columns: Mapping[str, list[Any]]
     """Columns that functions can take, by name."""
     spellings: Sequence[Spelling]
-    """The tokens of each response."""
+    """The tokens of each response; of one of several turns those of the last turn."""
+    starts: Sequence[int]
+    """Index of the first of them among all tokens of each response."""
 
     @property
     def num_responses(self) -> int:
@@ -152,7 +154,7 @@ class FunctionReward:
             scores = given[setting.name]
             if setting.weight:
                 totals.append(setting.weight * totals[0].new_tensor(scores.whole))
-                per_token = per_token + setting.weight * _padded(scores.tokens, like=per_token)
+                per_token = per_token + setting.weight * _padded(scores.tokens, call.starts, like=per_token)
                 excluded |= excluded.new_tensor(scores.excluded)
         labelled = list(zip(self.config.function_labels, self.config.functions, strict=True))
         return Scores(
@@ -168,14 +170,17 @@ class FunctionReward:
 
     def _next_call(self, rollout: Rollout) -> Call:
         self.num_calls += 1
-        spellings = spell_responses(rollout.sequences, self.tokenizer)
+        starts = rollout.last_turn_starts.tolist()
+        spellings = spell_responses(rollout.sequences, self.tokenizer, starts)
         columns = {name: [row.get(name) for row in rollout.rows] for name in self.columns}
-        columns["prompts"] = [row[self.prompt_column] for row in rollout.rows]
+        columns["prompts"] = self._prompts(rollout)
         columns["responses"] = [spelling.text for spelling in spellings]
         columns["completions"] = [
             spelling.text if isinstance(prompt, str) else [{"role": "assistant", "content": spelling.text}]
             for prompt, spelling in zip(columns["prompts"], spellings, strict=True)
         ]
+        if rollout.episodes is not None:
+            columns["completions"] = [[dict(message) for message in each] for each in rollout.episodes.messages]
         if any(takes(function, "tokens") for function in self.functions.values()):
             columns["tokens"] = token_texts([spelling.ids for spelling in spellings], self.tokenizer)
         groups: dict[int, list[int]] = {}
@@ -187,7 +192,14 @@ class FunctionReward:
             groups=list(groups.values()),
             columns=columns,
             spellings=spellings,
+            starts=starts,
         )
+
+    def _prompts(self, rollout: Rollout) -> list[Any]:
+        """What each actor read first: the prompt of its row, or what its environment opened with."""
+        if rollout.episodes is None:
+            return [row[self.prompt_column] for row in rollout.rows]
+        return list(rollout.episodes.openings)
 
     def _given(self, call: Call) -> dict[str, GivenScores]:
         """Scores by each function: called one after another, then what has to be awaited is awaited together.
@@ -340,10 +352,10 @@ def _score_of_whole(value: Any) -> float:
     return 0.0 if isinstance(value, list) else float(value)
 
 
-def _padded(rows: Sequence[list[float]], *, like: Tensor) -> Tensor:
-    """Rows of numbers, padded with zeros to the shape of another tensor."""
+def _padded(rows: Sequence[list[float]], starts: Sequence[int], *, like: Tensor) -> Tensor:
+    """Rows of numbers, each from a column on, padded with zeros to the shape of another tensor."""
     padded = torch.zeros_like(like)
-    for row, numbers in enumerate(rows):
+    for row, (numbers, start) in enumerate(zip(rows, starts, strict=True)):
         if numbers:
-            padded[row, : len(numbers)] = padded.new_tensor(numbers)
+            padded[row, start : start + len(numbers)] = padded.new_tensor(numbers)
     return padded

@@ -73,16 +73,20 @@ class Spelling:
         return type(offset) is int and 0 <= offset <= len(self.text) and is_number(number)
 
 
-def spell_responses(sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[Spelling]:
-    """Each response up to its length; as text without special tokens, and otherwise just as the tokens spell it."""
+def spell_responses(
+    sequences: Sequences, tokenizer: PreTrainedTokenizerBase, starts: Sequence[int] | None = None
+) -> list[Spelling]:
+    """Each response up to its length, from its token `starts` on where they are given; as text without special tokens,
+    and otherwise just as the tokens spell it."""
 
     def decode(ids: list[int]) -> str:
         (text,) = tokenizer.batch_decode([ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     lengths = sequences.response_lengths.tolist()
-    ids = [row[:length] for row, length in zip(sequences.response_ids.tolist(), lengths, strict=True)]
-    return [Spelling(ids=row, text=decode(row), decode=decode) for row in ids]
+    starts = starts or [0] * len(lengths)
+    rows = zip(sequences.response_ids.tolist(), starts, lengths, strict=True)
+    return [Spelling(ids=row[start:end], text=decode(row[start:end]), decode=decode) for row, start, end in rows]
 
 
 def token_texts(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:

@@ -27,13 +27,14 @@ HARMLESS = (
     "*.microbatch_tokens",
     "model.gradient_checkpointing",
     "rollout.max_rows",
+    "environment.timeout_s",
     "reward.functions.*.timeout_s",
     "reward.functions.*.retries",
     "reward.functions.*.on_error",
 )
 """Settings that change no number that is learned (except `run.num_iterations`, where a schedule ends with the run), and
 what happens when a function of the user fails."""
-CODE = ("reward.functions.*", "algorithm.*")
+CODE = ("reward.functions.*", "algorithm.*", "environment.*")
 """Contents that are code of the user."""
 FREE = frozenset({"arguments", "chat_template_kwargs", "rename_columns"})
 """Mappings whose keys are the user's, so that a new key is no setting of a new version."""

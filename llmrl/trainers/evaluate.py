@@ -63,9 +63,12 @@ class Evaluator:
             **(_with_interval("eval/accuracy", *accuracy(correct, judged)) if len(correct) else {}),
             "eval/num_prompts": float(len(correct)),
             "eval/unscored": float(scores.total.isnan().sum()),
-            "eval/response_length": float(rollout.sequences.response_lengths.double().mean()),
+            "eval/response_length": float(rollout.num_chosen.double().mean()),
             "eval/finished_fraction": float(rollout.finished.double().mean()),
         }
+        if rollout.episodes is not None:
+            values["eval/turns"] = float(rollout.episodes.num_turns.double().mean())
+            values["eval/tool_calls"] = float(rollout.episodes.num_calls.double().mean())
         if failed.any():
             values["eval/failed"] = float(failed.sum())
         values |= mean_scores(scores)

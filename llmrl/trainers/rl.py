@@ -8,15 +8,17 @@ microbatch  one forward pass, by a token budget
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
-from llmrl.batches import Experience, Prompts, Rollout, Scores
+from llmrl.batches import Episodes, Experience, Prompts, Rollout, Scores
 from llmrl.distributed.context import Context
 from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.errors import Error
@@ -243,7 +245,7 @@ def informative(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
 
 def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
     """Metrics of everything that was drawn: scores, lengths, ends, flat groups."""
-    scored, lengths = ~scores.total.isnan(), rollout.sequences.response_lengths.double()
+    scored, lengths = ~scores.total.isnan(), rollout.num_chosen.double()
     statistics: dict[str, Statistic] = {
         "score": Moments(*masked_moments(scores.per_response, scored)),
         "score/unscored": Total((~scored).sum()),
@@ -255,9 +257,28 @@ def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
     if group_size > 1:
         flat = flat_groups(scores.per_response, rollout.group_ids)
         statistics["group/flat_fraction"] = Mean(flat.sum(), len(flat))
+    if rollout.episodes is not None:
+        statistics |= describe_episodes(rollout.episodes, lengths)
     for name, part in scores.parts.items():
         known = ~part.isnan()
         statistics[f"score/{name}"] = Mean(masked_sum(part, known), known.sum())
     for name, failed in scores.failed.items():
         statistics[f"reward/{name}/failed"] = Total(failed.sum())
     return Metrics(statistics)
+
+
+def describe_episodes(episodes: Episodes, lengths: Float64[Tensor, " B"]) -> dict[str, Statistic]:
+    """Metrics of turns and tools; `lengths`: tokens that the actor chose in each episode."""
+    num_turns = episodes.num_turns.double()
+    statistics: dict[str, Statistic] = {
+        "turn/count": Mean(num_turns.sum(), len(num_turns)),
+        "turn/count_max": Maximum(num_turns.max()),
+        "turn/length": Mean(lengths.sum(), num_turns.sum()),
+        "turn/reward": Mean(episodes.turn_rewards.double().sum(), num_turns.sum()),
+        "tool/calls": Mean(episodes.num_calls.double().sum(), len(num_turns)),
+        "tool/failed": Mean(episodes.num_bad_calls.double().sum(), episodes.num_calls.double().sum()),
+        "environment/failed": Total(episodes.failed.sum()),
+    }
+    for name, count in Counter(name for name in episodes.failures if name is not None).items():
+        statistics[f"environment/failed/{name}"] = Total(torch.tensor(count))
+    return statistics

@@ -19,7 +19,7 @@ from llmrl.data.mixture import keep_in_each, mix, sets_of
 from llmrl.data.preferences import keep_pairs_in_template, read_preference_rows
 from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
 from llmrl.data.rerender import same_ids
-from llmrl.data.rows import column_names, keep_usable
+from llmrl.data.rows import column_names, keep_usable, read_rows
 from llmrl.data.scored import read_scored_rows
 from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, check_mixed_precision, read_launch
@@ -36,6 +36,7 @@ from llmrl.roles import Progress, RolloutEngine
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
+from llmrl.wiring.environments import CheckedEnvironment, check_environment
 from llmrl.wiring.precision import default_dtype
 from llmrl.wiring.rows import EVALUATION, read_section
 
@@ -58,6 +59,8 @@ class Checked:
     """Whether every model of the run was there to be checked."""
     contents: Mapping[str, str]
     """Digests of what the run reads, by the setting that names it; empty where nothing trains."""
+    environment: CheckedEnvironment | None = None
+    """What answers the actor; None: nothing does."""
     engine: RolloutEngine | None = None
     """The engine that a program hands over; None: the one that the settings name."""
 
@@ -130,7 +133,11 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             check_user_algorithm(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
     knows_actor = not (dry and unchecked)
-    rows_of = _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
+    rows_of = _prompt_reader(config, unchecked, dry=dry)
+    environment = None
+    if config.environment is not None:
+        tokenizer = load_tokenizer(config.model) if knows_actor else None
+        environment = check_environment(config.environment, tokenizer, config.data)
     if config.reward.model is not None:
         made_by = command_for(config.reward.model.path, config)
         missing = check_scorer(reward_model_config(config), dry=dry, made_by=made_by)
@@ -169,8 +176,16 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         functions=functions,
         unchecked=unchecked,
         knows_models=knows_models,
-        contents=_compared(config, rows, evaluation_rows, functions) if trains and knows_models else {},
+        contents=_compared(config, rows, evaluation_rows, functions, environment) if trains and knows_models else {},
+        environment=environment,
     )
+
+
+def _prompt_reader(config: RLRun, unchecked: list[str], *, dry: bool) -> Callable[..., Rows | None]:
+    """Function that reads the rows of prompts; of an environment, which opens with what it likes, any rows."""
+    if config.environment is not None and config.environment.name is not None:
+        return _reader(read_rows, lambda rows, *_: rows, config, unchecked, dry=dry)
+    return _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
 
 
 def _compared(
@@ -178,9 +193,11 @@ def _compared(
     rows: Rows | None,
     evaluation_rows: Rows | None,
     functions: tuple[Function, ...],
+    environment: CheckedEnvironment | None = None,
 ) -> Mapping[str, str]:
     """Digests of what the run reads, which were compared with those of the run in its folder."""
-    contents = contents_of(config, rows=rows, evaluation_rows=evaluation_rows, functions=functions)
+    host = None if environment is None else environment.host
+    contents = contents_of(config, rows=rows, evaluation_rows=evaluation_rows, functions=functions, host=host)
     check_same_run(config.run, recorded_settings(config), contents)
     return contents
 

@@ -8,6 +8,8 @@ from typing import Any
 from llmrl.batches import Row
 from llmrl.config import AnyRun, PPORun, RLRun
 from llmrl.data.source import fingerprint
+from llmrl.environments.config import EnvironmentConfig
+from llmrl.environments.hosting import Host
 from llmrl.models.config import ModelConfig
 from llmrl.models.critic_folder import ADAPTER
 from llmrl.models.digest import digest_of_files, digest_of_model
@@ -32,8 +34,10 @@ def contents_of(
     rows: Sequence[Row] | None,
     evaluation_rows: Sequence[Row] | None,
     functions: Sequence[Callable[..., Any]],
+    host: Host | None = None,
 ) -> dict[str, str]:
-    """SHA-256 of what a run reads, by the setting that names it: rows, models, code of the user."""
+    """SHA-256 of what a run reads, by the setting that names it: rows, models, code of the user; that of environments
+    and tools as the host has loaded it."""
     contents = {"model.path": digest_of_model(config.model)}
     for section, read in (("data", rows), (EVALUATION, evaluation_rows)):
         if read is not None:
@@ -51,7 +55,21 @@ def contents_of(
                 named[f"algorithm.{name}"] = value
                 code[f"algorithm.{name}"] = load_object(value, role=f"algorithm.{name}")
         contents |= {name: _digest_of_code(named[name], function) for name, function in code.items()}
+        if config.environment is not None and host is not None:
+            contents |= _digests_of_host(config.environment, host)
     return contents
+
+
+def _digests_of_host(config: EnvironmentConfig, host: Host) -> dict[str, str]:
+    named = {"environment.name": config.name, **{f"environment.tools.{n}": name for n, name in enumerate(config.tools)}}
+    digests = {}
+    for setting, name in named.items():
+        if name is None:
+            continue
+        files = {file: digest for file, digest in host.code[name].items() if not file.is_relative_to(OWN)}
+        text = source_text(load_object(name, role=setting)) if is_given(name) else str(sorted(files.values(), key=str))
+        digests[setting] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
 
 
 def _digest_of_critic(path: str) -> str:

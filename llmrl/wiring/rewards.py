@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmrl.batches import Rollout, Row, Sequences
+from llmrl.config import RLRun
 from llmrl.data.chat import as_sequences, uses_chat
 from llmrl.data.config import ExamplesConfig, PromptsConfig
 from llmrl.data.preferences import split_open_transcript
@@ -19,8 +20,10 @@ from llmrl.data.supervised import EncodedExample, encode_examples
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.context import Context, Launch
 from llmrl.distributed.roles import DistributedReward, DistributedScorer
+from llmrl.environments.reward import EpisodeReward
 from llmrl.models.adapters import base_of
 from llmrl.models.config import ModelConfig
+from llmrl.models.folders import ModelError
 from llmrl.models.loaded import RewardScorer
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import load_reward_model, load_reward_on_base
@@ -30,7 +33,7 @@ from llmrl.models.training import shrink_linear_layers
 from llmrl.models.vocabulary import check_ids, check_vocabulary
 from llmrl.reports.progress import OfRank, Silent
 from llmrl.rewards.combine import CombinedReward
-from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
+from llmrl.rewards.config import ENVIRONMENT, LearnedRewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function, takes_rollout
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 def reward_on(
     data: PromptsConfig,
     rows: Sequence[Row],
-    config: RewardConfig,
+    run: RLRun,
     functions: Sequence[Function],
     scorer: RewardScorer | None,
     tokenizer: "PreTrainedTokenizerBase",
@@ -61,13 +64,16 @@ def reward_on(
     Args:
         data: How the rows are read.
         rows: Prompts with their columns.
-        config: Names and weights.
-        functions: The functions that the config names.
+        run: Names and weights, and whether an environment gives rewards too.
+        functions: The functions that it names.
         scorer: The reward model that it names, which serves any data.
         tokenizer: The policy's.
         context: Context of the run.
     """
     rewards: list[RewardFunction] = []
+    config = run.reward
+    if run.environment is not None:
+        rewards.append(EpisodeReward(ENVIRONMENT if run.opens_prompts else None))
     is_first = context.collectives.is_first
     if len(functions) == 1 and takes_rollout(functions[0]):
         (setting,), (label,) = config.functions, config.function_labels
@@ -88,7 +94,7 @@ def reward_on(
         rewards.append(
             LearnedReward(
                 _in_microbatches(scorer, config.model.microbatch_tokens, context),
-                encode=_encoder(scorer, tokenizer, data, rows),
+                encode=_encoder(scorer, tokenizer, data, rows, of_episodes=run.environment is not None),
                 normalize=scorer.normalize,
                 weight=config.model.weight,
             )
@@ -97,12 +103,22 @@ def reward_on(
 
 
 def _encoder(
-    scorer: RewardScorer, tokenizer: "PreTrainedTokenizerBase", data: PromptsConfig, rows: Sequence[Row]
+    scorer: RewardScorer,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: PromptsConfig,
+    rows: Sequence[Row],
+    *,
+    of_episodes: bool,
 ) -> Callable[[Rollout], Sequences]:
     """Encoder of a rollout in the reward model's tokens: the policy's own ids where both have the same."""
     eos_id: Any = scorer.tokenizer.eos_token_id
     if same_tokens(tokenizer, scorer.tokenizer):
         return partial(ended_by, eos_id=eos_id)
+    if of_episodes:
+        raise ModelError(
+            "reward.model.path: the reward model reads other tokens than the policy writes, and the turns of an "
+            "environment are not written anew; take one of the policy's own tokens, or a reward function"
+        )
     rerenderer = Rerenderer(data, policy_tokenizer=tokenizer, tokenizer=scorer.tokenizer)
     rerenderer.check(rows)
     return rerenderer

@@ -10,7 +10,7 @@ from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import make_user_algorithm
 from llmrl.config import GRPORun, PPORun, RLRun
-from llmrl.data.prompts import ShuffledPrompts, encode_prompts
+from llmrl.data.prompts import ShuffledPrompts, ShuffledRows, encode_prompts, unopened
 from llmrl.data.rerender import same_tokens
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, DistributedPolicy
@@ -24,9 +24,9 @@ from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
-from llmrl.roles import Algorithm, MovingReference, RolloutEngine, Sampling, Trainable
+from llmrl.roles import Algorithm, MovingReference, PromptSource, RolloutEngine, Sampling, Trainable
 from llmrl.rollout.rope import pin_rope
-from llmrl.rollout.support import position_limit
+from llmrl.rollout.support import check_length, position_limit
 from llmrl.trainers.alarms import Alarms
 from llmrl.trainers.evaluate import Evaluator
 from llmrl.trainers.rl import RLTrainer
@@ -38,6 +38,7 @@ from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_networks, train_networks
 from llmrl.wiring.engines import build_engine, check_room, load_for_sampling
 from llmrl.wiring.passes import check_sampling
+from llmrl.wiring.environments import with_turns
 from llmrl.wiring.precision import precision_warnings
 from llmrl.wiring.rewards import load_scorer, reward_on
 from llmrl.wiring.rows import EVALUATION, report_dropped
@@ -57,7 +58,7 @@ def build_grpo(config: GRPORun, checked: Checked, context: Context, trackers: Tr
         make = partial(
             GRPO,
             one_step=config.optimizer_steps_per_iteration == 1,
-            reward_weights=config.reward.weights if config.reward.combine == "standardized" else None,
+            reward_weights=config.reward_weights if config.reward.combine == "standardized" else None,
         )
     else:
         make = partial(make_user_algorithm, name, progress=context.progress)
@@ -108,7 +109,8 @@ def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evalua
         config.rollout, model, tokenizer, dtype=model.dtype, progress=context.progress
     )
     scorer = _load_scorer(config, context)
-    return _evaluator(config, checked, context, tokenizer, model, DistributedEngine(engine, context), scorer)
+    engine = _over_ranks(engine, checked, config, tokenizer, context)
+    return _evaluator(config, checked, context, tokenizer, model, engine, scorer)
 
 
 def _load_actor(config: RLRun, context: Context) -> Actor:
@@ -170,10 +172,19 @@ def _parts_of(
         readers=readers,
         budget=budget,
         reference=reference,
-        engine=DistributedEngine(engine, context),
+        engine=_over_ranks(engine, checked, config, actor.tokenizer, context),
         scorer=_load_scorer(config, context, actor),
         saver=Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context),
     )
+
+
+def _over_ranks(
+    engine: RolloutEngine, checked: Checked, config: RLRun, tokenizer: "PreTrainedTokenizerBase", context: Context
+) -> RolloutEngine:
+    """The engine with what answers the actor, its work split over ranks."""
+    if checked.environment is not None:
+        engine = with_turns(engine, checked.environment, config.data, tokenizer, context)
+    return DistributedEngine(engine, context)
 
 
 def _reference_of(actor: Actor, budget: TokenBudget, config: RLRun, context: Context) -> DistributedPolicy | None:
@@ -211,18 +222,13 @@ def _build_run(
         context.progress.message(f"warning: {warning}")
     report_padding(parts.budget, config.model, context.progress)
     assert checked.rows is not None, "only a dry run may leave rows unread"
-    prompts = ShuffledPrompts(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
-    report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
-    check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
-    readers = {**parts.readers, **_reader_of(parts.scorer, actor.tokenizer)}
-    if any(position_limit(model) is not None for model in readers.values()):
-        check_room(readers, prompts.all(), config.rollout)
+    prompts = _prompts(config, checked, parts, context)
     samples = LineFile(config.run.folder / "samples.jsonl", context.progress.message)
     trainer = RLTrainer(
         algorithm=algorithm,
         engine=parts.engine,
         reward=reward_on(
-            config.data, checked.rows, config.reward, checked.functions, parts.scorer, actor.tokenizer, context
+            config.data, checked.rows, config, checked.functions, parts.scorer, actor.tokenizer, context
         ),
         prompts=prompts,
         trained=trained,
@@ -268,6 +274,24 @@ def _build_run(
     )
 
 
+def _prompts(config: RLRun, checked: Checked, parts: _Parts, context: Context) -> PromptSource:
+    """The source of prompts, which have room in every model that reads them."""
+    actor, rows = parts.actor, checked.rows
+    assert rows is not None, "only a dry run may leave rows unread"
+    readers = {**parts.readers, **_reader_of(parts.scorer, actor.tokenizer)}
+    if config.opens_prompts:
+        for whose, model in readers.items():
+            check_length(model, config.data.max_prompt_tokens, config.rollout.max_response_tokens, whose=whose)
+        return ShuffledRows(rows, config.data, seed=config.run.seed)
+    data = config.data if checked.environment is None else checked.environment.shown(config.data)
+    prompts = ShuffledPrompts(rows, actor.tokenizer, data, seed=config.run.seed)
+    report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
+    check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
+    if any(position_limit(model) is not None for model in readers.values()):
+        check_room(readers, prompts.all(), config.rollout)
+    return prompts
+
+
 def _reader_of(scorer: RewardScorer | None, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":
     """The reward model where it reads the policy's own tokens; for others the length is not known beforehand."""
     if scorer is None or not same_tokens(tokenizer, scorer.tokenizer):
@@ -287,16 +311,20 @@ def _evaluator(
     assert config.evaluation_data is not None, "an evaluation needs prompts"
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
     data, rows = config.evaluation_data, checked.evaluation_rows
-    prompts, num_dropped = encode_prompts(rows, tokenizer, data)
-    report_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
-    check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
-    check_room({"the model": model, **_reader_of(scorer, tokenizer)}, prompts, config.rollout)
+    if config.opens_prompts:
+        prompts = unopened(rows)
+    else:
+        shown = data if checked.environment is None else checked.environment.shown(data)
+        prompts, num_dropped = encode_prompts(rows, tokenizer, shown)
+        report_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
+        check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
+        check_room({"the model": model, **_reader_of(scorer, tokenizer)}, prompts, config.rollout)
     return Evaluator(
         config.evaluation,
         engine=engine,
-        reward=reward_on(data, rows, config.reward, checked.functions, scorer, tokenizer, context),
+        reward=reward_on(data, rows, config, checked.functions, scorer, tokenizer, context),
         prompts=prompts,
-        criterion=config.reward.labels[0],
+        criterion=config.criterion,
         max_response_tokens=config.rollout.max_response_tokens,
         seed=config.run.seed,
         progress=context.progress,
