@@ -1,1 +1,1 @@
-"""Environments: what answers the actor between the turns of an episode, and the tools that it calls."""
+"""Episodes of several turns: environments, tools, and the text between turns."""

@@ -1,4 +1,4 @@
-"""Calls of tools that an actor wrote."""
+"""A call of a tool, as the actor wrote it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call of a tool, as the actor wrote it."""
+    """One call of a tool in a message of the actor."""
 
     name: str
+    """Name of the tool; empty where the message names none."""
     arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments by name."""
     id: str | None = None
-    """The actor's name for the call, where its format has one."""
+    """What the result refers to, in templates that ask for it."""
     problem: str | None = None
-    """Why the text of the call could not be read; None if it could."""
+    """Why it could not be read, if it could not: the actor gets this as its result."""
