@@ -3,7 +3,6 @@
 Imports no heavy library: the processes in which environments run start with this.
 """
 
-
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from random import Random
@@ -15,7 +14,7 @@ class Turn:
     """What an environment answers to a message of the actor."""
 
     observation: str | list[dict[str, Any]] | None = None
-    """What the actor reads next: a text, which is a message of the user, or messages. Only the last turn may have none."""
+    """What the actor reads next: a text, which is a message of the user, or messages. None: only where `done`."""
     done: bool = False
     """Whether the episode ends here; an observation is then not read."""
     reward: float = 0.0
@@ -41,7 +40,7 @@ Reply = Turn | str | list[dict[str, Any]]
 
 
 class Environment:
-    """Answers the actor, one object an episode. A class of one's own defines `respond`, and where it needs them the others:
+    """Answers the actor, one object an episode. A class of one's own defines `respond`, and the others if it needs them:
 
         class Guess(llmrl.Environment):
             def start(self, row):
@@ -54,8 +53,8 @@ class Environment:
                     return llmrl.Turn(done=True, reward=1.0)
                 return "higher" if guess < self.secret else "lower"
 
-    ``__init__`` gets the arguments that the recipe sets, by name. Each method may be ``async``. An exception, a call that
-    exceeds its time limit, the end of the process and an answer of another type leave the response unscored.
+    ``__init__`` gets the arguments that the recipe sets, by name. Each method may be ``async``. An exception, a call
+    that exceeds its time limit, the end of the process and an answer of another type leave the response unscored.
     """
 
     random: Random
@@ -77,7 +76,7 @@ class Environment:
         """
         return Turn(done=True)
 
-    def close(self) -> float | None | Awaitable[float | None]:
+    def close(self) -> float | Awaitable[float | None] | None:
         """Called once at the end of an episode that has been started, whatever ends it, unless its process was ended.
 
         A number is the reward of the whole episode, which is added to those of its turns.

@@ -7,9 +7,11 @@ whatever code of users returns arrives as texts, numbers, lists and objects, and
 Imports no heavy library: the processes in which environments run start with this.
 """
 
+import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -64,19 +66,14 @@ class Episode:
 
     Args:
         make: Makes its environment.
-        tools: Functions by name, as `llmrl.environments.loading.load_tools` returns them.
-        finish: Returns the result of an awaitable.
+        tools: Functions by name, which check their arguments; see `llmrl.environments.loading.Loaded`.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], Environment],
-        tools: Mapping[str, Callable[..., Any]],
-        finish: Callable[[Awaitable[Any]], Any],
-    ) -> None:
+    def __init__(self, make: Callable[[], Environment], tools: Mapping[str, Callable[..., Any]]) -> None:
         self.make = make
         self.tools = tools
-        self.finish = finish
+        self.loop = asyncio.Runner()
+        """Where awaitables run: one event loop for the whole episode, so that what it keeps open stays usable."""
         self.environment: Environment | None = None
 
     def lines(self, request: Request) -> Iterator[str]:
@@ -108,10 +105,8 @@ class Episode:
         return line
 
     def _failed(self, name: str, what: str) -> str:
-        try:
+        with suppress(BaseException):  # the failure that there is comes first
             self._close()
-        except BaseException:  # the failure that there is comes first
-            pass
         return json.dumps(["failure", name, what])
 
     def _start(self, request: Open) -> Any:
@@ -152,7 +147,11 @@ class Episode:
         return None if environment is None else self._finished(environment.close())
 
     def _finished(self, result: Any) -> Any:
-        return self.finish(result) if inspect.isawaitable(result) else result
+        return self.loop.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 def _text(result: Any) -> str:

@@ -9,7 +9,7 @@ from llmrl.environments.calls import ToolCall
 from llmrl.environments.environment import Message, Opening, Turn
 
 START, RESPOND, CLOSE = "start", "respond", "close"
-"""The requests that are methods of an environment, by which failures are counted; those of tools have the tool's name."""
+"""Names by which failures of an environment's methods are counted; those of a tool have its name."""
 PROCESS = "process"
 """Failures that are none of an environment: its process could not be started, or the one that starts them ended."""
 
@@ -34,14 +34,14 @@ class ToolResult:
 
 
 Answer = Opening | Turn | list[ToolResult] | float | Failure
-"""To `Host.open` an `Opening`, to `respond` a `Turn`, to `call` a result for each call, to `close` a reward (0 where the
-environment gives none); to any of them a `Failure`."""
+"""To `Host.open` an `Opening`, to `respond` a `Turn`, to `call` a result for each call, to `close` a reward, which is 0
+where the environment gives none; to any of them a `Failure`."""
 
 
 @runtime_checkable
 class Host(Protocol):
-    """Runs episodes side by side. A request returns at once; its answer comes from `wait`, and before it the same episode
-    gets no other request. An episode that has failed answers its failure to every further one."""
+    """Runs episodes side by side. A request returns at once; its answer comes from `wait`, and before it the same
+    episode gets no other request. An episode that has failed answers its failure to every further one."""
 
     code: Mapping[str, Mapping[Path, str | None]]
     """Digests of the files of the environment and of each tool, by their names in the recipe, as they were loaded."""

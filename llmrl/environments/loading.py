@@ -61,28 +61,37 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Callable[[], En
     if inspect.isclass(made):
         _check_class(name, made)
     elif not (is_given(name) and callable(made)):
-        raise UserCodeError(f"{ENVIRONMENT} {name} is no class but {type(made).__name__}; name one that derives from llmrl.Environment")
+        raise UserCodeError(
+            f"{ENVIRONMENT} {name} is no class but {type(made).__name__}; name one that derives from llmrl.Environment"
+        )
     bound = bind_arguments(made, arguments, role=ENVIRONMENT)
     try:
         inspect.signature(bound).bind()
     except TypeError as error:
-        raise UserCodeError(f"{ENVIRONMENT} {name}: {error}; set it in environment.arguments, or give it a default") from error
+        raise UserCodeError(
+            f"{ENVIRONMENT} {name}: {error}; set it in environment.arguments, or give it a default"
+        ) from error
     return bound
 
 
 def _check_class(name: str, made: type) -> None:
     if not issubclass(made, Environment):
         raise UserCodeError(
-            f"{ENVIRONMENT} {name} does not derive from llmrl.Environment; write class {made.__name__}(llmrl.Environment)"
+            f"{ENVIRONMENT} {name} does not derive from llmrl.Environment; "
+            f"write class {made.__name__}(llmrl.Environment)"
         )
     if made.respond is Environment.respond:
-        raise UserCodeError(f"{ENVIRONMENT} {name} has no method respond(self, message), which answers the actor; define it")
+        raise UserCodeError(
+            f"{ENVIRONMENT} {name} has no method respond(self, message), which answers the actor; define it"
+        )
 
 
 def _load_function(name: str) -> Callable[..., Any]:
     function = load_object(name, role="tool")
     if not inspect.isroutine(function):
-        raise UserCodeError(f"tool {name} is no function but {type(function).__name__}; wrap what it does in a function")
+        raise UserCodeError(
+            f"tool {name} is no function but {type(function).__name__}; wrap what it does in a function"
+        )
     return function
 
 
@@ -92,7 +101,9 @@ def _by_attribute(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Call
     for name, function in functions.items():
         attribute = name.rpartition(":")[2]
         if attribute in checked:
-            raise UserCodeError(f"tool {name}: two tools are called {attribute!r}, and the actor calls them by that; rename one")
+            raise UserCodeError(
+                f"tool {name}: two tools are called {attribute!r}, and the actor calls them by that; rename one"
+            )
         try:
             checked[attribute] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
         except Exception as error:  # whatever the text of an annotation raises

@@ -1,8 +1,8 @@
 """Environments and tools that a recipe names: a process for each episode, which can be ended whatever runs in it.
 
-A fresh interpreter, the template, loads the code once and forks for each episode; see `llmrl.environments.serve`. So the
-code of users is in no process that has torch or a GPU open, unless it imports that itself, and what one episode does to
-its process, whether it hangs, crashes or changes a module, is nothing to any other.
+A fresh interpreter, the template, loads the code once and forks for each episode; see `llmrl.environments.serve`. So
+code of users is in no process that has a model or a GPU, and what one episode does to its process, whether it hangs,
+crashes or changes a module, changes no other.
 """
 
 import json
@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import subprocess
-import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -100,8 +99,8 @@ class Processes(Exchanges):
         for name, digests in self.code.items():
             if changed := changed_file(digests):
                 raise UserCodeFailure(
-                    f"{name}: {changed} has changed during the run, and would be loaded anew, since the process that had "
-                    "loaded it has ended; start the command again"
+                    f"{name}: {changed} has changed during the run, and would be loaded anew, since the process that "
+                    "had loaded it has ended; start the command again"
                 )
         try:
             self._start_template()
@@ -155,9 +154,7 @@ class _Template:
         kind, value = json.loads(received)
         if kind == "refused":
             raise UserCodeError(value)
-        self.digests = {
-            name: {Path(file): digest for file, digest in files.items()} for name, files in value.items()
-        }
+        self.digests = {name: {Path(file): digest for file, digest in files.items()} for name, files in value.items()}
 
     def fork(self, theirs: socket.socket) -> None:
         """Lets it start a process that lives on a socket."""

@@ -3,14 +3,13 @@ each episode.
 
 The template gets the code to load over its connection, replies in a line of JSON, and then forks for each socket that
 comes over the connection. It keeps the socket until the fork has ended, and kills it, with every process of its group,
-as soon as the parent has closed the other end. When the fork has ended, whatever has ended it, what is left of its group
+as soon as the parent has closed the other end. When a fork has ended, whatever has ended it, what is left of its group
 is killed, and the socket gets its exit status as the last line.
 
 All of these end with the parent: the kernel kills each group, see `end_with`. What is printed goes where the parent
 prints, and is lost where that is closed; standard input is empty.
 """
 
-import asyncio
 import gc
 import json
 import os
@@ -20,7 +19,6 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Awaitable
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from struct import Struct
@@ -29,7 +27,7 @@ from typing import Any, BinaryIO
 from llmrl.child_process import end_with, flush_output
 from llmrl.environments.episode import Episode, Open
 from llmrl.environments.hosting import PROCESS
-from llmrl.environments.loading import Code, Loaded, load_code
+from llmrl.environments.loading import Loaded, load_code
 from llmrl.output_streams import lasting_output
 from llmrl.user_code import UserCodeError
 
@@ -171,13 +169,7 @@ class _Template:
 
 def live(connection: socket.socket, loaded: Loaded) -> None:
     """Answers the requests of one episode until the other end is closed."""
-    process = os.getpid()
-    loop = asyncio.Runner()
-
-    def finish(awaitable: Awaitable[Any]) -> Any:
-        return loop.run(_awaited(awaitable))
-
-    episode = Episode(loaded.make, loaded.tools, finish)
+    process, episode = os.getpid(), Episode(loaded.make, loaded.tools)
     stream = connection.makefile("rb")
     while (request := _read(stream)) is not None:
         if isinstance(request, Open):
@@ -221,7 +213,3 @@ def _kill(process: int) -> None:
     """Ends a process and its group at once."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable

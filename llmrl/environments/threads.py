@@ -3,19 +3,15 @@
 Nothing can end a thread: a call that exceeds its limit is left to itself, and its episode has failed.
 """
 
-import asyncio
 from collections import deque
-from collections.abc import Awaitable, Collection
-from concurrent.futures import Future
+from collections.abc import Collection
 from copy import deepcopy
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
 
 from llmrl.environments.episode import Episode, Request
 from llmrl.environments.exchange import LOOK_S, Exchange, Exchanges
 from llmrl.environments.loading import Code, Loaded, load_code
-from llmrl.rewards.event_loop import start_in_loop
 
 
 class Threads(Exchanges):
@@ -53,12 +49,11 @@ class _Thread:
     """`Link` to an episode in a thread, which ends after its last request."""
 
     def __init__(self, loaded: Loaded, has_lines: Event) -> None:
-        self.episode = Episode(loaded.make, loaded.tools, self._finish)
+        self.episode = Episode(loaded.make, loaded.tools)
         self.has_lines = has_lines
         self.requests: SimpleQueue[Request | None] = SimpleQueue()
         self.arrived: deque[str] = deque()
         self.is_dropped = False
-        self.awaited: Future[Any] | None = None
         Thread(target=self._run, name="episode", daemon=True).start()
 
     def send(self, request: Request) -> None:
@@ -73,31 +68,10 @@ class _Thread:
         """See `Link`."""
         self.is_dropped = True
         self.requests.put(None)
-        if self.awaited is not None:
-            self.awaited.cancel()
 
     def _run(self) -> None:
-        while not self.is_dropped and (request := self.requests.get()) is not None:
-            for line in self.episode.lines(request):
-                self.arrived.append(line)
-                self.has_lines.set()
-
-    def _finish(self, awaitable: Awaitable[Any]) -> Any:
-        """The result of an awaitable, from the event loop of this process."""
-        self.awaited = start_in_loop(_awaited(awaitable))
-        if self.is_dropped:
-            self.awaited.cancel()
-        result, error = self.awaited.result()
-        if error is not None:
-            raise error
-        return result
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """A result and what was raised instead: SystemExit, raised here, would end the loop of all."""
-    try:
-        return await awaitable, None
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        return None, error
+        with self.episode.loop:
+            while not self.is_dropped and (request := self.requests.get()) is not None:
+                for line in self.episode.lines(request):
+                    self.arrived.append(line)
+                    self.has_lines.set()
