@@ -107,10 +107,10 @@ class Exchange:
             answer = read_answer(self.request, value)
         except NoAnswer as problem:
             return self.fail(Failure(self.name, str(problem)))
-        if not isinstance(self.request, Call):
+        if not isinstance(answer, ToolResult):
             self.answer, self.is_answered = answer, True
             return None
-        assert isinstance(answer, ToolResult), "a call of a tool has a result"
+        assert isinstance(self.request, Call), "a result is that of a call"
         self.results.append(answer)
         self.sent = time.monotonic()
         if len(self.results) == len(self.request.calls):

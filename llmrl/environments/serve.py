@@ -193,7 +193,9 @@ def _seed(seed: int) -> None:
 def _read(stream: BinaryIO) -> Any:
     """The next object; None where the other end is closed."""
     size = stream.read(SIZE.size)
-    return ForkingPickler.loads(stream.read(*SIZE.unpack(size))) if len(size or b"") == SIZE.size else None
+    if len(size) < SIZE.size:
+        return None
+    return ForkingPickler.loads(stream.read(*SIZE.unpack(size)))  # type: ignore[attr-defined]
 
 
 def _line(*values: Any) -> bytes:
