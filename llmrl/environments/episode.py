@@ -122,8 +122,7 @@ class Episode:
     def _respond(self, message: Message) -> Any:
         assert self.environment is not None, "an episode is opened first"
         reply: Any = self._finished(self.environment.respond(message))
-        turn = reply if isinstance(reply, Turn) else Turn(reply)
-        return [turn.observation, turn.done, turn.reward]
+        return [reply.observation, reply.done, reply.reward] if isinstance(reply, Turn) else [reply, False, 0.0]
 
     def _call(self, call: ToolCall) -> tuple[str, bool]:
         """``(text for the actor, whether the call was its mistake)``."""

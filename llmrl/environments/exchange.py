@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llmrl.child_process import end_in_words
 from llmrl.environments.answers import NoAnswer, read_answer
@@ -18,6 +18,7 @@ LOOK_S = 0.2
 """Seconds between two looks at the clock, while answers are waited for."""
 
 
+@runtime_checkable
 class Link(Protocol):
     """Connection to an episode."""
 
