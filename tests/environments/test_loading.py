@@ -70,7 +70,12 @@ def test_without_a_name_it_is_the_base_class(code):
         ("Stranger", [], {}, r"mine\.py:Stranger does not derive from llmrl\.Environment; write class Stranger\(llmrl"),
         ("make", [], {}, r"environment mine\.py:make is no class but function"),
         ("Guess", [], {}, r"mine\.py:Guess: missing a required argument: 'top'; set it in environment\.arguments"),
-        ("Guess", [], {"top": 1, "lo": 1}, r"mine\.py:Guess has no parameter 'lo' for its argument; did you mean 'low'"),
+        (
+            "Guess",
+            [],
+            {"top": 1, "lo": 1},
+            r"mine\.py:Guess has no parameter 'lo' for its argument; did you mean 'low'",
+        ),
         ("Guess", [], {"top": "many"}, r"environment .*mine\.py:Guess: argument top \('many'\): Input should be"),
         (None, ["table"], {}, r"tool mine\.py:table is no function but dict"),
         (None, ["subtract"], {}, r"tool mine\.py:subtract: mine\.py has no 'subtract'"),
