@@ -74,7 +74,7 @@ def test_without_a_name_it_is_the_base_class(code):
             "Guess",
             [],
             {"top": 1, "lo": 1},
-            r"mine\.py:Guess has no parameter 'lo' for its argument; did you mean 'low'",
+            r"mine\.py:Guess has no parameter 'lo' .*; did you mean 'low'",
         ),
         ("Guess", [], {"top": "many"}, r"environment .*mine\.py:Guess: argument top \('many'\): Input should be"),
         (None, ["table"], {}, r"tool mine\.py:table is no function but dict"),
