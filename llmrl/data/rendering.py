@@ -1,7 +1,7 @@
 """Conversations in parts, as token ids: what an actor reads first, and what it reads between two of its turns.
 
-The ids that an actor sampled are never encoded again. What the chat template puts between two turns is the difference of
-two renderings, in which a marker stands for each message of the assistant, so that it does not depend on what was said.
+The ids that an actor sampled are never encoded again. What the chat template puts between two turns is the difference
+of two renderings, in which a marker stands for each message of the assistant: it does not depend on what was said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -185,9 +185,7 @@ class Rendering:
         turn = _assistant("answer", answered_by="tool" if with_calls else "user")
         results = [_observation("tool", number) for number in (1, 2)]
         try:
-            text = render(
-                [_observation("user", 0), turn, results[0], turn, results[1]], self._tokenizer, self._config
-            )
+            text = render([_observation("user", 0), turn, results[0], turn, results[1]], self._tokenizer, self._config)
         except TemplateProblem:
             return False
         return all(result["content"] in text for result in results)

@@ -26,7 +26,9 @@ ADD = {
 }
 USER = {"role": "user", "content": "hi"}
 
-odd = st.sampled_from(["{{ x }}", "{% if %}", "]]}", "assistant\n", "<think>", "[INST", "zqTurn1qz", "é🙂", "\u2028", "  "])
+odd = st.sampled_from(
+    ["{{ x }}", "{% if %}", "]]}", "assistant\n", "<think>", "[INST", "zqTurn1qz", "é🙂", "\u2028", "  "]
+)
 texts = st.lists(st.one_of(st.text(max_size=8), odd), max_size=4).map("".join).filter(lambda text: text.strip())
 
 
@@ -105,7 +107,7 @@ def test_results_of_tools(name: str, said):
         turns.append((message, observation))
     ids, messages = parts(tokenizer, [USER], turns, [ADD])
     assert ids == whole_ids(tokenizer, messages, [ADD])
-    assert (json.dumps("Adds.") in tokenizer.decode(ids)) == (name != "smollm2" and not name == "llama3")
+    assert (json.dumps("Adds.") in tokenizer.decode(ids)) == (name not in ("smollm2", "llama3"))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "mistral"])
@@ -117,7 +119,9 @@ def test_calls_are_left_to_the_actors_own_text(name: str):
     texts = ("<tool_call>{ }</tool_call>", "[TOOL_CALLS][  {}]")
     between = [
         rendering.between(
-            [USER, {"role": "assistant", "content": text, "tool_calls": [call]}], [result], last_id=tokenizer.eos_token_id
+            [USER, {"role": "assistant", "content": text, "tool_calls": [call]}],
+            [result],
+            last_id=tokenizer.eos_token_id,
         )
         for text in texts
     ]
@@ -196,7 +200,7 @@ def test_reasoning_that_is_stripped_is_found():
     problem = history_problem(family("qwen3"), CONFIG)
     assert problem is not None
     assert "reason\\n</think>" in problem
-    assert "(a turn with reasoning, <think> to </think>); set environment.history to \"keep\"" in problem
+    assert '(a turn with reasoning, <think> to </think>); set environment.history to "keep"' in problem
 
 
 def test_a_list_of_tools_that_moves_is_found():
