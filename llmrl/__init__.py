@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from llmrl.api.inference import evaluate, generate, score
     from llmrl.api.run import Run
     from llmrl.api.training import grpo, ppo, reward_model, sft
+    from llmrl.environments.environment import Environment, Message, Turn
     from llmrl.errors import Error
 
 __version__ = "0.2.0"
 __all__ = [
+    "Environment",
     "Error",
+    "Message",
     "Run",
     "RunFolder",
+    "Turn",
     "__version__",
     "evaluate",
     "generate",
@@ -29,9 +33,12 @@ __all__ = [
     "sft",
 ]
 _PLACES = {
+    "Environment": "llmrl.environments.environment",
     "Error": "llmrl.errors",
+    "Message": "llmrl.environments.environment",
     "Run": "llmrl.api.run",
     "RunFolder": "llmrl.api.folder",
+    "Turn": "llmrl.environments.environment",
     "evaluate": "llmrl.api.inference",
     "generate": "llmrl.api.inference",
     "grpo": "llmrl.api.training",

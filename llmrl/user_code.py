@@ -12,6 +12,7 @@ Objects that a program hands over in Python have names too, ``given:name``, in t
 """
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -155,6 +156,16 @@ def code_files(function: Callable[..., Any]) -> list[Path]:
     return sorted(found)
 
 
+def code_digests(function: Callable[..., Any]) -> dict[Path, str | None]:
+    """SHA-256 of each of the `code_files` of a function or class."""
+    return {file: _digest(file) for file in code_files(function)}
+
+
+def changed_file(digests: Mapping[Path, str | None]) -> Path | None:
+    """The first file whose content is not that of its digest by now; None where all are."""
+    return next((file for file, digest in digests.items() if _digest(file) != digest), None)
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Name of a function as a recipe writes it."""
     function = _unbound(function)
@@ -169,6 +180,14 @@ def describe_exception(function: Callable[..., Any], error: BaseException) -> st
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f" at {file}:{lines[-1]}" if lines else ""
     return f"raised {class_and_message(error)}{place}"
+
+
+def _digest(file: Path) -> str | None:
+    """SHA-256 of a file; None where it is gone."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Files as modules: found by worker processes, beside their neighbours, in nobody's way."""
 
+import hashlib
 import multiprocessing
 import pickle
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from llmrl.user_code import (
     UserCodeError,
+    changed_file,
+    code_digests,
     code_files,
     describe_exception,
     handed_over,
@@ -123,6 +126,21 @@ def test_the_code_of_a_function_is_its_file_with_the_neighbours_that_it_reaches(
     rule = written(tmp_path, "rule.py", "def rule():\n    import near_rule\n    from package_of_rule import x\n")
     assert code_files(import_file(rule).rule) == sorted([far, near, package, rule])
     assert code_files(len) == []
+
+
+def test_a_file_that_has_changed_is_found_by_its_digest(tmp_path):
+    (tmp_path / "near.py").write_text("")
+    rule = tmp_path / "digested.py"
+    rule.write_text("import near\ndef rule(): pass")
+    digests = code_digests(import_file(rule).rule)
+    assert list(digests) == [rule, tmp_path / "near.py"]
+    assert digests[tmp_path / "near.py"] == hashlib.sha256(b"").hexdigest()
+    assert changed_file(digests) is None
+    (tmp_path / "near.py").write_text("x = 1")
+    assert changed_file(digests) == tmp_path / "near.py"
+    (tmp_path / "near.py").write_text("")
+    rule.unlink()
+    assert changed_file(digests) == rule
 
 
 def test_the_code_of_a_function_has_the_modules_of_packages_that_it_reaches(tmp_path):

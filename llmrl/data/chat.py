@@ -200,7 +200,7 @@ def render(
 def _refuse_powers(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a template that raises to a power: 10**10**10 is one call into C, which no limit of time stops, and is
     computed before a conversation is rendered."""
-    if any(_has_powers(template) for template in _templates(tokenizer)):
+    if any(_has_powers(template) for template in templates_of(tokenizer)):
         raise TemplateProblem("it raises a number to a power, which can take any time")
 
 
@@ -218,7 +218,7 @@ def check_template_arguments(tokenizer: PreTrainedTokenizerBase, config: DataCon
             "tokenizer has none; use the tokenizer of an instruct model, or leave them out"
         )
     given_otherwise = {*OTHER_ARGUMENTS, *tokenizer.special_tokens_map}
-    known = {name for template in _templates(tokenizer) for name in _variables(template)} - given_otherwise
+    known = {name for template in templates_of(tokenizer) for name in _variables(template)} - given_otherwise
     if unknown := [name for name in config.chat_template_kwargs if name not in known]:
         raise DataError(
             f"data.chat_template_kwargs ({', '.join(unknown)}): the chat template takes no such argument from a "
@@ -233,7 +233,7 @@ OTHER_ARGUMENTS = frozenset(
 """Names that a template may read and that the tokenizer gives it, or the rows."""
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def templates_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The chat templates of a tokenizer, which may have several by name."""
     template = tokenizer.chat_template
     return list(template.values()) if isinstance(template, dict) else [template] if template is not None else []

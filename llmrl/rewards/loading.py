@@ -29,8 +29,9 @@ def load_function(name: str) -> Function:
     return function
 
 
-def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function:
-    """The function with extra keyword arguments filled in, each read as the type that its parameter is annotated with.
+def bind_arguments(function: Function, arguments: Mapping[str, Any], *, role: str = "reward function") -> Function:
+    """The function with extra keyword arguments filled in, each read as the type that its parameter is annotated with;
+    errors call it by its role.
 
     So a parameter ``pattern: re.Pattern[str]`` gets a compiled pattern, and a text that is none is refused here.
     """
@@ -41,10 +42,10 @@ def bind_arguments(function: Function, arguments: Mapping[str, Any]) -> Function
     for name, value in arguments.items():
         if name not in known and not _takes_any(function):
             raise UserCodeError(
-                f"reward function {name_of(function)} has no parameter {name!r} for its argument{nearest(name, known)}"
+                f"{role} {name_of(function)} has no parameter {name!r} for its argument{nearest(name, known)}"
             )
-        annotation = _annotation(function, name) if name in known else Any
-        bound[name] = _read_argument(function, name, value, annotation)
+        annotation = _annotation(function, name, role) if name in known else Any
+        bound[name] = _read_argument(function, name, value, annotation, role)
     return partial(function, **bound)
 
 
@@ -112,28 +113,28 @@ def _signature_problem(function: Function) -> str | None:
     return f"takes {unnamed[0]!r} by its position only, and it is handed over by its name" if unnamed else None
 
 
-def _annotation(function: Function, name: str) -> Any:
+def _annotation(function: Function, name: str, role: str) -> Any:
     try:
         return inspect.signature(function, eval_str=True).parameters[name].annotation
     except Exception as error:  # whatever the text of an annotation raises
         raise UserCodeError(
-            f"reward function {name_of(function)}: its annotations cannot be read: {class_and_message(error)}; "
+            f"{role} {name_of(function)}: its annotations cannot be read: {class_and_message(error)}; "
             "import what they name"
         ) from error
 
 
-def _read_argument(function: Function, name: str, value: Any, annotation: Any) -> Any:
+def _read_argument(function: Function, name: str, value: Any, annotation: Any, role: str) -> Any:
     if annotation is inspect.Parameter.empty:
         return value
     try:
         return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         rule = error.errors()[0]["msg"]
-        raise UserCodeError(f"reward function {name_of(function)}: argument {name} ({value!r}): {rule}") from error
+        raise UserCodeError(f"{role} {name_of(function)}: argument {name} ({value!r}): {rule}") from error
     except PydanticUserError as error:
         kind = inspect.formatannotation(annotation)
         raise UserCodeError(
-            f"reward function {name_of(function)}: argument {name} ({value!r}) cannot be made {kind}; "
+            f"{role} {name_of(function)}: argument {name} ({value!r}) cannot be made {kind}; "
             "annotate the parameter with a plain type, or leave its annotation out"
         ) from error
 

@@ -1,14 +1,11 @@
 """Main loop of the worker process: loads the reward functions of a recipe and calls them, one request after another.
 
-It ends when its parent is gone, whatever a function does: the kernel sends SIGIO as soon as no process holds the
-other end of the pipe `lifeline` any more, and nothing catches that. What a function prints goes where the parent
+It ends when its parent is gone, whatever a function does: see `end_with`. What a function prints goes where the parent
 prints, and is lost where that is closed, such as by ``| head``; standard input is empty.
 """
 
-import fcntl
 import inspect
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +13,7 @@ from inspect import Parameter
 from multiprocessing.connection import Connection
 from typing import Any
 
+from llmrl.child_process import end_with, flush_output
 from llmrl.output_streams import lasting_output
 from llmrl.rewards.calls import Answer, Calls, Columns, Failure, Pending
 from llmrl.rewards.loading import bind_arguments, check_columns, load_function, takes
@@ -91,8 +89,7 @@ def serve(requests: int, lifeline: int) -> None:
         requests: File descriptor of the connection to the parent.
         lifeline: File descriptor of the pipe that ends with the parent.
     """
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    end_with(lifeline)
     with lasting_output(warns=False):  # the run prints to the same, and warns
         _serve(Connection(requests))
 
@@ -110,7 +107,7 @@ def _reply(connection: Connection, worker: "_Worker", process: int) -> None:
     for reply in worker.replies(request):
         if os.getpid() != process:
             os._exit(0)  # a child that a function has forked, and that came back
-        _flush()
+        flush_output()
         connection.send(reply)
 
 
@@ -173,11 +170,3 @@ class _Worker:
             return None
         os.chdir(self.folder)
         return place
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):  # closed or replaced by a function
-            continue

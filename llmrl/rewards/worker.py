@@ -7,11 +7,9 @@ fork: threads of torch and CUDA would not survive that; and not a daemon of `mul
 of processes of their own.
 """
 
-import hashlib
 import os
 import signal
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -24,12 +22,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from llmrl.child_process import end_in_words, start_child
 from llmrl.rewards.calls import Answer, Calls, Columns, Failure, Pending, RewardError, Waiting
 from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rewards.loading import Function, bind_arguments, check_columns, load_function, takes, takes_rollout
 from llmrl.rewards.patience import Loading
 from llmrl.rewards.serve import Answered, Ask, Check, Gather, Load, Loaded, Refused, Request
-from llmrl.user_code import UserCodeError, code_files, is_given
+from llmrl.user_code import UserCodeError, changed_file, code_digests, is_given
 
 LOOK_S = 0.2
 """Seconds between two looks at the clock and at the process, while an answer is waited for."""
@@ -101,7 +100,7 @@ class Worker:
                     f"reward function {setting.name} takes a rollout, which stays in the process of the run; take "
                     "responses, or hand the function itself over in Python, as in llmrl.grpo(..., reward=function)"
                 )
-            self.code[setting.name] = {file: _digest(file) for file in code_files(function)}
+            self.code[setting.name] = code_digests(function)
         self.loading_s = time.monotonic() - started
         loaded_functions = self.functions | self.calls.functions
         return tuple(loaded_functions[setting.name] for setting in self.config.functions)
@@ -207,12 +206,11 @@ class Worker:
         """
         if self.process is not None and name in self.process.loaded:
             return None
-        for file, digest in self.code[name].items():
-            if _digest(file) != digest:
-                raise RewardError(
-                    f"reward function {name}: {file} has changed during the run, and would be loaded anew, since the "
-                    "process that had loaded it has ended; start the command again"
-                )
+        if changed := changed_file(self.code[name]):
+            raise RewardError(
+                f"reward function {name}: {changed} has changed during the run, and would be loaded anew, since the "
+                "process that had loaded it has ended; start the command again"
+            )
         setting = next(each for each in self.config.functions if each.name == name)
         loaded = self._load(setting, waiting, free_s=2 * self.loading_s)
         if isinstance(loaded, Loaded):
@@ -237,24 +235,15 @@ class _Process:
 
     def __init__(self, folder: str) -> None:
         self.connection, theirs = Pipe()
-        lifeline, mine = os.pipe()
         self.loaded: set[str] = set()
         """Functions that it has loaded."""
         self.late: list[str] = []
         """Functions that exceeded their limit."""
         self.is_lost = False
         """Whether nothing more can be received."""
-        program = f"import sys; sys.path[:] = {sys.path!r}; from llmrl.rewards.serve import serve; serve(*{{}})"
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", program.format((theirs.fileno(), lifeline))],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), lifeline),
-            cwd=folder,
-            process_group=0,  # a Ctrl-C goes to the run, which decides; and all of it can be killed at once
-        )
+        self.popen, lifeline = start_child("llmrl.rewards.serve", theirs.fileno(), folder)
         theirs.close()
-        os.close(lifeline)
-        self.close = weakref.finalize(self, _close, self.popen, self.connection, mine)
+        self.close = weakref.finalize(self, _close, self.popen, self.connection, lifeline)
 
     def send(self, request: Request) -> None:
         """Sends a request, in a thread: a worker that hangs may not read it, and this process must not hang too."""
@@ -306,11 +295,7 @@ class _Process:
         status = self.popen.poll()
         if status is None:
             return "closed the connection of the process that it runs in"
-        if status < 0:
-            killer = signal.Signals(-status).name
-            memory = " (which the system sends where memory runs out)" if killer == "SIGKILL" else ""
-            return f"ended the process that it runs in by {killer}{memory}"
-        return f"ended the process that it runs in with exit status {status}"
+        return end_in_words(status)
 
     def kill(self) -> None:
         """Ends the process, and those that it has started, at once."""
@@ -340,11 +325,3 @@ def _ended(process: _Process, waiting: Mapping[str, Waiting]) -> dict[str, Failu
             for name in process.late
         }
     return {name: Failure(what=process.end, kind=process.end, seconds=0.0) for name in waiting}
-
-
-def _digest(file: Path) -> str | None:
-    """SHA-256 of a file; None where it is gone."""
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return None
