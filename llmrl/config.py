@@ -470,7 +470,14 @@ def _epochs(num_used: int, what: str, num_rows: int | None) -> str:
 
 def _check_standardized(algorithm: GRPOConfig) -> None:
     """Refuses settings that read one score of a response, where each reward is standardized by itself."""
-    needed = {"name": "grpo", "baseline": "mean", "scale": "std", "credit": "response", "overlong_buffer_tokens": 0, "max_redraws": 0}
+    needed = {
+        "name": "grpo",
+        "baseline": "mean",
+        "scale": "std",
+        "credit": "response",
+        "overlong_buffer_tokens": 0,
+        "max_redraws": 0,
+    }
     for name, value in needed.items():
         if (ours := getattr(algorithm, name)) != value:
             raise ValueError(

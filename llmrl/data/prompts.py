@@ -61,9 +61,7 @@ class ShuffledRows(MixedSource[Row]):
     """`PromptSource` of rows whose prompts an environment makes, in shuffled epochs."""
 
     def __init__(self, rows: Sequence[Row], config: PromptsConfig, *, seed: int) -> None:
-        super().__init__(
-            [part for _, part in by_set(rows, config)], seed=seed, rows=rows, weights=weights_of(config)
-        )
+        super().__init__([part for _, part in by_set(rows, config)], seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_prompts: int) -> Prompts:
         """The next rows as one batch."""

@@ -311,9 +311,7 @@ class Decoding:
         on; those to which nothing is fed are complete. It waits for their replies, so that which rows are decoded
         together, and with it the rounding of their logits, depends on no clock."""
         due = [
-            index
-            for index, aside in self.aside.items()
-            if not self.rows or self.num_steps - aside.since >= STEPS_ASIDE
+            index for index, aside in self.aside.items() if not self.rows or self.num_steps - aside.since >= STEPS_ASIDE
         ]
         if not due:
             return

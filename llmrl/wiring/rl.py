@@ -37,8 +37,8 @@ from llmrl.wiring.checks import Checked, reward_model_config
 from llmrl.wiring.contents import recorded_settings
 from llmrl.wiring.critics import load_networks, train_networks
 from llmrl.wiring.engines import build_engine, check_room, load_for_sampling
-from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.environments import with_turns
+from llmrl.wiring.passes import check_sampling
 from llmrl.wiring.precision import precision_warnings
 from llmrl.wiring.rewards import load_scorer, reward_on
 from llmrl.wiring.rows import EVALUATION, report_dropped
@@ -227,9 +227,7 @@ def _build_run(
     trainer = RLTrainer(
         algorithm=algorithm,
         engine=parts.engine,
-        reward=reward_on(
-            config.data, checked.rows, config, checked.functions, parts.scorer, actor.tokenizer, context
-        ),
+        reward=reward_on(config.data, checked.rows, config, checked.functions, parts.scorer, actor.tokenizer, context),
         prompts=prompts,
         trained=trained,
         update=config.update,
