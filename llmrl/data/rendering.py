@@ -95,6 +95,7 @@ class Rendering:
             Rewritten: The template writes the conversation differently now, and `keep_history` is off.
             DataError: The template does not take the messages, or there is none for them.
         """
+        assert messages[-1]["role"] == "assistant", "only an actor's turn is answered"
         last = self._text_of(last_id)
         if self._chat:
             asked = as_messages(observation)
@@ -113,6 +114,10 @@ class Rendering:
             Rewritten: The template writes one of the messages, or what is before it, differently later.
             DataError: The template does not take the messages.
         """
+        if not self._chat:
+            raise DataError(
+                'its messages need a chat template, and the tokenizer has none or data.template is "none"; make them texts'
+            )
         last, opening = self._text_of(last_id), opening_of_response(self._tokenizer, self._config)
         written = [
             {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message

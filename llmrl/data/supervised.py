@@ -159,13 +159,21 @@ def _turns_problem(
             f"the chat template {problem.what}, so a model that wrote all of its turns would not have read this; "
             'set data.train_on to "last", or take a template that leaves earlier turns as they are'
         )
+    except DataError as problem:
+        return str(problem)
     return None
 
 
 def _conversation(row: Row, config: ExamplesConfig) -> list[Any] | None:
     """The messages of a row, its response included; None where its prompt is a text."""
-    prompt, response = _split(row, config)
-    return None if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": response}]
+    prompt = row[config.prompt_column]
+    if isinstance(prompt, str):
+        return None
+    return (
+        prompt
+        if _brings_response(row, config)
+        else [*prompt, {"role": "assistant", "content": row[config.response_column]}]
+    )
 
 
 def _brings_response(row: Row, config: ExamplesConfig) -> bool:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
-from llmrl.data.files import DataError
+from llmrl.data.config import MixedRowsConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.data.files import DataError, FileRow
 from llmrl.data.prompts import encode_prompts
 from llmrl.data.supervised import (
     SupervisedSource,
@@ -191,6 +191,10 @@ def test_padding_counts_nowhere(chat: PreTrainedTokenizerFast):
             [USER, {**ASSISTANT, "tool_calls": [{"function": {}}]}, USER, ASSISTANT],
             "'prompt' has tool_calls; write them into the content",
         ),
+        (
+            [USER, ASSISTANT, USER, {**ASSISTANT, "tool_calls": [{"function": {}}]}],
+            "'prompt' has tool_calls; write them into the content",
+        ),
     ],
 )
 def test_conversations_whose_turns_cannot_be_learned(messages: list[dict], problem: str):
@@ -199,6 +203,20 @@ def test_conversations_whose_turns_cannot_be_learned(messages: list[dict], probl
     with pytest.raises(DataError, match=f"row 2: {problem}"):
         keep_examples_in_template(rows, tokenizer, config(train_on="all"))
     assert len(keep_examples_in_template(rows, tokenizer, config(train_on="all", skip_bad_rows=True))) == 1
+
+
+def test_messages_need_a_chat_template(plain: PreTrainedTokenizerFast):
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": talk("hi", "yes", "so", "no")}]
+    with pytest.raises(DataError, match="row 2: its messages need a chat template"):
+        keep_examples_in_template(rows, plain, config(train_on="all"))
+
+
+def test_sets_of_a_mixture_are_read_alike(chat: PreTrainedTokenizerFast):
+    settings = config(train_on="all", mixed_with=(MixedRowsConfig(path="b.jsonl", weight=1.0),))
+    rows = [FileRow({"prompt": talk("hi", "yes", "so", "no")}, "line 1") for _ in range(2)]
+    rows[1].set_number = 1
+    batch = SupervisedSource(rows, chat, settings, seed=0).next(2)
+    assert batch.response_mask.sum(dim=1).tolist() == [7, 7]
 
 
 def test_reasoning_that_the_template_strips_from_earlier_turns_is_refused():
