@@ -116,7 +116,7 @@ class Rendering:
         """
         if not self._chat:
             raise DataError(
-                'its messages need a chat template, and the tokenizer has none or data.template is "none"; make them texts'
+                "its messages need a chat template, but the tokenizer has none or data.template skips it; use texts"
             )
         last, opening = self._text_of(last_id), opening_of_response(self._tokenizer, self._config)
         written = [

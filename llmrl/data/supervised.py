@@ -169,11 +169,9 @@ def _conversation(row: Row, config: ExamplesConfig) -> list[Any] | None:
     prompt = row[config.prompt_column]
     if isinstance(prompt, str):
         return None
-    return (
-        prompt
-        if _brings_response(row, config)
-        else [*prompt, {"role": "assistant", "content": row[config.response_column]}]
-    )
+    if not _brings_response(row, config):
+        return [*prompt, {"role": "assistant", "content": row[config.response_column]}]
+    return prompt
 
 
 def _brings_response(row: Row, config: ExamplesConfig) -> bool:
