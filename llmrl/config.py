@@ -164,6 +164,11 @@ class CriticRun:
     """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
+        if self.model.lora is not None and self.model.lora.modules_to_save:
+            raise ValueError(
+                f"model.lora.modules_to_save ({', '.join(self.model.lora.modules_to_save)}) are layers of an actor or "
+                "a reward model: a critic that is an adapter trains none whole; leave them out"
+            )
         every = self.critic.evaluate_every
         if every and self.evaluation_data is None:
             raise ValueError(
