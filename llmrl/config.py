@@ -9,6 +9,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import (
     DataConfig,
     ExamplesConfig,
+    PairsConfig,
     PreferenceDataConfig,
     PromptDataConfig,
     PromptsConfig,
@@ -105,7 +106,7 @@ class RewardModelRun:
     """The model that is trained: a causal language model, which gets a new head, or a reward model."""
     data: PreferenceDataConfig
     """Pairs of responses, one of which was preferred."""
-    evaluation_data: Annotated[PreferenceDataConfig, LIKE_DATA]
+    evaluation_data: Annotated[PairsConfig, LIKE_DATA]
     """Held-out pairs: what the report card is about."""
     run: OutputConfig
     """Output folder; the length of the run is `reward_model.num_epochs`."""
