@@ -67,12 +67,13 @@ def merge_adapters(
 def trained_whole(model: nn.Module) -> dict[str, str]:
     """Names of the layers that are trained whole beside adapters, each with that of the copy that is trained: peft
     keeps the original in the same place, and maybe that of a reference."""
-    layers: Iterable[tuple[str, Any]] = model.named_modules()
-    return {
-        name: f"{name}.modules_to_save.{layer.active_adapters[0]}"
-        for name, layer in layers
-        if isinstance(getattr(layer, "modules_to_save", None), nn.ModuleDict)
-    }
+    return {name: f"{name}.modules_to_save.{layer.active_adapters[0]}" for name, layer in _wrapped(model)}
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            yield name, module
 
 
 def unread(model: nn.Module) -> set[str]:
