@@ -9,6 +9,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import (
     DataConfig,
     ExamplesConfig,
+    PairsConfig,
     PreferenceDataConfig,
     PromptDataConfig,
     PromptsConfig,
@@ -105,7 +106,7 @@ class RewardModelRun:
     """The model that is trained: a causal language model, which gets a new head, or a reward model."""
     data: PreferenceDataConfig
     """Pairs of responses, one of which was preferred."""
-    evaluation_data: Annotated[PreferenceDataConfig, LIKE_DATA]
+    evaluation_data: Annotated[PairsConfig, LIKE_DATA]
     """Held-out pairs: what the report card is about."""
     run: OutputConfig
     """Output folder; the length of the run is `reward_model.num_epochs`."""
@@ -164,6 +165,11 @@ class CriticRun:
     """Settings of other days, and what to write now."""
 
     def __post_init__(self) -> None:
+        if self.model.lora is not None and self.model.lora.modules_to_save:
+            raise ValueError(
+                f"model.lora.modules_to_save ({', '.join(self.model.lora.modules_to_save)}) are layers of an actor or "
+                "a reward model: a critic that is an adapter trains none whole; leave them out"
+            )
         every = self.critic.evaluate_every
         if every and self.evaluation_data is None:
             raise ValueError(

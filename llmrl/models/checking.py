@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.hub import is_local
-from llmrl.models.adapters import check_targets, lora_config, naming_adapter, refuse_tied
+from llmrl.models.adapters import check_layers, layers_to_save, lora_config, naming_adapter, refuse_tied
 from llmrl.models.config import CriticNetwork, ModelConfig
 from llmrl.models.critic_folder import check_critic_files, check_same_base, check_width
 from llmrl.models.folders import (
@@ -266,10 +266,11 @@ def _try_lora(config: ModelConfig, model: "PreTrainedModel") -> None:
     from peft import get_peft_model
 
     assert config.lora is not None
-    check_targets(config.lora, model)
+    check_layers(config.lora, model)
     is_causal = model.get_output_embeddings() is not None
+    task_type, whole = "CAUSAL_LM" if is_causal else "SEQ_CLS", layers_to_save(config.lora, model)
     with reading(config):
-        get_peft_model(model, lora_config(config.lora, model, task_type="CAUSAL_LM" if is_causal else "SEQ_CLS"))
+        get_peft_model(model, lora_config(config.lora, model, task_type=task_type, modules_to_save=whole))
     if is_causal:
         refuse_tied(model)
 

@@ -132,3 +132,9 @@ def test_the_loop_is_what_the_recipe_asks_for(config):
     assert run.trainer.microbatcher.budget.max_tokens == 77
     assert run.trainer.objective.critic.microbatcher.budget.max_tokens == 77
     assert build_run(dataclasses.replace(config, evaluation_data=None))[0].evaluate is None
+
+
+def test_a_critic_that_is_an_adapter_trains_no_layer_whole(config):
+    lora = LoraSettings(rank=2, modules_to_save=("lm_head",))
+    with pytest.raises(ValueError, match=r"^model\.lora\.modules_to_save \(lm_head\) are layers of an actor .* out$"):
+        dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
