@@ -24,6 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from llmrl.distributed.stop import STOP, Interrupted
+from llmrl.errors import Error
 from llmrl.files import REFUSALS, read_object
 from llmrl.messages import in_units, shown, visible, with_interval, without_ends
 from llmrl.output_streams import lasting_output
@@ -502,59 +503,34 @@ def _outer_causes_in_one_line(status: int, folder: Path | None = None) -> Iterat
 def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
     """Context of a run: failures that have a cause outside of llmrl end with their message; anything else propagates.
 
-    `folder` is the output folder of a run that can be resumed.
+    Input that cannot be used, a `ValueError`, has the status 2; a run that failed 1. `folder` is the output folder of
+    a run that can be resumed.
     """
-    from llmrl.data.files import DataError
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
-    from llmrl.distributed.launch import LaunchError
     from llmrl.distributed.watchdog import PhaseTimeout
-    from llmrl.files import WriteError
-    from llmrl.memory import MemoryFull, describe_full_memory
-    from llmrl.models.folders import ModelError
-    from llmrl.reports.trackers import TrackerError
-    from llmrl.rewards.calls import RewardError
-    from llmrl.roles import StateMismatch
-    from llmrl.rollout.support import RolloutError
-    from llmrl.trainers.alarms import NothingLearned
-    from llmrl.trainers.checkpoint import CheckpointError
-    from llmrl.trainers.rl import FlatGroupsError
-    from llmrl.trainers.run import RunError, Stopped
+    from llmrl.memory import describe_full_memory
+    from llmrl.trainers.run import Stopped
     from llmrl.user_code import UserCodeFailure
 
     try:
         with _outer_causes_in_one_line(1, folder):
             yield
-    except (
-        DataError,
-        LaunchError,
-        ModelError,
-        RolloutError,
-        RunError,
-        CheckpointError,
-        StateMismatch,
-        TrackerError,
-    ) as error:
-        _fail(error, 2)
-    except (
-        RewardError,
-        FlatGroupsError,
-        FloatingPointError,
-        MemoryFull,
-        NothingLearned,
-        PhaseTimeout,
-        WriteError,
-    ) as error:
-        _fail(error, 1, folder)
-    except Stopped as stopped:
-        _fail(stopped, stopped.status)
     except AnotherRankFailed as error:
         raise typer.Exit(1) from error
+    except Stopped as stopped:
+        _fail(stopped, stopped.status)
+    except UserCodeFailure as error:
+        _fail(describe_full_memory(error, HERE.phase) or error, 1, folder)
+    except (Error, FloatingPointError, PhaseTimeout) as error:
+        if isinstance(error, ValueError):
+            _fail(error, 2)
+        _fail(error, 1, folder)
     except (RuntimeError, MemoryError) as error:
         message = describe_full_memory(error, HERE.phase)
-        if message is None and not isinstance(error, UserCodeFailure):
+        if message is None:
             raise
-        _fail(message or error, 1, folder)
+        _fail(message, 1, folder)
 
 
 def _fail(error: BaseException | str, status: int, folder: Path | None = None) -> NoReturn:

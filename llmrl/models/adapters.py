@@ -58,6 +58,7 @@ def load_adapted(config: ModelConfig, *, moving_reference: bool = False) -> "tup
         with reading(config):
             adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
             adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False, torch_device=device)
+            adapted.set_adapter("default")  # in peft 0.18 the frozen one has frozen this one too
         adapted.peft_config["default"].base_model_name_or_path = resolved(base.path)
     elif config.lora is not None:
         model = load_model(config)

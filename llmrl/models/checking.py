@@ -91,6 +91,15 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
     return []
 
 
+def causal_class(config: ModelConfig) -> "tuple[type[PreTrainedModel], PretrainedConfig] | None":
+    """Class and settings of a causal language model that `check_model` lets pass, of an adapter's base; None where they
+    are in code of its folder."""
+    if config.trust_remote_code:
+        return None
+    shape = read_config(base_of_adapter(config) if is_local(config.path) and is_adapter(config.path) else config)
+    return _causal()._model_mapping[type(shape)], shape
+
+
 def check_critic(config: ModelConfig, network: CriticNetwork, actor: ModelConfig) -> None:
     """Checks the folder of a critic, and that it goes with the actor.
 
