@@ -210,7 +210,7 @@ class PairSource(ShuffledSource[EncodedPair]):
                 + "; ".join(self.counts.lines())
                 + (f"; raise data.max_tokens ({config.max_tokens})" if too_long or equal_when_cut else "")
             )
-        super().__init__(pairs, num_dropped=counts.rows - len(pairs), seed=seed, rows=rows)
+        super().__init__(pairs, seed=seed, rows=rows)
 
     @property
     def sources(self) -> tuple[str | None, ...]:

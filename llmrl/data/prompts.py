@@ -33,10 +33,11 @@ def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizer
 
 def encode_prompts(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig
-) -> tuple[Prompts, int]:
-    """``(prompts, num_dropped)``: the rows in order as one batch, less those longer than `max_prompt_tokens`."""
-    kept = _encode(rows, tokenizer, config)
-    return _batch(kept), len(rows) - len(kept)
+) -> tuple[Prompts, list[str]]:
+    """``(prompts, dropped)``: the rows in order as one batch, and the places of those longer than `max_prompt_tokens`,
+    which are not in it."""
+    kept, dropped = _encode(rows, tokenizer, config)
+    return _batch(kept), dropped
 
 
 class ShuffledPrompts(MixedSource[EncodedPrompt]):
@@ -65,17 +66,20 @@ def _row_problem(row: Row, column: str) -> str | None:
     return None
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> list[EncodedPrompt]:
-    """Each row with its prompt's ids, less those that are too long."""
-    prompts = [row[config.prompt_column] for row in rows]
-    encoded = zip(rows, prompt_ids(prompts, tokenizer, config, places=places_of(rows)), strict=True)
-    kept = [(row, ids) for row, ids in encoded if len(ids) <= config.max_prompt_tokens]
+def _encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig
+) -> tuple[list[EncodedPrompt], list[str]]:
+    """Each row with its prompt's ids, and the places of those that are too long."""
+    places = places_of(rows)
+    ids = prompt_ids([row[config.prompt_column] for row in rows], tokenizer, config, places=places)
+    kept = [(row, each) for row, each in zip(rows, ids, strict=True) if len(each) <= config.max_prompt_tokens]
+    dropped = [place for place, each in zip(places, ids, strict=True) if len(each) > config.max_prompt_tokens]
     if not kept:
         raise DataError(
             f"{config.path}: every one of the {len(rows)} prompts is longer than data.max_prompt_tokens "
             f"({config.max_prompt_tokens}); raise it"
         )
-    return kept
+    return kept, dropped
 
 
 def _batch(prompts: Sequence[EncodedPrompt]) -> Prompts:

@@ -26,9 +26,9 @@ class ScoredSource(ShuffledSource[tuple[EncodedExample, float]]):
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ScoredDataConfig, *, seed: int
     ) -> None:
-        encoded = encode_fitting(rows, tokenizer, config)
+        encoded, dropped = encode_fitting(rows, tokenizer, config)
         kept = [(example, float(rows[number][config.score_column])) for number, example in encoded]
-        super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed, rows=rows)
+        super().__init__(kept, dropped=dropped, seed=seed, rows=rows)
 
     def next(self, num_responses: int) -> ScoredResponses:
         """The next responses as one batch."""

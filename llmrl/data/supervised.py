@@ -46,23 +46,23 @@ def encode_examples(
 
 def encode_fitting(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig
-) -> list[tuple[int, EncodedExample]]:
-    """``(number of the row, (prompt ids, response ids))`` of each row that is not too long.
+) -> tuple[list[tuple[int, EncodedExample]], list[str]]:
+    """``(number of the row, (prompt ids, response ids))`` of each row that is not too long, and the places of the
+    others.
 
     Raises:
         DataError: All of them are.
     """
-    kept = [
-        (number, (prompt, response))
-        for number, (prompt, response) in enumerate(encode_examples(rows, tokenizer, config))
-        if len(prompt) + len(response) <= config.max_tokens
-    ]
+    encoded = list(enumerate(encode_examples(rows, tokenizer, config)))
+    kept = [(n, example) for n, example in encoded if sum(map(len, example)) <= config.max_tokens]
+    places = places_of(rows)
+    dropped = [places[n] for n, example in encoded if sum(map(len, example)) > config.max_tokens]
     if not kept:
         raise DataError(
             f"{config.path}: every one of the {len(rows)} examples is longer than data.max_tokens "
             f"({config.max_tokens}); raise it"
         )
-    return kept
+    return kept, dropped
 
 
 class SupervisedSource(MixedSource[EncodedExample]):
@@ -71,9 +71,8 @@ class SupervisedSource(MixedSource[EncodedExample]):
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig, *, seed: int
     ) -> None:
-        sets = [
-            [example for _, example in encode_fitting(part, tokenizer, each)] for each, part in by_set(rows, config)
-        ]
+        fitting = [encode_fitting(part, tokenizer, each) for each, part in by_set(rows, config)]
+        sets = [([example for _, example in kept], dropped) for kept, dropped in fitting]
         super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_examples: int) -> Sequences:

@@ -26,7 +26,7 @@ def written(tmp_path, *rows) -> ScoredDataConfig:
 def test_each_response_keeps_its_score():
     """In shuffled order, and where longer rows were dropped."""
     dealt = source(max_tokens=5)
-    assert dealt.num_dropped == 2
+    assert dealt.dropped == ["row 3", "row 6"]
     batch = dealt.next(dealt.num_rows)
     first = batch.sequences.prompt_ids[batch.sequences.prompt_mask].view(-1, 2)[:, 0]
     assert sorted(first.tolist()) == [3, 4, 6, 7]

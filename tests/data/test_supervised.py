@@ -69,7 +69,7 @@ def test_messages_with_a_response_column(chat: PreTrainedTokenizerFast):
 
 def test_long_examples_are_dropped_and_counted(plain: PreTrainedTokenizerFast):
     source = SupervisedSource(ROWS, plain, config(max_tokens=5), seed=0)  # 1 + 3, 3 + 2 and 2 + 5 tokens
-    assert (source.num_rows, source.num_dropped) == (2, 1)
+    assert (source.num_rows, source.dropped) == (2, ["row 3"])
     assert set(read_rows(source.next(2))) == {tuple(spell("a")), tuple(spell("bcd"))}
     with pytest.raises(DataError, match=r"every one of the 3 examples is longer than data\.max_tokens \(3\)"):
         SupervisedSource(ROWS, plain, config(max_tokens=3), seed=0)

@@ -32,7 +32,7 @@ from .conftest import ROOT, TINY, build_run, roles_of
 
 def test_rows_that_are_too_long_are_told(config):
     _, messages = build_run(config)
-    assert messages == ["data: 1 rows are longer than data.max_prompt_tokens and were dropped"]
+    assert messages == ["data: dropped 1 row longer than data.max_prompt_tokens: line 4"]
 
 
 def test_the_probe_of_sampling_belongs_to_a_phase(config, monkeypatch):
