@@ -9,7 +9,7 @@ from llmrl.data.chat import padded, prompt_ids, prompt_problem
 from llmrl.data.config import PromptsConfig
 from llmrl.data.files import DataError, Rows
 from llmrl.data.mixture import by_set, weights_of
-from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
+from llmrl.data.rows import keep_usable, missing_columns, places_of, read_rows
 from llmrl.data.seam import keep_in_template
 from llmrl.data.source import MixedSource
 
@@ -23,7 +23,7 @@ def read_prompt_rows(config: PromptsConfig) -> Rows:
 
 def keep_usable_prompts(rows: Sequence[Row], config: PromptsConfig) -> Rows:
     """The rows with a usable prompt; see `keep_usable` for the others."""
-    return keep_usable(rows, config, lambda row: _row_problem(row, config.prompt_column))
+    return keep_usable(rows, config, lambda row: _row_problem(row, config))
 
 
 def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> Rows:
@@ -58,11 +58,11 @@ class ShuffledPrompts(MixedSource[EncodedPrompt]):
         return _batch(self.examples)
 
 
-def _row_problem(row: Row, column: str) -> str | None:
-    if column not in row:
-        return missing_column(row, column, "prompt_column")
-    if problem := prompt_problem(row[column]):
-        return f"{column!r} {problem}"
+def _row_problem(row: Row, config: PromptsConfig) -> str | None:
+    if missing := missing_columns(row, config, "prompt_column"):
+        return missing
+    if problem := prompt_problem(row[config.prompt_column]):
+        return f"{config.prompt_column!r} {problem}"
     return None
 
 

@@ -10,7 +10,7 @@ from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, re
 from llmrl.data.config import ExamplesConfig
 from llmrl.data.files import DataError, Rows, kind
 from llmrl.data.mixture import by_set, weights_of
-from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
+from llmrl.data.rows import keep_usable, missing_columns, places_of, read_rows
 from llmrl.data.seam import keep_in_template, notes_on_seams
 from llmrl.data.source import MixedSource
 
@@ -24,7 +24,7 @@ def read_supervised_rows(config: ExamplesConfig) -> Rows:
 
 def keep_usable_examples(rows: Sequence[Row], config: ExamplesConfig) -> Rows:
     """The rows with a usable prompt and response; see `keep_usable` for the others."""
-    return keep_usable(rows, config, lambda row: _row_problem(row, config))
+    return keep_usable(rows, config, lambda row: example_problem(row, config))
 
 
 def keep_examples_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig) -> Rows:
@@ -80,13 +80,15 @@ class SupervisedSource(MixedSource[EncodedExample]):
         return as_sequences(*zip(*self.take(num_examples), strict=True))
 
 
-def _row_problem(row: Row, config: ExamplesConfig) -> str | None:
+def example_problem(row: Row, config: ExamplesConfig) -> str | None:
+    """Why a row is no prompt with a response; None if it is one."""
     if config.prompt_column not in row:
-        return missing_column(row, config.prompt_column, "prompt_column")
+        has_messages = any(isinstance(value, list) for value in row.values())  # which may end with a response
+        return missing_columns(row, config, "prompt_column", *(() if has_messages else ("response_column",)))
     if _brings_response(row, config) and config.response_column in row:
         return f"two responses: {config.prompt_column!r} ends with one and {config.response_column!r} is another"
     if not _brings_response(row, config) and config.response_column not in row:
-        return missing_column(row, config.response_column, "response_column")
+        return missing_columns(row, config, "response_column")
     prompt, response = _split(row, config)
     if problem := prompt_problem(prompt):
         return f"{config.prompt_column!r} {problem}"
@@ -103,7 +105,7 @@ def _brings_response(row: Row, config: ExamplesConfig) -> bool:
 
 
 def _split(row: Row, config: ExamplesConfig) -> tuple[Any, Any]:
-    """``(prompt, response)`` of a row, unchecked: see `_row_problem`."""
+    """``(prompt, response)`` of a row, unchecked: see `example_problem`."""
     prompt = row[config.prompt_column]
     if _brings_response(row, config):
         return prompt[:-1], prompt[-1]["content"]

@@ -465,6 +465,11 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
     [
         ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "no column 'rejected'; did you mean 'rejectd'?"),
         ({"prompt": "a", "choosen": "b", "rejected": "c"}, "no column 'chosen'; did you mean 'choosen'?"),
+        (
+            {"promt": "a", "choosen": "b", "c": "c"},
+            "no column 'chosen'; did you mean 'choosen'? (data.chosen_column names it); no column 'rejected'; there are "
+            "promt, choosen, c (data.rejected_column names it); no column 'prompt'; did you mean 'promt'?",
+        ),
         ({"promt": "a", "chosen": "b", "rejected": "c"}, "no column 'prompt'; did you mean 'promt'?"),
         (texts(" ", "b", "c"), "'prompt' is an empty text"),
         (texts("a", None, "c"), "'chosen' must be a text or a list of messages, not null"),

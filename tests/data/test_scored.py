@@ -56,3 +56,10 @@ def test_a_row_without_a_usable_score_is_refused(tmp_path, row, problem):
     assert [row["score"] for row in read_scored_rows(written(tmp_path, good))] == [1]
     with pytest.raises(DataError, match=problem):
         read_scored_rows(written(tmp_path, good, {"prompt": "a", "response": "b", **row}))
+
+
+def test_every_missing_column_is_named_at_once(tmp_path):
+    with pytest.raises(DataError) as error:
+        read_scored_rows(written(tmp_path, {"query": "a"}))
+    line = str(error.value).splitlines()[1]
+    assert [name in line for name in ("'prompt'", "'response'", "'score'")] == [True, True, True]

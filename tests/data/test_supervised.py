@@ -87,6 +87,12 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
     ("row", "problem"),
     [
         ({"response": "a"}, "no column 'prompt'; there are response"),
+        (
+            {"query": "a", "reply": "b"},
+            "no column 'prompt'; there are query, reply (data.prompt_column names it); "
+            "no column 'response'; there are query, reply (data.response_column names it)",
+        ),
+        ({"messages": [USER, ASSISTANT]}, "no column 'prompt'; there are messages (data.prompt_column names it)"),
         ({"prompt": "a", "reponse": "b"}, "no column 'response'; did you mean 'reponse'?"),
         ({"prompt": "a", "response": " "}, "its response is an empty text"),
         ({"prompt": "a", "response": 3}, "its response must be a text, not an int"),
@@ -104,6 +110,12 @@ def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         keep_usable_examples([ROWS[0], row], config())
     assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
+
+
+def test_of_messages_alone_the_column_of_the_response_may_be_missing():
+    with pytest.raises(DataError) as error:
+        keep_usable_examples([ROWS[0], {"messages": [USER, ASSISTANT]}], config())
+    assert "'response'" not in str(error.value)
 
 
 def test_load_checks_the_rows(tmp_path: Path):
