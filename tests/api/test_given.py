@@ -98,7 +98,8 @@ def test_a_folder_without_a_tokenizer_takes_one_and_stays_as_it_is(given, tiny, 
 
 def test_a_model_keeps_the_name_by_which_it_came_from_the_hub(given, tiny, folder):
     here = AutoModelForCausalLM.from_pretrained(folder / "llama")
-    assert hub_name(path := given.model(here)) == path
+    path = given.model(here)
+    assert hub_name(path) == path
     shutil.rmtree(path)
     here.config._commit_hash, here.name_or_path = "5af1", "someone/tiny"  # as from_pretrained sets them
     assert hub_name(given.model(here, tiny.tokenizer)) == "someone/tiny"

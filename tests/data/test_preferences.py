@@ -467,8 +467,8 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
         ({"prompt": "a", "choosen": "b", "rejected": "c"}, "no column 'chosen'; did you mean 'choosen'?"),
         (
             {"promt": "a", "choosen": "b", "c": "c"},
-            "no column 'chosen'; did you mean 'choosen'? (data.chosen_column names it); no column 'rejected'; there are "
-            "promt, choosen, c (data.rejected_column names it); no column 'prompt'; did you mean 'promt'?",
+            "no column 'chosen'; did you mean 'choosen'? (data.chosen_column names it); no column 'rejected'; there "
+            "are promt, choosen, c (data.rejected_column names it); no column 'prompt'; did you mean 'promt'?",
         ),
         ({"promt": "a", "chosen": "b", "rejected": "c"}, "no column 'prompt'; did you mean 'promt'?"),
         (texts(" ", "b", "c"), "'prompt' is an empty text"),
