@@ -10,7 +10,6 @@ import re
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
@@ -27,7 +26,7 @@ from llmrl.distributed.stop import STOP, Interrupted
 from llmrl.errors import Error
 from llmrl.files import REFUSALS, read_object
 from llmrl.messages import in_units, shown, visible, with_interval, without_ends
-from llmrl.output_streams import lasting_output
+from llmrl.output_streams import ignore_warnings_to_authors, lasting_output
 from llmrl.secrets import masked, remember_environment
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
 from llmrl.starters.folders import STARTERS, find_starter, missing_commands, run_in, write_starter
@@ -456,8 +455,7 @@ def _end_at_once(status: int, message: str = "") -> None:
 @contextmanager
 def bad_input_ends_with_status_2() -> Iterator[None]:
     """Context of everything before a model loads: what is wrong there is the input."""
-    # written for the authors of libraries, nothing that a user could do
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
+    ignore_warnings_to_authors()
     with _outer_causes_in_one_line(2):
         try:
             yield

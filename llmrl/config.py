@@ -17,6 +17,7 @@ from llmrl.data.config import (
     SupervisedDataConfig,
 )
 from llmrl.distributed.config import DistributedConfig
+from llmrl.elsewhere import EVERY_RUN, GRPO, PPO, REWARD_MODEL, RL, SFT
 from llmrl.messages import counted
 from llmrl.models.config import CriticConfig, ModelConfig
 from llmrl.optim.config import OptimizerConfig
@@ -74,6 +75,8 @@ class SFTRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN | SFT
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         every = self.sft.evaluate_every
@@ -122,6 +125,8 @@ class RewardModelRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN | REWARD_MODEL
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         evaluates = self.reward_model.evaluate_every != 0
@@ -163,6 +168,8 @@ class CriticRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         if self.model.lora is not None and self.model.lora.modules_to_save:
@@ -263,6 +270,8 @@ class RLRun:
         "reward.model.trust_remote_code": "set model.trust_remote_code, which holds for every model folder of the run",
     }
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN | RL
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         if self.update.minibatch_size is None:
@@ -368,6 +377,7 @@ class GRPORun(RLRun):
     """GRPO and its kin: `llmrl grpo`."""
 
     algorithm: GRPOConfig = field(default_factory=GRPOConfig)
+    elsewhere = RLRun.elsewhere | GRPO
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -382,6 +392,7 @@ class PPORun(RLRun):
     algorithm: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
+    elsewhere = RLRun.elsewhere | PPO
     moved = RLRun.moved | {
         "algorithm.kl_horizon": "leave it out: algorithm.kl_target steers algorithm.kl_coef over 10,000 responses",
         "algorithm.step_kl_coef": "leave it out: the price of a step begins at 1 and is steered by step_kl_target",

@@ -43,7 +43,7 @@ from llmrl.data.chat import (
 from llmrl.data.config import PairsConfig
 from llmrl.data.files import DataError, Rows, kind
 from llmrl.data.mixture import by_set, weights_of
-from llmrl.data.rows import column_names, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.rows import column_names, keep_usable, missing_column, missing_columns, places_of, read_rows
 from llmrl.data.seam import common_length, keep_in_template, notes_on_seams
 from llmrl.data.source import MixedSource
 
@@ -207,7 +207,7 @@ class PairSource(MixedSource[EncodedPair]):
     ) -> None:
         sets, counts = zip(*(_encode_set(part, tokenizer, each) for each, part in by_set(rows, config)), strict=True)
         self.counts = PairCounts.total(counts)
-        super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
+        super().__init__([(pairs, ()) for pairs in sets], seed=seed, rows=rows, weights=weights_of(config))
 
     @property
     def sources(self) -> tuple[str | None, ...]:
@@ -301,9 +301,9 @@ def _present_columns(rows: Sequence[Row], config: PairsConfig) -> list[str]:
 
 def _parse_row(row: Row, config: PairsConfig, present: list[str], place: str) -> Preference:
     has_prompt = config.prompt_column in present
-    for setting in ("chosen_column", "rejected_column", *(["prompt_column"] if has_prompt else [])):
-        if getattr(config, setting) not in row:
-            raise _BadPair(missing_column(row, getattr(config, setting), setting))
+    settings = ("chosen_column", "rejected_column", *(["prompt_column"] if has_prompt else []))
+    if missing := missing_columns(row, config, *settings):
+        raise _BadPair(missing)
     prompt, chosen, rejected = _split_with_prompt(row, config) if has_prompt else _split(row, config)
     return Preference(
         prompt=prompt,

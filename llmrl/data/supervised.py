@@ -10,7 +10,7 @@ from llmrl.data.chat import as_sequences, eos_of, prompt_ids, prompt_problem, re
 from llmrl.data.config import ExamplesConfig
 from llmrl.data.files import DataError, Rows, kind
 from llmrl.data.mixture import by_set, weights_of
-from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
+from llmrl.data.rows import keep_usable, missing_columns, places_of, read_rows
 from llmrl.data.seam import keep_in_template, notes_on_seams
 from llmrl.data.source import MixedSource
 
@@ -24,7 +24,7 @@ def read_supervised_rows(config: ExamplesConfig) -> Rows:
 
 def keep_usable_examples(rows: Sequence[Row], config: ExamplesConfig) -> Rows:
     """The rows with a usable prompt and response; see `keep_usable` for the others."""
-    return keep_usable(rows, config, lambda row: _row_problem(row, config))
+    return keep_usable(rows, config, lambda row: example_problem(row, config))
 
 
 def keep_examples_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig) -> Rows:
@@ -46,23 +46,23 @@ def encode_examples(
 
 def encode_fitting(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig
-) -> list[tuple[int, EncodedExample]]:
-    """``(number of the row, (prompt ids, response ids))`` of each row that is not too long.
+) -> tuple[list[tuple[int, EncodedExample]], list[str]]:
+    """``(number of the row, (prompt ids, response ids))`` of each row that is not too long, and the places of the
+    others.
 
     Raises:
         DataError: All of them are.
     """
-    kept = [
-        (number, (prompt, response))
-        for number, (prompt, response) in enumerate(encode_examples(rows, tokenizer, config))
-        if len(prompt) + len(response) <= config.max_tokens
-    ]
+    encoded = list(enumerate(encode_examples(rows, tokenizer, config)))
+    kept = [(n, example) for n, example in encoded if sum(map(len, example)) <= config.max_tokens]
+    places = places_of(rows)
+    dropped = [places[n] for n, example in encoded if sum(map(len, example)) > config.max_tokens]
     if not kept:
         raise DataError(
             f"{config.path}: every one of the {len(rows)} examples is longer than data.max_tokens "
             f"({config.max_tokens}); raise it"
         )
-    return kept
+    return kept, dropped
 
 
 class SupervisedSource(MixedSource[EncodedExample]):
@@ -71,9 +71,8 @@ class SupervisedSource(MixedSource[EncodedExample]):
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig, *, seed: int
     ) -> None:
-        sets = [
-            [example for _, example in encode_fitting(part, tokenizer, each)] for each, part in by_set(rows, config)
-        ]
+        fitting = [encode_fitting(part, tokenizer, each) for each, part in by_set(rows, config)]
+        sets = [([example for _, example in kept], dropped) for kept, dropped in fitting]
         super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_examples: int) -> Sequences:
@@ -81,13 +80,15 @@ class SupervisedSource(MixedSource[EncodedExample]):
         return as_sequences(*zip(*self.take(num_examples), strict=True))
 
 
-def _row_problem(row: Row, config: ExamplesConfig) -> str | None:
+def example_problem(row: Row, config: ExamplesConfig) -> str | None:
+    """Why a row is no prompt with a response; None if it is one."""
     if config.prompt_column not in row:
-        return missing_column(row, config.prompt_column, "prompt_column")
+        has_messages = any(isinstance(value, list) for value in row.values())  # which may end with a response
+        return missing_columns(row, config, "prompt_column", *(() if has_messages else ("response_column",)))
     if _brings_response(row, config) and config.response_column in row:
         return f"two responses: {config.prompt_column!r} ends with one and {config.response_column!r} is another"
     if not _brings_response(row, config) and config.response_column not in row:
-        return missing_column(row, config.response_column, "response_column")
+        return missing_columns(row, config, "response_column")
     prompt, response = _split(row, config)
     if problem := prompt_problem(prompt):
         return f"{config.prompt_column!r} {problem}"
@@ -104,7 +105,7 @@ def _brings_response(row: Row, config: ExamplesConfig) -> bool:
 
 
 def _split(row: Row, config: ExamplesConfig) -> tuple[Any, Any]:
-    """``(prompt, response)`` of a row, unchecked: see `_row_problem`."""
+    """``(prompt, response)`` of a row, unchecked: see `example_problem`."""
     prompt = row[config.prompt_column]
     if _brings_response(row, config):
         return prompt[:-1], prompt[-1]["content"]

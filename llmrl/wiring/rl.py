@@ -212,7 +212,7 @@ def _build_run(
     report_padding(parts.budget, config.model, context.progress)
     assert checked.rows is not None, "only a dry run may leave rows unread"
     prompts = ShuffledPrompts(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
-    report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
+    report_dropped(prompts.dropped, "data", "max_prompt_tokens", context.progress)
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
     readers = {**parts.readers, **_reader_of(parts.scorer, actor.tokenizer)}
     if any(position_limit(model) is not None for model in readers.values()):
@@ -287,8 +287,8 @@ def _evaluator(
     assert config.evaluation_data is not None, "an evaluation needs prompts"
     assert checked.evaluation_rows is not None, "an evaluation needs prompts"
     data, rows = config.evaluation_data, checked.evaluation_rows
-    prompts, num_dropped = encode_prompts(rows, tokenizer, data)
-    report_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
+    prompts, dropped = encode_prompts(rows, tokenizer, data)
+    report_dropped(dropped, EVALUATION, "max_prompt_tokens", context.progress)
     check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
     check_room({"the model": model, **_reader_of(scorer, tokenizer)}, prompts, config.rollout)
     return Evaluator(

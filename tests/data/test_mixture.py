@@ -69,7 +69,7 @@ def test_each_beginning_has_each_set_in_its_share_to_less_than_a_row(weights):
 
 def shuffled(sizes=(3, 2), weights=(1.0, 0.5), seed=3):
     examples = [(number, n) for number, size in enumerate(sizes) for n in range(size)]
-    return ShuffledSource(examples, num_dropped=0, seed=seed, sizes=sizes, weights=weights)
+    return ShuffledSource(examples, seed=seed, sizes=sizes, weights=weights)
 
 
 def test_each_set_is_dealt_in_epochs_of_its_own():
@@ -91,7 +91,7 @@ def test_sets_of_one_size_have_orders_of_their_own():
 def test_the_first_set_is_dealt_as_if_it_were_alone():
     mixed = [n for number, n in shuffled(sizes=(7, 4)).take(90) if number == 0]
     alone = [n for _, n in shuffled(sizes=(7,), weights=(1.0,)).take(len(mixed))]
-    assert mixed == alone == ShuffledSource(range(7), num_dropped=0, seed=3).take(len(mixed))
+    assert mixed == alone == ShuffledSource(range(7), seed=3).take(len(mixed))
 
 
 def test_the_order_does_not_depend_on_the_batch():

@@ -120,8 +120,7 @@ def test_rows_that_are_too_long_are_told(config, tmp_path):
     rows = [*ROWS, {"prompt": "123456789+1=", "response": "123456790", "score": 1}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert build_run(config)[1] == [
-        f"{section}: 1 rows are longer than {section}.max_tokens and were dropped"
-        for section in ("data", "evaluation_data")
+        f"{section}: dropped 1 row longer than {section}.max_tokens: line 11" for section in ("data", "evaluation_data")
     ]
 
 
