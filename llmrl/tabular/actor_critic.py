@@ -1,11 +1,11 @@
 """Actor-critic: the policy gradient one move at a time, its return replaced by what a critic knows.
 
-    logits(s, ·) += α γ^t ρ w ∇ log π(a | s)
+logits(s, ·) += α γ^t ρ w ∇ log π(a | s)
 
-    method          w                              critic
-    QAC             q(s, a)                        SARSA
-    A2C             δ = r + γ v(s') - v(s)         TD(0)
-    off-policy      δ, and ρ = π(a | s) / b(a | s) TD(0) with ρ
+method          w                              critic
+QAC             q(s, a)                        SARSA
+A2C             δ = r + γ v(s') - v(s)         TD(0)
+off-policy      δ, and ρ = π(a | s) / b(a | s) TD(0) with ρ
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,7 @@ class ActorCritic:
     values: Tensor
 
 
-def qac(
-    mdp: MDP, *, num_steps: int, actor_rate: float, critic_rate: float, generator: torch.Generator
-) -> ActorCritic:
+def qac(mdp: MDP, *, num_steps: int, actor_rate: float, critic_rate: float, generator: torch.Generator) -> ActorCritic:
     """The simplest actor-critic: SARSA's action values weigh the gradient.
 
     Reference: Sutton et al. 2000; Zhao 2025, "Mathematical foundations of reinforcement learning", algorithm 10.1.
@@ -70,8 +68,8 @@ def advantage_actor_critic(
         actor_rate: Learning rate of the logits; 0 leaves the policy as it is, which is then evaluated.
         critic_rate: Learning rate of the values.
         generator: Where every draw comes from.
-        behaviour: The policy b that acts, with every action possible; its states are then visited as it visits them, and
-            γ^t is left out. None: the actor itself acts.
+        behaviour: The policy b that acts, with every action possible; states then weigh as it visits them,
+            without γ^t. None: the actor itself acts.
         logits: Where the actor begins. None: zeros, the uniform policy.
 
     Raises:

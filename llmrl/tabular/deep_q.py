@@ -17,7 +17,7 @@ PRIORITY_FLOOR = 1e-3
 
 
 class LinearQ(nn.Module):
-    """Action values linear in features of the state, from 0: q(s, a) = φ(s)·w_a. With an identity as features, a table."""
+    """Action values linear in features of the state, from 0: q(s, a) = φ(s)·w_a. Identity features: a table."""
 
     def __init__(self, features: Float64[Tensor, "S K"], num_actions: int) -> None:
         super().__init__()

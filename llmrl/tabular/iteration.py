@@ -61,8 +61,8 @@ def truncated_policy_iteration(mdp: MDP, *, num_sweeps: int) -> Solution:
             action_values = backup(mdp, values)
             return Solution(action_values, greedy(action_values), changes)
     raise ValueError(
-        f"values still change by {changes[-1]:.3g} after {MAX_ITERATIONS} iterations: an action that leads nowhere has a "
-        "price of 0 or pays; set gamma below 1 or a horizon"
+        f"values still change by {changes[-1]:.3g} after {MAX_ITERATIONS} iterations: with gamma 1, "
+        "an action that ends nothing must cost something; set gamma below 1 or a horizon"
     )
 
 

@@ -16,7 +16,7 @@ ROUNDING = 1e-9
 class MDP:
     """Markov decision process of S states and A actions, in float64.
 
-    A terminal state is left by no action and pays nothing, so that its value is 0 and nothing is bootstrapped from it. A
+    A terminal state is left by no action and pays nothing, so its value is 0 and nothing is bootstrapped from it. A
     horizon H ends every episode after H actions; values then depend on the step (see `llmrl.tabular.bellman`).
 
     Raises:
@@ -107,9 +107,7 @@ class MDP:
         transitions[ended], rewards[ended] = 0.0, 0.0
         transitions[ended, :, ended] = 1.0
         start = torch.cat([self.start, self.start.new_zeros(self.horizon * size)])
-        return replace(
-            self, transitions=transitions, rewards=rewards, terminal=terminal, start=start, horizon=None
-        )
+        return replace(self, transitions=transitions, rewards=rewards, terminal=terminal, start=start, horizon=None)
 
 
 def check_distribution(name: str, rows: Tensor) -> None:

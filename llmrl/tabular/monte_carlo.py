@@ -75,7 +75,7 @@ def on_policy_control(
 def _control(
     mdp: MDP, epsilon: float, num_episodes: int, max_steps: int, generator: torch.Generator, *, explores_at_start: bool
 ) -> Float64[Tensor, "S A"]:
-    """Every visit is one observation of its pair, and returns of policies long ago fade: the k-th counts 2 / (k + 1)."""
+    """Every visit is one observation of its pair, and returns of early policies fade: the k-th moves by 2 / (k + 1)."""
     simulator = Simulator(mdp, generator)
     table: Table = torch.zeros_like(mdp.expected_rewards).tolist()
     counts: Table = torch.zeros_like(mdp.expected_rewards).tolist()

@@ -1,4 +1,4 @@
-"""Policy gradients of a softmax policy: exact, by the theorem, and from sampled episodes, with a baseline or without."""
+"""Policy gradients of a softmax policy: exact, by the theorem, and from episodes, with a baseline or without."""
 
 import math
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def sampled_gradients(
     max_steps: int,
     generator: torch.Generator,
 ) -> Float64[Tensor, "E S A"]:
-    """REINFORCE's estimate of the gradient from each of E episodes; their mean is `exact_gradient`, whatever the baseline.
+    """REINFORCE's estimate of the gradient from each of E episodes: unbiased, whatever the baseline.
 
         g = Σ_t γ^t (G_t - b(s_t)) ∇ log π(a_t | s_t)
 
@@ -80,7 +80,8 @@ def sampled_gradients(
         moves = simulator.episode(table, max_steps=max_steps)
         returns = discounted_sums([move.reward for move in moves], mdp.gamma)
         weights = [
-            mdp.gamma**t * (total - known[move.state]) for t, (move, total) in enumerate(zip(moves, returns, strict=True))
+            mdp.gamma**t * (total - known[move.state])
+            for t, (move, total) in enumerate(zip(moves, returns, strict=True))
         ]
         gradients.append(score_gradient(policy, moves, weights))
     return torch.stack(gradients)

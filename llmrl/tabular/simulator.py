@@ -27,7 +27,7 @@ class Move:
 
 
 class Simulator:
-    """Draws from a process without a horizon, in plain Python numbers, which is what tables of tens of states are fast in.
+    """Draws from a process without a horizon, in plain Python numbers, which are fast for small tables.
 
     Raises:
         ValueError: The process has a horizon.

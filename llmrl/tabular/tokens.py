@@ -15,7 +15,7 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TokenMDP:
-    """The process, and the response so far of each of its states: `prefixes[0]` is empty, finished ones are terminal."""
+    """The process, and the response of each of its states: `prefixes[0]` is empty, finished ones are terminal."""
 
     mdp: MDP
     prefixes: list[Prefix]
@@ -65,7 +65,7 @@ def token_mdp(
     """
     if max_tokens < 1 or (eos is not None and not 0 <= eos < vocabulary):
         raise ValueError(
-            f"max_tokens ({max_tokens}) must be at least 1, and eos ({eos}) an id of the vocabulary ({vocabulary}) or None"
+            f"max_tokens ({max_tokens}) must be at least 1, and eos ({eos}) None or below vocabulary ({vocabulary})"
         )
     prefixes = _prefixes(vocabulary, max_tokens, eos)
     number = {prefix: state for state, prefix in enumerate(prefixes)}
@@ -80,7 +80,9 @@ def token_mdp(
                 rewards[state, token] = score(prefixes[target])
     start = torch.zeros(len(prefixes), dtype=torch.float64)
     start[0] = 1.0
-    return TokenMDP(MDP(transitions=transitions, rewards=rewards, terminal=terminal, start=start, gamma=gamma), prefixes)
+    return TokenMDP(
+        MDP(transitions=transitions, rewards=rewards, terminal=terminal, start=start, gamma=gamma), prefixes
+    )
 
 
 def _is_finished(prefix: Prefix, max_tokens: int, eos: int | None) -> bool:
