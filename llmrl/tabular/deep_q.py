@@ -148,5 +148,5 @@ def deep_q_learning(
         loss.backward()
         optimizer.step()
         priorities[rows] = ((chosen - wanted).detach().abs() + PRIORITY_FLOOR) ** priority
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses

@@ -79,7 +79,7 @@ def test_gamma_one_needs_a_price():
 
 
 def test_with_a_kl_one_action_has_the_known_optimum():
-    scores, reference = torch.tensor([1.0, 0.2, -0.5]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
+    scores, reference = torch.tensor([[1.0, 0.2, -0.5], [0.2, 0.3, 0.5]], dtype=torch.float64)
     transitions = torch.zeros(2, 3, 2).double()
     transitions[:, :, 1] = 1.0
     bandit = MDP(

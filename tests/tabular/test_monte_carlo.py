@@ -17,6 +17,8 @@ from llmrl.tabular import (
 )
 from llmrl.tabular.bellman import evaluate
 
+pytestmark = pytest.mark.usefixtures("production")  # a check of types takes longer than a move
+
 
 @pytest.fixture
 def fork():

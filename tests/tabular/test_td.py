@@ -24,6 +24,8 @@ from llmrl.tabular import (
 )
 from llmrl.tabular.monte_carlo import epsilon_greedy
 
+pytestmark = pytest.mark.usefixtures("production")  # a check of types takes longer than a move
+
 CLIFF = "......\n......\nSCCCCG"
 EPSILON = 0.1
 
@@ -54,7 +56,7 @@ def test_without_a_bootstrap_the_target_is_the_return():
 
 
 def test_the_expectation_of_the_target_is_the_bellman_equation(random_mdp, random_policy):
-    values, action_values = evaluate(random_mdp, random_policy)
+    _, action_values = evaluate(random_mdp, random_policy)
     expected = sum(
         random_mdp.transitions[1, 0, s].item()
         * td_target(
@@ -155,8 +157,8 @@ def test_q_learning_overestimates_and_two_tables_do_not():
 def test_on_the_cliff_sarsa_goes_around_and_q_learning_along_the_edge(generator):
     """Q-learning's path is the shorter one, and worse for a policy that explores while it walks."""
     cliff = gridworld(CLIFF, gamma=0.95)
-    bold = q_learning(cliff, behaviour=EPSILON, num_steps=80_000, power=0.6, generator=generator)
-    careful = sarsa(cliff, epsilon=EPSILON, num_steps=80_000, power=0.6, generator=generator)
+    bold = q_learning(cliff, behaviour=EPSILON, num_steps=40_000, power=0.6, generator=generator)
+    careful = sarsa(cliff, epsilon=EPSILON, num_steps=40_000, power=0.6, generator=generator)
     assert objective(cliff, greedy(bold)) == pytest.approx(objective(cliff, policy_iteration(cliff).policy).item())
     assert objective(cliff, greedy(careful)) < objective(cliff, greedy(bold)) - 0.5
     assert objective(cliff, soft(careful)) > objective(cliff, soft(bold)) + 0.5
