@@ -13,7 +13,7 @@ def generator():
 
 @pytest.fixture
 def walk():
-    """Random walk of Sutton and Barto, example 6.2: ends A..E between two terminals, 1 on the right. Values 1/6 .. 5/6."""
+    """Random walk of Sutton and Barto, example 6.2: five states between two ends, of which the right one pays 1."""
     transitions = torch.eye(7, dtype=torch.float64)[:, None].repeat(1, 2, 1)
     rewards = torch.zeros(7, 2, 7, dtype=torch.float64)
     for state in range(1, 6):

@@ -1,4 +1,4 @@
-"""Optimal values: the fixed point by brute force over policies, the rate of contraction, the known optimum with a KL."""
+"""Optimal values: by brute force over policies, the rate of contraction, the known optimum with a KL."""
 
 import itertools
 from dataclasses import replace
