@@ -35,6 +35,7 @@ def draw(curves: Curves, out: Path) -> None:
             axes.plot(numbers, marker="o", markersize=3, label=name)
         axes.set_title(title, fontsize=9)
         axes.set_yscale("log" if title.endswith(", log") else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=7)
     figure.savefig(out, metadata={"Date": None})
 

@@ -122,7 +122,7 @@ def deep_q_learning(
         gamma: Discount.
         num_steps: Gradient steps.
         batch_size: Moves of a step, drawn with replacement.
-        learning_rate: Of each step.
+        learning_rate: Length of a step, times the gradient.
         generator: Where every draw comes from.
         target_every: Steps between two copies to the target network. None: no target network, and the targets move
             with every step.

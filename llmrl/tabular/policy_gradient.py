@@ -27,7 +27,7 @@ def exact_gradient(mdp: MDP, logits: Float64[Tensor, "S A"]) -> Float64[Tensor, 
 
     Args:
         mdp: The process, without a horizon.
-        logits: Of the softmax policy.
+        logits: Logits of the softmax policy.
 
     Reference: Sutton et al. 2000, theorem 1; Agarwal et al. 2021, arXiv:1908.00261, lemma C.1, for a softmax.
     """
@@ -64,7 +64,7 @@ def sampled_gradients(
 
     Args:
         mdp: The process, without a horizon.
-        logits: Of the softmax policy.
+        logits: Logits of the softmax policy.
         baseline: b of each state. None: 0.
         num_episodes: E.
         max_steps: Where an episode is truncated, which biases the estimate if it happens.
@@ -102,7 +102,7 @@ def reinforce(
         mdp: The process, without a horizon.
         num_episodes: Steps.
         max_steps: Where an episode is truncated.
-        learning_rate: Of the logits.
+        learning_rate: Learning rate of the logits.
         baseline_rate: How much of the difference to a return a state's baseline learns; 0: no baseline.
         generator: Where every draw comes from.
 

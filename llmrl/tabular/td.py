@@ -34,7 +34,7 @@ def td_target(rewards: Sequence[float], values: Sequence[float], weights: Sequen
     Args:
         rewards: The n rewards from the move that is learned on.
         values: Action values of the state after them.
-        weights: Of these values; 0 where the state is terminal.
+        weights: One per value; 0 where the state is terminal.
         gamma: Discount, in [0, 1].
 
     Reference: Sutton and Barto 2018, eq. 7.4 and section 6.4 to 6.6; Zhao 2025, "Mathematical foundations of

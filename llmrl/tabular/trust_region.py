@@ -67,7 +67,7 @@ def trpo_step(mdp: MDP, logits: Float64[Tensor, "S A"], *, max_kl: float) -> Ste
 
     Args:
         mdp: The process, without a horizon.
-        logits: Of the softmax policy.
+        logits: Logits of the softmax policy.
         max_kl: Limit of the mean KL, in nats; greater than 0.
 
     Returns:
