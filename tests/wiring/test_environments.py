@@ -88,7 +88,7 @@ def iterate(config):
 
 
 def test_a_run_learns_from_its_episodes(episodes):
-    values, rollout, run = iterate(episodes)
+    values, rollout, _ = iterate(episodes)
     told = rollout.episodes
     assert told.num_turns.max() > 1
     of_three = torch.tensor([row["secret"] == 3 for row in rollout.rows])
