@@ -24,7 +24,7 @@ class Count(llmrl.Environment):
 
     def start(self, row):
         self.wanted = row["wanted"] + self.random.randint(0, 3)
-        return "count "
+        return "1+2="
 
     def respond(self, message):
         digits = sum(c.isdigit() for c in message.text)
@@ -38,11 +38,11 @@ class Count(llmrl.Environment):
 """
 """A game whose answers, ends and failures depend on the responses and on its random numbers."""
 SETTINGS: dict[str, Any] = {
-    "rollout": {"prompts_per_iteration": 4, "max_response_tokens": 24},
+    "rollout": {"prompts_per_iteration": 4, "max_response_tokens": 90},
     "algorithm": {"group_size": 4},
     "optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 1},
 }
-LIMITS = {"max_turns": 4, "max_turn_tokens": 5, "arguments": {"bonus": 0.5}}
+LIMITS = {"max_turns": 4, "max_turn_tokens": 25, "arguments": {"bonus": 0.5}}
 
 
 def load(text: str, name: str) -> Any:
