@@ -116,8 +116,8 @@ CATALOGUE: tuple[Metric, ...] = (
         name="score/<part>",
         unit="score",
         meaning="Mean of what one reward gave, over the responses that it could score, unweighted. A function has the "
-        "name after its colon, or its whole name where another reward or metric has that; the reward model has model, an "
-        "environment has environment.",
+        "name after its colon, or its whole name where another reward or metric has that; the reward model has model, "
+        "an environment has environment.",
         look_for="Which reward the policy follows; one that falls while score/mean rises is being traded away.",
         runs=LOOP,
     ),
@@ -154,7 +154,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="response/length",
         unit="tokens",
-        meaning="Mean number of response tokens that the actor chose, EOS included, over all responses that were drawn.",
+        meaning="Mean number of response tokens that the actor chose, EOS included, over all that were drawn.",
         look_for="A steady rise without a rise of eval/accuracy is a reward that pays for length.",
         runs=LOOP,
     ),
@@ -176,8 +176,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="turn/count",
         unit="turns",
-        meaning="Mean number of the actor's turns in an episode. Logged only with environment, as are all below turn, tool "
-        "and environment.",
+        meaning="Mean number of the actor's turns in an episode. Logged only with environment, as are all below turn, "
+        "tool and environment.",
         look_for="Below environment.max_turns; at it, episodes are truncated.",
         runs=LOOP,
     ),
