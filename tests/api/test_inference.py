@@ -128,7 +128,7 @@ def test_a_model_plays(folder, tmp_path):
     row = json.dumps({"opening": "1+2="})
     play = ("generate", folder / "llama", row, "--max-response-tokens=60", "--temperature=1", "--num-responses=4")
     episodes = command(*play, "--environment", f"{tmp_path / 'game.py'}:Twice").split("\n\n")
-    first_turns = llmrl.generate(folder / "llama", "1+2=", max_response_tokens=60, temperature=1.0, num_responses=4)
+    (first_turns,) = llmrl.generate(folder / "llama", "1+2=", max_response_tokens=60, temperature=1.0, num_responses=4)
     done = [index for index, episode in enumerate(episodes) if "(2 turns; done, reward 1)" in episode]
     assert done
     for index in done:

@@ -13,6 +13,15 @@ def correct(responses: list[str], answer: list[str]) -> list[float]:
     return [float(gold in response) for response, gold in zip(responses, answer, strict=True)]
 
 
+class Game(llmrl.Environment):
+    def respond(self, message: llmrl.Message) -> llmrl.Turn:
+        return llmrl.Turn(done=True, reward=float(len(message.text)))
+
+
+def search(query: str) -> str:
+    return query
+
+
 rows = [{"prompt": "1+1=", "answer": "2"}]
 run = llmrl.grpo(
     "org/model",
@@ -36,6 +45,7 @@ except llmrl.Error as error:
 texts: list[list[str]] = llmrl.generate(run.model, ["1+1="], tokenizer=run.tokenizer)
 scores: list[float] = llmrl.score(judge, rows)
 numbers: dict[str, float] = llmrl.evaluate("org/model", prompts=rows, reward=[correct, judge])
+played = llmrl.grpo(run, prompts=rows, environment=Game, tools=[search], output_dir="runs/played", num_iterations=9)
 losses = [row["loss"] for row in llmrl.load_run("runs/sft").metrics]
 """
 
@@ -51,4 +61,4 @@ def test_a_program_is_strictly_typed(tmp_path):
     problems = [line for line in done.stdout.splitlines() if "- error" in line or "- warning" in line]
     assert problems
     assert [line for line in problems if "wrong.py" not in line] == []
-    assert "reward" in done.stdout  # which it lacks
+    assert "num_iterations" in done.stdout  # which it lacks
