@@ -23,8 +23,8 @@ comes from the loop, whatever the algorithm; the class adds metrics of other nam
 * Sums and counts are pooled over microbatches, optimizer steps, redraws and ranks, so no number is a mean of means.
 * A number that there is nothing to compute from, such as the mean score where nothing could be scored, is left out of
   the line; one that is not finite is null.
-* `<part>`, `<module>` and `<k>` stand for the names of rewards, of trained modules (`actor`, `critic`,
-  `reward_model`), and for numbers.
+* `<part>`, `<module>` and `<k>` stand for the names of rewards or of what failed, of trained modules (`actor`,
+  `critic`, `reward_model`), and for numbers.
 * Names that end in `_s` come from a clock; all others are the same each time.
 * `eval/...` stands in the lines of iterations with an evaluation. Line 0 is the one before the first iteration.
 

@@ -116,7 +116,8 @@ CATALOGUE: tuple[Metric, ...] = (
         name="score/<part>",
         unit="score",
         meaning="Mean of what one reward gave, over the responses that it could score, unweighted. A function has the "
-        "name after its colon, or its whole name where another reward or metric has that; the reward model has model.",
+        "name after its colon, or its whole name where another reward or metric has that; the reward model has model, "
+        "an environment has environment.",
         look_for="Which reward the policy follows; one that falls while score/mean rises is being traded away.",
         runs=LOOP,
     ),
@@ -153,7 +154,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="response/length",
         unit="tokens",
-        meaning="Mean number of response tokens, EOS included, over all that were drawn.",
+        meaning="Mean number of response tokens that the actor chose, EOS included, over all that were drawn.",
         look_for="A steady rise without a rise of eval/accuracy is a reward that pays for length.",
         runs=LOOP,
     ),
@@ -167,8 +168,67 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="response/finished_fraction",
         unit="fraction",
-        meaning="Responses that ended by themselves; the others were truncated at rollout.max_response_tokens.",
+        meaning="Responses that ended by themselves; the others were truncated at rollout.max_response_tokens or at a "
+        "limit of environment, or their environment failed.",
         look_for="Near 1. A fall is a policy that no longer ends its responses.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="turn/count",
+        unit="turns",
+        meaning="Mean number of the actor's turns in an episode. Logged only with environment, as are all below turn, "
+        "tool and environment.",
+        look_for="Below environment.max_turns; at it, episodes are truncated.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="turn/count_max",
+        unit="turns",
+        meaning="Turns of the longest episode.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="turn/length",
+        unit="tokens",
+        meaning="Mean number of tokens that the actor chose in a turn, EOS included.",
+        look_for="Well below environment.max_turn_tokens: a turn that it truncates ends the episode.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="turn/reward",
+        unit="score",
+        meaning="Mean reward of a turn, as the environment gives it; that of the whole episode is not in it.",
+        look_for="Rises, unless the environment rewards the end of an episode alone.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="tool/calls",
+        unit="calls",
+        meaning="Mean number of calls of tools in an episode.",
+        look_for="Above 0 where tools help; a fall to 0 is an actor that has given them up.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="tool/failed",
+        unit="fraction",
+        meaning="Calls that were answered with an error, because the actor made a mistake in them. Not logged without "
+        "any call.",
+        look_for="Falls: the actor learns how tools are called.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="environment/failed",
+        unit="responses",
+        meaning="Responses whose environment or tool failed, which are left out as unscored.",
+        look_for="0; a warning names the first failure of each kind.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="environment/failed/<part>",
+        unit="responses",
+        meaning="The same by what failed: start, respond, close, the name of a tool, rendering (the chat template "
+        "between two turns), or process. Not logged where it did not.",
+        look_for="Not logged; a run warns of any.",
         runs=LOOP,
     ),
     Metric(
@@ -445,7 +505,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="eval/response_length",
         unit="tokens",
-        meaning="Mean number of tokens of the held-out responses, EOS included.",
+        meaning="Mean number of tokens of the held-out responses that the model chose, EOS included.",
         runs=LOOP,
     ),
     Metric(
@@ -453,6 +513,18 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="fraction",
         meaning="Held-out responses that ended by themselves.",
         look_for="Near 1; answers that are truncated are mostly wrong.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="eval/turns",
+        unit="turns",
+        meaning="Mean number of the actor's turns in held-out episodes. Only with environment, like eval/tool_calls.",
+        runs=LOOP,
+    ),
+    Metric(
+        name="eval/tool_calls",
+        unit="calls",
+        meaning="Mean number of calls of tools in them.",
         runs=LOOP,
     ),
     Metric(

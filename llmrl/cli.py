@@ -244,11 +244,18 @@ def generate(
         typer.Option(help="Arguments of the chat template, a JSON object such as '{\"enable_thinking\": false}'."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random stream.")] = 0,
+    environment: Annotated[
+        str | None,
+        typer.Option(
+            help="Plays against path/to/file.py:Class, or as a recipe's section environment says. A prompt that is a "
+            "JSON object is then a row of data, which the environment gets."
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allows the folder to bring and run its own Python code.")
     ] = False,
 ) -> None:
-    """Responds to prompts. A terminal gets control characters of a response escaped, a file or a pipe as they are."""
+    """Responds to prompts, or plays. A terminal gets control characters escaped, a file or a pipe as they are."""
     names = {
         "rollout.max_response_tokens": "--max-response-tokens",
         "data.system_prompt": "--system-prompt",
@@ -258,7 +265,9 @@ def generate(
         from llmrl.distributed.device import pick_device
         from llmrl.models.checking import check_model
         from llmrl.models.config import ModelConfig
-        from llmrl.wiring.engines import respond
+        from llmrl.models.loading import load_tokenizer
+        from llmrl.wiring.engines import play, respond, sampling_at, typed_prompts
+        from llmrl.wiring.environments import check_environment
         from llmrl.wiring.process import quieten
 
         if not 0 <= temperature < math.inf:
@@ -272,9 +281,16 @@ def generate(
         _refuse_recipe(model)
         config = ModelConfig(path=model, trust_remote_code=trust_remote_code)
         check_model(config, may_be_random=False)
+        limits = {"num_responses": num_responses, "max_response_tokens": max_response_tokens, "seed": seed}
+        data = typed_prompts(system_prompt, arguments)
+        played = environment and check_environment(_environment(environment), load_tokenizer(config), data)
     _prepare_process()
     with failures_in_one_line(), _named_as_given(names):
         quieten()
+        if played:
+            rows, sampling = [_row(text) for text in prompts], sampling_at(temperature, **limits)
+            _print_episodes(play(config, rows, pick_device(), environment=played, data=data, sampling=sampling))
+            return
         responses = respond(
             config,
             prompts,
@@ -282,9 +298,7 @@ def generate(
             system_prompt=system_prompt,
             chat_template_kwargs=arguments,
             temperature=temperature,
-            num_responses=num_responses,
-            max_response_tokens=max_response_tokens,
-            seed=seed,
+            **limits,
         )
     _print_responses(prompts, responses)
 
@@ -390,6 +404,28 @@ def _object(text: str | None) -> dict[str, Any]:
             f"--chat-template-kwargs ({text}) must be a JSON object, as in '{{\"enable_thinking\": false}}'"
         )
     return value
+
+
+def _environment(name: str) -> Any:
+    """Settings of the environment that an option names: a class, or a recipe with such a section."""
+    from llmrl.environments.config import EnvironmentConfig
+
+    if not name.endswith((".yaml", ".yml")):
+        return EnvironmentConfig(name=name)
+    recipe = Path(name).expanduser()
+    config = _read(recipe, None, *(verb for verb, kind in RUNS.items() if kind.samples)).environment
+    if config is None:
+        raise SettingError(f"--environment ({name}) is a recipe without environment; name one that has it")
+    return config
+
+
+def _row(text: str) -> dict[str, Any]:
+    """The row of data that a prompt is: a JSON object, or a text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"prompt": text}
 
 
 def _refuse_recipe(model: str) -> None:
@@ -636,6 +672,15 @@ def _print_responses(prompts: Sequence[str], responses: Sequence[Sequence[str]])
     for prompt, texts in zip(prompts, responses, strict=True):
         for text in texts:
             print(show(f"> {prompt}\n{text}\n"))
+
+
+def _print_episodes(rollout: Any) -> None:
+    """Each episode, as `_print_responses` prints responses."""
+    from llmrl.reports.episodes import episode_text
+
+    show = visible if sys.stdout.isatty() else str
+    for row in range(len(rollout.rows)):
+        print(show(f"{episode_text(rollout, row)}\n"))
 
 
 def _compare(model: str, measured: Any, before: tuple[str, Any] | None) -> None:

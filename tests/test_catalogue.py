@@ -1,12 +1,16 @@
 """The catalogue of metrics against what runs log: the golden runs as stored, and six that bring what those lack."""
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from llmrl.catalogue import CATALOGUE, OWN, find, reserved
+from llmrl.environments.calls import ToolCall
 from llmrl.reports.progress import HEADLINES, PARTS
 from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
 
@@ -15,15 +19,20 @@ TWO_REWARDS = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"na
 EXTREME = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2}
+PLAYED = {
+    "environment": {"name": "GAME:Game", "tools": ["GAME:add"], "tool_format": "hermes", "max_turns": 3},
+    "rollout": {"prompts_per_iteration": 8, "max_response_tokens": 60},
+    "data": {"path": "ROWS", "max_prompt_tokens": 32},
+}
 TIMED = {
     "sft": {"sft": PAIRS},
     "reward-model": {"reward_model": PAIRS},
     "critic": {"critic": PAIRS},
-    "grpo": {**GRPO, **EXTREME, **SAMPLED, "algorithm": {"group_size": 4, **MOVING}},
-    "ppo": {**PPO, **EXTREME, **SAMPLED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
-    OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
+    "grpo": {**GRPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, **MOVING}},
+    "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
+    OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
 }
-"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, and the KL of an iteration."""
+"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, and turns."""
 SILENT = """
 from llmrl.algorithms.grpo import GRPO
 from llmrl.metrics import Metrics
@@ -38,8 +47,44 @@ class Silent(GRPO):
 """
 """An algorithm that logs nothing: all that its run logs comes from the loop."""
 
+GAME = """
+import llmrl
+
+class Game(llmrl.Environment):
+    def start(self, row):
+        return row["prompt"]
+
+    def respond(self, message):
+        assert "7" not in message.text
+        return llmrl.Turn("next", reward=len(message.text) / 10)
+
+def add(number: int) -> int:
+    \"\"\"Adds one.
+
+    Args:
+        number: Any.
+    \"\"\"
+    return number + 1
+"""
+TEMPLATE = """\
+{%- for message in messages %}{{ message.role[0] + message.content + (eos_token if message.role == "assistant" else "") }}
+{%- endfor %}{{ "a" if add_generation_prompt else "" }}"""
+
+
+def some_calls(text: str, *_: object, **__: object) -> tuple[list[ToolCall], str]:
+    """A call for messages with a 1, a bad one for those with a 2."""
+    calls = [ToolCall("add", {"number": value}) for mark, value in (("1", 1), ("2", "?")) if mark in text]
+    return calls, text
+
+
 Logged = set[tuple[str, str]]
 """Pairs of a kind of run and a name."""
+
+
+def make_chat(folder: Path) -> None:
+    """The tiny Llama with a chat template."""
+    shutil.copytree(folder / "llama", folder / "chat")
+    (folder / "chat" / "chat_template.jinja").write_text(TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +96,16 @@ def logged(tmp_path_factory) -> Logged:
         make_models(folder)
         make_data(folder)
         (folder / "silent.py").write_text(SILENT)
+        (folder / "game.py").write_text(GAME)
+        make_chat(folder)
+        patch.setattr("llmrl.wiring.environments.parse_calls", some_calls)
         for kind, sections in TIMED.items():
-            if kind == OWN:
-                sections["algorithm"]["name"] = f"{folder / 'silent.py'}:Silent"
-            train("grpo" if kind == OWN else kind, "llama", sections, folder, output=folder / kind)
+            text = json.dumps(sections).replace("SILENT", f"{folder / 'silent.py'}:Silent")
+            placed = json.loads(
+                text.replace("GAME", str(folder / "game.py")).replace("ROWS", str(folder / "rows.jsonl"))
+            )
+            model = "chat" if "environment" in placed else "llama"
+            train("grpo" if kind == OWN else kind, model, placed, folder, output=folder / kind)
             lines += [(kind, line) for line in read_metrics(folder / kind)]
     return {(kind, name) for kind, line in lines for name in line if name != "iteration"}
 

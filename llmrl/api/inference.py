@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from llmrl.api.environments import Playing, Tools, environment_section
 from llmrl.api.given import Given, Model, Rows, Tokenizer
 from llmrl.api.guest import checking, computing, own_random_numbers
 from llmrl.api.rewards import Reward, reward_section
@@ -35,7 +36,9 @@ def evaluate(
     model: Model,
     *,
     prompts: Rows,
-    reward: Reward,
+    reward: Reward | None = None,
+    environment: Playing | None = None,
+    tools: Tools = (),
     tokenizer: Tokenizer | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
@@ -45,7 +48,9 @@ def evaluate(
         model: See `sft`.
         prompts: See `grpo`.
         reward: See `grpo`. A response is correct where its first function, or else its model, gives it more than
-            ``evaluation.correct_above``.
+            ``evaluation.correct_above``; with an environment, where the episode's rewards are more in all.
+        environment: See `grpo`.
+        tools: See `grpo`.
         tokenizer: See `sft`.
         settings: Settings of `grpo`, as in ``{"evaluation.num_responses": 4, "evaluation.pass_at": [1, 4]}``.
 
@@ -61,13 +66,15 @@ def evaluate(
         with checking():
             given = Given(Path(place), OneProcess())
             rows = {"path": given.rows(prompts, argument="prompts")}
-            sections = {
+            sections: dict[str, Any] = {
                 "model": {"path": given.model(model, tokenizer)},
                 "data": rows,
                 "evaluation_data": dict(rows),
-                "reward": reward_section(reward, given),
                 "run": {"output_dir": place, "num_iterations": 1},
+                **environment_section(environment, tools, given),
             }
+            if reward is not None:
+                sections["reward"] = reward_section(reward, given)
             config = compose(GRPORun, sections, given.settings(settings or {}))
         return measure(config, given.objects).values
 

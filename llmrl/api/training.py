@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrl.api.environments import Playing, Tools, environment_section
 from llmrl.api.given import Given, Model, Rows, Tokenizer
 from llmrl.api.guest import checking
 from llmrl.api.rewards import Reward, reward_section
@@ -77,7 +78,9 @@ def grpo(
     model: Model,
     *,
     prompts: Rows,
-    reward: Reward,
+    reward: Reward | None = None,
+    environment: Playing | None = None,
+    tools: Tools = (),
     output_dir: str | Path,
     num_iterations: int,
     evaluation: Rows | None = None,
@@ -89,11 +92,16 @@ def grpo(
 
     Args:
         model: See `sft`.
-        prompts: Rows with a ``prompt``, a text or messages; functions of the reward get the other columns by name.
+        prompts: Rows with a ``prompt``, a text or messages; functions of the reward get the other columns by name. With
+            an environment rows of any columns, which its `start` gets.
         reward: A function such as ``def correct(responses, answer)``, which returns a number for each response; its
             name as ``file.py:function``; a reward model; a `RewardFunction` of `llmrl.roles`; or several of these, as a
             list, or as a mapping by their names in the metrics, each as it is or as ``(reward, weight)``. A reward
-            model is ``score/model`` there.
+            model is ``score/model`` there. May be left out with an environment, which gives rewards of its own.
+        environment: What answers the actor, so that a response has several turns: a class that derives from
+            `llmrl.Environment`, or its name as ``file.py:Class``. Its limits are settings, as in
+            ``{"environment.max_turns": 8}``.
+        tools: Functions that the actor can call, with type hints and a docstring, or their names.
         output_dir: See `sft`.
         num_iterations: Iterations in all, each one rollout and the updates from it.
         evaluation: Held-out prompts, which are evaluated before the first iteration and after the last.
@@ -106,14 +114,17 @@ def grpo(
         Error: Something cannot be used; no model was loaded yet.
     """
     run = {"output_dir": output_dir, "num_iterations": num_iterations}
-    return _made("grpo", model, tokenizer, prompts, evaluation, run, settings, reward=reward, engine=engine)
+    scored: dict[str, Any] = {"reward": reward, "environment": environment, "tools": tools}
+    return _made("grpo", model, tokenizer, prompts, evaluation, run, settings, engine=engine, **scored)
 
 
 def ppo(
     model: Model,
     *,
     prompts: Rows,
-    reward: Reward,
+    reward: Reward | None = None,
+    environment: Playing | None = None,
+    tools: Tools = (),
     output_dir: str | Path,
     num_iterations: int,
     evaluation: Rows | None = None,
@@ -127,6 +138,8 @@ def ppo(
         model: See `sft`.
         prompts: See `grpo`.
         reward: See `grpo`.
+        environment: See `grpo`.
+        tools: See `grpo`.
         output_dir: See `sft`.
         num_iterations: See `grpo`.
         evaluation: See `grpo`.
@@ -138,7 +151,8 @@ def ppo(
         Error: Something cannot be used; no model was loaded yet.
     """
     run = {"output_dir": output_dir, "num_iterations": num_iterations}
-    return _made("ppo", model, tokenizer, prompts, evaluation, run, settings, reward=reward, engine=engine)
+    scored: dict[str, Any] = {"reward": reward, "environment": environment, "tools": tools}
+    return _made("ppo", model, tokenizer, prompts, evaluation, run, settings, engine=engine, **scored)
 
 
 def _made(
@@ -151,6 +165,8 @@ def _made(
     settings: Mapping[str, Any] | None,
     *,
     reward: Reward | None = None,
+    environment: Playing | None = None,
+    tools: Tools = (),
     engine: RolloutEngine | None = None,
 ) -> Run:
     """A run of the kind that a verb of the command line names."""
@@ -161,6 +177,7 @@ def _made(
             "model": {"path": given.model(model, tokenizer)},
             "data": {"path": given.rows(data, argument="data")},
             "run": run,
+            **environment_section(environment, tools, given),
         }
         if evaluation is not None:
             sections["evaluation_data"] = {"path": given.rows(evaluation, argument="evaluation")}

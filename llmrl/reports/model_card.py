@@ -63,6 +63,8 @@ class CardFacts:
     data: Sequence[Data]
     rewards: Sequence[str]
     """Reward functions and models; empty for runs without."""
+    environment: Sequence[str]
+    """The environment and tools that answered the actor; empty for runs without."""
     changed: Mapping[str, Any]
     """Settings that are not at their defaults, by their dotted names."""
     versions: Mapping[str, str | None]
@@ -76,6 +78,7 @@ def model_card(facts: CardFacts, lines: Lines) -> str:
         f"Made by [llmrl](https://pypi.org/project/llmrl/) {facts.versions.get('llmrl')} from `{name}`.",
         *_section("Data", _data(facts.data)),
         *_section("Reward", [f"* {public(reward)}" for reward in facts.rewards]),
+        *_section("Environment", [f"* {public(each)}" for each in facts.environment]),
         *_section("Held-out result", _held_out(lines)),
         *_section("Learning curve", _curve(facts, lines)),
         *_section("Settings that differ from the defaults", _settings(facts.changed)),

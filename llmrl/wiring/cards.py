@@ -36,6 +36,7 @@ def card_of(config: AnyRun, checked: Checked) -> Callable[[Lines], str]:
             *_data(EVALUATION, config.evaluation_data, checked.evaluation_rows),
         ],
         rewards=list(_rewards(config)) if isinstance(config, RLRun) else [],
+        environment=list(_environment(config)) if isinstance(config, RLRun) else [],
         changed=changed_settings(with_dtypes(config)),
         versions=versions(),
     )
@@ -94,3 +95,14 @@ def _rewards(config: RLRun) -> Iterator[str]:
         yield f"{function.name}, weight {function.weight:g}"
     if config.reward.model is not None:
         yield f"{config.reward.model.path}, a reward model, weight {config.reward.model.weight:g}"
+    if config.opens_prompts:
+        yield "those that the environment gives"
+
+
+def _environment(config: RLRun) -> Iterator[str]:
+    if config.environment is None:
+        return
+    if config.environment.name is not None:
+        yield f"{config.environment.name}, which answers each turn"
+    for tool in config.environment.tools:
+        yield f"{tool}, a tool"

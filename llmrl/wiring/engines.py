@@ -1,4 +1,4 @@
-"""Rollout engines over a loaded model, and responses to texts."""
+"""Rollout engines over a loaded model, responses to texts, and episodes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrl.batches import Prompts
+from llmrl.batches import Prompts, Rollout, Row
 from llmrl.data.chat import check_template_arguments
 from llmrl.data.config import PromptDataConfig
-from llmrl.data.prompts import encode_prompts
+from llmrl.data.prompts import encode_prompts, unopened
+from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.context import Context, Launch
 from llmrl.functional.streams import Purpose
 from llmrl.models.config import ModelConfig
 from llmrl.models.loading import load_model, load_tokenizer
 from llmrl.models.vocabulary import check_ids, end_ids, num_token_ids
-from llmrl.reports.progress import Silent
+from llmrl.reports.progress import PlainProgress, Silent
 from llmrl.rewards.functions import decode_responses
 from llmrl.roles import Progress, RolloutEngine, Sampling
 from llmrl.rollout.config import RolloutConfig
@@ -22,6 +24,7 @@ from llmrl.rollout.graphs import GraphDecoder, check_graphs
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError, check_length
 from llmrl.rollout.transformers import TransformersEngine
+from llmrl.wiring.environments import CheckedEnvironment, with_turns
 from llmrl.wiring.precision import dtype_of
 
 if TYPE_CHECKING:
@@ -95,25 +98,50 @@ def respond(
     seed: int,
 ) -> list[list[str]]:
     """Responses to texts, as text; greedy at temperature 0."""
-    data = PromptDataConfig(
-        path="the command line",
-        system_prompt=system_prompt,
-        chat_template_kwargs=dict(chat_template_kwargs or {}),
-        max_prompt_tokens=sys.maxsize,
-    )
+    data = typed_prompts(system_prompt, chat_template_kwargs)
     if data.chat_template_kwargs:
         check_template_arguments(load_tokenizer(config), data)
     tokenizer, model = load_for_sampling(config, device)
     prompts, _ = encode_prompts([{"prompt": text} for text in texts], tokenizer, data)
     check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
-    engine = build_engine(
-        RolloutConfig(max_rows=max(num_responses, RolloutConfig.max_rows)),
-        model,
-        tokenizer,
-        dtype=model.dtype,
-        progress=Silent(),
+    sampling = sampling_at(temperature, num_responses=num_responses, max_response_tokens=max_response_tokens, seed=seed)
+    engine = _engine_for(sampling, model, tokenizer, Silent())
+    decoded = decode_responses(engine.generate(prompts, sampling).sequences, tokenizer)
+    return [decoded[first : first + num_responses] for first in range(0, len(decoded), num_responses)]
+
+
+def play(
+    config: ModelConfig,
+    rows: Sequence[Row],
+    device: torch.device,
+    *,
+    environment: CheckedEnvironment,
+    data: PromptDataConfig,
+    sampling: Sampling,
+) -> Rollout:
+    """Episodes of a model in an environment, G that open with each row. What fails is told on stderr."""
+    tokenizer, model = load_for_sampling(config, device)
+    alone = Launch(world_size=1, sharding="none")
+    progress = PlainProgress(sys.stderr)
+    context = Context(launch=alone, device=device, collectives=OneProcess(), progress=progress)
+    progress.phase("episodes", len(rows) * sampling.num_responses)
+    engine = with_turns(_engine_for(sampling, model, tokenizer, progress), environment, data, tokenizer, context)
+    return engine.generate(unopened(rows), sampling)
+
+
+def typed_prompts(system_prompt: str | None, chat_template_kwargs: Mapping[str, Any] | None) -> PromptDataConfig:
+    """Settings by which prompts that are typed become tokens."""
+    return PromptDataConfig(
+        path="the command line",
+        system_prompt=system_prompt,
+        chat_template_kwargs=dict(chat_template_kwargs or {}),
+        max_prompt_tokens=sys.maxsize,
     )
-    sampling = Sampling(
+
+
+def sampling_at(temperature: float, *, num_responses: int, max_response_tokens: int, seed: int) -> Sampling:
+    """Sampling of single responses, greedy at temperature 0."""
+    return Sampling(
         temperature=temperature or 1.0,
         num_responses=num_responses,
         max_response_tokens=max_response_tokens,
@@ -122,5 +150,10 @@ def respond(
         purpose=Purpose.GENERATION,
         first_response=0,
     )
-    decoded = decode_responses(engine.generate(prompts, sampling).sequences, tokenizer)
-    return [decoded[first : first + num_responses] for first in range(0, len(decoded), num_responses)]
+
+
+def _engine_for(
+    sampling: Sampling, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: Progress
+) -> RolloutEngine:
+    config = RolloutConfig(max_rows=max(sampling.num_responses, RolloutConfig.max_rows))
+    return build_engine(config, model, tokenizer, dtype=model.dtype, progress=progress)

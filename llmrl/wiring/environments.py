@@ -66,13 +66,24 @@ def check_environment(
         host = Processes(code, timeout_s=config.timeout_s, tell=print)
     host.load()
     try:
-        schemas = [schema_of(load_object(name, role="tool")) for name in config.tools]
+        schemas = [_schema(name) for name in config.tools]
         format = _format_of(config, tokenizer)
     except ValueError as error:
         raise UserCodeError(str(error)) from error
     if tokenizer is not None:
         _check_template(config, tokenizer, data, schemas)
     return CheckedEnvironment(config=config, host=host, schemas=schemas, format=format)
+
+
+def _schema(name: str) -> dict[str, Any]:
+    schema, called = schema_of(load_object(name, role="tool")), name.rpartition(":")[2]
+    shown = schema["function"]["name"]
+    if shown != called:
+        raise ValueError(
+            f"environment.tools: the chat template shows {name} to the actor as {shown!r}, but its calls are looked up "
+            f"by {called!r}; let the function's own name be {called!r}"
+        )
+    return schema
 
 
 def _format_of(config: EnvironmentConfig, tokenizer: "PreTrainedTokenizerBase | None") -> str | None:

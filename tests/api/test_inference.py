@@ -104,3 +104,43 @@ def test_settings_have_the_checks_of_recipes(folder, rows):
     message = r"evaluation\.num_response is not a setting; did you mean evaluation\.num_responses"
     with pytest.raises(llmrl.Error, match=message):
         llmrl.evaluate(folder / "llama", prompts=rows, reward=digits, settings={"evaluation.num_response": 2})
+
+
+GAME = """
+import llmrl
+
+
+class Twice(llmrl.Environment):
+    def start(self, row):
+        return row["opening"]
+
+    def respond(self, message):
+        return llmrl.Turn(f"{message.turn}+2=", done=message.turn == 2, reward=0.5)
+"""
+
+
+def test_a_model_plays(folder, tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    (tmp_path / "game.yaml").write_text(
+        f"model: {{path: {folder / 'llama'}}}\ndata: {{path: rows.jsonl}}\nrun: {{output_dir: x, num_iterations: 1}}\n"
+        f"environment: {{name: '{tmp_path / 'game.py'}:Twice', max_turns: 1}}\n"
+    )
+    row = json.dumps({"opening": "1+2="})
+    play = ("generate", folder / "llama", row, "--max-response-tokens=60", "--temperature=1", "--num-responses=4")
+    episodes = command(*play, "--environment", f"{tmp_path / 'game.py'}:Twice").split("\n\n")
+    (first_turns,) = llmrl.generate(folder / "llama", "1+2=", max_response_tokens=60, temperature=1.0, num_responses=4)
+    done = [index for index, episode in enumerate(episodes) if "(2 turns; done, reward 1)" in episode]
+    assert done
+    for index in done:
+        assert episodes[index].startswith(f"> 1+2=\n{first_turns[index]}\n> 1+2=\n")
+    once = command(*play, "--environment", tmp_path / "game.yaml")
+    assert once.count("(1 turn; truncated by environment.max_turns, reward 0.5)") >= len(done)
+
+
+def test_an_environment_that_fails_is_told(folder, tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    arguments = ["generate", str(folder / "llama"), "1+2=", "--environment", f"{tmp_path / 'game.py'}:Twice"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert result.stdout == "(0 turns; start failed: no reward)\n\n"
+    assert "start raised KeyError: 'opening'" in result.stderr

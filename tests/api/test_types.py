@@ -31,6 +31,10 @@ class Guess(llmrl.Environment):
         self.secret = 0
 
 
+def search(query: str) -> str:
+    return query
+
+
 rows = [{"prompt": "1+1=", "answer": "2"}]
 run = llmrl.grpo(
     "org/model",
@@ -54,6 +58,7 @@ except llmrl.Error as error:
 texts: list[list[str]] = llmrl.generate(run.model, ["1+1="], tokenizer=run.tokenizer)
 scores: list[float] = llmrl.score(judge, rows)
 numbers: dict[str, float] = llmrl.evaluate("org/model", prompts=rows, reward=[correct, judge])
+played = llmrl.grpo(run, prompts=rows, environment=Guess, tools=[search], output_dir="runs/played", num_iterations=9)
 losses = [row["loss"] for row in llmrl.load_run("runs/sft").metrics]
 """
 
@@ -69,4 +74,4 @@ def test_a_program_is_strictly_typed(tmp_path):
     problems = [line for line in done.stdout.splitlines() if "- error" in line or "- warning" in line]
     assert problems
     assert [line for line in problems if "wrong.py" not in line] == []
-    assert "reward" in done.stdout  # which it lacks
+    assert "num_iterations" in done.stdout  # which it lacks

@@ -16,7 +16,7 @@ from tests.docs.pages import ROOT
 LINKED = ("benchmarks", "constraints.txt", "docs", "Makefile", "pyproject.toml", "recipes", "reward_models", "tests")
 """What commands read and none changes."""
 CHARS, WORDS = "tiny_char_llama", "tiny_word_llama"
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
 POLICIES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": CHARS,
     "runs/quickstart/sft/final": CHARS,
@@ -48,6 +48,7 @@ FILES = {
     "first300.jsonl": PAIRS,
     "last200.jsonl": PAIRS[:8],
     "data/hh/prompts.jsonl": CHATS,
+    "secrets.jsonl": [{"secret": number} for number in range(1, 33)],
 }
 NUM_ROWS = 64
 CURVE = "benchmarks/results/word_problems_smollm2_h100.jsonl"

@@ -24,6 +24,7 @@ def facts(**changes) -> CardFacts:
         "base_model": "owner/model",
         "data": [Data(section="data", path="owner/rows", num_rows=7000, digest="0123456789abcdef" * 4)],
         "rewards": [f"{HOME}/rules.py:right, weight 1"],
+        "environment": [],
         "changed": {"optimizer.learning_rate": 1e-5, "data.path": f"{HOME}/private/train.jsonl"},
         "versions": {"llmrl": "0.1.0", "torch": "2.10", "deepspeed": None},
     }
@@ -51,6 +52,13 @@ def test_the_header_names_no_folder():
 @pytest.mark.parametrize(("command", "task"), [("reward-model", "text-classification"), ("critic", None)])
 def test_the_task_is_that_of_the_model(command, task):
     assert ModelCard(model_card(facts(command=command), LINES)).data.to_dict().get("pipeline_tag") == task
+
+
+def test_what_answered_the_actor_is_named_without_its_folder():
+    assert "## Environment" not in model_card(facts(), LINES)
+    card = model_card(facts(environment=[f"{HOME}/games/guess.py:Guess, which answers each turn"]), LINES)
+    assert "## Environment\n\n* guess.py:Guess, which answers each turn\n" in card
+    assert HOME not in card
 
 
 def test_it_says_what_was_measured():

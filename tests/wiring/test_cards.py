@@ -8,6 +8,7 @@ import pytest
 
 from llmrl.config import PPORun
 from llmrl.data.config import MixedRowsConfig, PromptDataConfig
+from llmrl.environments.config import EnvironmentConfig
 from llmrl.models.config import LoraSettings
 from llmrl.models.folders import HUB_NAME
 from llmrl.optim.config import OptimizerConfig
@@ -107,3 +108,15 @@ def test_the_card_of_a_run_stands_beside_its_model(config, tmp_path):
         "| 2",
         "| 3",
     ]
+
+
+def test_an_environment_and_tools_are_named(config):
+    place = "/" + "home/someone/games"
+    environment = EnvironmentConfig(name=f"{place}/guess.py:Guess", tools=("tools.py:search",))
+    checked = check_rl(config, dry=False)
+    card = card_of(dataclasses.replace(config, environment=environment), checked)([])
+    assert "## Environment\n\n* guess.py:Guess, which answers each turn\n* tools.py:search, a tool\n" in card
+    assert "* those that the environment gives" in card
+    assert place not in card
+    tools = dataclasses.replace(environment, name=None)
+    assert "environment gives" not in card_of(dataclasses.replace(config, environment=tools), checked)([])

@@ -1,0 +1,44 @@
+"""An episode to be read."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llmrl.batches import Rollout, StopReason
+from llmrl.data.chat import as_messages
+from llmrl.messages import counted
+
+ENDS = {
+    StopReason.EOS: "done",
+    StopReason.LENGTH: "truncated by a limit on tokens",
+    StopReason.TURNS: "truncated by environment.max_turns",
+}
+
+
+def episode_text(rollout: Rollout, row: int) -> str:
+    """What the actor of a response read, after ``> ``, what it wrote, and in the last line how the episode ended."""
+    episodes = rollout.episodes
+    assert episodes is not None, "an environment answered the rollout"
+    opening = episodes.openings[row]
+    messages = [*(as_messages(opening) if opening else []), *episodes.messages[row]]
+    num_turns = int(episodes.num_turns[row])
+    if episodes.failures[row] is not None:
+        end = f"{episodes.failures[row]} failed: no reward"
+    else:
+        reward = float(episodes.turn_rewards[row].sum() + episodes.end_reward[row])
+        end = f"{ENDS[StopReason(int(rollout.stop_reason[row]))]}, reward {reward:.4g}"
+    return "\n".join(
+        [*(line for message in messages for line in _lines(message)), f"({counted(num_turns, 'turn')}; {end})"]
+    )
+
+
+def _lines(message: Mapping[str, Any]) -> Iterator[str]:
+    role, content = message["role"], message["content"]
+    if role != "assistant":
+        yield f"> {content}" if role == "user" else f"> {role}: {content}"
+        return
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if content or not calls:
+        yield content
+    for call in calls:
+        yield f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
