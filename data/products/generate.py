@@ -15,9 +15,9 @@ from typing import Any
 SEED = 20260103
 NUM_TEST = 400
 NUM_TRAIN = 8_000
-TOOL = "calculate(expression)"  # as the chat template of tiny_chat_llama lists it
-TOOL_SHARE = 0.5  # of the demonstrations that have the calculator
-CALL_SHARE = 0.25  # of these; the others have it and answer from the head
+TOOL = "calculate(expression)"  # as the chat template lists it
+TOOL_SHARE = 0.8  # of the demonstrations that have the calculator
+CALL_SHARE = 0.5  # of these; the others have it and answer from the head
 
 Problem = tuple[int, int]
 Row = dict[str, Any]
