@@ -15,6 +15,8 @@ def calculate(expression: str) -> str:
     """
     found = EXPRESSION.fullmatch(expression)
     if found is None:
-        raise ValueError(f"{expression!r} must be two whole numbers with +, - or * between them")  # the actor reads this
+        raise ValueError(
+            f"{expression!r} must be two whole numbers with +, - or * between them"
+        )  # the actor reads this
     first, sign, second = found.groups()
     return str(OPERATORS[sign](int(first), int(second)))

@@ -13,17 +13,22 @@ class Guess(llmrl.Environment):
     """
 
     def __init__(self, highest: int = 31) -> None:
-        self.highest = highest
+        self.low, self.high = 1, highest
 
     def start(self, row):
         self.secret = int(row["secret"])
-        return f"Which number from 1 to {self.highest}?"
+        return f"Which number from {self.low} to {self.high}?"
 
     def respond(self, message):
         found = re.fullmatch(r"\d{1,3}", message.text.strip())
         if found is None:
-            return llmrl.Turn("a number", reward=-0.1)
+            return llmrl.Turn("a number", reward=-0.2)
         guess = int(found[0])
         if guess == self.secret:
             return llmrl.Turn(done=True, reward=1.0)
-        return llmrl.Turn("higher" if guess < self.secret else "lower", reward=-0.02)
+        reward = -0.02 if self.low <= guess <= self.high else -0.2  # it may forget what was answered before
+        if guess < self.secret:
+            self.low = max(self.low, guess + 1)
+            return llmrl.Turn("higher", reward=reward)
+        self.high = min(self.high, guess - 1)
+        return llmrl.Turn("lower", reward=reward)

@@ -67,7 +67,12 @@ def test_what_a_guess_is_answered():
         Turn("lower", reward=-0.02),
         Turn(done=True, reward=1.0),
     ]
-    assert play(20, ["", "twenty", "20!", "2020"]) == [Turn("a number", reward=-0.1)] * 4
+    assert play(20, ["", "twenty", "20!", "2020"]) == [Turn("a number", reward=-0.2)] * 4
+
+
+def test_a_guess_that_forgets_an_answer_costs_more():
+    guesses = ["16", "16", "24", "5", "31", "18"]
+    assert [turn.reward for turn in play(20, guesses)] == [-0.02, -0.2, -0.02, -0.2, -0.2, -0.02]
 
 
 def test_five_guesses_that_halve_find_every_number_and_four_do_not():

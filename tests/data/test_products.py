@@ -105,8 +105,7 @@ def test_the_conversation_with_a_call_as_the_template_writes_it(tokenizer):
         messages, tools=[schema_of(calculate)], tokenize=False, add_generation_prompt=True
     )
     assert text == (
-        "<|system|>calculate(expression)<eos><|user|>47*85=<eos>"
-        f"<|assistant|>{CALL}<eos><|tool|>3995<eos><|assistant|>"
+        f"<|system|>calculate(expression)<eos><|user|>47*85=<eos><|assistant|>{CALL}<eos><|tool|>3995<eos><|assistant|>"
     )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.unk_token_id not in ids
