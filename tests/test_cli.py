@@ -930,7 +930,7 @@ def test_a_new_folder_whose_command_fails(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "place", "told"),
-    [("tools", "demo", "no starter 'tools', only math, rlhf, pairs"), ("math", ".", "mine.txt is in the way")],
+    [("toys", "demo", "no starter 'toys', only math, rlhf, pairs, tools"), ("math", ".", "mine.txt is in the way")],
 )
 def test_a_new_folder_that_is_refused(name, place, told, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmrl.messages import nearest
 from llmrl.starters.listing import SHIPPED
 
-COPIED = (".json", ".md", ".py", ".yaml")
+COPIED = (".jinja", ".json", ".md", ".py", ".yaml")
 """Suffixes of the files that are copied; a repository may also have data there that a generator made."""
 
 
@@ -75,6 +75,21 @@ STARTERS: dict[str, Starter] = {
         renamed={"data/reviews": "data"},
         made_by=DATA,
         next_command="llmrl reward-model recipe.yaml",
+    ),
+    "tools": Starter(
+        summary="GRPO with a tool: products, and a calculator to call",
+        own="tools",
+        copied={
+            "recipes/products_tiny_sft.yaml": "sft.yaml",
+            "recipes/products_tiny_grpo.yaml": "recipe.yaml",
+            "recipes/environments/calculator.py": "calculator.py",
+            "recipes/models/tiny_chat_llama": "model",
+            "reward_models/arithmetic.py": "reward.py",
+            "data/products": "data",
+        },
+        renamed={"runs/products": "runs"},
+        made_by=DATA | START,
+        next_command="llmrl grpo recipe.yaml",
     ),
 }
 """Every kind of folder, by the name that `llmrl new` takes."""

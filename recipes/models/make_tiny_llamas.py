@@ -1,4 +1,4 @@
-"""Makes the folders of two tiny Llamas, one that reads characters and one that reads words: no weights.
+"""Makes the folders of three tiny Llamas, which read characters, chats in characters, and words: no weights.
 
     python recipes/models/make_tiny_llamas.py [--out recipes/models]
 
@@ -13,11 +13,33 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 REVIEWS = Path(__file__).parents[2] / "data" / "reviews" / "generate.py"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
+ROLES = ["system", "user", "assistant", "tool"]
+CALL_PIECES = ["<tool_call>", "</tool_call>", '{"name": "', '", "arguments": {"', '": "', '"}}']
+"""Tokens of their own, so that a call of a tool is short."""
+CHAT_TEMPLATE = """\
+{%- if tools -%}
+    <|system|>
+    {%- for tool in tools -%}
+        {{ tool.function.name }}({{ tool.function.parameters.properties | join(", ") }}){{ "" if loop.last else " " }}
+    {%- endfor -%}
+    <eos>
+{%- endif -%}
+{%- for message in messages -%}
+    <|{{ message.role }}|>{{ message.content }}
+    {%- for call in message.tool_calls or [] -%}
+        <tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+    {%- endfor -%}
+    <eos>
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    <|assistant|>
+{%- endif -%}
+"""
 CHARACTERS = [*"\n ", *string.digits, *string.ascii_letters, *string.punctuation]
 NUM_WORDS = 1024  # at most: 256 bytes, pieces, and each word of the reviews with a space before it and without
 NUM_REVIEWS = 20_000  # texts that it is made from
@@ -31,6 +53,15 @@ def char_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, a role and a piece of a call; calls of tools in the format of Hermes and Qwen."""
+    chat = finished(char_tokenizer())
+    chat.add_tokens([AddedToken(f"<|{role}|>", special=True, normalized=False) for role in ROLES])
+    chat.add_tokens([AddedToken(piece, normalized=False) for piece in CALL_PIECES])
+    chat.chat_template = CHAT_TEMPLATE
+    return chat
 
 
 def word_tokenizer() -> Tokenizer:
@@ -93,9 +124,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the folders of the tiny Llamas.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write them to")
     out = parser.parse_args().out
-    for name, tokenizer in (("tiny_char_llama", char_tokenizer()), ("tiny_word_llama", word_tokenizer())):
-        finished(tokenizer).save_pretrained(out / name)
-        make_config(tokenizer.get_vocab_size()).save_pretrained(out / name)
+    tokenizers = {
+        "tiny_char_llama": finished(char_tokenizer()),
+        "tiny_chat_llama": chat_tokenizer(),
+        "tiny_word_llama": finished(word_tokenizer()),
+    }
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(out / name)
+        make_config(len(tokenizer)).save_pretrained(out / name)
         for path in sorted((out / name).iterdir()):
             print(f"{path}: {path.stat().st_size} bytes")
 

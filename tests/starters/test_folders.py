@@ -11,7 +11,7 @@ from llmrl.starters.folders import STARTERS, find_starter, missing_commands, run
 
 NAMES = list(STARTERS)
 REPOSITORY = re.compile(
-    r"\b(?:recipes|reward_models|starters)/|\bdata/(?:arithmetic|reviews)|\bruns/(?:quickstart|reviews)|`make\b"
+    r"\b(?:recipes|reward_models|starters)/|\bdata/(?:arithmetic|products|reviews)|\bruns/(?:products|quickstart|reviews)|`make\b"
 )
 """A path that only a clone of the repository has."""
 
@@ -49,7 +49,8 @@ def test_every_path_of_a_recipe_is_there_or_made(written):
         functions = settings.get("reward", {}).get("functions", [])
         scorer = [settings["reward"]["model"]["path"]] if "model" in settings.get("reward", {}) else []
         sections = [settings[name]["path"] for name in ("model", "data", "evaluation_data") if name in settings]
-        for path in [*sections, *scorer, *(rule["name"].partition(":")[0] for rule in functions)]:
+        named = [*(rule["name"] for rule in functions), *settings.get("environment", {}).get("tools", [])]
+        for path in [*sections, *scorer, *(name.partition(":")[0] for name in named)]:
             assert (folder / path).exists() or path in made, f"{recipe.name}: {path}"
         for command in made.values():
             assert (folder / command.split()[-1]).is_file(), command
@@ -137,7 +138,7 @@ def test_a_command_runs_in_the_folder_and_its_status_comes_back(tmp_path):
 
 
 def test_an_unknown_name_is_answered_by_the_known_ones():
-    with pytest.raises(ValueError, match="no starter 'tools', only math, rlhf, pairs"):
-        find_starter("tools")
+    with pytest.raises(ValueError, match="no starter 'toys', only math, rlhf, pairs, tools"):
+        find_starter("toys")
     with pytest.raises(ValueError, match="did you mean 'math'"):
         find_starter("maths")
