@@ -40,7 +40,7 @@ class Gymnasium(Environment):
     def __init__(
         self, id: str, options: Mapping[str, Any] = {}, actions: Sequence[str] = (), instructions: str = ""
     ) -> None:
-        self.environment: gymnasium.Env[Any, Any] = gymnasium.make(id, **{"render_mode": _render_mode(id), **options})
+        self.environment: gymnasium.Env[Any, Any] = gymnasium.make(id, **{**_printing(id), **options})
         space = self.environment.action_space
         self.numbers = _numbers(space, actions) if isinstance(space, Discrete) else {}
         self.instructions = instructions
@@ -90,10 +90,11 @@ class Gymnasium(Environment):
         return ", ".join(self.numbers) if self.numbers else f"a text of {self.environment.action_space}"
 
 
-def _render_mode(id: str) -> str | None:
+def _printing(id: str) -> dict[str, str]:
+    """The argument by which an environment prints itself, where it can."""
     entry_point = gymnasium.spec(id).entry_point
     creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-    return "ansi" if "ansi" in getattr(creator, "metadata", {}).get("render_modes", ()) else None
+    return {"render_mode": "ansi"} if "ansi" in getattr(creator, "metadata", {}).get("render_modes", ()) else {}
 
 
 def _numbers(space: Discrete, names: Sequence[str]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 try:
-    from openenv import GenericEnvClient
+    from openenv.core import GenericEnvClient
 except ImportError as error:
     raise ImportError('openenv is not installed: pip install "llmrl[openenv]"') from error
 
@@ -16,8 +16,8 @@ _NO_LIMIT_S = 1e6
 
 
 class OpenEnv(Environment):
-    """An environment behind an OpenEnv server. Each episode is a session there, so the server must allow as many at once
-    as a rollout has responses.
+    """An environment behind an OpenEnv server. Each episode is a session there, so the server must allow as many at
+    once as a rollout has responses.
 
     A message that is no action, by itself or as the server says, is answered with the error. A class that derives from
     this one can read and write in other ways, by `action` and `text`.
