@@ -10,7 +10,6 @@ import re
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
@@ -24,9 +23,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from llmrl.distributed.stop import STOP, Interrupted
+from llmrl.errors import Error
 from llmrl.files import REFUSALS, read_object
 from llmrl.messages import in_units, shown, visible, with_interval, without_ends
-from llmrl.output_streams import lasting_output
+from llmrl.output_streams import ignore_warnings_to_authors, lasting_output
 from llmrl.secrets import masked, remember_environment
 from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
 from llmrl.starters.folders import STARTERS, find_starter, missing_commands, run_in, write_starter
@@ -455,8 +455,7 @@ def _end_at_once(status: int, message: str = "") -> None:
 @contextmanager
 def bad_input_ends_with_status_2() -> Iterator[None]:
     """Context of everything before a model loads: what is wrong there is the input."""
-    # written for the authors of libraries, nothing that a user could do
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
+    ignore_warnings_to_authors()
     with _outer_causes_in_one_line(2):
         try:
             yield
@@ -502,59 +501,34 @@ def _outer_causes_in_one_line(status: int, folder: Path | None = None) -> Iterat
 def failures_in_one_line(folder: Path | None = None) -> Iterator[None]:
     """Context of a run: failures that have a cause outside of llmrl end with their message; anything else propagates.
 
-    `folder` is the output folder of a run that can be resumed.
+    Input that cannot be used, a `ValueError`, has the status 2; a run that failed 1. `folder` is the output folder of
+    a run that can be resumed.
     """
-    from llmrl.data.files import DataError
     from llmrl.distributed.activity import HERE
     from llmrl.distributed.heartbeat import AnotherRankFailed
-    from llmrl.distributed.launch import LaunchError
     from llmrl.distributed.watchdog import PhaseTimeout
-    from llmrl.files import WriteError
-    from llmrl.memory import MemoryFull, describe_full_memory
-    from llmrl.models.folders import ModelError
-    from llmrl.reports.trackers import TrackerError
-    from llmrl.rewards.calls import RewardError
-    from llmrl.roles import StateMismatch
-    from llmrl.rollout.support import RolloutError
-    from llmrl.trainers.alarms import NothingLearned
-    from llmrl.trainers.checkpoint import CheckpointError
-    from llmrl.trainers.rl import FlatGroupsError
-    from llmrl.trainers.run import RunError, Stopped
+    from llmrl.memory import describe_full_memory
+    from llmrl.trainers.run import Stopped
     from llmrl.user_code import UserCodeFailure
 
     try:
         with _outer_causes_in_one_line(1, folder):
             yield
-    except (
-        DataError,
-        LaunchError,
-        ModelError,
-        RolloutError,
-        RunError,
-        CheckpointError,
-        StateMismatch,
-        TrackerError,
-    ) as error:
-        _fail(error, 2)
-    except (
-        RewardError,
-        FlatGroupsError,
-        FloatingPointError,
-        MemoryFull,
-        NothingLearned,
-        PhaseTimeout,
-        WriteError,
-    ) as error:
-        _fail(error, 1, folder)
-    except Stopped as stopped:
-        _fail(stopped, stopped.status)
     except AnotherRankFailed as error:
         raise typer.Exit(1) from error
+    except Stopped as stopped:
+        _fail(stopped, stopped.status)
+    except UserCodeFailure as error:
+        _fail(describe_full_memory(error, HERE.phase) or error, 1, folder)
+    except (Error, FloatingPointError, PhaseTimeout) as error:
+        if isinstance(error, ValueError):
+            _fail(error, 2)
+        _fail(error, 1, folder)
     except (RuntimeError, MemoryError) as error:
         message = describe_full_memory(error, HERE.phase)
-        if message is None and not isinstance(error, UserCodeFailure):
+        if message is None:
             raise
-        _fail(message or error, 1, folder)
+        _fail(message, 1, folder)
 
 
 def _fail(error: BaseException | str, status: int, folder: Path | None = None) -> NoReturn:

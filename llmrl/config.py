@@ -9,6 +9,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import (
     ConversationsConfig,
     DataConfig,
+    PairsConfig,
     PreferenceDataConfig,
     PromptDataConfig,
     PromptsConfig,
@@ -16,6 +17,7 @@ from llmrl.data.config import (
     SupervisedDataConfig,
 )
 from llmrl.distributed.config import DistributedConfig
+from llmrl.elsewhere import EVERY_RUN, GRPO, PPO, REWARD_MODEL, RL, SFT
 from llmrl.environments.config import EnvironmentConfig
 from llmrl.messages import counted
 from llmrl.models.config import CriticConfig, ModelConfig
@@ -74,6 +76,8 @@ class SFTRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN | SFT
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         every = self.sft.evaluate_every
@@ -106,7 +110,7 @@ class RewardModelRun:
     """The model that is trained: a causal language model, which gets a new head, or a reward model."""
     data: PreferenceDataConfig
     """Pairs of responses, one of which was preferred."""
-    evaluation_data: Annotated[PreferenceDataConfig, LIKE_DATA]
+    evaluation_data: Annotated[PairsConfig, LIKE_DATA]
     """Held-out pairs: what the report card is about."""
     run: OutputConfig
     """Output folder; the length of the run is `reward_model.num_epochs`."""
@@ -122,6 +126,8 @@ class RewardModelRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN | REWARD_MODEL
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         evaluates = self.reward_model.evaluate_every != 0
@@ -163,8 +169,15 @@ class CriticRun:
     """Commands that make what the run reads, as in {runs/sft/final: llmrl sft sft.yaml}; printed if it is missing."""
     moved: ClassVar[dict[str, str]] = MOVED
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
+        if self.model.lora is not None and self.model.lora.modules_to_save:
+            raise ValueError(
+                f"model.lora.modules_to_save ({', '.join(self.model.lora.modules_to_save)}) are layers of an actor or "
+                "a reward model: a critic that is an adapter trains none whole; leave them out"
+            )
         every = self.critic.evaluate_every
         if every and self.evaluation_data is None:
             raise ValueError(
@@ -230,12 +243,12 @@ class RLRun:
     """The model that is trained."""
     data: PromptDataConfig
     """Prompts."""
-    run: RLRunConfig
-    """Length of the run, and its output folder."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """Rewards of the responses: functions, a reward model, or both. An environment gives rewards of its own too."""
     environment: EnvironmentConfig | None = None
     """What answers the actor, for responses of several turns; null: a response is one turn."""
+    run: RLRunConfig
+    """Length of the run, and its output folder."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Sampling of responses."""
     algorithm: AlgorithmConfig
@@ -260,6 +273,8 @@ class RLRun:
         "reward.model.trust_remote_code": "set model.trust_remote_code, which holds for every model folder of the run",
     }
     """Settings of other days, and what to write now."""
+    elsewhere: ClassVar[dict[str, str]] = EVERY_RUN | RL
+    """Names of other frameworks, and what they are here."""
 
     def __post_init__(self) -> None:
         _check_rewards(self.reward, self.environment)
@@ -382,6 +397,7 @@ class GRPORun(RLRun):
     """GRPO and its kin: `llmrl grpo`."""
 
     algorithm: GRPOConfig = field(default_factory=GRPOConfig)
+    elsewhere = RLRun.elsewhere | GRPO
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -396,6 +412,7 @@ class PPORun(RLRun):
     algorithm: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_iteration=128))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(num_epochs=2))
+    elsewhere = RLRun.elsewhere | PPO
     moved = RLRun.moved | {
         "algorithm.kl_horizon": "leave it out: algorithm.kl_target steers algorithm.kl_coef over 10,000 responses",
         "algorithm.step_kl_coef": "leave it out: the price of a step begins at 1 and is steered by step_kl_target",

@@ -3,4 +3,5 @@
 
 class Error(Exception):
     """Base of every error whose cause lies outside of llmrl, and whose message is meant for the user: settings, data or
-    models that cannot be used, code of users that fails, a run that was stopped."""
+    models that cannot be used, code of users that fails, a run that was stopped. One that is a `ValueError` too is of
+    input that cannot be used."""

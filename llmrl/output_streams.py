@@ -1,10 +1,17 @@
-"""Standard output and standard error that outlive what they lead to: a pipe that is closed, a disk that is full."""
+"""Standard output and standard error that outlive what they lead to: a pipe that is closed, a disk that is full;
+and the warnings that come there."""
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+
+def ignore_warnings_to_authors() -> None:
+    """Leaves out what libraries warn one another of, where a user could do nothing."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
 
 
 class LastingStream:

@@ -25,6 +25,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -75,7 +76,8 @@ def read_recipe(cls: type[T], path: Path, overrides: Sequence[str]) -> T:
 
     Args:
         cls: Frozen dataclass of frozen dataclasses, tuples and dicts of them, ``X | None``, ``Literal`` and scalars.
-            Its ``moved``, if it has one, says of each setting that is gone, by its dotted path, what to write now.
+            Its ``moved``, if it has one, says of each setting that is gone, by its dotted path, what to write now, and
+            its ``elsewhere`` what the names of other frameworks are here.
         path: YAML file; OmegaConf's interpolation ``${a.b}`` is resolved after the overrides.
         overrides: ``a.b=value``, read by the type of the setting; list items by index, as in
             ``reward.functions.0.weight=2``.
@@ -423,7 +425,8 @@ def _once(problems: list[str], likes: Mapping[str, Like]) -> list[str]:
 
 def _all_unknown_names(cls: type, settings: Any) -> list[str]:
     moved: Mapping[str, str] = getattr(cls, "moved", {})
-    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place, moved)]
+    elsewhere: Mapping[str, str] = getattr(cls, "elsewhere", {})
+    return [problem for place in _sections(cls, settings) for problem in _unknown_names(*place, moved, elsewhere)]
 
 
 def _sections(annotation: Any, value: Any, path: Place = ()) -> Iterator[tuple[Place, type, dict[Any, Any]]]:
@@ -468,7 +471,9 @@ def _unmarked(annotation: Any) -> Any:
     return annotation.__origin__ if is_marked else annotation
 
 
-def _unknown_names(path: Place, section: type, given: dict[Any, Any], moved: Mapping[str, str]) -> Iterator[str]:
+def _unknown_names(
+    path: Place, section: type, given: dict[Any, Any], moved: Mapping[str, str], elsewhere: Mapping[str, str]
+) -> Iterator[str]:
     known = list(_hints(section))
     for name in given:
         fixed = getattr(section, str(name), None)
@@ -479,7 +484,13 @@ def _unknown_names(path: Place, section: type, given: dict[Any, Any], moved: Map
         elif name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
             way_out = f"did you mean {_dotted(*path, nearest[0])}?" if nearest else f"known here: {', '.join(known)}"
-            yield f"{_dotted(*path, name)} is not a setting; {way_out}"
+            yield f"{_dotted(*path, name)} is not a setting; {_called_here(str(name), elsewhere)}{way_out}"
+
+
+def _called_here(name: str, elsewhere: Mapping[str, str]) -> str:
+    """Clause on what is meant by a name of another framework; empty for any other name."""
+    meant = next((here for pattern, here in elsewhere.items() if fnmatchcase(name, pattern)), None)
+    return f"what other frameworks call {name} is {meant}; " if meant else ""
 
 
 def _nans(value: Any, path: Place = ()) -> Iterator[Place]:

@@ -34,11 +34,18 @@ from llmrl.cli import (
     bad_input_ends_with_status_2,
     settings,
 )
+from llmrl.data.files import DataError
 from llmrl.distributed.activity import HERE
 from llmrl.distributed.collectives import OneProcess
+from llmrl.distributed.heartbeat import AnotherRankFailed
+from llmrl.distributed.watchdog import PhaseTimeout
+from llmrl.files import WriteError
 from llmrl.memory import MemoryFull
 from llmrl.models.folders import ModelError
+from llmrl.rewards.calls import RewardError
+from llmrl.roles import StateMismatch
 from llmrl.trainers.output import locked
+from llmrl.trainers.run import Stopped
 from llmrl.user_code import UserCodeFailure
 from llmrl.wiring.runs import RUNS
 from tests.hybrids import HYBRIDS
@@ -787,6 +794,37 @@ def test_full_memory_is_one_line(monkeypatch, capsys):
         assert line in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug of ours"), cli.failures_in_one_line():
         raise RuntimeError("a bug of ours")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DataError("no rows"), 2),
+        (StateMismatch("another state"), 2),
+        (RewardError("the rule failed"), 1),
+        (WriteError("the disk is full"), 1),
+        (FloatingPointError("not finite"), 1),
+        (PhaseTimeout("too long"), 1),
+        (Stopped(15, 3, Path("runs/mine")), 143),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_failure_ends_with_its_message_and_the_status_of_its_kind(error, status, tmp_path, capsys):
+    """Input that cannot be used needs no hint how to resume."""
+    (tmp_path / "checkpoints" / "step_000003").mkdir(parents=True)
+    with pytest.raises(cli.typer.Exit) as ended, cli.failures_in_one_line(tmp_path):
+        raise error
+    first, *more = capsys.readouterr().err.splitlines()
+    assert ended.value.exit_code == status
+    assert first == f"error: {error}"
+    assert bool(more) == (status == 1)
+
+
+def test_a_rank_that_another_one_ended_prints_nothing(capsys):
+    with pytest.raises(cli.typer.Exit) as ended, cli.failures_in_one_line():
+        raise AnotherRankFailed("rank 1")
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

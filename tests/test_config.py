@@ -14,7 +14,7 @@ from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.config import CriticRun, GRPORun, PPORun, RewardModelRun, SFTRun, command_for
-from llmrl.data.config import PreferenceDataConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
+from llmrl.data.config import PairsConfig, PreferenceDataConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
 from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
@@ -57,7 +57,7 @@ def reward_model(**sections: Any) -> RewardModelRun:
     required = {
         "model": ModelConfig(path="m"),
         "data": PreferenceDataConfig(path="d.jsonl"),
-        "evaluation_data": PreferenceDataConfig(path="e.jsonl"),
+        "evaluation_data": PairsConfig(path="e.jsonl"),
         "run": OutputConfig(output_dir="runs/x"),
     }
     return RewardModelRun(**(required | sections))

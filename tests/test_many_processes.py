@@ -17,7 +17,11 @@ pytestmark = pytest.mark.slow
 HALF = {"grpo": "run.num_iterations=2", "ppo": "run.num_iterations=2", "reward-model": "reward_model.num_epochs=1"}
 """What makes a run half as long, so that resuming it goes on."""
 SHARED = ("critic.network=shared", "critic.warmup_iterations=0")
-LORA = ("model.lora.rank=2", "model.gradient_checkpointing=true")
+LORA = (
+    "model.lora.rank=2",
+    "model.lora.modules_to_save=[embed_tokens,norm,lm_head]",
+    "model.gradient_checkpointing=true",
+)
 """With the adapter off as the reference."""
 LEARNED = (
     "reward.functions=[]",

@@ -13,7 +13,10 @@ from llmrl.settings import describe, read_recipe
     ("cls", "expected"),
     [
         (SFTRun, {"model.path", "data.path", "data.mixed_with.<n>.path", "evaluation_data.path", "run.output_dir"}),
-        (RewardModelRun, {"model.path", "data.path", "evaluation_data.path", "run.output_dir"}),
+        (
+            RewardModelRun,
+            {"model.path", "data.path", "data.mixed_with.<n>.path", "evaluation_data.path", "run.output_dir"},
+        ),
         (
             PPORun,
             {

@@ -89,8 +89,9 @@ class GRPOConfig(Section, place="algorithm"):
         warnings = _unread_clips(self)
         if self.kl_coef > 0 and self.scale == "std":
             warnings.append(
-                "algorithm.scale std together with algorithm.kl_coef: advantages are divided by each group's spread, "
-                "so kl_coef has no fixed meaning; algorithm.scale none gives it one"
+                "algorithm.kl_coef with algorithm.scale std, as by default in TRL, works, but advantages are divided "
+                "by the spread of each group's scores, so a nat of KL costs another score in each group; "
+                "algorithm.scale none gives it one price"
             )
         return warnings
 

@@ -21,7 +21,7 @@ from llmrl.errors import Error
 from llmrl.files import replace_file, writing
 from llmrl.models.config import ModelConfig
 from llmrl.models.digest import digest_of_model
-from llmrl.models.folders import ModelError
+from llmrl.models.folders import HUB_NAME, ModelError, has_vocabulary_file, is_adapter
 from llmrl.models.saving import save_weights
 from llmrl.roles import Collectives
 from llmrl.user_code import GIVEN, name_of, names_code
@@ -64,17 +64,12 @@ class Given:
         """Folder or hub name of a model, which the first rank writes if it is an object.
 
         Raises:
-            ModelError: It is no model, or has no tokenizer.
+            ModelError: It is no model, or has no tokenizer, or a second one.
         """
         if isinstance(model, RunFolder):
             model = model.folder / "final"
         if isinstance(model, str | Path):
-            if tokenizer is not None:
-                raise ModelError(
-                    f"tokenizer goes with a model that is an object; {argument} ({model}) brings its own, so leave "
-                    "tokenizer out"
-                )
-            return str(model)
+            return str(model) if tokenizer is None else self._with_tokenizer(Path(model), tokenizer, argument)
         if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
             raise ModelError(
                 f"{argument} is a {type(model).__name__}, no model; hand over a model of transformers, a folder or a "
@@ -85,7 +80,19 @@ class Given:
                 f"{argument} is an adapted model; hand over the folder of its adapter, which is continued, or "
                 "model.merge_and_unload() with model.lora in settings"
             )
-        return self._write(lambda: self._write_model(model, _tokenizer_of(model, tokenizer, argument), argument))
+        found = _tokenizer_of(tokenizer, model.name_or_path, argument)
+        return self._write(lambda: self._write_model(lambda new: _save(new, model), found, argument))
+
+    def _with_tokenizer(self, model: Path, tokenizer: Tokenizer, argument: str) -> str:
+        """Folder of links to the files of a model, beside the tokenizer that its own folder lacks."""
+        model = model.expanduser().absolute()
+        if not model.is_dir() or has_vocabulary_file(str(model)) or is_adapter(str(model)):
+            raise ModelError(
+                f"tokenizer goes with a model that has none; {argument} ({model.name}) brings its own, so leave "
+                "tokenizer out"
+            )
+        found = _tokenizer_of(tokenizer, "", argument)
+        return self._write(lambda: self._write_model(lambda new: _link(new, model), found, argument))
 
     def rows(self, rows: Rows, *, argument: str) -> str:
         """File or hub name of rows, which the first rank writes if they are objects.
@@ -141,13 +148,15 @@ class Given:
             raise Error(reason)
         return path
 
-    def _write_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", argument: str) -> Path:
+    def _write_model(
+        self, write_weights: Callable[[Path], None], tokenizer: "PreTrainedTokenizerBase", argument: str
+    ) -> Path:
         new = self.folder / f".{argument}.new"
         shutil.rmtree(new, ignore_errors=True)
         with writing(self.folder):
             new.mkdir(parents=True)
-            save_weights(new, model)
             tokenizer.save_pretrained(new)
+            write_weights(new)
             folder = self.folder / f"{argument}-{digest_of_model(ModelConfig(path=str(new)))[:8]}"
             if folder.exists():
                 shutil.rmtree(new)
@@ -193,12 +202,26 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is in it")
 
 
-def _tokenizer_of(model: "PreTrainedModel", tokenizer: Tokenizer | None, argument: str) -> "PreTrainedTokenizerBase":
+def _save(folder: Path, model: "PreTrainedModel") -> None:
+    """Writes a model, and the name on the hub that it was loaded by."""
+    save_weights(folder, model)
+    if getattr(model.config, "_commit_hash", None):  # set for what comes from the hub, and for no folder
+        (folder / HUB_NAME).write_text(model.name_or_path)
+
+
+def _link(folder: Path, model: Path) -> None:
+    """Links to the files of a model that are not in the folder already, as those of its tokenizer are."""
+    for file in model.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+
+
+def _tokenizer_of(tokenizer: Tokenizer | None, model_path: str, argument: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
-    source = str(tokenizer or model.name_or_path)
+    source = str(tokenizer or model_path)
     try:
         if not source:
             raise ValueError("the model does not know where it was loaded from")

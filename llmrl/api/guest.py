@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from warnings import catch_warnings
 
 import torch
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
@@ -13,6 +14,7 @@ from llmrl.distributed.watchdog import PhaseTimeout
 from llmrl.errors import Error
 from llmrl.files import REFUSALS
 from llmrl.memory import MemoryFull, describe_full_memory
+from llmrl.output_streams import ignore_warnings_to_authors
 from llmrl.settings import SettingError
 from llmrl.wiring.process import quieten
 
@@ -33,14 +35,16 @@ def computing(*, deterministic: bool = False, raises: bool = True) -> Iterator[N
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which libraries print no bars and no lines of their own."""
+    """Context in which libraries print no bars, no lines and no warnings to one another."""
     with_bars = is_progress_bar_enabled()
     quieten()
-    try:
-        yield
-    finally:
-        if with_bars:
-            enable_progress_bar()
+    with catch_warnings():
+        ignore_warnings_to_authors()
+        try:
+            yield
+        finally:
+            if with_bars:
+                enable_progress_bar()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # so that help() shows Rows and Reward by these names
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,7 +85,7 @@ def measure(
     """
     with handed_over(objects):
         with checking():
-            checked = dataclasses.replace(check_rl(config, dry=False, trains=False), engine=engine)
+            checked = check_rl(config, dry=False, trains=False, engine=engine)
         with computing(deterministic=config.run.deterministic), ExitStack() as stack:
             context = context or stack.enter_context(joined(config.distributed))
             warn_without_gpu(context)

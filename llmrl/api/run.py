@@ -146,8 +146,8 @@ class Run(RunFolder):
 
     def _check(self) -> Checked:
         with checking(), handed_over(self._given.objects):
-            checked: Checked = self._kind.checker()(self._config, dry=False)
-        return dataclasses.replace(checked, engine=self._engine)
+            engine = {"engine": self._engine} if self._kind.samples else {}
+            return self._kind.checker()(self._config, dry=False, **engine)
 
     def _is_finished(self, checked: Checked) -> bool:
         """Whether nothing is left to learn, which is then printed."""

@@ -36,7 +36,8 @@ def sft(
         output_dir: Folder that the run writes everything to. Where it holds a part of the run, that goes on.
         num_iterations: Iterations in all, each one optimizer step.
         evaluation: Held-out rows, whose loss is measured before the first iteration and after the last.
-        tokenizer: That of a model which is an object; left out, it is looked for where the model was loaded from.
+        tokenizer: That of a model which is an object, or a folder without one; left out, it is looked for where the
+            model was loaded from.
         settings: All other settings, by the dotted names of recipes, as in ``{"optimizer.learning_rate": 1e-5}``.
 
     Raises:

@@ -28,10 +28,15 @@ class RowsConfig(Section):
         if not self.path:
             raise ValueError(f'{self.place}.path ("") must name a file or a data set on the hub')
 
+    @property
+    def streaming(self) -> Literal[False]:
+        """Every row is read before a run begins; take a part of a large set, as in split: "train[:10000]"."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixedRowsConfig(RowsConfig, place="data.mixed_with.<n>"):
-    """Rows of another set, which become prompts or examples by the settings of `data`."""
+    """Rows of another set, which become prompts, examples or pairs by the settings of `data`."""
 
     weight: Annotated[float, Bound(above=0)]
     """Weight in the mixture; that of the rows of `data.path` is 1."""
@@ -123,7 +128,7 @@ class ScoredDataConfig(ExamplesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceDataConfig(DataConfig):
+class PairsConfig(DataConfig):
     """Rows of preference pairs. Without the prompt column both sides begin with the prompt."""
 
     chosen_column: str = "chosen"
@@ -145,3 +150,8 @@ class PreferenceDataConfig(DataConfig):
             raise ValueError(
                 f"data.chosen_column and data.rejected_column ({self.chosen_column}) must be two different columns"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceDataConfig(MixtureConfig, PairsConfig):
+    """Rows of preference pairs to train on."""

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -40,11 +40,12 @@ from llmrl.data.chat import (
     text_problem,
     uses_chat,
 )
-from llmrl.data.config import PreferenceDataConfig
+from llmrl.data.config import PairsConfig
 from llmrl.data.files import DataError, Rows, kind
-from llmrl.data.rows import column_names, keep_usable, missing_column, places_of, read_rows
+from llmrl.data.mixture import by_set, weights_of
+from llmrl.data.rows import column_names, keep_usable, missing_column, missing_columns, places_of, read_rows
 from llmrl.data.seam import common_length, keep_in_template, notes_on_seams
-from llmrl.data.source import ShuffledSource
+from llmrl.data.source import MixedSource
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """The beginning of a turn in a transcript."""
@@ -83,6 +84,11 @@ class PairCounts:
     equal_when_cut: int
     """Pairs with two responses of the same tokens, mostly because the limit truncated them where they differ."""
 
+    @classmethod
+    def total(cls, counts: "Sequence[PairCounts]") -> "PairCounts":
+        """The counts of several sets together."""
+        return cls(**{x.name: sum(getattr(each, x.name) for each in counts) for x in fields(cls)})
+
     def lines(self) -> list[str]:
         """One sentence for each reason for which pairs were dropped."""
         reasons = {
@@ -115,19 +121,17 @@ class _EmptyResponse(Exception):
     """A pair of the right form, one response of which is empty."""
 
 
-def read_preference_rows(config: PreferenceDataConfig) -> Rows:
+def read_preference_rows(config: PairsConfig) -> Rows:
     """The rows that a config names, checked."""
     return keep_usable_pairs(read_rows(config), config)
 
 
-def keep_usable_pairs(rows: Sequence[Row], config: PreferenceDataConfig) -> Rows:
+def keep_usable_pairs(rows: Sequence[Row], config: PairsConfig) -> Rows:
     """The rows that are pairs; see `keep_usable` for the others."""
     return _parse_rows(rows, config)[0]
 
 
-def keep_pairs_in_template(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig
-) -> Rows:
+def keep_pairs_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PairsConfig) -> Rows:
     """The rows whose prompt the chat template takes, with notes on where prompts and chosen responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
     config = _as_read(config, tokenizer)
@@ -140,7 +144,7 @@ def keep_pairs_in_template(
     return kept
 
 
-def parse_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[list[Preference], PairCounts]:
+def parse_preferences(rows: Sequence[Row], config: PairsConfig) -> tuple[list[Preference], PairCounts]:
     """The pairs worth learning from, in data order, and counts of the others."""
     rows, parsed = _parse_rows(rows, config)
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
@@ -162,7 +166,7 @@ def parse_preferences(rows: Sequence[Row], config: PreferenceDataConfig) -> tupl
 
 
 def encode_pairs(
-    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, config: PairsConfig
 ) -> tuple[list[EncodedPair], int, int]:
     """``(pairs, too_long, equal_when_cut)``: the ids of the pairs that fit, and how many of the others there are."""
     prompts, places = [pair.prompt for pair in preferences], [pair.place for pair in preferences]
@@ -194,23 +198,16 @@ def encode_pairs(
     return pairs, too_long, equal_when_cut
 
 
-class PairSource(ShuffledSource[EncodedPair]):
-    """Deals preference pairs in shuffled epochs."""
+class PairSource(MixedSource[EncodedPair]):
+    """Deals preference pairs in shuffled epochs. Each set of rows is searched for repeated and contradicting pairs by
+    itself."""
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PreferenceDataConfig, *, seed: int
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PairsConfig, *, seed: int
     ) -> None:
-        config = _as_read(config, tokenizer)
-        preferences, counts = parse_preferences(rows, config)
-        pairs, too_long, equal_when_cut = encode_pairs(preferences, tokenizer, config)
-        self.counts = replace(counts, kept=len(pairs), too_long=too_long, equal_when_cut=equal_when_cut)
-        if not pairs:
-            raise DataError(
-                f"{config.path}: no pair is left: "
-                + "; ".join(self.counts.lines())
-                + (f"; raise data.max_tokens ({config.max_tokens})" if too_long or equal_when_cut else "")
-            )
-        super().__init__(pairs, num_dropped=counts.rows - len(pairs), seed=seed, rows=rows)
+        sets, counts = zip(*(_encode_set(part, tokenizer, each) for each, part in by_set(rows, config)), strict=True)
+        self.counts = PairCounts.total(counts)
+        super().__init__([(pairs, ()) for pairs in sets], seed=seed, rows=rows, weights=weights_of(config))
 
     @property
     def sources(self) -> tuple[str | None, ...]:
@@ -236,6 +233,23 @@ class PairSource(ShuffledSource[EncodedPair]):
         return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self._examples)
 
 
+def _encode_set(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PairsConfig
+) -> tuple[list[EncodedPair], PairCounts]:
+    """The pairs of one set of rows that are left, and counts of the others."""
+    config = _as_read(config, tokenizer)
+    preferences, counts = parse_preferences(rows, config)
+    pairs, too_long, equal_when_cut = encode_pairs(preferences, tokenizer, config)
+    counts = replace(counts, kept=len(pairs), too_long=too_long, equal_when_cut=equal_when_cut)
+    if not pairs:
+        raise DataError(
+            f"{config.path}: no pair is left: "
+            + "; ".join(counts.lines())
+            + (f"; raise data.max_tokens ({config.max_tokens})" if too_long or equal_when_cut else "")
+        )
+    return pairs, counts
+
+
 def _batch(pairs: Sequence[EncodedPair]) -> PreferencePairs:
     prompts = [pair.prompt_ids for pair in pairs]
     return PreferencePairs(
@@ -250,12 +264,12 @@ def _prompt_key(prompt: Prompt) -> str:
     return json.dumps(prompt, sort_keys=True, default=str)
 
 
-def _as_read(config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceDataConfig:
+def _as_read(config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> PairsConfig:
     """The config by which rows are parsed for a tokenizer: without a chat template, transcripts stay texts."""
     return config if uses_chat(tokenizer, config) else replace(config, template="none")
 
 
-def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[Rows, list[Preference]]:
+def _parse_rows(rows: Sequence[Row], config: PairsConfig) -> tuple[Rows, list[Preference]]:
     """The rows that are pairs, and the pairs of those without an empty response; see `keep_usable` for the others."""
     columns = _present_columns(rows, config)
     parsed = [_try_row(row, config, columns, place) for row, place in zip(rows, places_of(rows), strict=True)]
@@ -267,31 +281,29 @@ def _parse_rows(rows: Sequence[Row], config: PreferenceDataConfig) -> tuple[Rows
     return kept, pairs
 
 
-def _try_row(
-    row: Row, config: PreferenceDataConfig, present: list[str], place: str
-) -> "Preference | _BadPair | _EmptyResponse":
+def _try_row(row: Row, config: PairsConfig, present: list[str], place: str) -> "Preference | _BadPair | _EmptyResponse":
     try:
         return _parse_row(row, config, present, place)
     except (_BadPair, _EmptyResponse) as problem:
         return problem
 
 
-def _present_columns(rows: Sequence[Row], config: PreferenceDataConfig) -> list[str]:
+def _present_columns(rows: Sequence[Row], config: PairsConfig) -> list[str]:
     """The columns that some row has. One that the settings name and no row has is refused."""
     present = column_names(rows)
     for setting in ("prompt_column", "margin_column", "source_column"):
         name = getattr(config, setting)
-        if name not in present and name != getattr(PreferenceDataConfig, setting):
+        if name not in present and name != getattr(PairsConfig, setting):
             missing = missing_column(dict.fromkeys(present), name)
             raise DataError(f"{config.path}: data.{setting}: no row has it: {missing}")
     return present
 
 
-def _parse_row(row: Row, config: PreferenceDataConfig, present: list[str], place: str) -> Preference:
+def _parse_row(row: Row, config: PairsConfig, present: list[str], place: str) -> Preference:
     has_prompt = config.prompt_column in present
-    for setting in ("chosen_column", "rejected_column", *(["prompt_column"] if has_prompt else [])):
-        if getattr(config, setting) not in row:
-            raise _BadPair(missing_column(row, getattr(config, setting), setting))
+    settings = ("chosen_column", "rejected_column", *(["prompt_column"] if has_prompt else []))
+    if missing := missing_columns(row, config, *settings):
+        raise _BadPair(missing)
     prompt, chosen, rejected = _split_with_prompt(row, config) if has_prompt else _split(row, config)
     return Preference(
         prompt=prompt,
@@ -303,7 +315,7 @@ def _parse_row(row: Row, config: PreferenceDataConfig, present: list[str], place
     )
 
 
-def _split_with_prompt(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+def _split_with_prompt(row: Row, config: PairsConfig) -> tuple[Prompt, str, str]:
     """``(prompt, chosen, rejected)`` of a row with a prompt of its own."""
     prompt = row[config.prompt_column]
     if problem := prompt_problem(prompt):
@@ -334,7 +346,7 @@ def _go_on_from(prompt: str, *sides: str) -> bool:
     return len(prompt.split()) > 1 and all(x.startswith(prompt) and x[len(prompt) :].strip() for x in sides)
 
 
-def _split(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+def _split(row: Row, config: PairsConfig) -> tuple[Prompt, str, str]:
     """``(prompt, chosen, rejected)`` of a row whose sides both begin with the prompt."""
     chosen, rejected = _sides(row, config)
     if not isinstance(chosen, str):
@@ -344,7 +356,7 @@ def _split(row: Row, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
     return _split_texts(chosen, rejected, config)
 
 
-def _sides(row: Row, config: PreferenceDataConfig) -> tuple[Any, Any]:
+def _sides(row: Row, config: PairsConfig) -> tuple[Any, Any]:
     """Both sides: two texts, or two lists of messages that end with the assistant's."""
     chosen, rejected = row[config.chosen_column], row[config.rejected_column]
     for column, side in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
@@ -396,7 +408,7 @@ def _is_open_transcript(text: str) -> bool:
     return _is_transcript(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
-def _split_transcripts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+def _split_transcripts(chosen: str, rejected: str, config: PairsConfig) -> tuple[Prompt, str, str]:
     """``(prompt, chosen, rejected)`` of two transcripts. A response with further turns, as models write, keeps them."""
     for column, text in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
         if TURN.findall(text)[-1] != "Assistant":
@@ -432,7 +444,7 @@ def split_open_transcript(prompt: str, response: str, *, as_messages: bool) -> t
     return (_transcript_messages(prompt), response.strip()) if as_messages else (prompt, response)
 
 
-def _split_texts(chosen: str, rejected: str, config: PreferenceDataConfig) -> tuple[Prompt, str, str]:
+def _split_texts(chosen: str, rejected: str, config: PairsConfig) -> tuple[Prompt, str, str]:
     if chosen == rejected:
         return "", chosen, rejected  # dropped as identical, wherever its prompt ends
     prompt = _common_beginning(chosen, rejected)
@@ -457,7 +469,7 @@ def _common_beginning(one: str, other: str) -> str:
     return head[0] if head else ""
 
 
-def _margin(row: Row, config: PreferenceDataConfig) -> float:
+def _margin(row: Row, config: PairsConfig) -> float:
     value = row.get(config.margin_column)
     if value is None or value == "":  # an empty cell of a CSV file
         return 0.0
@@ -470,7 +482,7 @@ def _margin(row: Row, config: PreferenceDataConfig) -> float:
     return margin
 
 
-def _source(row: Row, config: PreferenceDataConfig) -> str | None:
+def _source(row: Row, config: PairsConfig) -> str | None:
     value = row.get(config.source_column)
     if value is not None and not isinstance(value, str):
         raise _BadPair(f"{config.source_column!r} must be a text, not {kind(value)}")

@@ -9,7 +9,7 @@ from llmrl.data.chat import padded, prompt_ids, prompt_problem
 from llmrl.data.config import PromptsConfig
 from llmrl.data.files import DataError, Rows
 from llmrl.data.mixture import by_set, weights_of
-from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
+from llmrl.data.rows import keep_usable, missing_columns, places_of, read_rows
 from llmrl.data.seam import keep_in_template
 from llmrl.data.source import MixedSource
 
@@ -23,7 +23,7 @@ def read_prompt_rows(config: PromptsConfig) -> Rows:
 
 def keep_usable_prompts(rows: Sequence[Row], config: PromptsConfig) -> Rows:
     """The rows with a usable prompt; see `keep_usable` for the others."""
-    return keep_usable(rows, config, lambda row: _row_problem(row, config.prompt_column))
+    return keep_usable(rows, config, lambda row: _row_problem(row, config))
 
 
 def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> Rows:
@@ -33,10 +33,11 @@ def keep_prompts_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizer
 
 def encode_prompts(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig
-) -> tuple[Prompts, int]:
-    """``(prompts, num_dropped)``: the rows in order as one batch, less those longer than `max_prompt_tokens`."""
-    kept = _encode(rows, tokenizer, config)
-    return _batch(kept), len(rows) - len(kept)
+) -> tuple[Prompts, list[str]]:
+    """``(prompts, dropped)``: the rows in order as one batch, and the places of those longer than `max_prompt_tokens`,
+    which are not in it."""
+    kept, dropped = _encode(rows, tokenizer, config)
+    return _batch(kept), dropped
 
 
 class ShuffledPrompts(MixedSource[EncodedPrompt]):
@@ -61,7 +62,8 @@ class ShuffledRows(MixedSource[Row]):
     """`PromptSource` of rows whose prompts an environment makes, in shuffled epochs."""
 
     def __init__(self, rows: Sequence[Row], config: PromptsConfig, *, seed: int) -> None:
-        super().__init__([part for _, part in by_set(rows, config)], seed=seed, rows=rows, weights=weights_of(config))
+        sets = [(part, ()) for _, part in by_set(rows, config)]
+        super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_prompts: int) -> Prompts:
         """The next rows as one batch."""
@@ -73,25 +75,28 @@ def unopened(rows: Sequence[Row]) -> Prompts:
     return _batch([(row, [0]) for row in rows])
 
 
-def _row_problem(row: Row, column: str) -> str | None:
-    if column not in row:
-        return missing_column(row, column, "prompt_column")
-    if problem := prompt_problem(row[column]):
-        return f"{column!r} {problem}"
+def _row_problem(row: Row, config: PromptsConfig) -> str | None:
+    if missing := missing_columns(row, config, "prompt_column"):
+        return missing
+    if problem := prompt_problem(row[config.prompt_column]):
+        return f"{config.prompt_column!r} {problem}"
     return None
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> list[EncodedPrompt]:
-    """Each row with its prompt's ids, less those that are too long."""
-    prompts = [row[config.prompt_column] for row in rows]
-    encoded = zip(rows, prompt_ids(prompts, tokenizer, config, places=places_of(rows)), strict=True)
-    kept = [(row, ids) for row, ids in encoded if len(ids) <= config.max_prompt_tokens]
+def _encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PromptsConfig
+) -> tuple[list[EncodedPrompt], list[str]]:
+    """Each row with its prompt's ids, and the places of those that are too long."""
+    places = places_of(rows)
+    ids = prompt_ids([row[config.prompt_column] for row in rows], tokenizer, config, places=places)
+    kept = [(row, each) for row, each in zip(rows, ids, strict=True) if len(each) <= config.max_prompt_tokens]
+    dropped = [place for place, each in zip(places, ids, strict=True) if len(each) > config.max_prompt_tokens]
     if not kept:
         raise DataError(
             f"{config.path}: every one of the {len(rows)} prompts is longer than data.max_prompt_tokens "
             f"({config.max_prompt_tokens}); raise it"
         )
-    return kept
+    return kept, dropped
 
 
 def _batch(prompts: Sequence[EncodedPrompt]) -> Prompts:

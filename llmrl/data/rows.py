@@ -102,6 +102,13 @@ def missing_column(row: Row, column: str, setting: str | None = None) -> str:
     return f"no column {column!r}; {way_out}" + (f" (data.{setting} names it)" if setting else "")
 
 
+def missing_columns(row: Row, config: DataConfig, *settings: str) -> str | None:
+    """Message about every column that settings name and a row lacks; None where it has all of them."""
+    columns = {setting: getattr(config, setting) for setting in settings}
+    missing = [missing_column(row, column, setting) for setting, column in columns.items() if column not in row]
+    return "; ".join(missing) or None
+
+
 def _bad_rows(path: str, bad: Sequence[tuple[str, str]], num_rows: int, way_out: str | None = None) -> DataError:
     """Error about bad rows, each a place and a reason."""
     reasons = _by_reason(bad, num_rows)

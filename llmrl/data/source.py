@@ -26,7 +26,7 @@ class ShuffledSource(Generic[Example]):
 
     Args:
         examples: Encoded examples, so that dealing them is cheap.
-        num_dropped: Number of rows that were too long to be among the examples.
+        dropped: Places of the rows that were too long to be among the examples.
         seed: Seed of the run.
         rows: Rows that the examples were made of; a resumed run must have the same.
         sizes: Examples of each set, which stand one set after another; none given: they are one set.
@@ -37,13 +37,13 @@ class ShuffledSource(Generic[Example]):
         self,
         examples: Sequence[Example],
         *,
-        num_dropped: int,
+        dropped: Sequence[str] = (),
         seed: int,
         rows: Sequence[Row] = (),
         sizes: Sequence[int] = (),
         weights: Sequence[float] = (1.0,),
     ) -> None:
-        self.num_dropped = num_dropped
+        self.dropped = dropped
         self._examples = examples
         self._decks = [_Deck(size, seed, number) for number, size in enumerate(sizes or [len(examples)])]
         self._firsts = [0, *accumulate(sizes)]
@@ -100,22 +100,26 @@ class MixedSource(ShuffledSource[Example]):
     """Deals the examples of one or several sets of rows, each in the share of its weight.
 
     Args:
-        sets: Encoded examples of each set.
+        sets: Encoded examples of each set, and the places of its rows that were too long.
         seed: Seed of the run.
         rows: Rows of all sets.
         weights: Weights of the sets.
     """
 
     def __init__(
-        self, sets: Sequence[Sequence[Example]], *, seed: int, rows: Sequence[Row], weights: Sequence[float]
+        self,
+        sets: Sequence[tuple[Sequence[Example], Sequence[str]]],
+        *,
+        seed: int,
+        rows: Sequence[Row],
+        weights: Sequence[float],
     ) -> None:
-        examples = [example for each in sets for example in each]
         super().__init__(
-            examples,
-            num_dropped=len(rows) - len(examples),
+            [example for examples, _ in sets for example in examples],
+            dropped=[place for _, places in sets for place in places],
             seed=seed,
             rows=rows,
-            sizes=[len(each) for each in sets],
+            sizes=[len(examples) for examples, _ in sets],
             weights=weights,
         )
 

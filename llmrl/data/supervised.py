@@ -15,7 +15,7 @@ from llmrl.data.config import ConversationsConfig, ExamplesConfig
 from llmrl.data.files import DataError, Rows, kind
 from llmrl.data.mixture import by_set, weights_of
 from llmrl.data.rendering import Rendering, Rewritten
-from llmrl.data.rows import keep_usable, missing_column, places_of, read_rows
+from llmrl.data.rows import keep_usable, missing_columns, places_of, read_rows
 from llmrl.data.seam import keep_in_template, notes_on_seams
 from llmrl.data.source import MixedSource
 
@@ -31,7 +31,7 @@ def read_supervised_rows(config: ExamplesConfig) -> Rows:
 
 def keep_usable_examples(rows: Sequence[Row], config: ExamplesConfig) -> Rows:
     """The rows with a usable prompt and response; see `keep_usable` for the others."""
-    return keep_usable(rows, config, lambda row: _row_problem(row, config))
+    return keep_usable(rows, config, lambda row: example_problem(row, config))
 
 
 def keep_examples_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig) -> Rows:
@@ -66,23 +66,23 @@ def encode_turns(
     return [_encode_conversation(row, rendering, tokenizer, config) for row in rows]
 
 
-def keep_fitting(examples: Sequence[Encoded], config: ExamplesConfig) -> list[tuple[int, Encoded]]:
-    """``(number of the row, example)`` of each row that is not too long.
+def keep_fitting(
+    examples: Sequence[Encoded], places: Sequence[str], config: ExamplesConfig
+) -> tuple[list[tuple[int, Encoded]], list[str]]:
+    """``(number of the row, example)`` of each row that is not too long, and the places of the others.
 
     Raises:
         DataError: All of them are.
     """
-    kept = [
-        (number, example)
-        for number, example in enumerate(examples)
-        if len(example[0]) + len(example[1]) <= config.max_tokens
-    ]
+    fits = [len(example[0]) + len(example[1]) <= config.max_tokens for example in examples]
+    kept = [(number, example) for number, example in enumerate(examples) if fits[number]]
+    dropped = [place for place, fitting in zip(places, fits, strict=True) if not fitting]
     if not kept:
         raise DataError(
             f"{config.path}: every one of the {len(examples)} examples is longer than data.max_tokens "
             f"({config.max_tokens}); raise it"
         )
-    return kept
+    return kept, dropped
 
 
 class SupervisedSource(MixedSource[ChosenExample]):
@@ -91,10 +91,10 @@ class SupervisedSource(MixedSource[ChosenExample]):
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ExamplesConfig, *, seed: int
     ) -> None:
-        sets = [
-            [example for _, example in keep_fitting(encode_turns(part, tokenizer, each), each)]
-            for each, part in by_set(rows, config)
-        ]
+        sets = []
+        for each, part in by_set(rows, config):
+            kept, dropped = keep_fitting(encode_turns(part, tokenizer, each), places_of(part), each)
+            sets.append(([example for _, example in kept], dropped))
         super().__init__(sets, seed=seed, rows=rows, weights=weights_of(config))
 
     def next(self, num_examples: int) -> Sequences:
@@ -102,13 +102,15 @@ class SupervisedSource(MixedSource[ChosenExample]):
         return as_sequences(*zip(*self.take(num_examples), strict=True))
 
 
-def _row_problem(row: Row, config: ExamplesConfig) -> str | None:
+def example_problem(row: Row, config: ExamplesConfig) -> str | None:
+    """Why a row is no prompt with a response; None if it is one."""
     if config.prompt_column not in row:
-        return missing_column(row, config.prompt_column, "prompt_column")
+        has_messages = any(isinstance(value, list) for value in row.values())  # which may end with a response
+        return missing_columns(row, config, "prompt_column", *(() if has_messages else ("response_column",)))
     if _brings_response(row, config) and config.response_column in row:
         return f"two responses: {config.prompt_column!r} ends with one and {config.response_column!r} is another"
     if not _brings_response(row, config) and config.response_column not in row:
-        return missing_column(row, config.response_column, "response_column")
+        return missing_columns(row, config, "response_column")
     prompt, response = _split(row, config)
     if problem := prompt_problem(prompt):
         return f"{config.prompt_column!r} {problem}"
@@ -182,7 +184,7 @@ def _brings_response(row: Row, config: ExamplesConfig) -> bool:
 
 
 def _split(row: Row, config: ExamplesConfig) -> tuple[Any, Any]:
-    """``(prompt, response)`` of a row, unchecked: see `_row_problem`."""
+    """``(prompt, response)`` of a row, unchecked: see `example_problem`."""
     prompt = row[config.prompt_column]
     if _brings_response(row, config):
         return prompt[:-1], prompt[-1]["content"]

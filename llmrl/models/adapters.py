@@ -58,12 +58,14 @@ def load_adapted(config: ModelConfig, *, moving_reference: bool = False) -> "tup
         with reading(config):
             adapted = PeftModel.from_pretrained(model, path, is_trainable=True, torch_device=device)
             adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False, torch_device=device)
+            adapted.set_adapter("default")  # in peft 0.18 the frozen one has frozen this one too
         adapted.peft_config["default"].base_model_name_or_path = resolved(base.path)
     elif config.lora is not None:
         model = load_model(config)
-        check_targets(config.lora, model)
+        check_layers(config.lora, model)
         with reading(config):
-            settings = lora_config(config.lora, model, task_type="CAUSAL_LM")
+            whole = layers_to_save(config.lora, model)
+            settings = lora_config(config.lora, model, task_type="CAUSAL_LM", modules_to_save=whole)
             adapted = get_peft_model(model, copy.deepcopy(settings))  # peft writes the found layers into its own
             if moving_reference:
                 _add_reference(adapted, settings)
@@ -89,22 +91,39 @@ def reference_names(module: nn.Module) -> dict[str, str]:
     return {name: f"{name}.".replace(f".{REFERENCE}.", ".default.")[:-1] for name in names}
 
 
-def check_targets(lora: LoraSettings, model: "PreTrainedModel") -> None:
+def check_layers(lora: LoraSettings, model: "PreTrainedModel") -> None:
     """Refuses names of layers that a model lacks, or that cannot have an adapter.
 
     Raises:
-        ModelError: `lora.targets` has such a name.
+        ModelError: `lora.targets` or `lora.modules_to_save` has such a name.
     """
     from transformers.pytorch_utils import Conv1D
 
-    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)}
-    unknown = [x for x in lora.targets if not any(f".{name}".endswith(f".{x}") for name in layers)]
-    if unknown:
-        there = sorted({name.rpartition(".")[2] for name in layers})
-        raise ModelError(
-            f"model.lora.targets ({', '.join(unknown)}) names no layer of a {type(model).__name__} that can have an "
-            f"adapter; there are {', '.join(there)}; name some of them, or leave it out for every linear layer"
-        )
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)]
+    for setting, names, those, what, otherwise in (
+        ("targets", lora.targets, layers, "can have an adapter", "every linear layer"),
+        ("modules_to_save", lora.modules_to_save, _with_weights(model), "has weights of its own", "adapters alone"),
+    ):
+        if unknown := [x for x in names if not any(_is_named(layer, x) for layer in those)]:
+            there = sorted({layer.rpartition(".")[2] for layer in those})
+            raise ModelError(
+                f"model.lora.{setting} ({', '.join(unknown)}) names no layer of a {type(model).__name__} that {what}; "
+                f"there are {', '.join(there)}; name some of them, or leave it out for {otherwise}"
+            )
+
+
+def layers_to_save(lora: LoraSettings, model: "PreTrainedModel") -> list[str]:
+    """Full names of the layers in `lora.modules_to_save`. peft compares the ends of names, where "norm" is the end of
+    "input_layernorm" too."""
+    return [layer for layer in _with_weights(model) if any(_is_named(layer, x) for x in lora.modules_to_save)]
+
+
+def _with_weights(model: nn.Module) -> list[str]:
+    return [name for name, layer in model.named_modules() if next(layer.parameters(recurse=False), None) is not None]
+
+
+def _is_named(layer: str, name: str) -> bool:
+    return f".{layer}".endswith(f".{name}")
 
 
 def lora_config(
@@ -120,7 +139,7 @@ def lora_config(
         use_dora=settings.use_dora,
         target_modules=list(settings.targets) or "all-linear",
         exclude_modules=None if settings.targets else routers_of(model) or None,
-        modules_to_save=modules_to_save,
+        modules_to_save=modules_to_save or None,
         task_type=task_type,
     )  # type: ignore[arg-type]
 
@@ -131,7 +150,12 @@ def base_of(adapted: "PeftModel") -> "PreTrainedModel":
     Another adapter injected there leaves this one alone, and the weights are in memory once. So several roles on one
     base need not switch adapters, which would have to be switched back before each backward pass.
     """
+    from peft.utils import ModulesToSaveWrapper
+
     view = copy.deepcopy(adapted, {id(x): x for x in (*adapted.parameters(), *adapted.buffers())})
+    for name, layer in list(view.named_modules()):
+        if isinstance(layer, ModulesToSaveWrapper):  # of which `unload` would keep the trained copy
+            view.set_submodule(name, layer.original_module)
     return view.unload()  # type: ignore[operator]
 
 
@@ -148,8 +172,8 @@ def refuse_tied(model: "PreTrainedModel") -> None:
     if model.config.tie_word_embeddings and any(isinstance(x, BaseTunerLayer | ModulesToSaveWrapper) for x in layers):
         raise ModelError(
             f"{type(model).__name__} has one matrix for its input and its output embedding, which an adapter on either "
-            "would pull apart; leave both out of model.lora.targets, or out of target_modules and modules_to_save of "
-            "an adapter that is continued"
+            "would pull apart; leave both out of model.lora.targets and model.lora.modules_to_save, or out of "
+            "target_modules and modules_to_save of an adapter that is continued"
         )
 
 

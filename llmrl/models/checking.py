@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.hub import is_local
-from llmrl.models.adapters import check_targets, lora_config, naming_adapter, refuse_tied
+from llmrl.models.adapters import check_layers, layers_to_save, lora_config, naming_adapter, refuse_tied
 from llmrl.models.config import CriticNetwork, ModelConfig
 from llmrl.models.critic_folder import check_critic_files, check_same_base, check_width
 from llmrl.models.folders import (
@@ -89,6 +89,15 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
                 _try_lora(config, model)
             _check_tokenizer(config, folder, model)
     return []
+
+
+def causal_class(config: ModelConfig) -> "tuple[type[PreTrainedModel], PretrainedConfig] | None":
+    """Class and settings of a causal language model that `check_model` lets pass, of an adapter's base; None where they
+    are in code of its folder."""
+    if config.trust_remote_code:
+        return None
+    shape = read_config(base_of_adapter(config) if is_local(config.path) and is_adapter(config.path) else config)
+    return _causal()._model_mapping[type(shape)], shape
 
 
 def check_critic(config: ModelConfig, network: CriticNetwork, actor: ModelConfig) -> None:
@@ -266,10 +275,11 @@ def _try_lora(config: ModelConfig, model: "PreTrainedModel") -> None:
     from peft import get_peft_model
 
     assert config.lora is not None
-    check_targets(config.lora, model)
+    check_layers(config.lora, model)
     is_causal = model.get_output_embeddings() is not None
+    task_type, whole = "CAUSAL_LM" if is_causal else "SEQ_CLS", layers_to_save(config.lora, model)
     with reading(config):
-        get_peft_model(model, lora_config(config.lora, model, task_type="CAUSAL_LM" if is_causal else "SEQ_CLS"))
+        get_peft_model(model, lora_config(config.lora, model, task_type=task_type, modules_to_save=whole))
     if is_causal:
         refuse_tied(model)
 

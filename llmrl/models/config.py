@@ -27,11 +27,19 @@ class LoraSettings(Section, place="model.lora"):
     use_dora: bool = False
     """Learns the length of each row of the merged weight apart from its direction. Liu et al. 2024,
     arXiv:2402.09353."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of layers that are trained whole, beside the adapters, as in [embed_tokens, lm_head]; not those of an
+    embedding that is also the LM head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if "all-linear" in self.targets:
             object.__setattr__(self, "targets", ())
+        if both := [name for name in self.modules_to_save if name in self.targets]:
+            raise ValueError(
+                f"model.lora.modules_to_save ({', '.join(both)}) are trained whole, and model.lora.targets names them "
+                "for an adapter; leave them out of one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

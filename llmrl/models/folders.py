@@ -28,6 +28,8 @@ VOCABULARY_FILES = (
     "vocab.model",
 )
 """Vocabulary files, one of which has the tokens of a tokenizer."""
+HUB_NAME = "hub_name"
+"""File in the folder of a model that a program handed over: the name on the hub by which that was loaded."""
 MAX_HEADER_BYTES = 100_000_000
 """Bytes of the largest header that safetensors reads."""
 
@@ -56,6 +58,12 @@ def same_model(left: str, right: str) -> bool:
     if is_local(left) and is_local(right):
         return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
     return left == right
+
+
+def hub_name(path: str) -> str:
+    """Name on the hub by which the model of a folder was loaded, where a program handed that over; else the path."""
+    file = Path(path).expanduser() / HUB_NAME
+    return file.read_text() if file.is_file() else path
 
 
 def is_adapter(path: str) -> bool:

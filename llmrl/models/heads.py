@@ -140,7 +140,9 @@ def _candidates(model: "PreTrainedModel", vocab_size: int, *, loud: Tensor) -> I
 
     The linear one is tried at logits as large as training may make them: at those of random weights no soft cap shows.
     """
-    if type(model.get_output_embeddings()) is nn.Linear:
+    output_layer = model.get_output_embeddings()
+    inner = getattr(output_layer, "original_module", output_layer)  # peft wraps a layer that is trained whole
+    if type(inner) is nn.Linear:
         yield LinearHead(vocab_size), loud
     yield OwnHead(vocab_size), 1.0
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmrl.models.adapters import check_targets, lora_config
+from llmrl.models.adapters import check_layers, layers_to_save, lora_config
 from llmrl.models.config import HeadInit, ModelConfig
 from llmrl.models.folders import ModelError, json_object, resolved, same_model
 from llmrl.models.loading import load_pretrained, read_config, reading, refuse_weights
@@ -115,14 +115,16 @@ def load_reward_on_base(config: ModelConfig, base: "PreTrainedModel") -> "PreTra
 
 
 def adapt(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel | None":
-    """peft's view of the model with adapters injected in place and the head trained whole; None: no adapters."""
+    """peft's view of the model with adapters injected in place, the head and layers that the settings name trained
+    whole; None: no adapters."""
     if config.lora is None:
         return None
     from peft import get_peft_model
 
-    check_targets(config.lora, model)
+    check_layers(config.lora, model)
+    whole = ["score", *layers_to_save(config.lora, model)]
     with reading(config):
-        adapted = get_peft_model(model, lora_config(config.lora, model, task_type="SEQ_CLS", modules_to_save=["score"]))
+        adapted = get_peft_model(model, lora_config(config.lora, model, task_type="SEQ_CLS", modules_to_save=whole))
     turn_dropout_off(model)
     return adapted  # type: ignore[return-value]
 

@@ -61,6 +61,7 @@ def check_ids(
 def _num_embeddings(model: "PreTrainedModel") -> int:
     embedding = model.get_input_embeddings()
     embedding = getattr(embedding, "base_layer", embedding)  # below an adapter
+    embedding = getattr(embedding, "original_module", embedding)  # of which a copy is trained whole
     assert isinstance(embedding, nn.Embedding)
     return embedding.num_embeddings  # its weight may be split over ranks
 

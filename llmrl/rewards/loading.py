@@ -80,10 +80,8 @@ def required_columns(config: RewardConfig, functions: Iterable[Function]) -> dic
 
 def row_problem(row: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
     """Why no response to a row can be scored by the functions of `required_columns`; None if it can."""
-    for column, name in required.items():
-        if column not in row:
-            return f"no column {column!r}, which {name} reads"
-    return None
+    missing = [f"no column {column!r}, which {name} reads" for column, name in required.items() if column not in row]
+    return "; ".join(missing) or None
 
 
 def select_columns(function: Function, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -34,7 +34,7 @@ from llmrl.rollout.responses import Responses
 from llmrl.rollout.rope import switching_limit
 from llmrl.rollout.sampler import not_finite
 from llmrl.rollout.step import NOT_FINITE, TORCH_ATTENTION, Slots, Step, fused_norms
-from llmrl.rollout.support import RolloutError, carries_states
+from llmrl.rollout.support import RolloutError, carries_states, with_cache
 from llmrl.rollout.weights import evaluating
 
 if TYPE_CHECKING:
@@ -402,7 +402,8 @@ def whole_cache(model: "PreTrainedModel") -> Cache:
 def states_of_one_token(model: "PreTrainedModel") -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, (1, heads, 1, head_dim)."""
     cache = whole_cache(model)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model(input_ids=ids, use_cache=True, **with_cache(model, cache))
     return layer_states(cache)
 
 

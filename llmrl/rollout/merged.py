@@ -1,5 +1,5 @@
 """Layers of a copy in which an adapter is merged, of the trained float32 weights, rounded once: W + scale B A, and with
-DoRA that with each of its rows at its learned length."""
+DoRA that with each of its rows at its learned length. A layer that is trained whole beside them stands there alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ class MergedLayer:
 def merge_adapters(
     trained: "PreTrainedModel", copied: "PreTrainedModel", copies: Mapping[str, nn.Parameter]
 ) -> list[MergedLayer]:
-    """Puts a plain layer in the place of every adapted one in the copy whose weight is the copy's own.
+    """Puts a plain layer in the place of every adapted one in the copy whose weight is the copy's own, and of every one
+    that is trained whole.
 
     Returns the layers, with weights that are not merged yet: see `refresh`.
     """
@@ -57,9 +58,32 @@ def merge_adapters(
         if f"{name}.base_layer.weight" in copies
     ]
     for layer in layers:
-        parent, _, child = layer.name.rpartition(".")
-        setattr(copied.get_submodule(parent), child, copied.get_submodule(f"{layer.name}.base_layer"))
+        copied.set_submodule(layer.name, copied.get_submodule(f"{layer.name}.base_layer"))
+    for name, whole in trained_whole(copied).items():
+        copied.set_submodule(name, copied.get_submodule(whole))
     return layers
+
+
+def trained_whole(model: nn.Module) -> dict[str, str]:
+    """Names of the layers that are trained whole beside adapters, each with that of the copy that is trained: peft
+    keeps the original in the same place, and maybe that of a reference."""
+    return {name: f"{name}.modules_to_save.{layer.active_adapters[0]}" for name, layer in _wrapped(model)}
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            yield name, module
+
+
+def unread(model: nn.Module) -> set[str]:
+    """Names of the weights that stand in the place of a layer which is trained whole, and are not read there."""
+    return {
+        f"{layer}.{name}"
+        for layer, copied in trained_whole(model).items()
+        for name, _ in model.get_submodule(layer).named_parameters()
+        if not f"{layer}.{name}".startswith(f"{copied}.")
+    }
 
 
 def refresh(layers: Iterable[MergedLayer], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

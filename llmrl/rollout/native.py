@@ -36,6 +36,7 @@ from llmrl.rollout.support import (
     check_length,
     reads_by_position,
     refusal,
+    with_cache,
 )
 from llmrl.rollout.weights import SamplingWeights, evaluating
 
@@ -81,7 +82,7 @@ class NativeEngine:
         progress: Progress,
         copy_device: torch.device | None = None,
     ) -> None:
-        check_cache(model)
+        check_cache(type(model), model.config)
         self.weights = SamplingWeights(model, dtype, copy_device)
         if carries_states(model.config):
             self._check_states()
@@ -190,9 +191,9 @@ class NativeEngine:
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
             if is_full(error):
                 raise
-            raise refusal(model, class_and_message(error)) from error
+            raise refusal(model.config, class_and_message(error)) from error
         if not all(holds_states(layer) for layer in cache.layers):
-            raise refusal(model, "it keeps states outside its cache")
+            raise refusal(model.config, "it keeps states outside its cache")
 
     def load_weights(self, trained: Trainable) -> None:
         """Copies the weights of `trained.module.model`, unless the engine reads them live."""
@@ -473,9 +474,9 @@ def read_prompts(
 def last_logits(model: "PreTrainedModel", ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """Logits of the last column by the model's own forward; positions count real tokens only. A model without attention
     asks for neither mask nor positions: its rows are of one length."""
-    context: dict[str, Any] = {"cache_params": cache}
+    context: dict[str, Any] = dict(with_cache(model, cache))
     if reads_by_position(type(model)):
-        context = {"past_key_values": cache, "attention_mask": mask, "position_ids": positions}
+        context |= {"attention_mask": mask, "position_ids": positions}
     return model(input_ids=ids, use_cache=True, logits_to_keep=1, **context).logits[:, -1]
 
 

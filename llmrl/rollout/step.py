@@ -27,6 +27,7 @@ from llmrl.batches import StopReason
 from llmrl.functional.sampling import draw_tokens
 from llmrl.roles import Sampling
 from llmrl.rollout.linear import Forward, replacing
+from llmrl.rollout.support import with_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,9 +205,9 @@ class Step:
                 input_ids=self.slots.last_ids[:, None],
                 attention_mask=self.masks(),
                 position_ids=self.slots.ends[:, None],
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **with_cache(self.model, self.cache),
             )
         return output.logits[:, -1]
 

@@ -18,6 +18,7 @@ from llmrl.rollout.layers import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.cache_utils import Cache
 
 
 class RolloutError(Error, ValueError):
@@ -35,28 +36,39 @@ LAYERS = (
 """Kinds of layers of a cache that `SlotCache` holds."""
 KEEPS_ITS_OWN = (None, "store")
 """Modes of a layer, in configs of transformers, that does not read the keys and values of another."""
-ARGUMENTS = {"input_ids", "past_key_values", "attention_mask", "position_ids", "logits_to_keep"}
-ARGUMENTS_WITHOUT_ATTENTION = {"input_ids", "cache_params", "logits_to_keep"}
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""Names of the argument of a forward that takes the cache. transformers has one for all models from 5.24 on."""
 
 
-def check_cache(model: "PreTrainedModel") -> None:
+def check_cache(kind: "type[PreTrainedModel]", config: "PreTrainedConfig") -> None:
     """Refuses models that keep something else than keys and values, found by the distance of columns, and states of
     fixed size.
 
     Asks for the cache that transformers itself would build: indexed and compressed layers have classes of their own
     there. Attention in chunks looks at absolute columns, which differ from token positions here.
+
+    Args:
+        kind: Class of the model.
+        config: Its settings.
+
+    Raises:
+        RolloutError: With the reason.
     """
-    config = model.config.get_text_config(decoder=True)
-    arguments = ARGUMENTS if reads_by_position(type(model)) else ARGUMENTS_WITHOUT_ATTENTION
-    missing = arguments - _arguments(type(model))
-    if missing:
-        raise refusal(model, f"its forward takes no {', '.join(sorted(missing))}")
-    if any(type(layer) not in LAYERS for layer in DynamicCache(config=config).layers):
-        raise refusal(model, "its cache is more than keys and values and states of fixed size")
+    config = config.get_text_config(decoder=True)
+    if cache_argument(kind) is None:
+        raise refusal(config, f"its forward takes no cache ({' or '.join(CACHE_ARGUMENTS)})")
+    layers = DynamicCache(config=config).layers
+    needed = {"input_ids", "logits_to_keep"}
+    if not all(type(layer) is LinearAttentionLayer for layer in layers):
+        needed |= {"attention_mask", "position_ids"}
+    if missing := needed - _arguments(kind):
+        raise refusal(config, f"its forward takes no {', '.join(sorted(missing))}")
+    if any(type(layer) not in LAYERS for layer in layers):
+        raise refusal(config, "its cache is more than keys and values and states of fixed size")
     if any(mode not in KEEPS_ITS_OWN for mode in getattr(config, "kv_sharing_modes", None) or ()):
-        raise refusal(model, "its layers share keys and values")
+        raise refusal(config, "its layers share keys and values")
     if getattr(config, "attention_chunk_size", None) is not None:
-        raise refusal(model, "it attends in chunks by absolute position")
+        raise refusal(config, "it attends in chunks by absolute position")
 
 
 def carries_states(config: "PreTrainedConfig") -> bool:
@@ -67,7 +79,19 @@ def carries_states(config: "PreTrainedConfig") -> bool:
 
 def reads_by_position(kind: "type[PreTrainedModel]") -> bool:
     """Whether models of a class take a mask and positions beside their cache; those without attention do not."""
-    return "cache_params" not in _arguments(kind)
+    return "position_ids" in _arguments(kind)
+
+
+def cache_argument(kind: "type[PreTrainedModel]") -> str | None:
+    """Name of the argument by which models of a class take their cache; None where they take none."""
+    return next((name for name in CACHE_ARGUMENTS if name in _arguments(kind)), None)
+
+
+def with_cache(model: "PreTrainedModel", cache: "Cache") -> "dict[str, Cache]":
+    """The cache as an argument of the model's forward, of a class that `check_cache` lets pass."""
+    name = cache_argument(type(model))
+    assert name is not None, "check_cache refuses a forward without one"
+    return {name: cache}
 
 
 @cached
@@ -75,10 +99,10 @@ def _arguments(kind: "type[PreTrainedModel]") -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def refusal(model: "PreTrainedModel", reason: str) -> RolloutError:
-    """The error that the native engine cannot decode this model, and the way out."""
+def refusal(config: "PreTrainedConfig", reason: str) -> RolloutError:
+    """The error that the native engine cannot decode models of these settings, and the way out."""
     return RolloutError(
-        f"the native engine cannot decode models of type {model.config.get_text_config(decoder=True).model_type}: "
+        f"the native engine cannot decode models of type {config.get_text_config(decoder=True).model_type}: "
         f"{reason}; set rollout.engine=transformers"
     )
 

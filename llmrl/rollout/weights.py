@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.roles import Trainable
-from llmrl.rollout.merged import merge_adapters, refresh
+from llmrl.rollout.merged import merge_adapters, refresh, unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +31,14 @@ class SamplingWeights:
 
     def __init__(self, trained: "PreTrainedModel", dtype: torch.dtype, copy_device: torch.device | None) -> None:
         self.trained = trained
+        skipped = unread(trained)
         self._copies = {
             name: _copied(p, dtype, copy_device or p.device)
             for name, p in trained.named_parameters()
-            if copy_device is not None or (p.is_floating_point() and p.dtype != dtype)
+            if name not in skipped and (copy_device is not None or (p.is_floating_point() and p.dtype != dtype))
         }
         self._model = rebuilt(trained, self._copies, copy_device) if self._copies else trained
-        self._merged = merge_adapters(trained, self._model, self._copies)
+        self._merged = merge_adapters(trained, self._model, self._copies) if self._copies else []
         self._refresh(trained.named_parameters())
         self._trainable: Trainable | None = None
         self._num_steps = 0

@@ -94,8 +94,10 @@ class _Parts(ABC):
         rank = lora.rank if lora is not None else shape.adapter_rank
         targets = lora.targets if lora is not None else shape.adapter_targets
         has_lengths = lora.use_dora if lora is not None else shape.adapter_has_lengths
+        whole = lora.modules_to_save if lora is not None else shape.adapter_layers
         self.rank = rank or 0
-        self.num_adapter = 0 if rank is None else shape.num_adapter(rank, targets, has_lengths=has_lengths)
+        self.num_low_rank = 0 if rank is None else shape.num_adapter(rank, targets, has_lengths=has_lengths)
+        self.num_adapter = 0 if rank is None else self.num_low_rank + shape.num_whole(whole)
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
@@ -237,7 +239,7 @@ class _Reinforcement(_Parts):
             case "shared":
                 return [self.split(self.shape.num_parameters, extra=self.shape.hidden_size)]
             case "adapter":
-                return [actor, replace(actor, trained=self.num_adapter + self.shape.hidden_size, frozen=0)]
+                return [actor, replace(actor, trained=self.num_low_rank + self.shape.hidden_size, frozen=0)]
         whole = replace(actor, trained=self.shape.num_trunk + self.shape.hidden_size, frozen=0)
         return [actor, replace(whole, root=self.shape.num_trunk - self.shape.num_linear)]
 
@@ -271,7 +273,7 @@ class _Reinforcement(_Parts):
 
     def frozen(self) -> Iterator[Item]:
         """Yields the copy to sample from, whole on every device; reference and reward model, which may be split."""
-        num = self.shape.num_parameters + self.num_adapter
+        num = self.shape.num_parameters + self.num_low_rank
         if self.bfloat16 or self.strategy.splits_weights:
             yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
         yield Item(name="reference", num_bytes=self._reference_bytes())

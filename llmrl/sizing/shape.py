@@ -52,11 +52,15 @@ class ModelShape:
     feed_forward_size: int
     vocab_size: int
     """Rows of the LM head, padding included."""
+    layers: tuple[tuple[str, int], ...]
+    """Name of each layer with weights of its own, and how many parameters they have."""
     adapter_rank: int | None = None
     """LoRA rank of the adapter that comes with the folder."""
     adapter_targets: tuple[str, ...] = ()
     adapter_has_lengths: bool = False
     """Whether that adapter is one of DoRA."""
+    adapter_layers: tuple[str, ...] = ()
+    """Layers that are trained whole beside that adapter."""
 
     @property
     def num_linear(self) -> int:
@@ -78,6 +82,10 @@ class ModelShape:
         routers. `has_lengths`: with the length of each row, of DoRA."""
         chosen = [x for x in self.linears if (x.name.rpartition(".")[2] in targets if targets else not x.routes)]
         return sum(rank * (linear.inputs + linear.outputs) + has_lengths * linear.outputs for linear in chosen)
+
+    def num_whole(self, names: Sequence[str]) -> int:
+        """Parameters of the layers of these names."""
+        return sum(num for layer, num in self.layers if any(f".{layer}".endswith(f".{name}") for name in names))
 
 
 def read_shape(config: ModelConfig) -> ModelShape | None:
@@ -104,7 +112,13 @@ def _read_adapted(config: ModelConfig) -> ModelShape | None:
     targets = adapter["target_modules"]
     named = tuple(targets) if isinstance(targets, list) else ()
     has_lengths = bool(adapter.get("use_dora"))
-    return base and replace(base, adapter_rank=adapter["r"], adapter_targets=named, adapter_has_lengths=has_lengths)
+    return base and replace(
+        base,
+        adapter_rank=adapter["r"],
+        adapter_targets=named,
+        adapter_has_lengths=has_lengths,
+        adapter_layers=tuple(adapter.get("modules_to_save") or ()),
+    )
 
 
 def _config_file(path: str) -> Path | None:
@@ -141,7 +155,14 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         num_heads=text.num_attention_heads,
         feed_forward_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab_size=len(head),
+        layers=tuple(_layers(model)),
     )
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, int]]:
+    for name, module in model.named_modules():
+        if num_own := sum(p.numel() for p in module.parameters(recurse=False)):
+            yield name, num_own
 
 
 def _linears(trunk: nn.Module) -> Iterator[Linear]:

@@ -12,6 +12,7 @@ from llmrl.data.files import Rows
 from llmrl.data.mixture import by_set
 from llmrl.data.source import fingerprint
 from llmrl.lines import Lines
+from llmrl.models.folders import hub_name
 from llmrl.reports.model_card import CardFacts, Data, model_card
 from llmrl.section import likes
 from llmrl.settings import to_dict
@@ -29,7 +30,7 @@ def card_of(config: AnyRun, checked: Checked) -> Callable[[Lines], str]:
     """Function from the metrics of the run so far to its model card."""
     facts = CardFacts(
         command=next(verb for verb, kind in RUNS.items() if type(config) is kind.settings),
-        base_model=config.model.path,
+        base_model=hub_name(config.model.path),
         data=[
             *_data("data", config.data, checked.rows),
             *_data(EVALUATION, config.evaluation_data, checked.evaluation_rows),

@@ -23,7 +23,7 @@ from llmrl.data.rows import column_names, keep_usable, read_rows
 from llmrl.data.scored import read_scored_rows
 from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
 from llmrl.distributed.launch import Launch, LaunchError, check_mixed_precision, read_launch
-from llmrl.models.checking import check_critic, check_model, check_reward_model
+from llmrl.models.checking import causal_class, check_critic, check_model, check_reward_model
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError, is_adapter
 from llmrl.models.loading import load_tokenizer
@@ -33,6 +33,7 @@ from llmrl.rewards.config import RewardConfig
 from llmrl.rewards.loading import Function, required_columns, row_problem
 from llmrl.rewards.worker import Worker
 from llmrl.roles import Progress, RolloutEngine
+from llmrl.rollout.support import check_cache
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
@@ -122,8 +123,11 @@ def _check_batches(
     )
 
 
-def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
-    """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model."""
+def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEngine | None = None) -> Checked:
+    """Checks a run of any algorithm, or, where it trains nothing, an evaluation of its model.
+
+    `engine`: in place of the one that the settings name.
+    """
     _check_precision(config)
     if trains:
         _check_one_base(config, read_launch())
@@ -133,6 +137,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
             check_user_algorithm(config.algorithm)
     unchecked = _check_model(config.model, dry=dry, made_by=command_for(config.model.path, config))
     knows_actor = not (dry and unchecked)
+    if engine is None and not unchecked:
+        _check_engine(config)
     rows_of = _prompt_reader(config, unchecked, dry=dry)
     environment = None
     if config.environment is not None:
@@ -178,6 +184,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True) -> Checked:
         knows_models=knows_models,
         contents=_compared(config, rows, evaluation_rows, functions, environment) if trains and knows_models else {},
         environment=environment,
+        engine=engine,
     )
 
 
@@ -260,6 +267,12 @@ def _check_precision(config: AnyRun) -> None:
     check_mixed_precision(config.model.dtype or default_dtype())
 
 
+def _check_engine(config: RLRun) -> None:
+    """Refuses a model whose class or settings say that the native engine cannot decode it."""
+    if config.rollout.engine == "native" and (found := causal_class(config.model)) is not None:
+        check_cache(*found)
+
+
 def _check_one_base(config: RLRun, launch: Launch) -> None:
     """Refuses roles that read the actor's own base where no process holds it whole."""
     shared = {
@@ -298,9 +311,9 @@ def _check_averages(config: RLRun) -> None:
         )
 
 
-def check_ppo(config: PPORun, *, dry: bool) -> Checked:
+def check_ppo(config: PPORun, *, dry: bool, engine: RolloutEngine | None = None) -> Checked:
     """Checks a run of PPO: that of any algorithm, and that the critic's body reads the policy's tokens."""
-    checked = check_rl(config, dry=dry)
+    checked = check_rl(config, dry=dry, engine=engine)
     if config.critic.network == "reward_model":
         if dry and not checked.knows_models:
             checked.unchecked.append("whether the critic's body reads the policy's tokens")

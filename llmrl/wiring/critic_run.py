@@ -79,6 +79,6 @@ def _source(
     config: ScoredDataConfig, rows: Sequence[Row], actor: Actor, context: Context, *, seed: int, section: str
 ) -> ScoredSource:
     source = ScoredSource(rows, actor.tokenizer, config, seed=seed)
-    report_dropped(source.num_dropped, section, "max_tokens", context.progress)
+    report_dropped(source.dropped, section, "max_tokens", context.progress)
     check_ids(config.path, (ids for example, _ in source.examples for ids in example), actor.model, actor.tokenizer)
     return source

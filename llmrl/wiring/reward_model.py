@@ -7,7 +7,7 @@ import torch
 
 from llmrl.batches import Sequences
 from llmrl.config import RewardModelRun
-from llmrl.data.config import PreferenceDataConfig
+from llmrl.data.config import PairsConfig
 from llmrl.data.files import DataError
 from llmrl.data.preferences import PairSource
 from llmrl.distributed.context import Context
@@ -155,7 +155,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
     )
 
 
-def _check_positions(source: PairSource, data: PreferenceDataConfig, section: str, *, limit: int | None) -> None:
+def _check_positions(source: PairSource, data: PairsConfig, section: str, *, limit: int | None) -> None:
     """Refuses sequences longer than a table of absolute positions."""
     if limit is not None and source.longest > limit:
         raise DataError(

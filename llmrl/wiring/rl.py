@@ -283,7 +283,7 @@ def _prompts(config: RLRun, checked: Checked, parts: _Parts, context: Context) -
         return ShuffledRows(rows, config.data, seed=config.run.seed)
     data = config.data if checked.environment is None else checked.environment.shown(config.data)
     prompts = ShuffledPrompts(rows, actor.tokenizer, data, seed=config.run.seed)
-    report_dropped(prompts.num_dropped, "data", "max_prompt_tokens", context.progress)
+    report_dropped(prompts.dropped, "data", "max_prompt_tokens", context.progress)
     check_ids(config.data.path, (ids for _, ids in prompts.examples), actor.model, actor.tokenizer)
     if any(position_limit(model) is not None for model in readers.values()):
         check_room(readers, prompts.all(), config.rollout)
@@ -313,8 +313,8 @@ def _evaluator(
         prompts = unopened(rows)
     else:
         shown = data if checked.environment is None else checked.environment.shown(data)
-        prompts, num_dropped = encode_prompts(rows, tokenizer, shown)
-        report_dropped(num_dropped, EVALUATION, "max_prompt_tokens", context.progress)
+        prompts, dropped = encode_prompts(rows, tokenizer, shown)
+        report_dropped(dropped, EVALUATION, "max_prompt_tokens", context.progress)
         check_ids(data.path, prompts.ids.tolist(), model, tokenizer)
         check_room({"the model": model, **_reader_of(scorer, tokenizer)}, prompts, config.rollout)
     return Evaluator(

@@ -1,11 +1,12 @@
 """Reading of a recipe's rows, and a report of those that were dropped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from llmrl.data.config import DataConfig
-from llmrl.data.files import DataError
+from llmrl.data.files import DataError, listed
 from llmrl.data.rows import expanded, is_file
+from llmrl.messages import counted
 from llmrl.roles import Progress
 
 C = TypeVar("C", bound=DataConfig)
@@ -40,7 +41,8 @@ def read_section(
     return None
 
 
-def report_dropped(num_dropped: int, section: str, limit: str, progress: Progress) -> None:
-    """Reports how many rows a length limit dropped, if it dropped any."""
-    if num_dropped:
-        progress.message(f"{section}: {num_dropped} rows are longer than {section}.{limit} and were dropped")
+def report_dropped(places: Sequence[str], section: str, limit: str, progress: Progress) -> None:
+    """Reports how many rows a length limit dropped, and the places of the first ones."""
+    if places:
+        rows = counted(len(places), "row")
+        progress.message(f"{section}: dropped {rows} longer than {section}.{limit}: {listed(places)}")

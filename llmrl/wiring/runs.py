@@ -18,7 +18,8 @@ class Kind:
     settings: type
     """Class of the settings in its recipe."""
     check: str
-    """Function of the settings that finds what is wrong before any weights load: ``(config, *, dry) -> Checked``."""
+    """Function of the settings that finds what is wrong before any weights load: ``(config, *, dry) -> Checked``. Of a
+    run that samples it takes ``engine`` too, in place of the one that the settings name."""
     build: str
     """Function that wires what was checked: ``(config, checked, context, trackers) -> Run``."""
     help: str

@@ -41,7 +41,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
     for warning in (*actor.warnings, *precision_warnings(actor.model, actor.dtype)):
         progress.message(f"warning: {warning}")
     examples = SupervisedSource(checked.rows, actor.tokenizer, config.data, seed=config.run.seed)
-    report_dropped(examples.num_dropped, "data", "max_tokens", progress)
+    report_dropped(examples.dropped, "data", "max_tokens", progress)
     check_ids(config.data.path, _ids(examples), actor.model, actor.tokenizer)
     saver = Saver(actor.model, actor.adapted, actor.tokenizer, dtype=actor.dtype, context=context)
     trained = make_trainable(actor.policy, config.optimizer, num_steps=config.run.num_iterations, context=context)
@@ -80,7 +80,7 @@ def _held_out(
     if config is None or rows is None:
         return None
     examples = SupervisedSource(rows, actor.tokenizer, config, seed=0)
-    report_dropped(examples.num_dropped, EVALUATION, "max_tokens", context.progress)
+    report_dropped(examples.dropped, EVALUATION, "max_tokens", context.progress)
     check_ids(config.path, _ids(examples), actor.model, actor.tokenizer)
     return examples.next(examples.num_rows).to(context.device)
 

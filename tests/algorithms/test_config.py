@@ -44,7 +44,7 @@ def test_grpo_settings_that_make_no_sense(settings, told):
 
 
 def test_scaling_with_a_kl_warns():
-    assert "kl_coef has no fixed meaning" in GRPOConfig(kl_coef=0.1).warnings()[0]
+    assert "none gives it one price" in GRPOConfig(kl_coef=0.1).warnings()[0]
     assert GRPOConfig(kl_coef=0.1, scale="none").warnings() == []
     assert GRPOConfig().warnings() == []
 

@@ -1,16 +1,17 @@
 """Objects as what a recipe names."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmrl
 from llmrl.api.given import Given
 from llmrl.distributed.collectives import OneProcess
-from llmrl.models.folders import ModelError
+from llmrl.models.folders import ModelError, hub_name
 from llmrl.rewards.rules import exact_answer
 from llmrl.user_code import handed_over, load_object
 
@@ -80,6 +81,29 @@ def test_a_tokenizer_is_looked_for_where_the_model_was_loaded(given, tiny, folde
     assert (given.folder / given.model(tiny.model, folder / "llama") / "tokenizer.json").is_file()
     with pytest.raises(llmrl.Error, match=r"model brings no tokenizer that can be found .*; hand it over"):
         given.model(tiny.model)
+
+
+def test_a_folder_without_a_tokenizer_takes_one_and_stays_as_it_is(given, tiny, folder, tmp_path):
+    alone = tmp_path / "alone"
+    tiny.model.save_pretrained(alone)
+    (alone / "tokenizer_config.json").write_text("{}")  # which the links lead to no more
+    before = {file.name: file.read_bytes() for file in alone.iterdir()}
+    path = given.model(alone, tiny.tokenizer)
+    assert given.model(str(alone), folder / "llama") == path
+    assert {file.name: file.read_bytes() for file in alone.iterdir()} == before
+    assert AutoTokenizer.from_pretrained(path)("1+1=") == tiny.tokenizer("1+1=")
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert all(w.equal(loaded.state_dict()[name]) for name, w in tiny.model.state_dict().items())
+
+
+def test_a_model_keeps_the_name_by_which_it_came_from_the_hub(given, tiny, folder):
+    here = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    path = given.model(here)
+    assert hub_name(path) == path
+    shutil.rmtree(path)
+    here.config._commit_hash, here.name_or_path = "5af1", "someone/tiny"  # as from_pretrained sets them
+    assert hub_name(given.model(here, tiny.tokenizer)) == "someone/tiny"
+    assert given.model(here, tiny.tokenizer) == path
 
 
 class Exchange(OneProcess):

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import warnings
 
 import pytest
 import torch
 
 import llmrl
-from llmrl.api.guest import checking, errors_of_users, own_random_numbers
+from llmrl.api.guest import checking, errors_of_users, own_random_numbers, quiet
 from llmrl.distributed.watchdog import PhaseTimeout
 from llmrl.memory import MemoryFull
 
@@ -46,6 +47,20 @@ def test_a_bug_stays_what_it_is(error):
 def test_before_a_model_loads_a_value_error_is_the_input():
     with pytest.raises(llmrl.Error, match="bad value"):
         raising(ValueError("bad value"), checking)
+
+
+def test_warnings_to_authors_of_libraries_are_left_out_and_come_back():
+    def warn():
+        warnings.warn_explicit("soon", FutureWarning, "theirs.py", 7, module="peft.tuners.lora")
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with quiet():
+            warn()
+            warnings.warn_explicit("soon", FutureWarning, "mine.py", 7, module="mine")
+        assert [warning.filename for warning in heard] == ["mine.py"]
+        warn()
+    assert [warning.filename for warning in heard] == ["mine.py", "theirs.py"]
 
 
 def test_random_numbers_of_the_program_go_on():

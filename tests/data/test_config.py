@@ -1,6 +1,8 @@
 import pytest
 
+from llmrl.config import SFTRun
 from llmrl.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig, SupervisedDataConfig
+from llmrl.settings import SettingError, read_recipe
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,16 @@ def test_settings_of_examples_that_cannot_be():
 def test_settings_of_pairs_that_cannot_be(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         PreferenceDataConfig(**({"path": "pairs.jsonl"} | settings))
+
+
+@pytest.mark.parametrize("place", ["data", "evaluation_data", "data.mixed_with.0"])
+def test_nothing_streams_from_the_hub(place, tmp_path):
+    """Rows of a stream could not be checked, shuffled and known again."""
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(
+        "model: {path: m}\ndata: {path: d, mixed_with: [{path: e, weight: 1.0}]}\nevaluation_data: {path: f}\n"
+    )
+    with pytest.raises(
+        SettingError, match=rf"{place}\.streaming cannot be set: Every row is read before .*train\[:10000\]"
+    ):
+        read_recipe(SFTRun, recipe, [f"{place}.streaming=true"])

@@ -5,10 +5,18 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 
-from llmrl.data.config import MixedRowsConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
+from llmrl.data.config import (
+    MixedRowsConfig,
+    PreferenceDataConfig,
+    PromptDataConfig,
+    PromptsConfig,
+    SupervisedDataConfig,
+)
 from llmrl.data.files import DataError, FileRow, Rows
 from llmrl.data.mixture import by_set, dealt_after, keep_in_each, mix, next_set, sets_of, weights_of, whole_weights
+from llmrl.data.preferences import PairSource
 from llmrl.data.prompts import ShuffledPrompts
 from llmrl.data.rows import keep_usable
 from llmrl.data.source import ShuffledSource
@@ -61,7 +69,7 @@ def test_each_beginning_has_each_set_in_its_share_to_less_than_a_row(weights):
 
 def shuffled(sizes=(3, 2), weights=(1.0, 0.5), seed=3):
     examples = [(number, n) for number, size in enumerate(sizes) for n in range(size)]
-    return ShuffledSource(examples, num_dropped=0, seed=seed, sizes=sizes, weights=weights)
+    return ShuffledSource(examples, seed=seed, sizes=sizes, weights=weights)
 
 
 def test_each_set_is_dealt_in_epochs_of_its_own():
@@ -83,7 +91,7 @@ def test_sets_of_one_size_have_orders_of_their_own():
 def test_the_first_set_is_dealt_as_if_it_were_alone():
     mixed = [n for number, n in shuffled(sizes=(7, 4)).take(90) if number == 0]
     alone = [n for _, n in shuffled(sizes=(7,), weights=(1.0,)).take(len(mixed))]
-    assert mixed == alone == ShuffledSource(range(7), num_dropped=0, seed=3).take(len(mixed))
+    assert mixed == alone == ShuffledSource(range(7), seed=3).take(len(mixed))
 
 
 def test_the_order_does_not_depend_on_the_batch():
@@ -172,6 +180,33 @@ def test_examples_of_a_mixture(plain):
     source = SupervisedSource(rows, plain, data, seed=0)
     lengths = source.next(6).prompt_mask.sum(dim=1).tolist()
     assert lengths == [1 + number for number in stream([2, 1], 6)]
+
+
+def test_pairs_of_a_mixture(plain):
+    """Pairs that contradict one another within a set are dropped, those of two sets are not; counts are of all sets."""
+    data = PreferenceDataConfig(path="math.jsonl", mixed_with=(CODE,))
+    rows = mixed()
+    contradicting = FileRow(rows[-1], "line 3")
+    contradicting.set_number = 1
+    rows.append(contradicting)
+    for row, better, worse in zip(rows, "yxxxxy", "xyyyyx", strict=True):
+        row |= {"chosen": better, "rejected": worse}
+    rows[0]["prompt"] = "de"
+    source = PairSource(rows, plain, data, seed=0)
+    assert (source.counts.rows, source.counts.kept, source.counts.contradictions) == (6, 4, 2)
+    assert (source.num_rows, len(source.dropped)) == (4, 2)
+    resumed = PairSource(rows, plain, data, seed=0)
+    batch = source.next(6).chosen
+    dealt = list(zip(batch.prompt_mask.sum(dim=1).tolist(), plain.batch_decode(batch.response_ids[:, :1]), strict=True))
+    sets = stream([2, 1], 6)
+    assert [pair for pair, number in zip(dealt, sets, strict=True) if number == 1] == [(2, "x")] * 2
+    assert sorted([pair for pair, number in zip(dealt, sets, strict=True) if number == 0][:3]) == [
+        (1, "x"), (1, "x"), (2, "y"),
+    ]  # fmt: skip
+    resumed.load_state_dict(source.state_dict())
+    assert torch.equal(resumed.next(5).chosen.prompt_ids, source.next(5).chosen.prompt_ids)
+    with pytest.raises(DataError, match=r"^code\.jsonl: no pair is left: .* 1 of 3 pairs: they are longer .*; raise"):
+        PairSource(rows, plain, replace(data, max_tokens=3), seed=0)
 
 
 def test_the_path_of_a_set_must_not_be_empty():

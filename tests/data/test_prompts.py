@@ -25,24 +25,24 @@ def problems(*rows: dict, **settings) -> list[str]:
 
 
 def test_prompts_are_padded_left_beside_their_rows(plain: PreTrainedTokenizerFast):
-    prompts, num_dropped = encode_prompts(ROWS[:3], plain, config())
+    prompts, dropped = encode_prompts(ROWS[:3], plain, config())
     a, b, c, d, e, f = spell("abcdef")
-    assert num_dropped == 0
+    assert dropped == []
     assert torch.equal(prompts.ids, torch.tensor([[0, 0, a], [b, c, d], [0, e, f]]))
     assert torch.equal(prompts.mask, torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]]).bool())
     assert all(ours is given for ours, given in zip(prompts.rows, ROWS, strict=False))
 
 
 def test_long_prompts_are_dropped_and_counted_not_cut(plain: PreTrainedTokenizerFast):
-    prompts, num_dropped = encode_prompts(ROWS, plain, config(max_prompt_tokens=2))
-    assert num_dropped == 2
+    prompts, dropped = encode_prompts(ROWS, plain, config(max_prompt_tokens=2))
+    assert dropped == ["row 2", "row 4"]
     assert [row["n"] for row in prompts.rows] == [0, 2, 4]
     assert prompts.mask.sum(dim=1).tolist() == [1, 2, 2]
 
 
 def test_special_tokens_count_towards_the_limit(chat: PreTrainedTokenizerFast):
     length = len("user:a|assistant:") + 1
-    assert encode_prompts(ROWS[:2], chat, config(max_prompt_tokens=length))[1] == 1
+    assert encode_prompts(ROWS[:2], chat, config(max_prompt_tokens=length))[1] == ["row 2"]
     with pytest.raises(DataError):
         encode_prompts(ROWS[:2], chat, config(max_prompt_tokens=length - 1))
 
@@ -55,7 +55,7 @@ def test_nothing_left_is_refused(plain: PreTrainedTokenizerFast):
 
 def test_source_deals_rows_with_their_own_ids(chat: PreTrainedTokenizerFast):
     source = ShuffledPrompts(ROWS, chat, config(max_prompt_tokens=21), seed=1)
-    assert (source.num_rows, source.num_dropped) == (4, 1)
+    assert (source.num_rows, source.dropped) == (4, ["row 4"])
     seen = []
     for _ in range(4):
         prompts = source.next(3)

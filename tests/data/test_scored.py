@@ -26,7 +26,7 @@ def written(tmp_path, *rows) -> ScoredDataConfig:
 def test_each_response_keeps_its_score():
     """In shuffled order, and where longer rows were dropped."""
     dealt = source(max_tokens=5)
-    assert dealt.num_dropped == 2
+    assert dealt.dropped == ["row 3", "row 6"]
     batch = dealt.next(dealt.num_rows)
     first = batch.sequences.prompt_ids[batch.sequences.prompt_mask].view(-1, 2)[:, 0]
     assert sorted(first.tolist()) == [3, 4, 6, 7]
@@ -56,3 +56,10 @@ def test_a_row_without_a_usable_score_is_refused(tmp_path, row, problem):
     assert [row["score"] for row in read_scored_rows(written(tmp_path, good))] == [1]
     with pytest.raises(DataError, match=problem):
         read_scored_rows(written(tmp_path, good, {"prompt": "a", "response": "b", **row}))
+
+
+def test_every_missing_column_is_named_at_once(tmp_path):
+    with pytest.raises(DataError) as error:
+        read_scored_rows(written(tmp_path, {"query": "a"}))
+    line = str(error.value).splitlines()[1]
+    assert [name in line for name in ("'prompt'", "'response'", "'score'")] == [True, True, True]

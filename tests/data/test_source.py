@@ -5,7 +5,7 @@ from llmrl.data.source import ShuffledSource
 
 
 def source(num_rows: int = 7, seed: int = 3) -> ShuffledSource[str]:
-    return ShuffledSource([f"row {n}" for n in range(num_rows)], num_dropped=0, seed=seed)
+    return ShuffledSource([f"row {n}" for n in range(num_rows)], seed=seed)
 
 
 def test_every_row_once_per_epoch_whatever_the_batch():
@@ -55,7 +55,7 @@ def test_state_of_other_data_is_refused():
 
 
 def resumed(before: list[dict], now: list[dict]) -> None:
-    old, new = (ShuffledSource(rows, num_dropped=0, seed=0, rows=rows) for rows in (before, now))
+    old, new = (ShuffledSource(rows, seed=0, rows=rows) for rows in (before, now))
     new.load_state_dict(old.state_dict())
 
 

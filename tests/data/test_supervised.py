@@ -79,7 +79,7 @@ def test_messages_with_a_response_column(chat: PreTrainedTokenizerFast):
 
 def test_long_examples_are_dropped_and_counted(plain: PreTrainedTokenizerFast):
     source = SupervisedSource(ROWS, plain, config(max_tokens=5), seed=0)  # 1 + 3, 3 + 2 and 2 + 5 tokens
-    assert (source.num_rows, source.num_dropped) == (2, 1)
+    assert (source.num_rows, source.dropped) == (2, ["row 3"])
     assert set(read_rows(source.next(2))) == {tuple(spell("a")), tuple(spell("bcd"))}
     with pytest.raises(DataError, match=r"every one of the 3 examples is longer than data\.max_tokens \(3\)"):
         SupervisedSource(ROWS, plain, config(max_tokens=3), seed=0)
@@ -97,6 +97,12 @@ def test_source_resumes(plain: PreTrainedTokenizerFast):
     ("row", "problem"),
     [
         ({"response": "a"}, "no column 'prompt'; there are response"),
+        (
+            {"query": "a", "reply": "b"},
+            "no column 'prompt'; there are query, reply (data.prompt_column names it); "
+            "no column 'response'; there are query, reply (data.response_column names it)",
+        ),
+        ({"messages": [USER, ASSISTANT]}, "no column 'prompt'; there are messages (data.prompt_column names it)"),
         ({"prompt": "a", "reponse": "b"}, "no column 'response'; did you mean 'reponse'?"),
         ({"prompt": "a", "response": " "}, "its response is an empty text"),
         ({"prompt": "a", "response": 3}, "its response must be a text, not an int"),
@@ -114,6 +120,12 @@ def test_bad_rows(row: dict, problem: str):
     with pytest.raises(DataError) as error:
         keep_usable_examples([ROWS[0], row], config())
     assert str(error.value).startswith(f"rows.jsonl: 1 bad row\n  row 2: {problem}")
+
+
+def test_of_messages_alone_the_column_of_the_response_may_be_missing():
+    with pytest.raises(DataError) as error:
+        keep_usable_examples([ROWS[0], {"messages": [USER, ASSISTANT]}], config())
+    assert "'response'" not in str(error.value)
 
 
 def test_load_checks_the_rows(tmp_path: Path):

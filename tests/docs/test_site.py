@@ -57,6 +57,7 @@ def test_the_reference_has_signatures_and_formulas(site):
     page = re.sub(r"<[^>]+>", "", (site / "reference" / "index.html").read_text())
     assert "gae_lambda: float" in page
     assert "δ_t = r_t" in page
+    assert all(name in page for name in ("llmrl.functional.advantages", "llmrl.metrics", "in_floats"))
 
 
 def test_no_page_asks_another_site(site):

@@ -9,9 +9,8 @@ from llmrl.environments.hosting import Failure, ToolResult
 class ScriptedHost:
     """`Host` of environments that are functions: ``start(row)``, ``respond(number, message)``, ``close(number)``."""
 
-    code: dict = {}
-
     def __init__(self, *, start=lambda row: None, respond=lambda number, message: Turn(done=True), close=None):
+        self.code = {}
         self.start, self.answer, self.end_reward = start, respond, close or (lambda number: 0.0)
         self.answers, self.asked, self.num_ends, self.seeds = {}, [], 0, {}
 

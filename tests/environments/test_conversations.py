@@ -126,7 +126,7 @@ def test_tools_are_called_in_place_of_the_environment():
     assert bytes(conversations.take([0])[0]) == b"add!bad!"
     conversations.ask({0: turn("four")})
     assert conversations.take([0]) == {0: []}
-    assert [type(what) for _, what in host.asked][0] is list
+    assert next(type(what) for _, what in host.asked) is list
     assert (conversations.all[0].num_calls, conversations.all[0].num_bad_calls) == (2, 1)
     assert [message["role"] for message in conversations.all[0].messages] == ["assistant", "tool", "tool", "assistant"]
 

@@ -57,9 +57,7 @@ def make_engine(host, *, model=None, progress=None, max_rows=64, **settings):
         prompt_column="prompt",
         max_prompt_tokens=9,
     )
-    return EnvironmentEngine(
-        native, host=host, begin=begin, max_turn_tokens=config.max_turn_tokens, progress=progress
-    )
+    return EnvironmentEngine(native, host=host, begin=begin, max_turn_tokens=config.max_turn_tokens, progress=progress)
 
 
 def respond(number, message):

@@ -367,9 +367,7 @@ def test_rewards_to_go_are_those_of_a_turn_and_all_after_it():
     """Three turns of 2, 1 and 1 tokens around a fed one; one turn; and a response without a score."""
     mask = torch.tensor([[True, True, False, True, True], [True, True, False, False, False], [True] * 5])
     of_turn = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
-    per_token = torch.tensor(
-        [[0.5, 0.25, math.nan, -1.0, 2.0], [0.0, 4.0, math.nan, math.nan, math.nan], [1.0] * 5]
-    )
+    per_token = torch.tensor([[0.5, 0.25, math.nan, -1.0, 2.0], [0.0, 4.0, math.nan, math.nan, math.nan], [1.0] * 5])
     to_go = rewards_to_go(torch.tensor([10.0, 0.0, math.nan]), per_token, of_turn, mask)
     expected = [[11.75, 11.0, 12.0], [4.0, math.nan, math.nan], [math.nan] * 3]
     assert_close(to_go, torch.tensor(expected, dtype=torch.float64), equal_nan=True)

@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from llmrl.models.adapters import as_reference, load_adapted, reference_names
+from llmrl.models.adapters import as_reference, base_of, load_adapted, reference_names
+from llmrl.models.checking import check_model
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.models.loading import load_model, load_tokenizer
@@ -208,3 +209,91 @@ def test_dora_learns_the_length_of_each_row(folder):
     assert length.requires_grad
     model(input_ids=IDS).logits.sum().backward()
     assert length.grad.abs().sum() > 0
+
+
+WHOLE = LoraSettings(rank=2, modules_to_save=("embed_tokens", "norm", "lm_head"))
+
+
+def test_named_layers_are_trained_whole(folder):
+    """The last norm, and none of those whose names end as its own does."""
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=WHOLE))
+    assert torch.equal(logits(model), logits(load_model(ModelConfig(path=folder))))
+    learning = {name for name, learns in trainable(adapted).items() if learns}
+    assert {name.removeprefix("base_model.model.") for name in learning if "lora_" not in name} == {
+        f"{layer}.modules_to_save.default.weight" for layer in ("model.embed_tokens", "model.norm", "lm_head")
+    }
+    assert sum("lora_A" in name for name in learning) == 3 * 7
+    model(input_ids=IDS).logits.square().sum().backward()
+    assert {name for name, p in adapted.named_parameters() if p.grad is not None} == learning
+    assert model.lm_head.modules_to_save["default"].weight.grad.any()
+
+
+def test_a_layer_that_is_trained_whole_has_no_adapter(folder):
+    _, adapted = load_adapted(ModelConfig(path=folder, lora=LoraSettings(rank=2, modules_to_save=("q_proj",))))
+    assert [name for name in trainable(adapted) if "lora_A" in name and "q_proj" in name] == []
+    assert sum(learns for name, learns in trainable(adapted).items() if "q_proj" in name) == 3
+
+
+@pytest.mark.parametrize("name", ["head", "mlp", "proj"])
+def test_layers_that_the_model_lacks_are_refused_by_those_it_has(folder, name):
+    lora = LoraSettings(rank=2, modules_to_save=("embed_tokens", name))
+    with pytest.raises(ModelError, match=rf"modules_to_save \({name}\) .* embed_tokens, gate_proj, input_layernorm"):
+        load_adapted(ModelConfig(path=folder, lora=lora))
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["stays", "moves"])
+def test_the_reference_has_the_layers_as_they_were(folder, moving):
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=WHOLE), moving_reference=moving)
+    start, flags = logits(model), trainable(adapted)
+    move(adapted)
+    moved = logits(model)
+    with as_reference(adapted):
+        assert torch.equal(logits(model), start)
+    assert torch.equal(logits(model), moved)
+    assert trainable(adapted) == flags
+    if moving:
+        weights, names = dict(adapted.named_parameters()), reference_names(adapted)
+        assert len(names) == sum(flags.values())
+        with torch.no_grad():
+            for name, source in names.items():
+                weights[name].copy_(weights[source])
+        with as_reference(adapted):
+            assert torch.equal(logits(model), moved)
+
+
+def test_a_base_has_the_layers_as_they_were(folder):
+    """And shares them: they are in memory once."""
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=WHOLE))
+    start, flags = logits(model), trainable(adapted)
+    move(adapted)
+    base = base_of(adapted)
+    assert torch.equal(logits(base), start)
+    assert base.lm_head.weight is model.lm_head.original_module.weight
+    assert trainable(adapted) == flags
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_layers_trained_whole_are_saved_merged_and_continued(folder, tmp_path):
+    model, adapted = load_adapted(ModelConfig(path=folder, lora=WHOLE))
+    move(adapted)
+    moved = logits(model)
+    tokenizer = load_tokenizer(ModelConfig(path=folder))
+    save_policy(tmp_path / "final", model=model, adapted=adapted, tokenizer=tokenizer, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert torch.equal(merged.lm_head.weight, model.lm_head.modules_to_save["default"].weight)
+    assert_close(logits(merged), moved, atol=1e-4, rtol=1e-4)
+    config = ModelConfig(path=str(tmp_path / "final" / "adapter"))
+    assert check_model(config) == []
+    continued, theirs = load_adapted(config)
+    assert_close(logits(continued), moved)
+    move(theirs)
+    with as_reference(theirs):
+        assert_close(logits(continued), moved)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_a_tied_embedding_that_is_trained_whole_is_refused(tmp_path, layer):
+    config = ModelConfig(path=save_folder(tmp_path, llama_tied()), lora=LoraSettings(modules_to_save=(layer,)))
+    for refuses in (check_model, load_adapted):
+        with pytest.raises(ModelError, match=r"one matrix .* model\.lora\.modules_to_save"):
+            refuses(config)

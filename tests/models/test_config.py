@@ -13,6 +13,12 @@ def test_all_linear_is_another_name_for_none():
     assert LoraSettings(targets="all-linear") == LoraSettings(targets=("all-linear",)) == LoraSettings()
 
 
+def test_a_layer_is_trained_whole_or_adapted():
+    assert LoraSettings(targets=("q_proj",), modules_to_save=("lm_head",)).modules_to_save == ("lm_head",)
+    with pytest.raises(ValueError, match=r"^model\.lora\.modules_to_save \(v_proj\) are trained whole, .* leave them"):
+        LoraSettings(targets=("q_proj", "v_proj"), modules_to_save=("lm_head", "v_proj"))
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

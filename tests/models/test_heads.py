@@ -52,6 +52,17 @@ def test_an_adapter_on_the_output_layer_is_part_of_the_head(make):
         assert_close(tuple(module(make_sequences()).values()), dense(model.eval()), rtol=1e-4, atol=1e-4)
 
 
+def test_an_output_layer_that_is_trained_whole_has_a_linear_head():
+    torch.manual_seed(0)
+    model = llama()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    module = module_of(model)
+    assert isinstance(module.head, LinearHead)
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.normal_()
+        assert_close(tuple(module(make_sequences()).values()), dense(model.eval()), rtol=1e-4, atol=1e-4)
+
+
 def test_logits_that_depend_on_something_else_are_refused():
     with pytest.raises(ModelError, match=r"PositionalLlama \(llama\)"):
         choose_head(PositionalLlama(LlamaConfig(**SIZES)), VOCAB)

@@ -244,11 +244,18 @@ def test_a_head_with_several_outputs_is_none():
     )
 
 
+@pytest.fixture(params=[(), ("embed_tokens", "norm")], ids=["head", "layers"])
+def whole(request):
+    """Layers that are trained whole, beside the head."""
+    return request.param
+
+
 @pytest.fixture
-def adapted(causal):
+def adapted(causal, whole):
     """``(model, adapted)`` in the middle of training."""
     torch.manual_seed(0)
-    config = ModelConfig(path=causal, lora=LoraSettings(rank=2))
+    config = ModelConfig(path=causal, lora=LoraSettings(rank=2, modules_to_save=whole))
+    assert check_reward_model(config, needs_head=False) == []
     model = load_reward_model(config, head_init="zero")
     adapted = adapt(model, config)
     move(adapted)
@@ -262,11 +269,13 @@ def test_without_lora_there_are_no_adapters(causal):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_adapters_and_the_head_learn_and_nothing_else(adapted):
+def test_adapters_and_the_head_learn_and_nothing_else(adapted, whole):
     model, _ = adapted
     assert score_layer(model) is model.score
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert [name for name in learning if "lora_" not in name] == ["score.modules_to_save.default.weight"]
+    assert {name for name in learning if "lora_" not in name} == {
+        f"{layer}.modules_to_save.default.weight" for layer in ("score", *(f"model.{name}" for name in whole))
+    }
     assert any("lora_A" in name for name in learning)
     scorer = scorer_of(model, packed=True)
     torch.cat(scorer.pair_scores(pairs())).sum().backward()

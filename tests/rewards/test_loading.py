@@ -179,6 +179,9 @@ def test_a_row_must_have_the_columns_that_a_function_cannot_do_without(rule):
     assert required == {"answer": "rule.py:correct"}
     assert row_problem({"answer": "a"}, required) is None
     assert row_problem({"question": "a"}, required) == "no column 'answer', which rule.py:correct reads"
+    assert row_problem({"question": "a"}, {**required, "unit": "rule.py:unit"}) == (
+        "no column 'answer', which rule.py:correct reads; no column 'unit', which rule.py:unit reads"
+    )
 
 
 def test_a_column_that_an_argument_fills_in_is_not_required():

@@ -110,3 +110,28 @@ def test_the_trained_model_keeps_its_adapters():
     SamplingWeights(model, torch.bfloat16, None).load(Trained(model))
     assert names(model) == before[1]
     assert logits(model).equal(before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_that_are_trained_whole_stand_alone_in_the_copy(dtype):
+    """Neither the originals nor those of a frozen reference are in memory once more."""
+    model = build("llama")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    get_peft_model(model, lora).add_adapter("reference", lora)
+    weights = SamplingWeights(model, dtype, torch.device("cpu"))
+    assert names(weights.fresh()) == names(build("llama"))
+    assert not {p.data_ptr() for p in weights.fresh().parameters()} & {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    weights.load(Trained(model))
+    assert_close(logits(weights.fresh()).float(), logits(model), atol=1e-4, rtol=0)
+
+
+def test_without_a_copy_the_trained_layers_stay_in_their_place():
+    model = build("llama")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    before = names(model)
+    assert SamplingWeights(model, torch.float32, None).fresh() is model
+    assert names(model) == before

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, Llama4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Llama4TextConfig, LlamaForCausalLM
 
-from llmrl.rollout.support import RolloutError
+from llmrl.rollout.support import RolloutError, cache_argument
 from tests.hybrids import HYBRIDS, NO_TIME_STEP, OUTSIDE_THE_CACHE, build_hybrid
 
 from .tiny import build, full_forward_logprobs, make_prompts, make_sampling, rows_of
@@ -21,7 +21,7 @@ SMALL = {
 REASONS = {
     "minimax": "MiniMax uses cache of its own",
     "recurrent_gemma": "it keeps states outside its cache",
-    "rwkv": "its forward takes no past_key_values, position_ids",
+    "rwkv": r"its forward takes no cache \(cache or past_key_values or cache_params\)",
 }
 
 
@@ -41,6 +41,32 @@ def test_a_model_that_carries_a_state_is_decoded_as_by_one_plain_forward(family,
 def test_states_outside_the_cache_are_refused(family, native):
     with pytest.raises(RolloutError, match=rf"type {family}: .*{REASONS[family]}.*set rollout\.engine=transformers"):
         native(build_hybrid(family))
+
+
+class Remade(LlamaForCausalLM):
+    """Llama whose forward takes its cache as versions of transformers before 5.24 name it."""
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep):
+        context = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        context[cache_argument(LlamaForCausalLM)] = past_key_values
+        return super().forward(input_ids, **context, logits_to_keep=logits_to_keep)
+
+
+class RemadeAnew(Remade):
+    """As versions from 5.24 on name it."""
+
+    def forward(self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep):
+        return super().forward(input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Remade, "past_key_values"), (RemadeAnew, "cache")])
+def test_a_cache_is_handed_over_by_the_name_that_the_forward_has(kind, name, native, model, prompts):
+    assert cache_argument(kind) == name
+    remade = kind(model.config).eval()
+    remade.load_state_dict(model.state_dict())
+    ours, plain = (native(each, max_rows=4).generate(prompts, make_sampling()) for each in (remade, model))
+    assert ours.sequences.response_ids.equal(plain.sequences.response_ids)
+    assert ours.rollout_logprobs.equal(plain.rollout_logprobs)
 
 
 @pytest.mark.parametrize("family", ["nemotron_h", "zamba2"])

@@ -103,6 +103,18 @@ def test_one_base_takes_less_than_two_networks(shape):
     assert item(adapters, "reference") == 0
 
 
+def test_layers_that_are_trained_whole_are_the_actors_alone(shape):
+    """A second matrix of 256 beside the frozen one, with its gradient and states; the engine's copy has one of them."""
+    plain, whole = (
+        estimate_memory(rl(PPORun, critic="adapter", dtype="bfloat16", lora=lora), shape, Strategy())
+        for lora in ({"rank": 2}, {"rank": 2, "modules_to_save": ["lm_head"]})
+    )
+    more = {
+        name: item(whole, name) - item(plain, name) for name in ("weights", "AdamW's states", "copy to sample from")
+    }
+    assert more == {"weights": 4 * 256, "AdamW's states": 8 * 256, "copy to sample from": 0}
+
+
 def test_a_critic_of_its_own_beside_an_adapter_has_the_larger_activations(shape):
     own, adapter = (
         estimate_memory(rl(PPORun, critic=critic, lora={"rank": 2}), shape, Strategy()) for critic in ("own", "adapter")

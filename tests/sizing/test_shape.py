@@ -45,6 +45,12 @@ def test_an_adapter_has_as_many_parameters_as_peft_makes(llama, shape, targets):
     assert shape.num_adapter(3, targets) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+def test_layers_that_are_trained_whole_are_counted_by_name(shape):
+    assert shape.num_whole(()) == 0
+    assert shape.num_whole(("embed_tokens", "norm", "1.mlp.up_proj")) == 256 + 8 + 128
+    assert sum(num for _, num in shape.layers) == shape.num_parameters
+
+
 @pytest.mark.parametrize("folder", sorted(MODELS.glob("tiny*")), ids=lambda folder: folder.name)
 def test_a_folder_is_read_without_its_weights(folder):
     config = ModelConfig(path=str(folder), from_scratch=True)

@@ -1,6 +1,7 @@
 """What the settings of a run say for its model card."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from llmrl.config import PPORun
 from llmrl.data.config import MixedRowsConfig, PromptDataConfig
 from llmrl.models.config import LoraSettings
+from llmrl.models.folders import HUB_NAME
 from llmrl.optim.config import OptimizerConfig
 from llmrl.wiring.cards import card_of, changed_settings
 from llmrl.wiring.checks import check_rl
@@ -76,6 +78,16 @@ def test_each_set_of_a_mixture_is_named(config, tmp_path):
     card = card_of(config, check_rl(config, dry=False))([])
     assert "| data | `train.csv` | 3 | " in card
     assert "| data.mixed_with.0 | `other.jsonl` | 1 | " in card
+
+
+def test_a_model_that_was_handed_over_goes_by_its_name_on_the_hub(config, tmp_path):
+    folder = shutil.copytree(config.model.path, tmp_path / "model-1f2e")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+    assert "base_model:" not in card_of(config, check_rl(config, dry=False))([])
+    (folder / HUB_NAME).write_text("someone/tiny")
+    card = card_of(config, check_rl(config, dry=False))([])
+    assert "base_model: someone/tiny" in card
+    assert "# someone/tiny, after `llmrl grpo`" in card
 
 
 def test_the_card_of_a_run_stands_beside_its_model(config, tmp_path):

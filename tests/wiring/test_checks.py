@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, OpenAIGPTConfig
 
 from llmrl.config import SFTRun
 from llmrl.data.config import MixedRowsConfig, PromptDataConfig, SupervisedDataConfig
@@ -12,6 +13,8 @@ from llmrl.data.rows import SKIP
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
+from llmrl.rollout.scripted import ScriptedEngine
+from llmrl.rollout.support import RolloutError
 from llmrl.trainers.config import EvaluationConfig
 from llmrl.trainers.run import RunError
 from llmrl.wiring.checks import check_rl, check_sft, reward_model_config
@@ -75,6 +78,19 @@ def test_a_dry_run_tries_no_template_of_a_model_that_is_still_to_be_made(config)
     assert len(check_rl(run, dry=True).rows) == 3
     with pytest.raises(ModelError, match=r"^model\.path \(gone\) is no folder; make it with `make model`$"):
         check_rl(run, dry=False)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_model_without_a_cache_is_refused_before_it_loads_unless_another_engine_samples(config, tmp_path, dry):
+    folder = tmp_path / "gpt"
+    OpenAIGPTConfig(vocab_size=99, n_positions=64, n_embd=8, n_layer=1, n_head=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(config.model.path).save_pretrained(folder)
+    run = dataclasses.replace(config, model=ModelConfig(path=str(folder), from_scratch=True))
+    with pytest.raises(RolloutError, match=r"openai-gpt: its forward takes no cache .*rollout\.engine=transformers"):
+        check_rl(run, dry=dry)
+    check_rl(dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, engine="transformers")), dry=dry)
+    engine = ScriptedEngine(lambda *_: ([], None, 0))
+    assert check_rl(run, dry=dry, engine=engine).engine is engine
 
 
 def test_a_run_may_not_write_into_anything_that_it_reads(config, tmp_path):

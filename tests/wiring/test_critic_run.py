@@ -120,8 +120,7 @@ def test_rows_that_are_too_long_are_told(config, tmp_path):
     rows = [*ROWS, {"prompt": "123456789+1=", "response": "123456790", "score": 1}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert build_run(config)[1] == [
-        f"{section}: 1 rows are longer than {section}.max_tokens and were dropped"
-        for section in ("data", "evaluation_data")
+        f"{section}: dropped 1 row longer than {section}.max_tokens: line 11" for section in ("data", "evaluation_data")
     ]
 
 
@@ -132,3 +131,9 @@ def test_the_loop_is_what_the_recipe_asks_for(config):
     assert run.trainer.microbatcher.budget.max_tokens == 77
     assert run.trainer.objective.critic.microbatcher.budget.max_tokens == 77
     assert build_run(dataclasses.replace(config, evaluation_data=None))[0].evaluate is None
+
+
+def test_a_critic_that_is_an_adapter_trains_no_layer_whole(config):
+    lora = LoraSettings(rank=2, modules_to_save=("lm_head",))
+    with pytest.raises(ValueError, match=r"^model\.lora\.modules_to_save \(lm_head\) are layers of an actor .* out$"):
+        dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))

@@ -301,6 +301,39 @@ def test_an_iteration_moves_two_adapters_and_a_head_and_nothing_else(one_base, f
             assert torch.equal(p, start[name.replace(".base_layer", "")]), name
 
 
+def test_layers_that_the_actor_trains_whole_are_its_own(one_base, folders):
+    """Critic and reward model read the originals; a state has them, and the engine reads them."""
+    layers = ("embed_tokens", "norm") if "llama" in str(folders.base) else ("ln_f",)
+    config = with_model(one_base, lora=LoraSettings(rank=2, modules_to_save=layers))
+    run = build_run(config)
+    roles, trained = modules_of(run), run.trainer.trained["actor"]
+    whole = {name for name in learning(roles.actor) if "lora_" not in name}
+    assert {name.split(".")[-4] for name in whole} == set(layers)
+    rollout, _ = rollout_of(run)
+    sequences = rollout.sequences
+    others = {"values": run.trainer.algorithm.networks.values, "logprobs": run.trainer.algorithm.reference.logprobs}
+    with torch.no_grad():
+        before = {name: ask(sequences).named[name] for name, ask in others.items()}
+        before["scores"] = run.trainer.reward.scorer.scores(sequences)
+        old_logprobs = run.trainer.algorithm.networks.logprobs(sequences).logprobs
+        move(roles.actor)
+        after = {name: ask(sequences).named[name] for name, ask in others.items()}
+        after["scores"] = run.trainer.reward.scorer.scores(sequences)
+        logprobs = run.trainer.algorithm.networks.logprobs(sequences).logprobs
+    assert (logprobs - old_logprobs).abs().max() > 0.1
+    assert_close(after, before, rtol=0, atol=0)
+    metrics = run.trainer.iterate().values()
+    assert metrics["policy/ratio_max_deviation"] < 1e-4
+    state, other = trained.state_dict(), f"{config.run.output_dir}_2"
+    assert {f"model.{name}" for name in whole} < state["parameters"].keys()
+
+    again = build_run(dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=other)))
+    again.trainer.trained["actor"].load_state_dict(state)
+    with torch.no_grad():
+        resumed, kept = (r.trainer.algorithm.networks.logprobs(sequences).logprobs for r in (again, run))
+    assert_close(resumed, kept, rtol=0, atol=0)
+
+
 def test_saving_the_actor_leaves_no_trace_of_the_others(one_base, folders, tmp_path):
     run = build_run(one_base)
     roles = modules_of(run)

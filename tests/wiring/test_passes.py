@@ -18,7 +18,7 @@ from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
 from llmrl.models.folders import ModelError
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine
-from llmrl.rollout.support import RolloutError
+from llmrl.rollout.support import RolloutError, cache_argument
 from llmrl.trainers.config import RewardModelConfig, UpdateConfig
 from llmrl.wiring.actors import load_actor
 from llmrl.wiring.critics import load_networks
@@ -60,10 +60,11 @@ def test_a_cache_that_forgets_is_refused_with_a_way_out(planted, way_out, monkey
     actor = actor_of()
     forward = actor.model.base_model.forward
 
-    def forgetful(input_ids=None, past_key_values=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length():
+    def forgetful(input_ids=None, **kwargs):
+        cache = kwargs.get(cache_argument(type(actor.model)))
+        if cache is not None and cache.get_seq_length():
             input_ids = input_ids.roll(1) + 1
-        return forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        return forward(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(actor.model.base_model, "forward", forgetful)
     with pytest.raises(RolloutError, match=rf"the {planted} engine cannot decode .* by \d.*; {way_out}"):

@@ -47,7 +47,11 @@ def test_a_dry_run_reads_what_is_there_and_what_nothing_makes(tmp_path):
 
 def test_only_what_was_dropped_is_told():
     progress = Heard()
-    report_dropped(0, "data", "max_tokens", progress)
-    report_dropped(2, "evaluation_data", "max_tokens", progress)
-    told = "evaluation_data: 2 rows are longer than evaluation_data.max_tokens and were dropped"
-    assert progress.messages == [told]
+    report_dropped([], "data", "max_tokens", progress)
+    report_dropped(["line 7"], "data", "max_prompt_tokens", progress)
+    report_dropped([f"line {n}" for n in range(1, 13)], "evaluation_data", "max_tokens", progress)
+    named = ", ".join(f"line {n}" for n in range(1, 6))
+    assert progress.messages == [
+        "data: dropped 1 row longer than data.max_prompt_tokens: line 7",
+        f"evaluation_data: dropped 12 rows longer than evaluation_data.max_tokens: {named} and 7 more",
+    ]

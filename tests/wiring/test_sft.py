@@ -34,8 +34,8 @@ def build_run(config):
 
 def test_rows_that_are_too_long_are_told(config):
     assert build_run(config)[1] == [
-        f"{section}: 1 rows are longer than {section}.max_tokens and were dropped"
-        for section in ("data", "evaluation_data")
+        "data: dropped 1 row longer than data.max_tokens: line 4",
+        "evaluation_data: dropped 1 row longer than evaluation_data.max_tokens: line 3",
     ]
 
 
