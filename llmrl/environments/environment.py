@@ -53,8 +53,9 @@ class Environment:
                     return llmrl.Turn(done=True, reward=1.0)
                 return "higher" if guess < self.secret else "lower"
 
-    ``__init__`` gets the arguments that the recipe sets, by name. Each method may be ``async``. An exception, a call
-    that exceeds its time limit, the end of the process and an answer of another type leave the response unscored.
+    ``__init__`` gets the arguments that the recipe sets, by name. A first object is made, and not used, before a model
+    loads, so that wrong arguments show. Each method may be ``async``. An exception, a call that exceeds its time limit,
+    the end of the process and an answer of another type leave the response unscored.
     """
 
     random: Random

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, validate_call
 from llmrl.environments.environment import Environment
 from llmrl.messages import class_and_message
 from llmrl.rewards.loading import bind_arguments
-from llmrl.user_code import UserCodeError, code_digests, is_given, load_object
+from llmrl.user_code import UserCodeError, code_digests, describe_exception, is_given, load_object
 
 ENVIRONMENT = "environment"
 """The role of an environment in errors."""
@@ -56,7 +56,7 @@ def load_code(code: Code) -> Loaded:
 
 def load_environment(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
     """What makes an environment: a class with its arguments filled in. One that is handed over in Python may also be a
-    function that makes it."""
+    function that makes it. One is made here, so that what its arguments have wrong shows before a model loads."""
     made = load_object(name, role=ENVIRONMENT)
     if inspect.isclass(made):
         _check_class(name, made)
@@ -71,6 +71,10 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Callable[[], En
         raise UserCodeError(
             f"{ENVIRONMENT} {name}: {error}; set it in environment.arguments, or give it a default"
         ) from error
+    try:
+        bound()
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"{ENVIRONMENT} {name}: making one {describe_exception(made, error)}") from error
     return bound
 
 

@@ -17,6 +17,12 @@ class Guess(llmrl.Environment):
     def respond(self, message):
         return "higher"
 
+class Fussy(llmrl.Environment):
+    def __init__(self, place: str):
+        {"lake": 1}[place]
+    def respond(self, message):
+        return "higher"
+
 class Mute(llmrl.Environment):
     def respnd(self, message):
         return "higher"
@@ -77,6 +83,7 @@ def test_without_a_name_it_is_the_base_class(code):
             r"mine\.py:Guess has no parameter 'lo' .*; did you mean 'low'",
         ),
         ("Guess", [], {"top": "many"}, r"environment .*mine\.py:Guess: argument top \('many'\): Input should be"),
+        ("Fussy", [], {"place": "sea"}, r"environment mine\.py:Fussy: making one raised KeyError: 'sea' at .*mine\.py:"),
         (None, ["table"], {}, r"tool mine\.py:table is no function but dict"),
         (None, ["subtract"], {}, r"tool mine\.py:subtract: mine\.py has no 'subtract'"),
         (None, ["odd"], {}, r"tool mine\.py:odd: its parameters cannot be read"),
