@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.data.config import (
+    ConversationsConfig,
     DataConfig,
-    ExamplesConfig,
     PreferenceDataConfig,
     PromptDataConfig,
     PromptsConfig,
@@ -64,7 +64,7 @@ class SFTRun:
     """Batches of examples, and their evaluation."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """Optimizer of the model: learning rate, schedule, clipping."""
-    evaluation_data: Annotated[ExamplesConfig | None, LIKE_DATA] = None
+    evaluation_data: Annotated[ConversationsConfig | None, LIKE_DATA] = None
     """Held-out examples whose loss is measured."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Other places that receive the metrics."""

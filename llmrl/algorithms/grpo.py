@@ -124,7 +124,7 @@ class GRPO(Algorithm):
         to_go = rewards_to_go(scores.total + penalty, scores.per_token, of_token, rollout.sequences.response_mask)
         num_turns = to_go.shape[1]
         groups = rollout.group_ids[:, None] * num_turns + torch.arange(num_turns, device=to_go.device)
-        advantages = self.estimate_advantages(to_go.flatten(), groups.flatten()).view_as(to_go)
+        advantages = self.estimate_advantages(to_go.flatten(), groups.flatten()).view_as(to_go).to(scores.per_token)
         return advantages.gather(1, of_token.clamp(max=num_turns - 1))
 
     def _metrics(self, experience: GRPOExperience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:

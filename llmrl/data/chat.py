@@ -326,16 +326,21 @@ def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Int[Tensor, "N
     return ids, mask
 
 
-def as_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Sequences:
-    """Prompts and responses as one batch, in which every response token counts."""
+def as_sequences(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    chosen: Sequence[Sequence[bool]] | None = None,
+) -> Sequences:
+    """Prompts and responses as one batch, in which those tokens of the responses count that are `chosen`; None: all."""
     prompt_ids, prompt_mask = padded(prompts, left=True)
-    response_ids, response_mask = padded(responses, left=False)
+    response_ids, attended = padded(responses, left=False)
+    response_mask = attended if chosen is None else padded(chosen, left=False)[0].bool()
     return Sequences.from_rows(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         response_ids=response_ids,
         response_mask=response_mask,
-        response_lengths=response_mask.sum(dim=1),
+        response_lengths=attended.sum(dim=1),
     )
 
 

@@ -97,12 +97,20 @@ class ExamplesConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConversationsConfig(ExamplesConfig):
+    """Rows of prompts and responses, or of conversations."""
+
+    train_on: Literal["last", "all"] = "last"
+    """Turns of the assistant in a conversation that are learned: its last one, or all; the others are read only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptDataConfig(MixtureConfig, PromptsConfig):
     """Rows of prompts to train on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedDataConfig(MixtureConfig, ExamplesConfig):
+class SupervisedDataConfig(MixtureConfig, ConversationsConfig):
     """Rows of prompts and responses to train on."""
 
 

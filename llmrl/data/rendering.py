@@ -95,6 +95,7 @@ class Rendering:
             Rewritten: The template writes the conversation differently now, and `keep_history` is off.
             DataError: The template does not take the messages, or there is none for them.
         """
+        assert messages[-1]["role"] == "assistant", "only an actor's turn is answered"
         last = self._text_of(last_id)
         if self._chat:
             asked = as_messages(observation)
@@ -103,8 +104,33 @@ class Rendering:
             text = observation
         else:
             raise DataError("an observation of messages needs a chat template; make it a text")
-        ids = self._encode(last + text)  # as in the whole text: a token may take in the blanks that follow it
-        return ids[1:] if ids[:1] == [last_id] else self._encode(text)
+        return self._encode_after(last_id, text)
+
+    def before_each_turn(self, messages: Sequence[Mapping[str, Any]], *, last_id: int) -> list[list[int]]:
+        """Ids that stand before each of the assistant's messages of a written conversation: the opening, then what is
+        between its turns. Blanks around a message are not compared, since templates trim them.
+
+        Raises:
+            Rewritten: The template writes one of the messages, or what is before it, differently later.
+            DataError: The template does not take the messages.
+        """
+        if not self._chat:
+            raise DataError(
+                "its messages need a chat template, but the tokenizer has none or data.template skips it; use texts"
+            )
+        last, opening = self._text_of(last_id), opening_of_response(self._tokenizer, self._config)
+        written = [
+            {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
+            for message in as_messages(messages, self._config.system_prompt)
+        ]
+        turns = [number for number, message in enumerate(written) if message["role"] == "assistant"]
+        texts = [self._render(written[:number]) for number in turns]
+        parts = [self._encode(texts[0])]
+        for number, before, after in zip(turns, texts, texts[1:], strict=False):
+            start = before + without_opening(written[number]["content"], opening)
+            _check_begins(after, start)
+            parts.append(self._encode_after(last_id, self._without_end(after[len(start) :], last)))
+        return parts
 
     def check_history(self, roles: Sequence[str]) -> None:
         """Renders conversations of three turns, answered by messages of these roles in every order, with and without
@@ -157,7 +183,10 @@ class Rendering:
             _check_begins(after, before + content)
         if after.count(content) != 1:
             raise Rewritten(f"writes a turn of the assistant {after.count(content)} times once it is answered")
-        rest = after.partition(content)[2]
+        return self._without_end(after.partition(content)[2], last)
+
+    def _without_end(self, rest: str, last: str) -> str:
+        """The text after a turn, without the `last` that ends the turn."""
         end = rest.lstrip()
         if not last or not end.startswith(last):
             return rest
@@ -199,6 +228,11 @@ class Rendering:
     def _encode(self, text: str) -> list[int]:
         ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _encode_after(self, last_id: int, text: str) -> list[int]:
+        """Ids of a text as they are after this one: a token may take in the blanks that follow it."""
+        ids = self._encode(self._text_of(last_id) + text)
+        return ids[1:] if ids[:1] == [last_id] else self._encode(text)
 
     def _text_of(self, token_id: int) -> str:
         added = self._tokenizer.added_tokens_decoder.get(token_id)

@@ -12,7 +12,7 @@ from llmrl.data.config import ScoredDataConfig
 from llmrl.data.files import Rows, kind
 from llmrl.data.rows import keep_usable, missing_column
 from llmrl.data.source import ShuffledSource
-from llmrl.data.supervised import EncodedExample, encode_fitting, read_supervised_rows
+from llmrl.data.supervised import EncodedExample, encode_examples, keep_fitting, read_supervised_rows
 
 
 def read_scored_rows(config: ScoredDataConfig) -> Rows:
@@ -26,7 +26,7 @@ class ScoredSource(ShuffledSource[tuple[EncodedExample, float]]):
     def __init__(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ScoredDataConfig, *, seed: int
     ) -> None:
-        encoded = encode_fitting(rows, tokenizer, config)
+        encoded = keep_fitting(encode_examples(rows, tokenizer, config), config)
         kept = [(example, float(rows[number][config.score_column])) for number, example in encoded]
         super().__init__(kept, num_dropped=len(rows) - len(kept), seed=seed, rows=rows)
 

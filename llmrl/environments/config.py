@@ -36,8 +36,8 @@ class EnvironmentConfig(Section, place="environment"):
         super().__post_init__()
         if self.name is None and not self.tools:
             raise ValueError(
-                "environment names neither a class (environment.name) nor tools (environment.tools); name one, or leave "
-                "the section out"
+                "environment names neither a class (environment.name) nor tools (environment.tools); name one, or "
+                "leave the section out"
             )
         for setting, name in [("name", self.name), *((f"tools.{n}", tool) for n, tool in enumerate(self.tools))]:
             if name is not None and not names_code(name):

@@ -273,6 +273,6 @@ class Conversations:
         )
 
 
-def _table(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> torch.Tensor:
+def _table(rows: Sequence[Sequence[int | float]], width: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of numbers, with zeros after them."""
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype)

@@ -40,7 +40,7 @@ Reply = Turn | str | list[dict[str, Any]]
 
 
 class Environment:
-    """Answers the actor, one object an episode. A class of one's own defines `respond`, and the others as it needs:
+    """Answers the actor, one object an episode. A subclass defines `respond`, and the other methods if it needs them:
 
         class Guess(llmrl.Environment):
             def start(self, row):

@@ -43,8 +43,11 @@ class Host(Protocol):
     """Runs episodes side by side. A request returns at once; its answer comes from `wait`, and before it the same
     episode gets no other request. An episode that has failed answers its failure to every further one."""
 
-    code: Mapping[str, Mapping[Path, str | None]]
-    """Digests of the files of the environment and of each tool, by their names in the recipe, as they were loaded."""
+    @property
+    def code(self) -> Mapping[str, Mapping[Path, str | None]]:
+        """Digests of the files of the environment and of each tool, by their names in the recipe, as they were
+        loaded."""
+        ...
 
     def load(self) -> None:
         """Loads the environment and the tools.

@@ -24,7 +24,8 @@ class EpisodeReward:
         failed = episodes.failed
         total = episodes.end_reward if self.label is not None else torch.full_like(episodes.end_reward, torch.nan)
         per_token = torch.zeros_like(rollout.rollout_logprobs)
-        per_token.scatter_add_(1, (episodes.turn_ends - 1).clamp(min=0), episodes.turn_rewards)
+        rows, turns = (episodes.turn_ends > 0).nonzero(as_tuple=True)
+        per_token[rows, episodes.turn_ends[rows, turns] - 1] = episodes.turn_rewards[rows, turns]
         scores = Scores(
             total=total.masked_fill(failed, torch.nan),
             per_token=per_token.masked_fill(failed[:, None], 0.0),

@@ -172,9 +172,9 @@ def rewards_to_go(
         response_mask=(response_mask, "B T"),
     )
     of_turn = torch.where(response_mask, turn_of_token, 0)
-    num_turns = int(of_turn.max()) + 1 if of_turn.numel() else 1
-    rewards = per_token.new_zeros(len(scores), num_turns, dtype=torch.float64)
-    rewards.scatter_add_(1, of_turn, torch.where(response_mask, per_token, 0.0).double())
+    exact = torch.where(response_mask, per_token, 0.0).double()
+    num_turns = int(of_turn.max()) + 1
+    rewards = torch.stack([torch.where(of_turn == turn, exact, 0.0).sum(dim=1) for turn in range(num_turns)], dim=1)
     to_go = rewards.flip(1).cumsum(1).flip(1) + scores.double()[:, None]
     last = of_turn.max(dim=1, keepdim=True).values
     return to_go.masked_fill(torch.arange(num_turns, device=to_go.device) > last, torch.nan)

@@ -111,6 +111,11 @@ def with_turns(
         )
     config = environment.config
     rendering = Rendering(tokenizer, data, environment.schemas, keep_history=config.history == "keep")
+    if environment.schemas and rendering.opening("x") == Rendering(tokenizer, data).opening("x"):
+        context.progress.message(
+            "warning: the chat template does not list the tools (environment.tools); describe them, and how they are "
+            "called, in data.system_prompt or in the prompts"
+        )
 
     def read(ids: Sequence[int]) -> tuple[str, str, list[ToolCall]]:
         decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from llmrl.batches import Row, Sequences
 from llmrl.config import SFTRun
-from llmrl.data.config import ExamplesConfig
+from llmrl.data.config import ConversationsConfig
 from llmrl.data.supervised import SupervisedSource
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedPolicy
@@ -75,7 +75,7 @@ def build_sft(config: SFTRun, checked: Checked, context: Context, trackers: Trac
 
 
 def _held_out(
-    config: ExamplesConfig | None, rows: Sequence[Row] | None, actor: Actor, context: Context
+    config: ConversationsConfig | None, rows: Sequence[Row] | None, actor: Actor, context: Context
 ) -> Sequences | None:
     if config is None or rows is None:
         return None
@@ -86,4 +86,4 @@ def _held_out(
 
 
 def _ids(source: SupervisedSource) -> Iterator[list[int]]:
-    return (ids for example in source.examples for ids in example)
+    return (ids for prompt, response, _ in source.examples for ids in (prompt, response))

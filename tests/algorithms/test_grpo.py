@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.grpo import GRPO
-from llmrl.batches import Rollout, Scores, Sequences, StopReason, TokenOutputs
+from llmrl.batches import Episodes, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.logprobs import linear_token_logprobs
 from llmrl.functional.losses import token_weights
 from llmrl.metrics import Metrics
@@ -290,6 +290,57 @@ def test_tool_output_is_no_part_of_the_ratio_of_a_response():
     after = GRPO(config, actor=FixedPolicy(new), reference=None, max_response_tokens=LIMIT)
     ((_, loss, _),) = after.losses(experience, weights)
     assert loss.item() == pytest.approx(-(math.exp(-0.05) - math.exp(-0.2)) / 4, rel=1e-5)
+
+
+def episodes_of(turn_ends):
+    num = len(turn_ends)
+    zeros = torch.zeros(num, dtype=torch.long)
+    return Episodes(
+        turn_ends=torch.tensor(turn_ends),
+        turn_rewards=torch.zeros(num, len(turn_ends[0])),
+        end_reward=torch.zeros(num),
+        num_calls=zeros,
+        num_bad_calls=zeros,
+        failures=(None,) * num,
+        openings=("p",) * num,
+        messages=((),) * num,
+    )
+
+
+def test_turns_are_compared_with_the_turns_of_the_same_number():
+    """Rewards to go of the first turns 1.5, 2 and 1; of the second ones 0.5 and 1, which the third response lacks."""
+    mask = torch.tensor([[True, False, True, True], [True, True, False, True], [True, True, True, False]])
+    rollout = make_rollout([4, 4, 3], [7, 7, 7])
+    rollout = replace(
+        rollout,
+        sequences=replace(rollout.sequences, response_mask=mask),
+        episodes=episodes_of([[1, 4], [2, 4], [3, 0]]),
+    )
+    per_token = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    scores = replace(make_scores([0.0, 1.0, 0.0]), per_token=per_token)
+    config = GRPOConfig(group_size=3, scale="none", credit="turn")
+    algorithm = GRPO(config, actor=FixedPolicy(torch.zeros(3, LIMIT)), reference=None, max_response_tokens=LIMIT)
+    experience, _ = algorithm.experience(rollout, scores)
+    expected = [[0.0, 0, -0.25, -0.25], [0.5, 0.5, 0, 0.25], [-0.5, -0.5, -0.5, 0]]
+    assert_close(torch.where(mask, experience.advantages, 0.0), torch.tensor(expected))
+
+
+def test_with_one_turn_both_credits_are_the_same():
+    tables = []
+    for credit in ("response", "turn"):
+        config = GRPOConfig(group_size=3, credit=credit)
+        algorithm = GRPO(config, actor=FixedPolicy(OLD), reference=None, max_response_tokens=LIMIT)
+        tables.append(algorithm.experience(make_rollout(), make_scores())[0].advantages)
+    assert_close(*tables)
+
+
+def test_a_turn_that_only_one_response_has_teaches_nothing():
+    rollout = replace(make_rollout([4, 4], [7, 7]), episodes=episodes_of([[2, 4], [4, 0]]))
+    scores = replace(make_scores([0.0, 0.0]), per_token=torch.tensor([[0.0, 0.0, 0.0, 5.0], [0.0] * 4]))
+    config = GRPOConfig(group_size=2, scale="none", credit="turn")
+    algorithm = GRPO(config, actor=FixedPolicy(torch.zeros(2, LIMIT)), reference=None, max_response_tokens=LIMIT)
+    experience, _ = algorithm.experience(rollout, scores)
+    assert_close(experience.advantages, torch.tensor([[2.5, 2.5, 0.0, 0.0], [-2.5] * 4]))
 
 
 # --- entropy ----------------------------------------------------------------------------------------------------------

@@ -6,11 +6,29 @@ import sys
 import pytest
 
 PROGRAM = """
+from collections.abc import Mapping
+from typing import Any
+
 import llmrl
 
 
 def correct(responses: list[str], answer: list[str]) -> list[float]:
     return [float(gold in response) for response, gold in zip(responses, answer, strict=True)]
+
+
+class Guess(llmrl.Environment):
+    def __init__(self, top: int = 64) -> None:
+        self.top = top
+
+    def start(self, row: Mapping[str, Any]) -> str:
+        self.secret = self.random.randint(1, self.top)
+        return row["prompt"]
+
+    async def respond(self, message: llmrl.Message) -> llmrl.Turn:
+        return llmrl.Turn("higher" if int(message.text) < self.secret else "lower", reward=-0.02)
+
+    def close(self) -> None:
+        self.secret = 0
 
 
 rows = [{"prompt": "1+1=", "answer": "2"}]

@@ -219,6 +219,26 @@ def test_a_system_prompt_that_moves_is_found():
     assert "hidden" in str(history_problem(family("mistral"), replace(CONFIG, system_prompt="hidden")))
 
 
+def test_a_system_prompt_that_vanishes_with_the_result_of_a_tool_is_found():
+    config = replace(CONFIG, system_prompt="hidden")
+    assert "hidden" in str(history_problem(family("mistral"), config, [ADD], roles=("tool",)))
+
+
+def test_a_template_of_calls_that_rewrites_is_refused_whatever_is_kept():
+    """Where it writes calls in place of the actor's text, what follows them is found by the text before it only."""
+    tokenizer = make_tokenizer(
+        chat_template="{{ messages | length }}{% for m in messages %}{% if m.tool_calls %}call{{ eos_token }}"
+        "{% elif m.role == 'tool' and not loop.previtem.tool_calls %}{{ raise_exception('no call') }}"
+        "{% else %}{{ m.role }}:{{ m.content }}|{% endif %}{% endfor %}"
+    )
+    call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {}}}
+    messages = [USER, {"role": "assistant", "content": "a", "tool_calls": [call]}]
+    with pytest.raises(Rewritten, match=r"'2user:hi\|call<eos>' becomes '3user"):
+        Rendering(tokenizer, CONFIG, keep_history=True).between(
+            messages, [{"role": "tool", "content": "t"}], last_id=EOS
+        )
+
+
 def test_blanks_before_the_end_of_a_turn_are_found():
     template = CHAT_TEMPLATE.replace("|{% endfor", " {{ eos_token }}{% endfor")
     assert "writes blanks between" in str(history_problem(make_tokenizer(chat_template=template), CONFIG))

@@ -167,6 +167,10 @@ def processes_of_group(group: int) -> list[int]:
     return found
 
 
+def children_of(process: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
 def ends(*groups: int) -> bool:
     """Whether these groups end within half a minute."""
     for _ in range(300):
@@ -210,9 +214,9 @@ def test_random_numbers_are_those_of_the_seeds(host):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("raise", "raised KeyError: 'gold' at {folder}/mine.py:31"),
+        ("raise", "raised KeyError: 'gold' at {folder}/mine.py:28"),
         ("lie", "returned the reward nan; it must be a finite number"),
-        ("huge", "returned 20,000,024 characters, more than 10,000,000"),
+        ("huge", "returned 20,000,028 characters, more than 10,000,000"),
         ("exit", "ended the process that it runs in with exit status 3"),
         ("orphans", "ended the process that it runs in with exit status 0"),
         ("crash", "ended the process that it runs in by SIGSEGV"),
@@ -258,7 +262,6 @@ def test_a_tool_that_hangs_is_named(host, monkeypatch):
 
 
 def test_whatever_an_episode_has_started_ends_with_it(host, tmp_path):
-    (tmp_path / "as").mkdir()
     begin(host, 1, file=str(tmp_path / "started"))
     say(host, 1, "family")
     for _ in range(300):
@@ -270,6 +273,14 @@ def test_whatever_an_episode_has_started_ends_with_it(host, tmp_path):
     host.end()
     assert ends(group)
     assert begin(host, 1) == [str(random.Random(1).random())]
+
+
+def test_what_a_process_leaves_behind_ends_too(host):
+    before = children_of(host.template.popen.pid)
+    begin(host, 1)
+    (group,) = children_of(host.template.popen.pid) - before
+    assert isinstance(said(host, 1, "orphans"), Failure)
+    assert ends(group)
 
 
 def test_a_template_that_ends_fails_what_is_open_and_is_started_again(folder):
@@ -334,7 +345,7 @@ time.sleep(3600)
 def test_nothing_is_left_when_the_run_is_killed(folder, kills_template):
     run = subprocess.Popen([sys.executable, "-c", PROGRAM, folder], stdout=subprocess.PIPE, text=True)
     template = int(run.stdout.readline())
-    children = [int(pid) for pid in Path(f"/proc/{template}/task/{template}/children").read_text().split()]
+    children = children_of(template)
     assert len(children) == 4
     time.sleep(0.5)
     if kills_template:

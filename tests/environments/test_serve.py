@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from threading import Thread
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from llmrl.environments.environment import Environment, Message
 from llmrl.environments.episode import Close, Open, Respond
 from llmrl.environments.loading import Loaded
-from llmrl.environments.serve import _send_last, live, packed
+from llmrl.environments.serve import FORK, _send_last, _Template, live, packed
 
 
 class Echo(Environment):
@@ -70,11 +71,27 @@ def test_the_last_line_is_on_a_line_of_its_own_and_waits_for_no_reader():
 
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            theirs.send(bytes(4096))
+    with suppress(BlockingIOError):
+        while theirs.send(bytes(4096)):
+            pass
     _send_last(theirs, b'["ended", 3]\n')
     ours.close()
+
+
+def test_a_process_that_cannot_be_started_is_a_failure_of_its_own(monkeypatch):
+    def fork() -> int:
+        raise BlockingIOError(11, "no more")
+
+    monkeypatch.setattr(os, "fork", fork)
+    parent, control = socket.socketpair()
+    ours, theirs = socket.socketpair()
+    template = _Template(control, -1, Loaded(Echo, {}, {}))
+    socket.send_fds(parent, [FORK], [theirs.fileno()])
+    assert template._receive()
+    assert ours.recv(1000) == b'\n["failure", "process", "could not be started: [Errno 11] no more"]\n'
+    assert ours.recv(1000) == b""
+    for each in (parent, control, ours, theirs, template.awake, template.waker):
+        each.close()
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,6 +11,7 @@ from llmrl.functional.advantages import (
     gae,
     group_relative,
     leave_one_out,
+    rewards_to_go,
 )
 from tests import oracles
 
@@ -355,3 +358,22 @@ def test_flat_decoupled_rewards_give_exactly_0(dtype):
 def test_shapes_of_several_rewards_are_checked_at_the_door():
     with pytest.raises(ValueError, match=r"parts \(2, 6\), weights \(3,\), group_ids \(6,\)"):
         decoupled_group_relative(torch.zeros(2, 6), torch.ones(3), PAIRS)
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_to_go_are_those_of_a_turn_and_all_after_it():
+    """Three turns of 2, 1 and 1 tokens around a fed one; one turn; and a response without a score."""
+    mask = torch.tensor([[True, True, False, True, True], [True, True, False, False, False], [True] * 5])
+    of_turn = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
+    per_token = torch.tensor([[0.5, 0.25, math.nan, -1.0, 2.0], [0.0, 4.0, math.nan, math.nan, math.nan], [1.0] * 5])
+    to_go = rewards_to_go(torch.tensor([10.0, 0.0, math.nan]), per_token, of_turn, mask)
+    expected = [[11.75, 11.0, 12.0], [4.0, math.nan, math.nan], [math.nan] * 3]
+    assert_close(to_go, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+
+
+def test_with_one_turn_rewards_to_go_are_scores():
+    scores, per_token = torch.randn(4), torch.randn(4, 3)
+    to_go = rewards_to_go(scores, per_token, torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.bool))
+    assert_close(to_go[:, 0], scores.double() + per_token.double().sum(dim=1))

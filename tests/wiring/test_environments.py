@@ -1,0 +1,206 @@
+"""Runs whose responses have several turns, and what is refused before they begin."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from llmrl.batches import StopReason
+from llmrl.config import GRPORun
+from llmrl.data.config import PromptDataConfig
+from llmrl.environments.config import EnvironmentConfig
+from llmrl.environments.processes import Processes
+from llmrl.environments.threads import Threads
+from llmrl.models.folders import ModelError
+from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.rollout.config import RolloutConfig
+from llmrl.rollout.scripted import ScriptedEngine
+from llmrl.user_code import UserCodeError, handed_over
+from llmrl.wiring.environments import check_environment, with_turns
+from tests.contexts import context_of
+from tests.environments.families import family
+
+from .conftest import build_run
+
+GUESS = '''
+import llmrl
+
+class Guess(llmrl.Environment):
+    def start(self, row):
+        self.secret = row["secret"]
+        return f"{self.random.random():.3f} "
+
+    def respond(self, message):
+        if self.secret == 3 and message.turn == 2:
+            raise KeyError("x")
+        return llmrl.Turn(f"{self.random.random():.3f}", reward=float(len(message.text)), done=message.turn == 3)
+
+    def close(self):
+        return 0.5
+
+def add(a: int, b: int) -> int:
+    """Adds.
+
+    Args:
+        a: One.
+        b: Other.
+    """
+    return a + b
+
+def bare(a):
+    return a
+
+def starts_with_a_digit(prompts, responses, completions):
+    return [float(p[0] == "0" and c[-1] == {"role": "assistant", "content": r})
+            for p, r, c in zip(prompts, responses, completions)]
+'''
+
+
+@pytest.fixture
+def guess(tmp_path):
+    (tmp_path / "guess.py").write_text(GUESS)
+    return tmp_path / "guess.py"
+
+
+@pytest.fixture
+def episodes(config, guess, tmp_path):
+    """A small run of GRPO with an environment, whose actor ends a turn by chance."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"secret": n}) + "\n" for n in range(5)))
+    return dataclasses.replace(
+        config,
+        data=PromptDataConfig(path=str(tmp_path / "rows.jsonl"), max_prompt_tokens=8),
+        reward=RewardConfig(),
+        environment=EnvironmentConfig(name=f"{guess}:Guess", max_turns=4),
+        rollout=RolloutConfig(prompts_per_iteration=4, max_response_tokens=90),
+        update=dataclasses.replace(config.update, minibatch_size=32, num_epochs=1),
+    )
+
+
+def iterate(config):
+    run, _ = build_run(config)
+    rollouts = []
+    engine = run.trainer.engine
+    generate = engine.generate
+    engine.generate = lambda *arguments: rollouts.append(generate(*arguments)) or rollouts[-1]
+    run.prepare()
+    return run.trainer.iterate().values(), rollouts[0], run
+
+
+def test_a_run_learns_from_its_episodes(episodes):
+    values, rollout, run = iterate(episodes)
+    told = rollout.episodes
+    assert told.num_turns.max() > 1
+    of_three = torch.tensor([row["secret"] == 3 for row in rollout.rows])
+    assert (told.failed == (of_three & (told.num_turns >= 2) & (rollout.stop_reason == StopReason.FAILED))).all()
+    assert values["environment/failed"] == float(told.failed.sum()) == values.get("environment/failed/respond", 0.0)
+    assert values["score/unscored"] == float(told.failed.sum())
+    ok = ~told.failed
+    expected = (told.turn_rewards.sum(dim=1) + 0.5)[ok].mean()
+    assert values["score/environment"] == pytest.approx(float(expected), rel=1e-6)
+    assert values["turn/count"] == pytest.approx(float(told.num_turns.float().mean()))
+    assert values["response/length"] == pytest.approx(float(rollout.sequences.response_mask.sum()) / 32)
+    assert values["actor/grad_norm"] > 0
+
+
+def test_a_run_is_the_same_again(episodes, tmp_path):
+    values, rollout, _ = iterate(episodes)
+    other = dataclasses.replace(episodes, run=dataclasses.replace(episodes.run, output_dir=str(tmp_path / "other")))
+    again, rollout_again, _ = iterate(other)
+    assert torch.equal(rollout.sequences.response_ids, rollout_again.sequences.response_ids)
+    assert torch.equal(rollout.rollout_logprobs, rollout_again.rollout_logprobs)
+    assert {k: v for k, v in values.items() if not k.endswith("_s")} == {
+        k: v for k, v in again.items() if not k.endswith("_s")
+    }
+
+
+def test_functions_score_the_last_turn_beside_the_environment(episodes, guess):
+    functions = (RewardFunctionConfig(name=f"{guess}:starts_with_a_digit", weight=2.0),)
+    values, rollout, _ = iterate(dataclasses.replace(episodes, reward=RewardConfig(functions=functions)))
+    assert values["score/starts_with_a_digit"] == 1.0
+    ok = ~rollout.episodes.failed
+    expected = (rollout.episodes.turn_rewards.sum(dim=1) + 2.5)[ok].mean()
+    assert values["score/mean"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_code_of_an_environment_is_among_what_a_run_is_known_by(episodes):
+    run, _ = build_run(episodes)
+    assert "environment.name" in run.contents
+
+
+def checked(guess, tokenizer=None, **settings):
+    return check_environment(EnvironmentConfig(**settings), tokenizer, PromptDataConfig(path="rows.jsonl"))
+
+
+def test_what_a_recipe_names_has_processes_and_what_a_program_hands_over_threads(guess):
+    assert isinstance(checked(guess, name=f"{guess}:Guess").host, Processes)
+    from llmrl.environments.environment import Environment, Turn
+
+    class Mine(Environment):
+        def respond(self, message):
+            return Turn(done=True)
+
+    with handed_over({"Mine": Mine}):
+        assert isinstance(checked(guess, name="given:Mine").host, Threads)
+
+
+def test_tools_are_shown_to_the_actor(guess):
+    environment = checked(guess, family("qwen2_5"), tools=(f"{guess}:add",))
+    assert environment.format == "hermes"
+    (schema,) = environment.shown(PromptDataConfig(path="rows.jsonl")).chat_template_kwargs["tools"]
+    assert schema["function"]["name"] == "add"
+    assert set(schema["function"]["parameters"]["properties"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokenizer", "error", "message"),
+    [
+        ({"name": "{guess}:Gess"}, None, UserCodeError, "did you mean"),
+        ({"tools": ("{guess}:bare",)}, "qwen2_5", UserCodeError, "bare cannot be shown to the actor"),
+        ({"tools": ("{guess}:add",)}, "smollm2", UserCodeError, "set environment.tool_format"),
+        ({"name": "{guess}:Guess"}, "qwen3", ModelError, 'set environment.history to "keep"'),
+    ],
+)
+def test_what_would_fail_later_is_refused(guess, settings, tokenizer, error, message):
+    named = {
+        name: value.format(guess=guess) if isinstance(value, str) else tuple(x.format(guess=guess) for x in value)
+        for name, value in settings.items()
+    }
+    with pytest.raises(error, match=message):
+        checked(guess, None if tokenizer is None else family(tokenizer), **named)
+
+
+def test_history_may_be_kept(guess):
+    assert checked(guess, family("qwen3"), name=f"{guess}:Guess", history="keep").format is None
+
+
+def test_another_engine_is_refused(guess):
+    environment = checked(guess, name=f"{guess}:Guess")
+    engine = ScriptedEngine(lambda row, number: ([], [], True))
+    with pytest.raises(ModelError, match="environment needs the engine of llmrl, and ScriptedEngine was handed over"):
+        with_turns(engine, environment, PromptDataConfig(path="rows.jsonl"), family("qwen2_5"), context_of())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"environment": None}, "there is nothing to learn from"),
+        (
+            {"rollout": RolloutConfig(engine="transformers")},
+            r"rollout\.engine \(transformers\) samples responses of one",
+        ),
+        (
+            {"environment": EnvironmentConfig(name="a.py:A", max_turn_tokens=999)},
+            r"environment\.max_turn_tokens \(999\) must be at most rollout\.max_response_tokens \(90\)",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(episodes, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(episodes, **changes)
+
+
+def test_credit_by_turn_needs_turns(config):
+    with pytest.raises(ValueError, match=r"algorithm\.credit turn compares turns"):
+        dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, credit="turn"))
+    assert isinstance(config, GRPORun)
