@@ -43,7 +43,7 @@ class Sampling:
 @runtime_checkable
 class Replies(Protocol):
     """Whatever answers the turns of the responses that an engine is decoding. Responses are known by their index in the
-    rollout. All that it does depends on what it is told and not on when."""
+    rollout. What it does depends on what it is asked and not on when."""
 
     def ask(self, turns: Mapping[int, Sequence[int]]) -> None:
         """Turns of these responses have ended by themselves, with these ids, EOS included. Returns at once."""

@@ -71,7 +71,7 @@ class ShuffledRows(MixedSource[Row]):
 
 
 def unopened(rows: Sequence[Row]) -> Prompts:
-    """Rows as prompts of a single token that nobody reads, because an environment makes them."""
+    """Rows as prompts of a single token, which is not read: an environment makes them."""
     return _batch([(row, [0]) for row in rows])
 
 

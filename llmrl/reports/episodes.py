@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmrl.batches import Rollout, StopReason
-from llmrl.data.chat import as_messages
 from llmrl.messages import counted
 
 ENDS = {
@@ -20,7 +19,8 @@ def episode_text(rollout: Rollout, row: int) -> str:
     episodes = rollout.episodes
     assert episodes is not None, "an environment answered the rollout"
     opening = episodes.openings[row]
-    messages = [*(as_messages(opening) if opening else []), *episodes.messages[row]]
+    first = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
+    messages = [*(first if opening else []), *episodes.messages[row]]
     num_turns = int(episodes.num_turns[row])
     if episodes.failures[row] is not None:
         end = f"{episodes.failures[row]} failed: no reward"

@@ -131,7 +131,7 @@ class Responses:
         self.stop_reason[rows] = torch.where(lengths == self.max_tokens, StopReason.LENGTH, StopReason.NONE)
 
     def _limits_after(self, lengths: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
-        """Length at which a turn is truncated that begins after so many tokens."""
+        """Length at which a turn is truncated that begins at this length."""
         return (lengths + self.max_turn_tokens).clamp(max=self.max_tokens)
 
     def rollout(self) -> Rollout:
