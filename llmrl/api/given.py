@@ -80,8 +80,10 @@ class Given:
                 f"{argument} is an adapted model; hand over the folder of its adapter, which is continued, or "
                 "model.merge_and_unload() with model.lora in settings"
             )
-        found = _tokenizer_of(tokenizer, model.name_or_path, argument)
-        return self._write(lambda: self._write_model(lambda new: _save(new, model), found, argument))
+        path = model.name_or_path
+        return self._write(
+            lambda: self._write_model(lambda new: _save(new, model), _tokenizer_of(tokenizer, path, argument), argument)
+        )
 
     def _with_tokenizer(self, model: Path, tokenizer: Tokenizer, argument: str) -> str:
         """Folder of links to the files of a model, beside the tokenizer that its own folder lacks."""
@@ -91,8 +93,9 @@ class Given:
                 f"tokenizer goes with a model that has none; {argument} ({model.name}) brings its own, so leave "
                 "tokenizer out"
             )
-        found = _tokenizer_of(tokenizer, "", argument)
-        return self._write(lambda: self._write_model(lambda new: _link(new, model), found, argument))
+        return self._write(
+            lambda: self._write_model(lambda new: _link(new, model), _tokenizer_of(tokenizer, "", argument), argument)
+        )
 
     def rows(self, rows: Rows, *, argument: str) -> str:
         """File or hub name of rows, which the first rank writes if they are objects.
@@ -206,7 +209,7 @@ def _save(folder: Path, model: "PreTrainedModel") -> None:
     """Writes a model, and the name on the hub that it was loaded by."""
     save_weights(folder, model)
     if getattr(model.config, "_commit_hash", None):  # set for what comes from the hub, and for no folder
-        (folder / HUB_NAME).write_text(model.name_or_path)
+        (folder / HUB_NAME).write_text(str(model.name_or_path))
 
 
 def _link(folder: Path, model: Path) -> None:
@@ -216,12 +219,12 @@ def _link(folder: Path, model: Path) -> None:
             (folder / file.name).symlink_to(file.resolve())
 
 
-def _tokenizer_of(tokenizer: Tokenizer | None, model_path: str, argument: str) -> "PreTrainedTokenizerBase":
+def _tokenizer_of(tokenizer: Tokenizer | None, model_path: str | None, argument: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
-    source = str(tokenizer or model_path)
+    source = str(tokenizer or model_path or "")
     try:
         if not source:
             raise ValueError("the model does not know where it was loaded from")
