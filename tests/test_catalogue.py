@@ -67,8 +67,8 @@ def add(number: int) -> int:
     return number + 1
 """
 TEMPLATE = """\
-{%- for message in messages %}{{ message.role[0] + message.content + (eos_token if message.role == "assistant" else "") }}
-{%- endfor %}{{ "a" if add_generation_prompt else "" }}"""
+{%- for message in messages %}{{ message.role[0] + message.content }}
+{%- if message.role == "assistant" %}{{ eos_token }}{% endif %}{% endfor %}{{ "a" if add_generation_prompt else "" }}"""
 
 
 def some_calls(text: str, *_: object, **__: object) -> tuple[list[ToolCall], str]:

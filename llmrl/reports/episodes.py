@@ -18,17 +18,21 @@ def episode_text(rollout: Rollout, row: int) -> str:
     """What the actor of a response read, after ``> ``, what it wrote, and in the last line how the episode ended."""
     episodes = rollout.episodes
     assert episodes is not None, "an environment answered the rollout"
-    opening = episodes.openings[row]
-    first = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
-    messages = [*(first if opening else []), *episodes.messages[row]]
+    opening, failure = episodes.openings[row], episodes.failures[row]
+    if not opening:  # and what the actor wrote after nothing is no turn
+        return f"({failure} failed: no reward)"
+    messages = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
     num_turns = int(episodes.num_turns[row])
-    if episodes.failures[row] is not None:
-        end = f"{episodes.failures[row]} failed: no reward"
+    if failure is not None:
+        end = f"{failure} failed: no reward"
     else:
         reward = float(episodes.turn_rewards[row].sum() + episodes.end_reward[row])
         end = f"{ENDS[StopReason(int(rollout.stop_reason[row]))]}, reward {reward:.4g}"
     return "\n".join(
-        [*(line for message in messages for line in _lines(message)), f"({counted(num_turns, 'turn')}; {end})"]
+        [
+            *(line for message in (*messages, *episodes.messages[row]) for line in _lines(message)),
+            f"({counted(num_turns, 'turn')}; {end})",
+        ]
     )
 
 

@@ -119,7 +119,7 @@ def play(
     data: PromptDataConfig,
     sampling: Sampling,
 ) -> Rollout:
-    """Episodes of a model in an environment, G that open with each row. What fails is printed to stderr."""
+    """Episodes of a model in an environment, G that open with each row. Failures are printed on stderr."""
     tokenizer, model = load_for_sampling(config, device)
     alone = Launch(world_size=1, sharding="none")
     progress = PlainProgress(sys.stderr)

@@ -137,10 +137,10 @@ def test_a_model_plays(folder, tmp_path):
     assert once.count("(1 turn; truncated by environment.max_turns, reward 0.5)") >= len(done)
 
 
-def test_an_environment_that_fails_is_told(folder, tmp_path):
+def test_an_environment_that_fails_is_reported(folder, tmp_path):
     (tmp_path / "game.py").write_text(GAME)
     arguments = ["generate", str(folder / "llama"), "1+2=", "--environment", f"{tmp_path / 'game.py'}:Twice"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
-    assert result.stdout == "(0 turns; start failed: no reward)\n\n"
+    assert result.stdout == "(start failed: no reward)\n\n"
     assert "start raised KeyError: 'opening'" in result.stderr

@@ -57,5 +57,7 @@ def test_calls_results_and_other_roles_are_named():
 
 def test_a_failure_has_no_reward():
     assert episode_text(rollout(opening="", failure="start", stop=StopReason.FAILED), 0) == (
-        "(2 turns; start failed: no reward)"
+        "(start failed: no reward)"
     )
+    text = episode_text(rollout(said("assistant", "5"), failure="respond", stop=StopReason.FAILED), 0)
+    assert text == "> sum?\n5\n(2 turns; respond failed: no reward)"
