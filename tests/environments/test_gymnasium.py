@@ -68,9 +68,7 @@ def test_the_way_to_the_goal_is_rewarded_at_its_end():
 
 
 def test_a_time_limit_of_gymnasium_ends_the_episode():
-    environment, _ = started(
-        "FrozenLake-v1", options={"is_slippery": False, "max_episode_steps": 2}, actions=MOVES
-    )
+    environment, _ = started("FrozenLake-v1", options={"is_slippery": False, "max_episode_steps": 2}, actions=MOVES)
     assert [say(environment, "left", n).done for n in (1, 2)] == [False, True]
 
 

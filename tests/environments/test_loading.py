@@ -83,7 +83,12 @@ def test_without_a_name_it_is_the_base_class(code):
             r"mine\.py:Guess has no parameter 'lo' .*; did you mean 'low'",
         ),
         ("Guess", [], {"top": "many"}, r"environment .*mine\.py:Guess: argument top \('many'\): Input should be"),
-        ("Fussy", [], {"place": "sea"}, r"environment mine\.py:Fussy: making one raised KeyError: 'sea' at .*mine\.py:"),
+        (
+            "Fussy",
+            [],
+            {"place": "sea"},
+            r"environment mine\.py:Fussy: making one raised KeyError: 'sea' at .*mine\.py:",
+        ),
         (None, ["table"], {}, r"tool mine\.py:table is no function but dict"),
         (None, ["subtract"], {}, r"tool mine\.py:subtract: mine\.py has no 'subtract'"),
         (None, ["odd"], {}, r"tool mine\.py:odd: its parameters cannot be read"),

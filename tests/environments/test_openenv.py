@@ -88,8 +88,9 @@ def test_a_group_has_one_seed_and_a_row_further_arguments():
 
 @pytest.mark.slow
 def test_two_episodes_of_a_real_server():
-    import uvicorn
     from openenv.core.env_server import Action, Environment, Observation, State, create_app
+
+    uvicorn = pytest.importorskip("uvicorn")
 
     class Say(Action):
         message: str
