@@ -222,10 +222,13 @@ def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
 @pytest.mark.parametrize(
     ("place", "extras"),
     [
-        ({"under": "llmrl"}, ["deepspeed", "math", "tensorboard", "wandb", "trackio"]),
+        (
+            {"under": "llmrl"},
+            ["deepspeed", "math", "tensorboard", "wandb", "trackio", "gymnasium", "openenv", "verifiers"],
+        ),
         (
             {"under": "", "but_not_under": "llmrl"},
-            ["deepspeed", "math", "tensorboard", "wandb", "trackio", "plots", "dev"],
+            ["deepspeed", "math", "tensorboard", "wandb", "trackio", "gymnasium", "openenv", "plots", "dev"],
         ),
     ],
     ids=["package", "everything else"],

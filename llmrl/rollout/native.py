@@ -380,7 +380,7 @@ class Decoding:
         window = self.cache.window
         longest = max((aside.length for aside in back), default=0)
         if not self.rows:
-            window.end = longest
+            window.end = max(longest, self.longest_prompt)  # so that a waiting prompt has room beside them
         elif window.end < longest:
             self._shift(window.end - longest)
         for aside in back:

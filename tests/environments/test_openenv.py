@@ -12,7 +12,7 @@ from llmrl.environments.environment import Message, Turn
 
 pytest.importorskip("openenv")
 
-from llmrl.environments.openenv import OpenEnv  # noqa: E402
+from llmrl.environments.openenv import OpenEnv
 
 
 class Server:
@@ -88,8 +88,9 @@ def test_a_group_has_one_seed_and_a_row_further_arguments():
 
 @pytest.mark.slow
 def test_two_episodes_of_a_real_server():
-    import uvicorn
     from openenv.core.env_server import Action, Environment, Observation, State, create_app
+
+    uvicorn = pytest.importorskip("uvicorn")
 
     class Say(Action):
         message: str

@@ -12,7 +12,7 @@ from llmrl.environments.episode import Close, Episode, Open, Respond
 
 pytest.importorskip("verifiers", minversion="0.4")
 
-from llmrl.environments.verifiers import Verifiers  # noqa: E402
+from llmrl.environments.verifiers import Verifiers
 
 TASKSET = """
 import verifiers.v1 as vf

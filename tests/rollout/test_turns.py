@@ -132,3 +132,13 @@ def test_a_reply_longer_than_the_window_moves_it_to_the_back(native, steps_aside
     sampling = make_sampling(max_response_tokens=34, num_responses=2)
     rollout = native(model, max_rows=2, eos_ids=ENDS).generate(make_prompts([7] * 9, [8]), sampling, replies)
     assert_by_definition(model, rollout, sampling, replies)
+
+
+@pytest.mark.parametrize("first_response", range(4))
+def test_a_long_prompt_moves_in_beside_a_short_row_that_has_come_back(native, first_response):
+    model = build("llama")
+    prompts = make_prompts([7], [8], [9, 10] * 8)
+    sampling = make_sampling(max_response_tokens=40, num_responses=1, first_response=first_response)
+    replies = Scripted({0: {1: [4], 2: [5], 3: [6]}})
+    rollout = native(model, max_rows=2, eos_ids=ENDS).generate(prompts, sampling, replies)
+    assert_by_definition(model, rollout, sampling, replies)
