@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SEED = 20260102
-HIGHEST = 31  # five guesses find every number, if each one halves what is left
-NUM_TURNS = 5
+HIGHEST = 15  # four guesses find every number, if each one halves what is left
+NUM_TURNS = 4
 NUM_GAMES = 6_000
 CAREFUL_SHARE = 0.6  # of the guesses; the others forget every answer so far
 

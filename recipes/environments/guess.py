@@ -12,7 +12,7 @@ class Guess(llmrl.Environment):
         highest: The number is from 1 to this one.
     """
 
-    def __init__(self, highest: int = 31) -> None:
+    def __init__(self, highest: int = 15) -> None:
         self.low, self.high = 1, highest
 
     def start(self, row):

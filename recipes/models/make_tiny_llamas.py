@@ -13,8 +13,8 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AddedToken, LlamaConfig, PreTrainedTokenizerFast
 
 REVIEWS = Path(__file__).parents[2] / "data" / "reviews" / "generate.py"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]

@@ -12,7 +12,7 @@ from llmrl.user_code import load_object
 from .scripts import read_rows, run_script
 
 ROOT = Path(__file__).parents[2]
-OPENING = "Which number from 1 to 31?"
+OPENING = "Which number from 1 to 15?"
 Guess = load_object(f"{ROOT}/recipes/environments/guess.py:Guess", role="environment")
 
 
@@ -34,7 +34,7 @@ def test_the_same_files_every_time(folder: Path, tmp_path: Path):
 
 
 def test_every_number_is_one_game(folder: Path):
-    assert [row["secret"] for row in read_rows(folder / "games.jsonl")] == list(range(1, 32))
+    assert [row["secret"] for row in read_rows(folder / "games.jsonl")] == list(range(1, 16))
 
 
 def test_a_demonstration_is_a_conversation_as_the_environment_leads_it(folder: Path):
@@ -44,48 +44,48 @@ def test_a_demonstration_is_a_conversation_as_the_environment_leads_it(folder: P
         assert asked == {"role": "user", "content": OPENING}
         guesses = [int(message["content"]) for message in rest[::2]]
         answers = [message["content"] for message in rest[1::2]]
-        assert len(guesses) == len(answers) <= 4
-        assert 1 <= int(row["response"]) <= 31
-        left = [n for n in range(1, 32) if n not in guesses]
+        assert len(guesses) == len(answers) <= 3
+        assert 1 <= int(row["response"]) <= 15
+        left = [n for n in range(1, 16) if n not in guesses]
         assert any(answers == ["higher" if each < n else "lower" for each in guesses] for n in left)
 
 
 def test_two_guesses_in_five_forget_the_answers(folder: Path):
-    """After "higher" to g only a forgetful guess is g or less: 0.4 of the guesses forget, and g / 31 of these are."""
+    """After "higher" to g only a forgetful guess is g or less: 0.4 of the guesses forget, and g / 15 of these are."""
     kinds, expected = Counter(), 0.0
     for row in read_rows(folder / "sft.jsonl"):
         if len(row["prompt"]) == 3 and row["prompt"][2]["content"] == "higher":
             guess = int(row["prompt"][1]["content"])
             kinds[int(row["response"]) <= guess] += 1
-            expected += 0.4 * guess / 31
+            expected += 0.4 * guess / 15
     assert kinds[True] == pytest.approx(expected, rel=0.1)
 
 
 def test_what_a_guess_is_answered():
-    assert play(20, ["16", " 24", "20"]) == [
+    assert play(10, ["8", " 12", "10"]) == [
         Turn("higher", reward=-0.02),
         Turn("lower", reward=-0.02),
         Turn(done=True, reward=1.0),
     ]
-    assert play(20, ["", "twenty", "20!", "2020"]) == [Turn("a number", reward=-0.2)] * 4
+    assert play(10, ["", "ten", "10!", "1010"]) == [Turn("a number", reward=-0.2)] * 4
 
 
 def test_a_guess_that_forgets_an_answer_costs_more():
-    guesses = ["16", "16", "24", "5", "31", "18"]
-    assert [turn.reward for turn in play(20, guesses)] == [-0.02, -0.2, -0.02, -0.2, -0.2, -0.02]
+    guesses = ["8", "8", "12", "3", "15", "9"]
+    assert [turn.reward for turn in play(10, guesses)] == [-0.02, -0.2, -0.02, -0.2, -0.2, -0.02]
 
 
-def test_five_guesses_that_halve_find_every_number_and_four_do_not():
-    found = Counter(secret_found_after(secret) for secret in range(1, 32))
-    assert found == {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
+def test_four_guesses_that_halve_find_every_number_and_three_do_not():
+    found = Counter(secret_found_after(secret) for secret in range(1, 16))
+    assert found == {1: 1, 2: 2, 3: 4, 4: 8}
 
 
 def secret_found_after(secret: int) -> int:
     """Number of guesses of binary search, by the environment's answers alone."""
-    environment, low, high = Guess(), 1, 31
+    environment, low, high = Guess(), 1, 15
     environment.random = Random(0)
     environment.start({"secret": secret})
-    for turn in range(1, 6):
+    for turn in range(1, 5):
         guess = (low + high) // 2
         answer = environment.respond(Message(str(guess), turn, []))
         if answer.done:
