@@ -158,6 +158,58 @@ def test_a_reference_follows_an_actor_that_is_split(following: Path, file: str):
     ]  # fmt: skip
 
 
+DICE = """
+import llmrl
+
+class Dice(llmrl.Environment):
+    def start(self, row):
+        self.thrown = self.random.randint(1, 6)
+        return f"{row['prompt']} {self.thrown}"
+
+    def respond(self, message):
+        self.thrown += self.random.randint(1, 6)
+        return llmrl.Turn(f"+{self.thrown}", reward=len(message.text) + self.random.random())
+
+    def close(self):
+        return self.thrown / 10
+"""
+
+
+def playing(folder: Path) -> tuple[str, ...]:
+    """An environment that throws dice, and a model of which every third id ends a turn."""
+    (folder / "dice.py").write_text(DICE)
+    model = shutil.copytree(TINY, folder / "many_ends")
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, vocab_size, 3))}))
+    return (
+        f"model.path={model}",
+        "reward.functions=[]",
+        "algorithm.credit=turn",
+        "algorithm.max_redraws=0",
+        "rollout.max_response_tokens=24",
+        "environment.name=dice.py:Dice",
+        "environment.max_turns=3",
+    )
+
+
+def test_episodes_are_the_same_after_a_resume_and_in_two_processes(tmp_path: Path):
+    """To the bit after a resume: an episode is played again from its seeds."""
+    write_recipes(tmp_path)
+    settings = playing(tmp_path)
+    resumed, split = ([[*step, *settings] for step in halves("grpo", output)] for output in ("resumed", "split"))
+    do(tmp_path, [], [command("grpo", "straight", *settings), *resumed])
+    models = [(tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("straight", "resumed")]
+    assert models[0] == models[1]
+    straight, again = (lines(tmp_path / run / "metrics.jsonl") for run in ("straight", "resumed"))
+    assert straight[-1]["turn/count"] > 1.5
+    for ours, theirs in zip(straight, again, strict=True):
+        assert {name: x for name, x in ours.items() if not name.endswith("_s")} == {
+            name: x for name, x in theirs.items() if not name.endswith("_s")
+        }
+    do(tmp_path, launcher("cpu_two_processes"), split)
+    assert_same_run(tmp_path / "straight", tmp_path / "split")
+
+
 @pytest.mark.parametrize(
     ("file", "options"),
     [

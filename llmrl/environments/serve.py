@@ -107,6 +107,7 @@ class _Template:
                 self._reap()
             if has_request:
                 is_open = self._receive()
+        signal.set_wakeup_fd(-1)  # or forks that end later are reported to a socket that is closed
         for process in self.sockets:
             _kill(process)
 
