@@ -21,19 +21,13 @@ def episode_text(rollout: Rollout, row: int) -> str:
     opening, failure = episodes.openings[row], episodes.failures[row]
     if not opening:  # and what the actor wrote after nothing is no turn
         return f"({failure} failed: no reward)"
-    messages = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
-    num_turns = int(episodes.num_turns[row])
+    opened = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
+    lines = [line for message in (*opened, *episodes.messages[row]) for line in _lines(message)]
+    reward = float(episodes.turn_rewards[row].sum() + episodes.end_reward[row])
+    end = f"{ENDS.get(StopReason(int(rollout.stop_reason[row])))}, reward {reward:.4g}"
     if failure is not None:
         end = f"{failure} failed: no reward"
-    else:
-        reward = float(episodes.turn_rewards[row].sum() + episodes.end_reward[row])
-        end = f"{ENDS[StopReason(int(rollout.stop_reason[row]))]}, reward {reward:.4g}"
-    return "\n".join(
-        [
-            *(line for message in (*messages, *episodes.messages[row]) for line in _lines(message)),
-            f"({counted(num_turns, 'turn')}; {end})",
-        ]
-    )
+    return "\n".join([*lines, f"({counted(int(episodes.num_turns[row]), 'turn')}; {end})"])
 
 
 def _lines(message: Mapping[str, Any]) -> Iterator[str]:
