@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from llmrl.batches import Rollout, Row, Sequences
-from llmrl.config import RLRun
 from llmrl.data.chat import as_sequences, uses_chat
 from llmrl.data.config import ExamplesConfig, PromptsConfig
 from llmrl.data.preferences import split_open_transcript
@@ -33,7 +32,7 @@ from llmrl.models.training import shrink_linear_layers
 from llmrl.models.vocabulary import check_ids, check_vocabulary
 from llmrl.reports.progress import OfRank, Silent
 from llmrl.rewards.combine import CombinedReward
-from llmrl.rewards.config import ENVIRONMENT, LearnedRewardConfig
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig
 from llmrl.rewards.functions import FunctionReward
 from llmrl.rewards.learned import LearnedReward, check_finite
 from llmrl.rewards.loading import Function, takes_rollout
@@ -53,27 +52,27 @@ if TYPE_CHECKING:
 def reward_on(
     data: PromptsConfig,
     rows: Sequence[Row],
-    run: RLRun,
+    config: RewardConfig,
     functions: Sequence[Function],
     scorer: RewardScorer | None,
     tokenizer: "PreTrainedTokenizerBase",
     context: Context,
+    *,
+    of_episodes: EpisodeReward | None = None,
 ) -> RewardFunction:
     """The reward of responses to these prompts, its work split over ranks.
 
     Args:
         data: How the rows are read.
         rows: Prompts with their columns.
-        run: Names and weights, and whether an environment gives rewards too.
-        functions: The functions that it names.
+        config: Names and weights.
+        functions: The functions that the config names.
         scorer: The reward model that it names, which serves any data.
         tokenizer: The policy's.
         context: Context of the run.
+        of_episodes: Reward of the environment; None: a response is one turn.
     """
-    rewards: list[RewardFunction] = []
-    config = run.reward
-    if run.environment is not None:
-        rewards.append(EpisodeReward(ENVIRONMENT if run.opens_prompts else None))
+    rewards: list[RewardFunction] = [] if of_episodes is None else [of_episodes]
     is_first = context.collectives.is_first
     if len(functions) == 1 and takes_rollout(functions[0]):
         (setting,), (label,) = config.functions, config.function_labels
@@ -94,7 +93,7 @@ def reward_on(
         rewards.append(
             LearnedReward(
                 _in_microbatches(scorer, config.model.microbatch_tokens, context),
-                encode=_encoder(scorer, tokenizer, data, rows, of_episodes=run.environment is not None),
+                encode=_encoder(scorer, tokenizer, data, rows, of_episodes=of_episodes is not None),
                 normalize=scorer.normalize,
                 weight=config.model.weight,
             )

@@ -14,6 +14,7 @@ from llmrl.data.prompts import ShuffledPrompts, ShuffledRows, encode_prompts, un
 from llmrl.data.rerender import same_tokens
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedEngine, DistributedNetworks, DistributedPolicy
+from llmrl.environments.reward import EpisodeReward
 from llmrl.functional.streams import Purpose
 from llmrl.lines import LineFile
 from llmrl.microbatches import TokenBudget
@@ -24,6 +25,7 @@ from llmrl.models.vocabulary import check_ids
 from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
+from llmrl.rewards.config import ENVIRONMENT
 from llmrl.roles import Algorithm, MovingReference, PromptSource, RolloutEngine, Sampling, Trainable
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import check_length, position_limit
@@ -227,7 +229,16 @@ def _build_run(
     trainer = RLTrainer(
         algorithm=algorithm,
         engine=parts.engine,
-        reward=reward_on(config.data, checked.rows, config, checked.functions, parts.scorer, actor.tokenizer, context),
+        reward=reward_on(
+            config.data,
+            checked.rows,
+            config.reward,
+            checked.functions,
+            parts.scorer,
+            actor.tokenizer,
+            context,
+            of_episodes=_reward_of_episodes(config),
+        ),
         prompts=prompts,
         trained=trained,
         update=config.update,
@@ -290,6 +301,12 @@ def _prompts(config: RLRun, checked: Checked, parts: _Parts, context: Context) -
     return prompts
 
 
+def _reward_of_episodes(config: RLRun) -> EpisodeReward | None:
+    if config.environment is None:
+        return None
+    return EpisodeReward(ENVIRONMENT if config.opens_prompts else None)
+
+
 def _reader_of(scorer: RewardScorer | None, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, PreTrainedModel]":
     """The reward model where it reads the policy's own tokens; for others the length is not known beforehand."""
     if scorer is None or not same_tokens(tokenizer, scorer.tokenizer):
@@ -320,7 +337,16 @@ def _evaluator(
     return Evaluator(
         config.evaluation,
         engine=engine,
-        reward=reward_on(data, rows, config, checked.functions, scorer, tokenizer, context),
+        reward=reward_on(
+            data,
+            rows,
+            config.reward,
+            checked.functions,
+            scorer,
+            tokenizer,
+            context,
+            of_episodes=_reward_of_episodes(config),
+        ),
         prompts=prompts,
         criterion=config.criterion,
         max_response_tokens=config.rollout.max_response_tokens,

@@ -38,9 +38,10 @@ def test_an_argument_cannot_replace_what_comes_from_the_rollout(name):
 
 
 @pytest.mark.parametrize("functions", [(), (RewardFunctionConfig(name="rule.py:score", weight=0.0),)])
-def test_a_reward_that_nothing_can_be_learned_from_is_refused(functions):
-    with pytest.raises(ValueError, match="there is nothing to learn from"):
-        RewardConfig(functions=functions)
+def test_functions_that_only_watch_teach_nothing(functions):
+    assert not RewardConfig(functions=functions).teaches
+    assert RewardConfig(functions=functions, model=LearnedRewardConfig(path="m")).teaches
+    assert RewardConfig(functions=(*functions, RewardFunctionConfig(name="rule.py:other"))).teaches
 
 
 def test_beside_another_reward_a_function_may_only_watch():
