@@ -16,6 +16,7 @@ SEED = 20260102
 HIGHEST = 15  # four guesses find every number, if each one halves what is left
 NUM_TURNS = 4
 NUM_GAMES = 6_000
+NUM_TESTS = 16  # of each number
 CAREFUL_SHARE = 0.6  # of the guesses; the others forget every answer so far
 
 Messages = list[dict[str, str]]
@@ -61,7 +62,8 @@ def main() -> None:
     rng = random.Random(SEED)
     games = [{"secret": secret} for secret in range(1, HIGHEST + 1)]
     turns = [turn for _ in range(NUM_GAMES) for turn in draw_game(rng)]
-    write(out / "games.jsonl", games)
+    write(out / "train.jsonl", games)
+    write(out / "test.jsonl", games * NUM_TESTS)
     write(out / "sft.jsonl", [{"prompt": messages, "response": guess} for messages, guess in turns])
 
 

@@ -29,12 +29,14 @@ def play(secret: int, guesses: list[str]) -> list[Turn]:
 
 def test_the_same_files_every_time(folder: Path, tmp_path: Path):
     again = run_script("data/guessing/generate.py", tmp_path)
-    for name in ("sft.jsonl", "games.jsonl"):
+    for name in ("sft.jsonl", "train.jsonl", "test.jsonl"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_every_number_is_one_game(folder: Path):
-    assert [row["secret"] for row in read_rows(folder / "games.jsonl")] == list(range(1, 16))
+def test_every_number_is_in_as_many_games(folder: Path):
+    for name, times in (("train.jsonl", 1), ("test.jsonl", 16)):
+        numbers = Counter(row["secret"] for row in read_rows(folder / name))
+        assert numbers == dict.fromkeys(range(1, 16), times)
 
 
 def test_a_demonstration_is_a_conversation_as_the_environment_leads_it(folder: Path):

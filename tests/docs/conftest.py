@@ -15,13 +15,18 @@ from tests.docs.pages import ROOT
 
 LINKED = ("benchmarks", "constraints.txt", "docs", "Makefile", "pyproject.toml", "recipes", "reward_models", "tests")
 """What commands read and none changes."""
-CHARS, WORDS = "tiny_char_llama", "tiny_word_llama"
+CHARS, CHAT, WORDS = "tiny_char_llama", "tiny_chat_llama", "tiny_word_llama"
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
 POLICIES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": CHARS,
     "runs/quickstart/sft/final": CHARS,
     "runs/quickstart/grpo/final": CHARS,
     "runs/mine/final": CHARS,
+    "runs/guessing/sft/final": CHAT,
+    "runs/guessing/grpo/final": CHAT,
+    "runs/products/sft/final": CHAT,
+    "runs/products/grpo/final": CHAT,
+    "runs/products/without_tool/final": CHAT,
     "runs/reviews_tiny/sft/final": WORDS,
     "runs/reviews_tiny/ppo/final": WORDS,
 }
@@ -58,7 +63,7 @@ MEASURED = ("runs/mine/metrics.jsonl", "runs/word_problems_smollm2_grpo/metrics.
 
 def make_data(folder: Path) -> None:
     """The first rows of what the generators of data/ write."""
-    for name in ("arithmetic", "reviews", "word_problems"):
+    for name in ("arithmetic", "guessing", "products", "reviews", "word_problems"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["generate.py", "--out", str(folder / name)])
             runpy.run_path(str(ROOT / "data" / name / "generate.py"), run_name="__main__")
