@@ -201,7 +201,7 @@ def test_episodes_are_the_same_after_a_resume_and_in_two_processes(tmp_path: Pat
     models = [(tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("straight", "resumed")]
     assert models[0] == models[1]
     straight, again = (lines(tmp_path / run / "metrics.jsonl") for run in ("straight", "resumed"))
-    assert straight[-1]["turn/count"] > 1.5
+    assert straight[-1]["turn/count"] > 1.2
     for ours, theirs in zip(straight, again, strict=True):
         assert {name: x for name, x in ours.items() if not name.endswith("_s")} == {
             name: x for name, x in theirs.items() if not name.endswith("_s")
