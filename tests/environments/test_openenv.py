@@ -12,7 +12,7 @@ from llmrl.environments.environment import Message, Turn
 
 pytest.importorskip("openenv")
 
-from llmrl.environments.openenv import OpenEnv  # noqa: E402
+from llmrl.environments.openenv import OpenEnv
 
 
 class Server:
