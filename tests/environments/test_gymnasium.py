@@ -60,8 +60,8 @@ def test_the_opening_has_instructions_spaces_and_the_observation():
 
 def test_the_way_to_the_goal_is_rewarded_at_its_end():
     environment, _ = lake()
-    moves = ["down", "down", "right", "right", "down", "right"]
-    turns = [say(environment, move, n) for n, move in enumerate(moves, start=1)]
+    way = ["down", "down", "right", "right", "down", "right"]
+    turns = [say(environment, move, n) for n, move in enumerate(way, start=1)]
     assert [turn.done for turn in turns] == [False] * 5 + [True]
     assert [turn.reward for turn in turns] == [0.0] * 5 + [1.0]
     assert turns[0].observation == "observation: 4\n(Down)\nSFFF\n[F]HFH\nFFFH\nHFFG"

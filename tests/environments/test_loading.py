@@ -87,7 +87,7 @@ def test_without_a_name_it_is_the_base_class(code):
             "Fussy",
             [],
             {"place": "sea"},
-            r"environment mine\.py:Fussy: making one raised KeyError: 'sea' at .*mine\.py:",
+            r"environment mine\.py:Fussy: making one raised KeyError: 'sea' at ",
         ),
         (None, ["table"], {}, r"tool mine\.py:table is no function but dict"),
         (None, ["subtract"], {}, r"tool mine\.py:subtract: mine\.py has no 'subtract'"),

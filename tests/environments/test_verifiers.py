@@ -96,13 +96,9 @@ def tasksets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def played(taskset: str, *texts: str, task: Any = 0, **config: Any) -> list[Any]:
     """The answers to the opening, to each text, and to the end."""
     episode = Episode(partial(Verifiers, taskset, config), {})
-    requests = [
-        Open({"task": task}, 1, 2),
-        *(Respond(Message(text, n, [])) for n, text in enumerate(texts, 1)),
-        Close(),
-    ]
+    turns = [Respond(Message(text, n, [])) for n, text in enumerate(texts, start=1)]
     answers = []
-    for request in requests:
+    for request in (Open({"task": task}, 1, 2), *turns, Close()):
         kind, *answer = json.loads(next(iter(episode.lines(request))))
         answers.append(answer[0] if kind == "answer" else answer)
         if kind == "failure":
