@@ -28,6 +28,7 @@ from llmrl.settings import describe, read_recipe
                 "critic.path",
                 "reward.model.path",
                 "reward.functions.<n>.name",
+                "environment.name",
             },
         ),
     ],
