@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 try:
@@ -92,7 +93,10 @@ class Gymnasium(Environment):
 
 def _printing(id: str) -> dict[str, str]:
     """The argument by which an environment prints itself, where it can."""
-    entry_point = gymnasium.spec(id).entry_point
+    module, _, name = id.rpartition(":")
+    if module:
+        import_module(module)  # which registers it
+    entry_point = gymnasium.spec(name).entry_point
     creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
     return {"render_mode": "ansi"} if "ansi" in getattr(creator, "metadata", {}).get("render_modes", ()) else {}
 

@@ -56,7 +56,7 @@ def llmrl(arguments: list[str], trains: bool) -> None:
         cuts = [*CUTS[verb], *cuts_of_data(arguments)] if trains else ["--dry-run"]
         arguments = [*given, OUTPUT, *cuts]
     elif verb == "evaluate":
-        arguments = [*arguments, *SHORT]
+        arguments = [*arguments, *cuts_of_data(arguments)]
     with _torch_as_it_was():
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, f"{' '.join(arguments)}\n{result.output}\n{result.exception!r}"
@@ -86,8 +86,9 @@ def is_run(command: Sequence[str]) -> bool:
 
 def cuts_of_data(arguments: list[str]) -> list[str]:
     verb, recipe, *_ = arguments
-    has_held_out = "evaluation_data:" in Path(recipe).read_text()
-    return [*SHORT[: verb in SAMPLES], *(SHORT[1:] if has_held_out else [])]
+    text = Path(recipe).read_text()
+    is_shortened = verb in SAMPLES and "environment:" not in text  # whose turns have limits of their own
+    return [*SHORT[:is_shortened], *(SHORT[1:] if "evaluation_data:" in text else [])]
 
 
 def python(arguments: list[str], trains: bool) -> None:

@@ -1,50 +1,40 @@
 """Environments of gymnasium as the actor meets them."""
 
 from random import Random
+from typing import Any
 
 import pytest
 
 from llmrl.environments.environment import Message, Turn
 
-gymnasium = pytest.importorskip("gymnasium")
-
-from llmrl.environments.gymnasium import Gymnasium  # noqa: E402
-
+RIDDLE = "tests.environments.riddle:Riddle-v0"
 MOVES = ("left", "down", "right", "up")
 
 
-class Riddle(gymnasium.Env):
-    """Texts in both directions; a wrong answer is answered by a number that it draws."""
-
-    observation_space = gymnasium.spaces.Text(100)
-    action_space = gymnasium.spaces.Text(3, charset="abc")
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return f"Which word? {self.np_random.integers(10**9)}", {}
-
-    def step(self, action):
-        right = action == "cab"
-        return str(self.np_random.integers(10**9)), float(right), right, False, {}
+@pytest.fixture(autouse=True)
+def library():
+    return pytest.importorskip("gymnasium")
 
 
-gymnasium.register("Riddle-v0", Riddle)
-gymnasium.register("Drive-v0", lambda: gymnasium.make("Pendulum-v1").unwrapped)
+def made(id: str, **arguments) -> Any:
+    from llmrl.environments.gymnasium import Gymnasium
+
+    return Gymnasium(id, **arguments)
 
 
-def started(id: str, row=None, *, seed: int = 3, **arguments) -> tuple[Gymnasium, str]:
-    environment = Gymnasium(id, **arguments)
+def started(id: str, row=None, *, seed: int = 3, **arguments) -> tuple[Any, str]:
+    environment = made(id, **arguments)
     environment.random = Random(seed)
     opening = environment.start(row or {})
     environment.random.seed(seed + 100)
     return environment, opening
 
 
-def say(environment: Gymnasium, text: str, turn: int = 1) -> Turn:
+def say(environment: Any, text: str, turn: int = 1) -> Turn:
     return environment.respond(Message(text, turn, []))
 
 
-def lake(**arguments) -> tuple[Gymnasium, str]:
+def lake(**arguments) -> tuple[Any, str]:
     return started("FrozenLake-v1", options={"is_slippery": False}, actions=MOVES, **arguments)
 
 
@@ -103,7 +93,7 @@ def test_a_message_without_an_action_makes_no_step():
 
 
 def test_texts_go_in_and_come_out_as_they_are():
-    environment, opening = started("Riddle-v0")
+    environment, opening = started(RIDDLE)
     assert "Which word? " in opening
     assert "observation:" not in opening
     assert say(environment, "dog").observation.startswith("error: ")  # no text of the space
@@ -113,19 +103,22 @@ def test_texts_go_in_and_come_out_as_they_are():
 
 
 def test_a_group_opens_alike_and_its_responses_go_on_by_their_own_random_numbers():
-    (first, one), (second, other) = started("Riddle-v0"), started("Riddle-v0")
+    (first, one), (second, other) = (
+        started(RIDDLE),
+        started(RIDDLE),
+    )
     second.random.seed(7)
     assert one == other
     assert say(first, "abc") != say(second, "abc")
-    third, _ = started("Riddle-v0")
-    fourth, _ = started("Riddle-v0")
+    third, _ = started(RIDDLE)
+    fourth, _ = started(RIDDLE)
     assert say(third, "abc") == say(fourth, "abc")
     assert say(third, "bca", 2) == say(fourth, "bca", 2)
 
 
 def test_the_seed_of_a_row_counts():
-    assert started("Riddle-v0", {"seed": 5}, seed=1)[1] == started("Riddle-v0", {"seed": 5}, seed=2)[1]
-    assert started("Riddle-v0", seed=1)[1] != started("Riddle-v0", seed=2)[1]
+    assert started(RIDDLE, {"seed": 5}, seed=1)[1] == started(RIDDLE, {"seed": 5}, seed=2)[1]
+    assert started(RIDDLE, seed=1)[1] != started(RIDDLE, seed=2)[1]
 
 
 def test_tuples_and_arrays_are_read_as_json():
@@ -133,10 +126,10 @@ def test_tuples_and_arrays_are_read_as_json():
     assert opening.splitlines()[-1].startswith("observation: [")
 
 
-def test_what_cannot_be_played_is_refused_when_it_is_made():
+def test_what_cannot_be_played_is_refused_when_it_is_made(library):
     with pytest.raises(ValueError, match="there are 4 actions; name each of them"):
-        Gymnasium("FrozenLake-v1", actions=("left", "right"))
+        made("FrozenLake-v1", actions=("left", "right"))
     with pytest.raises(TypeError, match="neither numbers nor texts"):
-        Gymnasium("Drive-v0")
-    with pytest.raises(gymnasium.error.NameNotFound):
-        Gymnasium("FrozenLak-v1")
+        made("tests.environments.riddle:Drive-v0")
+    with pytest.raises(library.error.NameNotFound):
+        made("FrozenLak-v1")

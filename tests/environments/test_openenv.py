@@ -10,9 +10,10 @@ import pytest
 
 from llmrl.environments.environment import Message, Turn
 
-pytest.importorskip("openenv")
 
-from llmrl.environments.openenv import OpenEnv
+@pytest.fixture(autouse=True)
+def library():
+    return pytest.importorskip("openenv")
 
 
 class Server:
@@ -38,14 +39,20 @@ class Server:
         self.is_closed = True
 
 
-def made(**arguments: Any) -> OpenEnv:
-    environment = OpenEnv("http://127.0.0.1:1", **arguments)
+def to_server(url: str, **arguments: Any) -> Any:
+    from llmrl.environments.openenv import OpenEnv
+
+    return OpenEnv(url, **arguments)
+
+
+def made(**arguments: Any) -> Any:
+    environment = to_server("http://127.0.0.1:1", **arguments)
     environment.client = Server()
     environment.random = Random(1)
     return environment
 
 
-def say(environment: OpenEnv, text: str) -> Turn:
+def say(environment: Any, text: str) -> Turn:
     return environment.respond(Message(text, 1, []))
 
 
@@ -117,7 +124,7 @@ def test_two_episodes_of_a_real_server():
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    first, second = OpenEnv(url, "message", "echo"), OpenEnv(url, "message", "echo")
+    first, second = (to_server(url, action="message", observation="echo") for _ in range(2))
     first.random = second.random = Random(1)
     assert first.start({"reset": {"seed": 7}}) == "7"
     assert second.start({"reset": {"seed": 8}}) == "8"

@@ -10,10 +10,6 @@ import pytest
 from llmrl.environments.environment import Message
 from llmrl.environments.episode import Close, Episode, Open, Respond
 
-pytest.importorskip("verifiers", minversion="0.4")
-
-from llmrl.environments.verifiers import Verifiers
-
 TASKSET = """
 import verifiers.v1 as vf
 
@@ -81,6 +77,7 @@ OPENING = {"role": "user", "content": "Sort cab."}
 
 @pytest.fixture(autouse=True)
 def tasksets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("verifiers", minversion="0.4")
     monkeypatch.syspath_prepend(str(tmp_path))
     sources = {
         "letters_once": f"{TASKSET}\n__all__ = ['Letters']",
@@ -95,6 +92,8 @@ def tasksets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def played(taskset: str, *texts: str, task: Any = 0, **config: Any) -> list[Any]:
     """The answers to the opening, to each text, and to the end."""
+    from llmrl.environments.verifiers import Verifiers
+
     episode = Episode(partial(Verifiers, taskset, config), {})
     turns = [Respond(Message(text, n, [])) for n, text in enumerate(texts, start=1)]
     answers = []
