@@ -47,6 +47,22 @@ def turn(**fields) -> Turn:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _loops(monkeypatch: pytest.MonkeyPatch):
+    """Closes the loops of episodes, as who runs them does."""
+    made: list[asyncio.Runner] = []
+    runner = asyncio.Runner
+
+    def make() -> asyncio.Runner:
+        made.append(runner())
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "Runner", make)
+    yield
+    for each in made:
+        each.close()
+
+
 @pytest.fixture
 def tools(tmp_path: Path):
     (tmp_path / "tools.py").write_text(TOOLS)
