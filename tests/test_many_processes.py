@@ -185,6 +185,7 @@ def playing(folder: Path) -> tuple[str, ...]:
         f"model.path={model}",
         "reward.functions=[]",
         "algorithm.credit=turn",
+        "optimizer.learning_rate=2.0e-5",
         "algorithm.max_redraws=0",
         "rollout.max_response_tokens=24",
         "environment.name=dice.py:Dice",
