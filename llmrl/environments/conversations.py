@@ -214,6 +214,9 @@ class Conversations:
         except DataError as error:
             each.fail(Failure(RENDERING, str(error)))
             return []
+        if not ids:
+            each.fail(Failure(RENDERING, f"leaves nothing to read of the observation {observation!r}"))
+            return []
         if each.length + len(ids) >= self.sampling.max_response_tokens:
             each.stop_reason = StopReason.LENGTH
             return []

@@ -144,6 +144,7 @@ class Refusing(Spelled):
         ({"start": lambda row: "much too long"}, "start"),
         ({"respond": lambda *_: Failure("respond", "took longer than 60 s")}, "respond"),
         ({"respond": lambda *_: Turn("go"), "rendering": Refusing()}, "rendering"),
+        ({"respond": lambda *_: Turn("")}, "rendering"),
         ({"close": lambda number: Failure("close", "returned nan")}, "close"),
         ({"text": "[breaks]"}, "breaks"),
     ],
