@@ -176,7 +176,8 @@ class Dice(llmrl.Environment):
 
 
 def playing(folder: Path) -> tuple[str, ...]:
-    """An environment that throws dice, and a model of which every third id ends a turn."""
+    """An environment that throws dice, and a model of which every third id ends a turn. Without a KL: summed over
+    episodes it is rounded by more than runs are compared to."""
     (folder / "dice.py").write_text(DICE)
     model = shutil.copytree(TINY, folder / "many_ends")
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
@@ -185,6 +186,7 @@ def playing(folder: Path) -> tuple[str, ...]:
         f"model.path={model}",
         "reward.functions=[]",
         "algorithm.credit=turn",
+        "algorithm.kl_coef=0.0",
         "optimizer.learning_rate=2.0e-5",
         "algorithm.max_redraws=0",
         "rollout.max_response_tokens=24",

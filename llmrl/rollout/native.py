@@ -406,7 +406,8 @@ class Decoding:
         Tokens are padded on the right: then no row has a gap between what it had and what is new.
         """
         start, end = self.cache.window.start, self.cache.window.end
-        slots = [self.rows.index(row) for row in rows]
+        slot_of = {row.index: slot for slot, row in enumerate(self.rows)}
+        slots = [slot_of[row.index] for row in rows]
         starts = self._tensor([row.start for row in rows])[:, None]
         counts = self._tensor([len(ids) for ids in unread])[:, None]
         width = max(len(ids) for ids in unread)
