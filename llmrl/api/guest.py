@@ -8,7 +8,7 @@ import torch
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from llmrl.distributed.activity import HERE
-from llmrl.distributed.device import prepare_device
+from llmrl.distributed.device import prepare_device, torch_as_it_was
 from llmrl.distributed.stop import STOP, handlers, restore
 from llmrl.distributed.watchdog import PhaseTimeout
 from llmrl.errors import Error
@@ -28,7 +28,7 @@ def computing(*, deterministic: bool = False, raises: bool = True) -> Iterator[N
         deterministic: See `prepare_device`.
         raises: Whether a signal ends it at once; else whoever computes looks for it.
     """
-    with errors_of_users(), quiet(), _torch_as_it_was(), torch.enable_grad(), STOP.listening(raises=raises):
+    with errors_of_users(), quiet(), torch_as_it_was(), torch.enable_grad(), STOP.listening(raises=raises):
         prepare_device(deterministic=deterministic)
         yield
 
@@ -93,17 +93,3 @@ def own_random_numbers() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-@contextmanager
-def _torch_as_it_was() -> Iterator[None]:
-    """Context that puts back what `prepare_device` changes."""
-    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    mode = torch.get_deterministic_debug_mode()
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
-        torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -43,6 +45,20 @@ def prepare_device(*, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products of matrices
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """Context that puts back what `prepare_device` changes."""
+    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    mode = torch.get_deterministic_debug_mode()
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 KEPT_MEMORY = {-4: 0, -1: 2**31 - 1, -2: 2**28}

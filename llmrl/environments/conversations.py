@@ -54,6 +54,11 @@ class Conversation:
     stop_reason: int | None = None
     """Why it is over, where the engine does not know."""
 
+    @property
+    def so_far(self) -> list[dict[str, Any]]:
+        """All messages, the opening included."""
+        return [*as_messages(self.opening), *self.messages]
+
     def add_turn(self, ids: Sequence[int], read: ReadTurn) -> str:
         """Adds what the actor wrote. Returns its text."""
         text, rest, self.calls = read(ids)
@@ -176,8 +181,7 @@ class Conversations:
             if each.calls:
                 self.host.call(each.number, each.calls)
             else:
-                before = [*as_messages(each.opening), *each.messages]
-                self.host.respond(each.number, Message(text, len(each.turn_ends), before))
+                self.host.respond(each.number, Message(text, len(each.turn_ends), each.so_far))
 
     def take(self, indices: Sequence[int]) -> Mapping[int, Sequence[int]]:
         """See `Replies`."""
@@ -209,8 +213,7 @@ class Conversations:
             each.stop_reason = StopReason.TURNS
             return []
         try:
-            messages = [*as_messages(each.opening), *each.messages]
-            ids = self.rendering.between(messages, observation, last_id=each.last_id)
+            ids = self.rendering.between(each.so_far, observation, last_id=each.last_id)
         except DataError as error:
             each.fail(Failure(RENDERING, str(error)))
             return []

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from llmrl.distributed.device import pick_device, prepare_device
+from llmrl.distributed.device import pick_device, prepare_device, torch_as_it_was
 from llmrl.distributed.launch import LaunchError
 
 
@@ -43,11 +43,8 @@ def as_before(monkeypatch):
     """What the whole process computes by is put back after the test."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     del os.environ["CUBLAS_WORKSPACE_CONFIG"]
-    fills, by_cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
+    with torch_as_it_was():
+        yield
 
 
 @pytest.mark.usefixtures("as_before")

@@ -7,16 +7,15 @@ import runpy
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands.launch import launch_command_parser
 from typer.testing import CliRunner
 
 from llmrl.cli import app
+from llmrl.distributed.device import torch_as_it_was
 from llmrl.wiring.runs import RUNS
 from tests.docs.pages import ROOT
 
@@ -57,20 +56,11 @@ def llmrl(arguments: list[str], trains: bool) -> None:
         arguments = [*given, OUTPUT, *cuts]
     elif verb == "evaluate":
         arguments = [*arguments, *cuts_of_data(arguments)]
-    with _torch_as_it_was():
+    with torch_as_it_was():  # a command may have run.deterministic
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, f"{' '.join(arguments)}\n{result.output}\n{result.exception!r}"
     for path in output:
         Path(path).write_text(result.stdout)
-
-
-@contextmanager
-def _torch_as_it_was() -> Iterator[None]:
-    """Context that puts back what a command with run.deterministic sets for its process."""
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _redirected(words: list[str]) -> tuple[list[str], list[str]]:
