@@ -440,6 +440,12 @@ class PPORun(RLRun):
                 "critic.network adapter needs model.lora: it is an adapter on the actor's frozen base; where model.path"
                 " is an adapter, so that there is no model.lora, set critic.network to own, or merge that adapter first"
             )
+        if self.critic.network == "own" and self.critic.path is None and self.model.quantization is not None:
+            raise ValueError(
+                "critic.network own begins as the actor with every weight trained, and model.quantization "
+                f"({self.model.quantization}) stores the actor's in 4 bits; set critic.network to adapter or shared, or "
+                "leave model.quantization out"
+            )
         if self.critic.network == "reward_model" and self.reward.model is None:
             raise ValueError("critic.network reward_model needs reward.model; name one, or set critic.network to own")
         if self.critic.warmup_iterations >= self.run.num_iterations:
@@ -510,6 +516,11 @@ def _check_base(actor: ModelConfig) -> None:
         raise ValueError(
             "reward.model.on_actor_base needs the base that the reward model was trained on, and model.from_scratch "
             "draws another; leave one of them out"
+        )
+    if actor.quantization is not None:
+        raise ValueError(
+            "reward.model.on_actor_base needs the base that the reward model was trained on, and model.quantization "
+            f"({actor.quantization}) rounds the actor's; leave one of them out"
         )
 
 

@@ -80,6 +80,11 @@ class Given:
                 f"{argument} is an adapted model; hand over the folder of its adapter, which is continued, or "
                 "model.merge_and_unload() with model.lora in settings"
             )
+        if getattr(model, "is_quantized", False):
+            raise ModelError(
+                f"{argument} is quantized, and what is saved of it could not be trained; hand over the folder or the "
+                "name that it was loaded from, with model.lora and model.quantization=nf4 in settings"
+            )
         path = model.name_or_path
         return self._write(
             lambda: self._write_model(lambda new: _save(new, model), _tokenizer_of(tokenizer, path, argument), argument)

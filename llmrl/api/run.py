@@ -113,7 +113,8 @@ class Run(RunFolder):
 
         start = self._to_evaluate(rows)
         with self._weights() as folder:
-            model = dataclasses.replace(start.model, path=str(folder), lora=None, from_scratch=False)
+            trained = {"path": str(folder), "lora": None, "quantization": None, "from_scratch": False}
+            model = dataclasses.replace(start.model, **trained)
             now = dataclasses.replace(start, model=model)
             after = measure(now, self._given.objects, self._engine, self._context)
         if start.model.from_scratch or self._engine is not None:

@@ -27,6 +27,7 @@ from llmrl.models.folders import (
     weight_files,
 )
 from llmrl.models.loading import load_pretrained, load_tokenizer, read_config, reading, refuse_weights
+from llmrl.models.quantization import check_quantization, check_quantized_layers
 from llmrl.models.reward_loading import label_settings
 from llmrl.models.reward_model import score_layer
 from llmrl.models.vocabulary import check_vocabulary
@@ -52,6 +53,7 @@ def check_model(config: ModelConfig, *, may_be_random: bool = True) -> list[str]
         ModelError: The folder is missing or incomplete, holds another kind of model, or brings code that was not
             allowed.
     """
+    check_quantization(config)
     if not is_local(config.path):
         return _check_cached(config, _causal())
     with reading_files(config.path):
@@ -73,6 +75,7 @@ def check_reward_model(config: ModelConfig, *, needs_head: bool) -> list[str]:
         config: The model to check.
         needs_head: Whether it must have a score head; a causal language model is enough to train one.
     """
+    check_quantization(config)
     if not is_local(config.path):
         return _check_cached(config, _classifying())
     with reading_files(config.path):
@@ -195,6 +198,8 @@ def _check_folder(
         )
     model, report = load_pretrained(config, kind, shape, dtype=torch.float32, on_meta=True)
     refuse_weights(config, model, report, has_score=has_score)
+    whole = () if config.lora is None else layers_to_save(config.lora, model)
+    check_quantized_layers(config, model, whole)
     return model
 
 
@@ -218,7 +223,8 @@ def _check_family(config: ModelConfig, settings: dict[str, Any], kind: Any) -> "
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise ModelError(
             f"model.path ({config.path}) is quantized ({method}), and quantized weights cannot be trained; choose the "
-            "model that it was made from, or save a dequantized copy without quantization_config"
+            "model that it was made from, with model.lora and model.quantization=nf4 for 4 bits, or save a dequantized "
+            "copy without quantization_config"
         )
     shape = read_config(config)
     text = shape.get_text_config()

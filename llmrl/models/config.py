@@ -54,6 +54,9 @@ class ModelConfig:
     Trained weights are always kept in float32."""
     lora: LoraSettings | None = None
     """Trains low-rank adapters and freezes the model; null trains every weight."""
+    quantization: Literal["nf4"] | None = None
+    """With adapters, stores the frozen linear layers in 4 bits (QLoRA, by bitsandbytes): an eighth of the memory, and
+    slower. Dettmers et al. 2023, arXiv:2305.14314. null: in float32."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     packing: bool = True

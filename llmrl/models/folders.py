@@ -268,4 +268,4 @@ def base_of_adapter(config: ModelConfig) -> ModelConfig:
         raise ModelError(f"model.path ({config.path}) is an adapter that does not name its base model")
     if not Path(base).expanduser().exists() and (folder / base).is_dir():
         base = str(folder / base)
-    return ModelConfig(path=base, trust_remote_code=config.trust_remote_code)
+    return ModelConfig(path=base, quantization=config.quantization, trust_remote_code=config.trust_remote_code)

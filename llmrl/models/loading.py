@@ -1,5 +1,6 @@
 """Transformers models and tokenizers from a folder or a hub name."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmrl.models.folders import (
     neighbour,
     resolved,
 )
+from llmrl.models.quantization import unquantized_layers
 from llmrl.models.training import turn_dropout_off
 
 if TYPE_CHECKING:
@@ -82,13 +84,21 @@ def load_pretrained(
         on_meta: Shapes only: no weight is read.
     """
     device, trust = torch.device("meta" if on_meta else "cpu"), config.trust_remote_code
+    placement: dict[str, Any] = {"device_map": device} if on_meta else {}
+    quantizes = config.quantization is not None and not on_meta
     if not config.from_scratch:
         _check_index(config)
     with reading(config), _no_table():
         if config.from_scratch:
             with device:
                 return kind.from_config(settings, dtype=dtype, trust_remote_code=trust), {}
-        return kind.from_pretrained(
+        if quantizes:
+            from llmrl.models.nf4 import loading_arguments, settle
+
+            with torch.device("meta"):
+                shape = kind.from_config(copy.deepcopy(settings), trust_remote_code=trust)
+            placement = loading_arguments(unquantized_layers(shape))
+        model, report = kind.from_pretrained(
             resolved(config.path),
             config=settings,
             dtype=dtype,
@@ -96,8 +106,11 @@ def load_pretrained(
             trust_remote_code=trust,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
-            **({"device_map": device} if on_meta else {}),
+            **placement,
         )
+        if quantizes:
+            settle(model)
+    return model, report
 
 
 def _check_index(config: ModelConfig) -> None:

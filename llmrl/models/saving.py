@@ -106,12 +106,12 @@ def save_policy(
     default they are read now.
     """
     companions = companions or Companions(model, tokenizer)
-    num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    num_bytes = model.num_parameters() * dtype.itemsize
     with replaced_folder(folder, num_bytes) as new:
         if adapted is not None:
             adapted.save_pretrained(str(new / "adapter"), selected_adapters=["default"])
             companions.write_tokenizer(new / "adapter", tokenizer)
-            model = copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
+            model = _merged(adapted, dtype)
         elif dtype != model.dtype:
             model = copy.deepcopy(model)
         save_weights(new, model.to(dtype))  # type: ignore[arg-type]
@@ -119,6 +119,15 @@ def save_policy(
         companions.write_tokenizer(new, tokenizer)
         for name, record in (records or {}).items():
             (new / name).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _merged(adapted: "PeftModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """A copy with the adapters merged."""
+    if getattr(adapted, "is_loaded_in_4bit", False):
+        from llmrl.models.nf4 import merged
+
+        return merged(adapted, dtype)
+    return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
 
 
 def check_finite(name: str, weight: Tensor) -> None:

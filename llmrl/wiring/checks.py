@@ -103,7 +103,7 @@ def _check_batches(
 ) -> Checked:
     """Checks a run that learns from batches of data; `read` reads the rows, `keep` keeps those that
     the model's chat template takes."""
-    read_launch()
+    _check_quantized(config, read_launch())
     _check_precision(config)
     check_output(config.run, _inputs(config))
     made_by = command_for(config.model.path, config)
@@ -130,7 +130,9 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
     """
     _check_precision(config)
     if trains:
-        _check_one_base(config, read_launch())
+        launch = read_launch()
+        _check_one_base(config, launch)
+        _check_quantized(config, launch)
         _check_averages(config)
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
@@ -295,6 +297,16 @@ def _check_whole_base(config: CriticRun, launch: Launch) -> None:
             "model.lora: a critic that is an adapter needs its base whole in every process, and the launch splits "
             "weights over processes (ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set model.lora to "
             "null"
+        )
+
+
+def _check_quantized(config: AnyRun, launch: Launch) -> None:
+    """Refuses a quantized base under DeepSpeed or FSDP, which would split, cast or copy 4-bit weights as numbers."""
+    if launch.sharding != "none" and config.model.quantization is not None:
+        raise LaunchError(
+            f"model.quantization ({config.model.quantization}): the launch is by {launch.sharding}, which does not know "
+            "weights of 4 bits; launch with plain data parallel, where each process holds the small base and the "
+            "optimizer has adapters alone, or leave model.quantization out"
         )
 
 

@@ -81,8 +81,12 @@ def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, confi
 def load_for_sampling(config: ModelConfig, device: torch.device) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     """Tokenizer and model in the precision that it computes in, on the device."""
     tokenizer = load_tokenizer(config)
-    model = load_model(config, dtype=dtype_of(config))
-    return tokenizer, model.to(device)  # type: ignore[arg-type,return-value]
+    dtype = dtype_of(config)
+    read_in = (
+        dtype if config.quantization is None else torch.float32
+    )  # as for training, so that the 4 bits are the same
+    model = load_model(config, dtype=read_in)
+    return tokenizer, model.to(device, dtype)  # type: ignore[arg-type,return-value]
 
 
 def respond(
