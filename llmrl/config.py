@@ -442,9 +442,9 @@ class PPORun(RLRun):
             )
         if self.critic.network == "own" and self.critic.path is None and self.model.quantization is not None:
             raise ValueError(
-                "critic.network own begins as the actor with every weight trained, and model.quantization "
-                f"({self.model.quantization}) stores the actor's in 4 bits; set critic.network to adapter or shared, or "
-                "leave model.quantization out"
+                "critic.network own begins as the actor and trains every weight, and model.quantization "
+                f"({self.model.quantization}) stores the actor's in 4 bits; set critic.network to adapter or shared, "
+                "or leave model.quantization out"
             )
         if self.critic.network == "reward_model" and self.reward.model is None:
             raise ValueError("critic.network reward_model needs reward.model; name one, or set critic.network to own")

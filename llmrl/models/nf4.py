@@ -1,8 +1,8 @@
 """Linear layers whose weights are stored in 4 bits, by bitsandbytes: the base of QLoRA.
 
-Dettmers et al. 2023, arXiv:2305.14314. Of each 64 weights w, m is the largest |w|, and w is stored as the nearest of the
-16 quantiles of NormalFloat (NF4) to w / m. The m are stored in 8 bits, and for each 256 of them a float32 number (double
-quantization): 0.127 bits a weight. A layer computes with the weights that these stand for.
+Dettmers et al. 2023, arXiv:2305.14314. Of each 64 weights w, m is the largest |w|, and w is stored as the nearest to
+w / m of the 16 numbers of NormalFloat (NF4). The m are stored in 8 bits, with a float32 scale for each 256 of them
+(double quantization): 0.127 bits a weight. A layer computes with the weights that these stand for.
 """
 
 import copy

@@ -37,6 +37,8 @@ class Pass:
     """Whether the weights of the model itself learn."""
     rank: int = 0
     """LoRA rank of the trained adapters; 0: no adapters."""
+    quantized: bool = False
+    """Whether the linear layers are stored in 4 bits."""
     checkpoints: bool = False
     """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
 
@@ -56,15 +58,20 @@ def saved_bytes(shape: ModelShape, work: Pass) -> int:
 
 def peak_extra_bytes(shape: ModelShape, work: Pass) -> int:
     """Peak bytes beyond the saved ones: at the end of the trunk, in the head, or in a recomputed layer."""
-    in_head = head(shape, work) + head_gradient(shape, work)
-    if not work.checkpoints:
-        return in_head
-    return max(in_head, work.num_tokens * of_layer(shape, work) + _cast(shape, work) // shape.num_layers)
+    in_head, in_layer = head(shape, work) + head_gradient(shape, work), _dequantized(shape, work)
+    if work.checkpoints:
+        in_layer += work.num_tokens * of_layer(shape, work) + _cast(shape, work) // shape.num_layers
+    return max(in_head, in_layer)
 
 
 def _cast(shape: ModelShape, work: Pass) -> int:
     """Bytes of the linear layers cast to the precision of autocast."""
-    return BFLOAT16 * shape.num_linear if work.bfloat16 else 0
+    return BFLOAT16 * shape.num_linear if work.bfloat16 and not work.quantized else 0
+
+
+def _dequantized(shape: ModelShape, work: Pass) -> int:
+    """Bytes of the numbers that the largest layer's 4 bits stand for, in float32 and as it computes with them."""
+    return (FLOAT32 + BFLOAT16 * work.bfloat16) * shape.largest_linear if work.quantized else 0
 
 
 def of_layer(shape: ModelShape, work: Pass) -> int:
@@ -100,5 +107,6 @@ def no_gradient_bytes(shape: ModelShape, work: Pass) -> int:
     """Peak bytes of a forward pass without gradient: in a layer, or in the head."""
     hidden = FLOAT32 * shape.hidden_size * work.num_tokens
     cast = _cast(shape, work) // shape.num_layers if work.learns else 0  # what is frozen is kept in that precision
+    cast += _dequantized(shape, work)
     layer = 2 * hidden + work.num_tokens * work.size * (3 * shape.feed_forward_size + shape.hidden_size)
     return max(layer + cast, hidden + head(shape, work))

@@ -96,6 +96,7 @@ class _Parts(ABC):
         has_lengths = lora.use_dora if lora is not None else shape.adapter_has_lengths
         whole = lora.modules_to_save if lora is not None else shape.adapter_layers
         self.rank = rank or 0
+        self.num_quantized = 0 if config.model.quantization is None else shape.num_quantized
         self.num_low_rank = 0 if rank is None else shape.num_adapter(rank, targets, has_lengths=has_lengths)
         self.num_adapter = 0 if rank is None else self.num_low_rank + shape.num_whole(whole)
 
@@ -114,19 +115,22 @@ class _Parts(ABC):
 
     def host_loading(self) -> int:
         """Bytes of all weights that learn, and of what is copied of them before they are split."""
+        if self.num_quantized:
+            return self.split(self.shape.num_parameters).weight_bytes
         whole = FLOAT32 * sum(split.trained + split.frozen for split in self.splits())
         return whole if self.strategy.splits_weights else FLOAT32 * self.shape.num_parameters
 
     def split(self, num_model: int, *, extra: int = 0) -> Split:
         """Split of a trained model of this many parameters, or of its adapters; `extra` ones are always trained."""
         trained = self.num_adapter or num_model
-        frozen = num_model if self.num_adapter else 0
+        frozen, quantized = (num_model, self.num_quantized) if self.num_adapter else (0, 0)
         return Split(
             trained=trained + extra,
             frozen=frozen,
             layer=self.shape.num_layer,
             root=num_model - self.shape.num_linear,
             largest=self.shape.largest,
+            quantized=quantized,
         )
 
     def learning(self) -> Iterator[Item]:
@@ -177,6 +181,7 @@ class _Parts(ABC):
             bfloat16=self.bfloat16,
             learns=not self.num_adapter,
             rank=self.rank,
+            quantized=self.num_quantized > 0,
             checkpoints=self.model.gradient_checkpointing,
         )
 
@@ -233,14 +238,15 @@ class _Reinforcement(_Parts):
 
     def splits(self) -> list[Split]:
         actor = self.split(self.shape.num_parameters)
+        alone = replace(actor, frozen=0, quantized=0)
         match self.critic:
             case None:
                 return [actor]
             case "shared":
                 return [self.split(self.shape.num_parameters, extra=self.shape.hidden_size)]
             case "adapter":
-                return [actor, replace(actor, trained=self.num_low_rank + self.shape.hidden_size, frozen=0)]
-        whole = replace(actor, trained=self.shape.num_trunk + self.shape.hidden_size, frozen=0)
+                return [actor, replace(alone, trained=self.num_low_rank + self.shape.hidden_size)]
+        whole = replace(alone, trained=self.shape.num_trunk + self.shape.hidden_size)
         return [actor, replace(whole, root=self.shape.num_trunk - self.shape.num_linear)]
 
     @property
@@ -257,7 +263,7 @@ class _Reinforcement(_Parts):
         work, num_rows = self._work(), -(-self.config.minibatch_size // self.strategy.num_devices)
         yield from self.updating(work, num_rows)
         if self.critic in ("own", "reward_model") and self.num_adapter:
-            critic = replace(work, learns=True, rank=0, num_scored=0)
+            critic = replace(work, learns=True, rank=0, num_scored=0, quantized=False)
             sizes = [
                 activations.saved_bytes(self.shape, x) + activations.peak_extra_bytes(self.shape, x)
                 for x in (critic, work)
@@ -273,7 +279,7 @@ class _Reinforcement(_Parts):
 
     def frozen(self) -> Iterator[Item]:
         """Yields the copy to sample from, whole on every device; reference and reward model, which may be split."""
-        num = self.shape.num_parameters + self.num_low_rank
+        num = self.shape.num_parameters + self.num_low_rank - self.num_quantized  # what is quantized is not copied
         if self.bfloat16 or self.strategy.splits_weights:
             yield Item(name="copy to sample from", num_bytes=num * (BFLOAT16 if self.bfloat16 else FLOAT32))
         yield Item(name="reference", num_bytes=self._reference_bytes())
@@ -333,7 +339,7 @@ class _Reinforcement(_Parts):
         reward = self.config.reward.model
         if reward is not None and self.reward_shape is not None:
             work = self._work(budget=reward.microbatch_tokens, response_tokens=0)
-            works.append(activations.no_gradient_bytes(self.reward_shape, replace(work, learns=False)))
+            works.append(activations.no_gradient_bytes(self.reward_shape, replace(work, learns=False, quantized=False)))
         yield Item(name="a pass without gradient", num_bytes=max(works), phases=("scoring",))
 
     def _work(self, *, budget: int | None = None, response_tokens: int | None = None) -> Pass:

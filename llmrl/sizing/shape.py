@@ -11,6 +11,7 @@ from torch import nn
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import base_of_adapter, is_adapter, json_object, resolved
+from llmrl.models.quantization import BLOCK
 from llmrl.models.routers import routers_of
 from llmrl.rollout.support import carries_states
 
@@ -66,6 +67,16 @@ class ModelShape:
     def num_linear(self) -> int:
         """Parameters in the matrices of linear layers below the head."""
         return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    @property
+    def num_quantized(self) -> int:
+        """Those of them that a quantized base stores in 4 bits, see `quantized_layers`."""
+        return sum(x.inputs * x.outputs for x in self.linears if not x.routes and x.inputs % BLOCK == 0)
+
+    @property
+    def largest_linear(self) -> int:
+        """Elements of the largest matrix of a linear layer below the head."""
+        return max((linear.inputs * linear.outputs for linear in self.linears), default=0)
 
     @property
     def num_layer(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrl.distributed.launch import BUCKET_ELEMENTS, Launch, deepspeed_settings
+from llmrl.models.quantization import BLOCK
 from llmrl.sizing.activations import FLOAT32
 
 ADAM = 8
@@ -58,6 +59,19 @@ class Split:
     """Parameters outside of the layers."""
     largest: int
     """Elements of the largest parameter."""
+    quantized: int = 0
+    """Frozen parameters that are stored in 4 bits."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights where they are whole."""
+        return FLOAT32 * (self.trained + self.frozen - self.quantized) + nf4_bytes(self.quantized)
+
+
+def nf4_bytes(num: int) -> int:
+    """Bytes of this many weights in NF4: 4 bits each, for 64 of them a scale of 8 bits, and for 256 scales a float32
+    number. Dettmers et al. 2023, arXiv:2305.14314, section 3."""
+    return num // 2 + num // BLOCK + FLOAT32 * num // (256 * BLOCK)
 
 
 def launched_strategy(launch: Launch) -> Strategy:
@@ -79,7 +93,7 @@ def launched_strategy(launch: Launch) -> Strategy:
 def resident(split: Split, strategy: Strategy) -> Iterator[tuple[str, int]]:
     """Yields `(name, bytes)` of what each device holds during the whole run."""
     parts = strategy.num_devices if strategy.splits_weights else 1
-    weights = FLOAT32 * (split.trained + split.frozen) // parts
+    weights = split.weight_bytes // parts
     if strategy.zero_stage == 3:
         yield "DeepSpeed's bucket", FLOAT32 * strategy.bucket_elements
     yield "weights", 0 if strategy.offloads_weights else weights

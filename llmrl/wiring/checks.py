@@ -304,9 +304,9 @@ def _check_quantized(config: AnyRun, launch: Launch) -> None:
     """Refuses a quantized base under DeepSpeed or FSDP, which would split, cast or copy 4-bit weights as numbers."""
     if launch.sharding != "none" and config.model.quantization is not None:
         raise LaunchError(
-            f"model.quantization ({config.model.quantization}): the launch is by {launch.sharding}, which does not know "
-            "weights of 4 bits; launch with plain data parallel, where each process holds the small base and the "
-            "optimizer has adapters alone, or leave model.quantization out"
+            f"model.quantization ({config.model.quantization}): the launch is by {launch.sharding}, which takes "
+            "weights of 4 bits for numbers; launch with plain data parallel, where each process holds the small base, "
+            "or leave model.quantization out"
         )
 
 
