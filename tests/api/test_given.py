@@ -134,6 +134,12 @@ def test_what_is_no_model_is_refused(given, tiny, folder, production):
     tiny.model.peft_config = {}
     with pytest.raises(llmrl.Error, match="model is an adapted model; hand over the folder of its adapter"):
         given.model(tiny.model, tiny.tokenizer)
+    del tiny.model.peft_config
+    tiny.model.is_quantized = True
+    with pytest.raises(
+        llmrl.Error, match=r"model is quantized, .* with model\.lora and model\.quantization=nf4 in set"
+    ):
+        given.model(tiny.model, tiny.tokenizer)
 
 
 def test_a_name_is_that_by_which_another_process_finds_the_code(given):

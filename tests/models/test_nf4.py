@@ -177,7 +177,7 @@ def test_what_is_saved_is_what_was_trained(base, lora, tmp_path):
     save_policy(final, model=model, adapted=adapted, tokenizer=tokenizer, dtype=torch.float32)
     saved = AutoModelForCausalLM.from_pretrained(final)
     assert not hasattr(saved.config, "quantization_config")
-    assert_close(logits(saved), trained, rtol=0.0, atol=1e-4)
+    assert_close(logits(saved), trained, rtol=1e-5, atol=1e-4)
     on_original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(final / "adapter"))
     error = (logits(on_original) - trained).abs().max()
     assert error > 100 * (logits(saved) - trained).abs().max()

@@ -20,6 +20,8 @@ from llmrl.models.quantization import quantized_layers, unquantized_layers
 
 from .quantized import WIDE, gpt2, llama, save_base
 
+pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
+
 LORA = LoraSettings(rank=2)
 NF4 = {"quantization": "nf4", "lora": LORA}
 
@@ -100,7 +102,9 @@ def test_what_it_lacks_is_named(base, check, monkeypatch):
 
 
 def test_a_quantized_layer_cannot_be_trained_whole(base):
-    assert check_model(ModelConfig(path=base, quantization="nf4", lora=LoraSettings(modules_to_save=("lm_head",)))) == []
+    assert (
+        check_model(ModelConfig(path=base, quantization="nf4", lora=LoraSettings(modules_to_save=("lm_head",)))) == []
+    )
     whole = LoraSettings(targets=("q_proj",), modules_to_save=("layers.0.mlp.up_proj", "norm"))
     assert refusal(path=base, quantization="nf4", lora=whole) == (
         "model.lora.modules_to_save (model.layers.0.mlp.up_proj) cannot be trained whole where model.quantization "

@@ -36,6 +36,19 @@ def test_a_pass_by_hand(shape):
     )
 
 
+def test_weights_of_four_bits_are_numbers_one_layer_at_a_time(shape):
+    """The largest has 8 x 16; no copy of all of them is cast."""
+    bits = replace(HALF, quantized=True, checkpoints=True, learns=False)
+    plain = replace(bits, quantized=False)
+    less = activations.peak_extra_bytes(shape, plain) - activations.peak_extra_bytes(shape, bits)
+    assert less == 2 * 576 - 6 * 128
+    assert (
+        activations.saved_bytes(shape, replace(plain, checkpoints=False))
+        - activations.saved_bytes(shape, replace(bits, checkpoints=False))
+        == 2 * 2 * 576
+    )
+
+
 def test_without_a_head_there_are_no_logits(shape):
     work = replace(WORK, num_scored=0)
     assert activations.head(shape, work) == activations.head_gradient(shape, work) == 0

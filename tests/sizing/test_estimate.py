@@ -4,8 +4,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.sizing import Estimate, Item, Strategy, estimate_memory
+from llmrl.models.adapters import load_adapted
+from llmrl.sizing import Estimate, Item, Strategy, estimate_memory, read_shape
 from llmrl.sizing.estimate import _Supervised
+from tests.models.quantized import save_base
 
 RUN = {"output_dir": "out", "num_iterations": 1}
 RULE = {"functions": [{"name": "rule.py:rule"}]}
@@ -208,3 +210,18 @@ def test_a_reference_that_moves(shape):
     adapted = reference({"reference_refresh_every": 5}, **lora)
     assert item(adapted, "reference") == item(adapted, "AdamW's states") // 2 > 0
     assert item(reference({}, **lora), "reference") == 0
+
+
+def test_a_base_of_four_bits_has_the_bytes_of_a_real_one(tmp_path):
+    """Weights that stay as they are in float32, and once more in bfloat16 to sample from; 4 bits stand there once."""
+    bnb = pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
+    path = save_base(tmp_path, "llama", hidden_size=256, intermediate_size=512)
+    config = rl(GRPORun, path=path, dtype="bfloat16", quantization="nf4", lora={"rank": 2})
+    model, _ = load_adapted(config.model)
+    stored = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
+    others = sum(p.numel() for p in model.parameters() if not isinstance(p, bnb.nn.Params4bit))
+    bits = sum(p.nbytes + p.quant_state.absmax.nbytes + p.quant_state.state2.absmax.nbytes for p in stored)
+    estimate = estimate_memory(config, read_shape(config.model), Strategy())
+    assert item(estimate, "weights") == pytest.approx(4 * others + bits, rel=1e-3)
+    assert item(estimate, "copy to sample from") == 2 * others
+    assert estimate.host_loading < item(estimate, "weights")

@@ -84,3 +84,11 @@ def test_what_cannot_be_read_has_no_shape(tmp_path):
     assert read_shape(ModelConfig(path=str(tmp_path))) is None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}))
     assert read_shape(ModelConfig(path=str(tmp_path))) is None
+
+
+def test_layers_of_whole_blocks_can_be_quantized(llama):
+    """Of 64 inputs, not of 96: all but the projection down."""
+    wide = LlamaConfig(**(llama.to_dict() | {"hidden_size": 64, "intermediate_size": 96}))
+    shape = shape_of(wide)
+    assert shape.num_linear - shape.num_quantized == 2 * 96 * 64 + 2 * 8 * 64  # and o_proj, of 2 heads of 4
+    assert shape.largest_linear == 96 * 64

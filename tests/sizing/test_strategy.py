@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,12 @@ def over(num_devices: int, zero_stage: int = 0, **settings) -> Strategy:
 def test_resident_by_hand(strategy, always, of_gradients):
     assert sum(num_bytes for _, num_bytes in resident(SPLIT, strategy)) == always
     assert gradients(SPLIT, strategy) == of_gradients
+
+
+def test_weights_of_four_bits_by_hand():
+    """Of 2**14 weights: half a byte each, 256 scales of a byte, and a float32 number for these."""
+    split = replace(SPLIT, frozen=3 * 2**14, quantized=2**15)
+    assert dict(resident(split, ALONE))["weights"] == 4 * (1000 + 2**14) + 2 * (2**13 + 256 + 4)
 
 
 def test_transient_by_hand():

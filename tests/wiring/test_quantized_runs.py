@@ -154,7 +154,7 @@ def test_what_is_sampled_is_what_is_trained(folders, dtype, tmp_path):
     rows = metrics(config)
     assert rows[0]["kl/mean"] == 0.0
     assert rows[-1]["kl/mean"] != 0.0
-    assert {row["policy/ratio_max_deviation"] for row in rows} == {0.0}
+    assert max(row["policy/ratio_max_deviation"] for row in rows) < 1e-6
     gaps = [row["policy/rollout_gap"] for row in rows]
     assert max(gaps) < (1e-5 if dtype == "float32" else 0.02)
 
@@ -212,10 +212,14 @@ def test_an_evaluation_reads_the_same_bits(folders, tmp_path):
 def test_what_cannot_be_is_refused_with_the_way_out(folders, tmp_path):
     model = models(folders)["nf4"]
     ppo = runs_of(tmp_path, model, "ppo adapter", "refused")
-    with pytest.raises(ValueError, match=r"^critic\.network own .* \(nf4\) .*; set critic\.network to adapter or shared"):
+    with pytest.raises(
+        ValueError, match=r"^critic\.network own .* \(nf4\) .*; set critic\.network to adapter or shared"
+    ):
         replace(ppo, critic=CriticConfig(network="own"))
     reward = RewardConfig(model=LearnedRewardConfig(path="runs/rm/final", on_actor_base=True))
-    with pytest.raises(ValueError, match=r"^reward\.model\.on_actor_base .* model\.quantization \(nf4\) rounds .* out$"):
+    with pytest.raises(
+        ValueError, match=r"^reward\.model\.on_actor_base .* model\.quantization \(nf4\) rounds .* out$"
+    ):
         replace(ppo, reward=reward)
 
 
@@ -228,5 +232,3 @@ def test_launches_that_split_or_cast_weights_are_refused(folders, kind, launcher
     config = runs_of(tmp_path, models(folders)["nf4"], kind, "split")
     with pytest.raises(LaunchError, match=rf"(model\.quantization \(nf4\): the launch is by {launcher}|critic)"):
         build(config)
-
-
