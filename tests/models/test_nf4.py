@@ -16,7 +16,7 @@ from .quantized import FAMILIES, save_base, save_dequantized
 
 pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
 
-from llmrl.models.nf4 import NF4Linear, dequantized, merged  # noqa: E402
+from llmrl.models.nf4 import NF4Linear, dequantized, merged
 
 IDS = torch.tensor([[7, 8, 9, 20, 21], [3, 4, 90, 60, 2]])
 NF4 = (
