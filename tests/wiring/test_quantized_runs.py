@@ -189,7 +189,7 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(folders, kind, tmp_pat
 
 
 def test_an_evaluation_reads_the_same_bits(folders, tmp_path):
-    """Before training, from a recipe; and of what was trained, from final/adapter on 4 bits as from final/."""
+    """Before training that is the score on their numbers; of what was trained, final/ has the score of the run."""
     config = runs_of(tmp_path, models(folders)["nf4"], "grpo", "evaluated")
     config = replace(config, evaluation_data=config.data)
     build(config)[0].train()
