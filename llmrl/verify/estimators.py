@@ -3,7 +3,7 @@ its spread."""
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from llmrl.batches import Batch
 from llmrl.functional.losses import token_weights
 from llmrl.roles import Algorithm
 from llmrl.user_code import load_object
-from llmrl.verify.game import MAX_TOKENS, Draws, Game, TableCritic, TableNetworks, TablePolicy
+from llmrl.verify.game import MAX_TOKENS, Draws, Game, Gradient, TableCritic, TableNetworks, TablePolicy
 from llmrl.verify.rows import Row
 
 Config = GRPOConfig | PPOConfig
@@ -37,23 +37,6 @@ class _Silent:
 
 class _Table(Protocol):
     passes: list[tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradient:
-    """Expected gradients of the losses: of the actor's logits (N, S, V), and of the values (N, S) if they have one."""
-
-    actor: Float64[Tensor, "N S V"]
-    critic: Float64[Tensor, "N S"] | None = None
-
-    @property
-    def flat(self) -> Float64[Tensor, " P"]:
-        """All of it in one row."""
-        return torch.cat([part.flatten() for part in (self.actor, self.critic) if part is not None])
-
-    def __add__(self, other: "Gradient") -> "Gradient":
-        critics = [part.critic for part in (self, other) if part.critic is not None]
-        return Gradient(actor=self.actor + other.actor, critic=torch.stack(critics).sum(dim=0) if critics else None)
 
 
 def config_of(row: Row, game: Game) -> Config:

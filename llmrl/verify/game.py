@@ -64,6 +64,23 @@ def probabilities(logits: Float64[Tensor, "N S V"]) -> Float64[Tensor, "N Y"]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """Expected gradients of the losses: of the actor's logits (N, S, V), and of the values (N, S) if they have one."""
+
+    actor: Float64[Tensor, "N S V"]
+    critic: Float64[Tensor, "N S"] | None = None
+
+    @property
+    def flat(self) -> Float64[Tensor, " P"]:
+        """All of it in one row."""
+        return torch.cat([part.flatten() for part in (self.actor, self.critic) if part is not None])
+
+    def __add__(self, other: "Gradient") -> "Gradient":
+        critics = [part.critic for part in (self, other) if part.critic is not None]
+        return Gradient(actor=self.actor + other.actor, critic=torch.stack(critics).sum(dim=0) if critics else None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Game:
     """Everything that the gradient of an estimator depends on, as tables."""
 
