@@ -112,7 +112,7 @@ def expected_gradient(terms: Terms, game: Game) -> Gradient:
     return Gradient(actor=actor)
 
 
-# --- draws: the prompt, the response and the probability of each row ---------------------------------------------------
+# --- draws: the prompt, the response and the probability of each row --------------------------------------------------
 
 
 def _responses(game: Game) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"], Float64[Tensor, " R"]]:
