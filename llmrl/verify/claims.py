@@ -6,7 +6,7 @@ too, so that a gradient which is not the one claimed can be looked up among thos
 
 import itertools
 import math
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -37,7 +37,7 @@ class Terms:
     advantage_shift: int = 0
     """Each token gets the advantage of the token that is this many further on; 0 beyond the ends."""
     ratio: Literal["token", "sequence"] = "token"
-    ratio_to: Literal["old", "reference", "sampler", "itself"] = "old"
+    ratio_to: Literal["old", "reference", "sampler"] = "old"
     clip_low: float = math.inf
     clip_high: float = math.inf
     dual_clip: float = math.inf
@@ -63,15 +63,20 @@ class Terms:
 
 GRPO_TERMS = ("baseline", "scale", "aggregation", "ratio", "clip_low", "clip_high", "kl_form")
 PPO_TERMS = ("aggregation", "clip_low", "clip_high", "gamma")
-OTHERS_READ = ("name", "group_size", "kl_coef", "entropy_coef", "dual_clip", "loss", "gae_lambda", "value_lambda")
-OTHERS_READ += ("value_clip",)
+ALSO_KNOWN = ("name", "group_size", "kl_coef", "entropy_coef", "dual_clip", "loss")
+"""Settings that are in the terms under another name, in the game, or say nothing about the gradient."""
+LAMBDAS = ("gae_lambda", "value_lambda", "value_clip")
 
 
 def terms_of(config: GRPOConfig | PPOConfig) -> Terms | None:
     """The estimator that the settings name. None where no formula of it is written here: a setting that is not of
     these terms is not at its default, or names a user's baseline."""
     names = GRPO_TERMS if isinstance(config, GRPOConfig) else PPO_TERMS
-    if any(_is_set(config, field) for field in fields(config) if field.name not in (*names, *OTHERS_READ)):
+    if any(
+        getattr(config, field.name) != field.default
+        for field in fields(config)
+        if field.name not in (*names, *ALSO_KNOWN, *LAMBDAS)
+    ):
         return None
     own = {name: getattr(config, name) for name in names}
     own["dual_clip"] = math.inf if config.dual_clip is None else config.dual_clip
@@ -87,11 +92,6 @@ def terms_of(config: GRPOConfig | PPOConfig) -> Terms | None:
     )
 
 
-def _is_set(config: GRPOConfig | PPOConfig, field: "object") -> bool:
-    default = getattr(field, "default", MISSING)
-    return getattr(config, getattr(field, "name", "")) != default
-
-
 def expected_gradient(terms: Terms, game: Game) -> Gradient:
     """The gradient of the losses in expectation over the sampler's responses, in the limit of a large batch."""
     logits = game.current.clone().requires_grad_()
@@ -100,7 +100,8 @@ def expected_gradient(terms: Terms, game: Game) -> Gradient:
         prompt, response, chance = _responses(game)
         advantages, returns = _estimates(terms, game)
         weights = _weights(terms, response, chance)
-        loss = _policy_loss(terms, game, logits, prompt, response, _standardized(advantages, response, chance), weights)
+        shifted = _shifted(_standardized(advantages, response, chance), response, terms.advantage_shift)
+        loss = _policy_loss(terms, game, logits, prompt, response, shifted, weights)
         loss = loss + _value_loss(terms, game, values, returns, weights)
         actor, critic = torch.autograd.grad(loss, (logits, values), allow_unused=True, materialize_grads=True)
         return Gradient(actor=actor, critic=critic)
@@ -184,8 +185,7 @@ def _estimates(terms: Terms, game: Game) -> tuple[Float64[Tensor, "R T"], Float6
             advantages[n, y, t] = sum(terms.trace ** (k - t) * deltas[k] for k in range(t, length))
             target = sum(terms.value_trace ** (k - t) * deltas[k] for k in range(t, length))
             returns[n, y, t] = target + (values[t] if terms.targets == "returns" else 0.0)
-    response = torch.arange(len(LENGTHS)).repeat(NUM_PROMPTS)
-    return _shifted(advantages.flatten(0, 1), response, terms.advantage_shift), returns.flatten(0, 1)
+    return advantages.flatten(0, 1), returns.flatten(0, 1)
 
 
 def _value(table: Tensor, prompt: int, response: int, t: int) -> float:
@@ -223,9 +223,8 @@ def _policy_loss(
     advantages: Float64[Tensor, "R T"],
     weights: Float64[Tensor, "R T"],
 ) -> Float64[Tensor, ""]:
-    tables = {"old": game.old, "reference": game.reference, "sampler": game.sampler, "itself": logits}
     logprobs = token_logprobs(logits)[prompt, response]
-    log_ratio = logprobs - token_logprobs(tables[terms.ratio_to])[prompt, response]
+    log_ratio = logprobs - _base(terms, game)[prompt, response]
     if terms.ratio == "sequence":
         log_ratio = (log_ratio.sum(dim=1) / LENGTHS[response])[:, None].expand_as(logprobs)
     ratio = log_ratio.exp()
@@ -240,10 +239,15 @@ def _policy_loss(
     return loss - game.entropy_coef * terms.entropy_sign * (weights * entropy).sum()
 
 
+def _base(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
+    """Log-probabilities that the importance ratio divides by."""
+    return token_logprobs({"old": game.old, "reference": game.reference, "sampler": game.sampler}[terms.ratio_to])
+
+
 def _kl(
     terms: Terms, game: Game, logprobs: Float64[Tensor, "R T"], prompt: Int[Tensor, " R"], response: Int[Tensor, " R"]
 ) -> Float64[Tensor, "R T"]:
-    ratio = (logprobs - token_logprobs(game.old)[prompt, response]).exp()
+    ratio = (logprobs - _base(terms, game)[prompt, response]).exp()
     log_ratio = logprobs - token_logprobs(game.reference)[prompt, response]
     k3 = (-log_ratio).exp() - 1 + log_ratio
     match terms.kl_form:

@@ -30,7 +30,7 @@ def _ppo(name: str, *, exact_critic: bool = False, **settings: Any) -> Row:
 PLAIN = {"scale": "none", "aggregation": "constant"}
 """Settings under which nothing but baseline and loss decides about the gradient."""
 ROWS = (
-    _grpo("grpo"),
+    _grpo("grpo, defaults"),
     _grpo("grpo, sequence", aggregation="sequence"),
     _grpo("grpo, as its paper", aggregation="sequence", kl_form="k3_paper"),
     _grpo("dr. grpo", **PLAIN),
@@ -38,8 +38,8 @@ ROWS = (
     _grpo("rloo, k3", baseline="leave_one_out", kl_form="k3", **PLAIN),
     _grpo("dapo", clip_high=0.28),
     _grpo("gspo", aggregation="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
-    _grpo("dual clip", dual_clip=3.0),
-    _ppo("ppo"),
+    _grpo("dual clip", dual_clip=1.1),
+    _ppo("ppo, defaults"),
     _ppo("ppo, exact critic", exact_critic=True),
     _ppo("ppo, lambda 0, exact critic", gae_lambda=0.0, exact_critic=True),
     _ppo("ppo, lambda 1", gae_lambda=1.0),

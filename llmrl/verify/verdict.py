@@ -37,7 +37,7 @@ def probes(*, exact_critic: bool) -> dict[str, Game]:
     """The games that every estimator is measured in: on-policy by the scores alone and with the KL; after the actor has
     moved away from the old one, past the clip; and with an engine that is not the old actor, and an entropy bonus."""
     game = make_game(kl_coef=KL_COEF)
-    actor, values = moved(game.sampler, by=0.6, seed=11), moved(game.values, by=0.4, seed=12)
+    actor, values = moved(game.sampler, by=0.15, seed=11), moved(game.values, by=0.4, seed=12)
     away = replace(game, current=actor, values=values)
     stale = replace(away, old=moved(game.sampler, by=0.2, seed=13), entropy_coef=ENTROPY_COEF)
     games = {SCORES: replace(game, kl_coef=0.0), KL: game, OFF_POLICY: away, STALE: stale}
@@ -174,4 +174,4 @@ def _divisor(config: Config, game: Game) -> float:
 def _relation(terms: Terms | None, *, exact_critic: bool) -> str:
     """How a right gradient is related to that of the objective."""
     found = [] if terms is None else reasons(terms, exact_critic=exact_critic)
-    return "; ".join(found) or "the gradient of the objective"
+    return f"not the gradient of the objective: {'; '.join(found)}" if found else "the gradient of the objective"
