@@ -1,7 +1,6 @@
 """Algorithms run by their own protocol, `experience` and `losses`, on draws from the game: the expected gradient and
 its spread."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -42,7 +41,7 @@ class _Table(Protocol):
 def config_of(row: Row, game: Game) -> Config:
     """The settings of a row, with the coefficients of the game."""
     kind = GRPOConfig if row.algorithm == "grpo" else PPOConfig
-    own = {"group_size": 2} if kind is GRPOConfig else {}
+    own = {"group_size": row.group_size} if kind is GRPOConfig else {}
     return kind(**{**own, **row.settings, "kl_coef": game.kl_coef, "entropy_coef": game.entropy_coef})
 
 
@@ -60,7 +59,7 @@ class Estimator:
         self.actor = TablePolicy(game.old, off_mask=off_mask)
         self.critic = TableCritic(game.old_values, off_mask=off_mask)
         self.config = config_of(row, game)
-        reference = TablePolicy(game.reference, off_mask=off_mask) if game.kl_coef else None
+        reference = TablePolicy(game.reference, off_mask=off_mask)
         self.algorithm = _make(row, self.config, self.actor, self.critic, reference)
 
     def experience(self, draws: Draws) -> Any:
@@ -132,13 +131,8 @@ class Estimator:
         return not isinstance(self.algorithm, UserAlgorithm) or "kl_coef" in vars(self.algorithm.config)["names_read"]
 
 
-def is_ppo(code: str) -> bool:
-    """Whether a user's class is constructed as `PPO` is, with ``networks``."""
-    return "networks" in inspect.signature(load_object(code, role="algorithm")).parameters
-
-
 def _make(
-    row: Row, config: Config, actor: TablePolicy, critic: TableCritic, reference: TablePolicy | None
+    row: Row, config: Config, actor: TablePolicy, critic: TableCritic, reference: TablePolicy
 ) -> Algorithm | UserAlgorithm:
     shared: dict[str, Any] = {"reference": reference, "max_response_tokens": MAX_TOKENS}
     if isinstance(config, PPOConfig):

@@ -12,7 +12,7 @@ from llmrl.batches import pad_columns
 from llmrl.user_code import UserCodeFailure
 from llmrl.verify.estimators import Estimator
 from llmrl.verify.faults import CONTENT, MICROBATCHES, ORDER, RANKS, WIDTH, Fault
-from llmrl.verify.game import NUM_TOKENS, Draws, Game, Gradient, population
+from llmrl.verify.game import NUM_TOKENS, Draws, Game, Gradient
 from llmrl.verify.rows import Row
 
 NUM_GROUPS = 24
@@ -22,9 +22,9 @@ TOLERANCE = 1e-6
 """Relative; weights are in float32."""
 
 
-def broken_invariances(row: Row, game: Game) -> list[Fault]:
-    """The invariances that an estimator does not have, as faults."""
-    draws = _some(game, 1 if row.algorithm == "ppo" else 2)
+def broken_invariances(row: Row, game: Game, population: Draws) -> list[Fault]:
+    """The invariances that an estimator does not have on a few groups of a population, as faults."""
+    draws = _some(population)
     whole = Estimator(row, game).expected(draws).flat
     checks: dict[Fault, Callable[[], Gradient]] = {
         WIDTH: lambda: Estimator(row, game).expected(_padded(draws)),
@@ -58,10 +58,9 @@ def _in_parts(ranks: list[Estimator], draws: Draws, parts: tuple[int, ...]) -> G
     return sum(gradients[1:], start=gradients[0])
 
 
-def _some(game: Game, group_size: int) -> Draws:
-    """A few groups, of both prompts, their scores all different."""
-    draws = population(game, group_size)
-    num_groups = len(draws.frequency) // group_size
+def _some(draws: Draws) -> Draws:
+    """A few groups, of both prompts."""
+    num_groups = len(draws.frequency) // draws.group_size
     chosen = torch.randperm(num_groups, generator=torch.Generator().manual_seed(0))[:NUM_GROUPS].sort().values
     return _select(draws, chosen)
 

@@ -18,6 +18,11 @@ class Row:
     code: str | None = None
     """A user's class, ``path/to/file.py:Class``, in place of GRPO or PPO."""
 
+    @property
+    def group_size(self) -> int:
+        """Responses per prompt: every group of them is enumerated."""
+        return 2 if self.algorithm == "grpo" else 1
+
 
 def _grpo(name: str, **settings: Any) -> Row:
     return Row(name=name, algorithm="grpo", settings=settings)

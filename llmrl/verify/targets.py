@@ -2,6 +2,7 @@
 
 import inspect
 
+from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import load_algorithm
 from llmrl.errors import Error
 from llmrl.messages import nearest
@@ -42,9 +43,9 @@ def _rows_of_code(name: str) -> list[Row]:
     code = load_object(name, role=ROLE)
     parameters = inspect.signature(code).parameters
     if inspect.isclass(code):
-        if "networks" not in parameters:
+        kind = "ppo" if "networks" in parameters or issubclass(code, PPO) else "grpo"
+        if kind == "grpo":
             load_algorithm(name)
-        kind = "ppo" if "networks" in parameters else "grpo"
         return [Row(**{**vars(row), "code": name}) for row in ROWS if row.algorithm == kind]
     match len(parameters):
         case 2:

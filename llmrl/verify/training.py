@@ -18,12 +18,11 @@ def distance_from_optimum(row: Row, game: Game) -> float:
     values = torch.zeros_like(game.values).requires_grad_()
     optimizer = torch.optim.Adam([policy, values], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, NUM_STEPS)
-    group_size = 1 if row.algorithm == "ppo" else 2
     for _ in range(NUM_STEPS):
         table, critic = policy.detach().clone(), values.detach().clone()
         now = replace(game, sampler=table, old=table, current=table, old_values=critic, values=critic)
         now = with_exact_critic(now) if row.exact_critic else now
-        gradient = Estimator(row, now).expected(enumeration(now, group_size))
+        gradient = Estimator(row, now).expected(enumeration(now, row.group_size))
         policy.grad, values.grad = gradient.actor, gradient.critic
         optimizer.step()
         schedule.step()

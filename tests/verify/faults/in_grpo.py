@@ -1,17 +1,20 @@
 """GRPO with a fault, one a class: what it does wrong is its docstring."""
 
 from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 
 from llmrl.algorithms.grpo import GRPO
 from llmrl.functional.advantages import group_relative
+from llmrl.functional.losses import clipped_policy_loss
 
 
 class With(GRPO):
     """GRPO with some settings replaced, whatever was asked for; helpers of the faults."""
 
-    settings: dict = {}
+    settings: ClassVar = {}
 
     def __init__(self, config, **roles):
         super().__init__(replace(config, **self.settings), **roles)
@@ -32,13 +35,13 @@ class With(GRPO):
 class K3AsALoss(With):
     """k3 without the ratio."""
 
-    settings = {"kl_form": "k3_paper"}
+    settings: ClassVar = {"kl_form": "k3_paper"}
 
 
 class K1AsALoss(With):
     """The log-ratio itself as the KL."""
 
-    settings = {"kl_coef": 0.0}
+    settings: ClassVar = {"kl_coef": 0.0}
 
     def extra(self, batch, weights):
         return self.asked.kl_coef * (weights * self.log_ratio(batch)).sum()
@@ -47,7 +50,7 @@ class K1AsALoss(With):
 class KLDetached(With):
     """The KL is in the loss, and has no gradient."""
 
-    settings = {"kl_coef": 0.0}
+    settings: ClassVar = {"kl_coef": 0.0}
 
     def extra(self, batch, weights):
         return self.asked.kl_coef * (weights * self.log_ratio(batch).square() / 2).sum().detach()
@@ -56,7 +59,7 @@ class KLDetached(With):
 class KLOfTheWrongSign(With):
     """The KL is subtracted from the loss."""
 
-    settings = {"kl_coef": 0.0}
+    settings: ClassVar = {"kl_coef": 0.0}
 
     def extra(self, batch, weights):
         live = self.actor.logprobs(batch.sequences).logprobs
@@ -67,17 +70,11 @@ class KLOfTheWrongSign(With):
 class EntropyOfTheWrongSign(With):
     """The entropy is a loss."""
 
-    settings = {"entropy_coef": 0.0}
+    settings: ClassVar = {"entropy_coef": 0.0}
 
     def extra(self, batch, weights):
         entropy = torch.where(batch.counted, self.actor.logprobs(batch.sequences).entropy, 0.0)
         return self.asked.entropy_coef * (weights * entropy).sum()
-
-
-class OneClip(With):
-    """clip_high is not read."""
-
-    settings = {"clip_high": 0.2}
 
 
 class Compared(GRPO):
@@ -103,11 +100,13 @@ class StdOfASample(Compared):
         return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
 
-class OwnScoreInTheBaseline(Compared):
-    """The mean of the whole group, in place of the others."""
+class OwnScoreInTheBaseline(GRPO):
+    """The mean of the whole group, where that of the others is asked for."""
 
-    def compare(self, scores, group_ids):
-        return group_relative(scores, group_ids, scale="none")
+    def __init__(self, config, **roles):
+        super().__init__(config, **roles)
+        if config.baseline == "leave_one_out":
+            self.estimate_advantages = partial(group_relative, scale="none")
 
 
 class BaselineOfTheBatch(Compared):
@@ -188,6 +187,21 @@ class NoClip(Losing):
     def loss(self, logprobs, old_logprobs, advantages, weights):
         loss, _ = self.parts(logprobs, old_logprobs, advantages)
         return (weights * torch.where(weights > 0, loss, 0.0)).sum(), {}
+
+
+class OneClip(Losing):
+    """clip_low on both sides."""
+
+    def loss(self, logprobs, old_logprobs, advantages, weights):
+        return clipped_policy_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            weights,
+            clip_low=self.config.clip_low,
+            clip_high=min(self.config.clip_low, self.config.clip_high),
+            dual_clip=self.config.dual_clip,
+        )
 
 
 class PaddingRead(Losing):
