@@ -398,12 +398,15 @@ def verify(
     Exit status 1 where one of them is not what it claims, see docs/verify.md.
     """
     with bad_input_ends_with_status_2():
+        import torch
+
         from llmrl.verify.table import lines_of
         from llmrl.verify.targets import rows_of
         from llmrl.verify.verdict import verify as verify_row
 
         _check_output(output)
         rows = rows_of(algorithm)
+    torch.set_num_threads(1)  # on tables this small more threads wait for each other
     with failures_in_one_line():
         reports = [report for row in rows if (report := verify_row(row, quick=quick)) is not None]
     print("\n".join(lines_of(reports)))

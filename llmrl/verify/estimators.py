@@ -3,10 +3,10 @@ its spread."""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float64
 from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
@@ -22,6 +22,8 @@ from llmrl.verify.game import MAX_TOKENS, Draws, Game, Gradient, TableCritic, Ta
 from llmrl.verify.rows import Row
 
 Config = GRPOConfig | PPOConfig
+Passes = list[tuple[Tensor, Tensor, Tensor]]
+"""``(prompts, states, gradients)`` of each forward pass, by row and token."""
 
 
 class _Silent:
@@ -32,10 +34,6 @@ class _Silent:
     def message(self, text: str) -> None: ...
     def phase(self, name: str, total: int) -> None: ...
     def advance(self, amount: int = 1) -> None: ...
-
-
-class _Table(Protocol):
-    passes: list[tuple[Tensor, Tensor, Tensor]]
 
 
 def config_of(row: Row, game: Game) -> Config:
@@ -80,7 +78,7 @@ class Estimator:
         )
         return weights * frequency[:, None]
 
-    def run_losses(self, batch: Batch, weights: Tensor) -> tuple[list[tuple], list[tuple]]:
+    def run_losses(self, batch: Batch, weights: Tensor) -> tuple[Passes, Passes]:
         """Runs each loss backward. Returns ``(prompts, states, gradients)`` of every pass of actor and critic."""
         self.actor.logits, self.critic.table = self.game.current, self.game.values
         self.actor.passes.clear()
@@ -146,5 +144,6 @@ def _make(
     return make_user_algorithm(row.code, named, progress=_Silent(), actor=actor, **shared)
 
 
-def _gradients(table: _Table) -> list[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Tensor]]:
+def _gradients(table: TablePolicy | TableCritic) -> Passes:
+    """Prompts, states and gradients of each pass that a loss was computed from."""
     return [(prompts, states, read.grad) for prompts, states, read in table.passes if read.grad is not None]

@@ -92,6 +92,8 @@ FAULTS = (
 )
 """What a gradient that is not the one claimed is looked up among."""
 
+OF_THE_CRITIC = ("trace", "value_shift", "value_clip", "bootstraps_end", "score_at", "targets")
+"""Terms that only an estimator with a critic has."""
 UNKNOWN = Fault("unknown", "the gradient is neither the one claimed nor that of a known fault")
 MICROBATCHES = Fault(
     "local denominators",
@@ -113,9 +115,12 @@ def with_faults(claimed: Terms) -> Iterator[tuple[Fault, Terms]]:
         is_of_kl = "kl_form" in changes
         if claimed.baseline == "critic" and ("baseline" in changes or "scale" in changes or is_of_kl):
             continue
-        if (is_of_kl and claimed.kl_form == "none") or (terms := replace(claimed, **changes)) == claimed:
+        if is_of_kl and claimed.kl_form == "none":
             continue
-        yield fault, terms
+        if claimed.baseline != "critic" and not changes.keys().isdisjoint(OF_THE_CRITIC):
+            continue
+        if (terms := replace(claimed, **changes)) != claimed:
+            yield fault, terms
 
 
 def _meant(value: Any, claimed: Terms) -> Any:

@@ -41,7 +41,7 @@ RESPONSE_IDS, RESPONSE_MASK = _responses()
 LENGTHS = RESPONSE_MASK.sum(dim=1)
 
 
-def states_of(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T+1"]:
+def states_of(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B states"]:
     """The state before each token and after the last one: the children of state s are 3 s + 1, 3 s + 2 and 3 s + 3."""
     states = [torch.zeros_like(ids[:, 0])]
     for token in ids.T:
@@ -276,7 +276,7 @@ class TableNetworks:
         return self.logprobs(sequences).merge(self.values(sequences))
 
 
-def _where(sequences: Sequences) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B T+1"]]:
+def _where(sequences: Sequences) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B states"]]:
     """The prompt of each row, and the states of its tokens; any state where there is none."""
     ids = torch.where(sequences.response_mask, sequences.response_ids, 0)
     states = states_of(ids).clamp(max=NUM_STATES - 1)

@@ -209,3 +209,10 @@ class PaddingRead(Losing):
 
     def loss(self, logprobs, old_logprobs, advantages, weights):
         return (weights * torch.maximum(*self.parts(logprobs, old_logprobs, advantages))).sum(), {}
+
+
+class DrawnInOrder(Compared):
+    """Earlier responses count more."""
+
+    def compare(self, scores, group_ids):
+        return group_relative(scores, group_ids) / torch.arange(1, len(scores) + 1)
