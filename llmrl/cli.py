@@ -379,6 +379,44 @@ def recipes(
             print(*recipe, sep="\t")
 
 
+@app.command()
+def verify(
+    algorithm: Annotated[
+        str | None,
+        typer.Argument(
+            help="grpo, ppo, one row of the table, or code of yours, path/to/file.py:name: a class, a baseline or a "
+            "loss. All rows where it is left out."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leaves out the training to the optimum.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Writes the numbers to this JSON file.", callback=_at_home)
+    ] = None,
+) -> None:
+    """Compares the gradient of algorithms with what they claim, on a language model that is enumerated.
+
+    Exit status 1 where one of them is not what it claims, see docs/verify.md.
+    """
+    with bad_input_ends_with_status_2():
+        import torch
+
+        from llmrl.verify.table import lines_of
+        from llmrl.verify.targets import rows_of
+        from llmrl.verify.verdict import verify as verify_row
+
+        _check_output(output)
+        rows = rows_of(algorithm)
+    torch.set_num_threads(1)  # on tables this small more threads wait for each other
+    with failures_in_one_line():
+        reports = [report for row in rows if (report := verify_row(row, quick=quick)) is not None]
+    print("\n".join(lines_of(reports)))
+    if left_out := len(rows) - len(reports):
+        print(f"\n{left_out} rows left out: {algorithm} does not read their settings")
+    if output is not None:
+        _write(output, json.dumps([report.to_record() for report in reports], indent=1))
+    raise typer.Exit(0 if all(report.holds for report in reports) else 1)
+
+
 def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
     """The run that a recipe of one of these commands describes."""
     try:

@@ -47,8 +47,8 @@ class GRPOConfig(Section, place="algorithm"):
     """Weight of the KL to the reference in the loss. 0 keeps no reference model, and then no kl/* is measured, unless
     model.lora is set, where a reference takes no memory."""
     kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
-    """k2 times the detached ratio, or k3 times the live one: both have the KL's exact expected gradient. k3_paper: k3
-    alone, as the GRPO paper writes it; biased once the policy has moved away from the one that sampled."""
+    """k2 times the detached ratio, or k3 times the live one: both have the exact expected gradient of each token's KL.
+    k3_paper: k3 alone, as the GRPO paper writes it, which has the gradient of KL(reference, policy)."""
     reference_refresh_every: Annotated[int | None, Bound(least=1)] = None
     """Moves the reference towards the actor after every this many iterations; null keeps it where the actor began."""
     reference_mixing: Annotated[float, Bound(above=0, most=1)] = 1.0

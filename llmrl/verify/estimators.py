@@ -1,0 +1,149 @@
+"""Algorithms run by their own protocol, `experience` and `losses`, on draws from the game: the expected gradient and
+its spread."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.grpo import GRPO
+from llmrl.algorithms.ppo import PPO
+from llmrl.algorithms.user_algorithm import UserAlgorithm, make_user_algorithm
+from llmrl.algorithms.user_functions import failures_of
+from llmrl.batches import Batch
+from llmrl.functional.losses import token_weights
+from llmrl.roles import Algorithm
+from llmrl.user_code import load_object
+from llmrl.verify.game import MAX_TOKENS, Draws, Game, Gradient, TableCritic, TableNetworks, TablePolicy
+from llmrl.verify.rows import Row
+
+Config = GRPOConfig | PPOConfig
+Passes = list[tuple[Tensor, Tensor, Tensor]]
+"""``(prompts, states, gradients)`` of each forward pass, by row and token."""
+
+
+class _Silent:
+    """`Progress` that prints nothing."""
+
+    def begin(self, num_iterations: int, num_done: int = 0) -> None: ...
+    def iteration(self, number: int, values: Mapping[str, float]) -> None: ...
+    def message(self, text: str) -> None: ...
+    def phase(self, name: str, total: int) -> None: ...
+    def advance(self, amount: int = 1) -> None: ...
+
+
+def config_of(row: Row, game: Game) -> Config:
+    """The settings of a row, with the coefficients of the game."""
+    kind = GRPOConfig if row.algorithm == "grpo" else PPOConfig
+    own = {"group_size": row.group_size} if kind is GRPOConfig else {}
+    return kind(**{**own, **row.settings, "kl_coef": game.kl_coef, "entropy_coef": game.entropy_coef})
+
+
+class Estimator:
+    """An algorithm on the game's tables.
+
+    Args:
+        row: What is verified.
+        game: The tables, and the coefficients of KL and entropy.
+        off_mask: What stands in the padding of every output of actor, reference and critic.
+    """
+
+    def __init__(self, row: Row, game: Game, *, off_mask: float = 0.0) -> None:
+        self.game = game
+        self.actor = TablePolicy(game.old, off_mask=off_mask)
+        self.critic = TableCritic(game.old_values, off_mask=off_mask)
+        self.config = config_of(row, game)
+        reference = TablePolicy(game.reference, off_mask=off_mask)
+        self.algorithm = _make(row, self.config, self.actor, self.critic, reference)
+
+    def experience(self, draws: Draws) -> Any:
+        """What the algorithm learns from, as the actor and critic were at the start of the iteration."""
+        self.actor.logits, self.critic.table = self.game.old, self.game.old_values
+        with torch.no_grad():
+            return self.algorithm.experience(draws.rollout, draws.scores)[0]
+
+    def weights(self, experience: Any, draws: Draws) -> Float64[Tensor, "B T"]:
+        """Weights of the tokens of one optimizer step, as the loop gives them, times the frequency of each row."""
+        mask, frequency = experience.counted, draws.frequency
+        weights = token_weights(
+            mask,
+            aggregation=self.algorithm.aggregation,
+            num_tokens=(frequency * mask.sum(dim=1)).sum(),
+            num_responses=(frequency * mask.any(dim=1)).sum(),
+            max_response_tokens=self.algorithm.max_response_tokens,
+        )
+        return weights * frequency[:, None]
+
+    def run_losses(self, batch: Batch, weights: Tensor) -> tuple[Passes, Passes]:
+        """Runs each loss backward. Returns ``(prompts, states, gradients)`` of every pass of actor and critic."""
+        self.actor.logits, self.critic.table = self.game.current, self.game.values
+        self.actor.passes.clear()
+        self.critic.passes.clear()
+        for _, loss, _ in self.algorithm.losses(batch, weights):
+            loss.backward()
+        return _gradients(self.actor), _gradients(self.critic)
+
+    def gradient_of(self, batch: Batch, weights: Tensor) -> Gradient:
+        """The gradient of the losses of one microbatch."""
+        actor, critic = self.run_losses(batch, weights)
+        total = torch.zeros_like(self.game.current)
+        for prompts, states, gradients in actor:
+            total = total.index_put((prompts, states), gradients, accumulate=True)
+        if not critic:
+            return Gradient(actor=total)
+        values = torch.zeros_like(self.game.values)
+        for prompts, states, gradients in critic:
+            values = values.index_put((prompts, states), gradients, accumulate=True)
+        return Gradient(actor=total, critic=values)
+
+    def expected(self, draws: Draws) -> Gradient:
+        """The gradient of one optimizer step on all draws; on the population it is the expected one."""
+        experience = self.experience(draws)
+        return self.gradient_of(experience, self.weights(experience, draws))
+
+    def variance(self, draws: Draws) -> float:
+        """Variance of the actor's gradient per response: G times the trace of the covariance over groups, divided by
+        the squared norm of the expected gradient. The gradient of B responses has this over B as its variance."""
+        experience = self.experience(draws)
+        (prompts, states, gradients), *_ = self.run_losses(experience, self.weights(experience, draws))[0]
+        table = self.game.current
+        num_groups = len(prompts) // draws.group_size
+        groups = (torch.arange(len(prompts)) // draws.group_size)[:, None].expand_as(states)
+        of_group = torch.zeros(num_groups, *table.shape, dtype=table.dtype)
+        of_group = of_group.index_put((groups, prompts, states), gradients * num_groups, accumulate=True).flatten(1)
+        mean = of_group.mean(dim=0)
+        spread = (of_group - mean).square().sum(dim=1).mean()
+        return float(draws.group_size * spread / mean.square().sum())
+
+    def unread(self) -> list[str]:
+        """Settings that a user's class did not read, of those that differ from their defaults."""
+        return self.algorithm.config.unread() if isinstance(self.algorithm, UserAlgorithm) else []
+
+    @property
+    def reads_kl(self) -> bool:
+        """Whether the class asked for the coefficient of the KL."""
+        return not isinstance(self.algorithm, UserAlgorithm) or "kl_coef" in vars(self.algorithm.config)["names_read"]
+
+
+def _make(
+    row: Row, config: Config, actor: TablePolicy, critic: TableCritic, reference: TablePolicy
+) -> Algorithm | UserAlgorithm:
+    shared: dict[str, Any] = {"reference": reference, "max_response_tokens": MAX_TOKENS}
+    if isinstance(config, PPOConfig):
+        make = PPO if row.code is None else load_object(row.code, role="algorithm")
+        networks = TableNetworks(actor, critic)
+        with failures_of(make, f"algorithm {row.code}"):
+            return make(config, networks=networks, warmup_iterations=0, value_coef=0.5, one_step=False, **shared)
+    if row.code is None:
+        return GRPO(config, actor=actor, **shared)
+    named = replace(config, name=row.code)
+    return make_user_algorithm(row.code, named, progress=_Silent(), actor=actor, **shared)
+
+
+def _gradients(table: TablePolicy | TableCritic) -> Passes:
+    """Prompts, states and gradients of each pass that a loss was computed from."""
+    return [(prompts, states, read.grad) for prompts, states, read in table.passes if read.grad is not None]

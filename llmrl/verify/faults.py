@@ -1,0 +1,132 @@
+"""Known faults of policy-gradient estimators: the wrong term of each, and what to say about it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmrl.verify.claims import Terms
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """Something that is wrong with an estimator."""
+
+    name: str
+    reason: str
+    terms: dict[str, Any] = field(default_factory=dict)
+    """The terms that have these values in place of those claimed."""
+
+
+FAULTS = (
+    Fault(
+        "k3 as a loss",
+        "the KL is k3 without the ratio, whose expected gradient is that of KL(reference, policy), the other direction",
+        {"kl_form": "k3_paper"},
+    ),
+    Fault("k1 as a loss", "the KL is k1 in the loss, whose expected gradient on-policy is zero", {"kl_form": "k1"}),
+    Fault("KL without gradient", "the KL is detached, or left out", {"kl_form": "none"}),
+    Fault("KL of the wrong sign", "the KL is added where it should be subtracted", {"kl_sign": -1.0}),
+    Fault(
+        "own score in the baseline",
+        "the baseline has the response's own score in it, so that the scores have (G-1)/G of their gradient",
+        {"baseline": "mean"},
+    ),
+    Fault(
+        "baseline of the batch",
+        "scores are compared with the mean of the batch, other prompts included",
+        {"baseline": "mean of the batch"},
+    ),
+    Fault("no baseline", "scores are compared with nothing", {"baseline": "none"}),
+    Fault(
+        "std over the batch",
+        "advantages are divided by the standard deviation of the whole batch, not of the group",
+        {"scale": "std of the batch"},
+    ),
+    Fault("std of a sample", "the standard deviation is that of a sample, with G-1 in it", {"scale": "sample std"}),
+    Fault("scaled by the std", "advantages are divided by the spread of the group", {"scale": "std"}),
+    Fault("not scaled by the std", "advantages are not divided by the spread of the group", {"scale": "none"}),
+    Fault("advantages one early", "each token has the advantage of the token after it", {"advantage_shift": 1}),
+    Fault("advantages one late", "each token has the advantage of the token before it", {"advantage_shift": -1}),
+    Fault(
+        "ratio to the reference", "the ratio is that to the reference, not to the old policy", {"ratio_to": "reference"}
+    ),
+    Fault(
+        "ratio to the engine's",
+        "the ratio is that to the log-probabilities of the engine, not to the old policy",
+        {"ratio_to": "sampler"},
+    ),
+    Fault(
+        "no policy gradient",
+        "the scores have no gradient: something is detached",
+        {"policy_sign": 0.0},
+    ),
+    Fault("wrong sign", "the gradient of the scores points away from them", {"policy_sign": -1.0}),
+    Fault(
+        "clip of the wrong side",
+        "the loss is the smaller of the clipped and the unclipped one, where it should be the larger",
+        {"is_pessimistic": False},
+    ),
+    Fault("no clip", "the ratio is not clipped", {"clip_low": float("inf"), "clip_high": float("inf")}),
+    Fault("one clip for both sides", "the ratio is clipped from above by clip_low", {"clip_high": "clip_low"}),
+    Fault("ratio of tokens", "the ratio is that of each token, not of the response", {"ratio": "token"}),
+    Fault("entropy of the wrong sign", "the entropy is subtracted where it should be added", {"entropy_sign": -1.0}),
+    Fault("no entropy bonus", "the entropy bonus is left out, or has no gradient", {"entropy_sign": 0.0}),
+    Fault("aggregated by token", "each token counts the same, against the setting", {"aggregation": "token"}),
+    Fault("aggregated by sequence", "each response counts the same, against the setting", {"aggregation": "sequence"}),
+    Fault("divided by a constant", "losses are divided by a constant: rows times width", {"aggregation": "constant"}),
+    Fault("value after the token", "the value of a token is read after it is chosen", {"value_shift": 1}),
+    Fault(
+        "terminal state bootstrapped",
+        "the critic's value after the last token is added to a score that is final",
+        {"bootstraps_end": True},
+    ),
+    Fault("trace without gamma", "advantages decay by gae_lambda alone, without gamma", {"trace": "without gamma"}),
+    Fault("score at every token", "every token is paid the score, not the last one alone", {"score_at": "every"}),
+    Fault(
+        "score at the length limit",
+        "the score stands at the last column, which short responses do not have",
+        {"score_at": "limit"},
+    ),
+    Fault("critic learns advantages", "the critic's targets lack the old values", {"targets": "advantages"}),
+    Fault("values not clipped", "value_clip is not applied", {"value_clip": float("inf")}),
+)
+"""What a gradient that is not the one claimed is looked up among."""
+
+OF_THE_CRITIC = ("trace", "value_shift", "value_clip", "bootstraps_end", "score_at", "targets")
+"""Terms that only an estimator with a critic has."""
+UNKNOWN = Fault("unknown", "the gradient is neither the one claimed nor that of a known fault")
+MICROBATCHES = Fault(
+    "local denominators",
+    "the result depends on how the minibatch is split into microbatches: it divides by a number of the part",
+)
+RANKS = Fault("ranks differ", "two ranks that share a minibatch do not add up to one that has all of it")
+WIDTH = Fault("padding counted", "further columns of padding change the result: the mask is dropped")
+CONTENT = Fault(
+    "padding read", "NaN in the padding gets into the result: select with torch.where in place of a product with 0"
+)
+ORDER = Fault("order of groups", "the result depends on the order of the groups")
+DISTURBED = (MICROBATCHES, RANKS, WIDTH, CONTENT, ORDER)
+
+
+def with_faults(claimed: Terms) -> Iterator[tuple[Fault, Terms]]:
+    """Each known fault that an estimator can have, and the terms that it then has."""
+    for fault in FAULTS:
+        changes = {name: _meant(value, claimed) for name, value in fault.terms.items()}
+        is_of_kl = "kl_form" in changes
+        if claimed.baseline == "critic" and ("baseline" in changes or "scale" in changes or is_of_kl):
+            continue
+        if is_of_kl and claimed.kl_form == "none":
+            continue
+        if claimed.baseline != "critic" and not changes.keys().isdisjoint(OF_THE_CRITIC):
+            continue
+        if (terms := replace(claimed, **changes)) != claimed:
+            yield fault, terms
+
+
+def _meant(value: Any, claimed: Terms) -> Any:
+    match value:
+        case "clip_low":
+            return claimed.clip_low
+        case "without gamma":
+            return claimed.trace / claimed.gamma if claimed.gamma else claimed.trace
+    return value

@@ -1,0 +1,54 @@
+"""The table: which algorithms, with which settings, are verified by default. A new estimator is one more row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An estimator: an algorithm and its settings."""
+
+    name: str
+    algorithm: Literal["grpo", "ppo"]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the section `algorithm`, except `kl_coef` and `entropy_coef`, which the probes set."""
+    exact_critic: bool = False
+    """Whether the critic is right about the actor, or is noise."""
+    code: str | None = None
+    """A user's class, ``path/to/file.py:Class``, in place of GRPO or PPO."""
+
+    @property
+    def group_size(self) -> int:
+        """Responses per prompt: every group of them is enumerated."""
+        return 2 if self.algorithm == "grpo" else 1
+
+
+def _grpo(name: str, **settings: Any) -> Row:
+    return Row(name=name, algorithm="grpo", settings=settings)
+
+
+def _ppo(name: str, *, exact_critic: bool = False, **settings: Any) -> Row:
+    return Row(name=name, algorithm="ppo", settings=settings, exact_critic=exact_critic)
+
+
+PLAIN = {"scale": "none", "aggregation": "constant"}
+"""Settings under which nothing but baseline and loss decides about the gradient."""
+ROWS = (
+    _grpo("grpo, defaults"),
+    _grpo("grpo, sequence", aggregation="sequence"),
+    _grpo("grpo, as its paper", aggregation="sequence", kl_form="k3_paper"),
+    _grpo("dr. grpo", **PLAIN),
+    _grpo("rloo", baseline="leave_one_out", **PLAIN),
+    _grpo("rloo, k3", baseline="leave_one_out", kl_form="k3", **PLAIN),
+    _grpo("dapo", clip_high=0.28),
+    _grpo("gspo", aggregation="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
+    _grpo("dual clip", dual_clip=1.1),
+    _ppo("ppo, defaults"),
+    _ppo("ppo, exact critic", exact_critic=True),
+    _ppo("ppo, lambda 0, exact critic", gae_lambda=0.0, exact_critic=True),
+    _ppo("ppo, lambda 1", gae_lambda=1.0),
+    _ppo("ppo, value_lambda 1", value_lambda=1.0),
+    _ppo("ppo, gamma 0.9", gamma=0.9, gae_lambda=0.9),
+    _ppo("ppo, sequence", aggregation="sequence", gae_lambda=1.0),
+)

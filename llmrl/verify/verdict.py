@@ -1,0 +1,181 @@
+"""Verdicts: whether an estimator has the gradient that it claims, and if not, which fault it has."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from llmrl.verify.claims import Terms, expected_gradient, reasons, terms_of, without_kl
+from llmrl.verify.estimators import Config, Estimator
+from llmrl.verify.faults import UNKNOWN, Fault, with_faults
+from llmrl.verify.game import (
+    LENGTHS,
+    MAX_TOKENS,
+    Draws,
+    Game,
+    Gradient,
+    make_game,
+    moved,
+    population,
+    probabilities,
+    with_exact_critic,
+)
+from llmrl.verify.invariances import broken_invariances
+from llmrl.verify.rows import Row
+from llmrl.verify.training import distance_from_optimum
+
+KL_COEF, ENTROPY_COEF = 0.3, 0.1
+TOLERANCE = 1e-5
+"""Relative distance below which two gradients are one; weights are in float32."""
+SCORES, KL, OFF_POLICY, STALE = "scores", "kl", "off-policy", "stale"
+ON_POLICY = (SCORES, KL)
+NUM_RESPONSES = 1024
+"""Responses that the standard error is given for."""
+
+
+def probes(*, exact_critic: bool) -> dict[str, Game]:
+    """The games that every estimator is measured in: on-policy by the scores alone and with the KL; after the actor has
+    moved away from the old one, past the clip; and with an engine that is not the old actor, and an entropy bonus."""
+    game = make_game(kl_coef=KL_COEF)
+    actor, values = moved(game.sampler, by=0.15, seed=11), moved(game.values, by=0.4, seed=12)
+    away = replace(game, current=actor, values=values)
+    stale = replace(away, old=moved(game.sampler, by=0.2, seed=13), entropy_coef=ENTROPY_COEF)
+    games = {SCORES: replace(game, kl_coef=0.0), KL: game, OFF_POLICY: away, STALE: stale}
+    return {name: with_exact_critic(game) if exact_critic else game for name, game in games.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found out about one estimator."""
+
+    name: str
+    factor: float
+    """Expected gradient of the scores over the true one, times what its aggregation divides by: 1 for RLOO."""
+    bias: float
+    """Distance of the expected gradient from the true one times a factor, relative to that; on-policy, scores alone."""
+    bias_kl: float
+    """The same of the KL-regularized objective."""
+    cosine: float
+    """With the true gradient of the KL-regularized objective."""
+    cosine_off_policy: float
+    """The same where the actor has moved away from the policy that sampled."""
+    claim_error: float | None
+    """Largest distance from what the settings claim, relative; None where no formula of it is known."""
+    variance: float
+    """Variance of the gradient per response, relative to the squared norm of the expected one."""
+    standard_error: float
+    """Standard error of the gradient of 1,024 responses, relative to the norm of the expected one."""
+    distance: float | None
+    """Total variation from the optimum after training; None where nothing was trained."""
+    faults: tuple[Fault, ...]
+    reason: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def to_record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        record = asdict(self)
+        return record | {"faults": [fault.name for fault in self.faults], "holds": self.holds}
+
+
+def verify(row: Row, *, quick: bool) -> Report | None:
+    """Verifies one estimator; `quick` trains nothing. None where the user's class does not read the row's settings.
+
+    Raises:
+        UserCodeFailure: The user's code failed.
+    """
+    games = probes(exact_critic=row.exact_critic)
+    draws = population(games[KL], row.group_size)
+    estimators = {name: Estimator(row, game) for name, game in games.items()}
+    measured = {name: estimator.expected(draws) for name, estimator in estimators.items()}
+    used = estimators[KL]
+    if set(used.unread()) - _unread_by_ours(row, games[KL], draws):
+        return None
+    terms = terms_of(used.config)
+    if terms is not None and not used.reads_kl:
+        terms = without_kl(terms)
+    claims = games.keys() if used.config.loss == "clipped" else ON_POLICY
+    error, found, note = _judge(terms, {name: games[name] for name in claims}, measured)
+    found += tuple(broken_invariances(row, games[STALE], draws))
+    bias = {name: _bias(measured[name], games[name]) for name in ON_POLICY}
+    variance = used.variance(draws)
+    return Report(
+        name=row.name,
+        factor=bias[SCORES][0] * _divisor(used.config, games[SCORES]),
+        bias=bias[SCORES][1],
+        bias_kl=bias[KL][1],
+        cosine=_cosine(measured[KL], games[KL]),
+        cosine_off_policy=_cosine(measured[OFF_POLICY], games[OFF_POLICY]),
+        claim_error=error,
+        variance=variance,
+        standard_error=(variance / NUM_RESPONSES) ** 0.5,
+        distance=None if quick else distance_from_optimum(row, games[KL]),
+        faults=found,
+        reason="; ".join(
+            [fault.reason for fault in found] or [note or _relation(terms, exact_critic=row.exact_critic)]
+        ),
+    )
+
+
+def _unread_by_ours(row: Row, game: Game, draws: Draws) -> set[str]:
+    """Settings of a row that GRPO itself has no use for, such as the scale beside a baseline of one left out."""
+    if row.code is None or row.algorithm == "ppo":
+        return set()
+    ours = Estimator(replace(row, code="llmrl.algorithms.grpo:GRPO"), game)
+    ours.expected(draws)
+    return set(ours.unread())
+
+
+def _judge(
+    terms: Terms | None, games: Mapping[str, Game], measured: Mapping[str, Gradient]
+) -> tuple[float | None, tuple[Fault, ...], str]:
+    """``(distance from the claim, faults, note)``: the claim itself, else known faults, else the true gradient."""
+    if terms is not None:
+        error = _error(terms, games, measured)
+        if error < TOLERANCE:
+            return error, (), ""
+        known = tuple(fault for fault, wrong in with_faults(terms) if _error(wrong, games, measured) < TOLERANCE)
+        if known:
+            return error, known, ""
+    else:
+        error = None
+    if _bias(measured[SCORES], games[SCORES])[1] < TOLERANCE:
+        return error, (), "the true gradient of the scores, by another estimator than those that are known"
+    return error, (UNKNOWN,), ""
+
+
+def _error(terms: Terms, games: Mapping[str, Game], measured: Mapping[str, Gradient]) -> float:
+    """Largest distance from the gradient of these terms, relative to the gradient of the objective."""
+    distances = {name: measured[name].flat - expected_gradient(terms, game).flat for name, game in games.items()}
+    return max(float(distances[name].abs().max() / game.gradient().abs().max()) for name, game in games.items())
+
+
+def _bias(measured: Gradient, game: Game) -> tuple[float, float]:
+    """``(factor, bias)``: the multiple of the true gradient that is nearest, and the distance relative to that."""
+    truth, ascent = game.gradient(), -measured.actor
+    factor = (ascent * truth).sum() / truth.square().sum()
+    rest = (ascent - factor * truth).norm()
+    return float(factor), float(rest / (factor * truth).norm()) if factor else float("inf")
+
+
+def _cosine(measured: Gradient, game: Game) -> float:
+    truth, ascent = game.gradient(), -measured.actor
+    return float((truth * ascent).sum() / (truth.norm() * ascent.norm()).clamp(min=1e-300))
+
+
+def _divisor(config: Config, game: Game) -> float:
+    """What the loss of a response divides by, on the average: so a factor of 1 is the policy gradient itself."""
+    match config.aggregation:
+        case "constant":
+            return float(MAX_TOKENS)
+        case "token":
+            return float((probabilities(game.sampler) * LENGTHS).sum(dim=1).mean())
+    return 1.0
+
+
+def _relation(terms: Terms | None, *, exact_critic: bool) -> str:
+    """How a right gradient is related to that of the objective."""
+    found = [] if terms is None else reasons(terms, exact_critic=exact_critic)
+    return f"not the gradient of the objective: {'; '.join(found)}" if found else "the gradient of the objective"

@@ -1,0 +1,124 @@
+"""PPO with a fault, one a class: what it does wrong is its docstring."""
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import pad
+
+from llmrl.algorithms.ppo import PPO
+from llmrl.batches import StopReason, TokenOutputs
+from llmrl.functional.masking import standardize
+
+
+class AdvantagesOneLate(PPO):
+    """Each token has the advantage of the one before it."""
+
+    def losses(self, batch, weights):
+        return super().losses(replace(batch, advantages=pad(batch.advantages, (1, -1))), weights)
+
+
+class AdvantagesOneEarly(PPO):
+    """Each token has the advantage of the one after it."""
+
+    def losses(self, batch, weights):
+        return super().losses(replace(batch, advantages=pad(batch.advantages, (-1, 1))), weights)
+
+
+class StandardizedInMicrobatches(PPO):
+    """Moments of the advantages are those of a microbatch."""
+
+    def losses(self, batch, weights):
+        return super().losses(replace(batch, advantages=standardize(batch.advantages, batch.counted)), weights)
+
+
+class ValueAfterTheToken(PPO):
+    """The critic is read one token late."""
+
+    def __init__(self, config, *, networks, **others):
+        super().__init__(config, networks=Late(networks), **others)
+
+
+class Late:
+    share_trunk = False
+
+    def __init__(self, networks):
+        self.networks = networks
+        self.logprobs = networks.logprobs
+
+    def values(self, sequences):
+        outputs = self.networks.values(sequences)
+        values = pad(outputs.values, (0, 1)).scatter(
+            1, sequences.response_lengths[:, None], outputs.last_values[:, None]
+        )
+        return TokenOutputs(named={"values": values[:, 1:], "last_values": outputs.last_values})
+
+    def both(self, sequences):
+        return self.logprobs(sequences).merge(self.values(sequences))
+
+
+def last(rollout):
+    """True on the last token of each response."""
+    mask = rollout.sequences.response_mask
+    return mask & (torch.arange(mask.shape[1]) == rollout.sequences.response_lengths[:, None] - 1)
+
+
+class TerminalBootstrapped(PPO):
+    """The critic's value after the end is added to the score."""
+
+    def __init__(self, config, **others):
+        super().__init__(replace(config, bootstrap_truncated=True), **others)
+
+    def experience(self, rollout, scores):
+        paid = torch.where(last(rollout), scores.total[:, None], scores.per_token)
+        cut = torch.full_like(rollout.stop_reason, StopReason.LENGTH)
+        return super().experience(replace(rollout, stop_reason=cut), replace(scores, per_token=paid))
+
+
+class ScoreAtEveryToken(PPO):
+    """All tokens are paid."""
+
+    def experience(self, rollout, scores):
+        others = rollout.sequences.response_mask & ~last(rollout)
+        return super().experience(
+            rollout, replace(scores, per_token=torch.where(others, scores.total[:, None], scores.per_token))
+        )
+
+
+class ScoreAtTheLimit(PPO):
+    """The last column is paid."""
+
+    def experience(self, rollout, scores):
+        is_long = rollout.sequences.response_lengths == self.max_response_tokens
+        return super().experience(rollout, replace(scores, total=torch.where(is_long, scores.total, 0.0)))
+
+
+class KLOfTheWrongSign(PPO):
+    """The KL is a reward."""
+
+    def __init__(self, config, **others):
+        super().__init__(config, **others)
+        self.kl_control.coef = -config.kl_coef
+
+
+class TraceWithoutGamma(PPO):
+    """Advantages decay by lambda alone."""
+
+    def __init__(self, config, **others):
+        value_lambda = config.gae_lambda if config.value_lambda is None else config.value_lambda
+        gae_lambda = config.gae_lambda / config.gamma
+        super().__init__(replace(config, gae_lambda=gae_lambda, value_lambda=value_lambda), **others)
+
+
+class CriticLearnsAdvantages(PPO):
+    """Targets lack the old values."""
+
+    def experience(self, rollout, scores):
+        experience, metrics = super().experience(rollout, scores)
+        return replace(experience, returns=experience.returns - experience.old_values), metrics
+
+
+class ValuesNotClipped(PPO):
+    """value_clip is not read."""
+
+    def __init__(self, config, **others):
+        super().__init__(replace(config, value_clip=None), **others)

@@ -1,0 +1,124 @@
+import inspect
+
+import pytest
+
+from llmrl.verify.rows import PLAIN, ROWS, Row
+from llmrl.verify.targets import rows_of
+from llmrl.verify.verdict import verify
+from tests.verify.faults import in_grpo, in_ppo
+
+PLANTED = [
+    (in_grpo, "K3AsALoss", "rloo", "k3 as a loss"),
+    (in_grpo, "K1AsALoss", "rloo", "k1 as a loss"),
+    (in_grpo, "KLDetached", "rloo", "KL without gradient"),
+    (in_grpo, "KLOfTheWrongSign", "rloo", "KL of the wrong sign"),
+    (in_grpo, "EntropyOfTheWrongSign", "grpo, defaults", "entropy of the wrong sign"),
+    (in_grpo, "StdOverTheBatch", "grpo, defaults", "std over the batch"),
+    (in_grpo, "StdOfASample", "grpo, sequence", "std of a sample"),
+    (in_grpo, "OwnScoreInTheBaseline", "rloo", "own score in the baseline"),
+    (in_grpo, "BaselineOfTheBatch", "rloo", "baseline of the batch"),
+    (in_grpo, "LocalDenominators", "grpo, defaults", "local denominators"),
+    (in_grpo, "MaskDropped", "dr. grpo", "padding counted, padding read, local denominators"),
+    (in_grpo, "RatioToTheReference", "grpo, defaults", "ratio to the reference"),
+    (in_grpo, "RatioToTheEngine", "rloo, k3", "ratio to the engine's"),
+    (in_grpo, "AggregatedBySequence", "grpo, defaults", "aggregated by sequence"),
+    (in_grpo, "WrongSign", "dr. grpo", "wrong sign"),
+    (in_grpo, "ClipOfTheWrongSide", "dapo", "clip of the wrong side"),
+    (in_grpo, "NoClip", "grpo, defaults", "no clip"),
+    (in_grpo, "OneClip", "dapo", "one clip for both sides"),
+    (in_grpo, "PaddingRead", "grpo, defaults", "padding read"),
+    (in_grpo, "DrawnInOrder", "grpo, defaults", "unknown, order of groups"),
+    (in_ppo, "AdvantagesOneLate", "ppo, defaults", "advantages one late"),
+    (in_ppo, "AdvantagesOneEarly", "ppo, defaults", "advantages one early"),
+    (in_ppo, "StandardizedInMicrobatches", "ppo, defaults", "local denominators"),
+    (in_ppo, "ValueAfterTheToken", "ppo, defaults", "value after the token"),
+    (in_ppo, "TerminalBootstrapped", "ppo, defaults", "terminal state bootstrapped"),
+    (in_ppo, "ScoreAtEveryToken", "ppo, defaults", "score at every token"),
+    (in_ppo, "ScoreAtTheLimit", "ppo, lambda 1", "score at the length limit"),
+    (in_ppo, "KLOfTheWrongSign", "ppo, lambda 1", "KL of the wrong sign"),
+    (in_ppo, "TraceWithoutGamma", "ppo, gamma 0.9", "trace without gamma"),
+    (in_ppo, "CriticLearnsAdvantages", "ppo, defaults", "critic learns advantages"),
+    (in_ppo, "ValuesNotClipped", "ppo, defaults", "values not clipped"),
+]
+HELPERS = {"With", "Compared", "Losing", "Late"}
+
+
+@pytest.mark.parametrize(("file", "code", "name", "found"), PLANTED)
+def test_a_planted_fault_is_named(file, code, name, found):
+    (row,) = [row for row in rows_of(f"{file.__file__}:{code}") if row.name == name]
+    report = verify(row, quick=True)
+    assert report is not None
+    assert ", ".join(fault.name for fault in report.faults) == found
+    assert report.reason
+
+
+def test_every_planted_fault_is_tried():
+    for file in (in_grpo, in_ppo):
+        classes = {name for name, value in vars(file).items() if inspect.isclass(value)}
+        planted = {name for name in classes if vars(file)[name].__module__ == file.__name__} - HELPERS
+        assert planted == {code for module, code, _, _ in PLANTED if module is file}
+    assert len(PLANTED) > 20
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_ours_have_the_gradients_that_they_claim(row):
+    report = verify(row, quick=True)
+    assert report is not None
+    assert report.faults == ()
+    assert report.claim_error is not None
+    assert report.claim_error < 1e-6
+
+
+def test_numbers_of_rloo_are_those_of_theory():
+    report = verify(next(row for row in ROWS if row.name == "rloo"), quick=True)
+    assert report is not None
+    assert report.factor == pytest.approx(1.0, abs=1e-6)
+    assert report.bias < 1e-6
+    assert report.bias_kl > 0.01  # the KL of later tokens
+    assert report.standard_error == pytest.approx((report.variance / 1024) ** 0.5)
+    assert report.to_record() | {"faults": [], "holds": True, "distance": None} == report.to_record()
+
+
+MINE = """
+def zero(scores, group_ids):
+    return scores * 0
+
+def own(scores, group_ids):
+    return scores.sign() * scores.abs() * 1.5
+
+def reinforce(logprobs, old_logprobs, advantages, weights):
+    return -(weights * advantages * logprobs.where(weights > 0, 0.0)).sum()
+
+def upside_down(logprobs, old_logprobs, advantages, weights):
+    return -reinforce(logprobs, old_logprobs, advantages, weights)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    return lambda name: [verify(row, quick=True) for row in rows_of(f"{file}:{name}")]
+
+
+def test_a_baseline_of_the_user_is_judged_by_the_true_gradient(mine):
+    (zero,), (own,) = mine("zero"), mine("own")
+    assert zero.faults == ()
+    assert zero.factor == pytest.approx(1.0, abs=1e-6)
+    assert "true gradient" in zero.reason
+    assert own.cosine < 0
+
+
+def test_a_loss_of_the_user_is_judged_on_policy(mine):
+    for report in mine("reinforce"):
+        assert report.faults == ()
+    for report in mine("upside_down"):
+        assert [fault.name for fault in report.faults] == ["wrong sign"]
+
+
+def test_rows_whose_settings_a_class_does_not_read_are_left_out():
+    code = f"{in_grpo.__file__}:BaselineOfTheBatch"
+    dapo = Row(name="unread", algorithm="grpo", code=code, settings={**PLAIN, "overlong_buffer_tokens": 1})
+    assert verify(dapo, quick=True) is not None
+    ignorant = f"{in_grpo.__file__}:NoClip"
+    assert verify(Row(name="unread", algorithm="grpo", code=ignorant, settings={"dual_clip": 2.0}), quick=True)
