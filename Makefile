@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 LOWEST ?= .venv-lowest
-BEYOND_LOWEST := test_repo.py test_curve.py test_many_processes.py reports/test_trackers.py optim/test_deepspeed.py \
+BEYOND_LOWEST := test_repo.py test_curve.py test_notebooks.py test_many_processes.py reports/test_trackers.py optim/test_deepspeed.py \
     rollout/test_cache.py rollout/test_support.py
 ARITHMETIC := data/arithmetic/train.jsonl
 SFT_MODEL := runs/quickstart/sft/final
