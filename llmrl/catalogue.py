@@ -309,6 +309,28 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=ALGORITHMS,
     ),
     Metric(
+        name="experts/load_max",
+        unit="ratio",
+        meaning="Choices of the most used expert of a layer over those of an even split, in the layer where that is "
+        "largest, over the tokens learned from. Of mixtures of experts.",
+        look_for="1 is even. Where it rises during training, set algorithm.balance_coef.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="experts/unused_fraction",
+        unit="fraction",
+        meaning="Experts, of all layers, that no token learned from chose in the iteration.",
+        look_for="Stays what it was in the first iteration; with few tokens and many experts that is above 0.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="experts/balance_loss",
+        unit="none",
+        meaning="Switch loss: E Σ_e f_e p_e, with the shares f of the optimizer step before, the mean over layers.",
+        look_for="1 is even, and before the first optimizer step it is exactly that.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
         name="policy/step_kl",
         unit="nats per token",
         meaning="KL(old, new) of the whole iteration, after its updates. Only with algorithm.step_kl_target.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmrl.functional.statistics import Explained, Maximum, Mean, Minimum, Moments, Statistic, Total
+from llmrl.functional.statistics import Explained, Loads, Maximum, Mean, Minimum, Moments, Statistic, Total
 
 VARIANCE_ROUNDING = 2.0**-40
 """Smallest variance, relative to the mean squares it is computed from; below it is the rounding of float32."""
@@ -32,7 +32,12 @@ class Metrics:
     def in_floats(self) -> "Metrics":
         """These metrics as Python floats, in one transfer from the device, to be sent to other ranks."""
         flat = iter(_flatten(self.statistics))
-        return Metrics({name: type(s)(*(next(flat) for _ in s)) for name, s in self.statistics.items()})
+        return Metrics(
+            {
+                name: Loads(s.counts.cpu()) if isinstance(s, Loads) else type(s)(*(next(flat) for _ in s))
+                for name, s in self.statistics.items()
+            }
+        )
 
     def per_step(self) -> "Metrics":
         """Each `Total` as a `Mean` of count 1, so that merging optimizer steps averages them."""
@@ -44,13 +49,17 @@ class Metrics:
         )
 
     def values(self) -> dict[str, float]:
-        """Values as floats, in one transfer from the device. `Moments` named ``x`` become ``x/mean`` and ``x/std``.
+        """Values as floats, in one transfer from the device, and one more for `Loads`. `Moments` named ``x`` become
+        ``x/mean`` and ``x/std``, and `Loads` ``x/load_max`` and ``x/unused_fraction``.
 
         A mean over nothing is left out, and so is the explained variance of targets without variance.
         """
         flat = _flatten(self.statistics)
         floats: dict[str, float] = {}
         for name, statistic in self.statistics.items():
+            if isinstance(statistic, Loads):
+                floats.update(_read_loads(name, statistic.counts))
+                continue
             numbers = [flat.pop(0) for _ in statistic]
             floats.update(_read(name, statistic, numbers))
         return floats
@@ -67,7 +76,13 @@ def pool(left: Statistic, right: Statistic) -> Statistic:
             return Maximum(_maximum(left.value, right.value))
         case Minimum(), Minimum():
             return Minimum(-_maximum(-left.value, -right.value))
-        case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()) | (Explained(), Explained()):
+        case (
+            (Mean(), Mean())
+            | (Total(), Total())
+            | (Moments(), Moments())
+            | (Explained(), Explained())
+            | (Loads(), Loads())
+        ):
             return type(left)(*(a + b for a, b in zip(left, right, strict=True)))
     raise TypeError(f"cannot pool a {type(left).__name__} with a {type(right).__name__}: one name, two meanings")
 
@@ -79,7 +94,8 @@ def _maximum(left: Tensor | float, right: Tensor | float) -> Tensor | float:
 
 
 def _flatten(statistics: dict[str, Statistic]) -> list[float]:
-    numbers = [number for statistic in statistics.values() for number in statistic]
+    scalars = (statistic for statistic in statistics.values() if not isinstance(statistic, Loads))
+    numbers = [number for statistic in scalars for number in statistic]
     tensors = [number.detach().double() for number in numbers if isinstance(number, Tensor)]
     fetched = iter(torch.stack(tensors).tolist() if tensors else [])
     return [next(fetched) if isinstance(number, Tensor) else float(number) for number in numbers]
@@ -105,6 +121,15 @@ def _read(name: str, statistic: Statistic, numbers: list[float]) -> dict[str, fl
             return {name: 1 - _variance(count, residual_total, residual_square) / spread}
         case _:
             return {name: numbers[0]}
+
+
+def _read_loads(name: str, counts: Tensor) -> dict[str, float]:
+    """Choices of the most used expert over those of an even split, of the worst layer; and the share of experts that
+    nothing chose."""
+    if not counts.any():
+        return {}
+    load = counts.double() / counts.double().mean(dim=1, keepdim=True)
+    return {f"{name}/load_max": float(load.max()), f"{name}/unused_fraction": float((counts == 0).double().mean())}
 
 
 def _variance(count: float, total: float, square: float) -> float:

@@ -169,6 +169,23 @@ class Trainable(Protocol):
 
 
 @runtime_checkable
+class Balance(Protocol):
+    """What keeps the experts of a mixture evenly used."""
+
+    def finish_step(self, metrics: Metrics) -> None:
+        """Called after each optimizer step with its metrics, pooled over microbatches and ranks."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
 class MovingReference(Protocol):
     """The reference, where it follows the actor."""
 

@@ -56,6 +56,12 @@ class GRPOConfig(Section, place="algorithm"):
     copies the actor (iterative GRPO), less averages (TR-DPO); only 1 goes with LoRA."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the entropy bonus in the loss, aggregated as the loss is."""
+    balance_coef: Annotated[float, Bound(least=0)] = 0.0
+    """Weight, in the actor's loss, of the Switch loss that keeps the experts of a mixture evenly used; 0.01 in its
+    paper."""
+    balance_bias_rate: Annotated[float, Bound(least=0)] = 0.0
+    """Moves the bias by which routers choose experts, after each optimizer step, up by this much for experts with fewer
+    choices than the mean, and down for others; 0.001 in its paper. For routers that have such a bias (DeepSeek-V3)."""
     mask_truncated: bool = False
     """Leaves truncated responses out of the loss and of what it divides by; their scores still count in their group
     (DAPO's overlong filtering)."""
@@ -120,6 +126,12 @@ class PPOConfig(Section, place="algorithm"):
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the entropy bonus in the actor's loss, aggregated as the loss is."""
+    balance_coef: Annotated[float, Bound(least=0)] = 0.0
+    """Weight, in the actor's loss, of the Switch loss that keeps the experts of a mixture evenly used; 0.01 in its
+    paper."""
+    balance_bias_rate: Annotated[float, Bound(least=0)] = 0.0
+    """Moves the bias by which routers choose experts, after each optimizer step, up by this much for experts with fewer
+    choices than the mean, and down for others; 0.001 in its paper. For routers that have such a bias (DeepSeek-V3)."""
     aggregation: Aggregation = "token"
     """How token losses become one number: each token counts the same, each response does, or a constant divides."""
     kl_coef: Annotated[float, Bound(least=0)] = 0.05

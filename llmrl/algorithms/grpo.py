@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmrl.algorithms.config import GRPOConfig
 from llmrl.algorithms.policy_gradient import (
+    add_balance,
     add_entropy_bonus,
     advantage_metrics,
     extreme_metrics,
@@ -149,6 +150,8 @@ class GRPO(Algorithm):
             kl = self._kl(live, ref, importance_ratio(logprobs, old_logprobs, counted))
             loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)
         loss = add_entropy_bonus(loss, outputs.entropy, weights, counted, coef=self.config.entropy_coef)
+        loss, of_experts = add_balance(loss, outputs, weights, counted, coef=self.config.balance_coef)
+        statistics |= of_experts
         if batch.old_logprobs is None:
             statistics |= self._metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})

@@ -14,7 +14,7 @@ from llmrl.batches import Experience, Rollout, TokenOutputs
 from llmrl.functional.losses import clipped_policy_loss
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.penalties import overlong_penalty
-from llmrl.functional.statistics import Maximum, Mean, Minimum, Moments, Statistic, Total
+from llmrl.functional.statistics import Loads, Maximum, Mean, Minimum, Moments, Statistic, Total
 from llmrl.user_code import names_code
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
@@ -62,6 +62,26 @@ def add_entropy_bonus(
     Reference: Schulman et al. 2017, arXiv:1707.06347, eq. 9.
     """
     return loss - coef * masked_sum(weights * entropy, mask) if coef else loss
+
+
+def add_balance(
+    loss: Float[Tensor, ""],
+    outputs: TokenOutputs,
+    weights: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    coef: float,
+) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
+    """Loss plus the Switch loss of a mixture of experts, aggregated by the weights of the loss, and metrics of its
+    experts; as it is for other models."""
+    if "routed" not in outputs.named:
+        return loss, {}
+    balance, counted = outputs.named["balance"], mask.any(dim=1)
+    loss = loss + coef * masked_sum(weights * balance, mask) if coef else loss
+    return loss, {
+        "experts": Loads(outputs.named["routed"][counted].sum(dim=0)),
+        "experts/balance_loss": Mean(masked_sum(balance.detach(), mask), mask.sum()),
+    }
 
 
 def old_logprobs_of(batch: Experience, live: TokenOutputs) -> Float[Tensor, "B T"]:

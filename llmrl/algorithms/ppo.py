@@ -26,6 +26,7 @@ from torch import Tensor
 from llmrl.algorithms.config import PPOConfig
 from llmrl.algorithms.kl_control import KLControl, StepKLControl
 from llmrl.algorithms.policy_gradient import (
+    add_balance,
     add_entropy_bonus,
     advantage_metrics,
     extreme_metrics,
@@ -200,6 +201,8 @@ class PPO(Algorithm):
             if batch.old_logprobs is None:
                 statistics |= policy_metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
             loss = self._add_regularizers(loss, outputs, batch, weights)
+            loss, of_experts = add_balance(loss, outputs, weights, batch.counted, coef=self.config.balance_coef)
+            statistics |= of_experts
             metrics = Metrics({"policy/loss": Total(loss.detach()), **statistics})
             if share_trunk:
                 value_loss, value = self._value_loss(outputs, batch, weights)

@@ -6,6 +6,7 @@ which the mean of the whole follows.
 
 from typing import NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -52,4 +53,10 @@ class Explained(NamedTuple):
     residual_square: Tensor | float
 
 
-Statistic = Mean | Total | Maximum | Minimum | Moments | Explained
+class Loads(NamedTuple):
+    """How often each expert of each layer was chosen, over everything pooled."""
+
+    counts: Float[Tensor, "L E"]
+
+
+Statistic = Mean | Total | Maximum | Minimum | Moments | Explained | Loads

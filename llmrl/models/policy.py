@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.batches import Sequences, TokenOutputs
+from llmrl.models.experts import Experts
 from llmrl.models.heads import Head
 from llmrl.models.trunk import HiddenStates, computing_in, encode, on_mask
 
@@ -22,15 +23,23 @@ class PolicyModule(nn.Module):
         self.head = head
         self.temperature = temperature
         self.dtype = dtype
+        self.experts: Experts | None = None
+        """Routers that are watched in passes that learn; None: none are."""
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
-        """`logprobs` and `entropy` (B, T) of the tokens in the response mask; 0 elsewhere. A dict, because wrappers
+        """`logprobs` and `entropy` (B, T) of the tokens in the response mask, 0 elsewhere; and what `Experts` reads,
+        where there are. A dict, because wrappers
         that shard weights look for tensors in dicts and tuples only."""
         return self.read(self.encode(sequences), sequences)
 
     def encode(self, sequences: Sequences) -> HiddenStates:
         """Hidden states of sequences."""
-        return encode(self.model.base_model, sequences, dtype=self.dtype)
+        if self.experts is None or not torch.is_grad_enabled():
+            return encode(self.model.base_model, sequences, dtype=self.dtype)
+        with self.experts.watching() as routed:
+            hidden = encode(self.model.base_model, sequences, dtype=self.dtype)
+        hidden.routed = routed
+        return hidden
 
     def read(self, hidden: HiddenStates, sequences: Sequences) -> dict[str, Tensor]:
         """Outputs from the hidden states."""
@@ -38,7 +47,10 @@ class PolicyModule(nn.Module):
         before, ids = hidden.before(mask), sequences.response_ids[mask]
         with computing_in(self.dtype, ids.device):
             logprobs, entropy = self.head(self.model, before, ids, self.temperature)
-        return {"logprobs": on_mask(mask, logprobs), "entropy": on_mask(mask, entropy)}
+        outputs = {"logprobs": on_mask(mask, logprobs), "entropy": on_mask(mask, entropy)}
+        if self.experts is None or not hidden.routed:
+            return outputs
+        return outputs | self.experts.read(hidden.routed, hidden.tokens_before(mask), mask)
 
 
 class TransformersPolicy:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llmrl.batches import Sequences
+from llmrl.models.experts import Routed
 from llmrl.models.packing import Packing, Runs, packs
 
 
@@ -31,20 +32,28 @@ class HiddenStates:
     def __init__(self, states: Float[Tensor, "R S H"], layout: "Layout") -> None:
         self._states = states
         self._layout = layout
+        self.routed: Routed = []
+        """What routers said in the pass, where somebody watched them."""
 
     def before(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "M H"]:
         """The state before each response token in the mask, in reading order."""
-        return self._before(*mask.nonzero(as_tuple=True))
+        return self._states[self._place(*mask.nonzero(as_tuple=True))]
+
+    def tokens_before(self, mask: Bool[Tensor, "B T"]) -> Int[Tensor, " M"]:
+        """Where those states stand among all tokens of the pass, row after row."""
+        row, column = self._place(*mask.nonzero(as_tuple=True))
+        return row * self._states.shape[1] + column
 
     def last(self) -> Float[Tensor, "B H"]:
         """The state at the last token of each response, tool output included."""
         lengths = self._layout.lengths
-        return self._before(torch.arange(len(lengths), device=lengths.device), lengths)
+        return self._states[self._place(torch.arange(len(lengths), device=lengths.device), lengths)]
 
-    def _before(self, response: Int[Tensor, " M"], token: Int[Tensor, " M"]) -> Float[Tensor, "M H"]:
+    def _place(self, response: Int[Tensor, " M"], token: Int[Tensor, " M"]) -> tuple[Tensor, Tensor]:
+        """Row and column of the state before these tokens of these responses."""
         layout = self._layout
         column = torch.where(token > 0, layout.start[response] + token, layout.prompt_end[response]) - 1
-        return self._states[layout.row[response], column]
+        return layout.row[response], column
 
 
 def encode(trunk: Any, sequences: Sequences, *, dtype: torch.dtype) -> HiddenStates:

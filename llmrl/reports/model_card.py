@@ -72,7 +72,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts, lines: Lines) -> str:
     """The card, in Markdown."""
-    name = public(facts.base_model)
+    name = model_name(facts.base_model)
     parts = [
         f"# {name}, after `llmrl {facts.command}`",
         f"Made by [llmrl](https://pypi.org/project/llmrl/) {facts.versions.get('llmrl')} from `{name}`.",
@@ -85,6 +85,13 @@ def model_card(facts: CardFacts, lines: Lines) -> str:
         *_section("Versions", [", ".join(f"{name} {x}" for name, x in facts.versions.items() if x is not None)]),
     ]
     return without_secrets(f"---\n{_header(facts)}---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def model_name(model: str) -> str:
+    """A model as others may read it: its name on the hub, or the last name of its folder. The model of a run has the
+    run's name before it, ``sft/final``, since all of these are called alike."""
+    name, run = public(model), Path(model).absolute().parent
+    return f"{run.name}/{name}" if name != model and (run / "metrics.jsonl").is_file() else name
 
 
 def public(value: Any) -> Any:

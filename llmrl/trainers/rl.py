@@ -29,7 +29,16 @@ from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
 from llmrl.metrics import Metrics
 from llmrl.microbatches import TokenBudget
-from llmrl.roles import Algorithm, MovingReference, PromptSource, RewardFunction, RolloutEngine, Sampling, Trainable
+from llmrl.roles import (
+    Algorithm,
+    Balance,
+    MovingReference,
+    PromptSource,
+    RewardFunction,
+    RolloutEngine,
+    Sampling,
+    Trainable,
+)
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
@@ -60,6 +69,7 @@ class RLTrainer(Resumable):
         context: Context,
         observe: Callable[[int, Experience], None],
         reference: MovingReference | None,
+        balance: Balance | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.engine = engine
@@ -78,6 +88,8 @@ class RLTrainer(Resumable):
         """Called with every experience before it is learned from, to write samples."""
         self.reference = reference
         """None where the reference stays as it is, or there is none."""
+        self.balance = balance
+        """None where the actor is no mixture of experts."""
         self.num_responses = 0
         """Lower bound of new global response numbers: every response so far, on every rank, has a smaller one."""
         self.seconds: dict[str, float] = {}
@@ -196,7 +208,10 @@ class RLTrainer(Resumable):
             return self.algorithm.losses(minibatch.select(index), weights[index])
 
         with self.timed("update"):
-            return accumulate_and_step(self.trained, losses, minibatch.sequences, self.microbatcher)
+            metrics = accumulate_and_step(self.trained, losses, minibatch.sequences, self.microbatcher)
+        if self.balance is not None:
+            self.balance.finish_step(metrics)
+        return metrics
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:
@@ -228,12 +243,18 @@ class RLTrainer(Resumable):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        return state if self.reference is None else {**state, "reference": self.reference.state_dict()}
+        if self.reference is not None:
+            state["reference"] = self.reference.state_dict()
+        if self.balance is not None:
+            state["balance"] = self.balance.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self.reference is not None and "reference" in state:  # not in one of a run whose reference stayed
             self.reference.load_state_dict(state["reference"])
+        if self.balance is not None and "balance" in state:
+            self.balance.load_state_dict(state["balance"])
         self.engine.load_weights(self.trained["actor"])
 
 

@@ -25,6 +25,7 @@ from llmrl.data.supervised import keep_examples_in_template, read_supervised_row
 from llmrl.distributed.launch import Launch, LaunchError, check_mixed_precision, read_launch
 from llmrl.models.checking import causal_class, check_critic, check_model, check_reward_model
 from llmrl.models.config import ModelConfig
+from llmrl.models.experts import check_balance
 from llmrl.models.folders import ModelError, is_adapter
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import check_shared_base
@@ -134,6 +135,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         _check_one_base(config, launch)
         _check_quantized(config, launch)
         _check_averages(config)
+        _check_bias(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
@@ -141,6 +143,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
     knows_actor = not (dry and unchecked)
     if engine is None and not unchecked:
         _check_engine(config)
+    if trains and not unchecked:
+        _check_balance(config)
     rows_of = _prompt_reader(config, unchecked, dry=dry)
     environment = None
     if config.environment is not None:
@@ -320,6 +324,30 @@ def _check_averages(config: RLRun) -> None:
         raise ModelError(
             f"algorithm.reference_mixing ({mixing}) averages weights, and those of an adapter are products of two "
             "matrices, whose average is none of its rank; set it to 1, which copies the adapter, or train all weights"
+        )
+
+
+def _check_balance(config: RLRun) -> None:
+    """Refuses to balance experts that the model does not have."""
+    coef, rate = config.algorithm.balance_coef, config.algorithm.balance_bias_rate
+    if (coef or rate) and (found := causal_class(config.model)) is not None:
+        check_balance(*found, path=config.model.path, bias=rate > 0)
+
+
+def _check_bias(config: RLRun, launch: Launch) -> None:
+    """Refuses to move the bias of routers where others read the same one, or have a copy of it."""
+    if not config.algorithm.balance_bias_rate:
+        return
+    if config.model.lora is not None or is_adapter(config.model.path):
+        raise ModelError(
+            f"algorithm.balance_bias_rate ({config.algorithm.balance_bias_rate}) moves a bias of the base, which the "
+            "reference shares with an adapter, so the reference would move too; set it to 0, or train all weights"
+        )
+    if launch.splits_weights:
+        raise LaunchError(
+            f"algorithm.balance_bias_rate ({config.algorithm.balance_bias_rate}) needs the model whole in every "
+            "process, and the launch splits weights over processes (ZeRO-3 or FSDP); launch with plain data parallel "
+            "or ZeRO-2, or set algorithm.balance_coef in its place"
         )
 
 

@@ -19,6 +19,8 @@ from llmrl.functional.streams import Purpose
 from llmrl.lines import LineFile
 from llmrl.microbatches import TokenBudget
 from llmrl.models.critic_folder import CriticSaver
+from llmrl.models.experts import watched
+from llmrl.models.folders import ModelError
 from llmrl.models.loaded import Actor, RewardScorer
 from llmrl.models.saving import Saver
 from llmrl.models.vocabulary import check_ids
@@ -116,7 +118,7 @@ def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evalua
 
 
 def _load_actor(config: RLRun, context: Context) -> Actor:
-    return load_actor(
+    actor = load_actor(
         config.model,
         context.loading_device,
         temperature=config.rollout.temperature,
@@ -124,6 +126,14 @@ def _load_actor(config: RLRun, context: Context) -> Actor:
         seed=config.run.seed,
         moving_reference=config.algorithm.reference_refresh_every is not None,
     )
+    algorithm = config.algorithm
+    actor.module.experts = watched(actor.model.base_model, bias_rate=algorithm.balance_bias_rate)
+    if actor.module.experts is None and (algorithm.balance_coef or algorithm.balance_bias_rate):
+        raise ModelError(
+            f"model.path ({config.model.path}) has no routers that say which experts they choose, so nothing can be "
+            "balanced; set algorithm.balance_coef and algorithm.balance_bias_rate to 0"
+        )
+    return actor
 
 
 def _load_scorer(config: RLRun, context: Context, actor: Actor | None = None) -> RewardScorer | None:
@@ -260,6 +270,7 @@ def _build_run(
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
         reference=_moving_reference(parts, trained["actor"], config, context),
+        balance=actor.module.experts,
     )
     evaluator = None
     if config.evaluates:

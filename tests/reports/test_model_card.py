@@ -146,3 +146,14 @@ def test_few_of_many_with_both_ends(count):
     assert (chosen[0], chosen[-1]) == (0, count - 1)
     assert len(chosen) == min(count, 11)
     assert sorted(set(chosen)) == chosen
+
+
+def test_the_model_of_a_run_has_the_name_of_the_run(tmp_path):
+    run = tmp_path / "quickstart" / "sft"
+    (run / "final").mkdir(parents=True)
+    assert "\n# final, after `llmrl grpo`\n" in model_card(facts(base_model=str(run / "final")), LINES)
+    (run / "metrics.jsonl").touch()
+    card = model_card(facts(base_model=str(run / "final")), LINES)
+    assert "\n# sft/final, after `llmrl grpo`\n" in card
+    assert "from `sft/final`." in card
+    assert "quickstart" not in card
