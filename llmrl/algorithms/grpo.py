@@ -1,15 +1,21 @@
-"""Group relative policy optimization and its critic-free kin.
+"""Group relative policy optimization and its critic-free kin, REINFORCE among them.
 
 G responses to each prompt. The advantage of a response is its score compared with the other responses of its group, and
-each of its tokens has that advantage. No critic. GRPO, Dr. GRPO, RLOO, DAPO and GSPO differ in settings only:
+each of its tokens has that advantage. No critic. The members of the family differ in settings only:
 
-    algorithm   baseline       scale  aggregation  clip low / high  and
-    GRPO        mean           std    sequence     0.2 / 0.2        kl_coef: 0.04, kl_form: k3_paper
-    Dr. GRPO    mean           none   constant     0.2 / 0.2
-    RLOO        leave_one_out  none   constant     0.2 / 0.2        one optimizer step per rollout
-    DAPO        mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws, mask_truncated
-    GSPO        mean           std    sequence     3e-4 / 4e-4      ratio: sequence
-    GDPO        mean           std    token        0.2 / 0.2        reward.combine: standardized
+    algorithm    baseline       scale  aggregation  clip low / high  and
+    GRPO         mean           std    sequence     0.2 / 0.2        kl_coef: 0.04, kl_form: k3_paper
+    Dr. GRPO     mean           none   constant     0.2 / 0.2
+    RLOO         leave_one_out  none   constant     0.2 / 0.2        one optimizer step per rollout
+    DAPO         mean           std    token        0.2 / 0.28       overlong_buffer_tokens, max_redraws, mask_truncated
+    GSPO         mean           std    sequence     3e-4 / 4e-4      ratio: sequence
+    GDPO         mean           std    token        0.2 / 0.2        reward.combine: standardized
+    CISPO        mean           std    token        1.0 / 4.0        loss: cispo
+    REINFORCE    none           none   constant     none             loss: policy_gradient, group_size: 1
+    OPO          optimal        none   constant     none             loss: policy_gradient
+    REINFORCE++  none           batch  token        0.2 / 0.2        credit: token, kl_form: k1_reward, group_size: 1
+
+Baselines constant, batch and, with credit: token, one in time are REINFORCE's too; see docs/algorithms.md.
 """
 
 from collections.abc import Callable, Iterator, Mapping
