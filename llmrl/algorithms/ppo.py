@@ -7,7 +7,7 @@ is how much better the outcome was than that prediction.
     score     clipped, normalized, minus the penalties on a missing EOS and on length
     rewards   r_t = -kl_coef (log π_t - log π_ref,t) + [t is last] score + what a reward function gave for this token
     returns   of `gae` or of n steps on rewards and old values; advantages are standardized over the rollout's tokens
-    losses    the clipped surrogate of the actor or another one, minus the entropy bonus; the clipped squared error of the critic
+    losses    the policy loss of the actor, clipped or not, minus the entropy bonus; the clipped squared error
 
 All of that except the losses is frozen for the iteration, however many epochs it takes. The actor's pass before the
 update is left out where the update is a single optimizer step, no KL is measured and the critic stands alone; values

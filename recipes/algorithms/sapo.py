@@ -1,5 +1,5 @@
-"""A policy loss: SAPO (Gao et al. 2025, arXiv:2511.20347). A sigmoid gate takes the place of the clip: the gradient of a
-token fades as its ratio leaves 1, faster where the advantage is negative.
+"""A policy loss: SAPO (Gao et al. 2025, arXiv:2511.20347). A sigmoid gate takes the place of the clip: the gradient
+of a token fades as its ratio leaves 1, faster where the advantage is negative.
 
     L_t = -A_t 4/τ sigmoid(τ (ρ_t - 1)),    ρ_t = exp(logprobs - old_logprobs),    τ = 1 for A_t > 0, else 1.05
 """
