@@ -458,7 +458,7 @@ ONE_STEP, TWO_STEPS = UpdateConfig(minibatch_size=128), UpdateConfig(minibatch_s
         (ONE_STEP, {"name": "recipes/algorithms/successes.py:Successes"}, None, (1, 0)),
         (ONE_STEP, {"name": "recipes/algorithms/reinforce.py:Reinforce"}, None, (1, 0)),
         (ONE_STEP, {"loss": "recipes/algorithms/sapo.py:sapo"}, None, (0, 0)),
-        (ONE_STEP, {"loss": "policy_gradient", "baseline": "batch", "scale": "none", "group_size": 1}, None, (0, 0)),
+        (ONE_STEP, {"loss": "policy_gradient", "baseline": "batch"}, None, (0, 0)),
         (ONE_STEP, {"kl_coef": 0.1, "kl_form": "k1_reward"}, None, (1, 1)),
     ],
 )
