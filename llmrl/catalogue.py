@@ -147,7 +147,8 @@ CATALOGUE: tuple[Metric, ...] = (
         name="group/flat_fraction",
         unit="fraction",
         meaning="Groups whose scores are all equal: prompts that teach nothing, unless reward.combine standardized "
-        "compares rewards that differ under equal sums. Those that were replaced count too.",
+        "compares rewards that differ under equal sums, or algorithm.baseline is none, constant or batch. Those that "
+        "were replaced count too.",
         look_for="Below 1; near 1, prompts are too easy or too hard, or the reward is too coarse.",
         runs=(GRPO, OWN),
     ),
@@ -275,7 +276,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="policy/clip_fraction",
         unit="fraction",
-        meaning="Tokens that the clip leaves no gradient. Only with algorithm.loss clipped.",
+        meaning="Tokens that the clip leaves no gradient; with algorithm.loss cispo, those whose ratio it bounds. Only "
+        "with algorithm.loss clipped and cispo.",
         look_for="0 to 0.2; above, the learning rate or the number of epochs is high.",
         runs=ALGORITHMS,
     ),

@@ -401,6 +401,11 @@ class GRPORun(RLRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.algorithm.baseline == "batch" and self.num_responses == 1:
+            raise ValueError(
+                "algorithm.baseline batch compares with the other responses of a rollout, and there is one; raise "
+                "rollout.prompts_per_iteration or algorithm.group_size"
+            )
         if self.reward.combine == "standardized":
             _check_standardized(self.algorithm)
 
@@ -507,6 +512,11 @@ def _check_standardized(algorithm: GRPOConfig) -> None:
                 f"algorithm.{name} ({ours}) is about the sum of rewards, and reward.combine standardized compares each "
                 f"by itself; set algorithm.{name} to {value}, or reward.combine to sum"
             )
+    if algorithm.kl_form == "k1_reward":
+        raise ValueError(
+            "algorithm.kl_form k1_reward adds the KL to the sum of rewards, and reward.combine standardized compares "
+            "each by itself; set algorithm.kl_form to k2, or reward.combine to sum"
+        )
 
 
 def _check_base(actor: ModelConfig) -> None:

@@ -30,6 +30,28 @@ def gae_double_sum(
     return advantages
 
 
+def n_step_advantages(
+    rewards: Matrix,
+    values: Matrix,
+    response_mask: Mask,
+    bootstrap_values: list[float],
+    *,
+    gamma: float,
+    num_steps: int,
+) -> Matrix:
+    """A_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n} - V_t over the chosen tokens of each row, where n ends with the row
+    (arXiv:1602.01783, section 3), 0 elsewhere."""
+    advantages = [[0.0] * len(row) for row in rewards]
+    for b, mask in enumerate(response_mask):
+        chosen = [t for t, counts in enumerate(mask) if counts]
+        v = [values[b][t] for t in chosen] + [bootstrap_values[b]]
+        for i, t in enumerate(chosen):
+            n = min(num_steps, len(chosen) - i)
+            paid = sum(gamma**k * rewards[b][chosen[i + k]] for k in range(n))
+            advantages[b][t] = paid + gamma**n * v[i + n] - v[i]
+    return advantages
+
+
 def discounted_returns(rewards: Matrix, response_mask: Mask, *, gamma: float) -> Matrix:
     """R_t = Σ_l γ^l r_{t+l} over the chosen tokens of each row, 0 elsewhere."""
     returns = [[0.0] * len(row) for row in rewards]
@@ -107,6 +129,12 @@ def clipped_policy_token(
     if dual_clip is not None and advantage < 0:
         loss = min(loss, -dual_clip * advantage)
     return loss
+
+
+def cispo_slope(logprob: float, old_logprob: float, advantage: float, *, clip_low: float, clip_high: float) -> float:
+    """dL/d log π of L = -A clip(ρ, 1 - ε, 1 + ε) log π, the ratio a constant (arXiv:2506.13585, eq. 4 and 5)."""
+    ratio = math.exp(logprob - old_logprob)
+    return -advantage * min(max(ratio, 1 - clip_low), 1 + clip_high)
 
 
 def clipped_value_token(value: float, old_value: float, target: float, *, value_clip: float | None) -> float:

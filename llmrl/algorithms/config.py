@@ -8,8 +8,13 @@ from llmrl.paths import UserPath
 from llmrl.section import Bound, Section
 from llmrl.user_code import names_code
 
-CLIPS = ("clip_low", "clip_high", "dual_clip")
-"""Settings of the clipped policy loss."""
+CLIPS = {"clip_low": ("clipped", "cispo"), "clip_high": ("clipped", "cispo"), "dual_clip": ("clipped",)}
+"""Settings of policy losses, and the losses that read them."""
+LOSSES = ("clipped", "cispo", "policy_gradient")
+WITHIN_GROUP = ("mean", "leave_one_out", "optimal")
+"""Baselines that compare a response with its siblings; a user's function may."""
+ACROSS_GROUPS = ("none", "constant", "batch")
+"""Baselines that do not ask for siblings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,24 +24,30 @@ class GRPOConfig(Section, place="algorithm"):
     name: Literal["grpo"] | UserPath = "grpo"
     """The algorithm: grpo, or a class of your own, ``path/to/file.py:Class`` or ``package.module:Class``, which is made
     with the same arguments; see docs/extend.md."""
-    group_size: Annotated[int, Bound(least=2, why="a response is compared with its siblings")] = 8
-    """Responses per prompt, G."""
-    baseline: Literal["mean", "leave_one_out"] | UserPath = "mean"
-    """What a score is compared with: the mean of its whole group, or of the other responses of its group (RLOO), or
-    what a function of your own returns, ``path/to/file.py:function``: (scores, group_ids) -> what is subtracted."""
-    scale: Literal["std", "none"] = "std"
-    """Divides advantages by the standard deviation of the group's scores, or leaves them as they are (Dr. GRPO)."""
-    credit: Literal["response", "turn"] = "response"
-    """What is compared in a group, where an environment answers the actor: whole episodes, or each turn with the turns
-    of the same number, by the rewards from there on."""
+    group_size: Annotated[int, Bound(least=1)] = 8
+    """Responses per prompt, G; 1 goes with a baseline none, constant or batch, or with one of your own."""
+    baseline: Literal["mean", "leave_one_out", "optimal", "none", "constant", "batch"] | UserPath = "mean"
+    """What a score is compared with. In its group: the mean of all, of the others (RLOO), or of the others weighted by
+    their lengths, for the least variance (OPO). Without siblings: nothing, baseline_value, or the mean of the other
+    responses of the rollout. Or what a function of your own returns, ``path/to/file.py:function``: (scores, group_ids)
+    -> what is subtracted."""
+    baseline_value: Annotated[float | None, Bound()] = None
+    """The baseline constant, in score."""
+    scale: Literal["std", "none", "batch"] = "std"
+    """Divides advantages by the standard deviation of the group's scores, leaves them as they are (Dr. GRPO), or
+    standardizes them over all tokens of the rollout (REINFORCE++)."""
+    credit: Literal["response", "turn", "token"] = "response"
+    """What is compared: whole responses, or each turn or token with those of the same number, by the rewards from there
+    on. With turns, where an environment answers the actor."""
     aggregation: Aggregation = "token"
     """How token losses become one number: each token counts the same, each response does, or a constant divides
     (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each token, or the geometric mean over the response at every token (GSPO)."""
-    loss: Literal["clipped"] | UserPath = "clipped"
-    """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
-    (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
+    loss: Literal["clipped", "cispo", "policy_gradient"] | UserPath = "clipped"
+    """Policy loss: the clipped surrogate, the clipped ratio as a constant weight (CISPO), the ratio without a clip
+    (REINFORCE, A2C), or a function of your own, ``path/to/file.py:function``, which reads no clip: (logprobs,
+    old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
     clip_low: Annotated[float, Bound(above=0, most=1)] = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: Annotated[float, Bound(above=0)] = 0.2
@@ -44,11 +55,12 @@ class GRPOConfig(Section, place="algorithm"):
     dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     kl_coef: Annotated[float, Bound(least=0)] = 0.0
-    """Weight of the KL to the reference in the loss. 0 keeps no reference model, and then no kl/* is measured, unless
+    """Weight of the KL to the reference. 0 keeps no reference model, and then no kl/* is measured, unless
     model.lora is set, where a reference takes no memory."""
-    kl_form: Literal["k2", "k3", "k3_paper"] = "k2"
-    """k2 times the detached ratio, or k3 times the live one: both have the exact expected gradient of each token's KL.
-    k3_paper: k3 alone, as the GRPO paper writes it, which has the gradient of KL(reference, policy)."""
+    kl_form: Literal["k2", "k3", "k3_paper", "k1_reward"] = "k2"
+    """In the loss, k2 times the detached ratio, or k3 times the live one: both have the exact expected gradient of each
+    token's KL. k3_paper: k3 alone, as the GRPO paper writes it, which has the gradient of KL(reference, policy).
+    k1_reward: k1 in the reward of each token, as in PPO, RLOO and REINFORCE++."""
     reference_refresh_every: Annotated[int | None, Bound(least=1)] = None
     """Moves the reference towards the actor after every this many iterations; null keeps it where the actor began."""
     reference_mixing: Annotated[float, Bound(above=0, most=1)] = 1.0
@@ -74,18 +86,45 @@ class GRPOConfig(Section, place="algorithm"):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("name", self.name, "grpo")
-        _check_name("baseline", self.baseline, "mean", "leave_one_out")
-        _check_name("loss", self.loss, "clipped")
-        if self.baseline != "mean" and self.scale == "std":
-            raise ValueError(
-                f"algorithm.baseline {self.baseline} goes with algorithm.scale none: only a difference from the "
-                "mean of the group is divided by its spread"
-            )
+        _check_name("baseline", self.baseline, *WITHIN_GROUP, *ACROSS_GROUPS)
+        _check_name("loss", self.loss, *LOSSES)
+        self._check_baseline()
         if self.ratio == "sequence" and self.aggregation != "sequence":
             raise ValueError(
                 "algorithm.ratio sequence goes with algorithm.aggregation sequence: GSPO averages over responses"
             )
         _check_moving_reference(self)
+
+    def _check_baseline(self) -> None:
+        """Refuses what a baseline cannot go with."""
+        if self.baseline in WITHIN_GROUP and self.group_size == 1:
+            raise ValueError(
+                f"algorithm.group_size (1) must be at least 2 with algorithm.baseline {self.baseline}, which compares "
+                "a response with its siblings; raise it, or set algorithm.baseline to none, constant or batch"
+            )
+        if self.baseline != "mean" and self.scale == "std":
+            raise ValueError(
+                f"algorithm.baseline {self.baseline} goes with algorithm.scale none or batch: only a difference from "
+                "the mean of the group is divided by its spread"
+            )
+        if self.baseline == "optimal" and self.credit != "response":
+            raise ValueError(
+                f"algorithm.baseline optimal weighs whole responses by their lengths, and algorithm.credit "
+                f"({self.credit}) compares parts of them; set that to response"
+            )
+        if self.baseline == "constant" and self.baseline_value is None:
+            raise ValueError("algorithm.baseline constant needs algorithm.baseline_value, the score that it subtracts")
+        if self.baseline != "constant" and self.baseline_value is not None:
+            raise ValueError(
+                f"algorithm.baseline_value ({self.baseline_value}) is read where algorithm.baseline is constant, not "
+                f"{self.baseline}; leave one of them out"
+            )
+        if self.max_redraws and (self.baseline in ACROSS_GROUPS or self.group_size == 1):
+            raise ValueError(
+                f"algorithm.max_redraws ({self.max_redraws}) replaces groups of equal scores, which teach nothing if "
+                f"siblings are compared; algorithm.baseline {self.baseline} with {self.group_size} responses to a "
+                "prompt compares none; set it to 0"
+            )
 
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant. None for a user's class: its run reports what it
@@ -93,7 +132,7 @@ class GRPOConfig(Section, place="algorithm"):
         if self.name != "grpo":
             return []
         warnings = _unread_clips(self)
-        if self.kl_coef > 0 and self.scale == "std":
+        if self.kl_coef > 0 and self.scale == "std" and self.kl_form != "k1_reward":
             warnings.append(
                 "algorithm.kl_coef with algorithm.scale std, as by default in TRL, works, but advantages are divided "
                 "by the spread of each group's scores, so a nat of KL costs another score in each group; "
@@ -113,9 +152,15 @@ class PPOConfig(Section, place="algorithm"):
     2016, arXiv:1506.02438)."""
     value_lambda: Annotated[float | None, Bound(least=0, most=1)] = None
     """Lambda of the critic's targets; null takes gae_lambda. 1 gives targets without bias."""
-    loss: Literal["clipped"] | UserPath = "clipped"
-    """Policy loss: the clipped surrogate, or a function of your own, ``path/to/file.py:function``, which reads no clip:
-    (logprobs, old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
+    num_return_steps: Annotated[int | None, Bound(least=1)] = None
+    """n-step returns (A2C): advantages and targets from this many rewards and the critic's value after them; null for
+    the mixture of all lengths that gae_lambda makes."""
+    scale: Literal["batch", "none"] = "batch"
+    """Standardizes advantages over all tokens of the rollout, or leaves them as they are."""
+    loss: Literal["clipped", "cispo", "policy_gradient"] | UserPath = "clipped"
+    """Policy loss: the clipped surrogate, the clipped ratio as a constant weight (CISPO), the ratio without a clip
+    (REINFORCE, A2C), or a function of your own, ``path/to/file.py:function``, which reads no clip: (logprobs,
+    old_logprobs, advantages, weights) -> loss, or (loss, metrics)."""
     clip_low: Annotated[float, Bound(above=0, most=1)] = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: Annotated[float, Bound(above=0)] = 0.2
@@ -168,7 +213,12 @@ class PPOConfig(Section, place="algorithm"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_name("loss", self.loss, "clipped")
+        _check_name("loss", self.loss, *LOSSES)
+        if self.num_return_steps is not None and self.gae_lambda != type(self).gae_lambda:
+            raise ValueError(
+                f"algorithm.num_return_steps ({self.num_return_steps}) takes the place of algorithm.gae_lambda "
+                f"({self.gae_lambda}); set one of the two"
+            )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 "algorithm.kl_target steers algorithm.kl_coef by factors, so that must not begin at 0; try 0.05"
@@ -200,8 +250,9 @@ class PPOConfig(Section, place="algorithm"):
 def _check_name(setting: str, value: str, *ours: str) -> None:
     """Refuses what is neither one of ours nor the name of code of a user."""
     if value not in ours and not names_code(value):
+        listed = " or ".join(filter(None, [", ".join(ours[:-1]), ours[-1]]))
         raise ValueError(
-            f"algorithm.{setting} ({value!r}) must be {' or '.join(ours)}, or name your own: path/to/file.py:name or "
+            f"algorithm.{setting} ({value!r}) must be {listed}, or name your own: path/to/file.py:name or "
             "package.module:name"
         )
 
@@ -222,7 +273,8 @@ def _check_moving_reference(config: GRPOConfig | PPOConfig) -> None:
 
 
 def _unread_clips(config: GRPOConfig | PPOConfig) -> list[str]:
-    changed = [name for name in CLIPS if getattr(config, name) != getattr(type(config), name)]
     return [
-        f"algorithm.{name} is read only where algorithm.loss is clipped" for name in changed if config.loss != "clipped"
+        f"algorithm.{name} is read only where algorithm.loss is {' or '.join(losses)}"
+        for name, losses in CLIPS.items()
+        if config.loss not in losses and getattr(config, name) != getattr(type(config), name)
     ]

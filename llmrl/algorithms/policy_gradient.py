@@ -11,25 +11,31 @@ from torch import Tensor
 from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
 from llmrl.algorithms.user_functions import UserLoss
 from llmrl.batches import Experience, Rollout, TokenOutputs
-from llmrl.functional.losses import clipped_policy_loss
+from llmrl.functional.losses import cispo_loss, clipped_policy_loss, policy_gradient_loss
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Loads, Maximum, Mean, Minimum, Moments, Statistic, Total
-from llmrl.user_code import names_code
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
 """From `logprobs`, `old_logprobs`, `advantages` and `weights`, each (B, T), to ``(loss, metrics)``."""
 
 
 def make_policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
-    """The policy loss that the settings name: the clipped surrogate with their clips, or a user's function.
+    """The policy loss that the settings name, with their clips, or a user's function.
 
     Raises:
         UserCodeError: The user's function does not load, or does not take these.
     """
-    if names_code(config.loss):
-        return UserLoss(config.loss)
-    return partial(clipped_policy_loss, **{name: getattr(config, name) for name in CLIPS})
+    clips = {name: getattr(config, name) for name, losses in CLIPS.items() if config.loss in losses}
+    match config.loss:
+        case "clipped":
+            return partial(clipped_policy_loss, **clips)
+        case "cispo":
+            return partial(cispo_loss, **clips)
+        case "policy_gradient":
+            return policy_gradient_loss
+        case name:
+            return UserLoss(name)
 
 
 def length_penalty(rollout: Rollout, *, limit: int, buffer: int) -> Float[Tensor, " B"]:

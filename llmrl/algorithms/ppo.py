@@ -6,8 +6,8 @@ is how much better the outcome was than that prediction.
 
     score     clipped, normalized, minus the penalties on a missing EOS and on length
     rewards   r_t = -kl_coef (log π_t - log π_ref,t) + [t is last] score + what a reward function gave for this token
-    returns   of `gae` on rewards and old values; advantages are standardized over all tokens of the rollout
-    losses    the clipped surrogate of the actor, minus the entropy bonus; the clipped squared error of the critic
+    returns   of `gae` or of n steps on rewards and old values; advantages are standardized over the rollout's tokens
+    losses    the policy loss of the actor, clipped or not, minus the entropy bonus; the clipped squared error
 
 All of that except the losses is frozen for the iteration, however many epochs it takes. The actor's pass before the
 update is left out where the update is a single optimizer step, no KL is measured and the critic stands alone; values
@@ -38,7 +38,7 @@ from llmrl.algorithms.policy_gradient import (
     policy_metrics,
 )
 from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_tokens
-from llmrl.functional.advantages import gae
+from llmrl.functional.advantages import gae, n_step_returns
 from llmrl.functional.extremes import EXTREME, find_extremes
 from llmrl.functional.kl import estimate_kl, shape_rewards
 from llmrl.functional.losses import clipped_value_loss
@@ -100,7 +100,7 @@ class PPO(Algorithm):
     # --- experience ---------------------------------------------------------------------------------------------------
 
     def experience(self, rollout: Rollout, scores: Scores) -> tuple[PPOExperience, Metrics]:
-        """Values, standardized advantages and returns of a rollout, and metrics. Called without gradient."""
+        """Values, advantages and returns of a rollout, and metrics. Called without gradient."""
         needs_logprobs = self._needs_old_logprobs
         outputs = (self.networks.both if needs_logprobs else self.networks.values)(rollout.sequences)
         values, learned = outputs.values, learned_responses(rollout, self.config)
@@ -118,7 +118,7 @@ class PPO(Algorithm):
             rollout=rollout,
             scores=scores,
             old_logprobs=outputs.logprobs if needs_logprobs else None,
-            advantages=standardize(advantages, mask),
+            advantages=standardize(advantages, mask) if self.config.scale == "batch" else advantages,
             learned=learned,
             old_values=values,
             returns=returns,
@@ -179,9 +179,14 @@ class PPO(Algorithm):
         mask: Bool[Tensor, "B T"],
         bootstrap_values: Float[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(advantages, returns)``, each with its own lambda."""
-        gamma, gae_lambda = self.config.gamma, self.config.gae_lambda
-        advantages, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=gae_lambda)
+        """``(advantages, returns)``: of n steps, or each with its own lambda."""
+        gamma, num_steps, gae_lambda = self.config.gamma, self.config.num_return_steps, self.config.gae_lambda
+        if num_steps is None:
+            advantages, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=gae_lambda)
+        else:
+            advantages, returns = n_step_returns(
+                rewards, values, mask, bootstrap_values, gamma=gamma, num_steps=num_steps
+            )
         if self.config.value_lambda is not None:
             value_lambda = self.config.value_lambda
             _, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=value_lambda)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Num
 from torch import Tensor
 
 from llmrl.functional.masking import check_shapes
@@ -46,15 +46,51 @@ def gae(
 
     Reference: Schulman et al. 2016, arXiv:1506.02438, eq. 11-16.
     """
-    check_shapes(
-        rewards=(rewards, "B T"),
-        values=(values, "B T"),
-        response_mask=(response_mask, "B T"),
-        bootstrap_values=(bootstrap_values, "B"),
-    )
-    next_values = torch.cat([values, bootstrap_values[:, None]], dim=1).gather(1, _next_chosen(response_mask))
-    deltas = rewards + gamma * next_values - values
+    deltas, _ = _td_errors(rewards, values, response_mask, bootstrap_values, gamma)
     advantages = _discounted_sums(deltas, response_mask, gamma * gae_lambda)
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+def n_step_returns(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    bootstrap_values: Float[Tensor, " B"],
+    *,
+    gamma: float,
+    num_steps: int,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """n-step returns, and the advantages over the critic that they give.
+
+        R_t = r_t + γ r_{t+1} + ... + γ^{n-1} r_{t+n-1} + γ^n V_{t+n}
+        A_t = R_t - V_t = δ_t + γ δ_{t+1} + ... + γ^{n-1} δ_{t+n-1},    δ_t = r_t + γ V_{t+1} - V_t
+
+    A sum that reaches the end of the response stops there, with V after the last token. n = 1 is one-step TD, `gae`
+    with λ 0; from the number of tokens on it is Monte Carlo, `gae` with λ 1. Positions outside the mask are skipped.
+
+    Args:
+        rewards: Per-token rewards, KL penalty included.
+        values: The critic's V(s_t), *before* token t is chosen.
+        response_mask: True on the tokens the policy chose.
+        bootstrap_values: V after the last token; 0 where the response ended.
+        gamma: Discount per token, in [0, 1].
+        num_steps: n, at least 1.
+
+    Returns:
+        ``(advantages, returns)``, both 0 outside the mask. Not standardized.
+
+    Raises:
+        ValueError: `num_steps` is below 1, or shapes differ.
+
+    Reference: Mnih et al. 2016, arXiv:1602.01783, section 3; Sutton and Barto 2018, eq. 7.1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps ({num_steps}) must be at least 1")
+    deltas, following = _td_errors(rewards, values, response_mask, bootstrap_values, gamma)
+    advantages = torch.zeros_like(deltas)
+    for _ in range(min(num_steps, deltas.shape[1])):
+        after = torch.cat([advantages, advantages.new_zeros(len(advantages), 1)], dim=1).gather(1, following)
+        advantages = torch.where(response_mask, deltas + gamma * after, 0.0)
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
 
@@ -171,32 +207,62 @@ def rewards_to_go(
         turn_of_token=(turn_of_token, "B T"),
         response_mask=(response_mask, "B T"),
     )
-    of_turn = torch.where(response_mask, turn_of_token, 0)
-    exact = torch.where(response_mask, per_token, 0.0).double()
+    of_turn = torch.where(response_mask, turn_of_token, 0).cpu()  # a GPU adds up in another order each time
+    exact = torch.where(response_mask, per_token, 0.0).cpu().double()
     num_turns = int(of_turn.max()) + 1
-    rewards = torch.stack([torch.where(of_turn == turn, exact, 0.0).sum(dim=1) for turn in range(num_turns)], dim=1)
-    to_go = rewards.flip(1).cumsum(1).flip(1) + scores.double()[:, None]
+    rewards = exact.new_zeros(len(exact), num_turns).scatter_add(1, of_turn, exact)
+    to_go = rewards.flip(1).cumsum(1).flip(1) + scores.cpu().double()[:, None]
     last = of_turn.max(dim=1, keepdim=True).values
-    return to_go.masked_fill(torch.arange(num_turns, device=to_go.device) > last, torch.nan)
+    return to_go.masked_fill(torch.arange(num_turns) > last, torch.nan).to(scores.device)
 
 
-def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+def leave_one_out(
+    scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, weights: Num[Tensor, " B"] | None = None
+) -> Float[Tensor, " B"]:
     """Score minus the mean score of the *other* scored responses in the group (RLOO).
 
     NaN scores, dtypes, exact zeros and errors are as in `group_relative`.
 
-    Reference: Ahmadian et al. 2024, arXiv:2402.14740, section 3.
+    Args:
+        scores: One per response.
+        group_ids: The group of each response, in any order; each group has at least two.
+        weights: Weight of each response in the mean, 0 or greater. With the squared norm of its gradient it is the
+            baseline of least variance, E[|g|^2 s] / E[|g|^2]; OPO takes the length for that. None: all the same.
+
+    Reference: Ahmadian et al. 2024, arXiv:2402.14740, section 3. With weights Greensmith et al. 2004, "Variance
+    reduction techniques for gradient estimates in reinforcement learning", and Hao et al. 2025, arXiv:2505.23585, whose
+    mean includes the response itself.
     """
     scored, shifted, group = _by_group(scores, group_ids)
-    num_others = _group_sums(scored.double(), group) - 1
-    others_mean = (_group_sums(shifted, group) - shifted) / num_others
-    return torch.where(scored & (num_others > 0), shifted - others_mean, 0.0).to(scores)
+    weight = torch.where(scored, 1.0 if weights is None else weights.cpu().double(), 0.0).double()
+    of_others = _group_sums(weight, group) - weight
+    others_mean = (_group_sums(weight * shifted, group) - weight * shifted) / of_others
+    return torch.where(scored & (of_others > 0), shifted - others_mean, 0.0).to(scores)
 
 
 def flat_groups(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
     """True for each response whose group has no advantages: all its scores are equal, or none of it is scored."""
     _, shifted, group = _by_group(scores, group_ids)
     return (_group_sums(shifted, group) == 0).to(scores.device)
+
+
+def _td_errors(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    bootstrap_values: Float[Tensor, " B"],
+    gamma: float,
+) -> tuple[Float[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """``(δ, next)``: errors of one-step TD, r_t + γ V_{t+1} - V_t, and the position of t+1, T where there is none."""
+    check_shapes(
+        rewards=(rewards, "B T"),
+        values=(values, "B T"),
+        response_mask=(response_mask, "B T"),
+        bootstrap_values=(bootstrap_values, "B"),
+    )
+    following = _next_chosen(response_mask)
+    next_values = torch.cat([values, bootstrap_values[:, None]], dim=1).gather(1, following)
+    return rewards + gamma * next_values - values, following
 
 
 def _next_chosen(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

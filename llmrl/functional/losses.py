@@ -150,6 +150,82 @@ def clipped_policy_loss(
     return masked_sum(weights * -advantages * torch.where(clipped, bounded, live), counted), metrics
 
 
+def policy_gradient_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
+    """Policy gradient with an importance ratio that nothing clips: REINFORCE and A2C, in the first optimizer step.
+
+        L_t = -A_t ρ_t,    ρ_t = exp(logprobs - old_logprobs),    ∇L_t = -A_t ρ_t ∇ log π_t
+
+    Args:
+        logprobs: Log-probabilities of the current actor; the only argument with a gradient.
+        old_logprobs: Log-probabilities of the actor at the start of the iteration.
+        advantages: Advantages of the tokens.
+        weights: From `token_weights`.
+
+    Returns:
+        ``(loss, metrics)``; the metrics are `ratio_metrics`.
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement
+    learning", theorem 1; with the ratio Schulman et al. 2017, arXiv:1707.06347, eq. 6.
+    """
+    check_shapes(logprobs=(logprobs, "B T"), advantages=(advantages, "B T"), weights=(weights, "B T"))
+    counted = weights != 0
+    ratio = importance_ratio(logprobs, old_logprobs, counted)
+    with torch.no_grad():
+        metrics = ratio_metrics(logprobs, old_logprobs, counted)
+    return masked_sum(weights * -advantages * ratio, counted), metrics
+
+
+def cispo_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Tensor, ""], dict[str, Statistic]]:
+    """CISPO: policy gradient with a clipped importance ratio as a constant, so that no token loses its gradient.
+
+        L_t = -A_t clip(ρ_t, 1 - clip_low, 1 + clip_high) log π_t,    ρ_t = exp(logprobs - old_logprobs), detached
+
+    Args:
+        logprobs: Log-probabilities of the current actor; the only argument with a gradient.
+        old_logprobs: Log-probabilities of the actor at the start of the iteration.
+        advantages: Advantages of the tokens.
+        weights: From `token_weights`.
+        clip_low: How far the ratio may fall below 1; 1 for no lower bound.
+        clip_high: How far it may rise above 1.
+
+    Returns:
+        ``(loss, metrics)``: fraction of tokens whose ratio was clipped, and `ratio_metrics`.
+
+    Raises:
+        ValueError: A clip is out of its range, or shapes differ.
+
+    Reference: MiniMax 2025, arXiv:2506.13585, eq. 4 and 5.
+    """
+    _check_clips(clip_low, clip_high, None)
+    check_shapes(logprobs=(logprobs, "B T"), advantages=(advantages, "B T"), weights=(weights, "B T"))
+    counted = weights != 0
+    with torch.no_grad():
+        ratio = importance_ratio(logprobs, old_logprobs, counted)
+        bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+        metrics: dict[str, Statistic] = {
+            "policy/clip_fraction": Mean(((bounded != ratio) & (advantages != 0)).sum(), counted.sum()),
+            **ratio_metrics(logprobs, old_logprobs, counted),
+        }
+    live = torch.where(counted, logprobs, 0.0)
+    return masked_sum(weights * -advantages * bounded * live, counted), metrics
+
+
 def ratio_metrics(
     logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> dict[str, Statistic]:

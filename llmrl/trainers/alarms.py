@@ -72,10 +72,16 @@ class Alarms:
         dtype: Arithmetic of sampling and training, which sets the rounding to expect.
         steps_per_iteration: Optimizer steps of each module in an iteration, if nothing leaves some out.
         critic_optimizer: Section of the settings with the critic's optimizer.
+        compares_sums: Whether groups with equal sums of scores teach nothing, as far as is known before.
     """
 
     def __init__(
-        self, dtype: str = "float32", *, steps_per_iteration: int = 1, critic_optimizer: str = "critic_optimizer"
+        self,
+        dtype: str = "float32",
+        *,
+        steps_per_iteration: int = 1,
+        critic_optimizer: str = "critic_optimizer",
+        compares_sums: bool = True,
     ) -> None:
         self.gap_limit = GAP_LIMITS[dtype]
         self.critic_optimizer = critic_optimizer
@@ -87,8 +93,8 @@ class Alarms:
         """The first finite value of every metric; of what scores scale, from an iteration without extreme ones."""
         self.best_score = -math.inf
         """The highest mean score of an iteration in which scores differed and none was extreme."""
-        self.compares_sums = True
-        """Whether groups with equal sums of scores teach nothing: False once they had advantages."""
+        self.compares_sums = compares_sums
+        """False too once such groups had advantages."""
         self.has_learned = False
         """Whether any gradient was not exactly 0."""
         self.num_idle: dict[str, int] = {}

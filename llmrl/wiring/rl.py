@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algorithms.config import ACROSS_GROUPS
 from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import make_user_algorithm
@@ -288,7 +289,9 @@ def _build_run(
         context=context,
         sink=trackers,
         alarms=Alarms(
-            str(actor.dtype).removeprefix("torch."), steps_per_iteration=config.optimizer_steps_per_iteration
+            str(actor.dtype).removeprefix("torch."),
+            steps_per_iteration=config.optimizer_steps_per_iteration,
+            compares_sums=getattr(config.algorithm, "baseline", None) not in ACROSS_GROUPS,
         ),
         warmup_iterations=config.warmup_iterations,
     )

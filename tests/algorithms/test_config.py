@@ -11,7 +11,11 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"group_size": 1}, "algorithm.group_size (1) must be at least 2"),
+        ({"group_size": 0}, "algorithm.group_size (0) must be at least 1"),
+        *(
+            ({"group_size": 1, "baseline": name, "scale": "none"}, f"must be at least 2 with algorithm.baseline {name}")
+            for name in ("mean", "leave_one_out", "optimal")
+        ),
         ({"clip_low": 0.0}, "algorithm.clip_low (0.0)"),
         ({"clip_low": 1.5}, "algorithm.clip_low (1.5)"),
         ({"clip_high": 0.0}, "algorithm.clip_high (0.0)"),
@@ -20,12 +24,31 @@ NAN = float("nan")
         ({"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens (-1)"),
         ({"max_redraws": -1}, "algorithm.max_redraws (-1)"),
         ({"baseline": "leave_one_out"}, "goes with algorithm.scale none"),
+        ({"baseline": "none"}, "algorithm.baseline none goes with algorithm.scale none or batch"),
+        (
+            {"baseline": "optimal", "scale": "none", "credit": "token"},
+            "algorithm.credit (token) compares parts of them",
+        ),
+        ({"baseline": "constant", "scale": "none"}, "algorithm.baseline constant needs algorithm.baseline_value"),
+        ({"baseline_value": 0.5}, "algorithm.baseline_value (0.5) is read where algorithm.baseline is constant, not"),
+        (
+            {"baseline": "constant", "scale": "none", "baseline_value": NAN},
+            "algorithm.baseline_value (nan) must be finite, or null",
+        ),
+        (
+            {"baseline": "batch", "scale": "none", "max_redraws": 2},
+            "algorithm.max_redraws (2) replaces groups of equal",
+        ),
+        (
+            {"baseline": "mine.py:all", "scale": "none", "group_size": 1, "max_redraws": 2},
+            "algorithm.baseline mine.py:all with 1 responses to a prompt compares none; set it to 0",
+        ),
         ({"baseline": "mine.py:median"}, "algorithm.baseline mine.py:median goes with algorithm.scale none"),
         (
             {"baseline": "median"},
-            "algorithm.baseline ('median') must be mean or leave_one_out, or name your own: path/",
+            "algorithm.baseline ('median') must be mean, leave_one_out, optimal, none, constant or batch, or",
         ),
-        ({"loss": "mine.py"}, "algorithm.loss ('mine.py') must be clipped, or name your own"),
+        ({"loss": "mine.py"}, "algorithm.loss ('mine.py') must be clipped, cispo or policy_gradient, or"),
         ({"name": "ppo"}, "algorithm.name ('ppo') must be grpo, or name your own"),
         ({"ratio": "sequence"}, "goes with algorithm.aggregation sequence"),
         ({"entropy_coef": -0.1}, "algorithm.entropy_coef (-0.1) must be 0 or greater"),
@@ -46,6 +69,12 @@ def test_grpo_settings_that_make_no_sense(settings, told):
 def test_scaling_with_a_kl_warns():
     assert "none gives it one price" in GRPOConfig(kl_coef=0.1).warnings()[0]
     assert GRPOConfig(kl_coef=0.1, scale="none").warnings() == []
+    assert GRPOConfig(kl_coef=0.1, kl_form="k1_reward").warnings() == []  # it is scaled like the score it is paid from
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch", "mine.py:own"])
+def test_one_response_to_a_prompt_goes_with_baselines_that_ask_for_no_siblings(baseline):
+    assert GRPOConfig(group_size=1, baseline=baseline, scale="none").group_size == 1
     assert GRPOConfig().warnings() == []
 
 
@@ -53,7 +82,9 @@ def test_scaling_with_a_kl_warns():
 def test_clips_that_no_loss_reads_warn(config):
     theirs = config(loss="mine.py:loss", clip_high=0.3, dual_clip=3.0)
     told = "is read only where algorithm.loss is clipped"
-    assert theirs.warnings() == [f"algorithm.clip_high {told}", f"algorithm.dual_clip {told}"]
+    assert theirs.warnings() == [f"algorithm.clip_high {told} or cispo", f"algorithm.dual_clip {told}"]
+    assert config(loss="cispo", clip_high=4.0, dual_clip=3.0).warnings() == [f"algorithm.dual_clip {told}"]
+    assert config(loss="policy_gradient", clip_low=1.0).warnings() == [f"algorithm.clip_low {told} or cispo"]
     assert config(loss="mine.py:loss").warnings() == config(clip_high=0.3).warnings() == []
 
 
@@ -65,6 +96,8 @@ def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"num_return_steps": 0}, "algorithm.num_return_steps (0) must be at least 1, or null"),
+        ({"num_return_steps": 5, "gae_lambda": 1.0}, "algorithm.num_return_steps (5) takes the place of"),
         ({"gamma": -0.1}, "algorithm.gamma (-0.1) must be between 0 and 1"),
         ({"gamma": 1.1}, "algorithm.gamma (1.1) must be between 0 and 1"),
         ({"gamma": NAN}, "algorithm.gamma (nan)"),
@@ -79,7 +112,7 @@ def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
         ({"dual_clip": NAN}, "algorithm.dual_clip (nan) must be finite and greater than 1, or null"),
         (
             {"loss": "kl"},
-            "algorithm.loss ('kl') must be clipped, or name your own: path/to/file.py:name or package.modul",
+            "algorithm.loss ('kl') must be clipped, cispo or policy_gradient, or name your own: path",
         ),
         ({"value_clip": 0.0}, "algorithm.value_clip (0.0) must be greater than 0, or null"),
         ({"entropy_coef": -0.1}, "algorithm.entropy_coef (-0.1) must be 0 or greater"),

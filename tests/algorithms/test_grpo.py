@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -165,7 +166,96 @@ def gspo_paper(new):
     return -total / len(LENGTHS)
 
 
+def opo_paper(new):
+    """arXiv:2505.23585, section 3: REINFORCE over the scores' mean weighted by lengths, here that of the others."""
+    total = torch.zeros(())
+    for members in groups():
+        for i in members:
+            others = [j for j in members if j != i]
+            baseline = sum(LENGTHS[j] * SCORES[j] for j in others) / sum(LENGTHS[j] for j in others)
+            for t in range(LENGTHS[i]):
+                total = total + torch.exp(new[i, t] - OLD[i, t]) * (SCORES[i] - baseline)
+    return -total / (len(LENGTHS) * LIMIT)
+
+
+def cispo_paper(new):
+    """arXiv:2506.13585, eq. 4 and 5: the clipped ratio weights log p, and has no gradient."""
+    advantages, total = standardized(SCORES), torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            total = total + torch.exp(new[i, t] - OLD[i, t]).detach().clamp(0.0, 1.3) * advantages[i] * new[i, t]
+    return -total / sum(LENGTHS)
+
+
+def over_the_batch(advantages):
+    """Standardized over all tokens, where `advantages` has one for each."""
+    flat = [a for row in advantages for a in row]
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat) + 1e-8)
+    return [[(a - mean) / std for a in row] for row in advantages]
+
+
+def reinforce_plus_plus_paper(new):
+    """arXiv:2501.03262: A_t = score - β Σ of k1 from t on, standardized over the batch; the clipped loss."""
+    to_go = [
+        [SCORES[i] - 0.1 * sum(float(OLD[i, u] - REF[i, u]) for u in range(t, n)) for t in range(n)]
+        for i, n in enumerate(LENGTHS)
+    ]
+    advantages, total = over_the_batch(to_go), torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            total = total + surrogate(new, i, t, advantages[i][t], 0.2, 0.2)
+    return -total / sum(LENGTHS)
+
+
+def reinforce_plus_plus_baseline_paper(new):
+    """arXiv:2501.03262: the difference from the mean of the group, standardized over the batch; k2 in the loss."""
+    advantages = over_the_batch([[a] * n for a, n in zip(centred(SCORES), LENGTHS, strict=True)])
+    total = torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            k2 = torch.exp(new[i, t] - OLD[i, t]).detach() * (new[i, t] - REF[i, t]) ** 2 / 2
+            total = total + surrogate(new, i, t, advantages[i][t], 0.2, 0.2) - 0.1 * k2
+    return -total / sum(LENGTHS)
+
+
+def reinforce_paper(new, baseline):
+    """Williams 1992, with a baseline for response i at token t."""
+    total = torch.zeros(())
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            total = total + torch.exp(new[i, t] - OLD[i, t]) * (SCORES[i] - baseline(i, t))
+    return -total / (len(LENGTHS) * LIMIT)
+
+
+def mean_of_others(i, t):
+    """Of all responses but i, whatever their prompts, that have a token t; for the only one, its own score."""
+    others = [SCORES[j] for j, n in enumerate(LENGTHS) if j != i and n > t]
+    return sum(others) / len(others) if others else SCORES[i]
+
+
+REINFORCE = {"group_size": 3, "scale": "none", "loss": "policy_gradient", "aggregation": "constant"}
 FAMILY = {
+    "REINFORCE": (GRPOConfig(**REINFORCE, baseline="none"), partial(reinforce_paper, baseline=lambda i, t: 0.0)),
+    "REINFORCE, constant": (
+        GRPOConfig(**REINFORCE, baseline="constant", baseline_value=0.75),
+        partial(reinforce_paper, baseline=lambda i, t: 0.75),
+    ),
+    "REINFORCE, batch": (
+        GRPOConfig(**REINFORCE, baseline="batch"),
+        partial(reinforce_paper, baseline=lambda i, t: mean_of_others(i, 0)),
+    ),
+    "REINFORCE, time": (
+        GRPOConfig(**REINFORCE, baseline="batch", credit="token"),
+        partial(reinforce_paper, baseline=mean_of_others),
+    ),
+    "OPO": (GRPOConfig(**REINFORCE, baseline="optimal"), opo_paper),
+    "CISPO": (GRPOConfig(group_size=3, loss="cispo", clip_low=1.0, clip_high=0.3), cispo_paper),
+    "REINFORCE++": (
+        GRPOConfig(group_size=3, baseline="none", credit="token", scale="batch", kl_coef=0.1, kl_form="k1_reward"),
+        reinforce_plus_plus_paper,
+    ),
+    "REINFORCE++ baseline": (GRPOConfig(group_size=3, scale="batch", kl_coef=0.1), reinforce_plus_plus_baseline_paper),
     "GRPO": (
         GRPOConfig(group_size=3, aggregation="sequence", kl_coef=0.04, kl_form="k3_paper"),
         grpo_paper,
@@ -290,6 +380,58 @@ def test_tool_output_is_no_part_of_the_ratio_of_a_response():
     after = GRPO(config, actor=FixedPolicy(new), reference=None, max_response_tokens=LIMIT)
     ((_, loss, _),) = after.losses(experience, weights)
     assert loss.item() == pytest.approx(-(math.exp(-0.05) - math.exp(-0.2)) / 4, rel=1e-5)
+
+
+def advantages_of(rollout, scores, **settings):
+    config = GRPOConfig(**settings)
+    actor = FixedPolicy(torch.zeros(len(rollout.rows), LIMIT))
+    algorithm = GRPO(config, actor=actor, reference=None, max_response_tokens=LIMIT)
+    return algorithm.experience(rollout, scores)[0].advantages
+
+
+def test_tokens_are_compared_with_the_tokens_of_the_same_number():
+    """Tool output is not counted; rewards to go of the first tokens 1.5, 3 and 1, of the second ones 0.5 and 1."""
+    mask = torch.tensor([[True, False, False, True], [True, True, False, False], [False, True, False, False]])
+    rollout = make_rollout([4, 2, 2], [7, 7, 7])
+    rollout = replace(rollout, sequences=replace(rollout.sequences, response_mask=mask))
+    per_token = torch.tensor([[1.0, 0.0, 0.0, 0.5], [2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    scores = replace(make_scores([0.0, 1.0, 1.0]), per_token=per_token)
+    ours = advantages_of(rollout, scores, group_size=3, baseline="leave_one_out", scale="none", credit="token")
+    expected = [[-0.5, 0, 0, -0.5], [1.75, 0.5, 0, 0], [0, -1.25, 0, 0]]
+    assert_close(torch.where(mask, ours, 0.0), torch.tensor(expected))
+
+
+def test_with_turns_of_one_token_both_credits_are_the_same():
+    rollout = replace(
+        make_rollout([4, 2, 3], [7, 7, 7]), episodes=episodes_of([[1, 2, 3, 4], [1, 2, 0, 0], [1, 2, 3, 0]])
+    )
+    per_token = torch.randn(3, LIMIT, generator=torch.Generator().manual_seed(3)).masked_fill(~mask_of([4, 2, 3]), 0.0)
+    scores = replace(make_scores([0.0, 1.0, 0.5]), per_token=per_token)
+    turns, tokens = (advantages_of(rollout, scores, group_size=3, credit=credit) for credit in ("turn", "token"))
+    assert_close(*(torch.where(mask_of([4, 2, 3]), x, 0.0) for x in (turns, tokens)))
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch"])
+@pytest.mark.parametrize("scale", ["none", "batch"])
+def test_one_response_to_a_prompt_is_compared_with_those_to_others(baseline, scale):
+    scores = [1.0, 0.5, math.nan, 4.0]
+    rollout = make_rollout([4, 2, 1, 3], [2, 3, 4, 5])
+    ours = advantages_of(rollout, make_scores(scores), group_size=1, baseline=baseline, scale=scale)
+    known = [x for x in scores if x == x]
+    raw = [0.0 if x != x else x if baseline == "none" else x - (sum(known) - x) / 2 for x in scores]
+    if scale == "batch":
+        lengths = [4, 2, 0, 3]
+        mean = sum(n * x for n, x in zip(lengths, raw, strict=True)) / 9
+        std = math.sqrt(sum(n * (x - mean) ** 2 for n, x in zip(lengths, raw, strict=True)) / 9 + 1e-8)
+        raw = [(x - mean) / std if n else 0.0 for n, x in zip(lengths, raw, strict=True)]
+    assert_close(ours[:, 0], torch.tensor(raw))
+
+
+def test_truncated_responses_are_not_in_the_spread_of_the_batch():
+    _, experience, _ = truncated_experience((2,), scale="batch", baseline="none")
+    kept = [[s] * n for i, (s, n) in enumerate(zip(SCORES, LENGTHS, strict=True)) if i != 2]
+    expected = [row[0] for row in over_the_batch(kept)]
+    assert_close(experience.advantages[[0, 1, 3, 4, 5], 0], torch.tensor(expected))
 
 
 def episodes_of(turn_ends):
@@ -536,10 +678,11 @@ def one_iteration(config, *, one_step, microbatches, scores=(1.0, 0.0, math.nan,
     ids=[*FAMILY, "RLOO", "k2", "k3"],
 )
 def test_the_only_step_on_a_rollout_needs_no_pass_before_it(config, microbatches):
-    """Loss, gradient and metrics are those of a pass for old log-probabilities and the step after it, to the bit."""
+    """Loss, gradient and metrics are those of a pass for old log-probabilities and the step after it, to the bit. A KL
+    in the reward is needed before it."""
     loss, gradient, values, num_asked = one_iteration(config, one_step=True, microbatches=microbatches)
     plain = one_iteration(config, one_step=False, microbatches=microbatches)
-    assert (num_asked, plain[3]) == (0, 1)
+    assert (num_asked, plain[3]) == (int(config.kl_form == "k1_reward"), 1)
     assert torch.equal(loss, plain[0])
     assert torch.equal(gradient, plain[1])
     assert gradient.abs().sum() > 0.1

@@ -11,6 +11,7 @@ from llmrl.functional.advantages import (
     gae,
     group_relative,
     leave_one_out,
+    n_step_returns,
     rewards_to_go,
 )
 from tests import oracles
@@ -19,7 +20,11 @@ GROUPED = {
     "std": lambda s, g: group_relative(s, g, scale="std"),
     "none": lambda s, g: group_relative(s, g, scale="none"),
 }
-ALL_GROUPED = {**GROUPED, "leave_one_out": leave_one_out}
+ALL_GROUPED = {
+    **GROUPED,
+    "leave_one_out": leave_one_out,
+    "weighted": lambda s, g: leave_one_out(s, g, weights=torch.full_like(s, 3.0)),
+}
 
 
 def row(*x):
@@ -143,6 +148,49 @@ def test_gae_of_next_to_nothing(shape):
     assert_close(returns, 3 * x)
 
 
+def test_n_step_returns_by_hand():
+    # two steps: 1 + 0.5 * 2 + 0.25 * 8; then 2 + 0.5 * 3 and 3, to the end
+    rewards, values = row(1.0, 2, 3), row(0.0, 4, 8)
+    advantages, returns = n_step_returns(rewards, values, ALL, ZERO, gamma=0.5, num_steps=2)
+    assert_close(returns, row(4.0, 3.5, 3.0))
+    assert_close(advantages, row(4.0, -0.5, -5.0))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 100])
+def test_n_step_returns_are_the_sums_in_the_paper(ragged, gamma, num_steps):
+    advantages, returns = n_step_returns(**ragged, gamma=gamma, num_steps=num_steps)
+    expected = oracles.n_step_advantages(**as_lists(ragged), gamma=gamma, num_steps=num_steps)
+    assert_close(advantages.tolist(), expected)
+    assert_close(returns, torch.where(ragged["response_mask"], advantages + ragged["values"], 0.0))
+
+
+@pytest.mark.parametrize(("num_steps", "gae_lambda"), [(1, 0.0), (7, 1.0)])
+def test_n_step_returns_end_where_gae_does(ragged, num_steps, gae_lambda):
+    assert_close(
+        n_step_returns(**ragged, gamma=0.9, num_steps=num_steps), gae(**ragged, gamma=0.9, gae_lambda=gae_lambda)
+    )
+
+
+def test_gae_is_the_mean_of_n_step_advantages_with_weights_that_fall_by_lambda(ragged):
+    """(1 - λ) Σ_n λ^{n-1} A^(n), and all the weight that is left on the longest (arXiv:1506.02438, eq. 16)."""
+    width, decay = ragged["rewards"].shape[1], 0.8
+    weights = [(1 - decay) * decay ** (n - 1) for n in range(1, width)] + [decay ** (width - 1)]
+    advantages = [n_step_returns(**ragged, gamma=0.9, num_steps=n)[0] for n in range(1, width + 1)]
+    mean = sum(weight * x for weight, x in zip(weights, advantages, strict=True))
+    assert_close(mean, gae(**ragged, gamma=0.9, gae_lambda=decay)[0])
+
+
+def test_n_step_returns_never_read_outside_the_mask(ragged, poison):
+    clean, poisoned = (n_step_returns(**tensors, gamma=0.9, num_steps=2) for tensors in (ragged, poison(ragged)))
+    assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+def test_less_than_one_step_is_refused(ragged):
+    with pytest.raises(ValueError, match=r"num_steps \(0\) must be at least 1"):
+        n_step_returns(**ragged, gamma=0.9, num_steps=0)
+
+
 def test_returns_by_hand():
     assert_close(discounted_returns(row(1.0, 2.0, 4.0), ALL, gamma=0.5), row(3.0, 4.0, 4.0))
 
@@ -192,6 +240,37 @@ def test_group_relative_by_hand():
 def test_leave_one_out_by_hand():
     scores = torch.tensor([1.0, 0.0, 2.0, 0.0, 6.0, 6.0, 5.0, 5.0])
     assert_close(leave_one_out(scores, GROUPS), torch.tensor([-3.0, -3.0, -1.5, -3.0, 4.5, 6.0, 0.0, 0.0]))
+
+
+def test_weights_of_leave_one_out_by_hand():
+    scores, weights = torch.tensor([1.0, 4.0, 7.0, 3.0, torch.nan, 5.0]), torch.tensor([1, 2, 0, 3, 9, 0])
+    # the others of each: (2 * 4) / 2, 1 / 1, (1 + 2 * 4) / 3; 5 has no weight, and beside it nothing is scored
+    expected = torch.tensor([1 - 4.0, 4 - 1.0, 7 - 3.0, 0.0, 0.0, 5 - 3.0])
+    assert_close(leave_one_out(scores, torch.tensor([0, 0, 0, 1, 1, 1]), weights=weights), expected)
+
+
+def test_weights_of_leave_one_out_by_definition():
+    scores, group_ids = random_groups()
+    weights = torch.randint(1, 9, scores.shape)
+    ours = leave_one_out(scores, group_ids, weights=weights)
+    known = ~scores.isnan()
+    for i in range(len(scores)):
+        others = known & (group_ids == group_ids[i])
+        others[i] = False
+        expected = 0.0
+        if known[i] and others.any():
+            expected = (scores[i] - (weights * scores)[others].sum() / weights[others].sum()).item()
+        assert ours[i].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_by_the_squared_gradient_the_baseline_is_the_one_of_least_variance():
+    """Of a response drawn from many: the b of the least Σ |g|^2 (s - b)^2, in which each counts 1/n at most."""
+    norms, scores = torch.rand(4000, dtype=torch.float64), torch.randn(4000, dtype=torch.float64)
+    scores = scores + 2 * norms
+    baseline = scores - leave_one_out(scores, torch.zeros(4000, dtype=torch.long), weights=norms)
+    least = min(torch.linspace(-1, 3, 4001).tolist(), key=lambda b: float((norms * (scores - b) ** 2).sum()))
+    assert_close(baseline, torch.full_like(baseline, least), rtol=0, atol=5e-3)
+    assert abs(scores.mean() - least) > 0.1
 
 
 def random_groups():

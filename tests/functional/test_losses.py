@@ -1,5 +1,5 @@
 import math
-from functools import reduce
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -7,9 +7,11 @@ from torch.testing import assert_close
 
 from llmrl.functional.losses import (
     bradley_terry_loss,
+    cispo_loss,
     clipped_policy_loss,
     clipped_value_loss,
     importance_ratio,
+    policy_gradient_loss,
     ratio_metrics,
     token_weights,
 )
@@ -140,7 +142,7 @@ def test_ratio_metrics_of_the_parts_pool_to_those_of_the_whole(mask):
     assert pooled == pytest.approx(Metrics(ratio_metrics(logprobs, old, mask)).values())
 
 
-# --- clipped_policy_loss
+# --- clipped_policy_loss, and losses without its clip
 
 
 @pytest.fixture
@@ -226,6 +228,72 @@ def test_wide_clips_leave_importance_sampling(policy, mask):
     loss, _ = clipped_policy_loss(**policy, clip_low=1.0, clip_high=100.0)
     ratio = (policy["logprobs"] - policy["old_logprobs"]).exp()
     assert_close(loss, -(policy["weights"] * ratio * policy["advantages"])[mask].sum())
+
+
+WITHOUT_A_CLIP = {
+    "policy_gradient": policy_gradient_loss,
+    "cispo": partial(cispo_loss, clip_low=0.3, clip_high=0.5),
+}
+
+
+def test_the_policy_gradient_is_the_clipped_loss_with_clips_that_never_act(policy):
+    inputs = [live(policy, "logprobs") for _ in range(2)]
+    losses = [
+        policy_gradient_loss(**inputs[0])[0],
+        clipped_policy_loss(**inputs[1], clip_low=1.0, clip_high=100.0)[0],
+    ]
+    for loss in losses:
+        loss.backward()
+    assert_close(*losses)
+    assert_close(*(tensors["logprobs"].grad for tensors in inputs))
+
+
+def test_cispo_has_the_gradient_of_the_paper(policy, mask):
+    inputs, clips = live(policy, "logprobs"), {"clip_low": 0.3, "clip_high": 0.5}
+    loss, metrics = cispo_loss(**inputs, **clips)
+    loss.backward()
+    clipped = 0
+    for b, t in mask.nonzero().tolist():
+        lp, old, advantage, weight = (float(x[b, t]) for x in policy.values())
+        slope = oracles.cispo_slope(lp, old, advantage, **clips)
+        assert inputs["logprobs"].grad[b, t].item() == pytest.approx(weight * slope, rel=1e-12)
+        clipped += not 0.7 <= math.exp(lp - old) <= 1.5
+    assert 0 < clipped < mask.sum()
+    assert metrics["policy/clip_fraction"] == (clipped, mask.sum())
+    assert (inputs["logprobs"].grad[~mask] == 0).all()
+
+
+def test_cispo_without_bounds_has_the_gradient_of_the_policy_gradient(policy):
+    inputs = [live(policy, "logprobs") for _ in range(2)]
+    cispo_loss(**inputs[0], clip_low=1.0, clip_high=100.0)[0].backward()
+    policy_gradient_loss(**inputs[1])[0].backward()
+    assert_close(*(tensors["logprobs"].grad for tensors in inputs))
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_CLIP)
+def test_in_the_first_step_every_loss_has_the_gradient_of_reinforce(policy, name):
+    policy["old_logprobs"] = policy["logprobs"].clone()
+    inputs = live(policy, "logprobs")
+    WITHOUT_A_CLIP[name](**inputs)[0].backward()
+    assert_close(inputs["logprobs"].grad, -policy["weights"] * policy["advantages"])
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_CLIP)
+def test_losses_without_a_clip_never_read_where_the_weight_is_0(policy, poison, name):
+    poisoned = {**poison(policy), "weights": policy["weights"]}
+    results = []
+    for tensors in (live(policy, "logprobs"), live(poisoned, "logprobs")):
+        loss, metrics = WITHOUT_A_CLIP[name](**tensors)
+        loss.backward()
+        results.append((loss.detach(), tensors["logprobs"].grad, tuple(metrics.values())))
+    assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_CLIP)
+def test_losses_without_a_clip_ignore_how_the_minibatch_was_cut(policy, name):
+    whole, _ = WITHOUT_A_CLIP[name](**policy)
+    parts = [{key: x[rows] for key, x in policy.items()} for rows in (slice(0, 2), slice(2, 3), slice(3, None))]
+    assert_close(sum(WITHOUT_A_CLIP[name](**part)[0] for part in parts), whole)
 
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])

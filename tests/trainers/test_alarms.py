@@ -133,6 +133,7 @@ def test_a_share_of_flat_groups_is_told_once_with_its_numbers():
     assert seen[-1][0].startswith("95 % of the groups of the last 20 iterations had equal scores")
     assert "(mean score 0.02)" in seen[-1][0]
     assert told(*[HEALTHY | {"group/flat_fraction": 0.85}] * 40) == [[]] * 41
+    assert told(HEALTHY, *[mostly] * 40, compares_sums=False) == [[]] * 42  # where siblings are not compared
 
 
 def test_mostly_flat_groups_of_a_task_that_is_solved_are_no_loss():

@@ -457,7 +457,9 @@ ONE_STEP, TWO_STEPS = UpdateConfig(minibatch_size=128), UpdateConfig(minibatch_s
         (dataclasses.replace(ONE_STEP, num_epochs=2), {"kl_coef": 0.1}, None, (1, 1)),
         (ONE_STEP, {"name": "recipes/algorithms/successes.py:Successes"}, None, (1, 0)),
         (ONE_STEP, {"name": "recipes/algorithms/reinforce.py:Reinforce"}, None, (1, 0)),
-        (ONE_STEP, {"loss": "recipes/algorithms/cispo.py:cispo"}, None, (0, 0)),
+        (ONE_STEP, {"loss": "recipes/algorithms/sapo.py:sapo"}, None, (0, 0)),
+        (ONE_STEP, {"loss": "policy_gradient", "baseline": "batch"}, None, (0, 0)),
+        (ONE_STEP, {"kl_coef": 0.1, "kl_form": "k1_reward"}, None, (1, 1)),
     ],
 )
 def test_passes_before_the_update_are_those_that_something_needs(
