@@ -40,6 +40,8 @@ class Conversation:
     """Ids of the opening."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     """What follows the opening."""
+    texts: list[str] = field(default_factory=list)
+    """What the actor wrote in each turn, its calls included."""
     length: int = 0
     """Response tokens so far."""
     turn_ends: list[int] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Conversation:
     def add_turn(self, ids: Sequence[int], read: ReadTurn) -> str:
         """Adds what the actor wrote. Returns its text."""
         text, rest, self.calls = read(ids)
+        self.texts.append(text)
         self.messages.append(turn_of_assistant(rest, self.calls))
         self.length += len(ids)
         self.last_id = ids[-1]
@@ -213,7 +216,7 @@ class Conversations:
             each.stop_reason = StopReason.TURNS
             return []
         try:
-            ids = self.rendering.between(each.so_far, observation, last_id=each.last_id)
+            ids = self.rendering.between(self._as_written(each), observation, last_id=each.last_id)
         except DataError as error:
             each.fail(Failure(RENDERING, str(error)))
             return []
@@ -226,6 +229,17 @@ class Conversations:
         each.length += len(ids)
         each.messages.extend(as_messages(observation))
         return ids
+
+    def _as_written(self, each: Conversation) -> list[dict[str, Any]]:
+        """All messages, those of the actor as the chat template gets them."""
+        texts = iter(each.texts)
+        return [
+            *as_messages(each.opening),
+            *(
+                self.rendering.as_written(message, next(texts)) if message["role"] == "assistant" else message
+                for message in each.messages
+            ),
+        ]
 
     def _results(self, each: Conversation, results: Sequence[Any]) -> list[dict[str, Any]]:
         each.num_calls += len(results)

@@ -200,7 +200,7 @@ def test_reasoning_that_is_stripped_is_found():
     problem = history_problem(family("qwen3"), CONFIG)
     assert problem is not None
     assert "reason\\n</think>" in problem
-    assert '(a turn with reasoning, <think> to </think>); set environment.history to "keep"' in problem
+    assert '(a turn with reasoning, <think> to </think>); set environment.history to "branch"' in problem
 
 
 def test_a_list_of_tools_that_moves_is_found():
@@ -234,9 +234,7 @@ def test_a_template_of_calls_that_rewrites_is_refused_whatever_is_kept():
     call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {}}}
     messages = [USER, {"role": "assistant", "content": "a", "tool_calls": [call]}]
     with pytest.raises(Rewritten, match=r"'2user:hi\|call<eos>' becomes '3user"):
-        Rendering(tokenizer, CONFIG, keep_history=True).between(
-            messages, [{"role": "tool", "content": "t"}], last_id=EOS
-        )
+        Rendering(tokenizer, CONFIG, history="keep").between(messages, [{"role": "tool", "content": "t"}], last_id=EOS)
 
 
 def test_blanks_before_the_end_of_a_turn_are_found():
@@ -260,9 +258,9 @@ def test_a_rewritten_turn_is_refused_or_what_the_actor_wrote_is_kept():
     tokenizer = family("qwen3")
     config = replace(CONFIG, chat_template_kwargs={"enable_thinking": False})
     messages = [USER, {"role": "assistant", "content": "a"}]
-    with pytest.raises(Rewritten, match=r"becomes .*; set environment\.history to \"keep\""):
+    with pytest.raises(Rewritten, match=r"becomes .*; set environment\.history to \"branch\""):
         Rendering(tokenizer, config).between(messages, "b", last_id=tokenizer.eos_token_id)
-    kept = Rendering(tokenizer, config, keep_history=True)
+    kept = Rendering(tokenizer, config, history="keep")
     assert tokenizer.decode(kept.between(messages, "b", last_id=tokenizer.eos_token_id)) == (
         "\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
@@ -273,4 +271,4 @@ def test_a_turn_that_is_written_twice_or_not_at_all(written: str, times: int):
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ m.content }}", written))
     messages = [USER, {"role": "assistant", "content": "a"}]
     with pytest.raises(Rewritten, match=f"writes a turn of the assistant {times} times"):
-        Rendering(tokenizer, CONFIG, keep_history=True).between(messages, "b", last_id=EOS)
+        Rendering(tokenizer, CONFIG, history="keep").between(messages, "b", last_id=EOS)
