@@ -63,7 +63,7 @@ class PassTokens:
     """Contexts of each row, if they are padded to the longest, whose tokens `own` counts; None: one each."""
 
 
-class NewContext(tuple[int, ...]):
+class NewContext(list[int]):
     """Ids with which a response goes on in a context of its own: no later token attends to what is before them."""
 
 
@@ -131,9 +131,8 @@ class Sequences(Batch):
         if not packed and self.restarts is not None:
             contexts = Contexts.of(self)
             num_contexts = contexts.row.bincount(minlength=len(self.response_lengths))
-            longest = torch.zeros_like(num_contexts).index_reduce(
-                0, contexts.row, contexts.sequences.num_tokens, "amax"
-            )
+            tokens = contexts.sequences.num_tokens
+            longest = torch.zeros_like(num_contexts).scatter_reduce(0, contexts.row, tokens, "amax")
             return PassTokens(own=longest, num_contexts=num_contexts)
         if not packed:
             return PassTokens(own=self.num_tokens)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llmrl.batches import NewContext
 from llmrl.data.config import DataConfig
 from llmrl.data.files import DataError
 from llmrl.data.rendering import Rendering, Rewritten, history_problem
@@ -61,6 +62,56 @@ def parts(tokenizer, opening, turns, tools=()) -> tuple[list[int], list[dict]]:
 
 
 # --- the property: part by part, the ids are those of the whole conversation ------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("thinks", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(said=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=4), first=texts)
+def test_a_branching_actor_has_read_what_the_template_writes_at_each_moment(name: str, thinks: bool, said, first: str):
+    tokenizer = family(name)
+    config = replace(CONFIG, chat_template_kwargs={"enable_thinking": thinks})
+    rendering = Rendering(tokenizer, config, history="branch")
+    messages = [{"role": "user", "content": first}]
+    context = rendering.opening(messages)
+    for text, answer, reasons in said:
+        text = ("<think>\nreason\n</think>\n\n" if reasons else "") + as_kept(name, text).strip()
+        context += sampled(tokenizer, text)
+        messages.append({"role": "assistant", "content": text})
+        fed = rendering.between(messages, answer, last_id=context[-1])
+        context = [*fed] if isinstance(fed, NewContext) else context + fed
+        messages.append({"role": "user", "content": answer})
+        written = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinks
+        )
+        assert context == tokenizer(written, add_special_tokens=False)["input_ids"]
+
+
+def test_qwen3_branches_where_reasoning_is_left_out_and_nowhere_else():
+    tokenizer = family("qwen3")
+    rendering = Rendering(tokenizer, CONFIG, history="branch")
+    plain, reasoned = ([USER, {"role": "assistant", "content": text}] for text in ("a", "<think>\nr\n</think>\n\na"))
+    fed = rendering.between(plain, "b", last_id=tokenizer.eos_token_id)
+    assert fed == Rendering(tokenizer, CONFIG).between(plain, "b", last_id=tokenizer.eos_token_id)
+    fed = rendering.between(reasoned, "b", last_id=tokenizer.eos_token_id)
+    assert isinstance(fed, NewContext)
+    assert "reason" not in tokenizer.decode(fed)
+    assert list(fed) == rendering.opening([*plain, {"role": "user", "content": "b"}])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "smollm2", "llama3_2", "gemma3", "mistral"])
+def test_a_template_that_rewrites_nothing_feeds_the_same_ids_in_every_mode(name):
+    tokenizer = family(name)
+    messages = [{"role": "user", "content": "hi"}]
+    for number in range(3):
+        messages.append({"role": "assistant", "content": f" answer {number}"})  # blanks that a template trims
+        fed = [
+            Rendering(tokenizer, CONFIG, history=history).between(messages, "b", last_id=tokenizer.eos_token_id)
+            for history in ("refuse", "keep", "branch")
+        ]
+        assert fed[0] == fed[1] == fed[2]
+        assert not any(isinstance(each, NewContext) for each in fed)
+        messages.append({"role": "user", "content": "b"})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
