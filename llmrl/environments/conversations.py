@@ -61,6 +61,11 @@ class Conversation:
         """All messages, the opening included."""
         return [*as_messages(self.opening), *self.messages]
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has opened: what the actor writes after no opening is no turn."""
+        return self.failure is None or self.failure.name != START
+
     def add_turn(self, ids: Sequence[int], read: ReadTurn) -> str:
         """Adds what the actor wrote. Returns its text."""
         text, rest, self.calls = read(ids)
@@ -178,9 +183,9 @@ class Conversations:
         """See `Replies`."""
         for index, ids in turns.items():
             each = self.all[index]
-            text = each.add_turn(ids, self.read)
             if each.failure is not None:
                 continue
+            text = each.add_turn(ids, self.read)
             if each.calls:
                 self.host.call(each.number, each.calls)
             else:
@@ -269,12 +274,12 @@ class Conversations:
         sequences = rollout.sequences
         rows = zip(self.all, sequences.response_ids.tolist(), sequences.response_lengths.tolist(), strict=True)
         for each, ids, length in rows:
-            if each.length < length:
+            if each.has_begun and each.length < length:
                 each.add_turn(ids[each.length : length], self.read)
 
     def _with_episodes(self, rollout: Rollout) -> Rollout:
         device = rollout.device
-        width = max(len(each.turn_ends) for each in self.all)
+        width = max(len(each.turn_ends) or 1 for each in self.all)
         stops = rollout.stop_reason.tolist()
         known = [each.stop_reason or stop for each, stop in zip(self.all, stops, strict=True)]
         return replace(
