@@ -59,6 +59,12 @@ class PassTokens:
     prompt_of_row: Int[Tensor, " B"] | None = None
     of_prompt: Int[Tensor, " N"] | None = None
     """Tokens of each prompt, which its rows add once, together; None: a row's own tokens include its prompt."""
+    num_contexts: Int[Tensor, " B"] | None = None
+    """Contexts of each row, if they are padded to the longest, whose tokens `own` counts; None: one each."""
+
+
+class NewContext(list[int]):
+    """Ids with which a response goes on in a context of its own: no later token attends to what is before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,8 @@ class Sequences(Batch):
     """True on the tokens that the actor chose, its EOS included."""
     response_lengths: Int[Tensor, " B"]
     """Every attended response token, tool output included."""
+    restarts: Bool[Tensor, "B T"] | None = None
+    """True on the first token of each `NewContext`, which no token attends beyond; None: every row is one context."""
 
     @classmethod
     def from_rows(
@@ -120,6 +128,12 @@ class Sequences(Batch):
 
     def pass_tokens(self, *, packed: bool) -> PassTokens:
         """Tokens of each row in a forward pass, which reads a prompt once for all its rows if it is packed."""
+        if not packed and self.restarts is not None:
+            contexts = Contexts.of(self)
+            num_contexts = contexts.row.bincount(minlength=len(self.response_lengths))
+            tokens = contexts.sequences.num_tokens
+            longest = torch.zeros_like(num_contexts).scatter_reduce(0, contexts.row, tokens, "amax")
+            return PassTokens(own=longest, num_contexts=num_contexts)
         if not packed:
             return PassTokens(own=self.num_tokens)
         return PassTokens(
@@ -139,16 +153,95 @@ class Sequences(Batch):
             response_ids=_select(self.response_ids, index),
             response_mask=_select(self.response_mask, index),
             response_lengths=_select(self.response_lengths, index),
+            restarts=_select(self.restarts, index),
         )
 
     @classmethod
     def cat(cls: type[S], parts: Sequence[S]) -> S:  # type: ignore[override]
         """The rows of several batches as one; a prompt that two of them hold is held twice."""
         num_prompts, renumbered = 0, []
+        any_restarts = any(part.restarts is not None for part in parts)
         for part in parts:
-            renumbered.append(replace(part, prompt_of_row=part.prompt_of_row + num_prompts))
+            restarts = torch.zeros_like(part.response_mask) if part.restarts is None else part.restarts
+            renumbered.append(
+                replace(
+                    part,
+                    prompt_of_row=part.prompt_of_row + num_prompts,
+                    restarts=restarts if any_restarts else None,
+                )
+            )
             num_prompts += len(part.unique_prompt_ids)
         return super().cat(renumbered)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """The contexts of some sequences, as sequences without restarts: what a forward pass reads. Row by row, in order.
+
+    The response "a b" to the prompt "p", then a new context "q r" and the response "c" to it:
+
+        response_ids  a b q r c      contexts  prompt p, response a b
+        restarts      0 0 1 0 0                prompt q, response r c
+    """
+
+    sequences: Sequences
+    row: Int[Tensor, " S"]
+    """The row that each context is part of."""
+    first: Int[Tensor, " S"]
+    """Column in the row of its first response token."""
+    of_token: Int[Tensor, "B T"]
+    """The context that each response token is in."""
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> "Contexts":
+        """`sequences` has `restarts`."""
+        restarts, lengths = sequences.restarts, sequences.response_lengths
+        assert restarts is not None, "there are several contexts"
+        begins = restarts.clone()
+        begins[:, 0] = True
+        row, start = begins.nonzero(as_tuple=True)
+        is_new = start > 0
+        goes_on = torch.cat([row[1:] == row[:-1], row.new_zeros(len(row) and 1, dtype=torch.bool)])
+        end = torch.where(goes_on, start.roll(-1), lengths[row])
+        first = start + is_new.long()  # the first token of a new context is its prompt: a pass needs one
+        width = int((end - first).max()) if len(row) else 0
+        columns = first[:, None] + torch.arange(width, device=row.device)
+        attended = columns < end[:, None]
+        columns = columns.clamp(max=restarts.shape[1] - 1)
+        new_prompts = sequences.response_ids[row[is_new], start[is_new]][:, None]
+        width_of_prompts = sequences.unique_prompt_ids.shape[1]
+        prompt_of_row = sequences.prompt_of_row[row]
+        prompt_of_row[is_new] = len(sequences.unique_prompt_ids) + torch.arange(len(new_prompts), device=row.device)
+        return cls(
+            sequences=Sequences(
+                unique_prompt_ids=torch.cat(
+                    [sequences.unique_prompt_ids, pad_columns(new_prompts, width_of_prompts, left=True)]
+                ),
+                unique_prompt_mask=torch.cat(
+                    [
+                        sequences.unique_prompt_mask,
+                        pad_columns(torch.ones_like(new_prompts, dtype=torch.bool), width_of_prompts, left=True),
+                    ]
+                ),
+                prompt_of_row=prompt_of_row,
+                response_ids=sequences.response_ids[row[:, None], columns].where(attended, 0),
+                response_mask=sequences.response_mask[row[:, None], columns] & attended,
+                response_lengths=end - first,
+            ),
+            row=row,
+            first=first,
+            of_token=begins.flatten().cumsum(0).view_as(begins) - 1,
+        )
+
+    @property
+    def last(self) -> Int[Tensor, " B"]:
+        """The last context of each row."""
+        return self.of_token[:, -1]
+
+    def find(self, row: Int[Tensor, " M"], token: Int[Tensor, " M"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+        """The context of each of some response tokens, none of which begins one, and its column there."""
+        context = self.of_token[row, token]
+        return context, token - self.first[context]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ class Unit:
     """Tokens of its longest row, counted once for each row of a padded pass."""
     num_tokens: int
     """Tokens of a packed pass over it."""
+    num_rows: int = 1
+    """Rows of a padded pass over it: one for each context."""
 
 
 def parts_of_rank(
@@ -75,7 +77,8 @@ def _units(batch: ReadBatch, budget: TokenBudget, world_size: int) -> list[Unit]
     tokens = batch.pass_tokens(packed=budget.packed)
     own = tokens.own.tolist()
     if tokens.prompt_of_row is None or tokens.of_prompt is None:
-        return [Unit([row], n, n) for row, n in enumerate(own)]
+        counts = [1] * len(own) if tokens.num_contexts is None else tokens.num_contexts.tolist()
+        return [Unit([row], n, n * count, count) for row, (n, count) in enumerate(zip(own, counts, strict=True))]
     prompts, of_prompt = tokens.prompt_of_row.tolist(), tokens.of_prompt.tolist()
     total = sum(own) + sum(of_prompt[prompt] for prompt in set(prompts))
     most = min(budget.max_tokens, -(-total // world_size))
@@ -112,11 +115,12 @@ def _parts(units: Sequence[Unit], budget: TokenBudget) -> list[list[int]]:
     """Rows of passes that hold the budget: units, the smallest first, as many in each as fit, at least one."""
     parts: list[list[int]] = []
     rows: list[int] = []
-    num_tokens = 0
+    num_tokens = num_padded = longest = 0
     for unit in sorted(units, key=lambda unit: unit.num_tokens):
-        more = num_tokens + unit.num_tokens if budget.packed else (len(rows) + 1) * unit.longest
+        longest = max(longest, unit.longest)
+        more = num_tokens + unit.num_tokens if budget.packed else (num_padded + unit.num_rows) * longest
         if rows and more > budget.max_tokens:
             parts.append(rows)
-            rows, num_tokens = [], 0
-        rows, num_tokens = rows + unit.rows, num_tokens + unit.num_tokens
+            rows, num_tokens, num_padded, longest = [], 0, 0, unit.longest
+        rows, num_tokens, num_padded = rows + unit.rows, num_tokens + unit.num_tokens, num_padded + unit.num_rows
     return [*parts, rows] if rows else parts

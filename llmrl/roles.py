@@ -51,7 +51,8 @@ class Replies(Protocol):
 
     def take(self, indices: Sequence[int]) -> Mapping[int, Sequence[int]]:
         """What is fed to each of these responses, whose turns have ended: waits until it is known. Nothing where the
-        response is complete; and never so much that no room is left for a further token."""
+        response is complete; a `NewContext` where the response goes on without what is before; and never so much that
+        no room is left for a further token."""
         ...
 
 

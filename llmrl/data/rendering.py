@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.batches import NewContext
 from llmrl.data.chat import (
     Prompt,
     TemplateProblem,
@@ -30,8 +31,8 @@ from llmrl.data.seam import MAX_SHOWN, common_length
 Messages = list[dict[str, Any]]
 
 WAY_OUT = (
-    'set environment.history to "keep" (the actor goes on reading what it wrote), or take a chat template that leaves '
-    "earlier turns as they are"
+    'set environment.history to "branch" (the actor reads the conversation anew) or to "keep" (it goes on reading what '
+    "it wrote), or take a chat template that leaves earlier turns as they are"
 )
 
 
@@ -55,8 +56,8 @@ class Rendering:
         tokenizer: Its chat template is used as `config` says; without one a conversation is its texts in a row.
         config: How prompts become tokens.
         tools: JSON schemas of the tools, for the template to list.
-        keep_history: Whether a template that would rewrite earlier turns is used all the same: the actor goes on
-            reading what it wrote. Otherwise it is an error.
+        history: What becomes of a template that rewrites earlier turns: `refuse`, it is an error; `keep`, the actor
+            goes on reading what it wrote; `branch`, it reads the rewritten conversation.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class Rendering:
         config: DataConfig,
         tools: Sequence[Mapping[str, Any]] = (),
         *,
-        keep_history: bool = False,
+        history: Literal["refuse", "keep", "branch"] = "refuse",
     ) -> None:
         arguments = {**config.chat_template_kwargs, "tools": list(tools)} if tools else config.chat_template_kwargs
         self._config = replace(config, chat_template_kwargs=arguments)
         self._tokenizer = tokenizer
-        self._keep_history = keep_history
+        self._history = history
         self._chat = uses_chat(tokenizer, config)
 
     def opening(self, prompt: Prompt) -> list[int]:
@@ -85,26 +86,40 @@ class Rendering:
 
     def between(self, messages: Sequence[Mapping[str, Any]], observation: Prompt, *, last_id: int) -> list[int]:
         """Ids that an actor reads after one of its turns: the end of that turn, the observation, the generation prompt.
+        Or the whole conversation, as a `NewContext`, where it branches.
 
         Args:
-            messages: The conversation; the last message is the turn that was sampled.
+            messages: The conversation, turns that were sampled `as_written`; the last message is one.
             observation: What answers it: a text, which is the user's, or messages.
             last_id: The last id of the turn, an EOS; what the template puts up to it is not written again.
 
         Raises:
-            Rewritten: The template writes the conversation differently now, and `keep_history` is off.
+            Rewritten: The template writes the conversation differently now, and `history` is `refuse`.
             DataError: The template does not take the messages, or there is none for them.
         """
         assert messages[-1]["role"] == "assistant", "only an actor's turn is answered"
         last = self._text_of(last_id)
         if self._chat:
-            asked = as_messages(observation)
-            text = self._after(self._skeleton(messages, asked), asked, last)
+            written, asked = as_messages(messages, self._config.system_prompt), as_messages(observation)
+            try:
+                text = self._after(self._skeleton(messages, asked), asked, last)
+                if self._history == "branch":
+                    self._check_text(written, asked)
+            except Rewritten:
+                if self._history != "branch":
+                    raise
+                return NewContext(self._encode(self._render([*written, *asked])))
         elif isinstance(observation, str):
             text = observation
         else:
             raise DataError("an observation of messages needs a chat template; make it a text")
         return self._encode_after(last_id, text)
+
+    def as_written(self, turn: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """A message of the assistant with all the text that it wrote; with its calls only where the template needs them
+        beside the text."""
+        dropped = {"tool_calls"} if turn.get("tool_calls") and not self._needs_calls else set()
+        return {key: value for key, value in turn.items() if key not in dropped} | {"content": text}
 
     def before_each_turn(self, messages: Sequence[Mapping[str, Any]], *, last_id: int) -> list[list[int]]:
         """Ids that stand before each of the assistant's messages of a written conversation: the opening, then what is
@@ -119,10 +134,7 @@ class Rendering:
                 "its messages need a chat template, but the tokenizer has none or data.template skips it; use texts"
             )
         last, opening = self._text_of(last_id), opening_of_response(self._tokenizer, self._config)
-        written = [
-            {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
-            for message in as_messages(messages, self._config.system_prompt)
-        ]
+        written = _stripped(as_messages(messages, self._config.system_prompt))
         turns = [number for number, message in enumerate(written) if message["role"] == "assistant"]
         texts = [self._render(written[:number]) for number in turns]
         parts = [self._encode(texts[0])]
@@ -152,11 +164,23 @@ class Rendering:
         messages = as_messages([_observation("user", 0)], self._config.system_prompt)
         for number, role in enumerate(roles, start=1):
             turn = _assistant(f"{content}{number}", role)
-            messages.append(self._as_assistant(turn, turn["content"]))
+            messages.append(self.as_written(turn, turn["content"]))
             asked = _observation(role, number)
             if asked["content"] not in self._after(messages, [asked], str(self._tokenizer.eos_token or "")):
                 raise DataError(f"the chat template leaves out what a message of the role {role!r} says")
             messages.append(asked)
+
+    def _check_text(self, messages: Messages, observed: Messages) -> None:
+        """Refuses a template that writes what was said differently once it is answered. Blanks around a turn are not
+        compared, since templates trim them; nor are calls that it writes in place of the text."""
+        stripped = _stripped(messages)
+        writes_calls = self._needs_calls and messages[-1].get("tool_calls")
+        said = "" if writes_calls else without_opening(stripped[-1]["content"], self._opening_of_response)
+        _check_begins(self._render([*stripped, *observed]), self._render(stripped[:-1]) + said)
+
+    @cached_property
+    def _opening_of_response(self) -> str:
+        return opening_of_response(self._tokenizer, self._config)
 
     def _skeleton(self, messages: Sequence[Mapping[str, Any]], observed: Messages) -> Messages:
         """The conversation with a marker in place of each content of the assistant."""
@@ -164,14 +188,9 @@ class Rendering:
         while marker in f"{messages}{observed}":
             marker += "q"
         return [
-            self._as_assistant(message, f"{marker}{number}qz") if message["role"] == "assistant" else message
+            self.as_written(message, f"{marker}{number}qz") if message["role"] == "assistant" else message
             for number, message in enumerate(as_messages(messages, self._config.system_prompt))
         ]
-
-    def _as_assistant(self, message: Mapping[str, Any], content: str) -> dict[str, Any]:
-        """The message with another content; with its calls only where the template needs them beside the text."""
-        dropped = set() if self._needs_calls else {"tool_calls"}
-        return {key: value for key, value in message.items() if key not in dropped} | {"content": content}
 
     def _after(self, messages: Messages, observed: Messages, last: str) -> str:
         """What the template puts after the last message, the assistant's, `last` at its end taken off."""
@@ -179,7 +198,7 @@ class Rendering:
         content = messages[-1]["content"]
         if self._needs_calls and messages[-1].get("tool_calls") and content not in after:
             return self._after_calls(messages, before, after, last)
-        if not self._keep_history:
+        if self._history != "keep":
             _check_begins(after, before + content)
         if after.count(content) != 1:
             raise Rewritten(f"writes a turn of the assistant {after.count(content)} times once it is answered")
@@ -190,7 +209,7 @@ class Rendering:
         end = rest.lstrip()
         if not last or not end.startswith(last):
             return rest
-        if not self._keep_history and end != rest:
+        if self._history != "keep" and end != rest:
             raise Rewritten("writes blanks between what the assistant said and the end of its turn")
         return end.removeprefix(last)
 
@@ -198,7 +217,7 @@ class Rendering:
         """As `_after`, where the template writes a turn's calls in place of its text."""
         closed = self._render(messages, for_response=False)
         _check_begins(after, closed)
-        if not self._keep_history:
+        if self._history != "keep":
             _check_begins(closed, before)
         end = closed.rfind(last) if last else -1
         if end < 0:
@@ -272,6 +291,16 @@ def _observation(role: str, number: int) -> dict[str, Any]:
     """An answer of a probe."""
     message = {"role": role, "content": f"observation{number}"}
     return message | ({"name": "probe", "tool_call_id": CALL_ID} if role == "tool" else {})
+
+
+def _stripped(messages: Messages) -> Messages:
+    """The messages without blanks around those of the assistant."""
+    return [
+        {**message, "content": message["content"].strip()}
+        if message["role"] == "assistant" and isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def _check_begins(text: str, start: str) -> None:

@@ -28,9 +28,10 @@ class EnvironmentConfig(Section, place="environment"):
     """Length limit of a turn, EOS included; a turn that it truncates ends the episode. null: that of the response."""
     timeout_s: Annotated[float, Bound(above=0)] = 60.0
     """Time limit of each call of the environment or of a tool, in seconds."""
-    history: Literal["refuse", "keep"] = "refuse"
+    history: Literal["refuse", "branch", "keep"] = "refuse"
     """Where the chat template writes earlier turns differently once a conversation goes on, as those do that leave
-    earlier reasoning out: `refuse` ends before training, `keep` has the actor read on what it wrote."""
+    earlier reasoning out: `refuse` ends before training, `branch` has the actor read the rewritten conversation, as a
+    training sequence of its own, `keep` has it read on what it wrote."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,6 +40,8 @@ class Conversation:
     """Ids of the opening."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     """What follows the opening."""
+    texts: list[str] = field(default_factory=list)
+    """What the actor wrote in each turn, its calls included."""
     length: int = 0
     """Response tokens so far."""
     turn_ends: list[int] = field(default_factory=list)
@@ -59,9 +61,15 @@ class Conversation:
         """All messages, the opening included."""
         return [*as_messages(self.opening), *self.messages]
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has opened: what the actor writes after no opening is no turn."""
+        return self.failure is None or self.failure.name != START
+
     def add_turn(self, ids: Sequence[int], read: ReadTurn) -> str:
         """Adds what the actor wrote. Returns its text."""
         text, rest, self.calls = read(ids)
+        self.texts.append(text)
         self.messages.append(turn_of_assistant(rest, self.calls))
         self.length += len(ids)
         self.last_id = ids[-1]
@@ -175,9 +183,9 @@ class Conversations:
         """See `Replies`."""
         for index, ids in turns.items():
             each = self.all[index]
-            text = each.add_turn(ids, self.read)
             if each.failure is not None:
                 continue
+            text = each.add_turn(ids, self.read)
             if each.calls:
                 self.host.call(each.number, each.calls)
             else:
@@ -213,7 +221,7 @@ class Conversations:
             each.stop_reason = StopReason.TURNS
             return []
         try:
-            ids = self.rendering.between(each.so_far, observation, last_id=each.last_id)
+            ids = self.rendering.between(self._as_written(each), observation, last_id=each.last_id)
         except DataError as error:
             each.fail(Failure(RENDERING, str(error)))
             return []
@@ -226,6 +234,17 @@ class Conversations:
         each.length += len(ids)
         each.messages.extend(as_messages(observation))
         return ids
+
+    def _as_written(self, each: Conversation) -> list[dict[str, Any]]:
+        """All messages, those of the actor as the chat template gets them."""
+        texts = iter(each.texts)
+        return [
+            *as_messages(each.opening),
+            *(
+                self.rendering.as_written(message, next(texts)) if message["role"] == "assistant" else message
+                for message in each.messages
+            ),
+        ]
 
     def _results(self, each: Conversation, results: Sequence[Any]) -> list[dict[str, Any]]:
         each.num_calls += len(results)
@@ -255,12 +274,12 @@ class Conversations:
         sequences = rollout.sequences
         rows = zip(self.all, sequences.response_ids.tolist(), sequences.response_lengths.tolist(), strict=True)
         for each, ids, length in rows:
-            if each.length < length:
+            if each.has_begun and each.length < length:
                 each.add_turn(ids[each.length : length], self.read)
 
     def _with_episodes(self, rollout: Rollout) -> Rollout:
         device = rollout.device
-        width = max(len(each.turn_ends) for each in self.all)
+        width = max(len(each.turn_ends) or 1 for each in self.all)
         stops = rollout.stop_reason.tolist()
         known = [each.stop_reason or stop for each, stop in zip(self.all, stops, strict=True)]
         return replace(

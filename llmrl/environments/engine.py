@@ -47,8 +47,7 @@ class EnvironmentEngine:
         An episode whose environment or tool fails ends there, as `StopReason.FAILED`.
         """
         sampling = replace(sampling, max_turn_tokens=self.max_turn_tokens)
-        conversations, first_ids = self._open(prompts, sampling)
-        opened = [conversations]
+        opened: list[Conversations] = []
 
         def replies(responses: Responses) -> Conversations:
             """Those that are open; where the engine begins again, since memory ran out, so do all."""
@@ -58,8 +57,10 @@ class EnvironmentEngine:
                 return conversations
             return opened.pop()
 
-        ids, mask = padded(first_ids, left=True)
         try:
+            conversations, first_ids = self._open(prompts, sampling)
+            opened.append(conversations)
+            ids, mask = padded(first_ids, left=True)
             rollout = self.engine.generate(Prompts(ids=ids, mask=mask, rows=prompts.rows), sampling, replies)
             rollout = conversations.close(rollout)
         finally:

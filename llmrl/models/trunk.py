@@ -7,7 +7,7 @@ attention never looks there: no mask is needed. In both, positions count from 0 
 with rotary or absolute positions see what they saw in training.
 
 How rows are laid out is known here and nowhere else. Callers ask for the state before a response token, which predicts
-it, or at the last token.
+it, or at the last token. A response that goes on in a new context is read as several (`Contexts`), each for itself.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmrl.batches import Sequences
+from llmrl.batches import Contexts, Sequences
 from llmrl.models.experts import Routed
 from llmrl.models.packing import Packing, Runs, packs
 
@@ -29,25 +29,35 @@ class HiddenStates:
     B counts responses, the rows of `Sequences`.
     """
 
-    def __init__(self, states: Float[Tensor, "R S H"], layout: "Layout") -> None:
+    def __init__(self, states: Float[Tensor, "R S H"], layout: "Layout", contexts: Contexts | None = None) -> None:
+        """`contexts`: what the layout has in place of the responses."""
         self._states = states
         self._layout = layout
+        self._contexts = contexts
         self.routed: Routed = []
         """What routers said in the pass, where somebody watched them."""
 
     def before(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "M H"]:
         """The state before each response token in the mask, in reading order."""
-        return self._states[self._place(*mask.nonzero(as_tuple=True))]
+        return self._states[self._places_before(mask)]
 
     def tokens_before(self, mask: Bool[Tensor, "B T"]) -> Int[Tensor, " M"]:
         """Where those states stand among all tokens of the pass, row after row."""
-        row, column = self._place(*mask.nonzero(as_tuple=True))
+        row, column = self._places_before(mask)
         return row * self._states.shape[1] + column
 
     def last(self) -> Float[Tensor, "B H"]:
         """The state at the last token of each response, tool output included."""
         lengths = self._layout.lengths
-        return self._states[self._place(torch.arange(len(lengths), device=lengths.device), lengths)]
+        response = torch.arange(len(lengths), device=lengths.device) if self._contexts is None else self._contexts.last
+        return self._states[self._place(response, lengths[response])]
+
+    def _places_before(self, mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """Row and column of the state before each response token in the mask."""
+        response, token = mask.nonzero(as_tuple=True)
+        if self._contexts is not None:
+            response, token = self._contexts.find(response, token)
+        return self._place(response, token)
 
     def _place(self, response: Int[Tensor, " M"], token: Int[Tensor, " M"]) -> tuple[Tensor, Tensor]:
         """Row and column of the state before these tokens of these responses."""
@@ -65,9 +75,12 @@ def encode(trunk: Any, sequences: Sequences, *, dtype: torch.dtype) -> HiddenSta
     """
     device = sequences.response_ids.device
     packed = len(sequences.response_ids) > 0 and packs(trunk, dtype, device)
-    layout = packed_row(sequences) if packed else rows_of_sequences(sequences)
+    contexts = None if sequences.restarts is None else Contexts.of(sequences)
+    read = sequences if contexts is None else contexts.sequences
+    layout = packed_row(read) if packed else rows_of_sequences(read)
     with computing_in(dtype, device):
-        return HiddenStates(last_hidden_states(trunk, layout.ids, **layout.context), layout)
+        states = last_hidden_states(trunk, layout.ids, **layout.context)
+        return HiddenStates(states, layout, contexts)
 
 
 def last_hidden_states(trunk: Any, ids: Int[Tensor, "R S"], **context: Any) -> Float[Tensor, "R S H"]:

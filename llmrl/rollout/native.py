@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from llmrl.batches import Prompts, Rollout, StopReason
+from llmrl.batches import NewContext, Prompts, Rollout, StopReason
 from llmrl.distributed.activity import HERE
 from llmrl.memory import MemoryFull, is_full, making_room, out_of_memory
 from llmrl.messages import class_and_message
@@ -217,7 +217,9 @@ class Aside:
 
     row: Row
     cache: Cache
-    """What the model keeps of it, its last token left out: one row."""
+    """What the model keeps of the rows that were set aside with it, their last tokens left out, padded left."""
+    number: int
+    """Its number in the cache."""
     length: int
     """Number of its tokens in the cache."""
     since: int
@@ -282,16 +284,12 @@ class Decoding:
         if not self.rows:
             window.end = self.longest_prompt
         admitted = [self.waiting.popleft() for _ in range(count)]
-        prefilled, logits = self._prefill(admitted)
-        self.cache.fill(len(self.rows), prefilled, copies=self.group_size)
         rows = [
             Row(prompt * self.group_size + g, window.end - self.prompt_lengths[prompt])
             for prompt in admitted
             for g in range(self.group_size)
         ]
-        self.rows += rows
-        self._fit_window()
-        self._extend(rows, self._indices(rows), logits.repeat_interleave(self.group_size, dim=0))
+        self._begin(rows, self.prompts, admitted, max(self.prompt_lengths[prompt] for prompt in admitted))
         return True
 
     def step(self) -> None:
@@ -319,10 +317,14 @@ class Decoding:
         assert self.replies is not None, "who set them aside"
         fed = {index: ids for index, ids in self.replies.take(due).items() if ids}
         back = [self.aside.pop(index) for index in due]
-        self._take_in([aside for aside in back if aside.row.index in fed])
-        if fed:
-            self.feed(fed)
+        same = {index: ids for index, ids in fed.items() if not isinstance(ids, NewContext)}
+        self._take_in([aside for aside in back if aside.row.index in same])
+        if same:
+            self.feed(same)
         self.advance(len(due) - len(fed))
+        if len(same) < len(fed):
+            self._restart([aside.row for aside in back if aside.row.index in fed.keys() - same.keys()], fed)
+            self.retire()
 
     def feed(self, fed: Mapping[int, Sequence[int]]) -> None:
         """Feeds tokens to live rows, by their index in `Responses`: one or more to each, and all at once.
@@ -369,35 +371,62 @@ class Decoding:
         if self.replies is None or not slots:
             return 0
         rows = [self.rows[slot] for slot in slots]
-        for slot, row in zip(slots, rows, strict=True):
-            kept = self.cache.copy_slots([slot], start=row.start)
-            self.aside[row.index] = Aside(row, kept, self.cache.window.end - row.start, self.num_steps)
+        kept = self.cache.copy_slots(slots, start=min(row.start for row in rows))
+        for number, row in enumerate(rows):
+            self.aside[row.index] = Aside(row, kept, number, self.cache.window.end - row.start, self.num_steps)
         self.replies.ask(self.responses.last_turns(self._indices(rows)))
         return len(rows)
 
     def _take_in(self, back: list[Aside]) -> None:
         """Gives slots to rows that were set aside, their tokens before the write column."""
+        self._make_way(max((aside.length for aside in back), default=0))
+        for aside in back:
+            row, kept = slice(aside.number, aside.number + 1), slice(-aside.length, None)
+            self.cache.fill(len(self.rows), aside.cache, copies=1, rows=row, columns=kept)
+            aside.row.start = self.cache.window.end - aside.length
+            self.rows.append(aside.row)
+        self._fit_window()
+
+    def _restart(self, rows: list[Row], contexts: Mapping[int, Sequence[int]]) -> None:
+        """Has rows that were set aside go on in new contexts, by their index in `Responses`: these are read like
+        prompts, and the next tokens are drawn."""
+        self.responses.feed({row.index: contexts[row.index] for row in rows})
+        rows = sorted(rows, key=lambda row: len(contexts[row.index]))
+        while rows:
+            ids = [contexts[row.index] for row in rows]
+            count = self._num_in_one_pass([len(each) for each in ids])
+            width = len(ids[count - 1])
+            self._make_way(width)
+            for row, each in zip(rows[:count], ids, strict=False):
+                row.start = self.cache.window.end - len(each)
+            padded = self._tensor([[0] * (width - len(each)) + list(each) for each in ids[:count]])
+            begins = width - self._tensor([len(each) for each in ids[:count]])
+            mask = torch.arange(width, device=padded.device) >= begins[:, None]
+            self._begin(rows[:count], Prompts(ids=padded, mask=mask, rows=()), list(range(count)), width)
+            rows = rows[count:]
+
+    def _make_way(self, longest: int) -> None:
+        """Puts the write column where rows of this length fit before it."""
         window = self.cache.window
-        longest = max((aside.length for aside in back), default=0)
         if not self.rows:
             window.end = max(longest, self.longest_prompt)  # so that a waiting prompt has room beside them
         elif window.end < longest:
             self._shift(window.end - longest)
-        for aside in back:
-            self.cache.fill(len(self.rows), aside.cache, copies=1)
-            aside.row.start = window.end - aside.length
-            self.rows.append(aside.row)
-        self._fit_window()
 
     def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor) -> None:
         for row, stop_reason in zip(rows, self.sampler.extend(self.responses, indices, logits), strict=True):
             row.stop_reason = stop_reason
 
-    def _prefill(self, admitted: list[int]) -> tuple[Cache, Tensor]:
-        """What the model keeps of prompts, padded left to the longest, and the logits after their last tokens."""
-        width = max(self.prompt_lengths[prompt] for prompt in admitted)
+    def _begin(self, rows: list[Row], prompts: Prompts, chosen: list[int], width: int) -> None:
+        """Has the model read the chosen prompts, the longest of this width, gives the next slots to rows, as many
+        adjacent ones for each prompt, and draws their next tokens."""
+        copies = len(rows) // len(chosen)
         cache = DynamicCache(config=self.model.config)
-        return cache, read_prompts(self.model, self.prompts, admitted, width, cache)
+        logits = read_prompts(self.model, prompts, chosen, width, cache)
+        self.cache.fill(len(self.rows), cache, copies=copies)
+        self.rows += rows
+        self._fit_window()
+        self._extend(rows, self._indices(rows), logits.repeat_interleave(copies, dim=0))
 
     def _read(self, rows: list[Row], unread: list[list[int]]) -> None:
         """Has the model read each row's unread tokens, and writes their keys and values before the write column; what

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmrl.batches import Prompts, Rollout, Sequences, StopReason
+from llmrl.batches import NewContext, Prompts, Rollout, Sequences, StopReason
 from llmrl.roles import Sampling
 
 
@@ -43,6 +43,8 @@ class Responses:
         self.ids: Int[Tensor, "B T"] = torch.zeros(rows, self.max_tokens, dtype=torch.long, device=device)
         self.logprobs: Float[Tensor, "B T"] = torch.zeros(rows, self.max_tokens, device=device)
         self.fed: Bool[Tensor, "B T"] = torch.zeros(rows, self.max_tokens, dtype=torch.bool, device=device)
+        self.restarts: Bool[Tensor, "B T"] = torch.zeros_like(self.fed)
+        """True on the first token of each `NewContext`."""
         self.num_fed: Int[Tensor, " B"] = torch.zeros(rows, dtype=torch.long, device=device)
         self.lengths: Int[Tensor, " B"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Chosen and fed tokens."""
@@ -123,6 +125,7 @@ class Responses:
         for (row, ids), start in zip(fed.items(), starts, strict=True):
             self.ids[row, start : start + len(ids)] = self.ids.new_tensor(ids)
             self.fed[row, start : start + len(ids)] = True
+            self.restarts[row, start] |= isinstance(ids, NewContext)
         counts = self.ids.new_tensor([len(ids) for ids in fed.values()])
         self.num_fed[rows] += counts
         self.lengths[rows] += counts
@@ -138,6 +141,7 @@ class Responses:
         """The rollout that the responses make, as wide as the longest."""
         width = int(self.lengths.max())
         prompts = self.prompts
+        restarts = self.restarts[:, :width].contiguous()
         return Rollout(
             sequences=Sequences(
                 unique_prompt_ids=prompts.ids,
@@ -148,6 +152,7 @@ class Responses:
                 response_ids=self.ids[:, :width].contiguous(),
                 response_mask=self.chosen[:, :width].contiguous(),
                 response_lengths=self.lengths,
+                restarts=restarts if restarts.any() else None,
             ),
             rollout_logprobs=self.logprobs[:, :width].contiguous(),
             stop_reason=self.stop_reason,

@@ -291,12 +291,13 @@ def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
 def describe_episodes(episodes: Episodes, lengths: Float64[Tensor, " B"]) -> dict[str, Statistic]:
     """Metrics of turns and tools; `lengths`: tokens that the actor chose in each episode."""
     num_turns = episodes.num_turns.double()
+    num_begun = (num_turns > 0).sum()
     statistics: dict[str, Statistic] = {
-        "turn/count": Mean(num_turns.sum(), len(num_turns)),
+        "turn/count": Mean(num_turns.sum(), num_begun),
         "turn/count_max": Maximum(num_turns.max()),
         "turn/length": Mean(lengths.sum(), num_turns.sum()),
         "turn/reward": Mean(episodes.turn_rewards.double().sum(), num_turns.sum()),
-        "tool/calls": Mean(episodes.num_calls.double().sum(), len(num_turns)),
+        "tool/calls": Mean(episodes.num_calls.double().sum(), num_begun),
         "tool/failed": Mean(episodes.num_bad_calls.double().sum(), episodes.num_calls.double().sum()),
         "environment/failed": Total(episodes.failed.sum()),
     }

@@ -121,7 +121,7 @@ def with_turns(
             f"environment needs the engine of llmrl, and {type(engine).__name__} was handed over; leave engine out"
         )
     config = environment.config
-    rendering = Rendering(tokenizer, data, environment.schemas, keep_history=config.history == "keep")
+    rendering = Rendering(tokenizer, data, environment.schemas, history=config.history)
     if environment.schemas and rendering.opening("x") == Rendering(tokenizer, data).opening("x"):
         context.progress.message(
             "warning: the chat template does not list the tools (environment.tools); describe them, and how they are "

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llmrl.batches import NewContext
 from llmrl.data.config import DataConfig
 from llmrl.data.files import DataError
 from llmrl.data.rendering import Rendering, Rewritten, history_problem
@@ -61,6 +62,56 @@ def parts(tokenizer, opening, turns, tools=()) -> tuple[list[int], list[dict]]:
 
 
 # --- the property: part by part, the ids are those of the whole conversation ------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("thinks", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(said=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=4), first=texts)
+def test_a_branching_actor_has_read_what_the_template_writes_at_each_moment(name: str, thinks: bool, said, first: str):
+    tokenizer = family(name)
+    config = replace(CONFIG, chat_template_kwargs={"enable_thinking": thinks})
+    rendering = Rendering(tokenizer, config, history="branch")
+    messages = [{"role": "user", "content": first}]
+    context = rendering.opening(messages)
+    for text, answer, reasons in said:
+        text = ("<think>\nreason\n</think>\n\n" if reasons else "") + as_kept(name, text).strip()
+        context += sampled(tokenizer, text)
+        messages.append({"role": "assistant", "content": text})
+        fed = rendering.between(messages, answer, last_id=context[-1])
+        context = [*fed] if isinstance(fed, NewContext) else context + fed
+        messages.append({"role": "user", "content": answer})
+        written = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinks
+        )
+        assert context == tokenizer(written, add_special_tokens=False)["input_ids"]
+
+
+def test_qwen3_branches_where_reasoning_is_left_out_and_nowhere_else():
+    tokenizer = family("qwen3")
+    rendering = Rendering(tokenizer, CONFIG, history="branch")
+    plain, reasoned = ([USER, {"role": "assistant", "content": text}] for text in ("a", "<think>\nr\n</think>\n\na"))
+    fed = rendering.between(plain, "b", last_id=tokenizer.eos_token_id)
+    assert fed == Rendering(tokenizer, CONFIG).between(plain, "b", last_id=tokenizer.eos_token_id)
+    fed = rendering.between(reasoned, "b", last_id=tokenizer.eos_token_id)
+    assert isinstance(fed, NewContext)
+    assert "reason" not in tokenizer.decode(fed)
+    assert list(fed) == rendering.opening([*plain, {"role": "user", "content": "b"}])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "smollm2", "llama3_2", "gemma3", "mistral"])
+def test_a_template_that_rewrites_nothing_feeds_the_same_ids_in_every_mode(name):
+    tokenizer = family(name)
+    messages = [{"role": "user", "content": "hi"}]
+    for number in range(3):
+        messages.append({"role": "assistant", "content": f" answer {number}"})  # blanks that a template trims
+        fed = [
+            Rendering(tokenizer, CONFIG, history=history).between(messages, "b", last_id=tokenizer.eos_token_id)
+            for history in ("refuse", "keep", "branch")
+        ]
+        assert fed[0] == fed[1] == fed[2]
+        assert not any(isinstance(each, NewContext) for each in fed)
+        messages.append({"role": "user", "content": "b"})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -200,7 +251,7 @@ def test_reasoning_that_is_stripped_is_found():
     problem = history_problem(family("qwen3"), CONFIG)
     assert problem is not None
     assert "reason\\n</think>" in problem
-    assert '(a turn with reasoning, <think> to </think>); set environment.history to "keep"' in problem
+    assert '(a turn with reasoning, <think> to </think>); set environment.history to "branch"' in problem
 
 
 def test_a_list_of_tools_that_moves_is_found():
@@ -234,9 +285,7 @@ def test_a_template_of_calls_that_rewrites_is_refused_whatever_is_kept():
     call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {}}}
     messages = [USER, {"role": "assistant", "content": "a", "tool_calls": [call]}]
     with pytest.raises(Rewritten, match=r"'2user:hi\|call<eos>' becomes '3user"):
-        Rendering(tokenizer, CONFIG, keep_history=True).between(
-            messages, [{"role": "tool", "content": "t"}], last_id=EOS
-        )
+        Rendering(tokenizer, CONFIG, history="keep").between(messages, [{"role": "tool", "content": "t"}], last_id=EOS)
 
 
 def test_blanks_before_the_end_of_a_turn_are_found():
@@ -260,9 +309,9 @@ def test_a_rewritten_turn_is_refused_or_what_the_actor_wrote_is_kept():
     tokenizer = family("qwen3")
     config = replace(CONFIG, chat_template_kwargs={"enable_thinking": False})
     messages = [USER, {"role": "assistant", "content": "a"}]
-    with pytest.raises(Rewritten, match=r"becomes .*; set environment\.history to \"keep\""):
+    with pytest.raises(Rewritten, match=r"becomes .*; set environment\.history to \"branch\""):
         Rendering(tokenizer, config).between(messages, "b", last_id=tokenizer.eos_token_id)
-    kept = Rendering(tokenizer, config, keep_history=True)
+    kept = Rendering(tokenizer, config, history="keep")
     assert tokenizer.decode(kept.between(messages, "b", last_id=tokenizer.eos_token_id)) == (
         "\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
@@ -273,4 +322,4 @@ def test_a_turn_that_is_written_twice_or_not_at_all(written: str, times: int):
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ m.content }}", written))
     messages = [USER, {"role": "assistant", "content": "a"}]
     with pytest.raises(Rewritten, match=f"writes a turn of the assistant {times} times"):
-        Rendering(tokenizer, CONFIG, keep_history=True).between(messages, "b", last_id=EOS)
+        Rendering(tokenizer, CONFIG, history="keep").between(messages, "b", last_id=EOS)

@@ -53,6 +53,9 @@ class Spelled(Rendering):
     def opening(self, prompt):
         return [ord(c) for c in prompt]
 
+    def as_written(self, turn, text):
+        return {**turn, "content": text}
+
     def between(self, messages, observation, *, last_id):
         text = observation if isinstance(observation, str) else "".join(each["content"] for each in observation)
         return [ord(c) for c in text]

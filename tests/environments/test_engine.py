@@ -14,6 +14,7 @@ from llmrl.environments.engine import EnvironmentEngine
 from llmrl.environments.environment import Turn
 from llmrl.environments.hosting import Failure
 from llmrl.rollout.native import NativeEngine
+from llmrl.trainers.rl import describe_episodes
 from tests.environments.fakes import ScriptedHost
 from tests.rollout.tiny import VOCAB, Counter, build, make_prompts, make_sampling
 
@@ -102,6 +103,37 @@ def test_episodes_are_what_the_environment_says():
         StopReason.TURNS,
     }
     assert host.num_ends == 2  # what another rollout may have left, and what this one has
+
+
+def test_what_interrupts_the_opening_ends_all_episodes():
+    """Their processes would otherwise live until the next rollout."""
+    host = ScriptedHost(start=start, respond=respond)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    host.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        make_engine(host).generate(ROWS, make_sampling())
+    assert host.num_ends == 2  # before the first, and after
+
+
+@pytest.mark.parametrize("all_fail", [False, True])
+def test_an_episode_that_has_not_begun_has_no_turn(all_fail):
+    def fails(row):
+        return Failure("start", "raised ValueError: x") if row["row"] == 1 or all_fail else start(row)
+
+    host = ScriptedHost(start=fails, respond=respond)
+    rollout = make_engine(host, max_turn_tokens=7, max_turns=4).generate(ROWS, make_sampling(max_response_tokens=30))
+    num_turns = rollout.episodes.num_turns
+    begun = num_turns[[0, 1, 4, 5]]
+    assert num_turns[2:4].tolist() == [0, 0]
+    assert rollout.episodes.messages[2] == ()
+    statistics = describe_episodes(rollout.episodes, rollout.num_chosen.double())
+    assert (begun == 0).all() if all_fail else (begun > 0).all()
+    count = statistics["turn/count"]
+    assert (float(count.total), float(count.num)) == (float(begun.sum()), 0.0 if all_fail else 4.0)
+    assert rollout.last_turn_starts.tolist()[2:4] == [0, 0]
 
 
 @pytest.mark.parametrize("max_rows", [2, 64])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmrl.batches import StopReason
+from llmrl.batches import NewContext, StopReason
 from llmrl.functional.streams import uniforms
 from llmrl.rollout import native as native_module
 from tests import oracles
@@ -41,12 +41,14 @@ class Scripted:
 def by_definition(model, prompt, number, sampling, answers):
     """``(ids, chosen, log-probabilities of the chosen, turns, stop reason)``."""
     ids, chosen, logprobs, turns = [], [], [], [[]]
+    context = prompt
     while True:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1, :VOCAB].double()
+            logits = model(input_ids=torch.tensor([context]), use_cache=False).logits[0, -1, :VOCAB].double()
         u = uniforms(sampling.seed, sampling.purpose, torch.tensor([number]), torch.tensor([sum(chosen)])).item()
         drawn = oracles.inverse_cdf(logits.softmax(dim=0).tolist(), u)
         ids.append(drawn)
+        context = [*context, drawn]
         chosen.append(True)
         turns[-1].append(drawn)
         logprobs.append(logits.log_softmax(dim=0)[drawn].item())
@@ -55,6 +57,7 @@ def by_definition(model, prompt, number, sampling, answers):
             if not answer:
                 return ids, chosen, torch.tensor(logprobs), turns, StopReason.EOS
             ids += answer
+            context = [*answer] if isinstance(answer, NewContext) else context + answer
             chosen += [False] * len(answer)
             turns.append([])
         elif len(ids) == sampling.max_response_tokens or len(turns[-1]) == sampling.max_turn_tokens:
@@ -105,6 +108,45 @@ def test_turns_go_on_as_by_definition(family, native, progress, max_rows, steps_
     assert_by_definition(model, rollout, sampling, replies)
     assert sum(len(turns) > 2 for turns in replies.turns.values()) > 3
     assert progress.advanced == 10
+
+
+def branching(script):
+    """The same up to the third turn, where every second answer begins a new context."""
+    return {
+        index: {turn: NewContext(ids) if (index + turn) % 2 else ids for turn, ids in answers.items() if turn < 3}
+        for index, answers in script.items()
+    }
+
+
+@pytest.mark.parametrize("max_rows", [2, 10])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_contexts_are_read_by_themselves(family, native, progress, max_rows, steps_aside):
+    model = build(family)
+    prompts = make_prompts([7, 8, 9, 2, 11], [20], [3, 4, 30], [5, 5], [8, 9, 10, 11, 12, 13])
+    sampling = make_sampling(max_response_tokens=45, first_response=6, max_turn_tokens=9)
+    replies = Scripted(branching(make_script(10, longest=9)))
+    rollout = native(model, max_rows=max_rows, eos_ids=ENDS).generate(prompts, sampling, replies)
+    assert_by_definition(model, rollout, sampling, replies)
+    restarts = rollout.sequences.restarts
+    for index, answers in replies.script.items():
+        begins, at = [], 0
+        for number, turn in enumerate(replies.turns.get(index, []), start=1):
+            at += len(turn)
+            begins += [at] if isinstance(answers.get(number), NewContext) else []
+            at += len(answers.get(number, []))
+        assert restarts[index].nonzero().flatten().tolist() == begins
+    assert restarts.sum() > 5
+    assert progress.advanced == 10
+
+
+@pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
+def test_states_of_fixed_size_begin_anew_in_a_new_context(hybrid, native):
+    model, prompts = build_hybrid(hybrid), make_prompts([7, 8, 9, 2, 11], [20], [3, 4])
+    sampling = make_sampling(max_response_tokens=32, max_turn_tokens=8)
+    replies = Scripted(branching(make_script(6, longest=4)))
+    rollout = native(model, max_rows=4, eos_ids=ENDS).generate(prompts, sampling, replies)
+    assert_by_definition(model, rollout, sampling, replies)
+    assert rollout.sequences.restarts.any()
 
 
 @pytest.mark.parametrize("hybrid", ONE_OF_EACH_KIND)
