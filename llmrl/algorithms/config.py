@@ -118,6 +118,9 @@ class PPOConfig(Section, place="algorithm"):
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
+    value_proximal_coef: Annotated[float, Bound(least=0)] = 0.0
+    """Weight of the critic's proximal term, half the squared distance from the old values, beside its squared error:
+    the trust region of Schulman et al. 2016, arXiv:1506.02438, section 5, as a penalty; 0 leaves it out."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the entropy bonus in the actor's loss, aggregated as the loss is."""
     aggregation: Aggregation = "token"

@@ -208,6 +208,33 @@ def clipped_value_loss(
     return masked_sum(weights * 0.5 * torch.maximum(error, clipped_error), counted), metrics
 
 
+def proximal_value_loss(
+    values: Float[Tensor, "B T"], old_values: Float[Tensor, "B T"], weights: Float[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Proximal term of the critic: half its squared distance from the values at collection.
+
+        L_t = 1/2 (V_t - V_old)^2
+
+    The trust region of Schulman et al. bounds its mean over the squared error of the old values, which is the KL of two
+    Gaussians around old and new values. This is that constraint as a penalty: c times it beside the squared error draws
+    V_t to (R_t + c V_old) / (1 + c), and leaves a gradient wherever V_t is, which a clip does not.
+
+    Args:
+        values: Values of the current critic; the only argument with a gradient.
+        old_values: Values of the critic at collection.
+        weights: From `token_weights`.
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Schulman et al. 2016, arXiv:1506.02438, section 5.
+    """
+    check_shapes(values=(values, "B T"), old_values=(old_values, "B T"), weights=(weights, "B T"))
+    counted = weights != 0
+    moved = torch.where(counted, values - old_values, 0.0)
+    return masked_sum(weights * 0.5 * moved.square(), counted)
+
+
 def bradley_terry_loss(
     chosen_scores: Float[Tensor, " B"],
     rejected_scores: Float[Tensor, " B"],

@@ -10,6 +10,7 @@ from llmrl.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     importance_ratio,
+    proximal_value_loss,
     ratio_metrics,
     token_weights,
 )
@@ -380,6 +381,41 @@ def test_value_loss_ignores_how_the_minibatch_was_cut(critic):
 def test_a_negative_value_clip_is_refused(critic):
     with pytest.raises(ValueError, match=r"value_clip \(-1.0\)"):
         clipped_value_loss(**critic, value_clip=-1.0)
+
+
+# --- proximal_value_loss
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.25, 3.0])
+def test_the_proximal_term_draws_values_between_return_and_old_value(critic, coef):
+    """Gradient descent ends at (R + c V_old) / (1 + c), where the sum of both slopes by hand is 0."""
+    target, old, weights = critic["returns"], critic["old_values"], critic["weights"]
+    values = old.clone().requires_grad_()
+    for _ in range(200):
+        error, _ = clipped_value_loss(values, old, target, weights, value_clip=None)
+        loss = error + coef * proximal_value_loss(values, old, weights)
+        (slope,) = torch.autograd.grad(loss, values)
+        assert_close(slope, weights * (values - target + coef * (values - old)))
+        values = (values - 0.4 * slope / weights.max() / (1 + coef)).detach().requires_grad_()
+    expected = torch.where(weights != 0, (target + coef * old) / (1 + coef), old)
+    assert_close(values.detach(), expected)
+
+
+def test_proximal_term_by_definition(critic, mask):
+    ours = proximal_value_loss(critic["values"], critic["old_values"], critic["weights"])
+    names = ("values", "old_values", "weights")
+    value, old, weight = (oracles.masked_entries(critic[name].tolist(), mask.tolist()) for name in names)
+    expected = sum(w * 0.5 * (v - o) ** 2 for v, o, w in zip(value, old, weight, strict=True))
+    assert ours.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_proximal_term_never_reads_where_the_weight_is_0(critic, poison):
+    results = []
+    for tensors in (live(critic, "values"), live({**poison(critic), "weights": critic["weights"]}, "values")):
+        loss = proximal_value_loss(tensors["values"], tensors["old_values"], tensors["weights"])
+        loss.backward()
+        results.append((loss.detach(), tensors["values"].grad))
+    assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 # --- bradley_terry_loss
