@@ -156,6 +156,13 @@ class PPOConfig(Section, place="algorithm"):
     mask_truncated: bool = False
     """Leaves truncated responses out, as if they had not been drawn: of both losses and what they divide by, and of
     the moments that standardize advantages and scores."""
+    auxiliary_every: Annotated[int | None, Bound(least=1)] = None
+    """Phasic policy gradient (Cobbe et al. 2020, arXiv:2009.04416): after every this many iterations, a phase that
+    learns from all of them again: a value head on the actor's trunk, and the critic; null for no such phase."""
+    auxiliary_epochs: Annotated[int, Bound(least=1)] = 6
+    """Epochs of that phase, in minibatches of update.minibatch_size."""
+    auxiliary_kl_coef: Annotated[float, Bound(least=0)] = 1.0
+    """Weight, in that phase, of the KL to the actor before it, beside half the squared error of the value head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +178,7 @@ class PPOConfig(Section, place="algorithm"):
                     "one of the two"
                 )
         _check_moving_reference(self)
+        _check_auxiliary(self)
         for name in ("missing_eos_penalty", "overlong_buffer_tokens"):
             if self.bootstrap_truncated and getattr(self, name):
                 raise ValueError(
@@ -210,6 +218,16 @@ def _check_moving_reference(config: GRPOConfig | PPOConfig) -> None:
             f"algorithm.reference_mixing ({mixing}) is read when the reference moves; set "
             "algorithm.reference_refresh_every too, such as 10, or leave this out"
         )
+
+
+def _check_auxiliary(config: PPOConfig) -> None:
+    """Refuses settings of an auxiliary phase that never comes."""
+    for name in ("auxiliary_epochs", "auxiliary_kl_coef"):
+        if config.auxiliary_every is None and (value := getattr(config, name)) != getattr(PPOConfig, name):
+            raise ValueError(
+                f"algorithm.{name} ({value}) is read in auxiliary phases; set algorithm.auxiliary_every too, such as "
+                "8, or leave this out"
+            )
 
 
 def _unread_clips(config: GRPOConfig | PPOConfig) -> list[str]:

@@ -167,6 +167,46 @@ def ratio_metrics(
     }
 
 
+def cloning_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    rollout_logprobs: Float[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+) -> tuple[Float[Tensor, ""], Mean]:
+    """KL(old, current) as a loss, from tokens that neither of them sampled: k3 by importance weights.
+
+        L_t = exp(old - rollout) (ρ_t - 1 - log ρ_t),    ρ_t = exp(logprobs - old)
+
+    Over tokens of the rollout's policy, the expectation of L_t is the KL of the whole distributions at that state, and
+    that of its gradient is the gradient of this KL, Σ_v -π_old(v) ∇log π(v). Never negative; 0 where nothing moved.
+
+    Args:
+        logprobs: Log-probabilities of the current actor; the only argument with a gradient.
+        old_logprobs: Log-probabilities of the actor that is to be kept.
+        rollout_logprobs: Log-probabilities of the policy that sampled the tokens.
+        weights: From `token_weights`.
+
+    Returns:
+        ``(loss, kl)``: `kl` is the mean of L_t over the tokens with a weight, nats.
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Cobbe et al. 2020, arXiv:2009.04416, section 2.2, the behavioral cloning term of L_joint; k3: Schulman
+    2020, "Approximating KL divergence".
+    """
+    check_shapes(
+        logprobs=(logprobs, "B T"),
+        old_logprobs=(old_logprobs, "B T"),
+        rollout_logprobs=(rollout_logprobs, "B T"),
+        weights=(weights, "B T"),
+    )
+    counted = weights != 0
+    current, old = (torch.where(counted, x, 0.0) for x in (logprobs, old_logprobs))
+    kl = importance_ratio(old_logprobs, rollout_logprobs, counted) * estimate_kl(old, current, estimator="k3")
+    return masked_sum(weights * kl, counted), Mean(masked_sum(kl.detach(), counted), counted.sum())
+
+
 def clipped_value_loss(
     values: Float[Tensor, "B T"],
     old_values: Float[Tensor, "B T"],

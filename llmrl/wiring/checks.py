@@ -132,6 +132,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
     if trains:
         _check_one_base(config, read_launch())
         _check_averages(config)
+        _check_auxiliary(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
@@ -295,6 +296,17 @@ def _check_whole_base(config: CriticRun, launch: Launch) -> None:
             "model.lora: a critic that is an adapter needs its base whole in every process, and the launch splits "
             "weights over processes (ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set model.lora to "
             "null"
+        )
+
+
+def _check_auxiliary(config: RLRun, launch: Launch) -> None:
+    """Refuses auxiliary phases where every optimizer step moves weights without a gradient too: those of the head that
+    only these phases train."""
+    if isinstance(config, PPORun) and config.algorithm.auxiliary_every is not None and launch.sharding == "deepspeed":
+        raise LaunchError(
+            f"algorithm.auxiliary_every ({config.algorithm.auxiliary_every}): the optimizers of DeepSpeed step weights "
+            "without a gradient too, as the auxiliary head is in iterations of PPO; launch with plain data parallel or "
+            "FSDP, or set it to null"
         )
 
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from llmrl.functional.losses import (
     bradley_terry_loss,
+    cloning_loss,
     clipped_policy_loss,
     clipped_value_loss,
     importance_ratio,
@@ -306,6 +307,53 @@ def test_gspo_is_the_row_mean_as_logprob_with_sequence_weights():
         clip_high=0.5,
     )
     assert_close(loss.item(), -(math.exp(-0.05) * 1 + math.exp(0.2) * -2) / 2, rtol=1e-6, atol=0)
+
+
+# --- cloning_loss
+
+
+def test_the_cloning_loss_is_the_kl_of_whole_distributions_in_expectation():
+    """All five tokens, each as often as the policy that sampled it says: value and gradient of KL(old, current)."""
+    current, old, sampled = torch.randn(3, 5, dtype=torch.float64)
+    current.requires_grad_()
+    logprobs, old, sampled = (logits.log_softmax(dim=0) for logits in (current, old, sampled))
+    ours, kl = cloning_loss(logprobs[None], old[None], sampled[None], sampled.exp()[None])
+    expected = (old.exp() * (old - logprobs)).sum()
+    assert_close(ours, expected)
+    slopes = [torch.autograd.grad(loss, current, retain_graph=True)[0] for loss in (ours, expected)]
+    assert_close(slopes[0], slopes[1])
+    assert_close(slopes[1], current.softmax(dim=0).detach() - old.exp())  # by hand
+    assert kl.num == 5
+
+
+def test_the_cloning_loss_by_hand():
+    """e^0.5 (2 - 1 - ln 2): the actor before has made the token likelier than it was sampled, and now twice as likely."""
+    logprobs = torch.tensor([[-2.0 + 0.5 + math.log(2.0)]], requires_grad=True)
+    loss, kl = cloning_loss(logprobs, row(-1.5), row(-2.0), row(0.5))
+    loss.backward()
+    per_token = math.exp(0.5) * (1 - math.log(2.0))
+    assert loss.item() == pytest.approx(0.5 * per_token, rel=1e-6)
+    assert mean(kl) == pytest.approx(per_token, rel=1e-6)
+    assert_close(logprobs.grad, row(0.5 * math.exp(0.5)))
+
+
+def test_an_actor_that_stands_still_pays_nothing_and_feels_nothing(policy):
+    inputs = live(policy, "logprobs")
+    loss, _ = cloning_loss(inputs["logprobs"], policy["logprobs"], policy["old_logprobs"], policy["weights"])
+    loss.backward()
+    assert loss == 0
+    assert not inputs["logprobs"].grad.any()
+
+
+def test_the_cloning_loss_never_reads_where_the_weight_is_0(policy, poison):
+    results = []
+    for tensors in (live(policy, "logprobs"), live({**poison(policy), "weights": policy["weights"]}, "logprobs")):
+        loss, kl = cloning_loss(
+            tensors["logprobs"], tensors["old_logprobs"], tensors["advantages"], tensors["weights"]
+        )
+        loss.backward()
+        results.append((loss.detach(), tensors["logprobs"].grad, tuple(kl)))
+    assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 # --- clipped_value_loss
