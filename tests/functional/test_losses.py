@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from llmrl.functional.losses import (
     bradley_terry_loss,
-    cloning_loss,
     clipped_policy_loss,
     clipped_value_loss,
+    cloning_loss,
     importance_ratio,
     proximal_value_loss,
     ratio_metrics,
@@ -327,7 +327,7 @@ def test_the_cloning_loss_is_the_kl_of_whole_distributions_in_expectation():
 
 
 def test_the_cloning_loss_by_hand():
-    """e^0.5 (2 - 1 - ln 2): the actor before has made the token likelier than it was sampled, and now twice as likely."""
+    """e^0.5 (2 - 1 - ln 2): likelier before the phase than when it was sampled, and twice as likely now."""
     logprobs = torch.tensor([[-2.0 + 0.5 + math.log(2.0)]], requires_grad=True)
     loss, kl = cloning_loss(logprobs, row(-1.5), row(-2.0), row(0.5))
     loss.backward()
@@ -348,9 +348,7 @@ def test_an_actor_that_stands_still_pays_nothing_and_feels_nothing(policy):
 def test_the_cloning_loss_never_reads_where_the_weight_is_0(policy, poison):
     results = []
     for tensors in (live(policy, "logprobs"), live({**poison(policy), "weights": policy["weights"]}, "logprobs")):
-        loss, kl = cloning_loss(
-            tensors["logprobs"], tensors["old_logprobs"], tensors["advantages"], tensors["weights"]
-        )
+        loss, kl = cloning_loss(tensors["logprobs"], tensors["old_logprobs"], tensors["advantages"], tensors["weights"])
         loss.backward()
         results.append((loss.detach(), tensors["logprobs"].grad, tuple(kl)))
     assert_close(results[1], results[0], rtol=0, atol=0)
