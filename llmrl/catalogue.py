@@ -400,7 +400,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="auxiliary/explained_variance",
         unit="fraction",
         meaning="1 - Var(return - value) / Var(return) of that head, over all optimizer steps of the phase.",
-        look_for="Rises above 0. It stays below value/explained_variance where the trunk lacks what the critic has "
+        look_for="Rises. It stays below value/explained_variance where the trunk lacks what the critic has "
         "learned; then raise algorithm.auxiliary_epochs.",
         runs=(PPO,),
     ),

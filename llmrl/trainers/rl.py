@@ -73,7 +73,7 @@ class RLTrainer(Resumable):
         context: Context,
         observe: Callable[[int, Experience], None],
         reference: MovingReference | None,
-        auxiliary: AuxiliaryPhase | None = None,
+        auxiliary: AuxiliaryPhase | None,
     ) -> None:
         self.algorithm = algorithm
         self.engine = engine
