@@ -412,6 +412,38 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=(PPO,),
     ),
     Metric(
+        name="auxiliary/value_loss",
+        unit="score squared",
+        meaning="Half the squared error of the value head on the actor's trunk, per token, mean over the optimizer "
+        "steps of an auxiliary phase. As all of auxiliary/*, only in iterations that one follows, with "
+        "algorithm.auxiliary_every.",
+        look_for="Falls from phase to phase, to the order of auxiliary/critic_loss.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/explained_variance",
+        unit="fraction",
+        meaning="1 - Var(return - value) / Var(return) of that head, over all optimizer steps of the phase.",
+        look_for="Rises. It stays below value/explained_variance where the trunk lacks what the critic has "
+        "learned; then raise algorithm.auxiliary_epochs.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/kl",
+        unit="nats per token",
+        meaning="KL(actor before the phase, actor), estimated from the sampled tokens, mean over all optimizer steps "
+        "of the phase.",
+        look_for="Well below policy/approx_kl of the iterations; if not, raise algorithm.auxiliary_kl_coef.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/critic_loss",
+        unit="score squared",
+        meaning="Half the squared error of the critic, per token, mean over the optimizer steps of an auxiliary phase.",
+        look_for="At or below value/loss.",
+        runs=(PPO,),
+    ),
+    Metric(
         name="<module>/learning_rate",
         unit="1",
         meaning="Learning rate of the optimizer steps, their mean. Modules are actor, critic and reward_model.",

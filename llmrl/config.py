@@ -458,6 +458,12 @@ class PPORun(RLRun):
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
                 f"({self.run.num_iterations}), or the actor never learns"
             )
+        if self.critic.network == "shared" and self.algorithm.auxiliary_every is not None:
+            raise ValueError(
+                f"algorithm.auxiliary_every ({self.algorithm.auxiliary_every}) distils the values of a critic with a "
+                "trunk of its own into the actor's, which critic.network shared trains by them anyway; choose another "
+                "critic.network, or set this to null"
+            )
 
     @property
     def warmup_iterations(self) -> int:
@@ -472,12 +478,32 @@ class PPORun(RLRun):
             warnings.append("critic.network shared reads nothing of critic_optimizer but its learning_rate")
         if not is_shared and self.critic.value_coef != CriticConfig.value_coef:
             warnings.append("critic.value_coef is read only where critic.network is shared")
+        if self.algorithm.auxiliary_every is not None and not self.num_auxiliary_steps:
+            warnings.append(
+                f"algorithm.auxiliary_every ({self.algorithm.auxiliary_every}) is more than the iterations of the run "
+                "after critic.warmup_iterations, so no auxiliary phase comes"
+            )
         return warnings
 
     @property
     def num_actor_steps(self) -> int:
         """Optimizer steps of the actor in the whole run."""
-        return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
+        num_iterations = self.run.num_iterations - self.critic.warmup_iterations
+        return num_iterations * self.optimizer_steps_per_iteration + self.num_auxiliary_steps
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        return super().num_optimizer_steps + self.num_auxiliary_steps
+
+    @property
+    def num_auxiliary_steps(self) -> int:
+        """Optimizer steps of actor and critic, each, in auxiliary phases, in the whole run."""
+        every = self.algorithm.auxiliary_every
+        if every is None:
+            return 0
+        num_phases = (self.run.num_iterations - self.critic.warmup_iterations) // every
+        steps = every * self.num_responses // self.minibatch_size
+        return num_phases * self.algorithm.auxiliary_epochs * steps
 
 
 AnyRun = SFTRun | RewardModelRun | CriticRun | RLRun

@@ -19,6 +19,7 @@ TWO_REWARDS = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"na
 EXTREME = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2}
+PHASIC = {"auxiliary_every": 1, "auxiliary_epochs": 2}
 PLAYED = {
     "environment": {"name": "GAME:Game", "tools": ["GAME:add"], "tool_format": "hermes", "max_turns": 3},
     "rollout": {"prompts_per_iteration": 8, "max_response_tokens": 60},
@@ -29,7 +30,7 @@ TIMED = {
     "reward-model": {"reward_model": PAIRS},
     "critic": {"critic": PAIRS},
     "grpo": {**GRPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, **MOVING}},
-    "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
+    "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"step_kl_target": 0.1, **MOVING, **PHASIC}},
     OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
 }
 """By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, and turns."""

@@ -287,12 +287,29 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
             {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(betas=(0.5, 0.999))},
             ["critic.network shared reads nothing of critic_optimizer but its learning_rate"],
         ),
+        ({"algorithm": PPOConfig(auxiliary_every=4)}, []),
+        (
+            {"algorithm": PPOConfig(auxiliary_every=4), "critic": CriticConfig(warmup_iterations=1)},
+            ["algorithm.auxiliary_every (4) is more than the iterations of the run after critic.warmup_iterations"],
+        ),
     ],
 )
 def test_settings_of_ppo_that_nothing_reads_are_told(sections: dict[str, Any], told: list[str]):
     warnings = ppo(**sections).warnings()
     assert len(warnings) == len(told)
     assert all(part in warning for part, warning in zip(told, warnings, strict=True))
+
+
+def test_steps_of_auxiliary_phases_belong_to_the_schedules():
+    """4 iterations: one of warm-up, a phase after the third, one left over; 2 x 3 steps, 5 times."""
+    config = ppo(
+        algorithm=PPOConfig(auxiliary_every=2, auxiliary_epochs=5),
+        critic=CriticConfig(warmup_iterations=1),
+        rollout=RolloutConfig(prompts_per_iteration=12),
+        update=UpdateConfig(minibatch_size=4, num_epochs=1),
+    )
+    assert config.num_auxiliary_steps == 30
+    assert (config.num_optimizer_steps, config.num_actor_steps) == (4 * 3 + 30, 3 * 3 + 30)
 
 
 def test_the_actor_takes_no_step_in_the_warm_up():

@@ -233,7 +233,9 @@ STATEFUL = [
 ]
 
 
-@pytest.mark.parametrize("networks", ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora"])
+@pytest.mark.parametrize(
+    "networks", ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora", "auxiliary"]
+)
 def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     overrides = {
         "own": ["critic.network=reward_model"],
@@ -242,6 +244,7 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
         "one base bfloat16": [*one_base, "model.dtype=bfloat16", "model.gradient_checkpointing=true"],
         "shared": ["critic.network=shared"],
         "shared lora": [*one_base, "critic.network=shared"],
+        "auxiliary": [*one_base, "algorithm.auxiliary_every=3", "algorithm.auxiliary_epochs=2"],
     }[networks]
     arguments = ["ppo", recipe, *STATEFUL, *overrides]
     assert llmrl(*arguments, "run.num_iterations=4", f"run.output_dir={tmp_path / 'straight'}")[0] == 0
@@ -271,7 +274,7 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     assert states[0][of_critic.format("optimizer") + "/exp_avg"].any()
     trunk = {name for name in states[0] if name.startswith("trained/critic/parameters/trunk.")}
     assert bool(trunk) == ("shared" not in networks)
-    assert all("lora_" in name for name in trunk) == ("one base" in networks or not trunk)
+    assert all("lora_" in name for name in trunk) == (networks not in ("own", "warm-up"))
 
 
 @pytest.mark.parametrize(
@@ -419,6 +422,11 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         ),
         (["critic_optimizer.learning_rate=-1"], ["critic_optimizer.learning_rate (-1.0) must be 0 or greater"]),
         (["algorithm.kl_coef=0", "algorithm.kl_target=1"], ["algorithm.kl_target steers algorithm.kl_coef by factors"]),
+        (["algorithm.auxiliary_epochs=3"], ["algorithm.auxiliary_epochs (3) is read in auxiliary phases; set"]),
+        (
+            ["algorithm.auxiliary_every=2", "critic.network=shared"],
+            ["algorithm.auxiliary_every (2) distils the values of a critic with a trunk of its own"],
+        ),
         (["algorithm.bootstrap_truncated=true"], ["algorithm.missing_eos_penalty could be subtracted; set that to 0"]),
         (["reward.model.path=/nowhere/rm"], ["reward.model.path (/nowhere/rm) is no folder"]),
     ],

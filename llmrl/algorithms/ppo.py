@@ -41,7 +41,7 @@ from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_
 from llmrl.functional.advantages import gae, n_step_returns
 from llmrl.functional.extremes import EXTREME, find_extremes
 from llmrl.functional.kl import estimate_kl, shape_rewards
-from llmrl.functional.losses import clipped_value_loss
+from llmrl.functional.losses import clipped_value_loss, proximal_value_loss
 from llmrl.functional.masking import masked_moments, masked_sum, standardize
 from llmrl.functional.statistics import Explained, Mean, Moments, Statistic, Total
 from llmrl.metrics import Metrics
@@ -237,6 +237,8 @@ class PPO(Algorithm):
         loss, statistics = clipped_value_loss(
             outputs.values, batch.old_values, batch.returns, weights, value_clip=self.config.value_clip
         )
+        if coef := self.config.value_proximal_coef:
+            loss = loss + coef * proximal_value_loss(outputs.values, batch.old_values, weights)
         return loss, Metrics({"value/loss": Total(loss.detach()), **statistics})
 
     # --- control and state --------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class Actor:
     module: PolicyModule
     policy: TransformersPolicy
     dtype: torch.dtype
+    width: int
+    """Size of its hidden states."""
     warnings: tuple[str, ...]
     """Sentences for the user on how this model is read."""
 

@@ -136,6 +136,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         _check_quantized(config, launch)
         _check_averages(config)
         _check_bias(config, read_launch())
+        _check_auxiliary(config, read_launch())
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
@@ -311,6 +312,17 @@ def _check_quantized(config: AnyRun, launch: Launch) -> None:
             f"model.quantization ({config.model.quantization}): the launch is by {launch.sharding}, which takes "
             "weights of 4 bits for numbers; launch with plain data parallel, where each process holds the small base, "
             "or leave model.quantization out"
+        )
+
+
+def _check_auxiliary(config: RLRun, launch: Launch) -> None:
+    """Refuses auxiliary phases where every optimizer step moves weights without a gradient too: those of the head that
+    only these phases train."""
+    if isinstance(config, PPORun) and config.algorithm.auxiliary_every is not None and launch.sharding == "deepspeed":
+        raise LaunchError(
+            f"algorithm.auxiliary_every ({config.algorithm.auxiliary_every}): the optimizers of DeepSpeed step weights "
+            "without a gradient too, as the auxiliary head is in iterations of PPO; launch with plain data parallel or "
+            "FSDP, or set it to null"
         )
 
 

@@ -11,6 +11,7 @@ from llmrl.distributed.context import Context
 from llmrl.models.adapters import base_of, lora_config
 from llmrl.models.config import CriticNetwork
 from llmrl.models.critic import (
+    DistilledModule,
     SeparateNetworks,
     SharedModule,
     SharedTrunk,
@@ -21,6 +22,7 @@ from llmrl.models.critic import (
 from llmrl.models.critic_folder import check_width, load_adapter, load_trunk, load_value_head
 from llmrl.models.folders import ModelError
 from llmrl.models.loaded import Actor, LoadedCritic, Networks
+from llmrl.models.policy import TransformersPolicy
 from llmrl.models.reward_loading import load_reward_model
 from llmrl.models.training import ready_to_train, turn_dropout_off
 from llmrl.optim.factory import make_trainable
@@ -39,7 +41,9 @@ def train_networks(networks: Networks, config: PPORun, context: Context) -> dict
         peaks = {"head.weight": config.critic_optimizer.learning_rate}
         steps = {"num_steps": config.num_optimizer_steps, "context": context, "peaks": peaks}
         return {"actor": make_trainable(networks.actor, config.optimizer, **steps)}
-    actor = make_trainable(networks.actor, config.optimizer, num_steps=config.num_actor_steps, context=context)
+    peaks = {} if config.algorithm.auxiliary_every is None else {"head.weight": config.critic_optimizer.learning_rate}
+    num_steps = config.num_actor_steps
+    actor = make_trainable(networks.actor, config.optimizer, num_steps=num_steps, context=context, peaks=peaks)
     num_steps = config.num_optimizer_steps
     critic = make_trainable(networks.value, config.critic_optimizer, num_steps=num_steps, context=context)
     return {"actor": actor, "critic": critic}
@@ -52,7 +56,11 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
         both = SharedTrunk(SharedModule(actor.module, critic.head))
         return Networks(both=both, actor=both, value=None, critic=critic)
     value = TransformersValueFunction(ValueModule(critic.trunk, critic.head, dtype=actor.dtype))
-    return Networks(both=SeparateNetworks(actor.policy, value), actor=actor.policy, value=value, critic=critic)
+    policy = actor.policy
+    if config.algorithm.auxiliary_every is not None:
+        head = ValueHead(actor.width).to(actor.model.device)
+        policy = TransformersPolicy(DistilledModule(actor.module, head))
+    return Networks(both=SeparateNetworks(policy, value), actor=policy, value=value, critic=critic)
 
 
 def load_critic(

@@ -134,6 +134,18 @@ def test_a_critic_takes_the_same_whichever_model_it_begins_as(shape):
     assert own == learned
 
 
+def test_an_auxiliary_phase_has_the_experience_of_all_its_iterations(shape):
+    """4 prompts of 6 tokens and 4 responses of 4, of 5 iterations; and a head of 8 weights on the actor."""
+    plain, phasic = (
+        estimate_memory(rl(PPORun, algorithm=algorithm), shape, Strategy())
+        for algorithm in ({}, {"auxiliary_every": 5})
+    )
+    name = "experience of an auxiliary phase"
+    assert (item(plain, name), item(phasic, name)) == (0, 5 * 4 * (6 * 9 + 4 * 22))
+    assert [part.phases for part in phasic.items if part.name == name] == [("update",)]
+    assert item(phasic, "weights") - item(plain, "weights") == 4 * 8
+
+
 def test_pairs_have_no_logits(shape):
     data = {"path": "x", "max_tokens": 10}
     settings = {

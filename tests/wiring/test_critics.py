@@ -27,6 +27,7 @@ from transformers import (
 from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun, RewardModelRun
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
+from llmrl.distributed.launch import LaunchError
 from llmrl.models.adapters import lora_config
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead, ValueModule
@@ -722,6 +723,75 @@ def test_a_shared_trunk_is_one_module_whose_head_has_a_rate_of_its_own(config, l
     assert moved <= learning(trained.module)
     assert "head.weight" in moved
     assert any(name.startswith("policy.model.") for name in moved)
+
+
+@pytest.fixture(params=["whole", "adapters"])
+def phasic(request, config, one_base) -> PPORun:
+    """Auxiliary phases after every second iteration."""
+    run = config if request.param == "whole" else one_base
+    return dataclasses.replace(run, algorithm=PPOConfig(kl_coef=0.05, auxiliary_every=2, auxiliary_epochs=3))
+
+
+def test_an_auxiliary_phase_trains_the_actors_trunk_and_its_head(phasic, tmp_path):
+    """In the iterations between them the head stands still; what is saved is an ordinary model without it."""
+    run = build_run(phasic)
+    trainer = run.trainer
+    actor, critic = (trainer.trained[name] for name in ("actor", "critic"))
+    peaks = {id(p): group["peak"] for group in actor.optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in actor.parameters.items() if peaks[id(p)] == 2e-2} == {"head.weight"}
+    before = snapshot(actor.module)
+    metrics = trainer.iterate().values()
+    assert not any(name.startswith("auxiliary/") for name in metrics)
+    assert "head.weight" not in changed(actor.module, before)
+
+    seen, learn_again = {}, trainer.learn_again
+
+    def watched(auxiliary, experience):
+        before = [snapshot(x.module) for x in (actor, critic)]
+        metrics = learn_again(auxiliary, experience)
+        moved = [changed(x.module, was) for x, was in zip((actor, critic), before, strict=True)]
+        seen.update(actor=moved[0], critic=moved[1])
+        return metrics
+
+    trainer.learn_again = watched
+    metrics = trainer.iterate().values()
+    assert {"auxiliary/value_loss", "auxiliary/explained_variance", "auxiliary/kl", "auxiliary/critic_loss"} < set(
+        metrics
+    )
+    assert metrics["auxiliary/kl"] >= 0
+    assert metrics["policy/ratio_max_deviation"] < 1e-4
+    assert "head.weight" in seen["actor"]
+    assert any(name.startswith("policy.model.") for name in seen["actor"])
+    assert "head.weight" in seen["critic"]
+
+    run.save_model(tmp_path / "final")
+    named = [name for file in (tmp_path / "final").rglob("*.safetensors") for name in load_file(file)]
+    assert [name for name in named if "head.weight" in name and "lm_head" not in name] == []
+    rollout, _ = rollout_of(run)
+    with torch.no_grad():
+        ours = trainer.algorithm.networks.logprobs(rollout.sequences).logprobs
+    assert_close(ours, rollout.rollout_logprobs, atol=1e-4, rtol=0)  # sampled by the weights after the phase
+
+
+def test_a_policy_phase_longer_than_the_run_is_ppo_to_the_bit(config):
+    weights = []
+    for every in (None, 9):
+        output = dataclasses.replace(config.run, output_dir=f"{config.run.output_dir}_{every}")
+        settings = dataclasses.replace(config, run=output, algorithm=PPOConfig(kl_coef=0.05, auxiliary_every=every))
+        trainer = build_run(settings).trainer
+        trainer.iterate()
+        trainer.iterate()
+        weights.append([snapshot(trainer.trained["actor"].module.model), snapshot(trainer.trained["critic"].module)])
+    assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_auxiliary_phases_are_refused_under_deepspeed_before_anything_loads(phasic, monkeypatch, dry):
+    refuse_to_load(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(LaunchError, match=r"algorithm\.auxiliary_every \(2\): .* step weights without a gradient too"):
+        check_ppo(phasic, dry=dry)
 
 
 def test_the_weight_of_the_critics_loss_is_the_one_named(config):
