@@ -20,7 +20,7 @@ from llmrl.distributed.config import DistributedConfig
 from llmrl.elsewhere import EVERY_RUN, GRPO, PPO, REWARD_MODEL, RL, SFT
 from llmrl.environments.config import EnvironmentConfig
 from llmrl.messages import counted
-from llmrl.models.config import CriticConfig, ModelConfig
+from llmrl.models.config import CriticConfig, ModelConfig, MTPSettings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import ENVIRONMENT, RewardConfig
@@ -454,14 +454,24 @@ class PPORun(RLRun):
 
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
-        warnings, is_shared = super().warnings(), self.critic.network == "shared"
+        warnings, is_shared = super().warnings(), self.critic.shares_trunk
         rate = self.critic_optimizer.learning_rate
         unread = [replace(optimizer, learning_rate=rate) for optimizer in (OptimizerConfig(), self.optimizer)]
         if is_shared and self.critic_optimizer not in unread:
-            warnings.append("critic.network shared reads nothing of critic_optimizer but its learning_rate")
+            warnings.append(
+                f"critic.network {self.critic.network} reads nothing of critic_optimizer but its learning_rate"
+            )
         if not is_shared and self.critic.value_coef != CriticConfig.value_coef:
-            warnings.append("critic.value_coef is read only where critic.network is shared")
-        return warnings
+            warnings.append("critic.value_coef is read only where critic.network is shared or mtp")
+        return warnings + self._unread_of_values()
+
+    def _unread_of_values(self) -> list[str]:
+        """Settings of values that the critic does not read."""
+        if self.critic.network != "mtp":
+            unread = self.critic.mtp != MTPSettings()
+            return ["critic.mtp is read only where critic.network is mtp"] if unread else []
+        changed = [x for x in ("value_clip", "value_lambda") if getattr(self.algorithm, x) != getattr(PPOConfig, x)]
+        return [f"algorithm.{name} is not read where critic.network is mtp" for name in changed]
 
     @property
     def num_actor_steps(self) -> int:
