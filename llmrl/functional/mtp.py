@@ -92,7 +92,8 @@ def clamped_value_loss(
 
         dL_t / dV_t = clamp(V_t - y_t, -grad_clamp, grad_clamp)
 
-    The clamp is per token and before the weights, so that no split into microbatches changes it.
+    The clamp is per token and before the weights, so that no split into microbatches changes it. Where targets spread
+    further than the clamp, the value that it settles at lies between their mean and their median.
 
     Args:
         values: Values of the current head.

@@ -77,7 +77,8 @@ class MTPSettings(Section, place="critic.mtp"):
     """Share of the heads when the target heads move, after each iteration: target = rate * head + (1 - rate) * target
     (Polyak averaging). 1 copies them."""
     value_grad_clamp: Annotated[float, Bound(above=0)] = 1.0
-    """Largest gradient of a value's loss by the value, that is, of its TD error, in units of the reward."""
+    """Largest gradient of a value's loss by the value, that is, of its TD error, in units of the reward. Below the
+    spread of the rewards values move from their mean towards their median."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,10 +100,10 @@ class MTPModule(nn.Module):
 
 
 class TargetHeads:
-    """`MovingTargets` of an `MTPModule`: the Polyak average of its heads."""
+    """`MovingTargets` that average live heads in frozen ones."""
 
-    def __init__(self, module: MTPModule) -> None:
-        self.live, self.averaged = module.heads, module.targets
+    def __init__(self, live: nn.Module, averaged: nn.Module) -> None:
+        self.live, self.averaged = live, averaged
 
     @torch.no_grad()
     def move(self, rate: float) -> None:

@@ -65,7 +65,7 @@ def _load_heads(config: PPORun, actor: Actor) -> Networks:
     width, _ = settle_passes(actor.model, config.longest_sequence, packing=config.model.packing)
     module = MTPModule(actor.module, MTPHeads(width, config.critic.mtp.num_heads).to(actor.model.device))
     both = SharedTrunk(module)
-    return Networks(both=both, actor=both, value=None, critic=None, targets=TargetHeads(module))
+    return Networks(both=both, actor=both, value=None, critic=None, targets=TargetHeads(module.heads, module.targets))
 
 
 def load_critic(

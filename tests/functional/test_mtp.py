@@ -81,9 +81,17 @@ def test_by_hand():
     assert [y.tolist() for y in targets] == [[[1 + 2, 2 + 4]], [[2 + 4, 0.0]]]
 
 
-def test_targets_of_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"target_values\[1\]"):
-        head_targets(numbers(3, 5), [numbers(3, 5), numbers(3, 4)], MASK, torch.zeros(3), gamma=1.0)
+@pytest.mark.usefixtures("production")
+def test_shapes_are_checked_at_the_door():
+    x = numbers(3, 5)
+    with pytest.raises(ValueError, match=r"target_values\[1\] \(3, 4\)"):
+        head_targets(x, [x, x[:, :4]], MASK, torch.zeros(3), gamma=1.0)
+    with pytest.raises(ValueError, match=r"bootstrap_values \(2,\)"):
+        head_targets(x, [x, x], MASK, torch.zeros(2), gamma=1.0)
+    with pytest.raises(ValueError, match=r"targets \(3, 4\)"):
+        clamped_value_loss(x, x[:, :4], x, grad_clamp=1.0)
+    with pytest.raises(ValueError, match=r"x \(3, 4\)"):
+        next_chosen(x[:, :4], MASK)
 
 
 # --- the fixed point on the token MDP ---------------------------------------------------------------------------------
@@ -204,6 +212,15 @@ def test_a_clamp_that_is_never_reached_leaves_the_squared_error():
     values, targets, weights = numbers(3, 5), numbers(3, 5, seed=1), MASK / 7
     loss, _ = clamped_value_loss(values, targets, weights, grad_clamp=1e6)
     torch.testing.assert_close(loss, (weights * 0.5 * (values - targets) ** 2).sum())
+
+
+def test_a_clamp_below_the_spread_of_the_targets_leaves_the_mean():
+    """10 with a chance of one in ten: the mean is 1, and where the pulls are in balance with a clamp of 1 is 1/9."""
+    targets, weights = torch.tensor([[0.0, 10.0]]), torch.tensor([[0.9, 0.1]])
+    for value, clamp in ((1.0, 10.0), (1 / 9, 1.0)):
+        values = torch.full((1, 2), value, requires_grad=True)
+        loss, _ = clamped_value_loss(values, targets, weights, grad_clamp=clamp)
+        assert float(grad(loss, values)[0].sum()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_clamp_of_zero_is_refused():
