@@ -24,15 +24,17 @@ PLAYED = {
     "rollout": {"prompts_per_iteration": 8, "max_response_tokens": 60},
     "data": {"path": "ROWS", "max_prompt_tokens": 32},
 }
+IMPLICIT = {"critic": {"network": "mtp"}}
 TIMED = {
     "sft": {"sft": PAIRS},
     "reward-model": {"reward_model": PAIRS},
     "critic": {"critic": PAIRS},
     "grpo": {**GRPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, **MOVING}},
-    "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
+    "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, **IMPLICIT, "algorithm": {"step_kl_target": 0.1, **MOVING}},
     OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
 }
-"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, and turns."""
+"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, an implicit critic, and
+turns."""
 SILENT = """
 from llmrl.algorithms.grpo import GRPO
 from llmrl.metrics import Metrics
