@@ -392,7 +392,7 @@ CATALOGUE: tuple[Metric, ...] = (
         name="value/clamp_fraction",
         unit="fraction",
         meaning="critic.network mtp: values of all heads whose gradient critic.mtp.value_grad_clamp clamps.",
-        look_for="Below 0.1; above, values tend to the median of what comes and no longer to its mean: raise the clamp.",
+        look_for="Below 0.1; above, values leave the mean of what comes for its median: raise the clamp.",
         runs=(PPO,),
     ),
     Metric(

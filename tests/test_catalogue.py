@@ -33,8 +33,8 @@ TIMED = {
     "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, **IMPLICIT, "algorithm": {"step_kl_target": 0.1, **MOVING}},
     OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
 }
-"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, an implicit critic, and
-turns."""
+"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, turns, and what
+an implicit critic logs."""
 SILENT = """
 from llmrl.algorithms.grpo import GRPO
 from llmrl.metrics import Metrics

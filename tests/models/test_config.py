@@ -36,7 +36,7 @@ def test_a_layer_is_trained_whole_or_adapted():
         ),
         (
             {"network": "mtp", "path": "kept"},
-            r"^critic\.path \(kept\) is a critic .* network mtp begins with fresh heads; leave critic\.path out, or",
+            r"^critic\.path \(kept\) is a critic .*network mtp begins with fresh heads; leave critic\.path out, or",
         ),
     ],
 )
