@@ -280,7 +280,7 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     trunk = {name for name in states[0] if name.startswith("trained/critic/parameters/trunk.")}
     assert bool(trunk) != shares_trunk
     assert all("lora_" in name for name in trunk) == ("one base" in networks or not trunk)
-    targets = {name for name in states[0] if name.startswith("algorithm/targets/")}
+    targets = {name for name in states[0] if name.startswith("cursor/algorithm/targets/")}
     assert bool(targets) == ("mtp" in networks)
     assert all(states[0][name].any() for name in targets)
     assert (tmp_path / "run" / "final" / "critic").exists() == ("mtp" not in networks)

@@ -113,7 +113,7 @@ class TargetHeads:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, by name."""
-        return {name: weight.detach() for name, weight in self.averaged.named_parameters()}
+        return {name: weight.detach().clone() for name, weight in self.averaged.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
