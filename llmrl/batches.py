@@ -534,6 +534,14 @@ class AuxiliaryExperience(Batch):
     """Log-probabilities of the actor as the phase begins; None until then."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MTPExperience(PPOExperience):
+    """Experience with a target for the value of every head of multi-token prediction."""
+
+    value_targets: Mapping[str, Float[Tensor, "B T"]]
+    """Targets by the names that the values have in `TokenOutputs`."""
+
+
 def counted_tokens(rollout: Rollout, scores: Scores) -> Bool[Tensor, "B T"]:
     """The response mask, all False for a response that could not be scored."""
     return rollout.sequences.response_mask & ~scores.total.isnan()[:, None]

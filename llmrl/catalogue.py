@@ -378,7 +378,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="value/loss",
         unit="score squared",
-        meaning="The critic's loss, half the squared error per token, which PPO clips; mean over optimizer steps.",
+        meaning="The critic's loss, half the squared error per token, which PPO clips, or with critic.network mtp "
+        "Huber's error, mean over heads; mean over optimizer steps.",
         look_for="Falls, then follows the spread of the rewards. Above 10 times both that and its start a run warns.",
         runs=(PPO, CRITIC),
     ),
@@ -441,6 +442,21 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="score squared",
         meaning="Half the squared error of the critic, per token, mean over the optimizer steps of an auxiliary phase.",
         look_for="At or below value/loss.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/clamp_fraction",
+        unit="fraction",
+        meaning="critic.network mtp: values of all heads whose gradient critic.mtp.value_grad_clamp clamps.",
+        look_for="Below 0.1; above, values leave the mean of what comes for its median: raise the clamp.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="mtp/loss",
+        unit="nats",
+        meaning="critic.network mtp: minus the log-probability that the heads gave to the further tokens which were "
+        "sampled, mean over heads and tokens, 0 after the end of a response; mean over optimizer steps.",
+        look_for="Falls, to the policy's own entropy at the least.",
         runs=(PPO,),
     ),
     Metric(

@@ -235,6 +235,23 @@ class AuxiliaryPhase(Protocol):
 
 
 @runtime_checkable
+class MovingTargets(Protocol):
+    """Target heads: a slow copy of what learns, which its targets are computed by."""
+
+    def move(self, rate: float) -> None:
+        """Polyak average: target <- (1 - rate) target + rate live, weight by weight."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their weights."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
 class Collectives(Protocol):
     """Communication between the processes of a run, called ranks. Every rank makes the same calls in the same order."""
 

@@ -15,7 +15,7 @@ from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.config import CriticRun, GRPORun, PPORun, RewardModelRun, SFTRun, command_for
 from llmrl.data.config import PairsConfig, PreferenceDataConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
-from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig, MTPSettings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
@@ -282,6 +282,12 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
         ({}, []),
         ({"critic": CriticConfig(value_coef=0.1)}, ["critic.value_coef is read only where critic.network is shared"]),
         ({"critic": CriticConfig(network="shared", value_coef=0.1)}, []),
+        ({"critic": CriticConfig(network="mtp", value_coef=0.1, mtp=MTPSettings(num_heads=2))}, []),
+        ({"critic": CriticConfig(mtp=MTPSettings(num_heads=2))}, ["critic.mtp is read only where critic.network is"]),
+        (
+            {"critic": CriticConfig(network="mtp"), "algorithm": PPOConfig(value_clip=None, value_lambda=1.0)},
+            ["algorithm.value_clip is not read where critic", "algorithm.value_lambda is not read where critic"],
+        ),
         ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),
         (
             {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(betas=(0.5, 0.999))},

@@ -233,9 +233,10 @@ STATEFUL = [
 ]
 
 
-@pytest.mark.parametrize(
-    "networks", ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora", "auxiliary"]
-)
+NETWORKS = ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora", "auxiliary", "mtp", "mtp lora"]
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
 def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     overrides = {
         "own": ["critic.network=reward_model"],
@@ -245,6 +246,8 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
         "shared": ["critic.network=shared"],
         "shared lora": [*one_base, "critic.network=shared"],
         "auxiliary": [*one_base, "algorithm.auxiliary_every=3", "algorithm.auxiliary_epochs=2"],
+        "mtp": ["critic.network=mtp", "critic.mtp.num_heads=2"],
+        "mtp lora": [*one_base, "critic.network=mtp", "model.dtype=bfloat16"],
     }[networks]
     arguments = ["ppo", recipe, *STATEFUL, *overrides]
     assert llmrl(*arguments, "run.num_iterations=4", f"run.output_dir={tmp_path / 'straight'}")[0] == 0
@@ -269,12 +272,19 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
-    of_critic = "trained/actor/{}/head.weight" if "shared" in networks else "trained/critic/{}/head.weight"
+    module, head = "critic", "head.weight"
+    if shares_trunk := "shared" in networks or "mtp" in networks:
+        module, head = "actor", "heads.values.0.weight" if "mtp" in networks else "head.weight"
+    of_critic = f"trained/{module}/{{}}/{head}"
     assert states[0][of_critic.format("parameters")].any()
     assert states[0][of_critic.format("optimizer") + "/exp_avg"].any()
     trunk = {name for name in states[0] if name.startswith("trained/critic/parameters/trunk.")}
-    assert bool(trunk) == ("shared" not in networks)
+    assert bool(trunk) != shares_trunk
     assert all("lora_" in name for name in trunk) == (networks not in ("own", "warm-up"))
+    targets = {name for name in states[0] if name.startswith("cursor/algorithm/targets/")}
+    assert bool(targets) == ("mtp" in networks)
+    assert all(states[0][name].any() for name in targets)
+    assert (tmp_path / "run" / "final" / "critic").exists() == ("mtp" not in networks)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +292,8 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     [
         (["critic.network=own"], ["critic.network=shared"]),
         (["critic.network=shared"], ["critic.network=own"]),
+        (["critic.network=shared"], ["critic.network=mtp"]),
+        (["critic.network=mtp"], ["critic.network=mtp", "critic.mtp.num_heads=2"]),
         (["model.lora.rank=2", "critic.network=own"], ["model.lora.rank=2", "critic.network=adapter"]),
     ],
 )
@@ -402,7 +414,7 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         (["critic.network=adapter"], ["critic.network adapter needs model.lora"]),
         (
             ["critic.network=other"],
-            ["critic.network: 'other' is not one of 'own', 'reward_model', 'adapter' or 'shared'"],
+            ["critic.network: 'other' is not one of 'own', 'reward_model', 'adapter', 'shared' or 'mtp'"],
         ),
         (
             ["critic.network=reward_model", "reward={model: null, functions: [{name: 'r.py:length'}]}"],

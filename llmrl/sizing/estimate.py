@@ -247,10 +247,21 @@ class _Reinforcement(_Parts):
                 return [actor]
             case "shared":
                 return [self.split(self.shape.num_parameters, extra=self.shape.hidden_size)]
+            case "mtp":
+                heads = self._num_heads * self.shape.hidden_size**2 + (1 + self._num_heads) * self.shape.hidden_size
+                learned = self.split(self.shape.num_parameters, extra=heads)
+                return [replace(learned, frozen=learned.frozen + heads)]
             case "adapter":
                 return [actor, replace(alone, trained=self.num_low_rank + self.shape.hidden_size)]
         whole = replace(alone, trained=self.shape.num_trunk + self.shape.hidden_size)
         return [actor, replace(whole, root=self.shape.num_trunk - self.shape.num_linear)]
+
+    @property
+    def _num_heads(self) -> int:
+        """Heads beyond the actor's own, which score further tokens."""
+        if isinstance(self.config, PPORun) and self.critic == "mtp":
+            return self.config.critic.mtp.num_heads
+        return 0
 
     @property
     def scores_networks(self) -> bool:
@@ -360,7 +371,7 @@ class _Reinforcement(_Parts):
         return self.work(
             budget=budget,
             length=response,
-            response_tokens=response if response_tokens is None else response_tokens,
+            response_tokens=response * (1 + self._num_heads) if response_tokens is None else response_tokens,
             num_rows=num_rows,
             prompt=prompt,
             group=group,

@@ -134,9 +134,10 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         launch = read_launch()
         _check_one_base(config, launch)
         _check_quantized(config, launch)
+        _check_heads(config, launch)
         _check_averages(config)
-        _check_bias(config, read_launch())
-        _check_auxiliary(config, read_launch())
+        _check_bias(config, launch)
+        _check_auxiliary(config, launch)
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
@@ -292,6 +293,16 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
             f"{names}: roles on one base need it whole in every process, and the launch splits weights over processes "
             "(ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set reward.model.on_actor_base to false "
             "and critic.network to own or shared"
+        )
+
+
+def _check_heads(config: RLRun, launch: Launch) -> None:
+    """Refuses target heads where no process holds the heads whole that they average."""
+    if launch.splits_weights and isinstance(config, PPORun) and config.critic.network == "mtp":
+        raise LaunchError(
+            "critic.network mtp: its target heads average heads that are whole in every process, and the launch splits "
+            "weights over processes (ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set critic.network "
+            "to own or shared"
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmrl.algorithms.auxiliary import DistillValues
 from llmrl.algorithms.config import ACROSS_GROUPS
 from llmrl.algorithms.grpo import GRPO
+from llmrl.algorithms.implicit import ImplicitPPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import make_user_algorithm
 from llmrl.config import GRPORun, PPORun, RLRun
@@ -94,11 +95,17 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
     """A run of PPO, ready to train."""
     actor = _load_actor(config, context)
     networks = load_networks(config, actor)
-    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic.trunk}, config, checked, context)
-    critic_saver = CriticSaver(networks.critic, actor.tokenizer, context=context)
+    critic, readers = networks.critic, {"the model": actor.model}
+    if critic is not None:
+        readers["the critic"] = critic.trunk
+    parts = _parts_of(actor, readers, config, checked, context)
+    critic_saver = None if critic is None else CriticSaver(critic, actor.tokenizer, context=context)
     trained = train_networks(networks, config, context)
     both = DistributedNetworks(networks.both, context, budget=parts.budget)
-    algorithm = PPO(
+    make: Callable[..., PPO] = PPO
+    if networks.targets is not None:
+        make = partial(ImplicitPPO, targets=networks.targets, **vars(config.critic.mtp))
+    algorithm = make(
         config.algorithm,
         networks=both,
         reference=parts.reference,
@@ -110,7 +117,8 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
 
     def save(folder: Path) -> None:
         parts.saver.save(folder, trained["actor"])
-        critic_saver.save(folder / "critic", trained.get("critic", trained["actor"]))
+        if critic_saver is not None:
+            critic_saver.save(folder / "critic", trained.get("critic", trained["actor"]))
 
     auxiliary = _auxiliary_phase(config, both)
     return _build_run(config, checked, context, trackers, parts, algorithm, trained, save, auxiliary=auxiliary)

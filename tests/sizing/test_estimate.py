@@ -105,6 +105,16 @@ def test_one_base_takes_less_than_two_networks(shape):
     assert item(adapters, "reference") == 0
 
 
+def test_heads_of_an_implicit_critic_by_hand(shape):
+    """A block of 8 x 8 and two values of 8, once to learn and once as the target; the head's logits once more."""
+    implicit, shared = (estimate_memory(rl(PPORun, critic=critic), shape, Strategy()) for critic in ("mtp", "shared"))
+    heads = 8 * 8 + 2 * 8
+    assert item(implicit, "weights") == 4 * (1704 + 2 * heads)
+    assert item(implicit, "AdamW's states") == 8 * (1704 + heads)
+    name = "the fullest moment of a pass"
+    assert item(implicit, name) > item(shared, name)
+
+
 def test_layers_that_are_trained_whole_are_the_actors_alone(shape):
     """A second matrix of 256 beside the frozen one, with its gradient and states; the engine's copy has one of them."""
     plain, whole = (

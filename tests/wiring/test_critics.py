@@ -29,7 +29,7 @@ from llmrl.config import PPORun, RewardModelRun
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
 from llmrl.distributed.launch import LaunchError
 from llmrl.models.adapters import lora_config
-from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.config import LoraSettings, ModelConfig, MTPSettings
 from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead, ValueModule
 from llmrl.models.folders import ModelError
 from llmrl.models.saving import save_policy
@@ -792,6 +792,30 @@ def test_auxiliary_phases_are_refused_under_deepspeed_before_anything_loads(phas
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     with pytest.raises(LaunchError, match=r"algorithm\.auxiliary_every \(2\): .* step weights without a gradient too"):
         check_ppo(phasic, dry=dry)
+
+
+def test_an_implicit_critic_is_one_module_whose_heads_have_a_rate_of_their_own(config):
+    """Its settings reach the algorithm; the target heads move by their average, and no step of the optimizer."""
+    run = build_run(with_critic(config, network="mtp", mtp=MTPSettings(num_heads=2, target_rate=0.25)))
+    (trained,) = run.trainer.trained.values()
+    algorithm, module = run.trainer.algorithm, trained.module
+    assert (algorithm.num_heads, algorithm.target_rate) == (2, 0.25)
+    peaks = {id(p): group["peak"] for group in trained.optimizer.param_groups for p in group["params"]}
+    assert {name.partition(".")[0] for name, p in trained.parameters.items() if peaks[id(p)] == 2e-2} == {"heads"}
+    assert not any(name.startswith("targets.") for name in trained.parameters)
+    metrics = run.trainer.iterate().values()
+    assert {"policy/loss", "value/loss", "value/clamp_fraction", "mtp/loss"} <= metrics.keys()
+    for name, target in module.targets.named_parameters():
+        assert_close(target, 0.25 * module.heads.get_parameter(name))
+        assert target.any(), name
+
+
+def test_an_implicit_critic_is_refused_where_the_launch_splits_its_heads(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_ppo(with_critic(config, network="shared"), dry=False)
+    with pytest.raises(LaunchError, match=r"^critic\.network mtp: .* launch with plain data parallel or ZeRO-2"):
+        check_ppo(with_critic(config, network="mtp"), dry=False)
 
 
 def test_the_weight_of_the_critics_loss_is_the_one_named(config):
