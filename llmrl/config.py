@@ -230,6 +230,16 @@ class AlgorithmConfig(Protocol):
         """Share of the actor when it moves."""
         ...
 
+    @property
+    def balance_coef(self) -> float:
+        """Weight of the loss that keeps the experts of a mixture evenly used."""
+        ...
+
+    @property
+    def balance_bias_rate(self) -> float:
+        """Step of the bias by which its routers choose."""
+        ...
+
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
         ...

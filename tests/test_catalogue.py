@@ -51,8 +51,8 @@ TIMED = (
     ("grpo", "mixture", {**GRPO, "algorithm": {"group_size": 4}}),
     ("ppo", "mixture", {**PPO, **IMPLICIT}),
 )
-"""Kind of run, model and sections: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration,
-turns, auxiliary phases, what an implicit critic logs, and the experts of a mixture."""
+"""Kind of run, model and sections: what logs times and speed, parts and pass@k of an evaluation, the KL of an
+iteration, turns, auxiliary phases, what an implicit critic logs, and the experts of a mixture."""
 SILENT = """
 from llmrl.algorithms.grpo import GRPO
 from llmrl.metrics import Metrics
@@ -103,18 +103,18 @@ Logged = set[tuple[str, str]]
 
 def make_mixture(folder: Path) -> None:
     """A tiny mixture of experts with random weights."""
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    special = {
+        "moe_intermediate_size": 8,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.3,
     }
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    special = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
     torch.manual_seed(0)
     shutil.copytree(folder / "llama", folder / "mixture")
-    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **experts, **special)).save_pretrained(folder / "mixture")
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **special)).save_pretrained(folder / "mixture")
 
 
 def make_chat(folder: Path) -> None:
