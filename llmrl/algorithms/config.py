@@ -43,6 +43,15 @@ class GRPOConfig(Section, place="algorithm"):
     """The ratio is clipped from above at 1 + clip_high."""
     dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
+    importance: Literal["none", "truncated", "masked"] = "none"
+    """Corrects for responses of another policy than the one that learns, such as stale ones or those of an engine with
+    other arithmetic: weights min(ratio, cap) (TIS),
+    or the ratio itself where it is near 1 and 0 elsewhere (IcePop). See docs/algorithms.md."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
+    bias but more variance."""
+    importance_cap: Annotated[float, Bound(least=1)] = 2.0
+    """truncated: the largest weight; masked: ratios above this, or below 1 over this, are not learned from."""
     kl_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the KL to the reference in the loss. 0 keeps no reference model, and then no kl/* is measured, unless
     model.lora is set, where a reference takes no memory."""
@@ -116,6 +125,16 @@ class PPOConfig(Section, place="algorithm"):
     """The ratio is clipped from above at 1 + clip_high."""
     dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
+    importance: Literal["none", "truncated", "masked", "v_trace"] = "none"
+    """Corrects for responses of another policy than the one that learns, such as stale ones or those of an engine with
+    other arithmetic: weights min(ratio, cap) (TIS),
+    or the ratio itself where it is near 1 and 0 elsewhere (IcePop), or truncated ones with V-trace targets, where the
+    critic is corrected too. See docs/algorithms.md."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
+    bias but more variance."""
+    importance_cap: Annotated[float, Bound(least=1)] = 2.0
+    """truncated: the largest weight; masked: ratios above this, or below 1 over this, are not learned from; v_trace: rho bar."""
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
@@ -157,6 +176,11 @@ class PPOConfig(Section, place="algorithm"):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("loss", self.loss, "clipped")
+        if self.importance == "v_trace" and self.importance_level == "sequence":
+            raise ValueError(
+                "algorithm.importance v_trace corrects token by token; set algorithm.importance_level to token, or "
+                "algorithm.importance to truncated"
+            )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 "algorithm.kl_target steers algorithm.kl_coef by factors, so that must not begin at 0; try 0.05"

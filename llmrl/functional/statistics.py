@@ -52,4 +52,12 @@ class Explained(NamedTuple):
     residual_square: Tensor | float
 
 
-Statistic = Mean | Total | Maximum | Minimum | Moments | Explained
+class EffectiveShare(NamedTuple):
+    """Effective sample size of weights over their number: (Σ w)² / (num Σ w²); 1 where all are equal."""
+
+    num: Tensor | float
+    total: Tensor | float
+    square: Tensor | float
+
+
+Statistic = Mean | Total | Maximum | Minimum | Moments | Explained | EffectiveShare

@@ -33,6 +33,7 @@ from llmrl.roles import Algorithm, MovingReference, PromptSource, RewardFunction
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
+from llmrl.trainers.stored import StoredRollouts
 
 FIRST_ONLY = "policy/ratio_max_deviation"
 """Metric of the first minibatch that is learned from only: until its step all passes read the same weights."""
@@ -66,6 +67,7 @@ class RLTrainer(Resumable):
         self.reward = reward
         self.prompts = prompts
         self.config = update
+        self.stored = StoredRollouts(staleness=update.staleness, num_replayed=update.num_replayed)
         self.microbatcher = Microbatcher(budget, context)
         self.prompts_per_iteration = prompts_per_iteration
         self.sampling = sampling
@@ -101,6 +103,11 @@ class RLTrainer(Resumable):
         """One iteration: sample, score, estimate advantages, update, publish weights."""
         with torch.no_grad():
             rollout, scores, metrics = self.collect(prompts)
+            new = [(rollout, scores)]
+            while len(new) < self.stored.num_missing:  # the first iteration of a run that learns from stale rollouts
+                rollout, scores, more = self.collect(self.prompts.next(self.prompts_per_iteration))
+                new, metrics = [*new, (rollout, scores)], metrics.merge(more)
+            rollout, scores = self.stored.exchange(new)
             with self.phase("logprobs", 1):
                 experience, described = self.algorithm.experience(rollout, scores)
                 self.progress.advance()
@@ -215,11 +222,13 @@ class RLTrainer(Resumable):
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def position(self) -> dict[str, Any]:
-        return super().position() | {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
+        position = super().position() | {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
+        return position | ({"stored": self.stored.state_dict()} if self.stored.num_kept else {})
 
     def move_to(self, position: dict[str, Any]) -> None:
         self.num_responses = position["num_responses"]
         self.algorithm.load_state_dict(position["algorithm"])
+        self.stored.load_state_dict(position.get("stored", {}))  # not in one of a run without stale rollouts
         super().move_to(position)
 
     @property

@@ -277,7 +277,9 @@ def _build_run(
         context=context,
         sink=trackers,
         alarms=Alarms(
-            str(actor.dtype).removeprefix("torch."), steps_per_iteration=config.optimizer_steps_per_iteration
+            str(actor.dtype).removeprefix("torch."),
+            steps_per_iteration=config.optimizer_steps_per_iteration,
+            learns_from_stale=config.learns_from_stale,
         ),
         warmup_iterations=config.warmup_iterations,
     )
