@@ -304,7 +304,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="importance/mean",
         unit="ratio",
-        meaning="Mean ratio of the policy that learns to the one that sampled, before its correction. This and the other "
+        meaning="Mean ratio of the policy that learns to the one that sampled, not corrected. This and the other "
         "importance/* only with algorithm.importance.",
         look_for="Near 1, whatever the age of the rollouts: its expectation over what was sampled is 1.",
         runs=ALGORITHMS,

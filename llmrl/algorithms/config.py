@@ -134,7 +134,8 @@ class PPOConfig(Section, place="algorithm"):
     """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
     bias but more variance."""
     importance_cap: Annotated[float, Bound(least=1)] = 2.0
-    """truncated: the largest weight; masked: ratios above this, or below 1 over this, are not learned from; v_trace: rho bar."""
+    """truncated: the largest weight; masked: ratios above this, or below 1 over this, are not learned from; v_trace:
+    rho bar."""
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0

@@ -74,7 +74,7 @@ def old_logprobs_of(batch: Experience, live: TokenOutputs) -> Float[Tensor, "B T
 def importance_weights(
     experience: Experience, old_logprobs: Float[Tensor, "B T"], config: GRPOConfig | PPOConfig
 ) -> tuple[Float[Tensor, "B T"], dict[str, Statistic]]:
-    """``(weights, metrics)``: what multiplies the advantages, because another policy sampled; 1 without a correction."""
+    """``(weights, metrics)``: what multiplies the advantages where another policy sampled; 1 without correction."""
     if config.importance == "none":
         return torch.ones_like(old_logprobs), {}
     mask = experience.counted

@@ -1,4 +1,4 @@
-"""Corrections for responses that another policy sampled than the one that learns from them: importance weights, V-trace.
+"""Corrections for responses of another policy than the one that learns from them: importance weights and V-trace.
 
 The policy that sampled is the behaviour policy μ, whose log-probabilities are the `rollout_logprobs`; the one that the
 update starts from is π, with the `old_logprobs`. They differ where a rollout is some iterations old, and where the
