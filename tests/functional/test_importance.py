@@ -47,7 +47,8 @@ def test_v_trace_is_the_sum_of_the_paper_over_the_tokens_that_were_chosen(lam, r
     advantages, returns = v_trace(
         rewards, values, ratio, mask, last, gamma=0.9, gae_lambda=lam, rho_bar=rho_bar, c_bar=c_bar
     )
-    assert not advantages[~mask].any() and not returns[~mask].any()
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
     for row in range(3):
         r, v = rewards[row][mask[row]].tolist(), values[row][mask[row]].tolist()
         ratios = log_ratios[row][mask[row]].exp().tolist()
