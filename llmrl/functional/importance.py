@@ -34,8 +34,8 @@ def behaviour_ratio(
     Only `sequence` has no bias for the reward of a whole response; its variance grows with the length.
 
     Args:
-        old_logprobs: Of the policy at the start of the update, nats.
-        rollout_logprobs: Of the policy that sampled, nats.
+        old_logprobs: Log-probabilities by the policy at the start of the update, nats.
+        rollout_logprobs: Log-probabilities by the policy that sampled, nats.
         mask: True on the tokens that count.
         level: One of the above.
 
