@@ -304,6 +304,41 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=ALGORITHMS,
     ),
     Metric(
+        name="importance/mean",
+        unit="ratio",
+        meaning="Mean ratio of the policy that learns to the one that sampled, not corrected. This and the other "
+        "importance/* only with algorithm.importance.",
+        look_for="Near 1, whatever the age of the rollouts: its expectation over what was sampled is 1.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="importance/std",
+        unit="ratio",
+        meaning="Standard deviation of that ratio.",
+        look_for="Grows with update.staleness and the learning rate.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="importance/max",
+        unit="ratio",
+        meaning="Largest such ratio.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="importance/ess",
+        unit="fraction",
+        meaning="Effective sample size of the tokens under that ratio, over their number: 1 / (1 + (std / mean)^2).",
+        look_for="1 on fresh rollouts; below 0.5 half of what was sampled is lost.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
+        name="importance/clipped_fraction",
+        unit="fraction",
+        meaning="Share of tokens whose ratio is outside what algorithm.importance_cap allows.",
+        look_for="Small; the bias of the correction is theirs.",
+        runs=ALGORITHMS,
+    ),
+    Metric(
         name="policy/entropy",
         unit="nats per token",
         meaning="Mean entropy of the distributions that tokens were drawn from, at rollout.temperature.",

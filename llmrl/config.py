@@ -231,6 +231,11 @@ class AlgorithmConfig(Protocol):
         ...
 
     @property
+    def importance(self) -> str:
+        """How samples of another policy are corrected for; none where they are not."""
+        ...
+
+    @property
     def balance_coef(self) -> float:
         """Weight of the loss that keeps the experts of a mixture evenly used."""
         ...
@@ -374,7 +379,19 @@ class RLRun:
 
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
-        return self.algorithm.warnings()
+        warnings = self.algorithm.warnings()
+        if self.learns_from_stale and self.algorithm.importance == "none":
+            warnings.append(
+                f"update.staleness {self.update.staleness} and update.num_replayed {self.update.num_replayed} learn "
+                "from responses of an earlier policy as if they were of this one; algorithm.importance truncated "
+                "corrects that"
+            )
+        return warnings
+
+    @property
+    def learns_from_stale(self) -> bool:
+        """Whether iterations learn from rollouts of earlier ones."""
+        return self.update.staleness + self.update.num_replayed > 0
 
     @property
     def warmup_iterations(self) -> int:
@@ -394,7 +411,8 @@ class RLRun:
 
     @property
     def optimizer_steps_per_iteration(self) -> int:
-        return self.update.num_epochs * self.num_responses // self.minibatch_size
+        num_learned = self.num_responses * (1 + self.update.num_replayed)
+        return self.update.num_epochs * num_learned // self.minibatch_size
 
     @property
     def num_optimizer_steps(self) -> int:

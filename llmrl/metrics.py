@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmrl.functional.statistics import Explained, Loads, Maximum, Mean, Minimum, Moments, Statistic, Total
+from llmrl.functional.statistics import (
+    EffectiveShare,
+    Explained,
+    Loads,
+    Maximum,
+    Mean,
+    Minimum,
+    Moments,
+    Statistic,
+    Total,
+)
 
 VARIANCE_ROUNDING = 2.0**-40
 """Smallest variance, relative to the mean squares it is computed from; below it is the rounding of float32."""
@@ -78,7 +88,13 @@ def pool(left: Statistic, right: Statistic) -> Statistic:
             return Minimum(-_maximum(-left.value, -right.value))
         case Loads(), Loads():
             return Loads(left.counts + right.counts)
-        case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()) | (Explained(), Explained()):
+        case (
+            (Mean(), Mean())
+            | (Total(), Total())
+            | (Moments(), Moments())
+            | (Explained(), Explained())
+            | (EffectiveShare(), EffectiveShare())
+        ):
             return type(left)(*(a + b for a, b in zip(left, right, strict=True)))
     raise TypeError(f"cannot pool a {type(left).__name__} with a {type(right).__name__}: one name, two meanings")
 
@@ -107,6 +123,9 @@ def _read(name: str, statistic: Statistic, numbers: list[float]) -> dict[str, fl
             if not count:
                 return {}
             return {f"{name}/mean": total / count, f"{name}/std": math.sqrt(_variance(count, total, square))}
+        case EffectiveShare():
+            count, total, square = numbers
+            return {name: total * total / (count * square)} if count and square else {}
         case Explained():
             count, total, square, residual_total, residual_square = numbers
             if not count:

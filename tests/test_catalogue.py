@@ -33,7 +33,7 @@ FLAKY = {"name": f"{RULES}:flaky", "weight": 0.0, "on_error": "exclude"}
 TWO_REWARDS = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
 EXTREME = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
-MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2}
+MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2, "importance": "truncated"}
 PHASIC = {"auxiliary_every": 1, "auxiliary_epochs": 2}
 PLAYED = {
     "environment": {"name": "GAME:Game", "tools": ["GAME:add"], "tool_format": "hermes", "max_turns": 3},

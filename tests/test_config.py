@@ -347,6 +347,15 @@ def test_optimizer_steps_of_an_iteration():
     )
     assert config.num_responses == 24
     assert config.optimizer_steps_per_iteration == 6  # 3 minibatches, twice
+    assert replace(config, update=replace(config.update, num_replayed=2)).optimizer_steps_per_iteration == 18
+
+
+@pytest.mark.parametrize("update", [{"staleness": 1}, {"num_replayed": 1}])
+def test_stale_responses_without_a_correction_warn(update: dict[str, int]):
+    (warning,) = grpo(update=UpdateConfig(**update)).warnings()
+    assert "algorithm.importance truncated corrects that" in warning
+    assert grpo(update=UpdateConfig(**update), algorithm=GRPOConfig(importance="masked")).warnings() == []
+    assert grpo().warnings() == []
 
 
 @pytest.mark.parametrize(

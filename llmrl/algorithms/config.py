@@ -54,6 +54,15 @@ class GRPOConfig(Section, place="algorithm"):
     """The ratio is clipped from above at 1 + clip_high."""
     dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
+    importance: Literal["none", "truncated", "masked"] = "none"
+    """Corrects for responses of another policy than the one that learns, such as stale ones or those of an engine with
+    other arithmetic: weights min(ratio, cap) (TIS),
+    or the ratio itself where it is near 1 and 0 elsewhere (IcePop). See docs/algorithms.md."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
+    bias but more variance."""
+    importance_cap: Annotated[float, Bound(least=1)] = 2.0
+    """truncated: the largest weight; masked: ratios above this, or below 1 over this, are not learned from."""
     kl_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the KL to the reference. 0 keeps no reference model, and then no kl/* is measured, unless
     model.lora is set, where a reference takes no memory."""
@@ -167,6 +176,17 @@ class PPOConfig(Section, place="algorithm"):
     """The ratio is clipped from above at 1 + clip_high."""
     dual_clip: Annotated[float | None, Bound(above=1)] = None
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
+    importance: Literal["none", "truncated", "masked", "v_trace"] = "none"
+    """Corrects for responses of another policy than the one that learns, such as stale ones or those of an engine with
+    other arithmetic: weights min(ratio, cap) (TIS),
+    or the ratio itself where it is near 1 and 0 elsewhere (IcePop), or truncated ones with V-trace targets, where the
+    critic is corrected too. See docs/algorithms.md."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
+    bias but more variance."""
+    importance_cap: Annotated[float, Bound(least=1)] = 2.0
+    """truncated: the largest weight; masked: ratios above this, or below 1 over this, are not learned from; v_trace:
+    rho bar."""
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
     value_proximal_coef: Annotated[float, Bound(least=0)] = 0.0
@@ -228,6 +248,16 @@ class PPOConfig(Section, place="algorithm"):
             raise ValueError(
                 f"algorithm.num_return_steps ({self.num_return_steps}) takes the place of algorithm.gae_lambda "
                 f"({self.gae_lambda}); set one of the two"
+            )
+        if self.importance == "v_trace" and self.num_return_steps is not None:
+            raise ValueError(
+                f"algorithm.num_return_steps ({self.num_return_steps}) has no form for algorithm.importance v_trace; "
+                "set algorithm.importance to truncated, or algorithm.gae_lambda in place of the steps"
+            )
+        if self.importance == "v_trace" and self.importance_level == "sequence":
+            raise ValueError(
+                "algorithm.importance v_trace corrects token by token; set algorithm.importance_level to token, or "
+                "algorithm.importance to truncated"
             )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(

@@ -31,6 +31,7 @@ from llmrl.algorithms.policy_gradient import (
     add_entropy_bonus,
     advantage_metrics,
     extreme_metrics,
+    importance_weights,
     kl_metrics,
     learned_responses,
     length_penalty,
@@ -167,11 +168,13 @@ class GRPO(Algorithm):
         current, old = logprobs, old_logprobs
         if self.config.ratio == "sequence":
             current, old = sequence_log_ratio(logprobs, old_logprobs, counted), torch.zeros_like(logprobs)
-        loss, statistics = self.policy_loss(current, old, batch.advantages, weights)
+        correction, corrected = importance_weights(batch, old_logprobs, self.config)
+        loss, statistics = self.policy_loss(current, old, correction * batch.advantages, weights)
+        statistics |= corrected
         if self.reference is not None and self.config.kl_coef and self.config.kl_form != "k1_reward":
             live, ref = (torch.where(counted, x, 0.0) for x in (logprobs, batch.ref_logprobs))
             kl = self._kl(live, ref, importance_ratio(logprobs, old_logprobs, counted))
-            loss = loss + self.config.kl_coef * masked_sum(weights * kl, counted)
+            loss = loss + self.config.kl_coef * masked_sum(weights * correction * kl, counted)
         loss = add_entropy_bonus(loss, outputs.entropy, weights, counted, coef=self.config.entropy_coef)
         loss, of_experts = add_balance(loss, outputs, weights, counted, coef=self.config.balance_coef)
         statistics |= of_experts

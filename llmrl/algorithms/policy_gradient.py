@@ -11,6 +11,7 @@ from torch import Tensor
 from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
 from llmrl.algorithms.user_functions import UserLoss
 from llmrl.batches import Experience, Rollout, TokenOutputs
+from llmrl.functional.importance import behaviour_ratio, importance_metrics, masked_weights, truncated_weights
 from llmrl.functional.losses import cispo_loss, clipped_policy_loss, policy_gradient_loss
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.penalties import overlong_penalty
@@ -94,6 +95,19 @@ def old_logprobs_of(batch: Experience, live: TokenOutputs) -> Float[Tensor, "B T
     """Old log-probabilities of a microbatch; where its experience has none, a copy of the live ones, detached: in the
     only optimizer step both are of the same weights."""
     return live.logprobs.detach().clone() if batch.old_logprobs is None else batch.old_logprobs
+
+
+def importance_weights(
+    experience: Experience, old_logprobs: Float[Tensor, "B T"], config: GRPOConfig | PPOConfig
+) -> tuple[Float[Tensor, "B T"], dict[str, Statistic]]:
+    """``(weights, metrics)``: what multiplies the advantages where another policy sampled; 1 without correction."""
+    if config.importance == "none":
+        return torch.ones_like(old_logprobs), {}
+    mask = experience.counted
+    ratio = behaviour_ratio(old_logprobs, experience.rollout.rollout_logprobs, mask, level=config.importance_level)
+    weigh = masked_weights if config.importance == "masked" else truncated_weights
+    weights = weigh(ratio, cap=config.importance_cap)
+    return weights, importance_metrics(ratio, weights, mask)
 
 
 def policy_metrics(experience: Experience, entropy: Float[Tensor, "B T"]) -> dict[str, Statistic]:

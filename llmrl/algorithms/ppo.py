@@ -15,8 +15,9 @@ are always needed. Schulman et al. 2017, arXiv:1707.06347; for language models Z
 and Ouyang et al. 2022, arXiv:2203.02155.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from llmrl.algorithms.policy_gradient import (
     add_entropy_bonus,
     advantage_metrics,
     extreme_metrics,
+    importance_weights,
     kl_metrics,
     learned_responses,
     length_penalty,
@@ -40,6 +42,7 @@ from llmrl.algorithms.policy_gradient import (
 from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_tokens
 from llmrl.functional.advantages import gae, n_step_returns
 from llmrl.functional.extremes import EXTREME, find_extremes
+from llmrl.functional.importance import behaviour_ratio, v_trace
 from llmrl.functional.kl import estimate_kl, shape_rewards
 from llmrl.functional.losses import clipped_value_loss, proximal_value_loss
 from llmrl.functional.masking import masked_moments, masked_sum, standardize
@@ -113,7 +116,12 @@ class PPO(Algorithm):
         rewards = shape_rewards(shaped, kl, mask, kl_coef=self.kl_control.coef)
         rewards = rewards + torch.where(mask, scores.per_token, 0.0)
         bootstrapped = ~rollout.finished & self.config.bootstrap_truncated
-        advantages, returns = self._estimate(rewards, values, mask, torch.where(bootstrapped, outputs.last_values, 0.0))
+        estimator = gae
+        if self.config.importance == "v_trace":
+            ratio = behaviour_ratio(outputs.logprobs, rollout.rollout_logprobs, mask)
+            estimator = partial(v_trace, ratio=ratio, rho_bar=self.config.importance_cap)
+        bootstrap_values = torch.where(bootstrapped, outputs.last_values, 0.0)
+        advantages, returns = self._estimate(rewards, values, mask, bootstrap_values, estimator)
         experience = PPOExperience(
             rollout=rollout,
             scores=scores,
@@ -149,6 +157,7 @@ class PPO(Algorithm):
             not self.one_step
             or self.reference is not None
             or self.step_kl_control is not None
+            or self.config.importance == "v_trace"
             or self.networks.share_trunk
             or self._warming_up
         )
@@ -189,18 +198,26 @@ class PPO(Algorithm):
         values: Float[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
         bootstrap_values: Float[Tensor, " B"],
+        estimator: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """``(advantages, returns)``: of n steps, or each with its own lambda."""
-        gamma, num_steps, gae_lambda = self.config.gamma, self.config.num_return_steps, self.config.gae_lambda
+        """``(advantages, returns)``: of n steps, or of `gae` or `v_trace`, each with its own lambda."""
+        estimate = partial(
+            estimator,
+            rewards=rewards,
+            values=values,
+            response_mask=mask,
+            bootstrap_values=bootstrap_values,
+            gamma=self.config.gamma,
+        )
+        num_steps = self.config.num_return_steps
         if num_steps is None:
-            advantages, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=gae_lambda)
+            advantages, returns = estimate(gae_lambda=self.config.gae_lambda)
         else:
             advantages, returns = n_step_returns(
-                rewards, values, mask, bootstrap_values, gamma=gamma, num_steps=num_steps
+                rewards, values, mask, bootstrap_values, gamma=self.config.gamma, num_steps=num_steps
             )
         if self.config.value_lambda is not None:
-            value_lambda = self.config.value_lambda
-            _, returns = gae(rewards, values, mask, bootstrap_values, gamma=gamma, gae_lambda=value_lambda)
+            _, returns = estimate(gae_lambda=self.config.value_lambda)
         return advantages, returns
 
     # --- losses -------------------------------------------------------------------------------------------------------
@@ -213,7 +230,9 @@ class PPO(Algorithm):
             ask = self.networks.both if share_trunk else self.networks.logprobs
             outputs = ask(batch.sequences)
             old_logprobs = old_logprobs_of(batch, outputs)
-            loss, statistics = self.policy_loss(outputs.logprobs, old_logprobs, batch.advantages, weights)
+            correction, corrected = importance_weights(batch, old_logprobs, self.config)
+            loss, statistics = self.policy_loss(outputs.logprobs, old_logprobs, correction * batch.advantages, weights)
+            statistics |= corrected
             if batch.old_logprobs is None:
                 statistics |= policy_metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
             loss = self._add_regularizers(loss, outputs, batch, weights)

@@ -59,4 +59,12 @@ class Loads(NamedTuple):
     counts: Float[Tensor, "L E"]
 
 
-Statistic = Mean | Total | Maximum | Minimum | Moments | Explained | Loads
+class EffectiveShare(NamedTuple):
+    """Effective sample size of weights over their number: (Σ w)² / (num Σ w²); 1 where all are equal."""
+
+    num: Tensor | float
+    total: Tensor | float
+    square: Tensor | float
+
+
+Statistic = Mean | Total | Maximum | Minimum | Moments | Explained | EffectiveShare | Loads

@@ -82,8 +82,9 @@ class Alarms:
         steps_per_iteration: int = 1,
         critic_optimizer: str = "critic_optimizer",
         compares_sums: bool = True,
+        learns_from_stale: bool = False,
     ) -> None:
-        self.gap_limit = GAP_LIMITS[dtype]
+        self.gap_limit = math.inf if learns_from_stale else GAP_LIMITS[dtype]
         self.critic_optimizer = critic_optimizer
         self.steps_per_iteration = steps_per_iteration
         self.num_iterations = 0

@@ -98,6 +98,11 @@ class UpdateConfig(Section, place="update"):
     microbatch_tokens: Annotated[int, Bound(least=1)] = 8192
     """Tokens per forward pass on one device, padding included where it is not packed (`model.packing`). Changes memory,
     never the result."""
+    staleness: Annotated[int, Bound(least=0)] = 0
+    """Iterations between sampling a rollout and learning from it; above 0 set `algorithm.importance` too."""
+    num_replayed: Annotated[int, Bound(least=0)] = 0
+    """Earlier rollouts, the newest ones, that each iteration learns from again beside its own; above 0 set
+    `algorithm.importance` too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ from llmrl.roles import (
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
+from llmrl.trainers.stored import StoredRollouts
 
 Learned = TypeVar("Learned", Experience, AuxiliaryExperience)
 LossesOf = Callable[[Any, Tensor], Iterator[tuple[str, Tensor, Metrics]]]
@@ -82,6 +83,7 @@ class RLTrainer(Resumable):
         self.reward = reward
         self.prompts = prompts
         self.config = update
+        self.stored = StoredRollouts(staleness=update.staleness, num_replayed=update.num_replayed)
         self.microbatcher = Microbatcher(budget, context)
         self.prompts_per_iteration = prompts_per_iteration
         self.sampling = sampling
@@ -120,6 +122,11 @@ class RLTrainer(Resumable):
         """One iteration: sample, score, estimate advantages, update, publish weights."""
         with torch.no_grad():
             rollout, scores, metrics = self.collect(prompts)
+            new = [(rollout, scores)]
+            while len(new) < self.stored.num_missing:  # the first iteration of a run that learns from stale rollouts
+                rollout, scores, more = self.collect(self.prompts.next(self.prompts_per_iteration))
+                new, metrics = [*new, (rollout, scores)], metrics.merge(more)
+            rollout, scores = self.stored.exchange(new)
             with self.phase("logprobs", 1):
                 experience, described = self.algorithm.experience(rollout, scores)
                 self.progress.advance()
@@ -258,6 +265,8 @@ class RLTrainer(Resumable):
         position = {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
         if self.auxiliary is not None:
             position["auxiliary"] = self.auxiliary.state_dict()
+        if self.stored.num_kept:
+            position["stored"] = self.stored.state_dict()
         return super().position() | position
 
     def move_to(self, position: dict[str, Any]) -> None:
@@ -265,6 +274,7 @@ class RLTrainer(Resumable):
         self.algorithm.load_state_dict(position["algorithm"])
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(position["auxiliary"])
+        self.stored.load_state_dict(position.get("stored", {}))  # not in one of a run without stale rollouts
         super().move_to(position)
 
     @property

@@ -327,6 +327,7 @@ def _build_run(
             str(actor.dtype).removeprefix("torch."),
             steps_per_iteration=config.optimizer_steps_per_iteration,
             compares_sums=getattr(config.algorithm, "baseline", None) not in ACROSS_GROUPS,
+            learns_from_stale=config.learns_from_stale,
         ),
         warmup_iterations=config.warmup_iterations,
     )

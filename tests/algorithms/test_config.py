@@ -154,3 +154,8 @@ def test_ppo_settings_that_make_no_sense(settings, told):
 def test_settings_at_the_edge_of_sense(settings):
     config = PPOConfig(**settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+def test_v_trace_corrects_tokens():
+    with pytest.raises(ValueError, match="v_trace corrects token by token"):
+        PPOConfig(importance="v_trace", importance_level="sequence")

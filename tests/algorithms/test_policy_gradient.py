@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
+from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.policy_gradient import (
     add_entropy_bonus,
     advantage_metrics,
@@ -17,9 +18,10 @@ from llmrl.algorithms.policy_gradient import (
     policy_metrics,
 )
 from llmrl.algorithms.user_functions import UserLoss
-from llmrl.batches import Experience, StopReason
+from llmrl.batches import Experience, GRPOExperience, Rollout, Scores, Sequences, StopReason
 from llmrl.metrics import Metrics
 
+from . import tabular
 from .test_grpo import make_rollout, make_scores
 
 
@@ -97,3 +99,76 @@ def test_advantages_are_described_over_the_tokens_that_count():
         "advantage/positive_fraction": 0.5,
     }
     assert advantage_metrics(advantages, mask & False) == {}
+
+
+# --- responses of another policy --------------------------------------------------------------------------------------
+
+
+def every_response(behaviour, actor):
+    """Every response of two tokens at most, as an engine reports it that samples from `behaviour`."""
+    responses = tabular.all_responses(3, 2)
+    ids = torch.tensor([[*response, 0][:2] for response in responses])
+    mask = torch.arange(2) < torch.tensor([[len(response)] for response in responses])
+    sequences = Sequences.from_rows(
+        prompt_ids=torch.ones(len(ids), 1).long(),
+        prompt_mask=torch.ones(len(ids), 1).bool(),
+        response_ids=ids,
+        response_mask=mask,
+        response_lengths=mask.sum(dim=1),
+    )
+    rollout = Rollout(
+        sequences=sequences,
+        rollout_logprobs=behaviour.logprobs(sequences).logprobs.detach(),
+        stop_reason=torch.ones(len(ids)).long(),
+        group_ids=torch.zeros(len(ids)).long(),
+        rows=({},) * len(ids),
+    )
+    score = torch.linspace(-1.0, 2.0, len(ids))
+    experience = GRPOExperience(
+        rollout=rollout,
+        scores=Scores(total=score, per_token=torch.zeros(mask.shape), parts={}),
+        old_logprobs=actor.logprobs(sequences).logprobs.detach(),
+        ref_logprobs=torch.zeros(mask.shape),
+        advantages=score[:, None].expand(mask.shape),
+        learned=torch.ones(len(ids)).bool(),
+    )
+    return experience, torch.tensor([behaviour.probability(response) for response in responses])
+
+
+def expected_gradient(importance, level, cap):
+    """The gradient of the loss in expectation over an engine of other logits; the ratios, scores and probabilities of
+    whole responses; and the gradient of the log-probability of each."""
+    logits = tabular.random_logits(3, 2)
+    actor, behaviour = tabular.TabularActor(logits), tabular.TabularActor(logits + tabular.random_logits(3, 2, seed=1))
+    experience, chance = every_response(behaviour, actor)
+    config = GRPOConfig(importance=importance, importance_level=level, importance_cap=cap)
+    grpo = GRPO(config, actor=actor, reference=None, max_response_tokens=2)
+    weights = torch.where(experience.counted, chance[:, None].float(), 0.0)
+    ((_, loss, _),) = grpo.losses(experience, weights)
+    (gradient,) = torch.autograd.grad(loss, actor.logits)
+    logprobs = actor.logprobs(experience.sequences).logprobs.sum(dim=1)
+    scores_of = torch.stack([torch.autograd.grad(x, actor.logits, retain_graph=True)[0] for x in logprobs])
+    ratio = logprobs.detach().double().exp() / chance
+    return gradient, ratio, experience.scores.total, chance, scores_of
+
+
+def test_whole_weights_of_an_engine_of_other_logits_give_the_gradient_without_bias():
+    gradient, ratio, score, chance, of_response = expected_gradient("truncated", "sequence", 1e6)
+    truth = -torch.einsum("b,bsv->sv", (ratio * chance * score).float(), of_response)
+    torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-6)
+    uncorrected, *_ = expected_gradient("none", "token", 2.0)
+    assert (uncorrected - truth).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("importance", "weight"),
+    [("truncated", lambda rho: min(rho, 1.5)), ("masked", lambda rho: rho if 1 / 1.5 <= rho <= 1.5 else 0.0)],
+)
+def test_the_bias_of_the_others_is_that_of_the_ratios_which_they_change(importance, weight):
+    gradient, ratio, score, chance, of_response = expected_gradient(importance, "sequence", 1.5)
+    weights = torch.tensor([weight(rho) for rho in ratio.tolist()])
+    assert (weights != ratio).any()
+    whole, *_ = expected_gradient("truncated", "sequence", 1e6)
+    bias = -torch.einsum("b,bsv->sv", ((weights - ratio) * chance * score).float(), of_response)
+    torch.testing.assert_close(gradient - whole, bias, rtol=1e-4, atol=1e-6)
+    assert bias.abs().max() > 0.01

@@ -333,6 +333,10 @@ def test_a_rollout_gap_beyond_rounding(dtype: str, gap: float, is_told: bool):
     assert not is_told or f"policy/rollout_gap is {gap} nats per token" in seen[0][0]
 
 
+def test_the_gap_of_stale_responses_is_no_rounding():
+    assert told(HEALTHY | {"policy/rollout_gap": 0.5}, learns_from_stale=True) == [[]] * 2
+
+
 # --- held-out results -------------------------------------------------------------------------------------------------
 
 
