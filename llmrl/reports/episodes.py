@@ -9,7 +9,7 @@ from llmrl.messages import counted
 
 ENDS = {
     StopReason.EOS: "done",
-    StopReason.LENGTH: "truncated by a limit on tokens",
+    StopReason.LENGTH: "truncated by environment.max_turn_tokens or rollout.max_response_tokens",
     StopReason.TURNS: "truncated by environment.max_turns",
 }
 

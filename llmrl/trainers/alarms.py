@@ -209,8 +209,8 @@ class Alarms:
         num = self.streaks.get("nothing to learn", 0) + 1
         alike = "every response to a prompt" if "group/flat_fraction" in values else "every response"
         why = _failed([values]) or (
-            "samples.jsonl shows the responses; either the reward never distinguishes them (its answer column, the form "
-            "that it expects), or the prompts are too hard for this model, or all responses are equal"
+            "samples.jsonl shows the responses; either the reward never distinguishes them (its answer column, the "
+            "form that it expects), or the prompts are too hard for this model, or all responses are equal"
         )
         return (
             f"{alike} got the same score in {_in_a_row(num)} (mean {values['score/mean']:.3g}), so nothing is "
@@ -229,8 +229,8 @@ class Alarms:
             "leave them out of the data"
         )
         return (
-            f"{unscored:.0f} of the {drawn:.0f} responses of the last {len(self.recent)} iterations could not be scored, and "
-            f"nothing is learned from those: {why}"
+            f"{unscored:.0f} of the {drawn:.0f} responses of the last {len(self.recent)} iterations could not be "
+            f"scored, and nothing is learned from those: {why}"
         )
 
     def _share_flat(self, values: Values) -> str | None:
