@@ -272,6 +272,8 @@ def make_trainer(
         context=make_context(OneProcess(), Silent()),
         observe=lambda iteration, experience: None,
         reference=None,
+        auxiliary=None,
+        balance=None,
     )
 
 

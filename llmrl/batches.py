@@ -525,6 +525,29 @@ class PPOExperience(FilteredExperience):
     returns: Float[Tensor, "B T"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryExperience(Batch):
+    """What an auxiliary phase learns from: experience of several iterations, and of it only what the phase reads."""
+
+    sequences: Sequences
+    counted: Bool[Tensor, "B T"]
+    """True on the tokens that the losses count."""
+    returns: Float[Tensor, "B T"]
+    """Targets of the values, of the iteration that sampled the row."""
+    rollout_logprobs: Float[Tensor, "B T"]
+    """Log-probabilities of the policy that sampled the row, as the engine reported them."""
+    old_logprobs: Float[Tensor, "B T"] | None
+    """Log-probabilities of the actor as the phase begins; None until then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPExperience(PPOExperience):
+    """Experience with a target for the value of every head of multi-token prediction."""
+
+    value_targets: Mapping[str, Float[Tensor, "B T"]]
+    """Targets by the names that the values have in `TokenOutputs`."""
+
+
 def counted_tokens(rollout: Rollout, scores: Scores) -> Bool[Tensor, "B T"]:
     """The response mask, all False for a response that could not be scored."""
     return rollout.sequences.response_mask & ~scores.total.isnan()[:, None]

@@ -378,7 +378,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="value/loss",
         unit="score squared",
-        meaning="The critic's loss, half the squared error per token, which PPO clips; mean over optimizer steps.",
+        meaning="The critic's loss, half the squared error per token, which PPO clips, or with critic.network mtp "
+        "Huber's error, mean over heads; mean over optimizer steps.",
         look_for="Falls, then follows the spread of the rewards. Above 10 times both that and its start a run warns.",
         runs=(PPO, CRITIC),
     ),
@@ -409,6 +410,53 @@ CATALOGUE: tuple[Metric, ...] = (
         unit="fraction",
         meaning="Tokens that the clip of algorithm.value_clip leaves no gradient.",
         look_for="Below 0.2; above, values are larger than the clip was meant for.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/value_loss",
+        unit="score squared",
+        meaning="Half the squared error of the value head on the actor's trunk, per token, mean over the optimizer "
+        "steps of an auxiliary phase. As all of auxiliary/*, only in iterations that one follows, with "
+        "algorithm.auxiliary_every.",
+        look_for="Falls from phase to phase, to the order of auxiliary/critic_loss.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/explained_variance",
+        unit="fraction",
+        meaning="1 - Var(return - value) / Var(return) of that head, over all optimizer steps of the phase.",
+        look_for="Rises. It stays below value/explained_variance where the trunk lacks what the critic has "
+        "learned; then raise algorithm.auxiliary_epochs.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/kl",
+        unit="nats per token",
+        meaning="KL(actor before the phase, actor), estimated from the sampled tokens, mean over all optimizer steps "
+        "of the phase.",
+        look_for="Well below policy/approx_kl of the iterations; if not, raise algorithm.auxiliary_kl_coef.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="auxiliary/critic_loss",
+        unit="score squared",
+        meaning="Half the squared error of the critic, per token, mean over the optimizer steps of an auxiliary phase.",
+        look_for="At or below value/loss.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="value/clamp_fraction",
+        unit="fraction",
+        meaning="critic.network mtp: values of all heads whose gradient critic.mtp.value_grad_clamp clamps.",
+        look_for="Below 0.1; above, values leave the mean of what comes for its median: raise the clamp.",
+        runs=(PPO,),
+    ),
+    Metric(
+        name="mtp/loss",
+        unit="nats",
+        meaning="critic.network mtp: minus the log-probability that the heads gave to the further tokens which were "
+        "sampled, mean over heads and tokens, 0 after the end of a response; mean over optimizer steps.",
+        look_for="Falls, to the policy's own entropy at the least.",
         runs=(PPO,),
     ),
     Metric(

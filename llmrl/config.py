@@ -20,7 +20,7 @@ from llmrl.distributed.config import DistributedConfig
 from llmrl.elsewhere import EVERY_RUN, GRPO, PPO, REWARD_MODEL, RL, SFT
 from llmrl.environments.config import EnvironmentConfig
 from llmrl.messages import counted
-from llmrl.models.config import CriticConfig, ModelConfig
+from llmrl.models.config import CriticConfig, ModelConfig, MTPSettings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.trackers import TrackerConfig
 from llmrl.rewards.config import ENVIRONMENT, RewardConfig
@@ -228,6 +228,16 @@ class AlgorithmConfig(Protocol):
     @property
     def reference_mixing(self) -> float:
         """Share of the actor when it moves."""
+        ...
+
+    @property
+    def balance_coef(self) -> float:
+        """Weight of the loss that keeps the experts of a mixture evenly used."""
+        ...
+
+    @property
+    def balance_bias_rate(self) -> float:
+        """Step of the bias by which its routers choose."""
         ...
 
     def warnings(self) -> list[str]:
@@ -458,6 +468,12 @@ class PPORun(RLRun):
                 f"critic.warmup_iterations ({self.critic.warmup_iterations}) must be less than run.num_iterations "
                 f"({self.run.num_iterations}), or the actor never learns"
             )
+        if self.critic.shares_trunk and self.algorithm.auxiliary_every is not None:
+            raise ValueError(
+                f"algorithm.auxiliary_every ({self.algorithm.auxiliary_every}) distils the values of a critic with a "
+                f"trunk of its own into the actor's, which critic.network {self.critic.network} trains by them anyway; "
+                "choose another critic.network, or set this to null"
+            )
 
     @property
     def warmup_iterations(self) -> int:
@@ -465,19 +481,49 @@ class PPORun(RLRun):
 
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
-        warnings, is_shared = super().warnings(), self.critic.network == "shared"
+        warnings, is_shared = super().warnings(), self.critic.shares_trunk
         rate = self.critic_optimizer.learning_rate
         unread = [replace(optimizer, learning_rate=rate) for optimizer in (OptimizerConfig(), self.optimizer)]
         if is_shared and self.critic_optimizer not in unread:
-            warnings.append("critic.network shared reads nothing of critic_optimizer but its learning_rate")
+            warnings.append(
+                f"critic.network {self.critic.network} reads nothing of critic_optimizer but its learning_rate"
+            )
         if not is_shared and self.critic.value_coef != CriticConfig.value_coef:
-            warnings.append("critic.value_coef is read only where critic.network is shared")
-        return warnings
+            warnings.append("critic.value_coef is read only where critic.network is shared or mtp")
+        if self.algorithm.auxiliary_every is not None and not self.num_auxiliary_steps:
+            warnings.append(
+                f"algorithm.auxiliary_every ({self.algorithm.auxiliary_every}) is more than the iterations of the run "
+                "after critic.warmup_iterations, so no auxiliary phase comes"
+            )
+        return warnings + self._unread_of_values()
+
+    def _unread_of_values(self) -> list[str]:
+        """Settings of values that the critic does not read."""
+        if self.critic.network != "mtp":
+            unread = self.critic.mtp != MTPSettings()
+            return ["critic.mtp is read only where critic.network is mtp"] if unread else []
+        changed = [x for x in ("value_clip", "value_lambda") if getattr(self.algorithm, x) != getattr(PPOConfig, x)]
+        return [f"algorithm.{name} is not read where critic.network is mtp" for name in changed]
 
     @property
     def num_actor_steps(self) -> int:
         """Optimizer steps of the actor in the whole run."""
-        return (self.run.num_iterations - self.critic.warmup_iterations) * self.optimizer_steps_per_iteration
+        num_iterations = self.run.num_iterations - self.critic.warmup_iterations
+        return num_iterations * self.optimizer_steps_per_iteration + self.num_auxiliary_steps
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        return super().num_optimizer_steps + self.num_auxiliary_steps
+
+    @property
+    def num_auxiliary_steps(self) -> int:
+        """Optimizer steps of actor and critic, each, in auxiliary phases, in the whole run."""
+        every = self.algorithm.auxiliary_every
+        if every is None:
+            return 0
+        num_phases = (self.run.num_iterations - self.critic.warmup_iterations) // every
+        steps = every * self.num_responses // self.minibatch_size
+        return num_phases * self.algorithm.auxiliary_epochs * steps
 
 
 AnyRun = SFTRun | RewardModelRun | CriticRun | RLRun

@@ -76,13 +76,9 @@ def pool(left: Statistic, right: Statistic) -> Statistic:
             return Maximum(_maximum(left.value, right.value))
         case Minimum(), Minimum():
             return Minimum(-_maximum(-left.value, -right.value))
-        case (
-            (Mean(), Mean())
-            | (Total(), Total())
-            | (Moments(), Moments())
-            | (Explained(), Explained())
-            | (Loads(), Loads())
-        ):
+        case Loads(), Loads():
+            return Loads(left.counts + right.counts)
+        case (Mean(), Mean()) | (Total(), Total()) | (Moments(), Moments()) | (Explained(), Explained()):
             return type(left)(*(a + b for a, b in zip(left, right, strict=True)))
     raise TypeError(f"cannot pool a {type(left).__name__} with a {type(right).__name__}: one name, two meanings")
 

@@ -210,6 +210,48 @@ class MovingReference(Protocol):
 
 
 @runtime_checkable
+class AuxiliaryPhase(Protocol):
+    """What is learned from the experience of several iterations together, after their own updates."""
+
+    num_epochs: int
+    """Epochs over that experience."""
+
+    def collect(self, iteration: int, experience: Any) -> Any | None:
+        """Keeps the experience of an iteration, counted from 0. If the phase follows this one, returns all that was
+        kept, which it learns from, and keeps no more of it; else None. Called without gradient. Collective."""
+        ...
+
+    def losses(self, batch: Any, weights: Float[Tensor, "B T"]) -> Iterator[tuple[str, Tensor, Metrics]]:
+        """Losses of rows of that experience; see `Algorithm`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class MovingTargets(Protocol):
+    """Target heads: a slow copy of what learns, which its targets are computed by."""
+
+    def move(self, rate: float) -> None:
+        """Polyak average: target <- (1 - rate) target + rate live, weight by weight."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their weights."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
 class Collectives(Protocol):
     """Communication between the processes of a run, called ranks. Every rank makes the same calls in the same order."""
 

@@ -234,3 +234,24 @@ def test_first_losses_and_gradients_are_those_of_trl(tmp_path: Path):
     assert record["steps"]["llmrl"]["actor"]["losses"][0] != 0
     assert record["loss_difference"] < 1e-5
     assert record["grad_norm_difference"] < 1e-4
+
+
+def test_sampled_tokens_count_up_to_the_first_evaluation_that_is_good_enough(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    program = import_module("sample_efficiency")
+    lines = [
+        {"iteration": 0, "eval/accuracy": 0.3},
+        {"iteration": 1, "tokens/sampled": 100},
+        {"iteration": 2, "tokens/sampled": 50, "eval/accuracy": 0.95},
+        {"iteration": 3, "tokens/sampled": 70, "eval/accuracy": 0.99},
+    ]
+    assert [program.tokens_until(accuracy, lines) for accuracy in (0.2, 0.9, 0.96, 1.0)] == [0, 150, 220, None]
+
+
+def test_the_interval_of_sampled_tokens_by_hand(monkeypatch):
+    """Mean 200, standard deviation 100 and 3 seeds: 4.303 * 100 / sqrt(3) = 248."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    summary = import_module("sample_efficiency").summary
+    assert summary([100, 200, 300, None]) == "200 tokens [-48, 448]; 3 of 4 seeds reached it"
+    assert summary([None, 7]) == "1 of 2 seeds reached it, after 7 tokens"
+    assert summary([None]) == "0 of 1 seeds reached it"

@@ -1,4 +1,4 @@
-"""The catalogue of metrics against what runs log: the golden runs as stored, and six that bring what those lack."""
+"""The catalogue of metrics against what runs log: the golden runs as stored, and eight that bring what those lack."""
 
 import importlib.util
 import json
@@ -8,31 +8,51 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from llmrl.catalogue import CATALOGUE, OWN, find, reserved
 from llmrl.environments.calls import ToolCall
 from llmrl.reports.progress import HEADLINES, PARTS
-from tests.golden.runs import GRPO, PAIRS, PPO, ROOT, RULES, RUNS, make_data, make_models, read_metrics, stored, train
+from tests.golden.runs import (
+    GRPO,
+    PAIRS,
+    PPO,
+    ROOT,
+    RULES,
+    RUNS,
+    VOCABULARY,
+    make_data,
+    make_models,
+    read_metrics,
+    stored,
+    train,
+)
 
 FLAKY = {"name": f"{RULES}:flaky", "weight": 0.0, "on_error": "exclude"}
 TWO_REWARDS = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:odd"}]}}
 EXTREME = {"reward": {"functions": [FLAKY, {"name": f"{RULES}:graded"}, {"name": f"{RULES}:huge"}]}}
 SAMPLED = {"evaluation": {"every": 2, "num_responses": 2, "pass_at": [1, 2]}}
 MOVING = {"kl_coef": 0.1, "reference_refresh_every": 2}
+PHASIC = {"auxiliary_every": 1, "auxiliary_epochs": 2}
 PLAYED = {
     "environment": {"name": "GAME:Game", "tools": ["GAME:add"], "tool_format": "hermes", "max_turns": 3},
     "rollout": {"prompts_per_iteration": 8, "max_response_tokens": 60},
     "data": {"path": "ROWS", "max_prompt_tokens": 32},
 }
-TIMED = {
-    "sft": {"sft": PAIRS},
-    "reward-model": {"reward_model": PAIRS},
-    "critic": {"critic": PAIRS},
-    "grpo": {**GRPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, **MOVING}},
-    "ppo": {**PPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"step_kl_target": 0.1, **MOVING}},
-    OWN: {**GRPO, **TWO_REWARDS, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, "name": "SILENT", **MOVING}},
-}
-"""By kind of run: what logs times and speed, parts and pass@k of an evaluation, the KL of an iteration, and turns."""
+IMPLICIT = {"critic": {"network": "mtp"}}
+TIMED = (
+    ("sft", "llama", {"sft": PAIRS}),
+    ("reward-model", "llama", {"reward_model": PAIRS}),
+    ("critic", "llama", {"critic": PAIRS}),
+    ("grpo", "chat", {**GRPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"group_size": 4, **MOVING}}),
+    ("ppo", "chat", {**PPO, **EXTREME, **SAMPLED, **PLAYED, "algorithm": {"step_kl_target": 0.1, **MOVING, **PHASIC}}),
+    (OWN, "chat", {**GRPO, **TWO_REWARDS, **SAMPLED, **PLAYED, "algorithm": {"name": "SILENT", **MOVING}}),
+    ("grpo", "mixture", {**GRPO, "algorithm": {"group_size": 4}}),
+    ("ppo", "mixture", {**PPO, **IMPLICIT}),
+)
+"""Kind of run, model and sections: what logs times and speed, parts and pass@k of an evaluation, the KL of an
+iteration, turns, auxiliary phases, what an implicit critic logs, and the experts of a mixture."""
 SILENT = """
 from llmrl.algorithms.grpo import GRPO
 from llmrl.metrics import Metrics
@@ -81,6 +101,22 @@ Logged = set[tuple[str, str]]
 """Pairs of a kind of run and a name."""
 
 
+def make_mixture(folder: Path) -> None:
+    """A tiny mixture of experts with random weights."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    special = {
+        "moe_intermediate_size": 8,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    shutil.copytree(folder / "llama", folder / "mixture")
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **special)).save_pretrained(folder / "mixture")
+
+
 def make_chat(folder: Path) -> None:
     """The tiny Llama with a chat template."""
     shutil.copytree(folder / "llama", folder / "chat")
@@ -98,15 +134,16 @@ def logged(tmp_path_factory) -> Logged:
         (folder / "silent.py").write_text(SILENT)
         (folder / "game.py").write_text(GAME)
         make_chat(folder)
+        make_mixture(folder)
         patch.setattr("llmrl.wiring.environments.parse_calls", some_calls)
-        for kind, sections in TIMED.items():
+        for number, (kind, model, sections) in enumerate(TIMED):
             text = json.dumps(sections).replace("SILENT", f"{folder / 'silent.py'}:Silent")
             placed = json.loads(
                 text.replace("GAME", str(folder / "game.py")).replace("ROWS", str(folder / "rows.jsonl"))
             )
-            model = "chat" if "environment" in placed else "llama"
-            train("grpo" if kind == OWN else kind, model, placed, folder, output=folder / kind)
-            lines += [(kind, line) for line in read_metrics(folder / kind)]
+            output = folder / f"{kind}_{number}"
+            train("grpo" if kind == OWN else kind, model, placed, folder, output=output)
+            lines += [(kind, line) for line in read_metrics(output)]
     return {(kind, name) for kind, line in lines for name in line if name != "iteration"}
 
 

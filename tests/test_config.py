@@ -15,7 +15,7 @@ from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.config import CriticRun, GRPORun, PPORun, RewardModelRun, SFTRun, command_for
 from llmrl.data.config import PairsConfig, PreferenceDataConfig, PromptDataConfig, PromptsConfig, SupervisedDataConfig
-from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig
+from llmrl.models.config import CriticConfig, LoraSettings, ModelConfig, MTPSettings
 from llmrl.optim.config import OptimizerConfig
 from llmrl.reports.samples import SampleWriter
 from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
@@ -282,10 +282,21 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
         ({}, []),
         ({"critic": CriticConfig(value_coef=0.1)}, ["critic.value_coef is read only where critic.network is shared"]),
         ({"critic": CriticConfig(network="shared", value_coef=0.1)}, []),
+        ({"critic": CriticConfig(network="mtp", value_coef=0.1, mtp=MTPSettings(num_heads=2))}, []),
+        ({"critic": CriticConfig(mtp=MTPSettings(num_heads=2))}, ["critic.mtp is read only where critic.network is"]),
+        (
+            {"critic": CriticConfig(network="mtp"), "algorithm": PPOConfig(value_clip=None, value_lambda=1.0)},
+            ["algorithm.value_clip is not read where critic", "algorithm.value_lambda is not read where critic"],
+        ),
         ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),
         (
             {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(betas=(0.5, 0.999))},
             ["critic.network shared reads nothing of critic_optimizer but its learning_rate"],
+        ),
+        ({"algorithm": PPOConfig(auxiliary_every=4)}, []),
+        (
+            {"algorithm": PPOConfig(auxiliary_every=4), "critic": CriticConfig(warmup_iterations=1)},
+            ["algorithm.auxiliary_every (4) is more than the iterations of the run after critic.warmup_iterations"],
         ),
     ],
 )
@@ -293,6 +304,18 @@ def test_settings_of_ppo_that_nothing_reads_are_told(sections: dict[str, Any], t
     warnings = ppo(**sections).warnings()
     assert len(warnings) == len(told)
     assert all(part in warning for part, warning in zip(told, warnings, strict=True))
+
+
+def test_steps_of_auxiliary_phases_belong_to_the_schedules():
+    """4 iterations: one of warm-up, a phase after the third, one left over; 2 x 3 steps, 5 times."""
+    config = ppo(
+        algorithm=PPOConfig(auxiliary_every=2, auxiliary_epochs=5),
+        critic=CriticConfig(warmup_iterations=1),
+        rollout=RolloutConfig(prompts_per_iteration=12),
+        update=UpdateConfig(minibatch_size=4, num_epochs=1),
+    )
+    assert config.num_auxiliary_steps == 30
+    assert (config.num_optimizer_steps, config.num_actor_steps) == (4 * 3 + 30, 3 * 3 + 30)
 
 
 def test_the_actor_takes_no_step_in_the_warm_up():

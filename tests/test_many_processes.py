@@ -30,6 +30,7 @@ LEARNED = (
     "optimizer.learning_rate=2.0e-5",
 )
 """A gradient that is all rounding moves a weight by the whole learning rate in Adam's first steps."""
+AUXILIARY = ("algorithm.auxiliary_every=1", "algorithm.auxiliary_epochs=2", "critic.warmup_iterations=0")
 ADAPTER = ("critic.network=adapter", "critic.warmup_iterations=0", "model.lora.rank=2")
 SPLIT = ("distributed.frozen=split",)
 ONE_STEP = ("update.num_epochs=1", "update.minibatch_size=6")
@@ -87,6 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("grpo", "one_step", *ONE_STEP),
         command("ppo", "shared", *SHARED),
         command("ppo", "learned", *LEARNED),
+        command("ppo", "auxiliary", *LEARNED, *AUXILIARY),
         command("grpo", "tied", *tied(folder)),
     ]
     do(folder, [], alone)
@@ -111,12 +113,13 @@ def test_two_processes_do_what_one_does(folder: Path, file: str):
         command("ppo", f"{file}/learned_split", *LEARNED, *SPLIT),
         command("grpo", f"{file}/tied", *tied(folder)),
         *([] if splits_weights else [command("ppo", f"{file}/adapter", *ADAPTER)]),
+        *([] if "zero" in file else [command("ppo", f"{file}/auxiliary", *LEARNED, *AUXILIARY)]),
     ]
     do(folder, launcher(file), commands)
     do(folder, [], [command("ppo", f"{file}/left", "run.resume=true")])
     pairs = {"taken_up": "ppo", "left": "ppo", "learned_split": "learned"}
     names = [path.name for path in ours.iterdir()]
-    assert len(names) == (11 if splits_weights else 12)
+    assert len(names) == 11 + (not splits_weights) + ("zero" not in file)
     for name in names:
         assert_same_run(folder / pairs.get(name, name), ours / name)
     model = AutoModelForCausalLM.from_pretrained(ours / "tied" / "final")

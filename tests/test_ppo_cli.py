@@ -233,7 +233,10 @@ STATEFUL = [
 ]
 
 
-@pytest.mark.parametrize("networks", ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora"])
+NETWORKS = ["own", "warm-up", "one base", "one base bfloat16", "shared", "shared lora", "auxiliary", "mtp", "mtp lora"]
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
 def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     overrides = {
         "own": ["critic.network=reward_model"],
@@ -242,6 +245,9 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
         "one base bfloat16": [*one_base, "model.dtype=bfloat16", "model.gradient_checkpointing=true"],
         "shared": ["critic.network=shared"],
         "shared lora": [*one_base, "critic.network=shared"],
+        "auxiliary": [*one_base, "algorithm.auxiliary_every=3", "algorithm.auxiliary_epochs=2"],
+        "mtp": ["critic.network=mtp", "critic.mtp.num_heads=2"],
+        "mtp lora": [*one_base, "critic.network=mtp", "model.dtype=bfloat16"],
     }[networks]
     arguments = ["ppo", recipe, *STATEFUL, *overrides]
     assert llmrl(*arguments, "run.num_iterations=4", f"run.output_dir={tmp_path / 'straight'}")[0] == 0
@@ -266,12 +272,19 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
-    of_critic = "trained/actor/{}/head.weight" if "shared" in networks else "trained/critic/{}/head.weight"
+    module, head = "critic", "head.weight"
+    if shares_trunk := "shared" in networks or "mtp" in networks:
+        module, head = "actor", "heads.values.0.weight" if "mtp" in networks else "head.weight"
+    of_critic = f"trained/{module}/{{}}/{head}"
     assert states[0][of_critic.format("parameters")].any()
     assert states[0][of_critic.format("optimizer") + "/exp_avg"].any()
     trunk = {name for name in states[0] if name.startswith("trained/critic/parameters/trunk.")}
-    assert bool(trunk) == ("shared" not in networks)
-    assert all("lora_" in name for name in trunk) == ("one base" in networks or not trunk)
+    assert bool(trunk) != shares_trunk
+    assert all("lora_" in name for name in trunk) == (networks not in ("own", "warm-up"))
+    targets = {name for name in states[0] if name.startswith("cursor/algorithm/targets/")}
+    assert bool(targets) == ("mtp" in networks)
+    assert all(states[0][name].any() for name in targets)
+    assert (tmp_path / "run" / "final" / "critic").exists() == ("mtp" not in networks)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +292,8 @@ def test_a_run_goes_on_bit_for_bit(recipe, one_base, tmp_path, networks):
     [
         (["critic.network=own"], ["critic.network=shared"]),
         (["critic.network=shared"], ["critic.network=own"]),
+        (["critic.network=shared"], ["critic.network=mtp"]),
+        (["critic.network=mtp"], ["critic.network=mtp", "critic.mtp.num_heads=2"]),
         (["model.lora.rank=2", "critic.network=own"], ["model.lora.rank=2", "critic.network=adapter"]),
     ],
 )
@@ -399,7 +414,7 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         (["critic.network=adapter"], ["critic.network adapter needs model.lora"]),
         (
             ["critic.network=other"],
-            ["critic.network: 'other' is not one of 'own', 'reward_model', 'adapter' or 'shared'"],
+            ["critic.network: 'other' is not one of 'own', 'reward_model', 'adapter', 'shared' or 'mtp'"],
         ),
         (
             ["critic.network=reward_model", "reward={model: null, functions: [{name: 'r.py:length'}]}"],
@@ -419,6 +434,11 @@ def test_a_dry_run_prints_the_recipe_and_loads_nothing(recipe, one_base, monkeyp
         ),
         (["critic_optimizer.learning_rate=-1"], ["critic_optimizer.learning_rate (-1.0) must be 0 or greater"]),
         (["algorithm.kl_coef=0", "algorithm.kl_target=1"], ["algorithm.kl_target steers algorithm.kl_coef by factors"]),
+        (["algorithm.auxiliary_epochs=3"], ["algorithm.auxiliary_epochs (3) is read in auxiliary phases; set"]),
+        (
+            ["algorithm.auxiliary_every=2", "critic.network=shared"],
+            ["algorithm.auxiliary_every (2) distils the values of a critic with a trunk of its own"],
+        ),
         (["algorithm.bootstrap_truncated=true"], ["algorithm.missing_eos_penalty could be subtracted; set that to 0"]),
         (["reward.model.path=/nowhere/rm"], ["reward.model.path (/nowhere/rm) is no folder"]),
     ],

@@ -93,6 +93,8 @@ def train(config, *, scores=SCORES, num_iterations=150):
         context=context_of(),
         observe=lambda iteration, experience: None,
         reference=None,
+        auxiliary=None,
+        balance=None,
     )
     for _ in range(num_iterations):
         trainer.iterate()

@@ -169,6 +169,9 @@ class PPOConfig(Section, place="algorithm"):
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     value_clip: Annotated[float | None, Bound(above=0)] = 0.2
     """How far a value may move from the old one before the clip leaves it no gradient; null for no clip."""
+    value_proximal_coef: Annotated[float, Bound(least=0)] = 0.0
+    """Weight of the critic's proximal term, half the squared distance from the old values, beside its squared error:
+    the trust region of Schulman et al. 2016, arXiv:1506.02438, section 5, as a penalty; 0 leaves it out."""
     entropy_coef: Annotated[float, Bound(least=0)] = 0.0
     """Weight of the entropy bonus in the actor's loss, aggregated as the loss is."""
     balance_coef: Annotated[float, Bound(least=0)] = 0.0
@@ -210,6 +213,13 @@ class PPOConfig(Section, place="algorithm"):
     mask_truncated: bool = False
     """Leaves truncated responses out, as if they had not been drawn: of both losses and what they divide by, and of
     the moments that standardize advantages and scores."""
+    auxiliary_every: Annotated[int | None, Bound(least=1)] = None
+    """Phasic policy gradient (Cobbe et al. 2020, arXiv:2009.04416): after every this many iterations, a phase that
+    learns from all of them again: a value head on the actor's trunk, and the critic; null for no such phase."""
+    auxiliary_epochs: Annotated[int, Bound(least=1)] = 6
+    """Epochs of that phase, in minibatches of update.minibatch_size."""
+    auxiliary_kl_coef: Annotated[float, Bound(least=0)] = 1.0
+    """Weight, in that phase, of the KL to the actor before it, beside half the squared error of the value head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,6 +240,7 @@ class PPOConfig(Section, place="algorithm"):
                     "one of the two"
                 )
         _check_moving_reference(self)
+        _check_auxiliary(self)
         for name in ("missing_eos_penalty", "overlong_buffer_tokens"):
             if self.bootstrap_truncated and getattr(self, name):
                 raise ValueError(
@@ -270,6 +281,16 @@ def _check_moving_reference(config: GRPOConfig | PPOConfig) -> None:
             f"algorithm.reference_mixing ({mixing}) is read when the reference moves; set "
             "algorithm.reference_refresh_every too, such as 10, or leave this out"
         )
+
+
+def _check_auxiliary(config: PPOConfig) -> None:
+    """Refuses settings of an auxiliary phase that never comes."""
+    for name in ("auxiliary_epochs", "auxiliary_kl_coef"):
+        if config.auxiliary_every is None and (value := getattr(config, name)) != getattr(PPOConfig, name):
+            raise ValueError(
+                f"algorithm.{name} ({value}) is read in auxiliary phases; set algorithm.auxiliary_every too, such as "
+                "8, or leave this out"
+            )
 
 
 def _unread_clips(config: GRPOConfig | PPOConfig) -> list[str]:

@@ -41,7 +41,7 @@ from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_
 from llmrl.functional.advantages import gae, n_step_returns
 from llmrl.functional.extremes import EXTREME, find_extremes
 from llmrl.functional.kl import estimate_kl, shape_rewards
-from llmrl.functional.losses import clipped_value_loss
+from llmrl.functional.losses import clipped_value_loss, proximal_value_loss
 from llmrl.functional.masking import masked_moments, masked_sum, standardize
 from llmrl.functional.statistics import Explained, Mean, Moments, Statistic, Total
 from llmrl.metrics import Metrics
@@ -123,12 +123,23 @@ class PPO(Algorithm):
             old_values=values,
             returns=returns,
         )
+        experience = self.with_targets(experience, outputs, rewards, bootstrapped)
         metrics = Metrics({**_value_metrics(experience, rewards), **advantage_metrics(advantages, mask), **extremes})
         if needs_logprobs:
             metrics = metrics.merge(Metrics({**policy_metrics(experience, outputs.entropy)}))
         if self.reference is not None:
             metrics = metrics.merge(self._control_kl(kl, mask))
         return experience, metrics
+
+    def with_targets(
+        self,
+        experience: PPOExperience,
+        outputs: TokenOutputs,
+        rewards: Float[Tensor, "B T"],
+        bootstrapped: Bool[Tensor, " B"],
+    ) -> PPOExperience:
+        """The experience with what another critic learns from; that of PPO learns from the returns alone."""
+        return experience
 
     @property
     def _needs_old_logprobs(self) -> bool:
@@ -210,8 +221,8 @@ class PPO(Algorithm):
             statistics |= of_experts
             metrics = Metrics({"policy/loss": Total(loss.detach()), **statistics})
             if share_trunk:
-                value_loss, value = self._value_loss(outputs, batch, weights)
-                loss, metrics = loss + self.value_coef * value_loss, metrics.merge(value)
+                critic_loss, of_critic = self.critic_loss(outputs, batch, weights)
+                loss, metrics = loss + critic_loss, metrics.merge(of_critic)
             yield "actor", loss, metrics
         if not share_trunk:
             yield "critic", *self._value_loss(self.networks.values(batch.sequences), batch, weights)
@@ -231,12 +242,21 @@ class PPO(Algorithm):
             loss = loss + self.step_kl_control.coef * masked_sum(weights * moved, counted)
         return loss
 
+    def critic_loss(
+        self, outputs: TokenOutputs, batch: Any, weights: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        """What the critic adds to the loss of a trunk that it shares with the actor, and its metrics."""
+        loss, metrics = self._value_loss(outputs, batch, weights)
+        return self.value_coef * loss, metrics
+
     def _value_loss(
-        self, outputs: TokenOutputs, batch: PPOExperience, weights: Float[Tensor, "B T"]
+        self, outputs: TokenOutputs, batch: Any, weights: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, ""], Metrics]:
         loss, statistics = clipped_value_loss(
             outputs.values, batch.old_values, batch.returns, weights, value_clip=self.config.value_clip
         )
+        if coef := self.config.value_proximal_coef:
+            loss = loss + coef * proximal_value_loss(outputs.values, batch.old_values, weights)
         return loss, Metrics({"value/loss": Total(loss.detach()), **statistics})
 
     # --- control and state --------------------------------------------------------------------------------------------

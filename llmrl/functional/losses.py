@@ -243,6 +243,46 @@ def ratio_metrics(
     }
 
 
+def cloning_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    rollout_logprobs: Float[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+) -> tuple[Float[Tensor, ""], Mean]:
+    """KL(old, current) as a loss, from tokens that neither of them sampled: k3 by importance weights.
+
+        L_t = exp(old - rollout) (ρ_t - 1 - log ρ_t),    ρ_t = exp(logprobs - old)
+
+    Over tokens of the rollout's policy, the expectation of L_t is the KL of the whole distributions at that state, and
+    that of its gradient is the gradient of this KL, Σ_v -π_old(v) ∇log π(v). Never negative; 0 where nothing moved.
+
+    Args:
+        logprobs: Log-probabilities of the current actor; the only argument with a gradient.
+        old_logprobs: Log-probabilities of the actor that is to be kept.
+        rollout_logprobs: Log-probabilities of the policy that sampled the tokens.
+        weights: From `token_weights`.
+
+    Returns:
+        ``(loss, kl)``: `kl` is the mean of L_t over the tokens with a weight, nats.
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Cobbe et al. 2020, arXiv:2009.04416, section 2.2, the behavioral cloning term of L_joint; k3: Schulman
+    2020, "Approximating KL divergence".
+    """
+    check_shapes(
+        logprobs=(logprobs, "B T"),
+        old_logprobs=(old_logprobs, "B T"),
+        rollout_logprobs=(rollout_logprobs, "B T"),
+        weights=(weights, "B T"),
+    )
+    counted = weights != 0
+    current, old = (torch.where(counted, x, 0.0) for x in (logprobs, old_logprobs))
+    kl = importance_ratio(old_logprobs, rollout_logprobs, counted) * estimate_kl(old, current, estimator="k3")
+    return masked_sum(weights * kl, counted), Mean(masked_sum(kl.detach(), counted), counted.sum())
+
+
 def clipped_value_loss(
     values: Float[Tensor, "B T"],
     old_values: Float[Tensor, "B T"],
@@ -282,6 +322,33 @@ def clipped_value_loss(
     clipped_error = (values.clamp(old_values - reach, old_values + reach) - returns).square()
     metrics: dict[str, Statistic] = {"value/clip_fraction": Mean((clipped_error > error).sum(), counted.sum())}
     return masked_sum(weights * 0.5 * torch.maximum(error, clipped_error), counted), metrics
+
+
+def proximal_value_loss(
+    values: Float[Tensor, "B T"], old_values: Float[Tensor, "B T"], weights: Float[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Proximal term of the critic: half its squared distance from the values at collection.
+
+        L_t = 1/2 (V_t - V_old)^2
+
+    The trust region of Schulman et al. bounds its mean over the squared error of the old values, which is the KL of two
+    Gaussians around old and new values. This is that constraint as a penalty: c times it beside the squared error draws
+    V_t to (R_t + c V_old) / (1 + c), and leaves a gradient wherever V_t is, which a clip does not.
+
+    Args:
+        values: Values of the current critic; the only argument with a gradient.
+        old_values: Values of the critic at collection.
+        weights: From `token_weights`.
+
+    Raises:
+        ValueError: Shapes differ.
+
+    Reference: Schulman et al. 2016, arXiv:1506.02438, section 5.
+    """
+    check_shapes(values=(values, "B T"), old_values=(old_values, "B T"), weights=(weights, "B T"))
+    counted = weights != 0
+    moved = torch.where(counted, values - old_values, 0.0)
+    return masked_sum(weights * 0.5 * moved.square(), counted)
 
 
 def bradley_terry_loss(

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     MINIBATCHES = 2
     DATA = 3
     GENERATION = 4
+    AUXILIARY = 5
 
 
 def uniforms(seed: int, purpose: Purpose, number: Int[Tensor, "*s"], token: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:

@@ -1,13 +1,13 @@
 """Settings of models: which one, in which arithmetic, whole or by adapters; and the critic's network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from llmrl.paths import UserPath
 from llmrl.section import Bound, Section
 
 HeadInit = Literal["zero", "normal"]
-CriticNetwork = Literal["own", "reward_model", "adapter", "shared"]
+CriticNetwork = Literal["own", "reward_model", "adapter", "shared", "mtp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MTPSettings(Section, place="critic.mtp"):
+    """The implicit critic: heads of multi-token prediction on the actor's trunk, each with a value."""
+
+    num_heads: Annotated[int, Bound(least=1)] = 1
+    """Heads beyond the actor's own; head k predicts the token k after the next, and its value."""
+    prediction_coef: Annotated[float, Bound(least=0)] = 0.1
+    """Weight of the loss of what they predict, beside the actor's loss and value_coef times that of the values."""
+    target_rate: Annotated[float, Bound(above=0, most=1)] = 0.1
+    """Share of the heads when the target heads move, after each iteration: target = rate * head + (1 - rate) * target
+    (Polyak averaging). 1 copies them."""
+    value_grad_clamp: Annotated[float, Bound(above=0)] = 1.0
+    """Largest gradient of a value's loss by the value, that is, of its TD error, in units of the reward. Below the
+    spread of the rewards values move from their mean towards their median."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CriticConfig(Section, place="critic"):
     """The network that predicts rewards still to come."""
 
     network: CriticNetwork = "own"
     """own: a network of its own, every weight trained, that begins as the actor. reward_model: the same, beginning as
     the reward model. adapter: with model.lora, an adapter of its own on the actor's frozen base, which stands in memory
-    once. shared: a head on the actor's own trunk, trained by both losses' sum."""
+    once. shared: a head on the actor's own trunk, trained by both losses' sum. mtp: heads on that trunk which predict
+    further tokens too; they begin fresh and are not saved with the model."""
     path: UserPath | None = None
     """Folder of a critic to begin from, as PPO saves one in final/critic and `llmrl critic` makes one; null: the head
     begins at zero, and so every value."""
@@ -83,6 +100,8 @@ class CriticConfig(Section, place="critic"):
     """Iterations at the start in which the critic learns alone; not for a shared trunk."""
     value_coef: Annotated[float, Bound(above=0)] = 0.5
     """Weight of the critic's loss beside the actor's, where they share a trunk; read by nothing else."""
+    mtp: MTPSettings = field(default_factory=MTPSettings)
+    """Settings of network mtp; read by no other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,8 +110,18 @@ class CriticConfig(Section, place="critic"):
                 f"critic.path ({self.path}) is a critic that is already there, and critic.network reward_model makes "
                 "one of the reward model; leave one of them out"
             )
-        if self.network == "shared" and self.warmup_iterations:
+        if self.path is not None and self.network == "mtp":
+            raise ValueError(
+                f"critic.path ({self.path}) is a critic that is already there, and critic.network mtp begins with "
+                "fresh heads; leave critic.path out, or choose another critic.network"
+            )
+        if self.shares_trunk and self.warmup_iterations:
             raise ValueError(
                 f"critic.warmup_iterations ({self.warmup_iterations}) needs a critic that can learn alone, and "
-                "critic.network shared is the actor's trunk; set it to 0, or choose another critic.network"
+                f"critic.network {self.network} is the actor's trunk; set it to 0, or choose another critic.network"
             )
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether actor and critic are heads on one trunk, trained by one loss."""
+        return self.network in ("shared", "mtp")

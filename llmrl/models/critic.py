@@ -74,6 +74,16 @@ class SharedModule(nn.Module):
         return self.policy.read(hidden, sequences) | self.head.read(hidden, sequences)
 
 
+class DistilledModule(SharedModule):
+    """Actor with an auxiliary head for values on its trunk, beside a critic that has a trunk of its own."""
+
+    def forward(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Outputs of the actor, and `auxiliary_values` before each token in the response mask, 0 elsewhere."""
+        hidden = self.policy.encode(sequences)
+        values = self.head.read(hidden, sequences)["values"]
+        return self.policy.read(hidden, sequences) | {"auxiliary_values": values}
+
+
 class TransformersValueFunction:
     """`ValueFunction` over a `ValueModule`, wrapped or not."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmrl.batches import PreferencePairs
 from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead
+from llmrl.models.mtp import TargetHeads
 from llmrl.models.policy import PolicyModule, TransformersPolicy
 from llmrl.models.reward_model import RewardModule, TransformersRewardModel
 from llmrl.models.reward_record import Normalization, TextForm, normalization_on
@@ -29,6 +30,8 @@ class Actor:
     module: PolicyModule
     policy: TransformersPolicy
     dtype: torch.dtype
+    width: int
+    """Size of its hidden states."""
     warnings: tuple[str, ...]
     """Sentences for the user on how this model is read."""
 
@@ -54,7 +57,10 @@ class Networks:
     actor: TransformersPolicy | SharedTrunk
     value: TransformersValueFunction | None
     """None where both are heads on one trunk."""
-    critic: LoadedCritic
+    critic: LoadedCritic | None
+    """What is saved of the critic; None of heads that nothing keeps."""
+    targets: TargetHeads | None = None
+    """Target heads of an implicit critic."""
 
 
 @dataclass(frozen=True, kw_only=True)

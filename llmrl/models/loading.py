@@ -93,11 +93,11 @@ def load_pretrained(
             with device:
                 return kind.from_config(settings, dtype=dtype, trust_remote_code=trust), {}
         if quantizes:
-            from llmrl.models.nf4 import loading_arguments, settle
+            from llmrl.models import nf4
 
             with torch.device("meta"):
                 shape = kind.from_config(copy.deepcopy(settings), trust_remote_code=trust)
-            placement = loading_arguments(unquantized_layers(shape))
+            placement = nf4.loading_arguments(unquantized_layers(shape))
         model, report = kind.from_pretrained(
             resolved(config.path),
             config=settings,
@@ -109,7 +109,9 @@ def load_pretrained(
             **placement,
         )
         if quantizes:
-            settle(model)
+            from llmrl.models import nf4
+
+            nf4.settle(model)
     return model, report
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
 from llmrl.distributed.device import pick_device
@@ -34,7 +35,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return bnb.matmul_4bit(x.to(dtype), self.weight.t(), bias=bias, quant_state=self.weight.quant_state)
+        return bnb.matmul_4bit(x.to(dtype), self.weight.t(), bias=bias, quant_state=_state_of(self))
 
 
 def loading_arguments(unquantized: list[str]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def settle(model: "PreTrainedModel") -> None:
             layer.__class__ = NF4Linear
             layer.quant_state = None  # the weight has it too; a copy of the modules would copy it
     model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
-    model.base_model.is_loaded_in_4bit = model.is_loaded_in_4bit = True  # by which peft chooses its layers
+    mark(model, quantized=True)
 
 
 @torch.no_grad()
@@ -77,25 +78,37 @@ def merged(adapted: "PeftModel", dtype: torch.dtype) -> "PreTrainedModel":
     copied = copy.deepcopy(adapted, stored)
     for name, layer in list(copied.named_modules()):
         if isinstance(layer, Linear4bit):
-            quantized = layer.base_layer
+            quantized: Any = layer.base_layer
             layer.base_layer = dequantized(quantized)
-            layer.__class__ = Linear
+            layer.__class__ = Linear  # type: ignore[assignment]
             layer.merge()
             copied.set_submodule(name, _as_in_folder(quantized, layer.base_layer).to("cpu", dtype))
     for name, layer in list(copied.named_modules()):
         if isinstance(layer, NF4Linear):
             copied.set_submodule(name, _as_in_folder(layer, dequantized(layer)).to("cpu", dtype))
     model: PreTrainedModel = copied.merge_and_unload()  # type: ignore[operator]
-    model.base_model.is_loaded_in_4bit = model.is_loaded_in_4bit = False
+    mark(model, quantized=False)
     return model.to("cpu", dtype)  # type: ignore[arg-type]
 
 
 def dequantized(layer: NF4Linear) -> nn.Linear:
     """A plain layer with the float32 weights that the 4 bits stand for."""
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float())
-    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+    plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, _state_of(layer)).float())
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().clone())
     return plain
+
+
+def mark(model: "PreTrainedModel", *, quantized: bool) -> None:
+    """Sets the attribute by which peft chooses its layers."""
+    for each in (model, model.base_model):
+        vars(each)["is_loaded_in_4bit"] = quantized
+
+
+def _state_of(layer: NF4Linear) -> Any:
+    """The scales of its weights."""
+    return layer.weight.quant_state  # type: ignore[attr-defined]
 
 
 def _as_in_folder(layer: NF4Linear, plain: nn.Linear) -> nn.Module:

@@ -23,6 +23,9 @@ BYTES_PER_PROMPT_TOKEN = 9
 BYTES_PER_RESPONSE_TOKEN = 45
 """Bytes of its id, mask, rewards, log-probabilities, values, advantages and returns."""
 
+BYTES_PER_KEPT_TOKEN = 22
+"""Bytes of the id, both masks, the return and both log-probabilities of a token in an auxiliary phase."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
@@ -237,17 +240,28 @@ class _Reinforcement(_Parts):
         self.critic = config.critic.network if isinstance(config, PPORun) else None
 
     def splits(self) -> list[Split]:
-        actor = self.split(self.shape.num_parameters)
+        actor = self.split(self.shape.num_parameters, extra=self.shape.hidden_size * (self._num_kept > 0))
         alone = replace(actor, frozen=0, quantized=0)
         match self.critic:
             case None:
                 return [actor]
             case "shared":
                 return [self.split(self.shape.num_parameters, extra=self.shape.hidden_size)]
+            case "mtp":
+                heads = self._num_heads * self.shape.hidden_size**2 + (1 + self._num_heads) * self.shape.hidden_size
+                learned = self.split(self.shape.num_parameters, extra=heads)
+                return [replace(learned, frozen=learned.frozen + heads)]
             case "adapter":
                 return [actor, replace(alone, trained=self.num_low_rank + self.shape.hidden_size)]
         whole = replace(alone, trained=self.shape.num_trunk + self.shape.hidden_size)
         return [actor, replace(whole, root=self.shape.num_trunk - self.shape.num_linear)]
+
+    @property
+    def _num_heads(self) -> int:
+        """Heads beyond the actor's own, which score further tokens."""
+        if isinstance(self.config, PPORun) and self.critic == "mtp":
+            return self.config.critic.mtp.num_heads
+        return 0
 
     @property
     def scores_networks(self) -> bool:
@@ -327,6 +341,13 @@ class _Reinforcement(_Parts):
         total = rollout.prompts_per_iteration * group
         experience = total * (prompt * BYTES_PER_PROMPT_TOKEN + response * BYTES_PER_RESPONSE_TOKEN)
         yield Item(name="experience", num_bytes=experience, phases=("scoring", "update"))
+        row = prompt * BYTES_PER_PROMPT_TOKEN + response * BYTES_PER_KEPT_TOKEN
+        yield Item(name="experience of an auxiliary phase", num_bytes=self._num_kept * total * row, phases=("update",))
+
+    @property
+    def _num_kept(self) -> int:
+        """Iterations whose experience an auxiliary phase learns from; 0: there is none."""
+        return (self.config.algorithm.auxiliary_every or 0) if isinstance(self.config, PPORun) else 0
 
     def _logits(self, rows: int) -> int:
         return LOGIT_COPIES * FLOAT32 * rows * self.shape.vocab_size
@@ -350,7 +371,7 @@ class _Reinforcement(_Parts):
         return self.work(
             budget=budget,
             length=response,
-            response_tokens=response if response_tokens is None else response_tokens,
+            response_tokens=response * (1 + self._num_heads) if response_tokens is None else response_tokens,
             num_rows=num_rows,
             prompt=prompt,
             group=group,

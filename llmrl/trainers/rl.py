@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from llmrl.batches import Episodes, Experience, Prompts, Rollout, Scores
+from llmrl.batches import AuxiliaryExperience, Episodes, Experience, Prompts, Rollout, Scores
 from llmrl.distributed.context import Context
 from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.errors import Error
@@ -31,6 +31,7 @@ from llmrl.metrics import Metrics
 from llmrl.microbatches import TokenBudget
 from llmrl.roles import (
     Algorithm,
+    AuxiliaryPhase,
     Balance,
     MovingReference,
     PromptSource,
@@ -42,6 +43,10 @@ from llmrl.roles import (
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.optimize import accumulate_and_step
 from llmrl.trainers.resumable import Resumable
+
+Learned = TypeVar("Learned", Experience, AuxiliaryExperience)
+LossesOf = Callable[[Any, Tensor], Iterator[tuple[str, Tensor, Metrics]]]
+"""Losses of a batch, with the weights of its tokens."""
 
 FIRST_ONLY = "policy/ratio_max_deviation"
 """Metric of the first minibatch that is learned from only: until its step all passes read the same weights."""
@@ -69,7 +74,8 @@ class RLTrainer(Resumable):
         context: Context,
         observe: Callable[[int, Experience], None],
         reference: MovingReference | None,
-        balance: Balance | None = None,
+        auxiliary: AuxiliaryPhase | None,
+        balance: Balance | None,
     ) -> None:
         self.algorithm = algorithm
         self.engine = engine
@@ -88,6 +94,7 @@ class RLTrainer(Resumable):
         """Called with every experience before it is learned from, to write samples."""
         self.reference = reference
         """None where the reference stays as it is, or there is none."""
+        self.auxiliary = auxiliary
         self.balance = balance
         """None where the actor is no mixture of experts."""
         self.num_responses = 0
@@ -126,7 +133,19 @@ class RLTrainer(Resumable):
                 break
         with torch.no_grad():
             metrics = metrics.merge(self.algorithm.finish(experience))
+        if self.auxiliary is not None:
+            metrics = metrics.merge(self.learn_again(self.auxiliary, experience))
         self.engine.load_weights(self.trained["actor"])
+        return metrics
+
+    def learn_again(self, auxiliary: AuxiliaryPhase, experience: Experience) -> Metrics:
+        """The auxiliary phase, in the iterations that one follows."""
+        with torch.no_grad(), self.timed("logprobs"):
+            kept = auxiliary.collect(self.iteration, experience)
+        metrics = Metrics()
+        if kept is not None:
+            for minibatch in self.shuffled(kept, auxiliary.num_epochs, Purpose.AUXILIARY):
+                metrics = metrics.merge(self.update(minibatch, auxiliary.losses))
         return metrics
 
     def collect(self, prompts: Prompts) -> tuple[Rollout, Scores, Metrics]:
@@ -176,18 +195,24 @@ class RLTrainer(Resumable):
         return rollout, scores
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:
-        """Epochs of shuffled groups; a group is never torn apart. The shuffle is the same on every rank."""
+        """Minibatches of an iteration's updates."""
         assert self.config.minibatch_size is not None, "set with the run"
         num_steps = self.config.num_epochs * len(experience.rollout.rows) // self.config.minibatch_size
         assert num_steps == 1 or experience.old_logprobs is not None, "later steps move away from the old policy"
-        groups = torch.arange(len(experience.rollout.rows)).view(-1, self.group_size)
-        for epoch in range(self.config.num_epochs):
-            order = permutation(len(groups), self.seed, Purpose.MINIBATCHES, iteration=self.iteration, epoch=epoch)
+        return self.shuffled(experience, self.config.num_epochs, Purpose.MINIBATCHES)
+
+    def shuffled(self, experience: Learned, num_epochs: int, purpose: Purpose) -> Iterator[Learned]:
+        """Epochs of shuffled groups; a group is never torn apart. The shuffle is the same on every rank."""
+        assert self.config.minibatch_size is not None, "set with the run"
+        groups = torch.arange(len(experience.sequences.response_ids)).view(-1, self.group_size)
+        for epoch in range(num_epochs):
+            order = permutation(len(groups), self.seed, purpose, iteration=self.iteration, epoch=epoch)
             for chosen in order.split(self.config.minibatch_size // self.group_size):
                 yield experience.select(groups[chosen].flatten())
 
-    def update(self, minibatch: Experience) -> Metrics:
+    def update(self, minibatch: Experience | AuxiliaryExperience, losses_of: LossesOf | None = None) -> Metrics:
         """One optimizer step of every trained module; none where not one response could be scored, on any rank.
+        `losses_of` a batch and its weights; None: those of the algorithm.
 
         A step on a gradient of zero would still move the weights, by what the optimizer remembers.
         """
@@ -205,7 +230,7 @@ class RLTrainer(Resumable):
         )
 
         def losses(index: Tensor) -> Iterator[tuple[str, Tensor, Metrics]]:
-            return self.algorithm.losses(minibatch.select(index), weights[index])
+            return (losses_of or self.algorithm.losses)(minibatch.select(index), weights[index])
 
         with self.timed("update"):
             metrics = accumulate_and_step(self.trained, losses, minibatch.sequences, self.microbatcher)
@@ -230,11 +255,16 @@ class RLTrainer(Resumable):
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def position(self) -> dict[str, Any]:
-        return super().position() | {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
+        position = {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
+        if self.auxiliary is not None:
+            position["auxiliary"] = self.auxiliary.state_dict()
+        return super().position() | position
 
     def move_to(self, position: dict[str, Any]) -> None:
         self.num_responses = position["num_responses"]
         self.algorithm.load_state_dict(position["algorithm"])
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(position["auxiliary"])
         super().move_to(position)
 
     @property

@@ -44,7 +44,7 @@ def load_actor(
     torch.manual_seed(seed)  # random weights and fresh adapters: everything later draws from streams of its own
     model, adapted = load_adapted(config, moving_reference=moving_reference)
     ready_to_train(model, device, gradient_checkpointing=config.gradient_checkpointing)
-    _, warnings = settle_passes(model, longest, packing=config.packing)
+    width, warnings = settle_passes(model, longest, packing=config.packing)
     dtype = dtype_of(config)
     head = choose_head(model, num_token_ids(tokenizer, model))
     module = PolicyModule(model, head, temperature=temperature, dtype=dtype)
@@ -56,6 +56,7 @@ def load_actor(
         module=module,
         policy=policy,
         dtype=dtype,
+        width=width,
         warnings=warnings,
     )
 

@@ -134,8 +134,10 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         launch = read_launch()
         _check_one_base(config, launch)
         _check_quantized(config, launch)
+        _check_heads(config, launch)
         _check_averages(config)
-        _check_bias(config, read_launch())
+        _check_bias(config, launch)
+        _check_auxiliary(config, launch)
         with chdir(os.curdir):  # a file of a user that changes the working directory does so for itself
             check_user_functions(config.algorithm)
             check_user_algorithm(config.algorithm)
@@ -296,6 +298,16 @@ def _check_one_base(config: RLRun, launch: Launch) -> None:
         )
 
 
+def _check_heads(config: RLRun, launch: Launch) -> None:
+    """Refuses target heads where no process holds the heads whole that they average."""
+    if launch.splits_weights and isinstance(config, PPORun) and config.critic.network == "mtp":
+        raise LaunchError(
+            "critic.network mtp: its target heads average heads that are whole in every process, and the launch splits "
+            "weights over processes (ZeRO-3 or FSDP); launch with plain data parallel or ZeRO-2, or set critic.network "
+            "to own or shared"
+        )
+
+
 def _check_whole_base(config: CriticRun, launch: Launch) -> None:
     """Refuses a critic that is an adapter where no process holds its base whole."""
     if launch.splits_weights and config.model.lora is not None:
@@ -313,6 +325,17 @@ def _check_quantized(config: AnyRun, launch: Launch) -> None:
             f"model.quantization ({config.model.quantization}): the launch is by {launch.sharding}, which takes "
             "weights of 4 bits for numbers; launch with plain data parallel, where each process holds the small base, "
             "or leave model.quantization out"
+        )
+
+
+def _check_auxiliary(config: RLRun, launch: Launch) -> None:
+    """Refuses auxiliary phases where every optimizer step moves weights without a gradient too: those of the head that
+    only these phases train."""
+    if isinstance(config, PPORun) and config.algorithm.auxiliary_every is not None and launch.sharding == "deepspeed":
+        raise LaunchError(
+            f"algorithm.auxiliary_every ({config.algorithm.auxiliary_every}): the optimizers of DeepSpeed step weights "
+            "without a gradient too, as the auxiliary head is in iterations of PPO; launch with plain data parallel or "
+            "FSDP, or set it to null"
         )
 
 

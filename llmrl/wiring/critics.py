@@ -11,6 +11,7 @@ from llmrl.distributed.context import Context
 from llmrl.models.adapters import base_of, lora_config
 from llmrl.models.config import CriticNetwork
 from llmrl.models.critic import (
+    DistilledModule,
     SeparateNetworks,
     SharedModule,
     SharedTrunk,
@@ -21,9 +22,12 @@ from llmrl.models.critic import (
 from llmrl.models.critic_folder import check_width, load_adapter, load_trunk, load_value_head
 from llmrl.models.folders import ModelError
 from llmrl.models.loaded import Actor, LoadedCritic, Networks
+from llmrl.models.mtp import MTPHeads, MTPModule, TargetHeads
+from llmrl.models.policy import TransformersPolicy
 from llmrl.models.reward_loading import load_reward_model
 from llmrl.models.training import ready_to_train, turn_dropout_off
 from llmrl.optim.factory import make_trainable
+from llmrl.optim.local import learning_parameters
 from llmrl.roles import Trainable
 from llmrl.wiring.checks import critic_model_config, naming, reward_model_config
 from llmrl.wiring.trunks import settle_passes
@@ -36,10 +40,13 @@ if TYPE_CHECKING:
 def train_networks(networks: Networks, config: PPORun, context: Context) -> dict[str, Trainable]:
     """Actor and critic with their optimizers, as the launch shards them; both roles then call the wrapped modules."""
     if networks.value is None:
-        peaks = {"head.weight": config.critic_optimizer.learning_rate}
+        rate, parameters = config.critic_optimizer.learning_rate, learning_parameters(networks.actor.module)
+        peaks = {name: rate for name in parameters if name.startswith(("head.", "heads."))}
         steps = {"num_steps": config.num_optimizer_steps, "context": context, "peaks": peaks}
         return {"actor": make_trainable(networks.actor, config.optimizer, **steps)}
-    actor = make_trainable(networks.actor, config.optimizer, num_steps=config.num_actor_steps, context=context)
+    peaks = {} if config.algorithm.auxiliary_every is None else {"head.weight": config.critic_optimizer.learning_rate}
+    num_steps = config.num_actor_steps
+    actor = make_trainable(networks.actor, config.optimizer, num_steps=num_steps, context=context, peaks=peaks)
     num_steps = config.num_optimizer_steps
     critic = make_trainable(networks.value, config.critic_optimizer, num_steps=num_steps, context=context)
     return {"actor": actor, "critic": critic}
@@ -47,12 +54,26 @@ def train_networks(networks: Networks, config: PPORun, context: Context) -> dict
 
 def load_networks(config: PPORun, actor: Actor) -> Networks:
     """The critic that the config names, beside a loaded actor."""
+    if config.critic.network == "mtp":
+        return _load_heads(config, actor)
     critic = load_critic(config, actor, network=config.critic.network, path=config.critic.path)
     if config.critic.network == "shared":
         both = SharedTrunk(SharedModule(actor.module, critic.head))
         return Networks(both=both, actor=both, value=None, critic=critic)
     value = TransformersValueFunction(ValueModule(critic.trunk, critic.head, dtype=actor.dtype))
-    return Networks(both=SeparateNetworks(actor.policy, value), actor=actor.policy, value=value, critic=critic)
+    policy = actor.policy
+    if config.algorithm.auxiliary_every is not None:
+        head = ValueHead(actor.width).to(actor.model.device)
+        policy = TransformersPolicy(DistilledModule(actor.module, head))
+    return Networks(both=SeparateNetworks(policy, value), actor=policy, value=value, critic=critic)
+
+
+def _load_heads(config: PPORun, actor: Actor) -> Networks:
+    """Fresh heads of multi-token prediction on the actor's trunk."""
+    width, _ = settle_passes(actor.model, config.longest_sequence, packing=config.model.packing)
+    module = MTPModule(actor.module, MTPHeads(width, config.critic.mtp.num_heads).to(actor.model.device))
+    both = SharedTrunk(module)
+    return Networks(both=both, actor=both, value=None, critic=None, targets=TargetHeads(module.heads, module.targets))
 
 
 def load_critic(

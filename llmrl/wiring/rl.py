@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algorithms.auxiliary import DistillValues
 from llmrl.algorithms.config import ACROSS_GROUPS
 from llmrl.algorithms.grpo import GRPO
+from llmrl.algorithms.implicit import ImplicitPPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import make_user_algorithm
 from llmrl.config import GRPORun, PPORun, RLRun
@@ -29,7 +31,16 @@ from llmrl.optim.factory import make_trainable, place_frozen
 from llmrl.reports.samples import SampleWriter
 from llmrl.reports.trackers import Trackers
 from llmrl.rewards.config import ENVIRONMENT
-from llmrl.roles import Algorithm, MovingReference, PromptSource, RolloutEngine, Sampling, Trainable
+from llmrl.roles import (
+    ActorCritic,
+    Algorithm,
+    AuxiliaryPhase,
+    MovingReference,
+    PromptSource,
+    RolloutEngine,
+    Sampling,
+    Trainable,
+)
 from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.support import check_length, position_limit
 from llmrl.trainers.alarms import Alarms
@@ -84,12 +95,19 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
     """A run of PPO, ready to train."""
     actor = _load_actor(config, context)
     networks = load_networks(config, actor)
-    parts = _parts_of(actor, {"the model": actor.model, "the critic": networks.critic.trunk}, config, checked, context)
-    critic_saver = CriticSaver(networks.critic, actor.tokenizer, context=context)
+    critic, readers = networks.critic, {"the model": actor.model}
+    if critic is not None:
+        readers["the critic"] = critic.trunk
+    parts = _parts_of(actor, readers, config, checked, context)
+    critic_saver = None if critic is None else CriticSaver(critic, actor.tokenizer, context=context)
     trained = train_networks(networks, config, context)
-    algorithm = PPO(
+    both = DistributedNetworks(networks.both, context, budget=parts.budget)
+    make: Callable[..., PPO] = PPO
+    if networks.targets is not None:
+        make = partial(ImplicitPPO, targets=networks.targets, **vars(config.critic.mtp))
+    algorithm = make(
         config.algorithm,
-        networks=DistributedNetworks(networks.both, context, budget=parts.budget),
+        networks=both,
         reference=parts.reference,
         max_response_tokens=config.rollout.max_response_tokens,
         warmup_iterations=config.critic.warmup_iterations,
@@ -99,9 +117,11 @@ def build_ppo(config: PPORun, checked: Checked, context: Context, trackers: Trac
 
     def save(folder: Path) -> None:
         parts.saver.save(folder, trained["actor"])
-        critic_saver.save(folder / "critic", trained.get("critic", trained["actor"]))
+        if critic_saver is not None:
+            critic_saver.save(folder / "critic", trained.get("critic", trained["actor"]))
 
-    return _build_run(config, checked, context, trackers, parts, algorithm, trained, save)
+    auxiliary = _auxiliary_phase(config, both)
+    return _build_run(config, checked, context, trackers, parts, algorithm, trained, save, auxiliary=auxiliary)
 
 
 def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evaluator:
@@ -116,6 +136,19 @@ def build_evaluator(config: RLRun, checked: Checked, context: Context) -> Evalua
     scorer = _load_scorer(config, context)
     engine = _over_ranks(engine, checked, config, tokenizer, context)
     return _evaluator(config, checked, context, tokenizer, model, engine, scorer)
+
+
+def _auxiliary_phase(config: PPORun, networks: ActorCritic) -> DistillValues | None:
+    settings = config.algorithm
+    if settings.auxiliary_every is None:
+        return None
+    return DistillValues(
+        networks=networks,
+        every=settings.auxiliary_every,
+        num_epochs=settings.auxiliary_epochs,
+        kl_coef=settings.auxiliary_kl_coef,
+        warmup_iterations=config.critic.warmup_iterations,
+    )
 
 
 def _load_actor(config: RLRun, context: Context) -> Actor:
@@ -227,6 +260,7 @@ def _build_run(
     algorithm: Algorithm,
     trained: Mapping[str, Trainable],
     save: Callable[[Path], None],
+    auxiliary: AuxiliaryPhase | None = None,
 ) -> Run:
     """A run of any algorithm: the steps that all builders share."""
     actor = parts.actor
@@ -271,6 +305,7 @@ def _build_run(
             decode=lambda ids: str(actor.tokenizer.decode(ids)),
         ),
         reference=_moving_reference(parts, trained["actor"], config, context),
+        auxiliary=auxiliary,
         balance=actor.module.experts,
     )
     evaluator = None

@@ -189,6 +189,8 @@ def make_trainer(algorithm, engine, reward, trained, *, update, prompts_per_iter
         context=context_of(),
         observe=lambda iteration, experience: None,
         reference=None,
+        auxiliary=None,
+        balance=None,
     )
 
 

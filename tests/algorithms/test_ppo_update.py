@@ -8,6 +8,7 @@ the order in which the minibatches came is the only thing that it is told.
     dual clip               Ye et al. 2020, arXiv:1912.09729, eq. 5
     KL(old, new)            Schulman et al. 2017, section 4
     clipped value loss      Engstrom et al. 2020, arXiv:2005.12729, section 3
+    its proximal term       Schulman et al. 2016, section 5, as a penalty
     reward with its KL      Ziegler et al. 2019, arXiv:1909.08593, eq. 2
     Adam                    Kingma and Ba 2015, arXiv:1412.6980, algorithm 1
 """
@@ -142,7 +143,9 @@ class Paper:
         loss = oracles.clipped_value_token(value, old, target, value_clip=clip)
         free = (value - target) ** 2 / 2 == loss  # else the clipped error is larger, and does not move with the value
         self.seen["value"] += not free
-        return loss, value - target if free else 0.0
+        slope = value - target if free else 0.0
+        moved, coef = value - old, self.settings["value_proximal_coef"]
+        return loss + coef * moved**2 / 2, slope + coef * moved
 
     def descend(self, name, x, slopes, rate):
         norm = math.sqrt(sum(slope**2 for slope in slopes))
@@ -190,6 +193,7 @@ DEFAULTS = {
     "clip_high": 0.2,
     "dual_clip": None,
     "value_clip": 0.2,
+    "value_proximal_coef": 0.0,
     "entropy_coef": 0.02,
     "aggregation": "token",
     "kl_coef": 0.1,
@@ -205,6 +209,7 @@ OTHERS = {
     "clip_high": 0.3,
     "dual_clip": 1.05,
     "value_clip": 0.1,
+    "value_proximal_coef": 0.7,
     "aggregation": "sequence",
     "step_kl_target": 0.01,
     "step_kl_coef": 0.3,

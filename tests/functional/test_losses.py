@@ -10,8 +10,10 @@ from llmrl.functional.losses import (
     cispo_loss,
     clipped_policy_loss,
     clipped_value_loss,
+    cloning_loss,
     importance_ratio,
     policy_gradient_loss,
+    proximal_value_loss,
     ratio_metrics,
     token_weights,
 )
@@ -375,6 +377,51 @@ def test_gspo_is_the_row_mean_as_logprob_with_sequence_weights():
     assert_close(loss.item(), -(math.exp(-0.05) * 1 + math.exp(0.2) * -2) / 2, rtol=1e-6, atol=0)
 
 
+# --- cloning_loss
+
+
+def test_the_cloning_loss_is_the_kl_of_whole_distributions_in_expectation():
+    """All five tokens, each as often as the policy that sampled it says: value and gradient of KL(old, current)."""
+    current, old, sampled = torch.randn(3, 5, dtype=torch.float64)
+    current.requires_grad_()
+    logprobs, old, sampled = (logits.log_softmax(dim=0) for logits in (current, old, sampled))
+    ours, kl = cloning_loss(logprobs[None], old[None], sampled[None], sampled.exp()[None])
+    expected = (old.exp() * (old - logprobs)).sum()
+    assert_close(ours, expected)
+    slopes = [torch.autograd.grad(loss, current, retain_graph=True)[0] for loss in (ours, expected)]
+    assert_close(slopes[0], slopes[1])
+    assert_close(slopes[1], current.softmax(dim=0).detach() - old.exp())  # by hand
+    assert kl.num == 5
+
+
+def test_the_cloning_loss_by_hand():
+    """e^0.5 (2 - 1 - ln 2): likelier before the phase than when it was sampled, and twice as likely now."""
+    logprobs = torch.tensor([[-2.0 + 0.5 + math.log(2.0)]], requires_grad=True)
+    loss, kl = cloning_loss(logprobs, row(-1.5), row(-2.0), row(0.5))
+    loss.backward()
+    per_token = math.exp(0.5) * (1 - math.log(2.0))
+    assert loss.item() == pytest.approx(0.5 * per_token, rel=1e-6)
+    assert mean(kl) == pytest.approx(per_token, rel=1e-6)
+    assert_close(logprobs.grad, row(0.5 * math.exp(0.5)))
+
+
+def test_an_actor_that_stands_still_pays_nothing_and_feels_nothing(policy):
+    inputs = live(policy, "logprobs")
+    loss, _ = cloning_loss(inputs["logprobs"], policy["logprobs"], policy["old_logprobs"], policy["weights"])
+    loss.backward()
+    assert loss == 0
+    assert not inputs["logprobs"].grad.any()
+
+
+def test_the_cloning_loss_never_reads_where_the_weight_is_0(policy, poison):
+    results = []
+    for tensors in (live(policy, "logprobs"), live({**poison(policy), "weights": policy["weights"]}, "logprobs")):
+        loss, kl = cloning_loss(tensors["logprobs"], tensors["old_logprobs"], tensors["advantages"], tensors["weights"])
+        loss.backward()
+        results.append((loss.detach(), tensors["logprobs"].grad, tuple(kl)))
+    assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 # --- clipped_value_loss
 
 
@@ -448,6 +495,41 @@ def test_value_loss_ignores_how_the_minibatch_was_cut(critic):
 def test_a_negative_value_clip_is_refused(critic):
     with pytest.raises(ValueError, match=r"value_clip \(-1.0\)"):
         clipped_value_loss(**critic, value_clip=-1.0)
+
+
+# --- proximal_value_loss
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.25, 3.0])
+def test_the_proximal_term_draws_values_between_return_and_old_value(critic, coef):
+    """Gradient descent ends at (R + c V_old) / (1 + c), where the sum of both slopes by hand is 0."""
+    target, old, weights = critic["returns"], critic["old_values"], critic["weights"]
+    values = old.clone().requires_grad_()
+    for _ in range(200):
+        error, _ = clipped_value_loss(values, old, target, weights, value_clip=None)
+        loss = error + coef * proximal_value_loss(values, old, weights)
+        (slope,) = torch.autograd.grad(loss, values)
+        assert_close(slope, weights * (values - target + coef * (values - old)))
+        values = (values - 0.4 * slope / weights.max() / (1 + coef)).detach().requires_grad_()
+    expected = torch.where(weights != 0, (target + coef * old) / (1 + coef), old)
+    assert_close(values.detach(), expected)
+
+
+def test_proximal_term_by_definition(critic, mask):
+    ours = proximal_value_loss(critic["values"], critic["old_values"], critic["weights"])
+    names = ("values", "old_values", "weights")
+    value, old, weight = (oracles.masked_entries(critic[name].tolist(), mask.tolist()) for name in names)
+    expected = sum(w * 0.5 * (v - o) ** 2 for v, o, w in zip(value, old, weight, strict=True))
+    assert ours.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_proximal_term_never_reads_where_the_weight_is_0(critic, poison):
+    results = []
+    for tensors in (live(critic, "values"), live({**poison(critic), "weights": critic["weights"]}, "values")):
+        loss = proximal_value_loss(tensors["values"], tensors["old_values"], tensors["weights"])
+        loss.backward()
+        results.append((loss.detach(), tensors["values"].grad))
+    assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 # --- bradley_terry_loss

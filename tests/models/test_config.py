@@ -30,6 +30,14 @@ def test_a_layer_is_trained_whole_or_adapted():
             r"^critic\.warmup_iterations \(3\) needs a critic that can learn alone.*; set it to 0, or choose "
             r"another critic\.network$",
         ),
+        (
+            {"network": "mtp", "warmup_iterations": 3},
+            r"^critic\.warmup_iterations \(3\) .* and critic\.network mtp is the actor's trunk; set it to 0",
+        ),
+        (
+            {"network": "mtp", "path": "kept"},
+            r"^critic\.path \(kept\) is a critic .*network mtp begins with fresh heads; leave critic\.path out, or",
+        ),
     ],
 )
 def test_settings_of_a_critic_that_make_no_sense_are_refused(settings, told):

@@ -105,6 +105,16 @@ def test_one_base_takes_less_than_two_networks(shape):
     assert item(adapters, "reference") == 0
 
 
+def test_heads_of_an_implicit_critic_by_hand(shape):
+    """A block of 8 x 8 and two values of 8, once to learn and once as the target; the head's logits once more."""
+    implicit, shared = (estimate_memory(rl(PPORun, critic=critic), shape, Strategy()) for critic in ("mtp", "shared"))
+    heads = 8 * 8 + 2 * 8
+    assert item(implicit, "weights") == 4 * (1704 + 2 * heads)
+    assert item(implicit, "AdamW's states") == 8 * (1704 + heads)
+    name = "the fullest moment of a pass"
+    assert item(implicit, name) > item(shared, name)
+
+
 def test_layers_that_are_trained_whole_are_the_actors_alone(shape):
     """A second matrix of 256 beside the frozen one, with its gradient and states; the engine's copy has one of them."""
     plain, whole = (
@@ -132,6 +142,18 @@ def test_a_critic_takes_the_same_whichever_model_it_begins_as(shape):
         for critic in ("own", "reward_model")
     )
     assert own == learned
+
+
+def test_an_auxiliary_phase_has_the_experience_of_all_its_iterations(shape):
+    """4 prompts of 6 tokens and 4 responses of 4, of 5 iterations; and a head of 8 weights on the actor."""
+    plain, phasic = (
+        estimate_memory(rl(PPORun, algorithm=algorithm), shape, Strategy())
+        for algorithm in ({}, {"auxiliary_every": 5})
+    )
+    name = "experience of an auxiliary phase"
+    assert (item(plain, name), item(phasic, name)) == (0, 5 * 4 * (6 * 9 + 4 * 22))
+    assert [part.phases for part in phasic.items if part.name == name] == [("update",)]
+    assert item(phasic, "weights") - item(plain, "weights") == 4 * 8
 
 
 def test_pairs_have_no_logits(shape):

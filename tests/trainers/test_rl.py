@@ -119,6 +119,8 @@ def make_trainer(
         context=context_of(),
         observe=Recorder(),
         reference=None,
+        auxiliary=None,
+        balance=None,
     )
 
 

@@ -27,8 +27,9 @@ from transformers import (
 from llmrl.algorithms.config import PPOConfig
 from llmrl.config import PPORun, RewardModelRun
 from llmrl.data.config import PreferenceDataConfig, PromptDataConfig
+from llmrl.distributed.launch import LaunchError
 from llmrl.models.adapters import lora_config
-from llmrl.models.config import LoraSettings, ModelConfig
+from llmrl.models.config import LoraSettings, ModelConfig, MTPSettings
 from llmrl.models.critic import SharedTrunk, TransformersValueFunction, ValueHead, ValueModule
 from llmrl.models.folders import ModelError
 from llmrl.models.saving import save_policy
@@ -722,6 +723,99 @@ def test_a_shared_trunk_is_one_module_whose_head_has_a_rate_of_its_own(config, l
     assert moved <= learning(trained.module)
     assert "head.weight" in moved
     assert any(name.startswith("policy.model.") for name in moved)
+
+
+@pytest.fixture(params=["whole", "adapters"])
+def phasic(request, config, one_base) -> PPORun:
+    """Auxiliary phases after every second iteration."""
+    run = config if request.param == "whole" else one_base
+    return dataclasses.replace(run, algorithm=PPOConfig(kl_coef=0.05, auxiliary_every=2, auxiliary_epochs=3))
+
+
+def test_an_auxiliary_phase_trains_the_actors_trunk_and_its_head(phasic, tmp_path):
+    """In the iterations between them the head stands still; what is saved is an ordinary model without it."""
+    run = build_run(phasic)
+    trainer = run.trainer
+    actor, critic = (trainer.trained[name] for name in ("actor", "critic"))
+    peaks = {id(p): group["peak"] for group in actor.optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in actor.parameters.items() if peaks[id(p)] == 2e-2} == {"head.weight"}
+    before = snapshot(actor.module)
+    metrics = trainer.iterate().values()
+    assert not any(name.startswith("auxiliary/") for name in metrics)
+    assert "head.weight" not in changed(actor.module, before)
+
+    seen, learn_again = {}, trainer.learn_again
+
+    def watched(auxiliary, experience):
+        before = [snapshot(x.module) for x in (actor, critic)]
+        metrics = learn_again(auxiliary, experience)
+        moved = [changed(x.module, was) for x, was in zip((actor, critic), before, strict=True)]
+        seen.update(actor=moved[0], critic=moved[1])
+        return metrics
+
+    trainer.learn_again = watched
+    metrics = trainer.iterate().values()
+    assert {"auxiliary/value_loss", "auxiliary/explained_variance", "auxiliary/kl", "auxiliary/critic_loss"} < set(
+        metrics
+    )
+    assert metrics["auxiliary/kl"] >= 0
+    assert metrics["policy/ratio_max_deviation"] < 1e-4
+    assert "head.weight" in seen["actor"]
+    assert any(name.startswith("policy.model.") for name in seen["actor"])
+    assert "head.weight" in seen["critic"]
+
+    run.save_model(tmp_path / "final")
+    named = [name for file in (tmp_path / "final").rglob("*.safetensors") for name in load_file(file)]
+    assert [name for name in named if "head.weight" in name and "lm_head" not in name] == []
+    rollout, _ = rollout_of(run)
+    with torch.no_grad():
+        ours = trainer.algorithm.networks.logprobs(rollout.sequences).logprobs
+    assert_close(ours, rollout.rollout_logprobs, atol=1e-4, rtol=0)  # sampled by the weights after the phase
+
+
+def test_a_policy_phase_longer_than_the_run_is_ppo_to_the_bit(config):
+    weights = []
+    for every in (None, 9):
+        output = dataclasses.replace(config.run, output_dir=f"{config.run.output_dir}_{every}")
+        settings = dataclasses.replace(config, run=output, algorithm=PPOConfig(kl_coef=0.05, auxiliary_every=every))
+        trainer = build_run(settings).trainer
+        trainer.iterate()
+        trainer.iterate()
+        weights.append([snapshot(trainer.trained["actor"].module.model), snapshot(trainer.trained["critic"].module)])
+    assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_auxiliary_phases_are_refused_under_deepspeed_before_anything_loads(phasic, monkeypatch, dry):
+    refuse_to_load(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(LaunchError, match=r"algorithm\.auxiliary_every \(2\): .* step weights without a gradient too"):
+        check_ppo(phasic, dry=dry)
+
+
+def test_an_implicit_critic_is_one_module_whose_heads_have_a_rate_of_their_own(config):
+    """Its settings reach the algorithm; the target heads move by their average, and no step of the optimizer."""
+    run = build_run(with_critic(config, network="mtp", mtp=MTPSettings(num_heads=2, target_rate=0.25)))
+    (trained,) = run.trainer.trained.values()
+    algorithm, module = run.trainer.algorithm, trained.module
+    assert (algorithm.num_heads, algorithm.target_rate) == (2, 0.25)
+    peaks = {id(p): group["peak"] for group in trained.optimizer.param_groups for p in group["params"]}
+    assert {name.partition(".")[0] for name, p in trained.parameters.items() if peaks[id(p)] == 2e-2} == {"heads"}
+    assert not any(name.startswith("targets.") for name in trained.parameters)
+    metrics = run.trainer.iterate().values()
+    assert {"policy/loss", "value/loss", "value/clamp_fraction", "mtp/loss"} <= metrics.keys()
+    for name, target in module.targets.named_parameters():
+        assert_close(target, 0.25 * module.heads.get_parameter(name))
+        assert target.any(), name
+
+
+def test_an_implicit_critic_is_refused_where_the_launch_splits_its_heads(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_ppo(with_critic(config, network="shared"), dry=False)
+    with pytest.raises(LaunchError, match=r"^critic\.network mtp: .* launch with plain data parallel or ZeRO-2"):
+        check_ppo(with_critic(config, network="mtp"), dry=False)
 
 
 def test_the_weight_of_the_critics_loss_is_the_one_named(config):
