@@ -385,6 +385,8 @@ class Episodes(Batch):
     """Calls that were answered with an error."""
     failures: tuple[str | None, ...]
     """Name of what failed: a method of the environment, or a tool; None where nothing did."""
+    reasons: tuple[str | None, ...]
+    """How it failed, in words."""
     openings: tuple[Any, ...]
     """What each actor read first: a text, or messages."""
     messages: tuple[tuple[Row, ...], ...]
@@ -399,6 +401,10 @@ class Episodes(Batch):
     def failed(self) -> Bool[Tensor, " B"]:
         """True where an environment or a tool failed, so that the response cannot be scored."""
         return torch.tensor([name is not None for name in self.failures], device=self.turn_ends.device)
+
+    def failure(self, row: int) -> str | None:
+        """What failed in an episode and how, such as ``respond raised KeyError: 'x'``; None where nothing did."""
+        return None if self.failures[row] is None else f"{self.failures[row]} {self.reasons[row]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         name="tool/calls",
         unit="calls",
-        meaning="Mean number of calls of tools in an episode.",
+        meaning="Mean number of calls of tools in an episode, those that failed or took too long included.",
         look_for="Above 0 where tools help; a fall to 0 is an actor that has given them up.",
         runs=LOOP,
     ),

@@ -28,7 +28,7 @@ from llmrl.files import REFUSALS, read_object
 from llmrl.messages import in_units, shown, visible, with_interval, without_ends
 from llmrl.output_streams import ignore_warnings_to_authors, lasting_output
 from llmrl.secrets import masked, remember_environment
-from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml
+from llmrl.settings import SettingError, describe, is_unicode, owner, read_either, to_dict, to_yaml, unknown_names
 from llmrl.starters.folders import STARTERS, find_starter, missing_commands, run_in, write_starter
 from llmrl.starters.listing import list_recipes, read_recipe_text
 from llmrl.wiring.runs import RUNS, Kind
@@ -289,7 +289,11 @@ def generate(
         quieten()
         if played:
             rows, sampling = [_row(text) for text in prompts], sampling_at(temperature, **limits)
-            _print_episodes(play(config, rows, pick_device(), environment=played, data=data, sampling=sampling))
+            rollout = play(config, rows, pick_device(), environment=played, data=data, sampling=sampling)
+            _print_episodes(rollout)
+            assert rollout.episodes is not None, "an environment answered"
+            if all(rollout.episodes.failures):
+                _fail(f"every episode failed: {rollout.episodes.failure(0)}", 1)
             return
         responses = respond(
             config,
@@ -426,8 +430,10 @@ def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:
         if whose is None or whose in commands:
             raise
         asked = " or ".join(f"`llmrl {command}`" for command in commands)
+        foreign = ", ".join(unknown_names(RUNS[commands[0]].settings, recipe)[:3])
         raise SettingError(
-            f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}; run that, or name another recipe"
+            f"{recipe} is a recipe of `llmrl {whose}`, not of {asked}, which has no {foreign}; run that, leave these "
+            "out, or name another recipe"
         ) from None
 
 

@@ -131,6 +131,11 @@ def owner(classes: Mapping[str, type], path: Path) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
+def unknown_names(cls: type, path: Path) -> list[str]:
+    """The settings of a recipe that a class does not have, by their dotted names, overrides left aside."""
+    return [problem.partition(" ")[0] for problem in _all_unknown_names(cls, OmegaConf.to_container(_load(path)))]
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Every setting resolved, as JSON has it: lists for tuples, text for paths."""
     return _jsonable(config)

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import pytest
@@ -428,6 +430,41 @@ def test_a_recipe_of_another_command_is_told_whose_it_is(recipe, command):
     error = refused(command, recipe)
     assert error.startswith(f"error: {recipe} is a recipe of `llmrl {whose}`, not of `llmrl ")
     assert len(error.splitlines()) == 1
+
+
+def test_the_settings_that_make_a_recipe_another_commands_are_named(tmp_path):
+    (tmp_path / "walk.yaml").write_text(
+        "model: {path: m}\ndata: {path: d.jsonl}\nenvironment: {name: 'a.py:A'}\nrun: {output_dir: o}\n"
+        "algorithm: {group_size: 4, credit: turn}\n"
+    )
+    error = refused("ppo", tmp_path / "walk.yaml")
+    assert "not of `llmrl ppo`, which has no algorithm.group_size, algorithm.credit; run that, leave these out" in error
+
+
+@pytest.mark.parametrize(("failures", "status"), [((None, "start"), None), (("start", "start"), 1)])
+def test_generate_fails_where_every_episode_failed(monkeypatch, capsys, failures, status):
+    from llmrl.environments.config import EnvironmentConfig
+
+    class Episodes:
+        def failure(self, row):
+            return "start raised KeyError: 'x'"
+
+    Episodes.failures = failures
+    rollout = SimpleNamespace(rows=({},) * 2, episodes=Episodes())
+    monkeypatch.setattr("llmrl.wiring.engines.play", lambda *_, **__: rollout)
+    monkeypatch.setattr("llmrl.models.checking.check_model", lambda *_, **__: None)
+    monkeypatch.setattr("llmrl.models.loading.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("llmrl.wiring.environments.check_environment", lambda *_: EnvironmentConfig(name="a.py:A"))
+    monkeypatch.setattr("llmrl.cli._prepare_process", lambda: None)
+    monkeypatch.setattr("llmrl.cli._print_episodes", lambda rollout: None)
+    run = partial(cli.generate, "m", ["{}"], environment="a.py:A")
+    if status is None:
+        run()
+        return
+    with pytest.raises(typer.Exit) as ended:
+        run()
+    assert ended.value.exit_code == status
+    assert capsys.readouterr().err == "error: every episode failed: start raised KeyError: 'x'\n"
 
 
 def test_a_recipe_with_a_slip_is_not_taken_for_another_s(grpo_recipe):

@@ -26,6 +26,8 @@ def read_answer(request: Request, value: Any) -> Opening | Turn | ToolResult | f
             return _read_opening(value)
         case Respond(), [observation, done, reward]:
             return _read_turn(observation, done, reward)
+        case Respond(), str():
+            raise NoAnswer(f"returned {value}; return a llmrl.Turn, a text or a list of messages")
         case Call(), [str(text), bool(is_bad)]:
             return ToolResult(_read_text(text), is_bad)
         case Close(), _:
@@ -66,7 +68,7 @@ def _read_observation(value: Any) -> str | list[dict[str, Any]] | None:
             if problem is None:
                 return value
             raise NoAnswer(f"returned {shorten(value)}, which {problem}")
-    raise NoAnswer(f"returned {shorten(value)}; it must be a llmrl.Turn, a text or a list of messages")
+    raise NoAnswer(f"returned a turn whose observation is {shorten(value)}; it must be a text or a list of messages")
 
 
 def _read_text(text: str) -> str:

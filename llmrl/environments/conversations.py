@@ -165,9 +165,11 @@ class Conversations:
             each.first_ids = ids
 
     def _first_ids(self, group: Sequence[Conversation]) -> list[int]:
-        ids = next((each.first_ids for each in group if each.failure is None), [0])
-        for each in group:
-            if each.failure is None and each.first_ids != ids:
+        """What a group reads first. A group that opens in two ways fails as a whole: it would compare unlike things."""
+        opened = [each for each in group if each.failure is None]
+        ids = opened[0].first_ids if opened else [0]
+        if any(each.first_ids != ids for each in opened):
+            for each in opened:
                 each.fail(
                     Failure(
                         START,
@@ -187,6 +189,7 @@ class Conversations:
                 continue
             text = each.add_turn(ids, self.read)
             if each.calls:
+                each.num_calls += len(each.calls)
                 self.host.call(each.number, each.calls)
             else:
                 self.host.respond(each.number, Message(text, len(each.turn_ends), each.so_far))
@@ -247,7 +250,6 @@ class Conversations:
         ]
 
     def _results(self, each: Conversation, results: Sequence[Any]) -> list[dict[str, Any]]:
-        each.num_calls += len(results)
         each.num_bad_calls += sum(result.is_bad for result in results)
         return [result_of_call(call, result.text) for call, result in zip(each.calls, results, strict=True)]
 
@@ -292,6 +294,7 @@ class Conversations:
                 num_calls=torch.tensor([each.num_calls for each in self.all], device=device),
                 num_bad_calls=torch.tensor([each.num_bad_calls for each in self.all], device=device),
                 failures=tuple(None if each.failure is None else each.failure.name for each in self.all),
+                reasons=tuple(None if each.failure is None else each.failure.what for each in self.all),
                 openings=tuple(each.opening for each in self.all),
                 messages=tuple(tuple(each.messages) for each in self.all),
             ),

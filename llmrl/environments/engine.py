@@ -38,8 +38,8 @@ class EnvironmentEngine:
         self.begin = begin
         self.max_turn_tokens = max_turn_tokens
         self.progress = progress
-        self.has_told: set[str] = set()
-        """Names of failures whose first has been reported."""
+        self.has_told: set[tuple[str, str]] = set()
+        """Kinds of failures whose first has been reported."""
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """An episode for each response, G of each row, which open alike; of `prompts` only the rows are read.
@@ -81,9 +81,9 @@ class EnvironmentEngine:
 
     def _tell_failures(self, conversations: Conversations) -> None:
         for each in conversations.all:
-            if each.failure is None or each.failure.name in self.has_told:
+            if each.failure is None or each.failure.kind in self.has_told:
                 continue
-            self.has_told.add(each.failure.name)
+            self.has_told.add(each.failure.kind)
             self.progress.message(
                 f"warning: environment: {each.failure.name} {each.failure.what}; the response is left out as unscored, "
                 "and so are further ones, counted in the metrics as environment/failed"

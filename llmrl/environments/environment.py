@@ -4,7 +4,8 @@ Imports no heavy library: the processes in which environments run start with thi
 """
 
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -27,9 +28,9 @@ class Message:
 
     text: str
     """Its text, without special tokens."""
-    turn: int
+    turn: int = 1
     """Number of the turn in the episode, from 1."""
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] = field(default_factory=list)
     """The conversation so far, this message included."""
 
 
@@ -58,9 +59,14 @@ class Environment:
     the end of the process and an answer of another type leave the response unscored.
     """
 
-    random: Random
-    """Random numbers of the episode: the same for a whole group of responses in `start`, other ones for each response
-    afterwards. A run that is repeated or resumed gets the same again. There is none yet in ``__init__``."""
+    @cached_property
+    def random(self) -> Random:
+        """Random numbers of the episode: the same for a whole group of responses in `start`, other ones for each
+        response afterwards. A run that is repeated or resumed gets the same again. ``__init__`` must draw none.
+
+        An object that no run has made has those of the seed 0.
+        """
+        return Random(0)
 
     def start(self, row: Mapping[str, Any]) -> Opening | Awaitable[Opening]:
         """What the actor reads first: a text, messages, or None, which is the prompt of the row.

@@ -24,7 +24,7 @@ from llmrl.environments.environment import Environment, Message, Turn
 from llmrl.environments.hosting import CLOSE, RESPOND, START
 from llmrl.messages import class_and_message, in_one_line, nearest
 from llmrl.rewards.calls import shorten
-from llmrl.user_code import describe_exception
+from llmrl.user_code import describe_exception, name_of
 
 MAX_CHARACTERS = 10_000_000
 """Limit on the characters of a line."""
@@ -122,7 +122,12 @@ class Episode:
     def _respond(self, message: Message) -> Any:
         assert self.environment is not None, "an episode is opened first"
         reply: Any = self._finished(self.environment.respond(message))
-        return [reply.observation, reply.done, reply.reward] if isinstance(reply, Turn) else [reply, False, 0.0]
+        match reply:
+            case Turn():
+                return [reply.observation, reply.done, reply.reward]
+            case str() | list():
+                return [reply, False, 0.0]
+        return f"{shorten(reply)} ({name_of(type(self.environment))})"
 
     def _call(self, call: ToolCall) -> tuple[str, bool]:
         """``(text for the actor, whether the call was its mistake)``."""

@@ -23,6 +23,12 @@ class Failure:
     what: str
     """One line, such as ``raised KeyError: 'x' at guess.py:3`` or ``took longer than 60 s``."""
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What failed, and the class of the exception or else the first word of `what`, such as ``took``."""
+        verb, *rest = self.what.split()
+        return self.name, rest[0].rstrip(":") if verb == "raised" and rest else verb
+
 
 @dataclass(frozen=True)
 class ToolResult:

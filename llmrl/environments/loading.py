@@ -72,9 +72,14 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Callable[[], En
             f"{ENVIRONMENT} {name}: {error}; set it in environment.arguments, or give it a default"
         ) from error
     try:
-        bound()
+        first = bound()
     except (Exception, SystemExit) as error:
         raise UserCodeError(f"{ENVIRONMENT} {name}: making one {describe_exception(made, error)}") from error
+    if "random" in getattr(first, "__dict__", {}):
+        raise UserCodeError(
+            f"{ENVIRONMENT} {name} reads self.random in __init__, where every episode would draw the same; draw in "
+            "start"
+        )
     return bound
 
 

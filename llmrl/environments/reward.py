@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from llmrl.batches import Rollout, Scores
-from llmrl.rewards.config import ENVIRONMENT
 
 
 class EpisodeReward:
@@ -31,6 +30,5 @@ class EpisodeReward:
             total=total.masked_fill(failed, torch.nan),
             per_token=per_token.masked_fill(failed[:, None], 0.0),
             parts={},
-            failed={ENVIRONMENT: failed},
         )
         return scores if self.label is None else replace(scores, parts={self.label: scores.per_response})

@@ -9,7 +9,7 @@ from llmrl.messages import counted
 
 ENDS = {
     StopReason.EOS: "done",
-    StopReason.LENGTH: "truncated by a limit on tokens",
+    StopReason.LENGTH: "truncated by environment.max_turn_tokens or rollout.max_response_tokens",
     StopReason.TURNS: "truncated by environment.max_turns",
 }
 
@@ -18,15 +18,15 @@ def episode_text(rollout: Rollout, row: int) -> str:
     """What the actor of a response read, after ``> ``, what it wrote, and in the last line how the episode ended."""
     episodes = rollout.episodes
     assert episodes is not None, "an environment answered the rollout"
-    opening, failure = episodes.openings[row], episodes.failures[row]
+    opening, failure = episodes.openings[row], episodes.failure(row)
     if not opening:  # and what the actor wrote after nothing is no turn
-        return f"({failure} failed: no reward)"
+        return f"({failure}: no reward)"
     opened = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
     lines = [line for message in (*opened, *episodes.messages[row]) for line in _lines(message)]
     reward = float(episodes.turn_rewards[row].sum() + episodes.end_reward[row])
     end = f"{ENDS.get(StopReason(int(rollout.stop_reason[row])))}, reward {reward:.4g}"
     if failure is not None:
-        end = f"{failure} failed: no reward"
+        end = f"{failure}: no reward"
     return "\n".join([*lines, f"({counted(int(episodes.num_turns[row]), 'turn')}; {end})"])
 
 

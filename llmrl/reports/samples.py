@@ -50,9 +50,10 @@ def _turns(rollout: Rollout, episodes: Episodes, row: int) -> dict:
     return {
         "turn_ends": episodes.turn_ends[row, :num_turns].tolist(),
         "turn_rewards": episodes.turn_rewards[row, :num_turns].tolist(),
+        "end_reward": float(episodes.end_reward[row]),
         "messages": list(episodes.messages[row]),
         "stop": StopReason(int(rollout.stop_reason[row])).name.lower(),
-        "failed": episodes.failures[row],
+        "failed": episodes.failure(row),
     }
 
 

@@ -13,7 +13,8 @@ from llmrl.roles import RewardFunction
 
 class CombinedReward:
     """Sum of several rewards, each with its weight already applied. A reward that does not score a response is left out
-    of its sum; a response that none of them scores, or that one excludes because it failed on it, gets NaN."""
+    of its sum; a response that none of them scores, or that one excludes because it failed on it, gets NaN. So does an
+    episode that failed, in every part too: what a function says of a conversation that broke off is no score."""
 
     def __init__(self, rewards: Sequence[RewardFunction]) -> None:
         self.rewards = rewards
@@ -25,10 +26,15 @@ class CombinedReward:
         for each in scores:
             for failed in each.failed.values():
                 total = total.masked_fill(failed & each.total.isnan(), math.nan)
+        parts = {name: part for each in scores for name, part in each.parts.items()}
+        if rollout.episodes is not None:
+            broken = rollout.episodes.failed
+            total = total.masked_fill(broken, math.nan)
+            parts = {name: part.masked_fill(broken, math.nan) for name, part in parts.items()}
         return Scores(
             total=total,
             per_token=torch.stack([each.per_token for each in scores]).sum(dim=0),
-            parts={name: part for each in scores for name, part in each.parts.items()},
+            parts=parts,
             failed={name: failed for each in scores for name, failed in each.failed.items()},
         )
 

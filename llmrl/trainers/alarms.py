@@ -45,7 +45,7 @@ LEAST_SKIPPED = 3
 """Skipped steps in the window below which they are no share, but single ones."""
 UNSCORED_SHARE = 0.5
 """Share of responses without a score. Rows of several tasks leave some to no rule; where it is most, sampling is mostly
-for nothing."""
+for nothing. Where functions or environments fail, `PATIENCE` iterations are enough to say so: no batch is odd then."""
 FLAT_SHARE = 0.9
 """Share of groups of equal scores, where the task is not solved. Sparse rewards begin with 0.5 to 0.8."""
 NEVER_SCORED = 10
@@ -209,25 +209,29 @@ class Alarms:
             return None
         num = self.streaks.get("nothing to learn", 0) + 1
         alike = "every response to a prompt" if "group/flat_fraction" in values else "every response"
+        why = _failed([values]) or (
+            "samples.jsonl shows the responses; either the reward never distinguishes them (its answer column, the "
+            "form that it expects), or the prompts are too hard for this model, or all responses are equal"
+        )
         return (
             f"{alike} got the same score in {_in_a_row(num)} (mean {values['score/mean']:.3g}), so nothing is "
-            "learned from scores: samples.jsonl shows the responses; either the reward never distinguishes them (its "
-            "answer column, the form that it expects), or the prompts are too hard for this model, or all responses "
-            "are equal"
+            f"learned from scores: {why}"
         )
 
     def _share_unscored(self, values: Values) -> str | None:
         unscored = sum(known.get("score/unscored", 0.0) for known in self.recent)
         drawn = sum(map(_num_drawn, self.recent))
-        if not self._window_is_full or "score/mean" not in values or not unscored > UNSCORED_SHARE * drawn:
+        failed = _failed(self.recent)
+        is_early = len(self.recent) < (WINDOW if failed is None else PATIENCE)
+        if is_early or "score/mean" not in values or not unscored > UNSCORED_SHARE * drawn:
             return None
-        why = _failed(self.recent) or (
+        why = failed or (
             "every rule of reward.functions returned None for them; see which rows these are, and give them a rule, or "
             "leave them out of the data"
         )
         return (
-            f"{unscored:.0f} of the {drawn:.0f} responses of the last {WINDOW} iterations could not be scored, and "
-            f"nothing is learned from those: {why}"
+            f"{unscored:.0f} of the {drawn:.0f} responses of the last {len(self.recent)} iterations could not be "
+            f"scored, and nothing is learned from those: {why}"
         )
 
     def _share_flat(self, values: Values) -> str | None:
@@ -420,16 +424,21 @@ def _in_a_row(num: int) -> str:
 
 
 def _failed(window: Iterable[Values]) -> str | None:
-    """Which functions failed on responses of some iterations, in words; None: none did."""
-    names = {
-        name.removeprefix("reward/").removesuffix("/failed")
-        for values in window
-        for name, num in values.items()
-        if name.startswith("reward/") and name.endswith("/failed") and num
-    }
-    if not names:
+    """What failed on responses of some iterations, in words; None: nothing did."""
+    failed = {name for values in window for name, num in values.items() if "/failed" in name and num}
+    functions = sorted(
+        name.removeprefix("reward/").removesuffix("/failed") for name in failed if name.startswith("reward/")
+    )
+    parts = sorted(
+        name.removeprefix("environment/failed/") for name in failed if name.startswith("environment/failed/")
+    )
+    broken = [
+        *([f"reward function {' and '.join(functions)}"] if functions else []),
+        *([f"the environment ({', '.join(parts)})"] if parts else []),
+    ]
+    if not broken:
         return None
-    return f"reward function {' and '.join(sorted(names))} failed on responses; a warning says how, so mend that first"
+    return f"{' and '.join(broken)} failed on responses; a warning says how, so mend that first"
 
 
 def is_comparable(name: str, values: Values) -> bool:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from llmrl.batches import Prompts, Scores, fingerprint
+from llmrl.batches import Prompts, Rollout, Scores, fingerprint
 from llmrl.functional.intervals import mean_interval, pass_at_k, wilson_interval
 from llmrl.functional.streams import Purpose
 from llmrl.roles import Progress, RewardFunction, RolloutEngine, Sampling
@@ -57,7 +57,7 @@ class Evaluator:
         self.progress.phase("evaluation", num_prompts * num_responses)
         rollout = self.engine.generate(self.prompts, self.sampling)
         scores = self.reward(rollout)
-        failed = _failed(scores, scores.parts[self.criterion])
+        failed = _failed(rollout, scores, scores.parts[self.criterion])
         correct, judged, kept = self._judged(scores, failed)
         values = {
             **(_with_interval("eval/accuracy", *accuracy(correct, judged)) if len(correct) else {}),
@@ -102,9 +102,11 @@ class Evaluator:
         return (criterion > self.config.correct_above)[kept], ~failed[kept], kept
 
 
-def _failed(scores: Scores, criterion: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """The responses without a score by the criterion on which some function failed."""
+def _failed(rollout: Rollout, scores: Scores, criterion: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """The responses without a score by the criterion on which some function, or their environment, failed."""
     failed = torch.zeros_like(criterion, dtype=torch.bool)
+    if rollout.episodes is not None:
+        failed |= rollout.episodes.failed
     for each in scores.failed.values():
         failed |= each
     return failed & criterion.isnan()

@@ -109,6 +109,8 @@ class Run:
         self.sink = sink
         self.alarms = alarms
         """Warnings that a run is dead or broken."""
+        self.latest_warnings: list[str] = []
+        """Those printed after the last iteration of this process."""
         self.folder = config.folder
         self.records = Records(self.folder, settings, contents, self.progress, samples)
         self.best = BestModel(
@@ -207,7 +209,8 @@ class Run:
         """Repeats at the end what was wrong with the run, and names the model to use instead."""
         warnings = self.alarms.at_the_end()
         for warning in warnings:
-            self.progress.message(f"warning: {warning}")
+            if warning not in self.latest_warnings:
+                self.progress.message(f"warning: {warning}")
         if warnings and (record := self.best.record()):
             self.progress.message(
                 f"{self.best.folder} holds the model with the best {record['metric']}, {record['value']:.4g} after "
@@ -241,7 +244,8 @@ class Run:
         if self.keeps_records:
             self.sink.log(number, values)
         self.progress.iteration(number, values)
-        for warning in self.alarms.observe(values):
+        self.latest_warnings = self.alarms.observe(values)
+        for warning in self.latest_warnings:
             self.progress.message(f"warning: {warning}")
         self.best.update(number, values)
         if self.is_checkpoint_due(number):

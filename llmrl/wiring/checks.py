@@ -38,7 +38,7 @@ from llmrl.rollout.support import check_cache
 from llmrl.trainers.changes import check_same_run
 from llmrl.trainers.run import check_output
 from llmrl.wiring.contents import contents_of, recorded_settings
-from llmrl.wiring.environments import CheckedEnvironment, check_environment
+from llmrl.wiring.environments import CheckedEnvironment, check_environment, try_start
 from llmrl.wiring.precision import default_dtype
 from llmrl.wiring.rows import EVALUATION, read_section
 
@@ -174,6 +174,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         evaluation_rows = rows_of(config.evaluation_data, EVALUATION)
     elif config.evaluation_data is not None:
         unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
+    if environment is not None and (known := rows or evaluation_rows):
+        try_start(environment, known)
     functions: tuple[Function, ...] = ()
     if config.reward.functions and (rows is not None or evaluation_rows is not None):
         worker = Worker(config.reward)

@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llmrl.batches import Row
 from llmrl.data.config import PromptsConfig
 from llmrl.data.rendering import Rendering, history_problem
+from llmrl.data.rows import places_of
 from llmrl.distributed.context import Context
 from llmrl.environments.calls import ToolCall
 from llmrl.environments.config import EnvironmentConfig
 from llmrl.environments.conversations import Conversations
 from llmrl.environments.engine import EnvironmentEngine
-from llmrl.environments.hosting import Host
+from llmrl.environments.hosting import Failure, Host
 from llmrl.environments.loading import Code
 from llmrl.environments.processes import Processes
 from llmrl.environments.threads import Threads
@@ -102,6 +104,30 @@ def _check_template(
     problem = history_problem(tokenizer, data, schemas, roles=roles)
     if problem is not None and config.history == "refuse":
         raise ModelError(problem)
+
+
+def try_start(environment: CheckedEnvironment, rows: Sequence[Row]) -> None:
+    """Opens and closes an episode with the first row, as a run does: what fails there shows before a model loads.
+
+    Raises:
+        UserCodeError: It fails.
+    """
+    host, name = environment.host, environment.config.name
+    if name is None:
+        return
+    try:
+        host.open(0, rows[0], opening_seed=0, seed=0)
+        answer = host.wait([0], lambda: None)[0]
+        if not isinstance(answer, Failure):
+            host.close(0)
+            answer = host.wait([0], lambda: None)[0]
+    finally:
+        host.end()
+    if isinstance(answer, Failure):
+        raise UserCodeError(
+            f"environment {name}: {answer.name} {answer.what}; it was tried with {places_of(rows[:1])[0]} of the data, "
+            f"which has the columns {', '.join(rows[0])}"
+        )
 
 
 def with_turns(

@@ -444,6 +444,7 @@ def episodes_of(turn_ends):
         num_calls=zeros,
         num_bad_calls=zeros,
         failures=(None,) * num,
+        reasons=(None,) * num,
         openings=("p",) * num,
         messages=((),) * num,
     )

@@ -265,7 +265,8 @@ def test_a_turn_is_credited_across_contexts():
         make_rollout(sequences),
         episodes=Episodes(
             turn_ends=turn_ends, turn_rewards=rewards, end_reward=torch.zeros(4), num_calls=torch.zeros(4).long(),
-            num_bad_calls=torch.zeros(4).long(), failures=(None,) * 4, openings=("",) * 4, messages=((),) * 4,
+            num_bad_calls=torch.zeros(4).long(), failures=(None,) * 4, reasons=(None,) * 4,
+            openings=("",) * 4, messages=((),) * 4,
         ),
     )  # fmt: skip
     actor = TransformersPolicy(module_of(build("llama")))

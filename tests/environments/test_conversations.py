@@ -161,17 +161,29 @@ def test_what_fails_is_named_and_ends_the_episode(changes, name):
     rollout = conversations.close(rollout_of([(ids, [True] * len(ids))], [StopReason.EOS]))
     assert rollout.episodes.failures == (name,)
     assert rollout.episodes.failed.tolist() == [True]
+    assert rollout.episodes.reasons == (conversations.all[0].failure.what,)
+    assert rollout.episodes.failure(0) == f"{name} {rollout.episodes.reasons[0]}"
     assert rollout.stop_reason.tolist() == [StopReason.FAILED]
     assert not rollout.finished.any()
 
 
-def test_episodes_of_a_group_that_open_differently_fail():
-    texts = iter("aba")
+def test_a_group_that_opens_in_two_ways_fails_as_a_whole():
+    """Those that open alike would be compared with the mean of unlike things, or with too few."""
+    texts = iter("abaccc")
     host = ScriptedHost(start=lambda row: next(texts))
-    conversations = begin(host, [{}], group=3)
-    assert conversations.open() == [[ord("a")]]
-    assert [each.failure is not None for each in conversations.all] == [False, True, False]
-    assert "self.random" in conversations.all[1].failure.what
+    conversations = begin(host, [{}, {}], group=3)
+    assert conversations.open() == [[ord("a")], [ord("c")]]
+    assert [each.failure is not None for each in conversations.all] == [True] * 3 + [False] * 3
+    assert all("self.random" in each.failure.what for each in conversations.all[:3])
+
+
+def test_calls_that_fail_are_calls():
+    """Otherwise an actor whose tool hangs reads as one that has given up calling it."""
+    conversations = begin(ScriptedHost(start=lambda row: "a"), [{}], group=1)
+    conversations.open()
+    conversations.ask({0: turn("[add] [breaks]")})
+    conversations.take([0])
+    assert (conversations.all[0].num_calls, conversations.all[0].num_bad_calls) == (2, 0)
 
 
 def test_a_group_that_fails_as_a_whole_has_a_prompt_all_the_same():

@@ -158,6 +158,19 @@ def test_a_failed_episode_changes_no_bit_of_the_others(max_rows):
     ]
 
 
+def test_each_kind_of_failure_of_a_part_is_told_once():
+    """A hang is told although something else has failed in the same part before."""
+    whats = ["raised KeyError: 'x' at mine.py:3", "raised KeyError: 'y' at mine.py:4", "took longer than 3 s",
+             "raised ValueError at mine.py:5", "took longer than 3 s", "returned 3.5; it must be a text"]  # fmt: skip
+    told = Told()
+    host = ScriptedHost(start=start, respond=lambda number, message: Failure("respond", whats[number]))
+    rollout = make_engine(host, progress=told).generate(ROWS, make_sampling(max_response_tokens=30))
+    assert [line.split(";")[0] for line in told.messages] == [
+        f"warning: environment: respond {whats[number].split(';')[0]}" for number in (0, 2, 3, 5)
+    ]
+    assert rollout.episodes.reasons == tuple(whats)
+
+
 def test_a_signal_ends_the_wait_for_an_environment(monkeypatch):
     class Stopped(Exception):
         pass

@@ -1,6 +1,7 @@
 """The base class, and what its methods return; that it is light to import is tested in test_serve.py."""
 
 from dataclasses import FrozenInstanceError
+from random import Random
 
 import pytest
 
@@ -18,6 +19,22 @@ def test_the_base_class_opens_with_the_prompt_and_ends_with_the_first_message():
     assert environment.start({"prompt": "x"}) is None
     assert environment.respond(message) == Turn(observation=None, done=True, reward=0.0)
     assert environment.close() is None
+
+
+def test_an_environment_can_be_tried_by_hand():
+    class Dice(Environment):
+        def start(self, row):
+            self.thrown = self.random.randint(1, 6)
+            return "go"
+
+        def respond(self, message):
+            return Turn(f"{self.random.randint(1, 6)} {message.text} {message.turn} {message.messages}")
+
+    first, second = Dice(), Dice()
+    first.start({})
+    assert first.respond(Message("+2")).observation.endswith(" +2 1 []")
+    second.start({})
+    assert second.thrown == first.thrown == Random(0).randint(1, 6)
 
 
 def test_a_turn_goes_on_without_reward_and_does_not_change():

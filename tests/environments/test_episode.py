@@ -93,11 +93,19 @@ def called(tools, *calls: ToolCall) -> list:
         (turn(done=True, reward=torch.tensor(1.0)), [None, True, 1.0]),
         ("lower", ["lower", False, 0.0]),
         ([{"role": "user", "content": "lower"}], [[{"role": "user", "content": "lower"}], False, 0.0]),
-        (None, [None, False, 0.0]),
+        (Turn("well done", done=True), ["well done", True, 0.0]),
     ],
 )
 def test_a_reply_is_a_turn_in_a_line(reply, line):
     assert one(answers(lambda self, message: reply), Respond(MESSAGE)) == ["answer", line]
+
+
+@pytest.mark.parametrize("reply", [None, ("lower", True), 3])
+def test_what_is_no_reply_is_named_with_its_class(reply):
+    kind, text = one(answers(lambda self, message: reply), Respond(MESSAGE))
+    assert kind == "answer"
+    assert text.startswith(f"{reply!r} (")
+    assert "test_episode" in text
 
 
 def test_methods_may_be_async_and_share_a_loop():
@@ -171,7 +179,7 @@ def test_what_is_no_data_is_a_failure():
     assert "returned what is no data" in what
     circle: list = []
     circle.append(circle)
-    for reply in (circle, turn(reward=object()), (each for each in "ab")):
+    for reply in (circle, turn(reward=object())):
         assert one(answers(lambda self, message, reply=reply: reply), Respond(MESSAGE))[0] == "failure"
 
 

@@ -108,6 +108,7 @@ def make_rollout():
             num_calls=torch.zeros(count, dtype=torch.long),
             num_bad_calls=torch.zeros(count, dtype=torch.long),
             failures=tuple("respond" if each.failed else None for each in EPISODES),
+            reasons=tuple("raised" if each.failed else None for each in EPISODES),
             openings=("",) * count,
             messages=((),) * count,
         ),

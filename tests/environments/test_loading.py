@@ -31,6 +31,12 @@ class Stranger:
     def respond(self, message):
         return "higher"
 
+class Early(llmrl.Environment):
+    def __init__(self):
+        self.secret = self.random.randint(1, 9)
+    def respond(self, message):
+        return "higher"
+
 def make():
     return Mute()
 
@@ -89,6 +95,7 @@ def test_without_a_name_it_is_the_base_class(code):
             {"place": "sea"},
             r"environment mine\.py:Fussy: making one raised KeyError: 'sea' at ",
         ),
+        ("Early", [], {}, r"environment mine\.py:Early reads self\.random in __init__, .*; draw in start"),
         (None, ["table"], {}, r"tool mine\.py:table is no function but dict"),
         (None, ["subtract"], {}, r"tool mine\.py:subtract: mine\.py has no 'subtract'"),
         (None, ["odd"], {}, r"tool mine\.py:odd: its parameters cannot be read"),

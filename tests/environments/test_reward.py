@@ -1,9 +1,12 @@
 import math
 
+import pytest
 import torch
 
-from llmrl.batches import Episodes
+from llmrl.batches import Episodes, Scores
 from llmrl.environments.reward import EpisodeReward
+from llmrl.rewards.combine import CombinedReward
+from llmrl.trainers.rl import describe
 from tests.environments.test_conversations import rollout_of
 
 
@@ -19,6 +22,7 @@ def make_rollout():
         num_calls=torch.zeros(3, dtype=torch.long),
         num_bad_calls=torch.zeros(3, dtype=torch.long),
         failures=(None, None, "respond"),
+        reasons=(None, None, "raised KeyError: 'x'"),
         openings=("a",) * 3,
         messages=((),) * 3,
     )
@@ -40,14 +44,33 @@ def test_an_episode_that_failed_cannot_be_scored():
     scores = EpisodeReward("environment")(make_rollout())
     assert scores.total[2].isnan()
     assert scores.per_response[2].isnan()
-    assert scores.failed["environment"].tolist() == [False, False, True]
+    assert scores.parts["environment"][2].isnan()
+    assert scores.failed == {}  # counted as environment/failed, from the episodes
 
 
-def test_without_rewards_only_the_failed_ones_are_told():
+def test_without_rewards_nothing_is_scored():
     scores = EpisodeReward(None)(make_rollout())
     assert scores.parts == {}
     assert all(math.isnan(x) for x in scores.total.tolist())
-    assert scores.failed["environment"].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("label", ["environment", None])
+def test_no_reward_scores_an_episode_that_failed(label):
+    """A rule that says 0 of a conversation that broke off would teach the actor to avoid what it did right."""
+
+    def rule(rollout):
+        zeros = torch.zeros(3)
+        return Scores(total=zeros, per_token=torch.zeros_like(rollout.rollout_logprobs), parts={"rule": zeros})
+
+    scores = CombinedReward([EpisodeReward(label), rule])(make_rollout())
+    assert scores.total.isnan().tolist() == [False, False, True]
+    assert {name: part.isnan().tolist() for name, part in scores.parts.items()} == {
+        name: [False, False, True] for name in ([label] if label else []) + ["rule"]
+    }
+    values = describe(make_rollout(), scores, 3).values()
+    assert values["score/rule"] == 0.0
+    assert (values["score/unscored"], values["environment/failed"], values["environment/failed/respond"]) == (1, 1, 1)
+    assert "reward/environment/failed" not in values
 
 
 def test_tokens_know_their_turn():

@@ -17,6 +17,7 @@ def rollout(*messages, opening="sum?", rewards=(-0.5, 1.0), end_reward=0.25, sto
         num_calls=torch.tensor([0]),
         num_bad_calls=torch.tensor([0]),
         failures=(failure,),
+        reasons=(failure and "raised KeyError: 'x'",),
         openings=(opening,),
         messages=(messages,),
     )
@@ -57,7 +58,7 @@ def test_calls_results_and_other_roles_are_named():
 
 def test_a_failure_has_no_reward():
     assert episode_text(rollout(opening="", failure="start", stop=StopReason.FAILED), 0) == (
-        "(start failed: no reward)"
+        "(start raised KeyError: 'x': no reward)"
     )
     text = episode_text(rollout(said("assistant", "5"), failure="respond", stop=StopReason.FAILED), 0)
-    assert text == "> sum?\n5\n(2 turns; respond failed: no reward)"
+    assert text == "> sum?\n5\n(2 turns; respond raised KeyError: 'x': no reward)"

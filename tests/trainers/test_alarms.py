@@ -126,6 +126,27 @@ def test_a_share_of_unscored_responses_is_told_once_with_its_numbers():
     assert told(*[DRAWN | {"score/unscored": 30.0}] * 30) == [[]] * 31
 
 
+def test_where_most_responses_fail_a_short_run_says_so():
+    """11 iterations in which 40 of 64 episodes fail; nothing is said of 30, nor of rows that no rule is for."""
+    failed = DRAWN | {"score/unscored": 40.0, "environment/failed": 40.0, "environment/failed/respond": 40.0}
+    seen = told(*[failed] * 11)
+    assert [len(new) for new in seen] == [0, 0, 1] + [0] * 8 + [1]
+    assert seen[2][0] == (
+        "120 of the 192 responses of the last 3 iterations could not be scored, and nothing is learned from those: the "
+        "environment (respond) failed on responses; a warning says how, so mend that first"
+    )
+    fewer = DRAWN | {"score/unscored": 30.0, "environment/failed": 30.0, "environment/failed/respond": 30.0}
+    assert told(*[fewer] * 11) == [[]] * 12
+    assert told(*[DRAWN | {"score/unscored": 40.0}] * 11) == [[]] * 12
+
+
+def test_equal_scores_are_not_blamed_on_the_reward_where_episodes_failed():
+    (text,) = told(*[FLAT | {"environment/failed": 3.0, "environment/failed/add": 3.0}] * 3)[2]
+    assert text.startswith("every response to a prompt got the same score in 3 iterations in a row")
+    assert "the environment (add) failed on responses" in text
+    assert "the reward never" not in text
+
+
 def test_a_share_of_flat_groups_is_told_once_with_its_numbers():
     mostly = HEALTHY | {"group/flat_fraction": 0.95, "score/mean": 0.02}
     seen = told(HEALTHY, *[mostly] * 40)
@@ -370,7 +391,7 @@ def test_where_a_function_failed_on_responses_it_is_named_and_no_rule_is_blamed(
         alarms.observe(UNSCORED | failed)
     assert alarms.verdict is not None
     assert "reward function judge failed on responses" in alarms.verdict
-    seen = told(*[DRAWN | {"score/unscored": 40.0} | failed] * 20)
-    (share,) = {text for lines in seen for text in lines if "could not be scored" in text}
+    share = told(*[DRAWN | {"score/unscored": 40.0} | failed] * 20)[-1][0]
+    assert share.startswith("800 of the 1280 responses of the last 20 iterations could not be scored")
     assert "reward function judge failed on responses" in share
     assert not any("returned None" in text for text in (line, alarms.verdict, share))

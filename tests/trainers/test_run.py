@@ -1176,6 +1176,17 @@ def test_iterations_before_a_failure_count_as_well(bench: Bench):
         unscored(bench, 30, resume=True).train()
 
 
+def test_what_the_last_iteration_warned_of_is_not_repeated_at_once(bench: Bench):
+    unscored(bench, 1).train()
+    assert len([text for text in bench.said.messages if "could be scored in 1 iteration," in text]) == 1
+
+
+def test_what_an_earlier_iteration_warned_of_is_repeated_at_the_end(bench: Bench):
+    unscored(bench, 2).train()
+    texts = [text for text in bench.said.messages if "could be scored" in text]
+    assert ["1 iteration," in text for text in texts] == [True, False]
+
+
 def test_iterations_that_are_left_between_two_are_saved(bench):
     """By hand: 3w + n after one and after two iterations."""
     run = bench.make(checkpoint_every=0)

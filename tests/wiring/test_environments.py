@@ -17,6 +17,7 @@ from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.scripted import ScriptedEngine
 from llmrl.user_code import UserCodeError, handed_over
+from llmrl.wiring.checks import check_rl
 from llmrl.wiring.environments import check_environment, with_turns
 from tests.contexts import context_of
 from tests.environments.families import family
@@ -142,6 +143,50 @@ def test_what_a_recipe_names_has_processes_and_what_a_program_hands_over_threads
 
     with handed_over({"Mine": Mine}):
         assert isinstance(checked(guess, name="given:Mine").host, Threads)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ('self.secret = row["secrt"]', r"start raised KeyError: 'secrt' at .*other\.py:5; it was tried with line 1"),
+        ("import time; time.sleep(60)", r"start took longer than 0\.5 s \(environment\.timeout_s\); it was tried"),
+        ("return 3", r"start returned 3, which must be a text or a list of messages"),
+    ],
+)
+def test_start_is_tried_with_the_first_row_before_a_model_loads(episodes, tmp_path, body, why, dry):
+    (tmp_path / "other.py").write_text(
+        f"import llmrl\n\nclass Other(llmrl.Environment):\n    def start(self, row):\n        {body}\n"
+        "    def respond(self, message):\n        return 'x'\n"
+    )
+    environment = EnvironmentConfig(name=f"{tmp_path / 'other.py'}:Other", timeout_s=0.5)
+    with pytest.raises(UserCodeError, match=why) as error:
+        check_rl(dataclasses.replace(episodes, environment=environment), dry=dry)
+    assert str(error.value).endswith("tried with line 1 of the data, which has the columns secret")
+
+
+CLOSES = """
+import llmrl
+
+class Other(llmrl.Environment):
+    def start(self, row):
+        self.secret = row["secret"]
+        return "x"
+
+    def respond(self, message):
+        return "x"
+
+    def close(self):
+        with open(PATH, "a") as file:
+            file.write(f"{self.secret};")
+"""
+
+
+def test_what_is_tried_is_closed(episodes, tmp_path):
+    (tmp_path / "other.py").write_text(CLOSES.replace("PATH", repr(str(tmp_path / "closed"))))
+    environment = EnvironmentConfig(name=f"{tmp_path / 'other.py'}:Other")
+    check_rl(dataclasses.replace(episodes, environment=environment), dry=True)
+    assert (tmp_path / "closed").read_text() == "0;"
 
 
 def test_tools_are_shown_to_the_actor(guess):
