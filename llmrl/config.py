@@ -230,6 +230,11 @@ class AlgorithmConfig(Protocol):
         """Share of the actor when it moves."""
         ...
 
+    @property
+    def importance(self) -> str:
+        """How responses of another policy are corrected for; "none": not."""
+        ...
+
     def warnings(self) -> list[str]:
         """Sentences on settings that are allowed, but seldom meant."""
         ...
