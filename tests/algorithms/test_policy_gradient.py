@@ -172,3 +172,21 @@ def test_the_bias_of_the_others_is_that_of_the_ratios_which_they_change(importan
     bias = -torch.einsum("b,bsv->sv", ((weights - ratio) * chance * score).float(), of_response)
     torch.testing.assert_close(gradient - whole, bias, rtol=1e-4, atol=1e-6)
     assert bias.abs().max() > 0.01
+
+
+def test_the_kl_of_grpo_is_weighted_as_its_advantages_are():
+    """Its gradient over the engine's responses is the one over the actor's own."""
+    logits = tabular.random_logits(3, 2)
+    actor, behaviour = tabular.TabularActor(logits), tabular.TabularActor(logits + tabular.random_logits(3, 2, seed=1))
+    gradients = []
+    for sampler, importance in ((behaviour, "truncated"), (actor, "none"), (behaviour, "none")):
+        experience, chance = every_response(sampler, actor)
+        config = GRPOConfig(importance=importance, importance_level="sequence", importance_cap=1e6, kl_coef=1.0)
+        grpo = GRPO(config, actor=actor, reference=actor, max_response_tokens=2)
+        batch = replace(experience, advantages=torch.zeros_like(experience.advantages))
+        batch = replace(batch, ref_logprobs=torch.linspace(-3, -1, 2 * len(chance)).view(-1, 2))
+        ((_, loss, _),) = grpo.losses(batch, torch.where(batch.counted, chance[:, None].float(), 0.0))
+        gradients.append(torch.autograd.grad(loss, actor.logits)[0])
+    corrected, own, uncorrected = gradients
+    torch.testing.assert_close(corrected, own, rtol=1e-4, atol=1e-6)
+    assert (uncorrected - own).abs().max() > 0.05
