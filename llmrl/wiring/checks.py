@@ -175,7 +175,7 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
     elif config.evaluation_data is not None:
         unchecked.append(f"{EVALUATION}.path ({config.evaluation_data.path}), which only llmrl evaluate will read")
     if environment is not None and (known := rows or evaluation_rows):
-        try_start(environment, known)
+        try_start(environment, known, config.data.prompt_column)
     functions: tuple[Function, ...] = ()
     if config.reward.functions and (rows is not None or evaluation_rows is not None):
         worker = Worker(config.reward)

@@ -14,7 +14,7 @@ from llmrl.environments.calls import ToolCall
 from llmrl.environments.config import EnvironmentConfig
 from llmrl.environments.conversations import Conversations
 from llmrl.environments.engine import EnvironmentEngine
-from llmrl.environments.hosting import Failure, Host
+from llmrl.environments.hosting import START, Failure, Host
 from llmrl.environments.loading import Code
 from llmrl.environments.processes import Processes
 from llmrl.environments.threads import Threads
@@ -106,7 +106,7 @@ def _check_template(
         raise ModelError(problem)
 
 
-def try_start(environment: CheckedEnvironment, rows: Sequence[Row]) -> None:
+def try_start(environment: CheckedEnvironment, rows: Sequence[Row], prompt_column: str) -> None:
     """Opens and closes an episode with the first row, as a run does: what fails there shows before a model loads.
 
     Raises:
@@ -118,11 +118,14 @@ def try_start(environment: CheckedEnvironment, rows: Sequence[Row]) -> None:
     try:
         host.open(0, rows[0], opening_seed=0, seed=0)
         answer = host.wait([0], lambda: None)[0]
+        opens_with_nothing = answer is None and rows[0].get(prompt_column) is None
         if not isinstance(answer, Failure):
             host.close(0)
             answer = host.wait([0], lambda: None)[0]
     finally:
         host.end()
+    if opens_with_nothing:
+        answer = Failure(START, f"returned no opening, and the row has no {prompt_column!r}; return a text or messages")
     if isinstance(answer, Failure):
         raise UserCodeError(
             f"environment {name}: {answer.name} {answer.what}; it was tried with {places_of(rows[:1])[0]} of the data, "

@@ -151,6 +151,7 @@ def test_what_a_recipe_names_has_processes_and_what_a_program_hands_over_threads
     [
         ('self.secret = row["secrt"]', r"start raised KeyError: 'secrt' at .*other\.py:5; it was tried with line 1"),
         ("import time; time.sleep(60)", r"start took longer than 0\.5 s \(environment\.timeout_s\); it was tried"),
+        ("pass", r"start returned no opening, and the row has no 'prompt'; return a text or messages; it was tried"),
         ("return 3", r"start returned 3, which must be a text or a list of messages"),
     ],
 )
@@ -203,7 +204,7 @@ def test_tools_are_shown_to_the_actor(guess):
         ({"name": "{guess}:Gess"}, None, UserCodeError, "did you mean"),
         ({"tools": ("{guess}:bare",)}, "qwen2_5", UserCodeError, "bare cannot be shown to the actor"),
         ({"tools": ("{guess}:add",)}, "smollm2", UserCodeError, "set environment.tool_format"),
-        ({"name": "{guess}:Guess"}, "qwen3", ModelError, 'set environment.history to "keep"'),
+        ({"name": "{guess}:Guess"}, "qwen3", ModelError, 'set environment.history to "branch" .* or to "keep"'),
     ],
 )
 def test_what_would_fail_later_is_refused(guess, settings, tokenizer, error, message):
