@@ -224,7 +224,7 @@ def imported(*, under: str, but_not_under: str | None = None) -> set[str]:
     [
         (
             {"under": "llmrl"},
-            ["deepspeed", "math", "tensorboard", "wandb", "trackio", "gymnasium", "openenv", "verifiers"],
+            ["deepspeed", "math", "tensorboard", "wandb", "trackio", "gymnasium", "openenv", "verifiers", "quantized"],
         ),
         (
             {"under": "", "but_not_under": "llmrl"},
