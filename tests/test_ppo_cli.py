@@ -146,6 +146,7 @@ def test_a_run_leaves_its_health_its_samples_and_a_model(recipe, models, tmp_pat
         "path": None,
         "warmup_iterations": 0,
         "value_coef": 0.5,
+        "mtp": {"num_heads": 1, "prediction_coef": 0.1, "target_rate": 0.1, "value_grad_clamp": 1.0},
     }
     before, after = weights(models.base), weights(run / "final")
     assert before.keys() == after.keys()

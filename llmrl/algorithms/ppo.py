@@ -201,14 +201,7 @@ class PPO(Algorithm):
         estimator: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """``(advantages, returns)``: of n steps, or of `gae` or `v_trace`, each with its own lambda."""
-        estimate = partial(
-            estimator,
-            rewards=rewards,
-            values=values,
-            response_mask=mask,
-            bootstrap_values=bootstrap_values,
-            gamma=self.config.gamma,
-        )
+        estimate = partial(estimator, rewards, values, mask, bootstrap_values, gamma=self.config.gamma)
         num_steps = self.config.num_return_steps
         if num_steps is None:
             advantages, returns = estimate(gae_lambda=self.config.gae_lambda)

@@ -90,10 +90,10 @@ def importance_metrics(
 def v_trace(
     rewards: Float[Tensor, "B T"],
     values: Float[Tensor, "B T"],
-    ratio: Float[Tensor, "B T"],
     response_mask: Bool[Tensor, "B T"],
     bootstrap_values: Float[Tensor, " B"],
     *,
+    ratio: Float[Tensor, "B T"],
     gamma: float,
     gae_lambda: float,
     rho_bar: float,

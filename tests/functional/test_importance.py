@@ -45,7 +45,7 @@ def test_v_trace_is_the_sum_of_the_paper_over_the_tokens_that_were_chosen(lam, r
     rewards, values, log_ratios, mask, last = ragged()
     ratio = behaviour_ratio(log_ratios, torch.zeros_like(log_ratios), mask)
     advantages, returns = v_trace(
-        rewards, values, ratio, mask, last, gamma=0.9, gae_lambda=lam, rho_bar=rho_bar, c_bar=c_bar
+        rewards, values, mask, last, ratio=ratio, gamma=0.9, gae_lambda=lam, rho_bar=rho_bar, c_bar=c_bar
     )
     assert not advantages[~mask].any()
     assert not returns[~mask].any()
@@ -64,7 +64,7 @@ def test_v_trace_is_the_sum_of_the_paper_over_the_tokens_that_were_chosen(lam, r
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_v_trace_of_the_policy_that_sampled_is_gae(lam):
     rewards, values, _, mask, last = ragged(seed=1)
-    ours = v_trace(rewards, values, torch.ones_like(values), mask, last, gamma=0.9, gae_lambda=lam, rho_bar=1.0)
+    ours = v_trace(rewards, values, mask, last, ratio=torch.ones_like(values), gamma=0.9, gae_lambda=lam, rho_bar=1.0)
     for found, wanted in zip(ours, gae(rewards, values, mask, last, gamma=0.9, gae_lambda=lam), strict=True):
         torch.testing.assert_close(found, wanted)
 
@@ -73,7 +73,7 @@ def test_v_trace_of_the_policy_that_sampled_is_gae(lam):
 def test_v_trace_refuses_shapes_that_do_not_fit():
     rewards, values, _, mask, last = ragged()
     with pytest.raises(ValueError, match="shapes do not fit"):
-        v_trace(rewards, values, torch.ones(4, 5).double(), mask, last, gamma=1.0, gae_lambda=1.0, rho_bar=1.0)
+        v_trace(rewards, values, mask, last, ratio=torch.ones(4, 5).double(), gamma=1.0, gae_lambda=1.0, rho_bar=1.0)
 
 
 def test_ratios_of_tokens_and_of_the_response_by_hand():

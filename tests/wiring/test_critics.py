@@ -833,7 +833,7 @@ def test_settings_that_nothing_reads_are_told(config):
     roles = roles_of(config)
     idle = with_critic(config, value_coef=0.125)
     build_ppo(idle, check_ppo(idle, dry=False), **roles)
-    assert "warning: critic.value_coef is read only where critic.network is shared" in messages_of(roles)
+    assert "warning: critic.value_coef is read only where critic.network is shared or mtp" in messages_of(roles)
 
 
 # --- what is refused before anything loads ----------------------------------------------------------------------------

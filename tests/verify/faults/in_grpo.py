@@ -1,7 +1,6 @@
 """GRPO with a fault, one a class: what it does wrong is its docstring."""
 
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -88,14 +87,14 @@ class Compared(GRPO):
 class StdOverTheBatch(Compared):
     """Deviations from the group's mean over the standard deviation of all scores."""
 
-    def compare(self, scores, group_ids):
+    def compare(self, scores, group_ids, lengths):
         return group_relative(scores, group_ids, scale="none") / (scores.std(correction=0) + 1e-6)
 
 
 class StdOfASample(Compared):
     """Deviations over the standard deviation of a sample."""
 
-    def compare(self, scores, group_ids):
+    def compare(self, scores, group_ids, lengths):
         groups = scores.view(-1, self.config.group_size)
         return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
@@ -106,13 +105,13 @@ class OwnScoreInTheBaseline(GRPO):
     def __init__(self, config, **roles):
         super().__init__(config, **roles)
         if config.baseline == "leave_one_out":
-            self.estimate_advantages = partial(group_relative, scale="none")
+            self.estimate_advantages = lambda scores, group_ids, _: group_relative(scores, group_ids, scale="none")
 
 
 class BaselineOfTheBatch(Compared):
     """The mean of all scores."""
 
-    def compare(self, scores, group_ids):
+    def compare(self, scores, group_ids, lengths):
         return scores - scores.mean()
 
 
@@ -214,5 +213,5 @@ class PaddingRead(Losing):
 class DrawnInOrder(Compared):
     """Earlier responses count more."""
 
-    def compare(self, scores, group_ids):
+    def compare(self, scores, group_ids, lengths):
         return group_relative(scores, group_ids) / torch.arange(1, len(scores) + 1)
