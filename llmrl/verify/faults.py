@@ -1,10 +1,12 @@
 """Known faults of policy-gradient estimators: the wrong term of each, and what to say about it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmrl.verify.claims import Terms
+from llmrl.verify.game import MAX_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,11 @@ FAULTS = (
     ),
     Fault("k1 as a loss", "the KL is k1 in the loss, whose expected gradient on-policy is zero", {"kl_form": "k1"}),
     Fault("KL without gradient", "the KL is detached, or left out", {"kl_form": "none"}),
+    Fault(
+        "KL in the loss",
+        "the KL is k2 in the loss, not in the rewards: a token does not answer for the KL of later ones",
+        {"kl_form": "in the loss"},
+    ),
     Fault("KL of the wrong sign", "the KL is added where it should be subtracted", {"kl_sign": -1.0}),
     Fault(
         "own score in the baseline",
@@ -44,7 +51,12 @@ FAULTS = (
     ),
     Fault("std of a sample", "the standard deviation is that of a sample, with G-1 in it", {"scale": "sample std"}),
     Fault("scaled by the std", "advantages are divided by the spread of the group", {"scale": "std"}),
-    Fault("not scaled by the std", "advantages are not divided by the spread of the group", {"scale": "none"}),
+    Fault("not scaled", "advantages are not divided by any spread", {"scale": "none"}),
+    Fault(
+        "standardized",
+        "advantages are standardized over the tokens of the rollout, against the setting",
+        {"scale": "batch"},
+    ),
     Fault("advantages one early", "each token has the advantage of the token after it", {"advantage_shift": 1}),
     Fault("advantages one late", "each token has the advantage of the token before it", {"advantage_shift": -1}),
     Fault(
@@ -66,7 +78,12 @@ FAULTS = (
         "the loss is the smaller of the clipped and the unclipped one, where it should be the larger",
         {"is_pessimistic": False},
     ),
-    Fault("no clip", "the ratio is not clipped", {"clip_low": float("inf"), "clip_high": float("inf")}),
+    Fault("no clip", "the ratio is not clipped", {"clip_low": math.inf, "clip_high": math.inf}),
+    Fault(
+        "gradient clipped",
+        "a token past the clip has no gradient, where the clip should only bound its weight",
+        {"loss": "clipped"},
+    ),
     Fault("one clip for both sides", "the ratio is clipped from above by clip_low", {"clip_high": "clip_low"}),
     Fault("ratio of tokens", "the ratio is that of each token, not of the response", {"ratio": "token"}),
     Fault("entropy of the wrong sign", "the entropy is subtracted where it should be added", {"entropy_sign": -1.0}),
@@ -88,13 +105,21 @@ FAULTS = (
         {"score_at": "limit"},
     ),
     Fault("critic learns advantages", "the critic's targets lack the old values", {"targets": "advantages"}),
-    Fault("values not clipped", "value_clip is not applied", {"value_clip": float("inf")}),
+    Fault("values not clipped", "value_clip is not applied", {"value_clip": math.inf}),
+    Fault(
+        "returns to the end",
+        "returns wait for the end of the response, not for num_return_steps",
+        {"num_steps": MAX_TOKENS, "value_num_steps": MAX_TOKENS},
+    ),
 )
 """What a gradient that is not the one claimed is looked up among."""
 
-OF_THE_CRITIC = ("trace", "value_shift", "value_clip", "bootstraps_end", "score_at", "targets")
+OF_THE_CRITIC = ("trace", "num_steps", "value_shift", "value_clip", "bootstraps_end", "score_at", "targets")
 """Terms that only an estimator with a critic has."""
+OF_SCORES = ("std", "sample std", "std of the batch")
+"""Scales that only an estimator without a critic has."""
 UNKNOWN = Fault("unknown", "the gradient is neither the one claimed nor that of a known fault")
+NO_CLAIM = Fault("no claim", "no formula of these settings is written out, and the gradient is not the true one")
 MICROBATCHES = Fault(
     "local denominators",
     "the result depends on how the minibatch is split into microbatches: it divides by a number of the part",
@@ -113,7 +138,9 @@ def with_faults(claimed: Terms) -> Iterator[tuple[Fault, Terms]]:
     for fault in FAULTS:
         changes = {name: _meant(value, claimed) for name, value in fault.terms.items()}
         is_of_kl = "kl_form" in changes
-        if claimed.baseline == "critic" and ("baseline" in changes or "scale" in changes or is_of_kl):
+        if claimed.baseline == "critic" and ("baseline" in changes or changes.get("scale") in OF_SCORES or is_of_kl):
+            continue
+        if "is_pessimistic" in changes and (claimed.loss == "cispo" or claimed.clip_low == math.inf):
             continue
         if is_of_kl and claimed.kl_form == "none":
             continue
@@ -127,6 +154,8 @@ def _meant(value: Any, claimed: Terms) -> Any:
     match value:
         case "clip_low":
             return claimed.clip_low
+        case "in the loss":
+            return "k2" if claimed.kl_form == "k1_reward" else claimed.kl_form
         case "without gamma":
             return claimed.trace / claimed.gamma if claimed.gamma else claimed.trace
     return value

@@ -34,6 +34,7 @@ def _ppo(name: str, *, exact_critic: bool = False, **settings: Any) -> Row:
 
 PLAIN = {"scale": "none", "aggregation": "constant"}
 """Settings under which nothing but baseline and loss decides about the gradient."""
+REINFORCE = {**PLAIN, "loss": "policy_gradient"}
 ROWS = (
     _grpo("grpo, defaults"),
     _grpo("grpo, sequence", aggregation="sequence"),
@@ -44,6 +45,12 @@ ROWS = (
     _grpo("dapo", clip_high=0.28),
     _grpo("gspo", aggregation="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
     _grpo("dual clip", dual_clip=1.1),
+    _grpo("cispo", loss="cispo"),
+    _grpo("rloo, KL in the reward", baseline="leave_one_out", kl_form="k1_reward", **PLAIN),
+    _grpo("reinforce", baseline="none", **REINFORCE),
+    _grpo("reinforce, constant baseline", baseline="constant", baseline_value=1.0, **REINFORCE),
+    _grpo("reinforce, KL in the reward", baseline="none", kl_form="k1_reward", **REINFORCE),
+    _grpo("reinforce++", baseline="none", scale="batch", credit="token", kl_form="k1_reward"),
     _ppo("ppo, defaults"),
     _ppo("ppo, exact critic", exact_critic=True),
     _ppo("ppo, lambda 0, exact critic", gae_lambda=0.0, exact_critic=True),
@@ -51,4 +58,6 @@ ROWS = (
     _ppo("ppo, value_lambda 1", value_lambda=1.0),
     _ppo("ppo, gamma 0.9", gamma=0.9, gae_lambda=0.9),
     _ppo("ppo, sequence", aggregation="sequence", gae_lambda=1.0),
+    _ppo("ppo, 2 steps, exact critic", num_return_steps=2, exact_critic=True),
+    _ppo("reinforce with value baseline", gae_lambda=1.0, loss="policy_gradient", value_clip=None, scale="none"),
 )

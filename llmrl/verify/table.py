@@ -22,7 +22,7 @@ def lines_of(reports: Sequence[Report]) -> list[str]:
     for (verdict, reason), of_rows in of_reason.items():
         rows += [
             "",
-            f"{verdict}: {' | '.join(of_rows)}",
+            *textwrap.wrap(f"{verdict}: {' | '.join(of_rows)}", WIDTH, subsequent_indent="    "),
             *textwrap.wrap(reason, WIDTH - 2, initial_indent="  ", subsequent_indent="  "),
         ]
     return rows

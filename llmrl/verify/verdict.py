@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from llmrl.algorithms.config import LOSSES
 from llmrl.verify.claims import Terms, expected_gradient, reasons, terms_of, without_kl
 from llmrl.verify.estimators import Config, Estimator
-from llmrl.verify.faults import UNKNOWN, Fault, with_faults
+from llmrl.verify.faults import NO_CLAIM, UNKNOWN, Fault, with_faults
 from llmrl.verify.game import (
     LENGTHS,
     MAX_TOKENS,
@@ -96,7 +97,7 @@ def verify(row: Row, *, quick: bool) -> Report | None:
     terms = terms_of(used.config)
     if terms is not None and not used.reads_kl:
         terms = without_kl(terms)
-    claims = games.keys() if used.config.loss == "clipped" else ON_POLICY
+    claims = games.keys() if used.config.loss in LOSSES else ON_POLICY
     error, found, note = _judge(terms, {name: games[name] for name in claims}, measured)
     found += tuple(broken_invariances(row, games[STALE], draws))
     bias = {name: _bias(measured[name], games[name]) for name in ON_POLICY}
@@ -143,7 +144,7 @@ def _judge(
         error = None
     if _bias(measured[SCORES], games[SCORES])[1] < TOLERANCE:
         return error, (), "the true gradient of the scores, by another estimator than those that are known"
-    return error, (UNKNOWN,), ""
+    return error, (NO_CLAIM if terms is None else UNKNOWN,), ""
 
 
 def _error(terms: Terms, games: Mapping[str, Game], measured: Mapping[str, Gradient]) -> float:

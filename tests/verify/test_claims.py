@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,11 +7,32 @@ from torch.nn.functional import one_hot
 
 from llmrl.algorithms.config import GRPOConfig, PPOConfig
 from llmrl.verify.claims import Terms, expected_gradient, reasons, terms_of, without_kl
-from llmrl.verify.game import LENGTHS, RESPONSE_IDS, make_game, probabilities, with_exact_critic
+from llmrl.verify.game import LENGTHS, RESPONSE_IDS, STATES, make_game, moved, probabilities, with_exact_critic
 
+REINFORCE = "policy_gradient"
 PLAIN = {"scale": "none", "aggregation": "constant"}
 GAME = make_game(kl_coef=0.3)
 SCORES_ALONE = make_game(kl_coef=0.0)
+AWAY = replace(GAME, current=moved(GAME.sampler, by=0.5, seed=5), old=moved(GAME.sampler, by=0.3, seed=6))
+"""Sampler, old and current actor differ, so that a baseline changes the expected gradient."""
+
+
+def by_hand(game, weigh):
+    """Gradient of -E[Σ_t weigh(prompt, response, t, ratio) log π_t] / 3, response by response and token by token."""
+    likely, gradient = probabilities(game.sampler), torch.zeros_like(game.current)
+    for n, y in itertools.product(range(2), range(15)):
+        for t in range(int(LENGTHS[y])):
+            state, token = int(STATES[y, t]), int(RESPONSE_IDS[y, t])
+            chances, old = game.current[n, state].softmax(0), game.old[n, state].softmax(0)
+            factor = likely[n, y] / 2 * weigh(n, y, t, float(chances[token] / old[token]))
+            gradient[n, state] -= factor * (one_hot(torch.tensor(token), 3) - chances) / 3
+    return gradient
+
+
+def price(game, n, y, t):
+    """What the KL of a token costs."""
+    state, token = int(STATES[y, t]), int(RESPONSE_IDS[y, t])
+    return 0.3 * float((game.old[n, state].log_softmax(0) - game.reference[n, state].log_softmax(0))[token])
 
 
 def test_scores_less_those_of_the_others_have_the_gradient_of_the_objective():
@@ -64,7 +86,82 @@ def test_the_std_of_two_scores_leaves_only_their_order():
     torch.testing.assert_close(ours[:, 0], gradient, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("game", [GAME, AWAY])
+def test_without_a_clip_each_token_counts_by_its_ratio(game):
+    ours = expected_gradient(Terms(baseline="constant", baseline_value=0.7, aggregation="constant"), game).actor
+    torch.testing.assert_close(ours, by_hand(game, lambda n, y, t, ratio: (game.scores[n, y] - 0.7) * ratio))
+
+
+def test_cispo_bounds_the_weight_and_keeps_the_gradient():
+    ratios = []
+
+    def weigh(n, y, t, ratio):
+        ratios.append(ratio)
+        return AWAY.scores[n, y] * min(max(ratio, 0.9), 1.3)
+
+    terms = Terms(baseline="none", aggregation="constant", loss="cispo", clip_low=0.1, clip_high=0.3)
+    torch.testing.assert_close(expected_gradient(terms, AWAY).actor, by_hand(AWAY, weigh))
+    assert min(ratios) < 0.9
+    assert max(ratios) > 1.3
+
+
+@pytest.mark.parametrize("credit", ["response", "token"])
+def test_a_kl_in_the_rewards_is_paid_by_the_response_or_from_the_token_on(credit):
+    def weigh(n, y, t, ratio):
+        begin = t if credit == "token" else 0
+        return AWAY.scores[n, y] * ratio - sum(price(AWAY, n, y, k) for k in range(begin, int(LENGTHS[y]))) * ratio
+
+    terms = Terms(baseline="none", credit=credit, aggregation="constant", kl_form="k1_reward")
+    torch.testing.assert_close(expected_gradient(terms, AWAY).actor, by_hand(AWAY, weigh))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "credit"),
+    [("none", "response"), ("none", "token"), ("constant", "token"), ("leave_one_out", "response")],
+)
+def test_a_kl_in_the_rewards_has_the_gradient_of_the_objective(baseline, credit):
+    terms = Terms(baseline=baseline, baseline_value=2.0, credit=credit, aggregation="constant", kl_form="k1_reward")
+    torch.testing.assert_close(expected_gradient(terms, GAME).actor, -GAME.gradient() / 3)
+    assert reasons(terms, exact_critic=False) == []
+
+
+def test_two_steps_are_two_rewards_and_the_value_after_them():
+    def value(n, y, t):
+        return float(AWAY.old_values[n, STATES[y, t]]) if t < int(LENGTHS[y]) else 0.0
+
+    def advantage(n, y, t, ratio):
+        length = int(LENGTHS[y])
+        rewards = [float(AWAY.scores[n, y]) * (k == length - 1) - price(AWAY, n, y, k) for k in range(length)]
+        second = 0.9 * rewards[t + 1] + 0.81 * value(n, y, t + 2) if t + 1 < length else 0.0
+        return (rewards[t] + second - value(n, y, t)) * ratio
+
+    terms = terms_of(PPOConfig(num_return_steps=2, gamma=0.9, scale="none", aggregation="constant", loss=REINFORCE))
+    assert terms is not None
+    torch.testing.assert_close(expected_gradient(terms, AWAY).actor, by_hand(AWAY, advantage))
+
+
+@pytest.mark.parametrize(("num_steps", "gae_lambda"), [(1, 0.0), (3, 1.0), (9, 1.0)])
+def test_one_step_is_lambda_0_and_all_of_them_are_lambda_1(num_steps, gae_lambda):
+    steps, traces = terms_of(PPOConfig(num_return_steps=num_steps)), terms_of(PPOConfig(gae_lambda=gae_lambda))
+    assert steps is not None
+    assert traces is not None
+    torch.testing.assert_close(expected_gradient(steps, AWAY).flat, expected_gradient(traces, AWAY).flat)
+
+
+def test_standardizing_scales_the_gradient_and_no_more():
+    plain, scaled = (expected_gradient(Terms(baseline="none", scale=scale), GAME).actor for scale in ("none", "batch"))
+    torch.testing.assert_close(scaled * (plain.norm() / scaled.norm()), plain)
+    share = probabilities(GAME.sampler) * LENGTHS
+    mean = (share * GAME.scores).sum() / share.sum()
+    std = ((share * (GAME.scores - mean) ** 2).sum() / share.sum()).sqrt()
+    assert float(plain.norm() / scaled.norm()) == pytest.approx(float(std), rel=1e-6)
+
+
 def test_settings_without_a_formula_make_no_claim():
+    assert terms_of(GRPOConfig(baseline="batch", scale="none")) is None
+    assert terms_of(GRPOConfig(baseline="optimal", scale="none")) is None
+    assert terms_of(GRPOConfig(credit="turn")) is None
+    assert terms_of(GRPOConfig(credit="token")) is None
     assert terms_of(GRPOConfig(mask_truncated=True)) is None
     assert terms_of(GRPOConfig(baseline="mine.py:baseline", scale="none")) is None
     assert terms_of(PPOConfig(score_clip=1.0)) is None
@@ -76,6 +173,26 @@ def test_settings_become_terms():
     assert (terms.trace, terms.value_trace, terms.value_clip) == (0.45, 0.9, float("inf"))
 
 
+def test_a_loss_has_the_clips_that_it_reads():
+    def clips(**settings):
+        terms = terms_of(GRPOConfig(clip_low=0.1, clip_high=0.3, dual_clip=3.0, **settings))
+        assert terms is not None
+        return terms.loss, terms.clip_low, terms.clip_high, terms.dual_clip
+
+    infinite = float("inf")
+    assert clips() == ("clipped", 0.1, 0.3, 3.0)
+    assert clips(loss="cispo") == ("cispo", 0.1, 0.3, infinite)
+    assert clips(loss=REINFORCE) == ("clipped", infinite, infinite, infinite)
+
+
+def test_steps_are_of_the_targets_too_unless_these_have_a_lambda():
+    both, one = (terms_of(PPOConfig(num_return_steps=2, value_lambda=lam)) for lam in (None, 0.5))
+    assert both is not None
+    assert one is not None
+    assert (both.trace, both.num_steps, both.value_trace, both.value_num_steps) == (1.0, 2, 1.0, 2)
+    assert (one.trace, one.num_steps, one.value_trace, one.value_num_steps) == (1.0, 2, 0.5, 3)
+
+
 def test_reasons_are_those_of_the_terms():
     assert reasons(Terms(baseline="leave_one_out"), exact_critic=False) == []
     with_kl = Terms(baseline="leave_one_out", kl_form="k2")
@@ -83,3 +200,6 @@ def test_reasons_are_those_of_the_terms():
     assert reasons(without_kl(with_kl), exact_critic=False) == []
     assert reasons(Terms(baseline="critic", trace=0.5), exact_critic=True) == []
     assert reasons(Terms(baseline="critic", trace=0.5), exact_critic=False) != []
+    assert reasons(Terms(baseline="critic", num_steps=2), exact_critic=True) == []
+    assert reasons(Terms(baseline="critic", num_steps=2), exact_critic=False) != []
+    assert reasons(Terms(baseline="mean", kl_form="k1_reward"), exact_critic=False) == []

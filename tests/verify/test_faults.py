@@ -4,19 +4,32 @@ from llmrl.verify.verdict import probes
 
 GROUPS = Terms(baseline="leave_one_out", clip_low=0.2, clip_high=0.28, kl_form="k2")
 SCALED = Terms(baseline="mean", scale="std", aggregation="sequence", clip_low=0.2, clip_high=0.28, kl_form="k2")
-CRITIC = Terms(baseline="critic", clip_low=0.2, clip_high=0.28, gamma=0.9, trace=0.45, value_trace=0.45, value_clip=0.2)
+CRITIC = Terms(
+    baseline="critic",
+    scale="batch",
+    clip_low=0.2,
+    clip_high=0.28,
+    gamma=0.9,
+    trace=0.45,
+    value_trace=0.45,
+    value_clip=0.2,
+)
+CISPO = Terms(baseline="mean", scale="std", loss="cispo", clip_low=0.2, clip_high=0.28, kl_form="k2")
+REINFORCE = Terms(baseline="constant", baseline_value=1.0, aggregation="constant", kl_form="k1_reward")
+STEPS = Terms(baseline="critic", num_steps=2, value_num_steps=2, clip_low=0.2, clip_high=0.28, value_clip=0.2)
 GSPO = Terms(baseline="mean", aggregation="sequence", ratio="sequence", clip_low=0.1, clip_high=0.1)
 
 
 def test_every_fault_is_one_of_some_estimator():
-    found = {fault for terms in (GROUPS, SCALED, CRITIC, GSPO) for fault, _ in with_faults(terms)}
+    several = (GROUPS, SCALED, CRITIC, CISPO, REINFORCE, STEPS, GSPO)
+    found = {fault for terms in several for fault, _ in with_faults(terms)}
     assert [fault.name for fault in FAULTS if fault not in found] == []
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
 
 
 def test_no_two_estimators_have_one_gradient_in_all_games():
     """So that a gradient which is not as claimed has one name."""
-    for terms in (GROUPS, SCALED, CRITIC):
+    for terms in (GROUPS, SCALED, CRITIC, CISPO, REINFORCE, STEPS):
         several = {"as claimed": terms} | {fault.name: wrong for fault, wrong in with_faults(terms)}
         gradients = {
             name: [expected_gradient(each, game).flat for game in probes(exact_critic=False).values()]

@@ -28,6 +28,14 @@ PLANTED = [
     (in_grpo, "OneClip", "dapo", "one clip for both sides"),
     (in_grpo, "PaddingRead", "grpo, defaults", "padding read"),
     (in_grpo, "DrawnInOrder", "grpo, defaults", "unknown, order of groups"),
+    (in_grpo, "GradientClipped", "cispo", "gradient clipped"),
+    (in_grpo, "KLInTheLoss", "reinforce, KL in the reward", "KL in the loss"),
+    (in_grpo, "KLInTheLoss", "rloo, KL in the reward", "KL in the loss"),
+    (in_grpo, "NoBaseline", "reinforce, constant baseline", "no baseline"),
+    (in_grpo, "Standardized", "reinforce", "standardized"),
+    (in_grpo, "WrongSign", "reinforce++", "wrong sign"),
+    (in_ppo, "ReturnsToTheEnd", "ppo, 2 steps, exact critic", "returns to the end"),
+    (in_ppo, "CriticLearnsAdvantages", "reinforce with value baseline", "critic learns advantages"),
     (in_ppo, "AdvantagesOneLate", "ppo, defaults", "advantages one late"),
     (in_ppo, "AdvantagesOneEarly", "ppo, defaults", "advantages one early"),
     (in_ppo, "StandardizedInMicrobatches", "ppo, defaults", "local denominators"),
@@ -77,6 +85,30 @@ def test_numbers_of_rloo_are_those_of_theory():
     assert report.bias_kl > 0.01  # the KL of later tokens
     assert report.standard_error == pytest.approx((report.variance / 1024) ** 0.5)
     assert report.to_record() | {"faults": [], "holds": True, "distance": None} == report.to_record()
+
+
+@pytest.mark.parametrize("settings", [{"baseline": "batch"}, {"baseline": "optimal"}])
+def test_settings_without_a_claim_are_judged_by_the_true_gradient(settings):
+    report = verify(Row(name="any", algorithm="grpo", settings={**PLAIN, **settings}), quick=True)
+    assert report is not None
+    assert report.claim_error is None
+    assert report.faults == ()
+    assert "true gradient of the scores" in report.reason
+
+
+def test_settings_without_a_claim_and_with_a_bias_are_no_claim():
+    settings = {**PLAIN, "baseline": "leave_one_out", "credit": "token", "kl_form": "k1_reward"}
+    report = verify(Row(name="any", algorithm="grpo", settings=settings), quick=True)
+    assert report is not None
+    assert [fault.name for fault in report.faults] == ["no claim"]
+
+
+@pytest.mark.parametrize("name", ["rloo, KL in the reward", "reinforce, KL in the reward", "reinforce++"])
+def test_a_kl_in_the_reward_answers_for_later_tokens(name):
+    report = verify(next(row for row in ROWS if row.name == name), quick=True)
+    assert report is not None
+    assert report.bias_kl < 1e-6
+    assert report.reason == "the gradient of the objective"
 
 
 MINE = """

@@ -18,6 +18,7 @@ class With(GRPO):
     def __init__(self, config, **roles):
         super().__init__(replace(config, **self.settings), **roles)
         self.asked = config
+        self.replaced = {name: getattr(config, name) for name in self.settings}  # read, so that no row is left out
 
     def losses(self, batch, weights):
         for module, loss, metrics in super().losses(batch, weights):
@@ -35,6 +36,24 @@ class K3AsALoss(With):
     """k3 without the ratio."""
 
     settings: ClassVar = {"kl_form": "k3_paper"}
+
+
+class KLInTheLoss(With):
+    """The KL is in the loss, where it is asked for in the rewards."""
+
+    settings: ClassVar = {"kl_form": "k2"}
+
+
+class Standardized(With):
+    """Advantages are standardized over the rollout."""
+
+    settings: ClassVar = {"scale": "batch"}
+
+
+class GradientClipped(With):
+    """A token past the clip has no gradient."""
+
+    settings: ClassVar = {"loss": "clipped"}
 
 
 class K1AsALoss(With):
@@ -113,6 +132,13 @@ class BaselineOfTheBatch(Compared):
 
     def compare(self, scores, group_ids, lengths):
         return scores - scores.mean()
+
+
+class NoBaseline(Compared):
+    """The score itself."""
+
+    def compare(self, scores, group_ids, lengths):
+        return scores
 
 
 class LocalDenominators(GRPO):

@@ -109,6 +109,13 @@ class TraceWithoutGamma(PPO):
         super().__init__(replace(config, gae_lambda=gae_lambda, value_lambda=value_lambda), **others)
 
 
+class ReturnsToTheEnd(PPO):
+    """All rewards are waited for, however many steps are asked for."""
+
+    def __init__(self, config, **others):
+        super().__init__(replace(config, num_return_steps=None, gae_lambda=1.0), **others)
+
+
 class CriticLearnsAdvantages(PPO):
     """Targets lack the old values."""
 
