@@ -141,6 +141,8 @@ def test_an_environment_that_fails_is_reported(folder, tmp_path):
     (tmp_path / "game.py").write_text(GAME)
     arguments = ["generate", str(folder / "llama"), "1+2=", "--environment", f"{tmp_path / 'game.py'}:Twice"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0
-    assert result.stdout == "(start failed: no reward)\n\n"
-    assert "start raised KeyError: 'opening'" in result.stderr
+    assert result.exit_code == 1
+    failed = f"start raised KeyError: 'opening' at {tmp_path / 'game.py'}:"
+    assert result.stdout.startswith(f"({failed}")
+    assert result.stdout.endswith(": no reward)\n\n")
+    assert f"every episode failed: {failed}" in result.stderr

@@ -35,6 +35,7 @@ def scored(number, *, width=3, group_size=GROUP):
         num_calls=torch.zeros(group_size).long(),
         num_bad_calls=torch.zeros(group_size).long(),
         failures=(None, "step"),
+        reasons=(None, "raised ValueError"),
         openings=("a", "b"),
         messages=(({"role": "user"},), ()),
     )
