@@ -18,6 +18,8 @@ from llmrl.functional.statistics import (
     Total,
 )
 
+LOADS = "experts"
+"""Name of the statistic that counts how often experts are chosen."""
 VARIANCE_ROUNDING = 2.0**-40
 """Smallest variance, relative to the mean squares it is computed from; below it is the rounding of float32."""
 

@@ -16,14 +16,15 @@ Cobbe et al. 2020, arXiv:2009.04416, algorithm 1.
 """
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmrl.batches import AuxiliaryExperience, PPOExperience, Sequences
+from llmrl.batch_states import batch_of, state_of
+from llmrl.batches import AuxiliaryExperience, PPOExperience
 from llmrl.functional.losses import clipped_value_loss, cloning_loss
 from llmrl.functional.masking import masked_moments
 from llmrl.functional.statistics import Explained, Total
@@ -81,11 +82,12 @@ class DistillValues:
 
     def state_dict(self) -> dict[str, Any]:
         """What each iteration of the current policy phase sampled, by its number in the phase."""
-        return {"kept": {str(number): _tensors_of(part) for number, part in enumerate(self.kept)}}
+        return {"kept": {str(number): state_of(part) for number, part in enumerate(self.kept)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.kept = [_batch_of(part) for _, part in sorted(state["kept"].items(), key=lambda item: int(item[0]))]
+        kept = state["kept"]
+        self.kept = [batch_of(kept[str(number)]) for number in range(len(kept))]
 
 
 def _kept_of(experience: PPOExperience) -> AuxiliaryExperience:
@@ -104,14 +106,3 @@ def _squared_error(
 ) -> Float[Tensor, ""]:
     """Half the squared error of values, without a clip."""
     return clipped_value_loss(values, values.detach(), batch.returns, weights, value_clip=None)[0]
-
-
-def _tensors_of(batch: AuxiliaryExperience | Sequences) -> dict[str, Any]:
-    """Tensors of a batch by the names of its fields, nested as it is."""
-    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    nested = {name: _tensors_of(part) if isinstance(part, Sequences) else part for name, part in parts.items()}
-    return {name: part for name, part in nested.items() if part is not None}
-
-
-def _batch_of(state: dict[str, Any]) -> AuxiliaryExperience:
-    return AuxiliaryExperience(**state | {"sequences": Sequences(**state["sequences"]), "old_logprobs": None})

@@ -56,8 +56,8 @@ class GRPOConfig(Section, place="algorithm"):
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     importance: Literal["none", "truncated", "masked"] = "none"
     """Corrects for responses of another policy than the one that learns, such as stale ones or those of an engine with
-    other arithmetic: weights min(ratio, cap) (TIS),
-    or the ratio itself where it is near 1 and 0 elsewhere (IcePop). See docs/algorithms.md."""
+    other arithmetic: weights min(ratio, cap) (TIS), or the ratio itself where it is near 1 and 0 elsewhere (IcePop).
+    See docs/algorithms.md."""
     importance_level: Literal["token", "sequence"] = "token"
     """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
     bias but more variance."""
@@ -178,9 +178,8 @@ class PPOConfig(Section, place="algorithm"):
     """Bounds the loss of a token with negative advantage A at dual_clip * |A|; greater than 1; null for no bound."""
     importance: Literal["none", "truncated", "masked", "v_trace"] = "none"
     """Corrects for responses of another policy than the one that learns, such as stale ones or those of an engine with
-    other arithmetic: weights min(ratio, cap) (TIS),
-    or the ratio itself where it is near 1 and 0 elsewhere (IcePop), or truncated ones with V-trace targets, where the
-    critic is corrected too. See docs/algorithms.md."""
+    other arithmetic: weights min(ratio, cap) (TIS), or the ratio itself where it is near 1 and 0 elsewhere (IcePop), or
+    truncated ones with V-trace targets, where the critic is corrected too. See docs/algorithms.md."""
     importance_level: Literal["token", "sequence"] = "token"
     """Ratio of the policy that learns to the one that sampled: of each token, or of the whole response, which has no
     bias but more variance."""

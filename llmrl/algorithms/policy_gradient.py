@@ -16,6 +16,7 @@ from llmrl.functional.losses import cispo_loss, clipped_policy_loss, policy_grad
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Loads, Maximum, Mean, Minimum, Moments, Statistic, Total
+from llmrl.metrics import LOADS
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
 """From `logprobs`, `old_logprobs`, `advantages` and `weights`, each (B, T), to ``(loss, metrics)``."""
@@ -86,8 +87,8 @@ def add_balance(
     balance, counted = outputs.named["balance"], mask.any(dim=1)
     loss = loss + coef * masked_sum(weights * balance, mask) if coef else loss
     return loss, {
-        "experts": Loads(outputs.named["routed"][counted].sum(dim=0)),
-        "experts/balance_loss": Mean(masked_sum(balance.detach(), mask), mask.sum()),
+        LOADS: Loads(outputs.named["routed"][counted].sum(dim=0)),
+        f"{LOADS}/balance_loss": Mean(masked_sum(balance.detach(), mask), mask.sum()),
     }
 
 

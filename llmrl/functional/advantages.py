@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Num
 from torch import Tensor
 
-from llmrl.functional.masking import check_shapes
+from llmrl.functional.masking import check_shapes, next_positions, taken_at
 
 STD_FLOOR = 1e-6
 """Added to a group's standard deviation before `group_relative` divides by it."""
@@ -89,7 +89,7 @@ def n_step_returns(
     deltas, following = _td_errors(rewards, values, response_mask, bootstrap_values, gamma)
     advantages = torch.zeros_like(deltas)
     for _ in range(min(num_steps, deltas.shape[1])):
-        after = torch.cat([advantages, advantages.new_zeros(len(advantages), 1)], dim=1).gather(1, following)
+        after = taken_at(advantages, following, beyond=torch.zeros_like(bootstrap_values))
         advantages = torch.where(response_mask, deltas + gamma * after, 0.0)
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
@@ -260,17 +260,8 @@ def _td_errors(
         response_mask=(response_mask, "B T"),
         bootstrap_values=(bootstrap_values, "B"),
     )
-    following = _next_chosen(response_mask)
-    next_values = torch.cat([values, bootstrap_values[:, None]], dim=1).gather(1, following)
-    return rewards + gamma * next_values - values, following
-
-
-def _next_chosen(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The position of the next True after each position; T where there is none."""
-    width = mask.shape[1]
-    here = torch.where(mask, torch.arange(width, device=mask.device), width)
-    after = torch.cat([here[:, 1:], here.new_full((len(here), 1), width)], dim=1)[:, :width]
-    return after.flip(1).cummin(dim=1).values.flip(1)
+    following = next_positions(response_mask)
+    return rewards + gamma * taken_at(values, following, beyond=bootstrap_values) - values, following
 
 
 def _discounted_sums(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], decay: float) -> Float[Tensor, "B T"]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llmrl.functional.masking import check_shapes
+from llmrl.functional.masking import check_shapes, masked_moments
 from llmrl.functional.statistics import EffectiveShare, Maximum, Mean, Moments, Statistic
 
 Level = Literal["token", "sequence"]
@@ -77,13 +77,12 @@ def importance_metrics(
     than their ratio; over the tokens under the mask, empty where there are none."""
     if not mask.any():
         return {}
-    counted = ratio[mask].double()
-    num, total, square = torch.full_like(counted[0], len(counted)), counted.sum(), counted.square().sum()
+    moments = masked_moments(ratio, mask)
     return {
-        "importance": Moments(num, total, square),
-        "importance/max": Maximum(counted.max()),
-        "importance/ess": EffectiveShare(num, total, square),
-        "importance/clipped_fraction": Mean((weights != ratio)[mask].sum(), num),
+        "importance": Moments(*moments),
+        "importance/max": Maximum(ratio[mask].max()),
+        "importance/ess": EffectiveShare(*moments),
+        "importance/clipped_fraction": Mean((weights != ratio)[mask].sum(), moments[0]),
     }
 
 
@@ -111,9 +110,9 @@ def v_trace(
     Args:
         rewards: Per-token rewards, KL penalty included.
         values: The critic's V(s_t), *before* token t is chosen.
-        ratio: ρ_t of each token, from `behaviour_ratio`.
         response_mask: True on the tokens the policy chose.
         bootstrap_values: V after the last token; 0 where the response ended, or where a truncated one counts as ended.
+        ratio: ρ_t of each token, from `behaviour_ratio`.
         gamma: Discount per token, in [0, 1].
         gae_lambda: λ in [0, 1].
         rho_bar: Decides whose values the critic learns: 1 those of a policy between μ and π, infinity those of π.

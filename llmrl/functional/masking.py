@@ -7,7 +7,7 @@ infinity there change neither results nor gradients.
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int, Shaped
 from torch import Tensor
 
 VARIANCE_FLOOR = 1e-8
@@ -58,6 +58,21 @@ def standardize(
     deviation = torch.where(mask, x, 0.0).double() - mean
     counted = mask & ((deviation.abs() > MEAN_ROUNDING * mean.abs()) | ~mean.isfinite())
     return torch.where(counted, deviation / (variance + VARIANCE_FLOOR).sqrt(), 0.0).to(x.dtype)
+
+
+def next_positions(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The position of the next True after each position; T where there is none."""
+    width = mask.shape[1]
+    here = torch.where(mask, torch.arange(width, device=mask.device), width)
+    after = torch.cat([here[:, 1:], here.new_full((len(here), 1), width)], dim=1)[:, :width]
+    return after.flip(1).cummin(dim=1).values.flip(1)
+
+
+def taken_at(
+    x: Shaped[Tensor, "B T"], positions: Int[Tensor, "B T"], *, beyond: Shaped[Tensor, " B"]
+) -> Shaped[Tensor, "B T"]:
+    """Entries of each row at `next_positions`; `beyond` where there is none."""
+    return torch.cat([x, beyond[:, None]], dim=1).gather(1, positions)
 
 
 def check_shapes(**tensors: tuple[Tensor, str]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from llmrl.functional.masking import check_shapes, masked_sum
+from llmrl.functional.masking import check_shapes, masked_sum, next_positions, taken_at
 from llmrl.functional.statistics import Mean, Statistic
 
 
@@ -28,9 +28,7 @@ def next_chosen(x: Shaped[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Shaped[T
         ValueError: Shapes differ.
     """
     check_shapes(x=(x, "B T"), mask=(mask, "B T"))
-    row, chosen = mask.nonzero(as_tuple=True)[0], x[mask]
-    follows = torch.cat([row[1:] == row[:-1], row.new_zeros(min(1, len(row)), dtype=torch.bool)])
-    return torch.zeros_like(x).masked_scatter(mask, chosen.roll(-1).masked_fill(~follows, 0))
+    return taken_at(x, next_positions(mask), beyond=x.new_zeros(len(x))).masked_fill(~mask, 0)
 
 
 def head_targets(

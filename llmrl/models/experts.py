@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llmrl.functional.statistics import Loads
-from llmrl.metrics import Metrics
+from llmrl.metrics import LOADS, Metrics
 from llmrl.models.folders import ModelError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 BIAS = "e_score_correction_bias"
 """Buffer of a router, added to the scores by which experts are chosen, and only there."""
-LOADS = "experts"
-"""Name of the statistic that counts choices."""
 
 Routed = list[tuple[Float[Tensor, "tokens E"], Int[Tensor, "tokens k"]]]
 """Logits and chosen experts of each token that a pass read, by layer."""
@@ -71,24 +69,22 @@ class Experts:
             for hook in hooks:
                 hook.remove()
 
-    def read(self, routed: Routed, tokens: Int[Tensor, " M"], mask: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
-        """`balance` (B, T), the Switch loss of each response token, and `routed` (B, L, E), how often each response
-        chose each expert. `tokens`: where in the pass the M tokens of the mask were predicted."""
+    def read(
+        self, routed: Routed, tokens: Int[Tensor, " M"], mask: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "B L E"]]:
+        """The Switch loss of each token of the mask, and how often each response chose each expert. `tokens`: where in
+        the pass the M tokens were predicted."""
         responses = mask.nonzero(as_tuple=True)[0]
         losses, counts = [], []
         for layer, (logits, chosen) in enumerate(routed):
             probabilities, experts = self._probabilities(layer, logits[tokens]), chosen[tokens]
             num_experts = probabilities.shape[1]
-            share = None if self.shares is None else self.shares[layer]
             even = probabilities.new_full((num_experts,), 1 / num_experts)
-            losses.append(num_experts * probabilities @ (even if share is None else share.to(even)))
+            shares = even if self.shares is None else self.shares[layer].to(even)
+            losses.append(num_experts * probabilities @ shares)
             ones = torch.zeros_like(probabilities).scatter(1, experts, 1.0).detach()
             counts.append(ones.new_zeros(len(mask), num_experts).index_add(0, responses, ones))
-        balance = torch.stack(losses).mean(dim=0)
-        return {
-            "balance": torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, balance),
-            "routed": torch.stack(counts, dim=1),
-        }
+        return torch.stack(losses).mean(dim=0), torch.stack(counts, dim=1)
 
     def _probabilities(self, layer: int, logits: Float[Tensor, "M E"]) -> Float[Tensor, "M E"]:
         """Softmax of the logits; where a bias corrects scores, these are sigmoids, here divided by their sum

@@ -27,9 +27,9 @@ class PolicyModule(nn.Module):
         """Routers that are watched in passes that learn; None: none are."""
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
-        """`logprobs` and `entropy` (B, T) of the tokens in the response mask, 0 elsewhere; and what `Experts` reads,
-        where there are. A dict, because wrappers
-        that shard weights look for tensors in dicts and tuples only."""
+        """`logprobs` and `entropy` (B, T) of the tokens in the response mask; 0 elsewhere. Where `experts` are watched,
+        `balance` (B, T), the Switch loss of each token, and `routed` (B, L, E), how often each response chose each
+        expert. A dict, because wrappers that shard weights look for tensors in dicts and tuples only."""
         return self.read(self.encode(sequences), sequences)
 
     def encode(self, sequences: Sequences) -> HiddenStates:
@@ -50,7 +50,8 @@ class PolicyModule(nn.Module):
         outputs = {"logprobs": on_mask(mask, logprobs), "entropy": on_mask(mask, entropy)}
         if self.experts is None or not hidden.routed:
             return outputs
-        return outputs | self.experts.read(hidden.routed, hidden.tokens_before(mask), mask)
+        balance, routed = self.experts.read(hidden.routed, hidden.tokens_before(mask), mask)
+        return outputs | {"balance": on_mask(mask, balance), "routed": routed}
 
 
 class TransformersPolicy:

@@ -73,6 +73,7 @@ class Alarms:
         steps_per_iteration: Optimizer steps of each module in an iteration, if nothing leaves some out.
         critic_optimizer: Section of the settings with the critic's optimizer.
         compares_sums: Whether groups with equal sums of scores teach nothing, as far as is known before.
+        learns_from_stale: Whether rollouts are of an earlier policy, so that a gap to them means nothing.
     """
 
     def __init__(

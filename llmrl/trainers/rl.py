@@ -265,8 +265,7 @@ class RLTrainer(Resumable):
         position = {"num_responses": self.num_responses, "algorithm": self.algorithm.state_dict()}
         if self.auxiliary is not None:
             position["auxiliary"] = self.auxiliary.state_dict()
-        if self.stored.num_kept:
-            position["stored"] = self.stored.state_dict()
+        position["waiting"] = self.stored.waiting  # as they are: only a checkpoint holds them as a state
         return super().position() | position
 
     def move_to(self, position: dict[str, Any]) -> None:
@@ -274,7 +273,7 @@ class RLTrainer(Resumable):
         self.algorithm.load_state_dict(position["algorithm"])
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(position["auxiliary"])
-        self.stored.load_state_dict(position.get("stored", {}))  # not in one of a run without stale rollouts
+        self.stored.waiting = position["waiting"]
         super().move_to(position)
 
     @property
@@ -283,6 +282,9 @@ class RLTrainer(Resumable):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        del state["cursor"]["waiting"]
+        if self.stored.num_kept:
+            state["cursor"]["stored"] = self.stored.state_dict()
         if self.reference is not None:
             state["reference"] = self.reference.state_dict()
         if self.balance is not None:
@@ -290,7 +292,8 @@ class RLTrainer(Resumable):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+        self.stored.load_state_dict(state["cursor"].get("stored", {}))  # not in one of a run without stale rollouts
+        super().load_state_dict({**state, "cursor": {**state["cursor"], "waiting": self.stored.waiting}})
         if self.reference is not None and "reference" in state:  # not in one of a run whose reference stayed
             self.reference.load_state_dict(state["reference"])
         if self.balance is not None and "balance" in state:

@@ -1,20 +1,12 @@
 """Scored rollouts that wait to be learned from, and their state in a checkpoint."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from llmrl.batches import Batch, Episodes, Rollout, Scores, Sequences
+from llmrl.batch_states import batch_of, state_of
+from llmrl.batches import Rollout, Scores
 
 Scored = tuple[Rollout, Scores]
-
-_KINDS: dict[str, type[Batch]] = {kind.__name__: kind for kind in (Rollout, Sequences, Episodes, Scores)}
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-"""Floats are saved as their bits: a checkpoint refuses NaN, which in a score means "could not be scored"."""
 
 
 class StoredRollouts:
@@ -47,42 +39,12 @@ class StoredRollouts:
         return Rollout.cat(rollouts).to(device), Scores.cat(scores).to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollouts as nested tensors and what JSON holds; a value of a data row that it cannot hold is a text."""
+        """The rollouts that wait, as a checkpoint holds them."""
         return {
-            str(number): {"rollout": _encode(rollout), "scores": _encode(scores)}
+            str(number): {"rollout": state_of(rollout), "scores": state_of(scores)}
             for number, (rollout, scores) in enumerate(self.waiting)
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pairs = (state[str(number)] for number in range(len(state)))
-        self.waiting = tuple((_decode(pair["rollout"]), _decode(pair["scores"])) for pair in pairs)
-
-
-def _encode(value: Any) -> Any:
-    match value:
-        case Batch():
-            return {"kind": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
-        case Tensor() if value.dtype in _BITS:
-            return {
-                "dtype": str(value.dtype).removeprefix("torch."),
-                "bits": value.contiguous().view(_BITS[value.dtype]),
-            }
-        case Mapping():  # of tensors by names of rewards, which may have a slash
-            parts = {str(number): _encode(part) for number, part in enumerate(value.values())}
-            return {"names": list(value), "parts": parts}
-        case tuple():
-            return json.loads(json.dumps(value, default=str, skipkeys=True))
-    return value
-
-
-def _decode(state: Any) -> Any:
-    match state:
-        case {"kind": kind, **parts}:
-            return _KINDS[kind](**{name: _decode(part) for name, part in parts.items()})
-        case {"dtype": dtype, "bits": bits}:
-            return bits.view(getattr(torch, dtype))
-        case {"names": names, "parts": parts}:
-            return {name: _decode(parts[str(number)]) for number, name in enumerate(names)}
-        case list():
-            return tuple(tuple(row) if isinstance(row, list) else row for row in state)
-    return state
+        self.waiting = tuple((batch_of(pair["rollout"]), batch_of(pair["scores"])) for pair in pairs)

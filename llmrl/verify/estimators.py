@@ -1,7 +1,6 @@
 """Algorithms run by their own protocol, `experience` and `losses`, on draws from the game: the expected gradient and
 its spread."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from llmrl.algorithms.user_algorithm import UserAlgorithm, make_user_algorithm
 from llmrl.algorithms.user_functions import failures_of
 from llmrl.batches import Batch
 from llmrl.functional.losses import token_weights
+from llmrl.reports.progress import Silent
 from llmrl.roles import Algorithm
 from llmrl.user_code import load_object
 from llmrl.verify.game import MAX_TOKENS, Draws, Game, Gradient, TableCritic, TableNetworks, TablePolicy
@@ -24,16 +24,6 @@ from llmrl.verify.rows import Row
 Config = GRPOConfig | PPOConfig
 Passes = list[tuple[Tensor, Tensor, Tensor]]
 """``(prompts, states, gradients)`` of each forward pass, by row and token."""
-
-
-class _Silent:
-    """`Progress` that prints nothing."""
-
-    def begin(self, num_iterations: int, num_done: int = 0) -> None: ...
-    def iteration(self, number: int, values: Mapping[str, float]) -> None: ...
-    def message(self, text: str) -> None: ...
-    def phase(self, name: str, total: int) -> None: ...
-    def advance(self, amount: int = 1) -> None: ...
 
 
 def config_of(row: Row, game: Game) -> Config:
@@ -141,7 +131,7 @@ def _make(
     if row.code is None:
         return GRPO(config, actor=actor, **shared)
     named = replace(config, name=row.code)
-    return make_user_algorithm(row.code, named, progress=_Silent(), actor=actor, **shared)
+    return make_user_algorithm(row.code, named, progress=Silent(), actor=actor, **shared)
 
 
 def _gradients(table: TablePolicy | TableCritic) -> Passes:

@@ -70,8 +70,8 @@ def load_networks(config: PPORun, actor: Actor) -> Networks:
 
 def _load_heads(config: PPORun, actor: Actor) -> Networks:
     """Fresh heads of multi-token prediction on the actor's trunk."""
-    width, _ = settle_passes(actor.model, config.longest_sequence, packing=config.model.packing)
-    module = MTPModule(actor.module, MTPHeads(width, config.critic.mtp.num_heads).to(actor.model.device))
+    heads = MTPHeads(actor.width, config.critic.mtp.num_heads).to(actor.model.device)
+    module = MTPModule(actor.module, heads)
     both = SharedTrunk(module)
     return Networks(both=both, actor=both, value=None, critic=None, targets=TargetHeads(module.heads, module.targets))
 

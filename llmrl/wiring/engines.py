@@ -82,10 +82,8 @@ def load_for_sampling(config: ModelConfig, device: torch.device) -> "tuple[PreTr
     """Tokenizer and model in the precision that it computes in, on the device."""
     tokenizer = load_tokenizer(config)
     dtype = dtype_of(config)
-    read_in = (
-        dtype if config.quantization is None else torch.float32
-    )  # as for training, so that the 4 bits are the same
-    model = load_model(config, dtype=read_in)
+    is_plain = config.quantization is None
+    model = load_model(config, dtype=dtype if is_plain else torch.float32)  # so that the 4 bits are those of training
     return tokenizer, model.to(device, dtype)  # type: ignore[arg-type,return-value]
 
 

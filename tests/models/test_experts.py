@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from llmrl.functional.statistics import Loads, Mean
 from llmrl.metrics import Metrics
@@ -13,40 +13,16 @@ from llmrl.models.experts import BIAS, Experts, check_balance, router_class, wat
 from llmrl.models.folders import ModelError
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule
+from tests.mixtures import FAMILIES, config_of
 
 from .tiny import make_sequences as sequences
 
 VOCAB = 64
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "head_dim": 16,
-    "num_experts_per_tok": 2,
-}
-QWEN = {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": None,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "head_dim": 8,
-}
-FAMILIES = {"qwen3_moe": QWEN, "mixtral": {"num_local_experts": 4}, "deepseek_v3": DEEPSEEK}
 
 
 def mixture(family):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config_of(family, vocab_size=VOCAB))
     for name, p in model.named_parameters():
         if "gate.weight" in name:
             nn.init.normal_(p, std=1.0)  # routers that choose
@@ -211,7 +187,7 @@ def test_loads_are_pooled_as_counts_and_read_at_the_end():
 
 def test_models_without_experts_or_without_a_bias_are_refused():
     def check(family, *, bias):
-        config = AutoConfig.for_model(family, **SIZES | FAMILIES.get(family, {}))
+        config = config_of(family, vocab_size=VOCAB)
         check_balance(AutoModelForCausalLM._model_mapping[type(config)], config, path="some/model", bias=bias)
 
     for family, bias in (("qwen3_moe", False), ("deepseek_v3", True)):
@@ -224,7 +200,7 @@ def test_models_without_experts_or_without_a_bias_are_refused():
 
 def test_a_model_without_routers_is_not_watched():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    model = AutoModelForCausalLM.from_config(config_of("llama", vocab_size=VOCAB))
     assert router_class(type(model.base_model)) is None
     assert watched(model.base_model, bias_rate=0.0) is None
     assert Experts(model.base_model).routers == []

@@ -6,38 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.experts import BIAS
 from llmrl.models.folders import ModelError
 from llmrl.trainers.checkpoint import join_state, split_state
+from tests.mixtures import config_of
 
 from .conftest import TINY, build_run
-
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "initializer_range": 0.3,
-}
-LATENT = {
-    "n_routed_experts": 4,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": None,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "head_dim": 8,
-}
-FAMILIES = {"qwen3_moe": {"num_experts": 4, "head_dim": 16}, "deepseek_v3": LATENT}
 
 
 @pytest.fixture
@@ -47,7 +24,7 @@ def mixture(tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(TINY.path)
         tokenizer.save_pretrained(folder)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        shape = AutoConfig.for_model(family, **SIZES | FAMILIES[family] | ids, vocab_size=len(tokenizer))
+        shape = config_of(family, **ids, vocab_size=len(tokenizer), initializer_range=0.3)
         shape.save_pretrained(folder)
         return ModelConfig(path=str(folder), from_scratch=True, dtype="float32")
 
