@@ -4,6 +4,7 @@ from __future__ import annotations  # so that help() shows Rows and Reward by th
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,20 +14,26 @@ from llmrl.api.given import Given, Model, Rows, Tokenizer
 from llmrl.api.guest import checking, computing, own_random_numbers
 from llmrl.api.rewards import Reward, reward_section
 from llmrl.config import GRPORun, RLRun
-from llmrl.data.config import SupervisedDataConfig
+from llmrl.data.config import PromptDataConfig, SupervisedDataConfig
+from llmrl.data.rows import read_rows
 from llmrl.data.supervised import read_supervised_rows
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.context import Context
 from llmrl.distributed.device import pick_device
+from llmrl.environments.config import EnvironmentConfig
 from llmrl.models.checking import check_model
 from llmrl.models.config import ModelConfig
-from llmrl.roles import RolloutEngine
+from llmrl.models.loading import load_tokenizer
+from llmrl.reports.episodes import episode_text
+from llmrl.roles import RolloutEngine, Sampling
 from llmrl.secrets import remember_environment
+from llmrl.section import Section
 from llmrl.settings import SettingError, compose, is_unicode
 from llmrl.trainers.comparison import Evaluation
-from llmrl.user_code import handed_over
+from llmrl.user_code import UserCodeFailure, handed_over
 from llmrl.wiring.checks import check_rl, check_scorer
-from llmrl.wiring.engines import respond
+from llmrl.wiring.engines import play, respond, sampling_at, typed_prompts
+from llmrl.wiring.environments import check_environment
 from llmrl.wiring.process import joined, warn_without_gpu
 from llmrl.wiring.rewards import score_rows
 from llmrl.wiring.rl import build_evaluator
@@ -99,10 +106,19 @@ def measure(
             return build_evaluator(config, checked, context).measure()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Generation(Section):
+    """Settings of `generate`."""
+
+    environment: EnvironmentConfig | None = None
+
+
 def generate(
     model: Model,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str | Mapping[str, Any]],
     *,
+    environment: Playing | None = None,
+    tools: Tools = (),
     tokenizer: Tokenizer | None = None,
     temperature: float = 0.0,
     num_responses: int = 1,
@@ -110,13 +126,17 @@ def generate(
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> list[list[str]]:
-    """Responses to texts: `llmrl generate`.
+    """Responses to texts, or episodes: `llmrl generate`.
 
     Args:
         model: See `sft`.
-        prompts: Texts, N of them; one text is a list of one.
+        prompts: Texts, N of them; one text is a list of one. With an environment or tools also rows, which `start`
+            gets; a text is then a row whose ``prompt`` it is.
+        environment: See `grpo`.
+        tools: See `grpo`.
         tokenizer: See `sft`.
         temperature: Divides the logits; 0 takes the likeliest token.
         num_responses: Responses per prompt, G.
@@ -124,41 +144,61 @@ def generate(
         system_prompt: System message before each prompt.
         chat_template_kwargs: Arguments of the chat template, as in ``{"enable_thinking": False}``.
         seed: Seed of the random stream.
+        settings: Settings of the environment, as in ``{"environment.max_turns": 8}``.
         trust_remote_code: Allows the model's folder to bring and run its own Python code.
 
     Returns:
-        N lists of G texts.
+        N lists of G texts. That of an episode has what the model read after ``> ``, and in its last line how it ended.
 
     Raises:
-        Error: The model cannot be used, or an argument is out of its bounds.
+        Error: The model cannot be used, an argument is out of its bounds, or every episode failed.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    limits = {"num_responses": num_responses, "max_response_tokens": max_response_tokens, "seed": seed}
     with TemporaryDirectory() as place:
         with checking():
-            _check_sampling(
-                temperature=temperature,
-                num_responses=num_responses,
-                max_response_tokens=max_response_tokens,
-                seed=seed,
-            )
-            for text in (*texts, system_prompt or ""):
-                if not is_unicode(text):
-                    raise SettingError(f"the prompt {text!r} is no Unicode text; write it as UTF-8")
-            path = Given(Path(place), OneProcess()).model(model, tokenizer)
-            config = ModelConfig(path=path, trust_remote_code=trust_remote_code)
+            given = Given(Path(place), OneProcess())
+            sections = environment_section(environment, tools, given)
+            played = compose(_Generation, sections, given.settings(settings or {})).environment
+            _check_sampling(temperature=temperature, **limits)
+            _check_texts([*listed, system_prompt or ""], may_be_rows=played is not None)
+            config = ModelConfig(path=given.model(model, tokenizer), trust_remote_code=trust_remote_code)
             check_model(config, may_be_random=False)
+        if played is not None:
+            data = typed_prompts(system_prompt, chat_template_kwargs)
+            return _episodes(config, listed, played, given, data, sampling_at(temperature, **limits))
         with computing(), own_random_numbers():
             return respond(
                 config,
-                texts,
+                [str(text) for text in listed],
                 pick_device(),
                 system_prompt=system_prompt,
                 chat_template_kwargs=chat_template_kwargs,
                 temperature=temperature,
-                num_responses=num_responses,
-                max_response_tokens=max_response_tokens,
-                seed=seed,
+                **limits,
             )
+
+
+def _episodes(
+    config: ModelConfig,
+    prompts: Sequence[str | Mapping[str, Any]],
+    environment: EnvironmentConfig,
+    given: Given,
+    data: PromptDataConfig,
+    sampling: Sampling,
+) -> list[list[str]]:
+    """Episodes to be read, G of each prompt."""
+    with checking(), handed_over(given.objects):
+        rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+        read = read_rows(replace(data, path=given.rows(rows, argument="prompts")))
+        checked = check_environment(environment, load_tokenizer(config), data)
+    with computing(), own_random_numbers():
+        rollout = play(config, read, pick_device(), environment=checked, data=data, sampling=sampling)
+    assert rollout.episodes is not None, "an environment answered"
+    if all(rollout.episodes.failures):
+        raise UserCodeFailure(f"every episode failed: {rollout.episodes.failure(0)}")
+    texts = [episode_text(rollout, row) for row in range(len(rollout.rows))]
+    return [texts[first : first + sampling.num_responses] for first in range(0, len(texts), sampling.num_responses)]
 
 
 def score(
@@ -209,3 +249,13 @@ def _check_sampling(*, temperature: float, num_responses: int, max_response_toke
             raise SettingError(f"{name} ({value}) must be at least 1")
     if not 0 <= seed < 2**32:
         raise SettingError(f"seed ({seed}) must be at least 0 and less than {2**32}")
+
+
+def _check_texts(prompts: Sequence[str | Mapping[str, Any]], *, may_be_rows: bool) -> None:
+    for prompt in prompts:
+        if isinstance(prompt, str) and not is_unicode(prompt):
+            raise SettingError(f"the prompt {prompt!r} is no Unicode text; write it as UTF-8")
+        if not isinstance(prompt, str) and not may_be_rows:
+            raise SettingError(
+                f"prompts has a {type(prompt).__name__}; hand over texts, or environment or tools, which take rows"
+            )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -146,3 +147,57 @@ def test_an_environment_that_fails_is_reported(folder, tmp_path):
     assert result.stdout.startswith(f"({failed}")
     assert result.stdout.endswith(": no reward)\n\n")
     assert f"every episode failed: {failed}" in result.stderr
+
+
+def test_episodes_are_those_of_the_command(tiny, folder, tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    rows = [{"opening": "1+2="}, {"opening": "4+4="}]
+    arguments = ("--max-response-tokens=60", "--temperature=1", "--num-responses=3", "--seed=2")
+    name = f"{tmp_path / 'game.py'}:Twice"
+    printed = command("generate", folder / "llama", *map(json.dumps, rows), *arguments, "--environment", name)
+    common = {"max_response_tokens": 60, "temperature": 1.0, "num_responses": 3, "seed": 2}
+    given: dict[str, Any] = {"__name__": "__main__"}
+    exec(GAME, given)  # noqa: S102
+    for environment in (name, given["Twice"]):
+        played = llmrl.generate(tiny.model, rows, environment=environment, tokenizer=tiny.tokenizer, **common)
+        assert [len(episodes) for episodes in played] == [3, 3]
+        assert printed == "".join(f"{text}\n\n" for episodes in played for text in episodes)
+        assert all(
+            text.startswith(f"> {row['opening']}\n") for row, each in zip(rows, played, strict=True) for text in each
+        )
+
+
+def test_limits_of_episodes_are_settings_and_rows_need_an_environment(folder, tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    name = f"{tmp_path / 'game.py'}:Twice"
+    (episodes,) = llmrl.generate(
+        folder / "llama",
+        [{"opening": "1+2="}],
+        environment=name,
+        temperature=1.0,
+        num_responses=4,
+        max_response_tokens=60,
+        settings={"environment.max_turns": 1},
+    )
+    assert any(text.endswith("\n(1 turn; truncated by environment.max_turns, reward 0.5)") for text in episodes)
+    with pytest.raises(llmrl.Error, match=f"every episode failed: start raised KeyError: 'opening' at {tmp_path}"):
+        llmrl.generate(folder / "llama", "1+2=", environment=name)
+    with pytest.raises(llmrl.Error, match="rollout is not a setting"):
+        llmrl.generate(folder / "llama", "1+2=", environment=name, settings={"rollout.max_response_tokens": 3})
+    with pytest.raises(llmrl.Error, match="prompts has a dict; hand over texts, or environment or tools, which take"):
+        llmrl.generate(folder / "llama", [{"prompt": "1+2="}])
+
+
+def calculate(expression: str) -> str:
+    """Computes.
+
+    Args:
+        expression: Of two numbers.
+    """
+    return expression
+
+
+def test_tools_open_with_the_text(folder):
+    settings = {"environment.tool_format": "hermes"}
+    ((text,),) = llmrl.generate(folder / "llama", "1+2=", tools=[calculate], max_response_tokens=4, settings=settings)
+    assert text.startswith("> 1+2=\n")
