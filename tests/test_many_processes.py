@@ -178,42 +178,75 @@ class Dice(llmrl.Environment):
 """
 
 
-def playing(folder: Path) -> tuple[str, ...]:
-    """An environment that throws dice, and a model of which every third id ends a turn. Without a KL: summed over
-    episodes it is rounded by more than runs are compared to."""
+TEMPLATE = """
+{%- for message in messages -%}
+    {%- if message.role == 'assistant' -%}
+        <{% for letter in message.content if letter not in 'abcdefghi' %}{{ letter }}{% endfor %}{{ eos_token }}
+    {%- else -%}
+        >{{ message.content }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<{%- endif -%}
+"""
+"""Leaves out some letters of what the assistant has said."""
+SHORT_STEPS = ("algorithm.kl_coef=0.0", "optimizer.learning_rate=2.0e-5")
+"""Without a KL: summed over episodes it is rounded by more than runs are compared to."""
+PLAYED = {
+    "turns": ("grpo", "model.path=many_ends", "rollout.max_response_tokens=24"),
+    "contexts": ("grpo", "model.path=forgetting", "environment.history=branch"),
+    "contexts_of_ppo": ("ppo", "model.path=forgetting", "environment.history=branch"),
+}
+"""Runs of episodes, by the folder that they write."""
+
+
+def playing(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The runs, with an environment that throws dice, and models of which every third id ends a turn."""
     (folder / "dice.py").write_text(DICE)
-    model = shutil.copytree(TINY, folder / "many_ends")
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, vocab_size, 3))}))
-    return (
-        f"model.path={model}",
-        "reward.functions=[]",
-        "algorithm.credit=turn",
-        "algorithm.kl_coef=0.0",
-        "optimizer.learning_rate=2.0e-5",
-        "algorithm.max_redraws=0",
-        "rollout.max_response_tokens=24",
-        "environment.name=dice.py:Dice",
-        "environment.max_turns=3",
-    )
+    for name in ("many_ends", "forgetting"):
+        model = shutil.copytree(TINY, folder / name)
+        vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, vocab_size, 3))}))
+    (folder / "forgetting" / "chat_template.jinja").write_text(TEMPLATE)
+    environment = ("environment.name=dice.py:Dice", "environment.max_turns=3")
+    common = (*SHORT_STEPS, *environment, "reward.functions=[]")
+    own = {
+        "grpo": ("algorithm.credit=turn", "algorithm.max_redraws=0"),
+        "ppo": ("algorithm.kl_target=null", "critic_optimizer.learning_rate=2.0e-5"),
+    }
+    return {
+        name: (algorithm, "rollout.max_response_tokens=90", *own[algorithm], *common, *settings)
+        for name, (algorithm, *settings) in PLAYED.items()
+    }
 
 
 def test_episodes_are_the_same_after_a_resume_and_in_two_processes(tmp_path: Path):
-    """To the bit after a resume: an episode is played again from its seeds."""
+    """To the bit after a resume: an episode is played again from its seeds. In one context each, and in several."""
     write_recipes(tmp_path)
-    settings = playing(tmp_path)
-    resumed, split = ([[*step, *settings] for step in halves("grpo", output)] for output in ("resumed", "split"))
-    do(tmp_path, [], [command("grpo", "straight", *settings), *resumed])
-    models = [(tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("straight", "resumed")]
-    assert models[0] == models[1]
-    straight, again = (lines(tmp_path / run / "metrics.jsonl") for run in ("straight", "resumed"))
-    assert straight[-1]["turn/count"] > 1.2
-    for ours, theirs in zip(straight, again, strict=True):
-        assert {name: x for name, x in ours.items() if not name.endswith("_s")} == {
-            name: x for name, x in theirs.items() if not name.endswith("_s")
-        }
-    do(tmp_path, launcher("cpu_two_processes"), split)
-    assert_same_run(tmp_path / "straight", tmp_path / "split")
+    runs = playing(tmp_path)
+
+    def in_halves(place: str) -> list[list[str]]:
+        return [
+            [*step, *settings]
+            for name, (algorithm, *settings) in runs.items()
+            for step in halves(algorithm, f"{place}/{name}")
+        ]
+
+    straight = [command(algorithm, f"straight/{name}", *settings) for name, (algorithm, *settings) in runs.items()]
+    do(tmp_path, [], [*straight, *in_halves("resumed")])
+    do(tmp_path, launcher("cpu_two_processes"), in_halves("split"))
+    for name in runs:
+        straight, resumed = tmp_path / "straight" / name, tmp_path / "resumed" / name
+        for file in ("final/model.safetensors", "samples.jsonl"):
+            assert (straight / file).read_bytes() == (resumed / file).read_bytes()
+        numbers = lines(straight / "metrics.jsonl")
+        assert numbers[-1]["turn/count"] > 1.2
+        for ours, theirs in zip(numbers, lines(resumed / "metrics.jsonl"), strict=True):
+            assert {name: x for name, x in ours.items() if not name.endswith("_s")} == {
+                name: x for name, x in theirs.items() if not name.endswith("_s")
+            }
+        assert_same_run(straight, tmp_path / "split" / name)
+    told = lines(tmp_path / "straight" / "contexts" / "samples.jsonl")
+    assert 0 < sum(bool(each["context_starts"]) for each in told) < len(told)
 
 
 @pytest.mark.parametrize(

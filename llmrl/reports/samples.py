@@ -1,10 +1,11 @@
 """Some responses of every iteration, to be read: samples.jsonl."""
 
+import json
 from collections.abc import Callable
 
 import torch
 
-from llmrl.batches import Episodes, Experience, Rollout, StopReason
+from llmrl.batches import Episodes, Experience, Rollout, Row, StopReason
 from llmrl.functional.masking import masked_mean
 from llmrl.lines import LineFile
 
@@ -45,16 +46,23 @@ class SampleWriter:
 
 
 def _turns(rollout: Rollout, episodes: Episodes, row: int) -> dict:
-    """The turns of an episode: how far each goes, its reward, and why the last one was the last."""
-    num_turns = int(episodes.num_turns[row])
+    """What an episode began with, its turns (how far each goes, its reward), and why the last one was the last."""
+    num_turns, restarts = int(episodes.num_turns[row]), rollout.sequences.restarts
     return {
+        "row": _as_json(rollout.rows[row]),
         "turn_ends": episodes.turn_ends[row, :num_turns].tolist(),
         "turn_rewards": episodes.turn_rewards[row, :num_turns].tolist(),
         "end_reward": float(episodes.end_reward[row]),
+        "context_starts": [] if restarts is None else restarts[row].nonzero().flatten().tolist(),
         "messages": list(episodes.messages[row]),
         "stop": StopReason(int(rollout.stop_reason[row])).name.lower(),
         "failed": episodes.failure(row),
     }
+
+
+def _as_json(row: Row) -> dict:
+    """The columns of a row of data; a value that JSON cannot hold is a text."""
+    return json.loads(json.dumps(row, default=str, skipkeys=True))
 
 
 def _number(x: torch.Tensor) -> float | None:

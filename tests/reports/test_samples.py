@@ -1,11 +1,13 @@
 import json
 import math
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 
-from llmrl.batches import Experience, Rollout, Scores, Sequences, StopReason
+from llmrl.batches import Episodes, Experience, Rollout, Scores, Sequences, StopReason
 from llmrl.lines import LineFile
 from llmrl.reports.samples import SampleWriter
 
@@ -135,3 +137,39 @@ def test_iterations_are_appended_a_line_each_response_whatever_it_says(tmp_path:
     samples = written(tmp_path / "samples.jsonl")
     assert [sample["iteration"] for sample in samples] == [1, 2]
     assert samples[0]["response"] == 'a\nb "c" \u2028 é'
+
+
+def test_an_episode_says_its_row_its_turns_and_where_its_contexts_begin(tmp_path: Path):
+    batch, zeros = experience(3), torch.zeros(3).long()
+    restarts = torch.zeros(3, 3).bool()
+    restarts[2, 1] = True
+    rollout = replace(
+        batch.rollout,
+        sequences=replace(batch.rollout.sequences, restarts=restarts),
+        stop_reason=torch.tensor([StopReason.EOS, StopReason.EOS, StopReason.TURNS]),
+        rows=tuple({"secret": number, "day": date(2026, 1, 2)} for number in range(3)),
+        episodes=Episodes(
+            turn_ends=torch.tensor([[1, 0], [2, 0], [1, 3]]),
+            turn_rewards=torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.25, -1.0]]),
+            end_reward=torch.tensor([0.0, 0.0, 2.0]),
+            num_calls=zeros,
+            num_bad_calls=zeros,
+            failures=(None, None, None),
+            reasons=(None, None, None),
+            openings=("a", "aa", "aaa"),
+            messages=((), (), ({"role": "assistant", "content": "h"},)),
+        ),
+    )
+    first, _, last = write(tmp_path, 3, replace(batch, rollout=rollout))
+    told = ("row", "turn_ends", "turn_rewards", "end_reward", "context_starts", "messages", "stop", "failed")
+    assert {name: last[name] for name in told} == {
+        "row": {"secret": 2, "day": "2026-01-02"},
+        "turn_ends": [1, 3],
+        "turn_rewards": [0.25, -1.0],
+        "end_reward": 2.0,
+        "context_starts": [1],
+        "messages": [{"role": "assistant", "content": "h"}],
+        "stop": "turns",
+        "failed": None,
+    }
+    assert (first["turn_ends"], first["context_starts"]) == ([1], [])

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llmrl.batches import StopReason
 from llmrl.config import GRPORun
@@ -22,7 +24,7 @@ from llmrl.wiring.environments import check_environment, with_turns
 from tests.contexts import context_of
 from tests.environments.families import family
 
-from .conftest import build_run
+from .conftest import TINY, build_run
 
 GUESS = '''
 import llmrl
@@ -113,6 +115,54 @@ def test_a_run_is_the_same_again(episodes, tmp_path):
     assert {k: v for k, v in values.items() if not k.endswith("_s")} == {
         k: v for k, v in again.items() if not k.endswith("_s")
     }
+
+
+FORGOTTEN = "abcdefghi"
+FORGETS = (
+    "{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+    f"<{{% for letter in message.content if letter not in '{FORGOTTEN}' %}}{{{{ letter }}}}{{% endfor %}}"
+    "{{ eos_token }}"
+    "{%- else -%}>{{ message.content }}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<{%- endif -%}"
+)
+
+
+@pytest.fixture
+def forgetting(episodes, tmp_path):
+    """Whose chat template leaves out some letters of earlier turns, and whose actor ends a turn with every third id."""
+    model = shutil.copytree(TINY.path, tmp_path / "forgetting")
+    (model / "chat_template.jinja").write_text(FORGETS)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 99, 3))}))
+    environment = dataclasses.replace(episodes.environment, history="branch")
+    model_config = dataclasses.replace(episodes.model, path=str(model))
+    return dataclasses.replace(episodes, model=model_config, environment=environment)
+
+
+def test_before_each_turn_the_actor_read_what_the_template_writes_then(forgetting):
+    """And what it learns from is what it read."""
+    values, rollout, _ = iterate(forgetting)
+    tokenizer, sequences, told = (
+        AutoTokenizer.from_pretrained(forgetting.model.path),
+        rollout.sequences,
+        rollout.episodes,
+    )
+    num_branched = 0
+    for row, opening in enumerate(told.openings):
+        prompt = sequences.unique_prompt_ids[sequences.prompt_of_row[row]].tolist()
+        chosen, restarts = sequences.response_mask[row].tolist(), sequences.restarts[row].tolist()
+        read, expected, before = prompt, f">{opening}<", False
+        texts = iter(told.messages[row])
+        for column in range(int(sequences.response_lengths[row])):
+            read = [] if restarts[column] else read
+            if chosen[column] and not before:
+                assert tokenizer.decode(read, skip_special_tokens=True) == expected
+                said, answer = next(texts), next(texts, {"content": ""})
+                kept = "".join(letter for letter in said["content"] if letter not in FORGOTTEN)
+                expected += f"{kept}>{answer['content']}<"
+            read, before = [*read, int(sequences.response_ids[row, column])], chosen[column]
+        num_branched += any(restarts)
+    assert 0 < num_branched < len(told.openings)
+    assert told.num_turns.max() == 3
+    assert values["policy/rollout_gap"] < 1e-5
 
 
 def test_functions_score_the_last_turn_beside_the_environment(episodes, guess):
