@@ -179,6 +179,11 @@ class Conversations:
                 )
         return ids
 
+    @property
+    def unopened(self) -> list[int]:
+        """Indices of the conversations that have not begun."""
+        return [index for index, each in enumerate(self.all) if not each.has_begun]
+
     # --- turns --------------------------------------------------------------------------------------------------------
 
     def ask(self, turns: Mapping[int, Sequence[int]]) -> None:

@@ -44,22 +44,24 @@ class EnvironmentEngine:
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """An episode for each response, G of each row, which open alike; of `prompts` only the rows are read.
 
-        An episode whose environment or tool fails ends there, as `StopReason.FAILED`.
+        An episode whose environment or tool fails ends there, as `StopReason.FAILED`; one that does not open, after a
+        token that is no turn.
         """
         sampling = replace(sampling, max_turn_tokens=self.max_turn_tokens)
-        opened: list[Conversations] = []
+        is_new = False
 
         def replies(responses: Responses) -> Conversations:
             """Those that are open; where the engine begins again, since memory ran out, so do all."""
-            nonlocal conversations
-            if not opened:
+            nonlocal conversations, is_new
+            if not is_new:
                 conversations, _ = self._open(prompts, sampling)
-                return conversations
-            return opened.pop()
+            is_new = False
+            responses.end_at_once(conversations.unopened)
+            return conversations
 
         try:
             conversations, first_ids = self._open(prompts, sampling)
-            opened.append(conversations)
+            is_new = True
             ids, mask = padded(first_ids, left=True)
             rollout = self.engine.generate(Prompts(ids=ids, mask=mask, rows=prompts.rows), sampling, replies)
             rollout = conversations.close(rollout)

@@ -63,6 +63,10 @@ class Responses:
         """How many tokens of each row the actor has chosen: the position of the next draw in the row's stream."""
         return (self.lengths - self.num_fed)[rows]
 
+    def end_at_once(self, rows: Sequence[int]) -> None:
+        """Has these rows, of which nothing is drawn yet, end with their first token: no response is empty."""
+        self.limits[list(rows)] = 1
+
     def last_ids(self, rows: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         """The last token of each row, chosen or fed."""
         return self.ids[rows, self.lengths[rows] - 1]

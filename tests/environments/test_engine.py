@@ -126,6 +126,7 @@ def test_an_episode_that_has_not_begun_has_no_turn(all_fail):
     host = ScriptedHost(start=fails, respond=respond)
     rollout = make_engine(host, max_turn_tokens=7, max_turns=4).generate(ROWS, make_sampling(max_response_tokens=30))
     num_turns = rollout.episodes.num_turns
+    assert rollout.sequences.response_lengths[2:4].tolist() == [1, 1]
     begun = num_turns[[0, 1, 4, 5]]
     assert num_turns[2:4].tolist() == [0, 0]
     assert rollout.episodes.messages[2] == ()
@@ -156,6 +157,22 @@ def test_a_failed_episode_changes_no_bit_of_the_others(max_rows):
         "warning: environment: respond raised ValueError: x at mine.py:3; the response is left out as unscored, and so "
         "are further ones, counted in the metrics as environment/failed"
     ]
+
+
+def test_a_group_that_does_not_open_takes_a_token_each_and_changes_no_bit_of_the_others():
+    def fails(row):
+        return Failure("start", "raised ValueError: x") if row["row"] == 1 else start(row)
+
+    whole, broken = (
+        make_engine(ScriptedHost(start=each, respond=respond)).generate(ROWS, make_sampling(max_response_tokens=30))
+        for each in (start, fails)
+    )
+    assert broken.num_chosen.tolist()[2:4] == [1, 1]
+    assert broken.stop_reason.tolist()[2:4] == [StopReason.FAILED] * 2
+    for row in (0, 1, 4, 5):
+        length = int(whole.sequences.response_lengths[row])
+        assert int(broken.sequences.response_lengths[row]) == length
+        assert torch.equal(broken.sequences.response_ids[row, :length], whole.sequences.response_ids[row, :length])
 
 
 def test_each_kind_of_failure_of_a_part_is_told_once():
