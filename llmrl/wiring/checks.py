@@ -18,7 +18,7 @@ from llmrl.data.files import Rows
 from llmrl.data.mixture import keep_in_each, mix, sets_of
 from llmrl.data.preferences import keep_pairs_in_template, read_preference_rows
 from llmrl.data.prompts import keep_prompts_in_template, read_prompt_rows
-from llmrl.data.rerender import same_ids
+from llmrl.data.rerender import same_ids, same_tokens
 from llmrl.data.rows import column_names, keep_usable, read_rows
 from llmrl.data.scored import read_scored_rows
 from llmrl.data.supervised import keep_examples_in_template, read_supervised_rows
@@ -110,7 +110,8 @@ def _check_batches(
     made_by = command_for(config.model.path, config)
     unchecked = _check_model(config.model, dry=dry, made_by=made_by, needs_head=needs_head)
     knows_models = not unchecked
-    rows_of: Callable[..., Rows | None] = _reader(read, keep, config, unchecked, dry=dry)
+    tokenizer = None if dry and unchecked else load_tokenizer(config.model)
+    rows_of: Callable[..., Rows | None] = _reader(read, keep, config, tokenizer, unchecked, dry=dry)
     rows = rows_of(config.data, "data")
     evaluation_rows = None if config.evaluation_data is None else rows_of(config.evaluation_data, EVALUATION)
     Trackers(config.trackers, output_dir=Path(config.run.output_dir))
@@ -147,10 +148,10 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         _check_engine(config)
     if trains and not unchecked:
         _check_balance(config)
-    rows_of = _prompt_reader(config, unchecked, dry=dry)
+    tokenizer = load_tokenizer(config.model) if knows_actor else None
+    rows_of = _prompt_reader(config, tokenizer, unchecked, dry=dry)
     environment = None
     if config.environment is not None:
-        tokenizer = load_tokenizer(config.model) if knows_actor else None
         environment = check_environment(config.environment, tokenizer, config.data)
     if config.reward.model is not None:
         made_by = command_for(config.reward.model.path, config)
@@ -158,6 +159,8 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
         if trains and config.reward.model.on_actor_base and not (dry and missing):
             with naming("reward.model"):
                 check_shared_base(reward_model_config(config), config.model)
+        if environment is not None and tokenizer is not None and not (dry and missing):
+            _check_reads_episodes(config, tokenizer)
         unchecked += missing
     if trains and isinstance(config, PPORun) and config.critic.path is not None:
         unchecked += _check_kept_critic(config, config.critic.path, dry=dry, knows_actor=knows_actor)
@@ -198,11 +201,13 @@ def check_rl(config: RLRun, *, dry: bool, trains: bool = True, engine: RolloutEn
     )
 
 
-def _prompt_reader(config: RLRun, unchecked: list[str], *, dry: bool) -> Callable[..., Rows | None]:
+def _prompt_reader(
+    config: RLRun, tokenizer: "PreTrainedTokenizerBase | None", unchecked: list[str], *, dry: bool
+) -> Callable[..., Rows | None]:
     """Function that reads the rows of prompts; of an environment, which opens with what it likes, any rows."""
     if config.environment is not None and config.environment.name is not None:
-        return _reader(read_rows, lambda rows, *_: rows, config, unchecked, dry=dry)
-    return _reader(read_prompt_rows, keep_prompts_in_template, config, unchecked, dry=dry)
+        return _reader(read_rows, lambda rows, *_: rows, config, tokenizer, unchecked, dry=dry)
+    return _reader(read_prompt_rows, keep_prompts_in_template, config, tokenizer, unchecked, dry=dry)
 
 
 def _compared(
@@ -234,6 +239,7 @@ def _reader(
     read: Callable[[C], Rows],
     keep: "Callable[[Rows, PreTrainedTokenizerBase, C], Rows]",
     run: AnyRun,
+    tokenizer: "PreTrainedTokenizerBase | None",
     unchecked: list[str],
     *,
     dry: bool,
@@ -241,10 +247,9 @@ def _reader(
     """Function that reads the rows of a section and keeps those that the model's chat template takes.
 
     Args:
-        unchecked: Sentences on what could not be checked of the model: if there are any in a dry run, every row is
-            kept. Gets a sentence for each section that cannot be read yet.
+        tokenizer: The model's; None: it does not exist yet, and every row is kept.
+        unchecked: Gets a sentence for each section that cannot be read yet.
     """
-    tokenizer = None if dry and unchecked else load_tokenizer(run.model)
 
     def set_of(config: C, place: str) -> Rows | None:
         rows = read_section(config, read, unchecked, dry=dry, section=place, made_by=command_for(config.path, run))
@@ -418,6 +423,20 @@ def _check_tokens(model: ModelConfig, critic: ModelConfig, section: str, *, caus
         raise ModelError(
             f"{cause}{section}.path ({critic.path}) reads other tokens than model.path ({model.path}), and the critic "
             f"reads the policy's; {'set critic.network to own' if cause else 'leave it out'}"
+        )
+
+
+def _check_reads_episodes(config: RLRun, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a reward model that would read episodes in other tokens: whether its chat template takes what an
+    environment says, and calls of tools, shows only once they are played."""
+    theirs = reward_model_config(config)
+    with naming("reward.model"):
+        is_same = same_tokens(tokenizer, load_tokenizer(theirs))
+    if not is_same:
+        raise ModelError(
+            f"reward.model.path ({theirs.path}) has other tokens or another chat template than model.path "
+            f"({config.model.path}), and episodes are not written anew for it; take a reward model trained from "
+            "model.path, or a reward function that asks this one"
         )
 
 

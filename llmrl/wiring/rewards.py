@@ -22,7 +22,6 @@ from llmrl.distributed.roles import DistributedReward, DistributedScorer
 from llmrl.environments.reward import EpisodeReward
 from llmrl.models.adapters import base_of
 from llmrl.models.config import ModelConfig
-from llmrl.models.folders import ModelError
 from llmrl.models.loaded import RewardScorer
 from llmrl.models.loading import load_tokenizer
 from llmrl.models.reward_loading import load_reward_model, load_reward_on_base
@@ -93,7 +92,7 @@ def reward_on(
         rewards.append(
             LearnedReward(
                 _in_microbatches(scorer, config.model.microbatch_tokens, context),
-                encode=_encoder(scorer, tokenizer, data, rows, of_episodes=of_episodes is not None),
+                encode=_encoder(scorer, tokenizer, data, rows),
                 normalize=scorer.normalize,
                 weight=config.model.weight,
             )
@@ -102,22 +101,12 @@ def reward_on(
 
 
 def _encoder(
-    scorer: RewardScorer,
-    tokenizer: "PreTrainedTokenizerBase",
-    data: PromptsConfig,
-    rows: Sequence[Row],
-    *,
-    of_episodes: bool,
+    scorer: RewardScorer, tokenizer: "PreTrainedTokenizerBase", data: PromptsConfig, rows: Sequence[Row]
 ) -> Callable[[Rollout], Sequences]:
     """Encoder of a rollout in the reward model's tokens: the policy's own ids where both have the same."""
     eos_id: Any = scorer.tokenizer.eos_token_id
     if same_tokens(tokenizer, scorer.tokenizer):
         return partial(ended_by, eos_id=eos_id)
-    if of_episodes:
-        raise ModelError(
-            "reward.model.path: the reward model reads other tokens than the policy writes, and the turns of an "
-            "environment are not written anew; take one of the policy's own tokens, or a reward function"
-        )
     rerenderer = Rerenderer(data, policy_tokenizer=tokenizer, tokenizer=scorer.tokenizer)
     rerenderer.check(rows)
     return rerenderer

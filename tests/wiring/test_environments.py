@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from llmrl.batches import StopReason
 from llmrl.config import GRPORun
@@ -15,10 +15,12 @@ from llmrl.environments.config import EnvironmentConfig
 from llmrl.environments.processes import Processes
 from llmrl.environments.threads import Threads
 from llmrl.models.folders import ModelError
-from llmrl.rewards.config import RewardConfig, RewardFunctionConfig
+from llmrl.models.loading import load_tokenizer
+from llmrl.rewards.config import LearnedRewardConfig, RewardConfig, RewardFunctionConfig
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.scripted import ScriptedEngine
 from llmrl.user_code import UserCodeError, handed_over
+from llmrl.wiring import checks
 from llmrl.wiring.checks import check_rl
 from llmrl.wiring.environments import check_environment, with_turns
 from tests.contexts import context_of
@@ -26,6 +28,7 @@ from tests.environments.families import family
 
 from .conftest import TINY, build_run
 
+SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 GUESS = '''
 import llmrl
 
@@ -53,6 +56,8 @@ def add(a: int, b: int) -> int:
 
 def bare(a):
     return a
+
+total = add
 
 def starts_with_a_digit(prompts, responses, completions):
     return [float(p[0] == "0" and c[-1] == {"role": "assistant", "content": r})
@@ -253,6 +258,7 @@ def test_tools_are_shown_to_the_actor(guess):
     [
         ({"name": "{guess}:Gess"}, None, UserCodeError, "did you mean"),
         ({"tools": ("{guess}:bare",)}, "qwen2_5", UserCodeError, "bare cannot be shown to the actor"),
+        ({"tools": ("{guess}:total",)}, "qwen2_5", UserCodeError, "as 'add', but its calls are looked up by 'total'"),
         ({"tools": ("{guess}:add",)}, "smollm2", UserCodeError, "set environment.tool_format"),
         ({"name": "{guess}:Guess"}, "qwen3", ModelError, 'set environment.history to "branch" .* or to "keep"'),
     ],
@@ -264,6 +270,28 @@ def test_what_would_fail_later_is_refused(guess, settings, tokenizer, error, mes
     }
     with pytest.raises(error, match=message):
         checked(guess, None if tokenizer is None else family(tokenizer), **named)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_reward_model_that_writes_episodes_differently_is_refused_before_a_model_loads(episodes, tmp_path, dry):
+    config = LlamaConfig(**SIZES, vocab_size=99, pad_token_id=0, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(TINY.path)
+    tokenizer.save_pretrained(tmp_path / "judge")
+    judged = RewardConfig(model=LearnedRewardConfig(path=str(tmp_path / "judge")))
+    check_rl(dataclasses.replace(episodes, reward=judged), dry=dry)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ModelError, match=r"reward\.model\.path \(.*judge\) has other tokens or another chat template"):
+        check_rl(dataclasses.replace(episodes, reward=judged), dry=dry)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_tokenizer_of_the_actor_is_loaded_once(episodes, monkeypatch, dry):
+    loaded = []
+    monkeypatch.setattr(checks, "load_tokenizer", lambda config: loaded.append(config) or load_tokenizer(config))
+    check_rl(episodes, dry=dry)
+    assert loaded == [episodes.model]
 
 
 def test_history_may_be_kept(guess):
