@@ -189,6 +189,14 @@ CATALOGUE: tuple[Metric, ...] = (
         runs=LOOP,
     ),
     Metric(
+        name="turn/limit_fraction",
+        unit="fraction",
+        meaning="Share of the episodes that environment.max_turns ended.",
+        look_for="Near 0. A limit on tokens truncated those that neither ended by themselves, as "
+        "response/finished_fraction counts, nor failed.",
+        runs=LOOP,
+    ),
+    Metric(
         name="turn/length",
         unit="tokens",
         meaning="Mean number of tokens that the actor chose in a turn, EOS included.",

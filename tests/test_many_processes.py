@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.environments.fakes import FORGETS
 from tests.processes import ROOT, TINY, assert_same_run, environment, free_port, lines, write_recipes
 
 pytestmark = pytest.mark.slow
@@ -178,17 +179,6 @@ class Dice(llmrl.Environment):
 """
 
 
-TEMPLATE = """
-{%- for message in messages -%}
-    {%- if message.role == 'assistant' -%}
-        <{% for letter in message.content if letter not in 'abcdefghi' %}{{ letter }}{% endfor %}{{ eos_token }}
-    {%- else -%}
-        >{{ message.content }}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}<{%- endif -%}
-"""
-"""Leaves out some letters of what the assistant has said."""
 SHORT_STEPS = ("algorithm.kl_coef=0.0", "optimizer.learning_rate=2.0e-5")
 """Without a KL: summed over episodes it is rounded by more than runs are compared to."""
 PLAYED = {
@@ -206,7 +196,7 @@ def playing(folder: Path) -> dict[str, tuple[str, ...]]:
         model = shutil.copytree(TINY, folder / name)
         vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
         (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, vocab_size, 3))}))
-    (folder / "forgetting" / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "forgetting" / "chat_template.jinja").write_text(FORGETS)
     environment = ("environment.name=dice.py:Dice", "environment.max_turns=3")
     common = (*SHORT_STEPS, *environment, "reward.functions=[]")
     own = {

@@ -15,10 +15,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
-from llmrl.batches import AuxiliaryExperience, Episodes, Experience, Prompts, Rollout, Scores
+from llmrl.batches import AuxiliaryExperience, Episodes, Experience, Prompts, Rollout, Scores, StopReason
 from llmrl.distributed.context import Context
 from llmrl.distributed.microbatcher import Microbatcher
 from llmrl.errors import Error
@@ -322,7 +321,7 @@ def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
         flat = flat_groups(scores.per_response, rollout.group_ids)
         statistics["group/flat_fraction"] = Mean(flat.sum(), len(flat))
     if rollout.episodes is not None:
-        statistics |= describe_episodes(rollout.episodes, lengths)
+        statistics |= describe_episodes(rollout, rollout.episodes)
     for name, part in scores.parts.items():
         known = ~part.isnan()
         statistics[f"score/{name}"] = Mean(masked_sum(part, known), known.sum())
@@ -331,14 +330,16 @@ def describe(rollout: Rollout, scores: Scores, group_size: int) -> Metrics:
     return Metrics(statistics)
 
 
-def describe_episodes(episodes: Episodes, lengths: Float64[Tensor, " B"]) -> dict[str, Statistic]:
-    """Metrics of turns and tools; `lengths`: tokens that the actor chose in each episode."""
+def describe_episodes(rollout: Rollout, episodes: Episodes) -> dict[str, Statistic]:
+    """Metrics of turns and tools; an episode that has not begun has no turn."""
     num_turns = episodes.num_turns.double()
-    num_begun = (num_turns > 0).sum()
+    begun = num_turns > 0
+    num_begun = begun.sum()
     statistics: dict[str, Statistic] = {
         "turn/count": Mean(num_turns.sum(), num_begun),
         "turn/count_max": Maximum(num_turns.max()),
-        "turn/length": Mean(lengths.sum(), num_turns.sum()),
+        "turn/limit_fraction": Mean((rollout.stop_reason == StopReason.TURNS).sum(), num_begun),
+        "turn/length": Mean(rollout.num_chosen[begun].double().sum(), num_turns.sum()),
         "turn/reward": Mean(episodes.turn_rewards.double().sum(), num_turns.sum()),
         "tool/calls": Mean(episodes.num_calls.double().sum(), num_begun),
         "tool/failed": Mean(episodes.num_bad_calls.double().sum(), episodes.num_calls.double().sum()),

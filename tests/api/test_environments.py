@@ -1,15 +1,18 @@
 """Environments and tools that a program hands over."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llmrl
 from llmrl.api.environments import environment_section
 from llmrl.api.given import Given
 from llmrl.distributed.collectives import OneProcess
+from tests.environments.fakes import FORGETS, FORGOTTEN
 from tests.golden.runs import read_metrics, train
 
 from .conftest import SHORT, without_times
@@ -133,6 +136,42 @@ def test_a_model_is_evaluated_in_an_environment(tiny):
     )
     assert values["eval/turns"] >= 1
     assert values["eval/num_prompts"] == 2
+
+
+class Asks(llmrl.Environment):
+    def start(self, row):
+        return row["opening"]
+
+    def respond(self, message):
+        return llmrl.Turn(f"{message.turn}+", reward=1.0)
+
+
+def test_a_new_context_is_what_a_fresh_conversation_is(tiny, tmp_path):
+    """Likeliest turns, against responses to the conversation as the template writes it each time."""
+    plain = tmp_path / "plain"
+    with torch.no_grad():
+        tiny.model.lm_head.weight[1] = 0  # other ids end a turn, so that it says something
+    tiny.model.save_pretrained(plain)
+    tiny.tokenizer.save_pretrained(plain)
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(30, 99, 2))}))
+    forgetting = shutil.copytree(plain, tmp_path / "forgetting")
+    (forgetting / "chat_template.jinja").write_text(FORGETS)
+    settings = {"environment.history": "branch", "environment.max_turns": 4}
+    rows = [{"opening": f"{number}+{other}="} for number in range(2) for other in range(2)]
+    episodes = llmrl.generate(forgetting, rows, environment=Asks, settings=settings)
+    num_forgotten = 0
+    for row, (episode,) in zip(rows, episodes, strict=True):
+        read, lines = f">{row['opening']}<", [f"> {row['opening']}"]
+        for turn in range(1, 5):
+            ((said,),) = llmrl.generate(plain, read)
+            lines += [said, f"> {turn}+"]
+            kept = "".join(letter for letter in said if letter not in FORGOTTEN)
+            num_forgotten += kept != said
+            read += f"{kept}<eos>>{turn}+<"
+        assert episode == "\n".join([*lines[:-1], "(4 turns; truncated by environment.max_turns, reward 4)"])
+    assert num_forgotten > 0
+    values = llmrl.evaluate(forgetting, prompts=rows, environment=Asks, settings=settings)
+    assert values["eval/turns"] == values["eval/score"] == 4.0
 
 
 def test_without_environment_there_has_to_be_a_reward(tiny, rows, tmp_path, production):

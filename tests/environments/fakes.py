@@ -5,6 +5,15 @@ from llmrl.environments.calls import ToolCall
 from llmrl.environments.environment import Turn
 from llmrl.environments.hosting import Failure, ToolResult
 
+FORGOTTEN = "abcdefghi"
+FORGETS = (
+    "{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+    f"<{{% for letter in message.content if letter not in '{FORGOTTEN}' %}}{{{{ letter }}}}{{% endfor %}}"
+    "{{ eos_token }}"
+    "{%- else -%}>{{ message.content }}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<{%- endif -%}"
+)
+"""A chat template that leaves out some letters of what the assistant has said."""
+
 
 class ScriptedHost:
     """`Host` of environments that are functions: ``start(row)``, ``respond(number, message)``, ``close(number)``."""

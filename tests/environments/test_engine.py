@@ -130,10 +130,15 @@ def test_an_episode_that_has_not_begun_has_no_turn(all_fail):
     begun = num_turns[[0, 1, 4, 5]]
     assert num_turns[2:4].tolist() == [0, 0]
     assert rollout.episodes.messages[2] == ()
-    statistics = describe_episodes(rollout.episodes, rollout.num_chosen.double())
+    statistics = describe_episodes(rollout, rollout.episodes)
     assert (begun == 0).all() if all_fail else (begun > 0).all()
     count = statistics["turn/count"]
     assert (float(count.total), float(count.num)) == (float(begun.sum()), 0.0 if all_fail else 4.0)
+    length = statistics["turn/length"]
+    assert (float(length.total), float(length.num)) == (
+        (0.0, 0.0) if all_fail else (float(rollout.num_chosen[[0, 1, 4, 5]].sum()), float(begun.sum()))
+    )
+    assert float(statistics["turn/limit_fraction"].total) == float((rollout.stop_reason == StopReason.TURNS).sum())
     assert rollout.last_turn_starts.tolist()[2:4] == [0, 0]
 
 

@@ -24,6 +24,7 @@ from llmrl.wiring import checks
 from llmrl.wiring.checks import check_rl
 from llmrl.wiring.environments import check_environment, with_turns
 from tests.contexts import context_of
+from tests.environments.fakes import FORGETS, FORGOTTEN
 from tests.environments.families import family
 
 from .conftest import TINY, build_run
@@ -107,6 +108,7 @@ def test_a_run_learns_from_its_episodes(episodes):
     expected = (told.turn_rewards.sum(dim=1) + 0.5)[ok].mean()
     assert values["score/environment"] == pytest.approx(float(expected), rel=1e-6)
     assert values["turn/count"] == pytest.approx(float(told.num_turns.float().mean()))
+    assert values["turn/limit_fraction"] == float((rollout.stop_reason == StopReason.TURNS).float().mean())
     assert values["response/length"] == pytest.approx(float(rollout.sequences.response_mask.sum()) / 32)
     assert values["actor/grad_norm"] > 0
 
@@ -120,15 +122,6 @@ def test_a_run_is_the_same_again(episodes, tmp_path):
     assert {k: v for k, v in values.items() if not k.endswith("_s")} == {
         k: v for k, v in again.items() if not k.endswith("_s")
     }
-
-
-FORGOTTEN = "abcdefghi"
-FORGETS = (
-    "{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
-    f"<{{% for letter in message.content if letter not in '{FORGOTTEN}' %}}{{{{ letter }}}}{{% endfor %}}"
-    "{{ eos_token }}"
-    "{%- else -%}>{{ message.content }}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<{%- endif -%}"
-)
 
 
 @pytest.fixture
