@@ -53,8 +53,8 @@ def check_quantization(config: ModelConfig) -> None:
     """Refuses, before any weights load, a quantized base that could not be loaded or trained on.
 
     Raises:
-        ModelError: bitsandbytes is missing, no adapter is trained, the weights are random, or adapters that were trained
-            on 4 bits are merged into them.
+        ModelError: bitsandbytes is missing, no adapter is trained, the weights are random, or an adapter that was
+            trained on 4 bits is merged into them.
     """
     if config.quantization is None:
         return

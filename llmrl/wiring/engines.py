@@ -81,15 +81,15 @@ def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, confi
 
 
 def load_for_sampling(config: ModelConfig, device: torch.device) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
-    """Tokenizer and model in the precision that it computes in, on the device; an adapter merged into its base, except
-    one of 4 bits, which a run does not sample from merged either."""
+    """Tokenizer and model in the precision that it computes in, on the device. An adapter is merged into its base in
+    float32; into 4 bits it is not, as in a run."""
     tokenizer = load_tokenizer(config)
     dtype, is_plain = dtype_of(config), config.quantization is None
     if is_adapter(config.path):
         model, adapted = load_adapted(config)
         model = adapted.merge_and_unload() if is_plain else model  # type: ignore[union-attr,operator]
-    else:
-        model = load_model(config, dtype=dtype if is_plain else torch.float32)  # so that the 4 bits are those of training
+    else:  # in float32, so that the 4 bits are those of training
+        model = load_model(config, dtype=dtype if is_plain else torch.float32)
     return tokenizer, model.to(device, dtype)  # type: ignore[arg-type,return-value]
 
 
