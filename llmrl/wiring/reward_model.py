@@ -132,7 +132,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
             trainer,
             scorer,
             sources=held_out.sources,
-            counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
+            counts={"data": pairs.counts.numbers(), "evaluation_data": held_out.counts.numbers()},
             may_be_truncated=config.evaluation_data.truncate,
             normalization=normalization,
         )
