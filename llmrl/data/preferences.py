@@ -59,6 +59,9 @@ REASONS = {
     "equal_when_cut": "both responses are the same tokens, truncated to max_tokens",
 }
 """Why pairs are dropped, by the names that the report card has. Of contradictions all are."""
+OF_TEXTS = ("empty", "identical", "duplicates", "contradictions")
+OF_TOKENS = ("too_long", "equal_when_cut")
+"""Reasons of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +100,10 @@ class PairCounts:
         """``rows``, ``kept``, and the number of those dropped for each reason."""
         return {"rows": self.rows, "kept": self.kept, **{name: len(self.dropped.get(name, ())) for name in REASONS}}
 
-    def lines(self) -> list[str]:
-        """One sentence for each reason for which pairs were dropped, with the first places."""
-        found = [(text, places) for name, text in REASONS.items() if (places := self.dropped.get(name))]
-        return [f"dropped {len(x)} of {self.rows} pairs: {text} ({listed(x)})" for text, x in found]
+    def lines(self, reasons: Sequence[str] = (*OF_TEXTS, *OF_TOKENS)) -> list[str]:
+        """One sentence for each of these reasons for which pairs were dropped, with the first places."""
+        found = [(REASONS[name], places) for name in reasons if (places := self.dropped.get(name))]
+        return [f"dropped {len(x)} of {self.rows} pairs: {reason} ({listed(x)})" for reason, x in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,30 +136,38 @@ def keep_usable_pairs(rows: Sequence[Row], config: PairsConfig) -> Rows:
 
 
 def keep_pairs_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PairsConfig) -> Rows:
-    """The rows whose prompt the chat template takes, with notes on where prompts and chosen responses meet."""
+    """The rows whose prompt the chat template takes, with notes on those of them that are not worth learning from, and on
+    where prompts and chosen responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
     config = _as_read(config, tokenizer)
-    rows, pairs, _ = _parse_rows(rows, config)
-    examples = {pair.place: (pair.prompt, pair.chosen) for pair in pairs}
-    prompts = [examples[place][0] if place in examples else None for place in places_of(rows)]
-    kept = keep_in_template(rows, prompts, tokenizer, config)
-    taken = [examples[place] for place in places_of(kept) if place in examples]
-    kept.notes += notes_on_seams(taken, tokenizer, config)
+    rows, pairs, empty = _parse_rows(rows, config)
+    prompt_of = {pair.place: pair.prompt for pair in pairs}
+    kept = keep_in_template(rows, [prompt_of.get(place) for place in places_of(rows)], tokenizer, config)
+    left = set(places_of(kept))
+    taken = [pair for pair in pairs if pair.place in left]
+    _, counts = _different(kept, taken, [place for place in empty if place in left])
+    kept.notes += counts.lines()
+    kept.notes += notes_on_seams([(pair.prompt, pair.chosen) for pair in taken], tokenizer, config)
     return kept
 
 
 def parse_preferences(rows: Sequence[Row], config: PairsConfig) -> tuple[list[Preference], PairCounts]:
     """The pairs worth learning from, in data order, and counts of the others."""
-    rows, parsed, empty = _parse_rows(rows, config)
+    return _different(*_parse_rows(rows, config))
+
+
+def _different(
+    rows: Sequence[Row], parsed: Sequence[Preference], empty: Sequence[str]
+) -> tuple[list[Preference], PairCounts]:
+    """See `parse_preferences`; the arguments are what `_parse_rows` returns."""
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
     first: dict[tuple[str, str, str], Preference] = {}
     for pair in different:
         first.setdefault((_prompt_key(pair.prompt), pair.chosen, pair.rejected), pair)
     kept = [pair for (prompt, better, worse), pair in first.items() if (prompt, worse, better) not in first]
     steps = pairwise((parsed, different, list(first.values()), kept))
-    reasons = zip(("identical", "duplicates", "contradictions"), steps, strict=True)
-    dropped = {reason: _sorted_out(before, after) for reason, (before, after) in reasons}
-    return kept, PairCounts(rows=len(rows), dropped={"empty": empty, **dropped})
+    dropped = [empty, *(_sorted_out(before, after) for before, after in steps)]
+    return kept, PairCounts(rows=len(rows), dropped=dict(zip(OF_TEXTS, dropped, strict=True)))
 
 
 def _sorted_out(before: Sequence[Preference], after: Sequence[Preference]) -> list[str]:
@@ -178,7 +189,7 @@ def encode_pairs(
         strict=True,
     )
     pairs: list[EncodedPair] = []
-    dropped: dict[str, list[str]] = {"too_long": [], "equal_when_cut": []}
+    dropped: dict[str, list[str]] = {reason: [] for reason in OF_TOKENS}
     for pair, prompt, chosen, rejected in encoded:
         room = config.max_tokens - len(prompt)
         if room < (1 if config.truncate else max(len(chosen), len(rejected))):

@@ -260,8 +260,20 @@ def test_rows_are_parsed_once(monkeypatch, chat: PreTrainedTokenizerFast):
 def test_notes_skip_pairs_with_an_empty_response():
     rows = [texts("a", " ", "b"), texts("a", "b ", "c")]
     chat = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("m.content", "m.content | trim"))
-    (note,) = keep_pairs_in_template(rows, chat, config()).notes
+    dropped, note = keep_pairs_in_template(rows, chat, config()).notes
+    assert dropped == "dropped 1 of 2 pairs: a response is empty (row 1)"
     assert "in 1 of the first 1 examples" in note
+
+
+def test_notes_name_the_pairs_that_are_not_worth_learning_from(plain: PreTrainedTokenizerFast):
+    """Before a model loads, and in a dry run."""
+    rows = [texts("q", "a", "b"), texts("q", "a", "b"), texts("r", "c", "c"), texts("r", "c", "d")]
+    kept = keep_pairs_in_template(rows, plain, config())
+    assert kept == rows
+    assert kept.notes == [
+        "dropped 1 of 4 pairs: both responses are identical (row 3)",
+        "dropped 1 of 4 pairs: they repeat an earlier pair (row 2)",
+    ]
 
 
 def test_bad_pairs_can_be_dropped():
