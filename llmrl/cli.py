@@ -67,6 +67,8 @@ def _at_home(path: Path | None) -> Path | None:
 
 
 KEEPS_MEMORY = "Keeps freed memory for the next tensors; MALLOC_MMAP_MAX_=65536 in the environment turns that off."
+UNBOUNDED = 10_000
+"""Characters of a line that no table reaches."""
 HEAD_START_S = 3.0
 """Seconds that other processes wait while the first on a machine prints an error that all have: a launcher ends every
 process as soon as one ends."""
@@ -706,7 +708,7 @@ def _print_card(folder: Path) -> None:
     file = folder / "final" / "report_card.json"
     if (card := read_object(file)) is None:
         return
-    print_report_card(card, Console())
+    print_report_card(card, _console())
     print(f"The report card is {file}.")
 
 
@@ -758,7 +760,13 @@ def _print_evaluation(
         cells = [_cell(name, before)] if before else []
         gaps = [_difference(differences.get(name))] if differences else []
         table.add_row(Text(shown(name.removeprefix("eval/"))), *cells, _cell(name, values), *gaps)
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Where tables are printed: as wide as the terminal, and in a file or a pipe as what stands in them."""
+    is_bounded = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if is_bounded else UNBOUNDED)
 
 
 def _difference(interval: tuple[float, float, float] | None) -> str:

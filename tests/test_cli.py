@@ -1015,6 +1015,15 @@ def test_an_evaluation_loses_nothing_in_a_narrow_terminal(capsys, monkeypatch):
     assert all("0.25[0.1875,0.3125]" in column.replace(" ", "") for column in joined)
 
 
+def test_a_table_in_a_file_folds_nothing(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    models = ["runs/" + "long_" * 30 + name for name in ("before", "after")]
+    _print_evaluation(models[1], {"eval/accuracy": 0.25}, {"model": models[0], "eval/accuracy": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[1].split("┃")] == ["", "", *models, ""]
+    assert len(lines) == 5
+
+
 # --- what reaches the terminal ----------------------------------------------------------------------------------------
 
 

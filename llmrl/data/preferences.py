@@ -10,15 +10,15 @@ A row holds the two sides, and the prompt in one of these forms:
 
 Beside a prompt column the sides may hold the whole conversation, if the prompt is what they share or the end of that;
 two texts that both go on from a prompt of several words do.
-A pair with an empty response is dropped and counted, but a transcript may end with an assistant who says nothing: that
+A pair with an empty response is dropped and named, but a transcript may end with an assistant who says nothing: that
 response is the EOS alone.
 """
 
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -41,7 +41,7 @@ from llmrl.data.chat import (
     uses_chat,
 )
 from llmrl.data.config import PairsConfig
-from llmrl.data.files import DataError, Rows, kind
+from llmrl.data.files import DataError, Rows, kind, listed
 from llmrl.data.mixture import by_set, weights_of
 from llmrl.data.rows import column_names, keep_usable, missing_column, missing_columns, places_of, read_rows
 from llmrl.data.seam import common_length, keep_in_template, notes_on_seams
@@ -50,6 +50,18 @@ from llmrl.data.source import MixedSource
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """The beginning of a turn in a transcript."""
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+REASONS = {
+    "empty": "a response is empty",
+    "identical": "both responses are identical",
+    "duplicates": "they repeat an earlier pair",
+    "contradictions": "another pair with the same prompt prefers the other way round",
+    "too_long": "they are longer than max_tokens",
+    "equal_when_cut": "both responses are the same tokens, truncated to max_tokens",
+}
+"""Why pairs are dropped, by the names that the report card has. Of contradictions all are."""
+OF_TEXTS = ("empty", "identical", "duplicates", "contradictions")
+OF_TOKENS = ("too_long", "equal_when_cut")
+"""Reasons of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,38 +80,30 @@ class Preference:
 
 @dataclass(frozen=True, kw_only=True)
 class PairCounts:
-    """Counts of rows, kept and dropped: `rows` is the sum of all the others."""
+    """How many rows there are, and the places of those that were dropped, by the reason, a key of `REASONS`."""
 
     rows: int
-    kept: int
-    empty: int
-    """Pairs with a response without words."""
-    identical: int
-    """Pairs with two identical responses."""
-    duplicates: int
-    """Pairs whose prompt and responses were seen before; the first one is kept."""
-    contradictions: int
-    """Pairs preferred both ways for one prompt; all of them are dropped."""
-    too_long: int
-    equal_when_cut: int
-    """Pairs with two responses of the same tokens, mostly because the limit truncated them where they differ."""
+    dropped: Mapping[str, Sequence[str]]
 
     @classmethod
     def total(cls, counts: "Sequence[PairCounts]") -> "PairCounts":
         """The counts of several sets together."""
-        return cls(**{x.name: sum(getattr(each, x.name) for each in counts) for x in fields(cls)})
+        places = {name: [place for each in counts for place in each.dropped.get(name, ())] for name in REASONS}
+        return cls(rows=sum(each.rows for each in counts), dropped=places)
 
-    def lines(self) -> list[str]:
-        """One sentence for each reason for which pairs were dropped."""
-        reasons = {
-            "a response is empty": self.empty,
-            "both responses are identical": self.identical,
-            "they repeat an earlier pair": self.duplicates,
-            "another pair with the same prompt prefers the other way round": self.contradictions,
-            "they are longer than max_tokens": self.too_long,
-            "both responses are the same tokens, truncated to max_tokens": self.equal_when_cut,
-        }
-        return [f"dropped {n} of {self.rows} pairs: {reason}" for reason, n in reasons.items() if n]
+    @property
+    def kept(self) -> int:
+        """Pairs that are left."""
+        return self.rows - sum(map(len, self.dropped.values()))
+
+    def numbers(self) -> dict[str, int]:
+        """``rows``, ``kept``, and the number of those dropped for each reason."""
+        return {"rows": self.rows, "kept": self.kept, **{name: len(self.dropped.get(name, ())) for name in REASONS}}
+
+    def lines(self, reasons: Sequence[str] = (*OF_TEXTS, *OF_TOKENS)) -> list[str]:
+        """One sentence for each of these reasons for which pairs were dropped, with the first places."""
+        found = [(REASONS[name], places) for name in reasons if (places := self.dropped.get(name))]
+        return [f"dropped {len(x)} of {self.rows} pairs: {reason} ({listed(x)})" for reason, x in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,43 +136,50 @@ def keep_usable_pairs(rows: Sequence[Row], config: PairsConfig) -> Rows:
 
 
 def keep_pairs_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PairsConfig) -> Rows:
-    """The rows whose prompt the chat template takes, with notes on where prompts and chosen responses meet."""
+    """The rows whose prompt the chat template takes, with notes on those of them that are not worth learning from, and on
+    where prompts and chosen responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
     config = _as_read(config, tokenizer)
-    rows, pairs = _parse_rows(rows, config)
-    examples = {pair.place: (pair.prompt, pair.chosen) for pair in pairs}
-    prompts = [examples[place][0] if place in examples else None for place in places_of(rows)]
-    kept = keep_in_template(rows, prompts, tokenizer, config)
-    taken = [examples[place] for place in places_of(kept) if place in examples]
-    kept.notes += notes_on_seams(taken, tokenizer, config)
+    rows, pairs, empty = _parse_rows(rows, config)
+    prompt_of = {pair.place: pair.prompt for pair in pairs}
+    kept = keep_in_template(rows, [prompt_of.get(place) for place in places_of(rows)], tokenizer, config)
+    left = set(places_of(kept))
+    taken = [pair for pair in pairs if pair.place in left]
+    _, counts = _different(kept, taken, [place for place in empty if place in left])
+    kept.notes += counts.lines()
+    kept.notes += notes_on_seams([(pair.prompt, pair.chosen) for pair in taken], tokenizer, config)
     return kept
 
 
 def parse_preferences(rows: Sequence[Row], config: PairsConfig) -> tuple[list[Preference], PairCounts]:
     """The pairs worth learning from, in data order, and counts of the others."""
-    rows, parsed = _parse_rows(rows, config)
+    return _different(*_parse_rows(rows, config))
+
+
+def _different(
+    rows: Sequence[Row], parsed: Sequence[Preference], empty: Sequence[str]
+) -> tuple[list[Preference], PairCounts]:
+    """See `parse_preferences`; the arguments are what `_parse_rows` returns."""
     different = [pair for pair in parsed if pair.chosen != pair.rejected]
     first: dict[tuple[str, str, str], Preference] = {}
     for pair in different:
         first.setdefault((_prompt_key(pair.prompt), pair.chosen, pair.rejected), pair)
     kept = [pair for (prompt, better, worse), pair in first.items() if (prompt, worse, better) not in first]
-    counts = PairCounts(
-        rows=len(rows),
-        kept=len(kept),
-        empty=len(rows) - len(parsed),
-        identical=len(parsed) - len(different),
-        duplicates=len(different) - len(first),
-        contradictions=len(first) - len(kept),
-        too_long=0,
-        equal_when_cut=0,
-    )
-    return kept, counts
+    steps = pairwise((parsed, different, list(first.values()), kept))
+    dropped = [empty, *(_sorted_out(before, after) for before, after in steps)]
+    return kept, PairCounts(rows=len(rows), dropped=dict(zip(OF_TEXTS, dropped, strict=True)))
+
+
+def _sorted_out(before: Sequence[Preference], after: Sequence[Preference]) -> list[str]:
+    """Places of the pairs that are not left."""
+    left = {pair.place for pair in after}
+    return [pair.place for pair in before if pair.place not in left]
 
 
 def encode_pairs(
     preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, config: PairsConfig
-) -> tuple[list[EncodedPair], int, int]:
-    """``(pairs, too_long, equal_when_cut)``: the ids of the pairs that fit, and how many of the others there are."""
+) -> tuple[list[EncodedPair], dict[str, list[str]]]:
+    """``(pairs, dropped)``: the ids of the pairs that fit, and the places of the others by the reason."""
     prompts, places = [pair.prompt for pair in preferences], [pair.place for pair in preferences]
     encoded = zip(
         preferences,
@@ -178,13 +189,13 @@ def encode_pairs(
         strict=True,
     )
     pairs: list[EncodedPair] = []
-    too_long = equal_when_cut = 0
+    dropped: dict[str, list[str]] = {reason: [] for reason in OF_TOKENS}
     for pair, prompt, chosen, rejected in encoded:
         room = config.max_tokens - len(prompt)
         if room < (1 if config.truncate else max(len(chosen), len(rejected))):
-            too_long += 1
+            dropped["too_long"].append(pair.place)
         elif chosen[:room] == rejected[:room]:
-            equal_when_cut += 1
+            dropped["equal_when_cut"].append(pair.place)
         else:
             pairs.append(
                 EncodedPair(
@@ -195,7 +206,7 @@ def encode_pairs(
                     source=pair.source,
                 )
             )
-    return pairs, too_long, equal_when_cut
+    return pairs, dropped
 
 
 class PairSource(MixedSource[EncodedPair]):
@@ -239,13 +250,13 @@ def _encode_set(
     """The pairs of one set of rows that are left, and counts of the others."""
     config = _as_read(config, tokenizer)
     preferences, counts = parse_preferences(rows, config)
-    pairs, too_long, equal_when_cut = encode_pairs(preferences, tokenizer, config)
-    counts = replace(counts, kept=len(pairs), too_long=too_long, equal_when_cut=equal_when_cut)
+    pairs, dropped = encode_pairs(preferences, tokenizer, config)
+    counts = replace(counts, dropped={**counts.dropped, **dropped})
     if not pairs:
         raise DataError(
             f"{config.path}: no pair is left: "
             + "; ".join(counts.lines())
-            + (f"; raise data.max_tokens ({config.max_tokens})" if too_long or equal_when_cut else "")
+            + (f"; raise data.max_tokens ({config.max_tokens})" if any(dropped.values()) else "")
         )
     return pairs, counts
 
@@ -269,16 +280,18 @@ def _as_read(config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> PairsCo
     return config if uses_chat(tokenizer, config) else replace(config, template="none")
 
 
-def _parse_rows(rows: Sequence[Row], config: PairsConfig) -> tuple[Rows, list[Preference]]:
-    """The rows that are pairs, and the pairs of those without an empty response; see `keep_usable` for the others."""
-    columns = _present_columns(rows, config)
-    parsed = [_try_row(row, config, columns, place) for row, place in zip(rows, places_of(rows), strict=True)]
+def _parse_rows(rows: Sequence[Row], config: PairsConfig) -> tuple[Rows, list[Preference], list[str]]:
+    """The rows that are pairs, the pairs of those without an empty response, and the places of those with one; see
+    `keep_usable` for the others."""
+    columns, places = _present_columns(rows, config), places_of(rows)
+    parsed = [_try_row(row, config, columns, place) for row, place in zip(rows, places, strict=True)]
     problems = iter([str(found) if isinstance(found, _BadPair) else None for found in parsed])
     kept = keep_usable(rows, config, lambda row: next(problems))
     pairs = [found for found in parsed if isinstance(found, Preference)]
+    empty = [place for place, found in zip(places, parsed, strict=True) if isinstance(found, _EmptyResponse)]
     if not pairs:
         raise DataError(f"{config.path}: each of the {len(kept)} pairs has an empty response")
-    return kept, pairs
+    return kept, pairs, empty
 
 
 def _try_row(row: Row, config: PairsConfig, present: list[str], place: str) -> "Preference | _BadPair | _EmptyResponse":

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from llmrl.files import read_object
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
 from llmrl.models.folders import ModelError, is_adapter
@@ -51,7 +53,8 @@ def check_quantization(config: ModelConfig) -> None:
     """Refuses, before any weights load, a quantized base that could not be loaded or trained on.
 
     Raises:
-        ModelError: bitsandbytes is missing, no adapter is trained, or the weights are random.
+        ModelError: bitsandbytes is missing, no adapter is trained, the weights are random, or an adapter that was
+            trained on 4 bits is merged into them.
     """
     if config.quantization is None:
         return
@@ -71,6 +74,21 @@ def check_quantization(config: ModelConfig) -> None:
         raise ModelError(
             f"{setting} is for weights that are read, and model.from_scratch draws random ones; leave one of them out"
         )
+    if _was_quantized(config.path):
+        raise ModelError(
+            f"{setting} would round away what model.path ({config.path}) has learned: a run on 4 bits has merged its "
+            "adapter into these weights; set model.quantization=null, or, of a language model, name its adapter, "
+            f"{Path(config.path) / 'adapter'}, with model.lora=null"
+        )
+
+
+def _was_quantized(path: str) -> bool:
+    """Whether a folder is the model that a run on a quantized base has left. An adapter is no such model."""
+    run = Path(path).expanduser().absolute().parent
+    match is_local(path) and read_object(run / "config.json"):
+        case {"settings": {"model": {"quantization": str()}}}:
+            return True
+    return False
 
 
 def check_quantized_layers(config: ModelConfig, model: "PreTrainedModel", whole: Iterable[str]) -> None:

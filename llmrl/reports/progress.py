@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from llmrl import roles
+from llmrl.distributed.activity import BETWEEN_ITERATIONS
 from llmrl.messages import class_and_message, shown
 
 PARTS = "score/*"
@@ -193,9 +194,16 @@ class PlainProgress:
         """`amount` more units of the current phase are done."""
         self.done += amount
         if monotonic() - self.last_line >= HEARTBEAT_S:
-            where = "" if self.num_done is None else f" in iteration {self.num_done + 1}/{self.pace.num_iterations}"
             pace = format_pace(self.done, self.total, monotonic() - self.phase_began)
-            self.message(f"{self.name} {self.done}/{self.total}{where}  {pace}".rstrip())
+            self.message(f"{self.name} {self.done}/{self.total}{self._place()}  {pace}".rstrip())
+
+    def _place(self) -> str:
+        """Where the phase is among the iterations."""
+        if self.num_done is None:
+            return ""
+        is_between = self.name in BETWEEN_ITERATIONS
+        where = f"after iteration {self.num_done}" if is_between else f"in iteration {self.num_done + 1}"
+        return f" {where}/{self.pace.num_iterations}"
 
     def iteration(self, number: int, values: Mapping[str, float]) -> None:
         """Iteration `number`, counted from 1, is done."""

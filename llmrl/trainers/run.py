@@ -181,7 +181,7 @@ class Run:
                 values = self.iterate()
                 is_over = self.is_over()
                 if self.stop_signal is None:
-                    yield values
+                    yield from self.handed_over(values)
         except Interrupted as interrupted:
             self.stop_signal = interrupted.number
             self.trainer.rewind()
@@ -189,6 +189,25 @@ class Run:
             if line := STOP.notice():
                 self.progress.message(line)
             self.checkpoint()
+
+    def handed_over(self, values: dict[str, float]) -> Generator[dict[str, float], None, None]:
+        """Yields the metrics to the loop over the run. Collective: waits for the loop's body on every rank.
+
+        Raises:
+            RunError: Some ranks have left the loop there, and others go on.
+        """
+        leaving: int | None = self.collectives.rank
+        try:
+            yield values
+            leaving = None
+        finally:
+            ranks = [rank for rank in self.collectives.gather(leaving) if rank is not None]
+            if 0 < len(ranks) < self.collectives.world_size:
+                raise RunError(
+                    f"the loop over this run was left after iteration {self.trainer.iteration} on "
+                    f"rank {', '.join(map(str, ranks))} of {self.collectives.world_size} alone, by an error or a break "
+                    "in its body; leave it on every rank after the same iteration"
+                )
 
     def save(self, folder: Path) -> None:
         """Writes the model, with its card. Collective; the folder may be half written after a failure."""

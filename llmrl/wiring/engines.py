@@ -13,7 +13,9 @@ from llmrl.data.prompts import encode_prompts, unopened
 from llmrl.distributed.collectives import OneProcess
 from llmrl.distributed.context import Context, Launch
 from llmrl.functional.streams import Purpose
+from llmrl.models.adapters import load_adapted
 from llmrl.models.config import ModelConfig
+from llmrl.models.folders import is_adapter
 from llmrl.models.loading import load_model, load_tokenizer
 from llmrl.models.vocabulary import check_ids, end_ids, num_token_ids
 from llmrl.reports.progress import PlainProgress, Silent
@@ -79,11 +81,15 @@ def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, confi
 
 
 def load_for_sampling(config: ModelConfig, device: torch.device) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
-    """Tokenizer and model in the precision that it computes in, on the device."""
+    """Tokenizer and model in the precision that it computes in, on the device. An adapter is merged into its base in
+    float32; into 4 bits it is not, as in a run."""
     tokenizer = load_tokenizer(config)
-    dtype = dtype_of(config)
-    is_plain = config.quantization is None
-    model = load_model(config, dtype=dtype if is_plain else torch.float32)  # so that the 4 bits are those of training
+    dtype, is_plain = dtype_of(config), config.quantization is None
+    if is_adapter(config.path):
+        model, adapted = load_adapted(config)
+        model = adapted.merge_and_unload() if is_plain else model  # type: ignore[union-attr,operator]
+    else:  # in float32, so that the 4 bits are those of training
+        model = load_model(config, dtype=dtype if is_plain else torch.float32)
     return tokenizer, model.to(device, dtype)  # type: ignore[arg-type,return-value]
 
 

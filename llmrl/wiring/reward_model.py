@@ -9,7 +9,7 @@ from llmrl.batches import Sequences
 from llmrl.config import RewardModelRun
 from llmrl.data.config import PairsConfig
 from llmrl.data.files import DataError
-from llmrl.data.preferences import PairSource
+from llmrl.data.preferences import OF_TOKENS, PairSource
 from llmrl.distributed.context import Context
 from llmrl.distributed.roles import DistributedScorer
 from llmrl.models.config import ModelConfig
@@ -87,7 +87,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
         ("data", pairs, config.data),
         ("evaluation_data", held_out, config.evaluation_data),
     ):
-        for line in source.counts.lines():
+        for line in source.counts.lines(OF_TOKENS):  # the others are in the notes
             progress.message(f"{section}: {line}")
         _check_positions(source, data, section, limit=position_limit(loaded.model))
         ids = (ids for pair in source.examples for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
@@ -132,7 +132,7 @@ def build_reward_model(config: RewardModelRun, checked: Checked, context: Contex
             trainer,
             scorer,
             sources=held_out.sources,
-            counts={"data": vars(pairs.counts), "evaluation_data": vars(held_out.counts)},
+            counts={"data": pairs.counts.numbers(), "evaluation_data": held_out.counts.numbers()},
             may_be_truncated=config.evaluation_data.truncate,
             normalization=normalization,
         )

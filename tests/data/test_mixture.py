@@ -193,7 +193,7 @@ def test_pairs_of_a_mixture(plain):
         row |= {"chosen": better, "rejected": worse}
     rows[0]["prompt"] = "de"
     source = PairSource(rows, plain, data, seed=0)
-    assert (source.counts.rows, source.counts.kept, source.counts.contradictions) == (6, 4, 2)
+    assert (source.counts.rows, source.counts.kept, source.counts.numbers()["contradictions"]) == (6, 4, 2)
     assert source.num_rows == 4
     resumed = PairSource(rows, plain, data, seed=0)
     batch = source.next(6).chosen

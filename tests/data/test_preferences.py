@@ -55,7 +55,7 @@ def source(rows: list, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **s
 
 def counted(counts: PairCounts) -> dict[str, int]:
     """The counts that are not 0, after a look at their sum."""
-    dropped = {name: n for name, n in vars(counts).items() if n and name not in ("rows", "kept")}
+    dropped = {name: n for name, n in counts.numbers().items() if n and name not in ("rows", "kept")}
     assert counts.rows == counts.kept + sum(dropped.values())
     return dropped
 
@@ -216,9 +216,9 @@ def test_identical_duplicates_and_contradictions():
     assert (counts.rows, counts.kept) == (9, 4)
     assert counted(counts) == {"identical": 1, "duplicates": 2, "contradictions": 2}
     assert counts.lines() == [
-        "dropped 1 of 9 pairs: both responses are identical",
-        "dropped 2 of 9 pairs: they repeat an earlier pair",
-        "dropped 2 of 9 pairs: another pair with the same prompt prefers the other way round",
+        "dropped 1 of 9 pairs: both responses are identical (row 2)",
+        "dropped 2 of 9 pairs: they repeat an earlier pair (row 3, row 6)",
+        "dropped 2 of 9 pairs: another pair with the same prompt prefers the other way round (row 5, row 7)",
     ]
 
 
@@ -238,7 +238,7 @@ def test_an_empty_response_drops_its_pair(full: dict, empty: dict):
     pairs, counts = parse_preferences(rows, config())
     assert [pair.place for pair in pairs] == ["row 2"]
     assert counted(counts) == {"empty": 2}
-    assert counts.lines() == ["dropped 2 of 3 pairs: a response is empty"]
+    assert counts.lines() == ["dropped 2 of 3 pairs: a response is empty (row 1, row 3)"]
     with pytest.raises(DataError, match=r"^rows\.jsonl: each of the 2 pairs has an empty response$"):
         keep_usable_pairs([empty, empty], config())
 
@@ -260,8 +260,20 @@ def test_rows_are_parsed_once(monkeypatch, chat: PreTrainedTokenizerFast):
 def test_notes_skip_pairs_with_an_empty_response():
     rows = [texts("a", " ", "b"), texts("a", "b ", "c")]
     chat = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("m.content", "m.content | trim"))
-    (note,) = keep_pairs_in_template(rows, chat, config()).notes
+    dropped, note = keep_pairs_in_template(rows, chat, config()).notes
+    assert dropped == "dropped 1 of 2 pairs: a response is empty (row 1)"
     assert "in 1 of the first 1 examples" in note
+
+
+def test_notes_name_the_pairs_that_are_not_worth_learning_from(plain: PreTrainedTokenizerFast):
+    """Before a model loads, and in a dry run."""
+    rows = [texts("q", "a", "b"), texts("q", "a", "b"), texts("r", "c", "c"), texts("r", "c", "d")]
+    kept = keep_pairs_in_template(rows, plain, config())
+    assert kept == rows
+    assert kept.notes == [
+        "dropped 1 of 4 pairs: both responses are identical (row 3)",
+        "dropped 1 of 4 pairs: they repeat an earlier pair (row 2)",
+    ]
 
 
 def test_bad_pairs_can_be_dropped():
@@ -339,8 +351,8 @@ def test_pairs_that_truncation_makes_equal(plain: PreTrainedTokenizerFast):
     assert read_pairs(pairs.all()) == [(spell("a"), spell("xw"), spell("xy"))]
     assert counted(pairs.counts) == {"equal_when_cut": 2, "too_long": 1}  # the last prompt leaves no room at all
     assert pairs.counts.lines() == [
-        "dropped 1 of 4 pairs: they are longer than max_tokens",
-        "dropped 2 of 4 pairs: both responses are the same tokens, truncated to max_tokens",
+        "dropped 1 of 4 pairs: they are longer than max_tokens (row 4)",
+        "dropped 2 of 4 pairs: both responses are the same tokens, truncated to max_tokens (row 1, row 2)",
     ]
 
 
@@ -350,12 +362,14 @@ def test_texts_that_are_the_same_tokens(plain: PreTrainedTokenizerFast):
 
 
 def test_nothing_left(plain: PreTrainedTokenizerFast):
-    with pytest.raises(DataError, match=r"^rows\.jsonl: no pair is left: dropped 1 of 1 pairs: .* are identical$"):
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl: no pair is left: dropped 1 of 1 pairs: .* are identical \(row 1\)$"
+    ):
         source([texts("a", "b", "b")], plain)
 
 
 def test_encoding_nothing(plain: PreTrainedTokenizerFast):
-    assert encode_pairs([], plain, config()) == ([], 0, 0)
+    assert encode_pairs([], plain, config()) == ([], {"too_long": [], "equal_when_cut": []})
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

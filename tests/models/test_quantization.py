@@ -1,6 +1,7 @@
 """Which layers are stored in 4 bits, and what is refused before any weights load."""
 
 import importlib.metadata
+import json
 
 import pytest
 import torch
@@ -110,6 +111,22 @@ def test_a_quantized_layer_cannot_be_trained_whole(base):
         "model.lora.modules_to_save (model.layers.0.mlp.up_proj) cannot be trained whole where model.quantization "
         "(nf4) stores them in 4 bits; leave them out, so that they get adapters, or leave model.quantization out"
     )
+
+
+@pytest.mark.parametrize("check", [check_model, check_reward_model])
+def test_what_a_run_on_4_bits_has_merged_is_not_rounded_again(check, tmp_path):
+    """Its weights are those of the bits and a small step beside: the nearest of the bits is mostly the old one."""
+    final = save_base(tmp_path / "run" / "final", "llama")
+    for settings in ({}, {"model": {"quantization": None}}, {"model": "a"}):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"settings": settings}))
+        assert (check(ModelConfig(path=final, **NF4), **({} if check is check_model else {"needs_head": False}))) == []
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"settings": {"model": {"quantization": "nf4"}}}))
+    assert refusal(check, path=final, **NF4) == (
+        f"model.quantization (nf4) would round away what model.path ({final}) has learned: a run on 4 bits has merged "
+        "its adapter into these weights; set model.quantization=null, or, of a language model, name its adapter, "
+        f"{final}/adapter, with model.lora=null"
+    )
+    assert check_model(ModelConfig(path=final, lora=LORA)) == []
 
 
 def test_a_model_without_such_layers_is_refused(tmp_path):

@@ -181,6 +181,17 @@ def test_a_phase_of_a_resumed_run_is_of_the_iteration_that_comes_next(clock: Clo
     assert stream.getvalue().splitlines()[-1].startswith("reward 1/2 in iteration 6/9  ")
 
 
+def test_a_phase_between_iterations_is_after_the_last_one(clock: Clock):
+    stream = io.StringIO()
+    with PlainProgress(stream) as plain:
+        plain.begin(2)
+        plain.iteration(2, {})
+        plain.phase("saving", 1)
+        clock.now += 60.0
+        plain.advance()
+    assert stream.getvalue().splitlines()[-1].startswith("saving 1/1 after iteration 2/2  ")
+
+
 def test_any_line_holds_the_heartbeat_back(clock: Clock):
     stream = io.StringIO()
     with PlainProgress(stream) as plain:

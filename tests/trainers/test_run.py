@@ -30,6 +30,7 @@ from llmrl.trainers.checkpoint import CheckpointError, save_checkpoint
 from llmrl.trainers.config import RunConfig
 from llmrl.trainers.run import Run, RunError, Stopped, check_output
 from tests.contexts import context_of
+from tests.distributed.threads import on_ranks
 
 Hooks = dict[tuple[int, str], Callable[[], object]]
 
@@ -1199,6 +1200,36 @@ def test_iterations_that_are_left_between_two_are_saved(bench):
     assert not (bench.folder / "final").exists()
     bench.make().train()
     assert bench.model() == WEIGHTS[3]
+
+
+@pytest.mark.parametrize("leaves", [{0}, {1}, {0, 1}])
+def test_a_loop_that_some_ranks_leave_ends_on_all_and_what_was_learned_is_kept(tmp_path, default_signals, leaves):
+    """The others would wait for them in their next iteration."""
+
+    def drive(collectives: Collectives) -> str:
+        run = Bench(tmp_path / "run").make(collectives=collectives, checkpoint_every=0)
+        run.prepare()
+        steps = run.iterations()
+        next(steps), next(steps)
+        try:
+            steps.close() if collectives.rank in leaves else next(steps)
+        except RunError as error:
+            return str(error)
+        return "left"
+
+    said = on_ranks(2, drive)
+    assert Bench(tmp_path / "run").steps() == ["step_000001", "step_000002"]
+    if leaves == {0, 1}:
+        assert said == ["left", "left"]
+    else:
+        assert (
+            said
+            == [
+                f"the loop over this run was left after iteration 2 on rank {min(leaves)} of 2 alone, by an error or a "
+                "break in its body; leave it on every rank after the same iteration"
+            ]
+            * 2
+        )
 
 
 def test_a_signal_in_an_iteration_comes_before_its_metrics(bench):

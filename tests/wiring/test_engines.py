@@ -2,8 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from llmrl.data.prompts import encode_prompts
+from llmrl.models.config import ModelConfig
+from llmrl.models.loading import load_model, load_tokenizer
 from llmrl.reports.progress import Silent
 from llmrl.rollout.config import RolloutConfig
 from llmrl.rollout.native import NativeEngine
@@ -21,6 +26,26 @@ def test_any_end_of_tokenizer_and_generation_config_ends_a_response(engine):
     model.generation_config.eos_token_id = [4, 9]
     built = build_engine(RolloutConfig(engine=engine), model, tokenizer, dtype=model.dtype, progress=Silent())
     assert set(built.eos_ids) == {4, 9, tokenizer.eos_token_id}
+
+
+def test_an_adapter_is_merged_into_its_base_in_float32_and_rounded_once(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    torch.manual_seed(0)
+    load_model(TINY).save_pretrained(base)
+    load_tokenizer(TINY).save_pretrained(base)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    adapted.save_pretrained(str(adapter))
+    sampled = {
+        dtype: load_for_sampling(ModelConfig(path=str(adapter), dtype=dtype), CPU)[1]
+        for dtype in ("float32", "bfloat16")
+    }
+    ids = torch.tensor([[5, 6, 7]])
+    assert_close(sampled["float32"](ids).logits, adapted(ids).logits, rtol=0.0, atol=1e-5)
+    with adapted.disable_adapter():
+        assert (sampled["float32"](ids).logits - adapted(ids).logits).abs().max() > 1e-3
+    weights = dict(sampled["bfloat16"].named_parameters())
+    assert all(torch.equal(p.bfloat16(), weights[name]) for name, p in sampled["float32"].named_parameters())
 
 
 def test_responses_to_texts_come_in_groups_and_greedy_ones_agree():

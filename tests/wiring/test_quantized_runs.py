@@ -200,6 +200,7 @@ def test_an_evaluation_reads_the_same_bits(folders, tmp_path):
         "before": config.model,
         "before, read": ModelConfig(path=folders["read"], dtype="float32"),
         "merged": replace(config.model, path=str(final), **plain),
+        "adapter": replace(config.model, path=str(final / "adapter"), lora=None),
     }.items():
         each = replace(config, model=model)
         evaluator = build_evaluator(each, check_rl(each, dry=False, trains=False), roles_of(each)["context"])
@@ -207,6 +208,7 @@ def test_an_evaluation_reads_the_same_bits(folders, tmp_path):
     assert scores["before"] == pytest.approx(scores["before, read"])
     after = json.loads((Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     assert scores["merged"] == pytest.approx(after["eval/score"])
+    assert scores["adapter"] == pytest.approx(after["eval/score"])
 
 
 def test_what_cannot_be_is_refused_with_the_way_out(folders, tmp_path):
