@@ -122,7 +122,7 @@ def save_policy(
 
 
 def save_adapter(folder: Path, adapted: "PeftModel") -> None:
-    """Writes the adapter that is trained; not the model card of peft, which is empty and names folders of this machine."""
+    """Writes the adapter that is trained, without the model card of peft, which is empty and names folders."""
     adapted.save_pretrained(str(folder), selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
 
