@@ -111,8 +111,10 @@ def check_quantized_layers(config: ModelConfig, model: "PreTrainedModel", whole:
             f"linear layer below the head with a multiple of {BLOCK} inputs; leave it out"
         )
     if both := sorted(set(whole) & set(quantized)):
+        whose, way_out = "model.lora.modules_to_save", "leave them out, so that they get adapters, or "
+        if config.lora is None:
+            whose, way_out = f"model.path ({config.path}) is an adapter whose modules_to_save", ""
         raise ModelError(
-            f"model.lora.modules_to_save ({', '.join(both)}) cannot be trained whole where model.quantization "
-            f"({config.quantization}) stores them in 4 bits; leave them out, so that they get adapters, or leave "
-            "model.quantization out"
+            f"{whose} ({', '.join(both)}) cannot be trained whole where model.quantization ({config.quantization}) "
+            f"stores them in 4 bits; {way_out}leave model.quantization out"
         )
