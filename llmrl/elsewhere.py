@@ -61,7 +61,7 @@ SFT: dict[str, str] = {
     "max_length": _DATA_LENGTH,
     "max_seq_length": _DATA_LENGTH,
     "completion_only_loss": "not needed: the response alone is learned",
-    "assistant_only_loss": "not needed: the response alone is learned",
+    "assistant_only_loss": "data.train_on",
 }
 """Names of supervised fine-tuning."""
 

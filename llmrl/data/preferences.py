@@ -136,8 +136,8 @@ def keep_usable_pairs(rows: Sequence[Row], config: PairsConfig) -> Rows:
 
 
 def keep_pairs_in_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: PairsConfig) -> Rows:
-    """The rows whose prompt the chat template takes, with notes on those of them that are not worth learning from, and on
-    where prompts and chosen responses meet."""
+    """The rows whose prompt the chat template takes, with notes on the pairs that will be dropped, and on where prompts
+    and chosen responses meet."""
     eos_of(tokenizer)  # refused here, before the model loads
     config = _as_read(config, tokenizer)
     rows, pairs, empty = _parse_rows(rows, config)

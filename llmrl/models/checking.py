@@ -339,7 +339,11 @@ def _try_adapter(config: ModelConfig, folder: Path, model: "PreTrainedModel") ->
     from safetensors import safe_open
 
     with reading(config):
-        adapted: PeftModel = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))  # type: ignore[assignment]
+        settings = PeftConfig.from_pretrained(str(folder))
+        ends = tuple(settings.modules_to_save or ())  # type: ignore[attr-defined]
+        whole = [layer for layer, _ in model.named_modules() if layer.endswith(ends)]  # as peft compares them
+        check_quantized_layers(config, model, [name for name, _ in model.named_modules() if _is_in(name, whole)])
+        adapted: PeftModel = get_peft_model(model, settings)  # type: ignore[assignment]
         wanted = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(adapted).items()}
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -353,3 +357,7 @@ def _try_adapter(config: ModelConfig, folder: Path, model: "PreTrainedModel") ->
             f"{model.config.name_or_path}, such as {name}: {saved.get(name, 'none')} where the base has "
             f"{wanted.get(name, 'none')}; it was made for another model"
         )
+
+
+def _is_in(name: str, layers: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{layer}.") for layer in layers)

@@ -32,7 +32,7 @@ from llmrl.models.folders import (
 )
 from llmrl.models.loaded import LoadedCritic
 from llmrl.models.loading import load_pretrained, read_config, reading, refuse_weights
-from llmrl.models.saving import Saver, check_finite
+from llmrl.models.saving import Saver, check_finite, save_adapter
 from llmrl.models.training import turn_dropout_off
 from llmrl.roles import Trainable
 
@@ -90,7 +90,7 @@ class CriticSaver:
             self.companions.write(new, trunk)
             self.companions.write_tokenizer(new, self.tokenizer)
             if adapted is not None:
-                adapted.save_pretrained(str(new / ADAPTER), selected_adapters=["default"])
+                save_adapter(new / ADAPTER, adapted)
 
 
 def load_trunk(config: ModelConfig) -> "PreTrainedModel":

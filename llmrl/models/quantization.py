@@ -65,6 +65,12 @@ def check_quantization(config: ModelConfig) -> None:
         raise ModelError(
             f'{setting} needs bitsandbytes, which is not installed: pip install "llmrl[quantized]", or leave it out'
         ) from None
+    if _was_quantized(config.path):
+        raise ModelError(
+            f"{setting} would round away what model.path ({config.path}) has learned: a run on 4 bits has merged its "
+            "adapter into these weights; set model.quantization=null, or, of a language model, name its adapter, "
+            f"{Path(config.path) / 'adapter'}, with model.lora=null"
+        )
     if config.lora is None and not (is_local(config.path) and is_adapter(config.path)):
         raise ModelError(
             f"{setting} stores weights in 4 bits, in which they cannot be trained, and there is no model.lora; set "
@@ -73,12 +79,6 @@ def check_quantization(config: ModelConfig) -> None:
     if config.from_scratch:
         raise ModelError(
             f"{setting} is for weights that are read, and model.from_scratch draws random ones; leave one of them out"
-        )
-    if _was_quantized(config.path):
-        raise ModelError(
-            f"{setting} would round away what model.path ({config.path}) has learned: a run on 4 bits has merged its "
-            "adapter into these weights; set model.quantization=null, or, of a language model, name its adapter, "
-            f"{Path(config.path) / 'adapter'}, with model.lora=null"
         )
 
 
@@ -111,8 +111,10 @@ def check_quantized_layers(config: ModelConfig, model: "PreTrainedModel", whole:
             f"linear layer below the head with a multiple of {BLOCK} inputs; leave it out"
         )
     if both := sorted(set(whole) & set(quantized)):
+        whose, way_out = "model.lora.modules_to_save", "leave them out, so that they get adapters, or "
+        if config.lora is None:
+            whose, way_out = f"model.path ({config.path}) is an adapter whose modules_to_save", ""
         raise ModelError(
-            f"model.lora.modules_to_save ({', '.join(both)}) cannot be trained whole where model.quantization "
-            f"({config.quantization}) stores them in 4 bits; leave them out, so that they get adapters, or leave "
-            "model.quantization out"
+            f"{whose} ({', '.join(both)}) cannot be trained whole where model.quantization ({config.quantization}) "
+            f"stores them in 4 bits; {way_out}leave model.quantization out"
         )

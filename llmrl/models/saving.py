@@ -109,7 +109,7 @@ def save_policy(
     num_bytes = model.num_parameters() * dtype.itemsize
     with replaced_folder(folder, num_bytes) as new:
         if adapted is not None:
-            adapted.save_pretrained(str(new / "adapter"), selected_adapters=["default"])
+            save_adapter(new / "adapter", adapted)
             companions.write_tokenizer(new / "adapter", tokenizer)
             model = _merged(adapted, dtype)
         elif dtype != model.dtype:
@@ -119,6 +119,12 @@ def save_policy(
         companions.write_tokenizer(new, tokenizer)
         for name, record in (records or {}).items():
             (new / name).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save_adapter(folder: Path, adapted: "PeftModel") -> None:
+    """Writes the adapter that is trained, without the model card of peft, which is empty and names folders."""
+    adapted.save_pretrained(str(folder), selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _merged(adapted: "PeftModel", dtype: torch.dtype) -> "PreTrainedModel":

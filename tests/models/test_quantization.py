@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
@@ -111,6 +113,21 @@ def test_a_quantized_layer_cannot_be_trained_whole(base):
         "model.lora.modules_to_save (model.layers.0.mlp.up_proj) cannot be trained whole where model.quantization "
         "(nf4) stores them in 4 bits; leave them out, so that they get adapters, or leave model.quantization out"
     )
+
+
+@pytest.mark.parametrize(
+    ("whole", "named"), [("o_proj", "self_attn.o_proj"), ("mlp", "mlp.down_proj"), ("lm_head", None)]
+)
+def test_nor_can_one_that_an_adapter_trains_whole(base, tmp_path, whole, named):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[whole], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(str(tmp_path))
+    if named is None:
+        assert check_model(ModelConfig(path=str(tmp_path), quantization="nf4")) == []
+        return
+    assert check_model(ModelConfig(path=str(tmp_path))) == []
+    said = refusal(path=str(tmp_path), quantization="nf4")
+    assert said.startswith(f"model.path ({tmp_path}) is an adapter whose modules_to_save (model.layers.0.{named}, ")
+    assert said.endswith(" stores them in 4 bits; leave model.quantization out")
 
 
 @pytest.mark.parametrize("check", [check_model, check_reward_model])

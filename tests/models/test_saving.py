@@ -145,6 +145,7 @@ def test_the_adapter_beside_it_loads_with_peft(adapted, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(logits(PeftModel.from_pretrained(base, folder / "adapter")), logits(model))
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert list(folder.rglob("README.md")) == []  # the run writes its own card; that of peft is empty
 
 
 def test_a_saved_adapter_can_be_continued(adapted, tmp_path):
