@@ -28,6 +28,7 @@ from llmrl.functional.sampling import draw_tokens
 from llmrl.roles import Sampling
 from llmrl.rollout.linear import Forward, replacing
 from llmrl.rollout.support import with_cache
+from llmrl.routing import RouteRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,11 +64,21 @@ class Slots:
     """(R, T + 1)."""
     logprobs: Tensor
     """(R, T + 1)."""
+    routes: Tensor
+    """(R, T + 1, L): of the tokens drawn, by layers that route; there may be none."""
     max_tokens: Tensor
     """(): length limit of a response, at most T."""
 
     @classmethod
-    def empty(cls, states: Sequence[tuple[Tensor, Tensor]], *, rows: int, columns: int, max_tokens: int) -> "Slots":
+    def empty(
+        cls,
+        states: Sequence[tuple[Tensor, Tensor]],
+        *,
+        rows: int,
+        columns: int,
+        max_tokens: int,
+        num_routers: int = 0,
+    ) -> "Slots":
         """Slots without rows, for keys and values like these of each layer, (N, heads, P, head_dim).
 
         Raises:
@@ -88,6 +99,7 @@ class Slots:
             uniforms=torch.zeros(rows, width, dtype=torch.float64, device=like.device),
             ids=torch.zeros(rows, width, **integers),
             logprobs=torch.zeros(rows, width, device=like.device),
+            routes=torch.zeros(rows, width, num_routers, dtype=torch.int16, device=like.device),
             max_tokens=torch.tensor(max_tokens, **integers),
         )
 
@@ -168,6 +180,7 @@ class Step:
         sampling: Temperature, and whether to draw at all.
         eos_ids: Any of them ends a response.
         vocab_size: Ids from there on have no probability.
+        routers: Those of the model whose choices are recorded, as many as the slots have room for.
     """
 
     def __init__(
@@ -179,6 +192,7 @@ class Step:
         *,
         eos_ids: tuple[int, ...],
         vocab_size: int,
+        routers: Sequence[nn.Module] = (),
     ) -> None:
         device = slots.ends.device
         self.model = model
@@ -188,6 +202,7 @@ class Step:
         self.greedy = sampling.greedy
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
         self.vocab_size = vocab_size
+        self.recorder = RouteRecorder(routers)
         self.windows = attention_windows(model)
         self.columns = torch.arange(slots.num_columns, device=device)
         self.visible = slots.states.new_zeros(())
@@ -199,8 +214,8 @@ class Step:
         self.draw(self.logits())
 
     def logits(self) -> Tensor:
-        """(R, V): after the last token of each row."""
-        with lean(self.model, self.norms):
+        """(R, V): after the last token of each row. Notes the routes of the next ones."""
+        with lean(self.model, self.norms), self.recorder.recording():
             output = self.model(
                 input_ids=self.slots.last_ids[:, None],
                 attention_mask=self.masks(),
@@ -209,7 +224,18 @@ class Step:
                 logits_to_keep=1,
                 **with_cache(self.model, self.cache),
             )
+        if self.recorder.routers:
+            self.slots.routes.scatter_(
+                1,
+                self._column()[:, :, None].expand(-1, -1, self.slots.routes.shape[2]),
+                self.recorder.take(self.slots.num_rows)[:, None],
+            )
         return output.logits[:, -1]
+
+    def _column(self) -> Tensor:
+        """(R, 1): where the next token of each row is written."""
+        live = self.slots.stop_reason == StopReason.NONE
+        return torch.where(live, self.slots.num_drawn, self.slots.num_tokens)[:, None]
 
     def masks(self) -> Tensor | dict[str, Tensor]:
         """What attention adds to its logits, (R, 1, 1, C): the same for all layers, or by their kind."""
@@ -223,8 +249,7 @@ class Step:
     def draw(self, logits: Tensor) -> None:
         """Appends a token to each row that is not complete."""
         slots = self.slots
-        live = slots.stop_reason == StopReason.NONE
-        column = torch.where(live, slots.num_drawn, slots.num_tokens)[:, None]
+        live, column = slots.stop_reason == StopReason.NONE, self._column()
         uniforms = None if self.greedy else slots.uniforms.gather(1, column)[:, 0]
         ids, logprobs = draw_tokens(logits[:, : self.vocab_size], uniforms, temperature=self.temperature)
         slots.ids.scatter_(1, column, ids[:, None])
