@@ -165,13 +165,15 @@ def test_a_reference_follows_an_actor_that_is_split(following: Path, file: str):
 
 WAITING = ("update.staleness=2", "update.num_replayed=1", "algorithm.importance=truncated")
 
+BALANCED = ("algorithm.balance_coef=0.1", "algorithm.balance_bias_rate=0.2")
+
 
 def mixture(folder: Path) -> str:
-    """A tiny mixture of experts."""
+    """A tiny mixture of experts whose routers have a bias."""
     path = shutil.copytree(TINY, folder / "mixture")
     kept = json.loads((path / "config.json").read_text())
     ids = {name: kept[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
-    config_of("qwen3_moe", **ids, initializer_range=0.3).save_pretrained(path)
+    config_of("deepseek_v3", **ids, initializer_range=0.3).save_pretrained(path)
     return f"model.path={path}"
 
 
@@ -190,10 +192,10 @@ def rule(responses):
 
 
 def test_rollouts_wait_through_a_kill_and_in_two_processes(tmp_path: Path):
-    """Those of a mixture of experts. Three wait in the checkpoint of the second iteration."""
+    """Those of a mixture of experts, which is balanced both ways. Three wait in the checkpoint of iteration 2."""
     write_recipes(tmp_path)
     (tmp_path / "rule.py").write_text(DEADLY.replace("FOLDER", str(tmp_path)))
-    settings = (*WAITING, mixture(tmp_path))
+    settings = (*WAITING, *BALANCED, mixture(tmp_path))
     whole, killed = (command("grpo", output, *settings) for output in ("straight", "killed"))
     status = subprocess.run(
         [sys.executable, "-m", "llmrl", *killed], cwd=tmp_path, env=environment(), capture_output=True, check=False
