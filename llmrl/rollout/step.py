@@ -214,7 +214,7 @@ class Step:
         self.draw(self.logits())
 
     def logits(self) -> Tensor:
-        """(R, V): after the last token of each row. Notes the routes of the next ones."""
+        """(R, V): after the last token of each row."""
         with lean(self.model, self.norms), self.recorder.recording():
             output = self.model(
                 input_ids=self.slots.last_ids[:, None],
@@ -224,18 +224,7 @@ class Step:
                 logits_to_keep=1,
                 **with_cache(self.model, self.cache),
             )
-        if self.recorder.routers:
-            self.slots.routes.scatter_(
-                1,
-                self._column()[:, :, None].expand(-1, -1, self.slots.routes.shape[2]),
-                self.recorder.take(self.slots.num_rows)[:, None],
-            )
         return output.logits[:, -1]
-
-    def _column(self) -> Tensor:
-        """(R, 1): where the next token of each row is written."""
-        live = self.slots.stop_reason == StopReason.NONE
-        return torch.where(live, self.slots.num_drawn, self.slots.num_tokens)[:, None]
 
     def masks(self) -> Tensor | dict[str, Tensor]:
         """What attention adds to its logits, (R, 1, 1, C): the same for all layers, or by their kind."""
@@ -249,11 +238,15 @@ class Step:
     def draw(self, logits: Tensor) -> None:
         """Appends a token to each row that is not complete."""
         slots = self.slots
-        live, column = slots.stop_reason == StopReason.NONE, self._column()
+        live = slots.stop_reason == StopReason.NONE
+        column = torch.where(live, slots.num_drawn, slots.num_tokens)[:, None]
         uniforms = None if self.greedy else slots.uniforms.gather(1, column)[:, 0]
         ids, logprobs = draw_tokens(logits[:, : self.vocab_size], uniforms, temperature=self.temperature)
         slots.ids.scatter_(1, column, ids[:, None])
         slots.logprobs.scatter_(1, column, logprobs[:, None])
+        if self.recorder.routers:
+            routes = self.recorder.take(slots.num_rows)[:, None]
+            slots.routes.scatter_(1, column[:, :, None].expand_as(routes), routes)
         slots.last_ids.copy_(torch.where(live, ids, slots.last_ids))
         slots.num_drawn.add_(live)
         slots.ends.add_(live)
