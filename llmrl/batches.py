@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 Row = Mapping[str, Any]
@@ -246,8 +246,9 @@ class Contexts:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOutputs(Batch):
-    """Outputs of a forward pass over `Sequences`, by name: (B, T) or (B,), float32. Per-token outputs are 0 off the
-    response mask. An output that the module does not have is absent; reading it raises KeyError."""
+    """Outputs of a forward pass over `Sequences`, by name: (B, T, ...) or (B, ...), float32 except `routes`. Per-token
+    outputs are 0 off the response mask. An output that the module does not have is absent; reading it raises
+    KeyError."""
 
     named: Mapping[str, Tensor]
     """Every output, those without a property of their own too."""
@@ -421,6 +422,9 @@ class Rollout(Batch):
     rows: tuple[Row, ...]
     episodes: Episodes | None = None
     """What environments answered; None where each response is one turn."""
+    routes: Int16[Tensor, "B T L"] | None = None
+    """Which experts each layer of a mixture chose as the engine predicted each token, see `routing`; 0 outside the
+    mask. None where the engine did not record it."""
 
     @property
     def num_chosen(self) -> Int[Tensor, " B"]:
@@ -578,6 +582,8 @@ def _to(value: Any, device: torch.device | str) -> Any:
 
 
 def _cat(values: list[Any], name: str) -> Any:
+    if any(value is None for value in values):  # a checkpoint may hold rollouts of before routes were recorded
+        return None
     match values[0]:
         case Tensor() if values[0].dim() == 1:
             return torch.cat(values)
@@ -591,14 +597,12 @@ def _cat(values: list[Any], name: str) -> Any:
             return tuple(row for value in values for row in value)
         case Mapping():
             return {key: _cat([value[key] for value in values], key) for key in values[0]}
-        case None:
-            return None
     raise TypeError(f"a batch holds tensors, tuples, mappings and batches, not {type(values[0]).__name__}")
 
 
 def pad_columns(x: Tensor, width: int, *, left: bool) -> Tensor:
-    """``(B, C)`` widened to ``(B, width)`` with zeros."""
-    padding = x.new_zeros(x.shape[0], width - x.shape[1])
+    """``(B, C, ...)`` widened to ``(B, width, ...)`` with zeros."""
+    padding = x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])
     return torch.cat([padding, x] if left else [x, padding], dim=1)
 
 

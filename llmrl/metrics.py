@@ -20,6 +20,8 @@ from llmrl.functional.statistics import (
 
 LOADS = "experts"
 """Name of the statistic that counts how often experts are chosen."""
+AGREEMENT = f"{LOADS}/agreement"
+"""Name of the share of their choices that are those made during sampling."""
 VARIANCE_ROUNDING = 2.0**-40
 """Smallest variance, relative to the mean squares it is computed from; below it is the rounding of float32."""
 

@@ -62,6 +62,16 @@ def wide():
     return make_experience([[4, 5, 6]], [[12, 13, 14]], [float("nan")], first_group=2)
 
 
+def test_cat_pads_routes_and_has_none_where_one_has_none(short, wide):
+    long, one = torch.arange(6).view(1, 3, 2).short() + 1, torch.full((2, 1, 2), 9).short()
+    parts = [replace(short.rollout, routes=one), replace(wide.rollout, routes=long)]
+    both = Rollout.cat(parts)
+    assert both.routes.tolist() == [[[9, 9], [0, 0], [0, 0]]] * 2 + [[[1, 2], [3, 4], [5, 6]]]
+    assert both.select(torch.tensor([2])).routes.equal(long)
+    for rollouts in ([parts[0], wide.rollout], [short.rollout, parts[1]]):
+        assert Rollout.cat(rollouts).routes is None
+
+
 def test_cat_pads_prompts_on_the_left_and_all_else_on_the_right(short, wide):
     both = GRPOExperience.cat([short, wide])
     assert both.sequences.prompt_ids.tolist() == [[0, 99, 1], [0, 2, 3], [4, 5, 6]]

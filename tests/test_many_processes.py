@@ -3,6 +3,7 @@ weights as in one process, plain and under DeepSpeed and FSDP."""
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.environments.fakes import FORGETS
+from tests.mixtures import config_of
 from tests.processes import ROOT, TINY, assert_same_run, environment, free_port, lines, write_recipes
 
 pytestmark = pytest.mark.slow
@@ -160,6 +162,56 @@ def test_a_reference_follows_an_actor_that_is_split(following: Path, file: str):
     assert [line["reference/moved"] for line in lines(following / file / "copy_of_a_trunk" / "metrics.jsonl")[1:]] == [
         0.0, 1.0, 0.0, 1.0,
     ]  # fmt: skip
+
+
+WAITING = ("update.staleness=2", "update.num_replayed=1", "algorithm.importance=truncated")
+
+BALANCED = ("algorithm.balance_coef=0.1", "algorithm.balance_bias_rate=0.2")
+
+
+def mixture(folder: Path) -> str:
+    """A tiny mixture of experts whose routers have a bias."""
+    path = shutil.copytree(TINY, folder / "mixture")
+    kept = json.loads((path / "config.json").read_text())
+    ids = {name: kept[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
+    config_of("deepseek_v3", **ids, initializer_range=0.3).save_pretrained(path)
+    return f"model.path={path}"
+
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+
+def rule(responses):
+    checkpoint = Path("FOLDER/killed/checkpoints/step_000002")
+    if checkpoint.exists() and not Path("FOLDER/once").exists():
+        Path("FOLDER/once").touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+    return [float(text.count("e") + len(text) % 3) for text in responses]
+"""
+"""Kills the run in the folder `killed`, whose child this is, after its second iteration."""
+
+
+def test_rollouts_wait_through_a_kill_and_in_two_processes(tmp_path: Path):
+    """Those of a mixture of experts, which is balanced both ways. Three wait in the checkpoint of iteration 2."""
+    write_recipes(tmp_path)
+    (tmp_path / "rule.py").write_text(DEADLY.replace("FOLDER", str(tmp_path)))
+    settings = (*WAITING, *BALANCED, mixture(tmp_path))
+    whole, killed = (command("grpo", output, *settings) for output in ("straight", "killed"))
+    status = subprocess.run(
+        [sys.executable, "-m", "llmrl", *killed], cwd=tmp_path, env=environment(), capture_output=True, check=False
+    ).returncode
+    assert status == -signal.SIGKILL
+    assert len(lines(tmp_path / "killed" / "metrics.jsonl")) < 5
+    do(tmp_path, [], [killed, whole])
+    models = [(tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("straight", "killed")]
+    assert models[0] == models[1]
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    do(tmp_path, launcher("cpu_two_processes"), [[*step, *settings] for step in halves("grpo", "split")])
+    assert_same_run(tmp_path / "straight", tmp_path / "split")
+    agreement = [line["experts/agreement"] for line in lines(tmp_path / "split" / "metrics.jsonl")[1:]]
+    assert agreement[0] == 1.0
+    assert min(agreement) < 1.0
 
 
 DICE = """

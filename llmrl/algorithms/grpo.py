@@ -38,6 +38,7 @@ from llmrl.algorithms.policy_gradient import (
     make_policy_loss,
     old_logprobs_of,
     policy_metrics,
+    routing_agreement,
 )
 from llmrl.algorithms.user_functions import UserBaseline
 from llmrl.batches import GRPOExperience, Rollout, Scores, counted_tokens
@@ -177,7 +178,7 @@ class GRPO(Algorithm):
             loss = loss + self.config.kl_coef * masked_sum(weights * correction * kl, counted)
         loss = add_entropy_bonus(loss, outputs.entropy, weights, counted, coef=self.config.entropy_coef)
         loss, of_experts = add_balance(loss, outputs, weights, counted, coef=self.config.balance_coef)
-        statistics |= of_experts
+        statistics |= of_experts | routing_agreement(batch, outputs)
         if batch.old_logprobs is None:
             statistics |= self._metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
         yield "actor", loss, Metrics({"policy/loss": Total(loss.detach()), **statistics})

@@ -16,7 +16,7 @@ from llmrl.functional.losses import cispo_loss, clipped_policy_loss, policy_grad
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.penalties import overlong_penalty
 from llmrl.functional.statistics import Loads, Maximum, Mean, Minimum, Moments, Statistic, Total
-from llmrl.metrics import LOADS
+from llmrl.metrics import AGREEMENT, LOADS
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Statistic]]]
 """From `logprobs`, `old_logprobs`, `advantages` and `weights`, each (B, T), to ``(loss, metrics)``."""
@@ -90,6 +90,19 @@ def add_balance(
         LOADS: Loads(outputs.named["routed"][counted].sum(dim=0)),
         f"{LOADS}/balance_loss": Mean(masked_sum(balance.detach(), mask), mask.sum()),
     }
+
+
+def routing_agreement(batch: Experience, outputs: TokenOutputs) -> dict[str, Statistic]:
+    """Share of pairs of a counted token and a layer of a mixture in which this pass chooses the experts that the engine
+    chose as it sampled the token; empty for other models.
+
+    Reference: Ma et al. 2025, arXiv:2510.11370, on the mismatch between the routers of engine and trainer.
+    """
+    sampled, routes = batch.rollout.routes, outputs.named.get("routes")
+    if sampled is None or routes is None:
+        return {}
+    same = (sampled == routes)[batch.counted]
+    return {AGREEMENT: Mean(same.sum(), same.numel())}
 
 
 def old_logprobs_of(batch: Experience, live: TokenOutputs) -> Float[Tensor, "B T"]:

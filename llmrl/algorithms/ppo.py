@@ -38,6 +38,7 @@ from llmrl.algorithms.policy_gradient import (
     make_policy_loss,
     old_logprobs_of,
     policy_metrics,
+    routing_agreement,
 )
 from llmrl.batches import PPOExperience, Rollout, Scores, TokenOutputs, counted_tokens
 from llmrl.functional.advantages import gae, n_step_returns
@@ -230,7 +231,7 @@ class PPO(Algorithm):
                 statistics |= policy_metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
             loss = self._add_regularizers(loss, outputs, batch, weights)
             loss, of_experts = add_balance(loss, outputs, weights, batch.counted, coef=self.config.balance_coef)
-            statistics |= of_experts
+            statistics |= of_experts | routing_agreement(batch, outputs)
             metrics = Metrics({"policy/loss": Total(loss.detach()), **statistics})
             if share_trunk:
                 critic_loss, of_critic = self.critic_loss(outputs, batch, weights)

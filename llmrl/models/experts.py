@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor, nn
 
 from llmrl.functional.statistics import Loads
 from llmrl.metrics import LOADS, Metrics
 from llmrl.models.folders import ModelError
+from llmrl.routing import route_of, watching
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -57,23 +58,14 @@ class Experts:
     def watching(self) -> Iterator[Routed]:
         """Yields what the routers say, while the trunk runs inside."""
         routed: Routed = []
-
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            logits, _, chosen = output
-            routed.append((logits, chosen))
-
-        hooks = [router.register_forward_hook(note) for router in self.routers]
-        try:
+        with watching(self.routers, lambda logits, chosen: routed.append((logits, chosen))):
             yield routed
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def read(
         self, routed: Routed, tokens: Int[Tensor, " M"], mask: Bool[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "B L E"]]:
-        """The Switch loss of each token of the mask, and how often each response chose each expert. `tokens`: where in
-        the pass the M tokens were predicted."""
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "B L E"], Int16[Tensor, "M L"]]:
+        """The Switch loss of each token of the mask, how often each response chose each expert, and the routes of each
+        token. `tokens`: where in the pass the M tokens were predicted."""
         responses = mask.nonzero(as_tuple=True)[0]
         losses, counts = [], []
         for layer, (logits, chosen) in enumerate(routed):
@@ -84,7 +76,8 @@ class Experts:
             losses.append(num_experts * probabilities @ shares)
             ones = torch.zeros_like(probabilities).scatter(1, experts, 1.0).detach()
             counts.append(ones.new_zeros(len(mask), num_experts).index_add(0, responses, ones))
-        return torch.stack(losses).mean(dim=0), torch.stack(counts, dim=1)
+        routes = route_of(torch.stack([chosen[tokens] for _, chosen in routed], dim=1))
+        return torch.stack(losses).mean(dim=0), torch.stack(counts, dim=1), routes
 
     def _probabilities(self, layer: int, logits: Float[Tensor, "M E"]) -> Float[Tensor, "M E"]:
         """Softmax of the logits; where a bias corrects scores, these are sigmoids, here divided by their sum
@@ -120,7 +113,7 @@ class Experts:
             self.routers[int(layer)].get_buffer(BIAS).copy_(bias)
 
 
-def watched(trunk: nn.Module, *, bias_rate: float) -> Experts | None:
+def watched(trunk: nn.Module, *, bias_rate: float = 0.0) -> Experts | None:
     """What watches the routers of a trunk; None for one that is no mixture of experts, and for a mixture whose routers
     don't say which experts they choose."""
     experts = Experts(trunk, bias_rate=bias_rate)

@@ -28,8 +28,9 @@ class PolicyModule(nn.Module):
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
         """`logprobs` and `entropy` (B, T) of the tokens in the response mask; 0 elsewhere. Where `experts` are watched,
-        `balance` (B, T), the Switch loss of each token, and `routed` (B, L, E), how often each response chose each
-        expert. A dict, because wrappers that shard weights look for tensors in dicts and tuples only."""
+        `balance` (B, T), the Switch loss of each token, `routed` (B, L, E), how often each response chose each expert,
+        and `routes` (B, T, L), see `routing`. A dict, because wrappers that shard weights look for tensors in dicts and
+        tuples only."""
         return self.read(self.encode(sequences), sequences)
 
     def encode(self, sequences: Sequences) -> HiddenStates:
@@ -50,8 +51,10 @@ class PolicyModule(nn.Module):
         outputs = {"logprobs": on_mask(mask, logprobs), "entropy": on_mask(mask, entropy)}
         if self.experts is None or not hidden.routed:
             return outputs
-        balance, routed = self.experts.read(hidden.routed, hidden.tokens_before(mask), mask)
-        return outputs | {"balance": on_mask(mask, balance), "routed": routed}
+        balance, routed, chosen = self.experts.read(hidden.routed, hidden.tokens_before(mask), mask)
+        routes = chosen.new_zeros(*mask.shape, chosen.shape[1])
+        routes[mask] = chosen
+        return outputs | {"balance": on_mask(mask, balance), "routed": routed, "routes": routes}
 
 
 class TransformersPolicy:

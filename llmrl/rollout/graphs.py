@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from llmrl.batches import Prompts, StopReason
@@ -69,11 +69,13 @@ class GraphDecoder:
     Args:
         eos_ids: Any of them ends a response.
         vocab_size: Ids from there on have no probability.
+        routers: Those of the model whose choices are recorded.
     """
 
-    def __init__(self, *, eos_ids: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(self, *, eos_ids: tuple[int, ...], vocab_size: int, routers: Sequence[nn.Module] = ()) -> None:
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
+        self.routers = routers
         self.recorded: RecordedSteps | None = None
 
     def decode(
@@ -110,8 +112,10 @@ class GraphDecoder:
                 return self.recorded
             self.recorded = None  # gives its memory back before the next is made
         needed["columns"] = -(-needed["columns"] // COLUMN_STEP) * COLUMN_STEP
-        slots = Slots.empty(states_of_one_token(model), **needed)
-        self.recorded = RecordedSteps(model, slots, eos_ids=self.eos_ids, vocab_size=self.vocab_size)
+        slots = Slots.empty(states_of_one_token(model), **needed, num_routers=len(self.routers))
+        self.recorded = RecordedSteps(
+            model, slots, eos_ids=self.eos_ids, vocab_size=self.vocab_size, routers=self.routers
+        )
         return self.recorded
 
 
@@ -121,11 +125,11 @@ class RecordedSteps:
     A recording holds addresses: of the slots, which it keeps, and of the weights.
     """
 
-    def __init__(self, model: "PreTrainedModel", slots: Slots, *, eos_ids: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(self, model: "PreTrainedModel", slots: Slots, **of_steps: Any) -> None:
+        """`of_steps`: what each `Step` is made with."""
         self.model = model
         self.slots = slots
-        self.eos_ids = eos_ids
-        self.vocab_size = vocab_size
+        self.of_steps = of_steps
         self.addresses = addresses(model)
         self.norms = fused_norms(model)
         self.steps: dict[tuple[int, int, float, bool], Callable[[], object]] = {}
@@ -138,7 +142,7 @@ class RecordedSteps:
         key = (rows, columns, sampling.temperature, sampling.greedy)
         if key not in self.steps:
             slots = self.slots.first(rows, columns)
-            step = Step(self.model, self.norms, slots, sampling, eos_ids=self.eos_ids, vocab_size=self.vocab_size)
+            step = Step(self.model, self.norms, slots, sampling, **self.of_steps)
             step()  # the first one unrecorded: it sets up what libraries set up once
             count -= 1
             self.steps[key] = self.record(step)
@@ -316,6 +320,9 @@ class SlotDecoding:
             self.slots.num_drawn[slots],
             self.slots.stop_reason[slots],
         )
+        if self.slots.routes.shape[2]:
+            routes = self.slots.routes[slots, : self.responses.max_tokens]
+            self.responses.set_routes(indices, slice(None), routes)
         self.slots.ends[slots] = 0  # where every number of columns reaches
         for slot in complete:
             del self.rows[slot]
@@ -381,6 +388,7 @@ def move_in(
     slots.stop_reason[into] = StopReason.NONE
     slots.ids[into] = 0
     slots.logprobs[into] = 0.0
+    slots.routes[into] = 0
 
 
 def on_device(numbers: Sequence[object], device: torch.device) -> Tensor:
@@ -418,7 +426,7 @@ def is_small(slots: Slots) -> bool:
     return device.type != "cuda" or slots.states.nbytes <= KEPT_FRACTION * torch.cuda.mem_get_info(device)[1]
 
 
-def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
+def check_graphs(model: "PreTrainedModel", vocab_size: int, routers: Sequence[nn.Module] = ()) -> None:
     """Refuses models of which a step cannot be recorded, or gives other logits than the model: tries it on a probe.
 
     Raises:
@@ -433,7 +441,7 @@ def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
         raise RolloutError(f"its attention is {attention}, not torch's")
     try:
         with evaluating(model):
-            error = probe_error(model, vocab_size)
+            error = probe_error(model, vocab_size, routers)
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError) as problem:
         if is_full(problem):
             raise
@@ -442,15 +450,15 @@ def check_graphs(model: "PreTrainedModel", vocab_size: int) -> None:
         raise RolloutError(f"the logits of a recorded step are off by {error:.2g} of the largest")
 
 
-def probe_error(model: "PreTrainedModel", vocab_size: int) -> float:
+def probe_error(model: "PreTrainedModel", vocab_size: int, routers: Sequence[nn.Module]) -> float:
     """Largest error of a step's logits relative to the largest logit, for two prompts."""
     width = max(PROBE_LENGTHS)
     ids = (torch.arange(width, device=model.device) + torch.tensor([[2], [5]], device=model.device)) ** 2 % vocab_size
     mask = torch.tensor([[n >= width - length for n in range(width)] for length in PROBE_LENGTHS], device=model.device)
-    slots = Slots.empty(states_of_one_token(model), rows=2, columns=COLUMN_STEP, max_tokens=1)
+    slots = Slots.empty(states_of_one_token(model), rows=2, columns=COLUMN_STEP, max_tokens=1, num_routers=len(routers))
     prompts = Prompts(ids=ids, mask=mask, rows=({}, {}))
     move_in(model, slots, prompts, PROBE_LENGTHS, (0, 1), on_device([[0], [1]], model.device))
-    step = Step(model, fused_norms(model), slots, PROBE_SAMPLING, eos_ids=(), vocab_size=vocab_size)
+    step = Step(model, fused_norms(model), slots, PROBE_SAMPLING, eos_ids=(), vocab_size=vocab_size, routers=routers)
     with refusing_waits(model.device):
         step.logits()
     logits = slots.states.new_zeros(2, model.config.get_text_config(decoder=True).vocab_size)

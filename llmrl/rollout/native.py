@@ -16,7 +16,7 @@ from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from llmrl.batches import NewContext, Prompts, Rollout, StopReason
@@ -39,6 +39,7 @@ from llmrl.rollout.support import (
     with_cache,
 )
 from llmrl.rollout.weights import SamplingWeights, evaluating
+from llmrl.routing import RouteRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,8 @@ class NativeEngine:
 
     graphs: "GraphDecoder | None" = None
     """Decodes in the place of the general path, where there is one."""
+    routers: "Sequence[nn.Module]" = ()
+    """Routers of the model that samples, whose choices are recorded."""
 
     def __init__(
         self,
@@ -148,7 +151,9 @@ class NativeEngine:
                 else:
                     sampler = Sampler(sampling, vocab_size=self.vocab_size)
                     cache = SlotCache(slots, num_columns(columns, refills=slots < len(responses.numbers)))
-                    Decoding(model, cache, sampler, responses, advance, replies).run()
+                    recorder = RouteRecorder(self.routers)
+                    with recorder.recording():
+                        Decoding(model, cache, sampler, responses, advance, replies, recorder).run()
         except (RuntimeError, MemoryError):
             self.progress.advance(-num_complete)  # of which nothing is left
             raise
@@ -239,7 +244,8 @@ class Decoding:
         sampler: Sampler,
         responses: Responses,
         advance: Callable[[int], None],
-        replies: Replies | None = None,
+        replies: Replies | None,
+        recorder: RouteRecorder,
     ) -> None:
         """`advance`: called with the number of responses that have become complete."""
         self.model = model
@@ -247,6 +253,7 @@ class Decoding:
         self.sampler = sampler
         self.responses = responses
         self.advance = advance
+        self.recorder = recorder
         self.prompts = responses.prompts
         self.prompt_lengths = self.prompts.mask.sum(dim=1).tolist()
         self.longest_prompt = max(self.prompt_lengths)
@@ -413,7 +420,11 @@ class Decoding:
         elif window.end < longest:
             self._shift(window.end - longest)
 
-    def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor) -> None:
+    def _extend(self, rows: list[Row], indices: Tensor, logits: Tensor, copies: int = 1) -> None:
+        """Draws the next tokens of rows, of which the last pass read one for each `copies`."""
+        if self.recorder.routers:
+            routes = self.recorder.take(len(rows) // copies).repeat_interleave(copies, dim=0)
+            self.responses.set_routes(indices, self.responses.lengths[indices], routes)
         for row, stop_reason in zip(rows, self.sampler.extend(self.responses, indices, logits), strict=True):
             row.stop_reason = stop_reason
 
@@ -426,7 +437,7 @@ class Decoding:
         self.cache.fill(len(self.rows), cache, copies=copies)
         self.rows += rows
         self._fit_window()
-        self._extend(rows, self._indices(rows), logits.repeat_interleave(copies, dim=0))
+        self._extend(rows, self._indices(rows), logits.repeat_interleave(copies, dim=0), copies)
 
     def _read(self, rows: list[Row], unread: list[list[int]]) -> None:
         """Has the model read each row's unread tokens, and writes their keys and values before the write column; what

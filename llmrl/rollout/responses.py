@@ -11,7 +11,7 @@ Here the actor chose "a b", the tool's answer "1 2" was fed, and the actor chose
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from llmrl.batches import NewContext, Prompts, Rollout, Sequences, StopReason
@@ -52,6 +52,8 @@ class Responses:
         self.limits: Int[Tensor, " B"] = self._limits_after(self.lengths)
         """Length at which the current turn of each row is truncated."""
         self.stop_reason: Int[Tensor, " B"] = torch.full((rows,), StopReason.NONE, device=device)
+        self.routes: Int16[Tensor, "B T L"] | None = None
+        """Routes of the chosen tokens, once some are set."""
 
     @property
     def chosen(self) -> Bool[Tensor, "B T"]:
@@ -80,6 +82,14 @@ class Responses:
             begin = max((column + 1 for column in range(length) if fed[column]), default=0)
             turns[row] = ids[begin:length]
         return turns
+
+    def set_routes(
+        self, rows: Int[Tensor, " R"], columns: Int[Tensor, " R"] | slice, routes: Int16[Tensor, "R *columns L"]
+    ) -> None:
+        """Sets the routes of tokens of these rows."""
+        if self.routes is None:
+            self.routes = routes.new_zeros(*self.ids.shape, routes.shape[-1])
+        self.routes[rows, columns] = routes
 
     def append(
         self, rows: Int[Tensor, " R"], ids: Int[Tensor, " R"], logprobs: Float[Tensor, " R"]
@@ -162,4 +172,5 @@ class Responses:
             stop_reason=self.stop_reason,
             group_ids=self.numbers // self.group_size,
             rows=tuple(row for row in prompts.rows for _ in range(self.group_size)),
+            routes=None if self.routes is None else self.routes[:, :width].contiguous(),
         )

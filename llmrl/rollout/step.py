@@ -28,6 +28,7 @@ from llmrl.functional.sampling import draw_tokens
 from llmrl.roles import Sampling
 from llmrl.rollout.linear import Forward, replacing
 from llmrl.rollout.support import with_cache
+from llmrl.routing import RouteRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,11 +64,21 @@ class Slots:
     """(R, T + 1)."""
     logprobs: Tensor
     """(R, T + 1)."""
+    routes: Tensor
+    """(R, T + 1, L): of the tokens drawn, by layers that route; there may be none."""
     max_tokens: Tensor
     """(): length limit of a response, at most T."""
 
     @classmethod
-    def empty(cls, states: Sequence[tuple[Tensor, Tensor]], *, rows: int, columns: int, max_tokens: int) -> "Slots":
+    def empty(
+        cls,
+        states: Sequence[tuple[Tensor, Tensor]],
+        *,
+        rows: int,
+        columns: int,
+        max_tokens: int,
+        num_routers: int = 0,
+    ) -> "Slots":
         """Slots without rows, for keys and values like these of each layer, (N, heads, P, head_dim).
 
         Raises:
@@ -88,6 +99,7 @@ class Slots:
             uniforms=torch.zeros(rows, width, dtype=torch.float64, device=like.device),
             ids=torch.zeros(rows, width, **integers),
             logprobs=torch.zeros(rows, width, device=like.device),
+            routes=torch.zeros(rows, width, num_routers, dtype=torch.int16, device=like.device),
             max_tokens=torch.tensor(max_tokens, **integers),
         )
 
@@ -168,6 +180,7 @@ class Step:
         sampling: Temperature, and whether to draw at all.
         eos_ids: Any of them ends a response.
         vocab_size: Ids from there on have no probability.
+        routers: Those of the model whose choices are recorded, as many as the slots have room for.
     """
 
     def __init__(
@@ -179,6 +192,7 @@ class Step:
         *,
         eos_ids: tuple[int, ...],
         vocab_size: int,
+        routers: Sequence[nn.Module] = (),
     ) -> None:
         device = slots.ends.device
         self.model = model
@@ -188,6 +202,7 @@ class Step:
         self.greedy = sampling.greedy
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
         self.vocab_size = vocab_size
+        self.recorder = RouteRecorder(routers)
         self.windows = attention_windows(model)
         self.columns = torch.arange(slots.num_columns, device=device)
         self.visible = slots.states.new_zeros(())
@@ -200,7 +215,7 @@ class Step:
 
     def logits(self) -> Tensor:
         """(R, V): after the last token of each row."""
-        with lean(self.model, self.norms):
+        with lean(self.model, self.norms), self.recorder.recording():
             output = self.model(
                 input_ids=self.slots.last_ids[:, None],
                 attention_mask=self.masks(),
@@ -229,6 +244,9 @@ class Step:
         ids, logprobs = draw_tokens(logits[:, : self.vocab_size], uniforms, temperature=self.temperature)
         slots.ids.scatter_(1, column, ids[:, None])
         slots.logprobs.scatter_(1, column, logprobs[:, None])
+        if self.recorder.routers:
+            routes = self.recorder.take(slots.num_rows)[:, None]
+            slots.routes.scatter_(1, column[:, :, None].expand_as(routes), routes)
         slots.last_ids.copy_(torch.where(live, ids, slots.last_ids))
         slots.num_drawn.add_(live)
         slots.ends.add_(live)

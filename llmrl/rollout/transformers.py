@@ -1,11 +1,11 @@
 """The engine for every other model: `generate` of transformers, with our own draw of each token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llmrl.batches import Prompts, Rollout, StopReason
@@ -15,6 +15,7 @@ from llmrl.rollout.rope import pin_rope
 from llmrl.rollout.sampler import Sampler
 from llmrl.rollout.support import check_length
 from llmrl.rollout.weights import SamplingWeights, evaluating
+from llmrl.routing import RouteRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,9 @@ class TransformersEngine:
         copy_device: Device for a full copy of the weights, needed when the trained ones will be sharded; None: share
             them.
     """
+
+    routers: Sequence[nn.Module] = ()
+    """Routers of the model that samples, whose choices are recorded."""
 
     def __init__(
         self,
@@ -58,8 +62,9 @@ class TransformersEngine:
         pin_rope(model, longest + sampling.max_response_tokens)
         prompts = prompts.to(model.device)
         responses = Responses(prompts, sampling, eos_ids=self.eos_ids)
-        drawing = DrawingProcessor(Sampler(sampling, vocab_size=self.vocab_size), responses, self.progress)
-        with evaluating(model), own_generation_config(model, self.eos_ids, sampling):
+        recorder = RouteRecorder(self.routers)
+        drawing = DrawingProcessor(Sampler(sampling, vocab_size=self.vocab_size), responses, self.progress, recorder)
+        with evaluating(model), recorder.recording(), own_generation_config(model, self.eos_ids, sampling):
             cast(Any, model).generate(
                 prompts.ids[:, -longest:].repeat_interleave(sampling.num_responses, dim=0),
                 attention_mask=prompts.mask[:, -longest:].repeat_interleave(sampling.num_responses, dim=0).long(),
@@ -75,15 +80,19 @@ class TransformersEngine:
 class DrawingProcessor(LogitsProcessor):
     """Draws from the logits, and leaves `generate` no other choice than the drawn ids."""
 
-    def __init__(self, sampler: Sampler, responses: Responses, progress: Progress) -> None:
+    def __init__(self, sampler: Sampler, responses: Responses, progress: Progress, recorder: RouteRecorder) -> None:
         self.sampler = sampler
         self.responses = responses
         self.progress = progress
+        self.recorder = recorder
         self.rows = torch.arange(len(responses.numbers), device=responses.ids.device)
         self.live = self.rows
         """The rows that are under way."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.recorder.routers:
+            routes = self.recorder.take(len(self.rows))[self.live]
+            self.responses.set_routes(self.live, self.responses.lengths[self.live], routes)
         stop_reasons = self.sampler.extend(self.responses, self.live, scores[self.live])
         under_way = [index for index, reason in enumerate(stop_reasons) if reason == StopReason.NONE]
         self.progress.advance(len(stop_reasons) - len(under_way))

@@ -23,6 +23,11 @@ BYTES_PER_PROMPT_TOKEN = 9
 BYTES_PER_RESPONSE_TOKEN = 45
 """Bytes of its id, mask, rewards, log-probabilities, values, advantages and returns."""
 
+BYTES_PER_ROUTE = 2
+"""Bytes of the route of a response token in a layer of a mixture of experts."""
+BYTES_PER_WAITING_TOKEN = 17
+"""Bytes of the id, mask, log-probability and score of a response token in a rollout that waits, routes left out."""
+
 BYTES_PER_KEPT_TOKEN = 22
 """Bytes of the id, both masks, the return and both log-probabilities of a token in an auxiliary phase."""
 
@@ -44,7 +49,7 @@ class Estimate:
     host_loading: int
     """Peak of a process in the memory of the CPU while models load."""
     host_training: int
-    """Memory of the CPU that offloading takes in training."""
+    """Memory of the CPU that a process takes in training for what is offloaded and for rollouts that wait."""
 
     def of(self, phase: Phase) -> int:
         """Bytes that a device holds in this phase."""
@@ -83,7 +88,7 @@ def estimate_memory(
     return Estimate(
         items=tuple(item for item in parts.items() if item.num_bytes),
         host_loading=parts.host_loading(),
-        host_training=sum(host(split, strategy) for split in parts.splits()),
+        host_training=parts.host_training(),
     )
 
 
@@ -122,6 +127,10 @@ class _Parts(ABC):
             return self.split(self.shape.num_parameters).weight_bytes
         whole = FLOAT32 * sum(split.trained + split.frozen for split in self.splits())
         return whole if self.strategy.splits_weights else FLOAT32 * self.shape.num_parameters
+
+    def host_training(self) -> int:
+        """Bytes of what is offloaded."""
+        return sum(host(split, self.strategy) for split in self.splits())
 
     def split(self, num_model: int, *, extra: int = 0) -> Split:
         """Split of a trained model of this many parameters, or of its adapters; `extra` ones are always trained."""
@@ -291,6 +300,19 @@ class _Reinforcement(_Parts):
             loading += FLOAT32 * self.shape.num_parameters
         return loading
 
+    def host_training(self) -> int:
+        """The same, and the rollouts that wait from one iteration to the next, prompts once for their groups."""
+        prompt, response = self.config.data.max_prompt_tokens, self.config.rollout.max_response_tokens
+        row = response * (BYTES_PER_WAITING_TOKEN + self._route_bytes)
+        of_prompt = prompt * BYTES_PER_PROMPT_TOKEN + self.config.algorithm.group_size * row
+        num_waiting = self.config.update.staleness + self.config.update.num_replayed
+        return super().host_training() + num_waiting * self.config.rollout.prompts_per_iteration * of_prompt
+
+    @property
+    def _route_bytes(self) -> int:
+        """Bytes of the routes of a response token."""
+        return BYTES_PER_ROUTE * self.shape.num_routers
+
     def frozen(self) -> Iterator[Item]:
         """Yields the copy to sample from, whole on every device; reference and reward model, which may be split."""
         num = self.shape.num_parameters + self.num_low_rank - self.num_quantized  # what is quantized is not copied
@@ -338,9 +360,9 @@ class _Reinforcement(_Parts):
         copies = 2 * rows * columns * self.shape.query_size * size
         step = (copies if self.shape.query_size > self.shape.key_size else 0) + self._logits(rows)
         yield Item(name="a step of the rollout", num_bytes=max(first, step), phases=("rollout",))
-        total = rollout.prompts_per_iteration * group
-        experience = total * (prompt * BYTES_PER_PROMPT_TOKEN + response * BYTES_PER_RESPONSE_TOKEN)
-        yield Item(name="experience", num_bytes=experience, phases=("scoring", "update"))
+        total = rollout.prompts_per_iteration * group * (1 + self.config.update.num_replayed)
+        row = prompt * BYTES_PER_PROMPT_TOKEN + response * (BYTES_PER_RESPONSE_TOKEN + self._route_bytes)
+        yield Item(name="experience", num_bytes=total * row, phases=("scoring", "update"))
         row = prompt * BYTES_PER_PROMPT_TOKEN + response * BYTES_PER_KEPT_TOKEN
         yield Item(name="experience of an auxiliary phase", num_bytes=self._num_kept * total * row, phases=("update",))
 

@@ -68,8 +68,8 @@ def _lines(estimate: Estimate, has_rollouts: bool) -> list[str]:
         f"Phases: {phases}. The device's own context, fragments and buffers of communication come on top.",
         f"  The peak: {', '.join(f'{item.name} {in_units(item.num_bytes)}' for item in of_peak)}.",
     ]
-    offloaded = f", and {in_units(estimate.host_training)} in training" if estimate.host_training else ""
-    return [*lines, f"  Each process loads {in_units(estimate.host_loading)} into the memory of the CPU{offloaded}."]
+    kept = f", and keeps {in_units(estimate.host_training)} there in training" if estimate.host_training else ""
+    return [*lines, f"  Each process loads {in_units(estimate.host_loading)} into the memory of the CPU{kept}."]
 
 
 def _fit(
@@ -78,16 +78,17 @@ def _fit(
     """Lines on whether the run fits this machine, and what would lower its memory; `beside`: what was not counted."""
     machine = this_machine()
     num_processes = number("LOCAL_WORLD_SIZE", least=1, otherwise=number("WORLD_SIZE", least=1, otherwise=1))
-    if machine.gpu is not None:
-        has, each, where = machine.gpu, 1, "GPU"
-    else:
-        has, each, where = machine.cpu, num_processes, "CPU, as torch sees no GPU on it,"
-    needed = each * estimate.peak
+    has, where = (machine.cpu, "CPU, as torch sees no GPU on it,") if machine.gpu is None else (machine.gpu, "GPU")
+
+    def taken(by: Estimate) -> int:
+        return num_processes * (by.peak + by.host_training) if machine.gpu is None else by.peak
+
+    needed = taken(estimate)
     memory = f"  This machine's {where} has {in_units(has)}"
     if needed <= has:
         without = f" without {beside}" if beside else ""
         return [f"{memory}: the run fits{without}, with {in_units(has - needed)} to spare."]
-    lower = dict(_lowered(config, each * estimate.peak, lambda other: each * estimated(other).peak))
+    lower = dict(_lowered(config, needed, lambda other: taken(estimated(other))))
     ways = ", ".join(f"{setting} to {in_units(num_bytes)}" for setting, num_bytes in lower.items())
     return [
         f"{memory}, and the run takes {in_units(needed)} of it: it does not fit."

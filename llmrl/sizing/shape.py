@@ -10,6 +10,7 @@ from torch import nn
 
 from llmrl.hub import is_local
 from llmrl.models.config import ModelConfig
+from llmrl.models.experts import routers
 from llmrl.models.folders import base_of_adapter, is_adapter, json_object, resolved
 from llmrl.models.quantization import BLOCK
 from llmrl.models.routers import routers_of
@@ -51,6 +52,8 @@ class ModelShape:
     """Numbers of all heads' keys of one token."""
     num_heads: int
     feed_forward_size: int
+    num_routers: int
+    """Layers of a mixture of experts that choose them; 0 of other models."""
     vocab_size: int
     """Rows of the LM head, padding included."""
     layers: tuple[tuple[str, int], ...]
@@ -165,6 +168,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         key_size=num_key_heads * head_dim,
         num_heads=text.num_attention_heads,
         feed_forward_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_routers=len(routers(model.base_model)),
         vocab_size=len(head),
         layers=tuple(_layers(model)),
     )
@@ -179,7 +183,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, int]]:
 def _linears(trunk: nn.Module) -> Iterator[Linear]:
     from transformers.pytorch_utils import Conv1D
 
-    routers = routers_of(trunk)
+    routing = routers_of(trunk)
     for name, module in trunk.named_modules():
         if isinstance(module, nn.Linear):
             inputs, outputs = module.in_features, module.out_features
@@ -187,4 +191,4 @@ def _linears(trunk: nn.Module) -> Iterator[Linear]:
             inputs, outputs = module.nx, module.nf
         else:
             continue
-        yield Linear(name=name, inputs=inputs, outputs=outputs, routes=name in routers)
+        yield Linear(name=name, inputs=inputs, outputs=outputs, routes=name in routing)

@@ -26,7 +26,7 @@ from llmrl.functional.losses import token_weights
 from llmrl.functional.masking import masked_moments, masked_sum
 from llmrl.functional.statistics import Maximum, Mean, Moments, Statistic, Total
 from llmrl.functional.streams import Purpose, permutation
-from llmrl.metrics import Metrics
+from llmrl.metrics import AGREEMENT, Metrics
 from llmrl.microbatches import TokenBudget
 from llmrl.roles import (
     Algorithm,
@@ -48,8 +48,8 @@ Learned = TypeVar("Learned", Experience, AuxiliaryExperience)
 LossesOf = Callable[[Any, Tensor], Iterator[tuple[str, Tensor, Metrics]]]
 """Losses of a batch, with the weights of its tokens."""
 
-FIRST_ONLY = "policy/ratio_max_deviation"
-"""Metric of the first minibatch that is learned from only: until its step all passes read the same weights."""
+FIRST_ONLY = ("policy/ratio_max_deviation", AGREEMENT)
+"""Metrics of the first minibatch that is learned from only: until its step all passes read the same weights."""
 
 
 class FlatGroupsError(Error, RuntimeError):
@@ -133,8 +133,7 @@ class RLTrainer(Resumable):
         self.observe(self.iteration, experience)
         for minibatch in self.minibatches(experience):
             update = self.update(minibatch)
-            is_first = FIRST_ONLY not in metrics.statistics
-            metrics = metrics.merge(update if is_first else update.without(FIRST_ONLY))
+            metrics = metrics.merge(update.without(*(name for name in FIRST_ONLY if name in metrics.statistics)))
             if self.algorithm.should_stop(update):
                 break
         with torch.no_grad():

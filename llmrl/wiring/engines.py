@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from llmrl.batches import Prompts, Rollout, Row
 from llmrl.data.chat import check_template_arguments
@@ -15,6 +16,7 @@ from llmrl.distributed.context import Context, Launch
 from llmrl.functional.streams import Purpose
 from llmrl.models.adapters import load_adapted
 from llmrl.models.config import ModelConfig
+from llmrl.models.experts import watched
 from llmrl.models.folders import is_adapter
 from llmrl.models.loading import load_model, load_tokenizer
 from llmrl.models.vocabulary import check_ids, end_ids, num_token_ids
@@ -26,6 +28,7 @@ from llmrl.rollout.graphs import GraphDecoder, check_graphs
 from llmrl.rollout.native import NativeEngine
 from llmrl.rollout.support import RolloutError, check_length
 from llmrl.rollout.transformers import TransformersEngine
+from llmrl.rollout.weights import evaluating
 from llmrl.wiring.environments import CheckedEnvironment, with_turns
 from llmrl.wiring.precision import dtype_of
 
@@ -51,8 +54,11 @@ def build_engine(
         "copy_device": copy_device,
     }
     if config.engine == "transformers":
-        return TransformersEngine(model, **common)
+        generating = TransformersEngine(model, **common)
+        generating.routers = recorded_routers(generating.weights.fresh())
+        return generating
     native = NativeEngine(model, max_rows=config.max_rows, **common)
+    native.routers = recorded_routers(native.weights.fresh())
     if config.graphs == "auto":
         native.graphs = _graph_decoder(native)
     return native
@@ -64,11 +70,18 @@ def _graph_decoder(engine: NativeEngine) -> GraphDecoder | None:
     if model.device.type != "cuda":
         return None
     try:
-        check_graphs(model, engine.vocab_size)
+        check_graphs(model, engine.vocab_size, engine.routers)
     except RolloutError as error:
         engine.progress.message(f"Responses are decoded without CUDA graphs, which is slower: {error}.")
         return None
-    return GraphDecoder(eos_ids=engine.eos_ids, vocab_size=engine.vocab_size)
+    return GraphDecoder(eos_ids=engine.eos_ids, vocab_size=engine.vocab_size, routers=engine.routers)
+
+
+def recorded_routers(model: "PreTrainedModel") -> Sequence[nn.Module]:
+    """Routers whose choices an engine records: those that training watches, see `watched`."""
+    with evaluating(model):
+        experts = watched(model.base_model)
+    return () if experts is None else experts.routers
 
 
 def check_room(readers: Mapping[str, "PreTrainedModel"], prompts: Prompts, config: RolloutConfig) -> None:

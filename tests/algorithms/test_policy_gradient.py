@@ -16,9 +16,18 @@ from llmrl.algorithms.policy_gradient import (
     length_penalty,
     make_policy_loss,
     policy_metrics,
+    routing_agreement,
 )
 from llmrl.algorithms.user_functions import UserLoss
-from llmrl.batches import Experience, GRPOExperience, Rollout, Scores, Sequences, StopReason
+from llmrl.batches import (
+    Experience,
+    GRPOExperience,
+    Rollout,
+    Scores,
+    Sequences,
+    StopReason,
+    TokenOutputs,
+)
 from llmrl.metrics import Metrics
 
 from . import tabular
@@ -57,6 +66,23 @@ def test_a_policy_is_measured_on_the_tokens_that_count():
     experience = Experience(rollout=rollout, scores=scores, old_logprobs=tokens, advantages=tokens)
     values = Metrics(policy_metrics(experience, 2 * tokens)).values()
     assert values == {"policy/entropy": pytest.approx(-1.0), "policy/rollout_gap": pytest.approx(1.5)}
+
+
+def test_routes_are_compared_by_token_and_layer():
+    """Of tokens that count: six pairs, four of which are the same."""
+    rollout, scores = make_rollout([2, 3, 1], [0, 0, 0]), make_scores([1.0, math.nan, 0.0])
+    sampled, again = torch.zeros(3, 4, 2).short(), torch.ones(3, 4, 2).short()
+    sampled[0, :2], again[0, :2] = torch.tensor([[[1, 2], [3, 4]], [[1, 2], [3, 0]]])
+    sampled[2, 0], again[2, 0] = torch.tensor([[7, 8], [7, 9]])
+    again[1] = sampled[1]  # of a response that could not be scored
+    tokens = torch.zeros(3, 4)
+    experience = Experience(
+        rollout=replace(rollout, routes=sampled), scores=scores, old_logprobs=tokens, advantages=tokens
+    )
+    outputs = TokenOutputs(named={"routes": again})
+    assert Metrics(routing_agreement(experience, outputs)).values() == {"experts/agreement": pytest.approx(4 / 6)}
+    assert routing_agreement(replace(experience, rollout=rollout), outputs) == {}
+    assert routing_agreement(experience, TokenOutputs(named={})) == {}
 
 
 def test_the_kl_is_per_token_and_per_response_that_counts():

@@ -1,16 +1,35 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM
 
+from llmrl.batches import Batch, Prompts, Scores
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
+from llmrl.functional.streams import Purpose
 from llmrl.models.adapters import load_adapted
-from llmrl.sizing import Estimate, Item, Strategy, estimate_memory, read_shape
+from llmrl.reports.progress import Silent
+from llmrl.roles import Sampling
+from llmrl.rollout.native import NativeEngine
+from llmrl.sizing import Estimate, Item, Strategy, estimate_memory, read_shape, shape_of
 from llmrl.sizing.estimate import _Supervised
+from llmrl.trainers.stored import StoredRollouts
+from llmrl.wiring.engines import recorded_routers
+from tests.mixtures import config_of
 from tests.models.quantized import save_base
 
 RUN = {"output_dir": "out", "num_iterations": 1}
 RULE = {"functions": [{"name": "rule.py:rule"}]}
+SAMPLING = Sampling(
+    temperature=1.0,
+    num_responses=4,
+    max_response_tokens=32,
+    greedy=False,
+    seed=0,
+    purpose=Purpose.TRAINING,
+    first_response=0,
+)
 REWARD_MODEL = {"model": {"path": "reward"}}
 
 
@@ -21,7 +40,7 @@ def sft(**model) -> SFTRun:
     )
 
 
-def rl(kind, *, kl_coef: float = 0.0, reward=RULE, critic=None, algorithm=None, **model):
+def rl(kind, *, kl_coef: float = 0.0, reward=RULE, critic=None, algorithm=None, update=None, **model):
     settings = {
         "model": {"path": "m", **model},
         "data": {"path": "x", "max_prompt_tokens": 6},
@@ -29,7 +48,7 @@ def rl(kind, *, kl_coef: float = 0.0, reward=RULE, critic=None, algorithm=None, 
         "run": RUN,
         "algorithm": {"kl_coef": kl_coef} | ({"group_size": 4} if kind is GRPORun else {}) | (algorithm or {}),
         "rollout": {"prompts_per_iteration": 4, "max_response_tokens": 4},
-        "update": {"minibatch_size": 4, "microbatch_tokens": 30},
+        "update": {"minibatch_size": 4, "microbatch_tokens": 30} | (update or {}),
     }
     return TypeAdapter(kind).validate_python(settings | ({"critic": {"network": critic}} if critic else {}))
 
@@ -154,6 +173,60 @@ def test_an_auxiliary_phase_has_the_experience_of_all_its_iterations(shape):
     assert (item(plain, name), item(phasic, name)) == (0, 5 * 4 * (6 * 9 + 4 * 22))
     assert [part.phases for part in phasic.items if part.name == name] == [("update",)]
     assert item(phasic, "weights") - item(plain, "weights") == 4 * 8
+
+
+def test_replayed_rollouts_are_learned_from_and_those_that_wait_lie_on_the_host(shape):
+    """4 prompts of 6 tokens and 4 responses of 4 to each; in a mixture two bytes more a layer."""
+    name, settings = "experience", {"staleness": 3, "num_replayed": 2}
+    plain, stale, mixture = (
+        estimate_memory(rl(GRPORun, update=update), model, Strategy())
+        for update, model in (({}, shape), (settings, shape), (settings, replace(shape, num_routers=5)))
+    )
+    row = 6 * 9 + 4 * 45
+    assert (item(plain, name), item(stale, name)) == (16 * row, 3 * 16 * row)
+    assert item(mixture, name) == 3 * 16 * (row + 4 * 5 * 2)
+    assert (plain.host_training, stale.host_training) == (0, 5 * (4 * 6 * 9 + 16 * 4 * 17))
+    assert mixture.host_training == 5 * (4 * 6 * 9 + 16 * 4 * (17 + 5 * 2))
+    offloads = Strategy(sharding="deepspeed", zero_stage=2, num_devices=2, bucket_elements=10, offloads_optimizer=True)
+    both, alone = (estimate_memory(rl(GRPORun, update=x), shape, offloads).host_training for x in (settings, {}))
+    assert both - alone == stale.host_training
+
+
+def tensor_bytes(value) -> int:
+    """Bytes of all tensors in a batch, in tuples and mappings of it."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else vars(value).values()
+    return sum(tensor_bytes(x) for x in parts if isinstance(x, torch.Tensor | Batch | dict | tuple))
+
+
+@pytest.mark.parametrize(("family", "num_routers"), [("llama", 0), ("qwen3_moe", 2), ("deepseek_v3", 1)])
+def test_what_waits_is_as_large_as_estimated(family, num_routers):
+    """Rollouts of the engine of models that never end a response, and those of a run that waits for them."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family, vocab_size=32))
+    engine = NativeEngine(model, eos_ids=(), vocab_size=32, dtype=torch.float32, max_rows=64, progress=Silent())
+    engine.routers = recorded_routers(model)
+    ids = torch.ones(4, 64, dtype=torch.long)
+    prompts = Prompts(ids=ids, mask=ids.bool(), rows=({"prompt": "x"},) * 4)
+    config = rl(GRPORun, update={"staleness": 2, "num_replayed": 1})
+    config = replace(
+        config,
+        data=replace(config.data, max_prompt_tokens=64),
+        rollout=replace(config.rollout, max_response_tokens=32),
+    )
+    stored = StoredRollouts(staleness=2, num_replayed=1)
+    new = []
+    for number in range(stored.num_missing):
+        rollout = engine.generate(prompts, replace(SAMPLING, first_response=16 * number))
+        total = torch.zeros(16)
+        new.append((rollout, Scores(total=total, per_token=torch.zeros(16, 32), parts={"rule": total})))
+    stored.exchange(new)
+    shape = shape_of(model.config)
+    estimated = estimate_memory(config, shape, Strategy()).host_training
+    assert shape.num_routers == num_routers
+    assert tensor_bytes(stored.waiting) == pytest.approx(estimated, rel=0.1)
+    assert tensor_bytes(stored.waiting) > estimated  # by a few numbers a response, which are not counted
 
 
 def test_pairs_have_no_logits(shape):

@@ -1,5 +1,6 @@
 """Runs of a mixture of experts: how its choices are balanced, and that nothing of it depends on how a step is split."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from llmrl.models.config import LoraSettings, ModelConfig
 from llmrl.models.experts import BIAS
 from llmrl.models.folders import ModelError
+from llmrl.routing import route_of
 from llmrl.trainers.checkpoint import join_state, split_state
 from tests.mixtures import config_of
 
@@ -50,9 +52,61 @@ def test_the_split_into_microbatches_does_not_show(config, mixture):
     for name, weight in weights(in_pieces[0]).items():
         torch.testing.assert_close(weights(whole[0])[name], weight, atol=2e-6, rtol=1e-4)
     for ours, theirs in zip(whole[1], in_pieces[1], strict=True):
-        for name in ("experts/load_max", "experts/unused_fraction", "experts/balance_loss"):
+        for name in ("experts/load_max", "experts/unused_fraction", "experts/balance_loss", "experts/agreement"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
         assert ours["policy/ratio_max_deviation"] < 1e-5
+
+
+@pytest.mark.parametrize(("family", "engine"), [("qwen3_moe", "native"), ("deepseek_v3", "transformers")])
+def test_rollout_and_update_choose_the_same_experts(config, mixture, family, engine):
+    """Also where the policy moves between the minibatches of an iteration: the first one is read."""
+    optimizer = replace(config.optimizer, learning_rate=1e-2)
+    config = replace(config, rollout=replace(config.rollout, engine=engine), optimizer=optimizer)
+    _, told = learned(replace(config, model=mixture(family)), balance_coef=10.0)
+    for values in told:
+        assert values["experts/agreement"] == 1.0
+        assert values["policy/rollout_gap"] < 1e-4
+
+
+def test_fewer_agree_where_rollouts_are_stale(config, mixture):
+    optimizer = replace(config.optimizer, learning_rate=1e-2)
+    update = replace(config.update, staleness=1)
+    config = replace(config, model=mixture("qwen3_moe"), optimizer=optimizer, update=update)
+    _, (first, second) = learned(config, importance="truncated", balance_coef=10.0)
+    assert first["experts/agreement"] == 1.0  # nothing has been learned yet
+    assert second["experts/agreement"] < 0.9
+
+
+def test_two_experts_that_change_places_disagree_where_one_of_them_was_chosen(config, mixture):
+    trainer = build_run(replace(config, model=mixture("qwen3_moe")))[0].trainer
+    with torch.no_grad():
+        rollout, scores, _ = trainer.collect(trainer.prompts.next(16))
+        last = trainer.balance.routers[1].weight
+        last.copy_(last[[1, 0, 2, 3]])
+        experience, _ = trainer.algorithm.experience(rollout, scores)
+    mask = experience.counted
+    ((_, _, metrics),) = trainer.algorithm.losses(experience, mask / mask.sum())
+    sets = {int(route_of(torch.tensor(pair))): pair for pair in itertools.combinations(range(4), 2)}
+    chosen = [sets[code] for code in rollout.routes[..., 1][mask].tolist()]
+    same = sum((0 in pair) == (1 in pair) for pair in chosen)
+    assert 0 < same < len(chosen)
+    assert metrics.values()["experts/agreement"] == pytest.approx((len(chosen) + same) / (2 * len(chosen)))
+    shifted = replace(experience, rollout=replace(rollout, routes=rollout.routes.roll(1, dims=1)))
+    ((_, _, metrics),) = trainer.algorithm.losses(shifted, mask / mask.sum())
+    assert metrics.values()["experts/agreement"] < 0.6
+
+
+def test_a_rollout_that_waited_in_a_checkpoint_of_before_has_no_routes(config, mixture):
+    config = replace(config, model=mixture("qwen3_moe"), update=replace(config.update, num_replayed=1))
+    straight, _ = learned(config, importance="truncated")
+    arrays, rest = split_state(straight.state_dict())
+    kept = {name: x.clone() for name, x in arrays.items() if not name.endswith("routes")}
+    assert len(kept) == len(arrays) - 1
+    resumed, _ = build_run(replace(config, algorithm=replace(config.algorithm, importance="truncated")))
+    resumed.trainer.load_state_dict(join_state(kept, json.loads(json.dumps(rest))))
+    told = [trainer.iterate().values() for trainer in (straight, resumed.trainer, resumed.trainer)]
+    assert ["experts/agreement" in values for values in told] == [True, False, True]
+    assert told[0]["policy/loss"] == told[1]["policy/loss"]
 
 
 def test_its_weight_moves_the_routers_and_0_leaves_the_run_as_it_is(config, mixture):
