@@ -140,7 +140,12 @@ class GRPOConfig(Section, place="algorithm"):
         leaves unread."""
         if self.name != "grpo":
             return []
-        warnings = _unread_clips(self)
+        warnings = _unread(self)
+        if self.ratio == "sequence" and self.credit != "response":
+            warnings.append(
+                f"algorithm.ratio sequence has one gradient for a whole response, so what algorithm.credit {self.credit} "
+                "tells apart within one comes to its mean there; algorithm.ratio token keeps it apart"
+            )
         if self.kl_coef > 0 and self.scale == "std" and self.kl_form != "k1_reward":
             warnings.append(
                 "algorithm.kl_coef with algorithm.scale std, as by default in TRL, works, but advantages are divided "
@@ -284,7 +289,7 @@ class PPOConfig(Section, place="algorithm"):
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
-        return _unread_clips(self)
+        return _unread(self)
 
 
 def _check_name(setting: str, value: str, *ours: str) -> None:
@@ -322,9 +327,10 @@ def _check_auxiliary(config: PPOConfig) -> None:
             )
 
 
-def _unread_clips(config: GRPOConfig | PPOConfig) -> list[str]:
-    return [
-        f"algorithm.{name} is read only where algorithm.loss is {' or '.join(losses)}"
-        for name, losses in CLIPS.items()
-        if config.loss not in losses and getattr(config, name) != getattr(type(config), name)
-    ]
+def _unread(config: GRPOConfig | PPOConfig) -> list[str]:
+    """Settings of the loss and of the correction that are not read, and not as they are by default."""
+    clips = {name: f"algorithm.loss is {' or '.join(x)}" for name, x in CLIPS.items() if config.loss not in x}
+    weights = dict.fromkeys(("importance_level", "importance_cap"), "algorithm.importance is not none")
+    unread = clips | (weights if config.importance == "none" else {})
+    changed = {name: where for name, where in unread.items() if getattr(config, name) != getattr(type(config), name)}
+    return [f"algorithm.{name} is read only where {where}" for name, where in changed.items()]

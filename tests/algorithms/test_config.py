@@ -88,6 +88,22 @@ def test_clips_that_no_loss_reads_warn(config):
     assert config(loss="mine.py:loss").warnings() == config(clip_high=0.3).warnings() == []
 
 
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig])
+def test_settings_of_a_correction_that_is_not_made_warn(config):
+    told = "is read only where algorithm.importance is not none"
+    unread = config(importance_level="sequence", importance_cap=5.0)
+    assert unread.warnings() == [f"algorithm.importance_level {told}", f"algorithm.importance_cap {told}"]
+    assert config(importance="masked", importance_level="sequence", importance_cap=5.0).warnings() == []
+
+
+@pytest.mark.parametrize("credit", ["turn", "token"])
+def test_one_ratio_for_a_response_averages_its_credit(credit):
+    (warning,) = GRPOConfig(credit=credit, ratio="sequence", aggregation="sequence").warnings()
+    assert f"so what algorithm.credit {credit} tells apart within one comes to its mean there" in warning
+    assert GRPOConfig(credit=credit, aggregation="sequence").warnings() == []
+    assert GRPOConfig(ratio="sequence", aggregation="sequence").warnings() == []
+
+
 def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
     own = {"name": "mine.py:Mine", "loss": "mine.py:loss", "clip_high": 0.3, "kl_coef": 0.1}
     assert GRPOConfig(**own).warnings() == []
