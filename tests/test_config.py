@@ -244,7 +244,7 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
         ),
         (
             {"critic": CriticConfig(network="mtp"), "algorithm": PPOConfig(importance="v_trace")},
-            r"algorithm\.importance v_trace corrects the returns that a critic learns, and critic\.network mtp learns from",
+            r"algorithm\.importance v_trace corrects the returns that a critic learns, and critic\.network mtp",
         ),
         (
             {"reward": replace(LEARNED, combine="standardized")},

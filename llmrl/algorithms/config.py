@@ -143,8 +143,8 @@ class GRPOConfig(Section, place="algorithm"):
         warnings = _unread(self)
         if self.ratio == "sequence" and self.credit != "response":
             warnings.append(
-                f"algorithm.ratio sequence has one gradient for a whole response, so what algorithm.credit {self.credit} "
-                "tells apart within one comes to its mean there; algorithm.ratio token keeps it apart"
+                "algorithm.ratio sequence has one gradient for all tokens of a response, so of the advantages that "
+                f"algorithm.credit {self.credit} gives them only the mean counts; algorithm.ratio token uses each"
             )
         if self.kl_coef > 0 and self.scale == "std" and self.kl_form != "k1_reward":
             warnings.append(
@@ -303,12 +303,19 @@ def _check_name(setting: str, value: str, *ours: str) -> None:
 
 
 def _check_moving_reference(config: GRPOConfig | PPOConfig) -> None:
-    """Refuses a reference that moves where there is none, and a mixing that is never read."""
+    """Refuses a reference that moves where there is none, or not with all of the actor; and a mixing that is never
+    read."""
     every, mixing = config.reference_refresh_every, config.reference_mixing
     if every is not None and config.kl_coef == 0:
         raise ValueError(
             f"algorithm.reference_refresh_every ({every}) moves the reference of the KL, which algorithm.kl_coef 0 "
             "leaves out; set algorithm.kl_coef above 0, or this to null"
+        )
+    if every is not None and config.balance_bias_rate:
+        raise ValueError(
+            f"algorithm.reference_refresh_every ({every}) moves the weights of the reference, and not the bias of its "
+            f"routers, which algorithm.balance_bias_rate ({config.balance_bias_rate}) moves in the actor; set this to "
+            "null, or that to 0"
         )
     if every is None and mixing != 1:
         raise ValueError(

@@ -368,12 +368,6 @@ def _check_bias(config: RLRun, launch: Launch) -> None:
             f"algorithm.balance_bias_rate ({config.algorithm.balance_bias_rate}) moves a bias of the base, which the "
             "reference shares with an adapter, so the reference would move too; set it to 0, or train all weights"
         )
-    if config.algorithm.reference_refresh_every is not None:
-        raise ValueError(
-            f"algorithm.balance_bias_rate ({config.algorithm.balance_bias_rate}) moves a bias of the routers, which a "
-            "reference that moves does not take over with the weights; set it to 0, or "
-            "algorithm.reference_refresh_every to null"
-        )
     if launch.splits_weights:
         raise LaunchError(
             f"algorithm.balance_bias_rate ({config.algorithm.balance_bias_rate}) needs the model whole in every "
