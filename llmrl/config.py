@@ -410,9 +410,13 @@ class RLRun:
         return self.rollout.prompts_per_iteration * self.algorithm.group_size
 
     @property
+    def num_learned(self) -> int:
+        """Responses that an iteration learns from, over all ranks."""
+        return self.num_responses * (1 + self.update.num_replayed)
+
+    @property
     def optimizer_steps_per_iteration(self) -> int:
-        num_learned = self.num_responses * (1 + self.update.num_replayed)
-        return self.update.num_epochs * num_learned // self.minibatch_size
+        return self.update.num_epochs * self.num_learned // self.minibatch_size
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -492,6 +496,11 @@ class PPORun(RLRun):
                 f"trunk of its own into the actor's, which critic.network {self.critic.network} trains by them anyway; "
                 "choose another critic.network, or set this to null"
             )
+        if self.critic.network == "mtp" and self.algorithm.importance == "v_trace":
+            raise ValueError(
+                "algorithm.importance v_trace corrects the returns that a critic learns, and critic.network mtp learns "
+                "from targets of its own; set algorithm.importance to truncated, or choose another critic.network"
+            )
 
     @property
     def warmup_iterations(self) -> int:
@@ -520,7 +529,8 @@ class PPORun(RLRun):
         if self.critic.network != "mtp":
             unread = self.critic.mtp != MTPSettings()
             return ["critic.mtp is read only where critic.network is mtp"] if unread else []
-        changed = [x for x in ("value_clip", "value_lambda") if getattr(self.algorithm, x) != getattr(PPOConfig, x)]
+        names = ("value_clip", "value_lambda", "value_proximal_coef")
+        changed = [name for name in names if getattr(self.algorithm, name) != getattr(PPOConfig, name)]
         return [f"algorithm.{name} is not read where critic.network is mtp" for name in changed]
 
     @property
@@ -540,7 +550,7 @@ class PPORun(RLRun):
         if every is None:
             return 0
         num_phases = (self.run.num_iterations - self.critic.warmup_iterations) // every
-        steps = every * self.num_responses // self.minibatch_size
+        steps = every * self.num_learned // self.minibatch_size
         return num_phases * self.algorithm.auxiliary_epochs * steps
 
 

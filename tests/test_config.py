@@ -243,6 +243,10 @@ def test_sections_of_grpo_that_just_fit_are_taken(sections: dict[str, Any]):
             r"critic\.warmup_iterations \(4\) must be less than run\.num_iterations \(4\), or the actor never learns$",
         ),
         (
+            {"critic": CriticConfig(network="mtp"), "algorithm": PPOConfig(importance="v_trace")},
+            r"algorithm\.importance v_trace corrects the returns that a critic learns, and critic\.network mtp",
+        ),
+        (
             {"reward": replace(LEARNED, combine="standardized")},
             r"reward\.combine standardized compares each reward within the group of a prompt, and llmrl ppo has no gr",
         ),
@@ -288,6 +292,10 @@ def test_sections_of_ppo_that_just_fit_are_taken(sections: dict[str, Any]):
             {"critic": CriticConfig(network="mtp"), "algorithm": PPOConfig(value_clip=None, value_lambda=1.0)},
             ["algorithm.value_clip is not read where critic", "algorithm.value_lambda is not read where critic"],
         ),
+        (
+            {"critic": CriticConfig(network="mtp"), "algorithm": PPOConfig(value_proximal_coef=0.5)},
+            ["algorithm.value_proximal_coef is not read where critic.network is mtp"],
+        ),
         ({"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(learning_rate=1.0)}, []),
         (
             {"critic": CriticConfig(network="shared"), "critic_optimizer": OptimizerConfig(betas=(0.5, 0.999))},
@@ -316,6 +324,9 @@ def test_steps_of_auxiliary_phases_belong_to_the_schedules():
     )
     assert config.num_auxiliary_steps == 30
     assert (config.num_optimizer_steps, config.num_actor_steps) == (4 * 3 + 30, 3 * 3 + 30)
+    replayed = replace(config, update=replace(config.update, num_replayed=1))
+    assert replayed.num_auxiliary_steps == 60  # each iteration has learned from twice as many, and so does the phase
+    assert (replayed.num_optimizer_steps, replayed.num_actor_steps) == (4 * 6 + 60, 3 * 6 + 60)
 
 
 def test_the_actor_takes_no_step_in_the_warm_up():

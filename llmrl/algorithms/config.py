@@ -140,7 +140,12 @@ class GRPOConfig(Section, place="algorithm"):
         leaves unread."""
         if self.name != "grpo":
             return []
-        warnings = _unread_clips(self)
+        warnings = _unread(self)
+        if self.ratio == "sequence" and self.credit != "response":
+            warnings.append(
+                "algorithm.ratio sequence has one gradient for all tokens of a response, so of the advantages that "
+                f"algorithm.credit {self.credit} gives them only the mean counts; algorithm.ratio token uses each"
+            )
         if self.kl_coef > 0 and self.scale == "std" and self.kl_form != "k1_reward":
             warnings.append(
                 "algorithm.kl_coef with algorithm.scale std, as by default in TRL, works, but advantages are divided "
@@ -284,7 +289,7 @@ class PPOConfig(Section, place="algorithm"):
 
     def warnings(self) -> list[str]:
         """What is allowed, but seldom meant."""
-        return _unread_clips(self)
+        return _unread(self)
 
 
 def _check_name(setting: str, value: str, *ours: str) -> None:
@@ -298,12 +303,19 @@ def _check_name(setting: str, value: str, *ours: str) -> None:
 
 
 def _check_moving_reference(config: GRPOConfig | PPOConfig) -> None:
-    """Refuses a reference that moves where there is none, and a mixing that is never read."""
+    """Refuses a reference that moves where there is none, or not with all of the actor; and a mixing that is never
+    read."""
     every, mixing = config.reference_refresh_every, config.reference_mixing
     if every is not None and config.kl_coef == 0:
         raise ValueError(
             f"algorithm.reference_refresh_every ({every}) moves the reference of the KL, which algorithm.kl_coef 0 "
             "leaves out; set algorithm.kl_coef above 0, or this to null"
+        )
+    if every is not None and config.balance_bias_rate:
+        raise ValueError(
+            f"algorithm.reference_refresh_every ({every}) moves the weights of the reference, and not the bias of its "
+            f"routers, which algorithm.balance_bias_rate ({config.balance_bias_rate}) moves in the actor; set this to "
+            "null, or that to 0"
         )
     if every is None and mixing != 1:
         raise ValueError(
@@ -322,9 +334,10 @@ def _check_auxiliary(config: PPOConfig) -> None:
             )
 
 
-def _unread_clips(config: GRPOConfig | PPOConfig) -> list[str]:
-    return [
-        f"algorithm.{name} is read only where algorithm.loss is {' or '.join(losses)}"
-        for name, losses in CLIPS.items()
-        if config.loss not in losses and getattr(config, name) != getattr(type(config), name)
-    ]
+def _unread(config: GRPOConfig | PPOConfig) -> list[str]:
+    """Settings of the loss and of the correction that are not read, and not as they are by default."""
+    clips = {name: f"algorithm.loss is {' or '.join(x)}" for name, x in CLIPS.items() if config.loss not in x}
+    weights = dict.fromkeys(("importance_level", "importance_cap"), "algorithm.importance is not none")
+    unread = clips | (weights if config.importance == "none" else {})
+    changed = {name: where for name, where in unread.items() if getattr(config, name) != getattr(type(config), name)}
+    return [f"algorithm.{name} is read only where {where}" for name, where in changed.items()]

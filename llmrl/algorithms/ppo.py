@@ -229,7 +229,7 @@ class PPO(Algorithm):
             statistics |= corrected
             if batch.old_logprobs is None:
                 statistics |= policy_metrics(replace(batch, old_logprobs=old_logprobs), outputs.entropy.detach())
-            loss = self._add_regularizers(loss, outputs, batch, weights)
+            loss = self._add_regularizers(loss, outputs, batch, weights, correction)
             loss, of_experts = add_balance(loss, outputs, weights, batch.counted, coef=self.config.balance_coef)
             statistics |= of_experts | routing_agreement(batch, outputs)
             metrics = Metrics({"policy/loss": Total(loss.detach()), **statistics})
@@ -246,12 +246,13 @@ class PPO(Algorithm):
         outputs: TokenOutputs,
         batch: PPOExperience,
         weights: Float[Tensor, "B T"],
+        correction: Float[Tensor, "B T"],
     ) -> Float[Tensor, ""]:
         """The policy loss minus the entropy bonus, plus the penalty on the KL of this iteration's step."""
         counted = batch.counted
         loss = add_entropy_bonus(loss, outputs.entropy, weights, counted, coef=self.config.entropy_coef)
         if self.step_kl_control is not None:
-            moved = _step_kl(batch, outputs.logprobs)
+            moved = correction * _step_kl(batch, outputs.logprobs)
             loss = loss + self.step_kl_control.coef * masked_sum(weights * moved, counted)
         return loss
 
@@ -289,7 +290,9 @@ class PPO(Algorithm):
             return Metrics()
         logprobs = self.networks.logprobs(experience.sequences).logprobs
         mask = experience.counted
-        total, num = masked_sum(_step_kl(experience, logprobs), mask), mask.sum()
+        assert experience.old_logprobs is not None, "the KL of a step is measured from them"
+        correction, _ = importance_weights(experience, experience.old_logprobs, self.config)
+        total, num = masked_sum(correction * _step_kl(experience, logprobs), mask), mask.sum()
         metrics = Metrics(
             {"policy/step_kl": Mean(total, num), "policy/step_kl_coef": Mean(self.step_kl_control.coef, 1.0)}
         )
@@ -344,7 +347,8 @@ def _value_metrics(experience: PPOExperience, rewards: Float[Tensor, "B T"]) -> 
 
 
 def _step_kl(batch: PPOExperience, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """KL(old, current) per token by k3, whose expectation and gradient are exact: the tokens are the old actor's."""
+    """KL(old, current) per token by k3, whose expectation and gradient are exact where the tokens are the old actor's;
+    for those of another policy it takes `importance_weights`."""
     assert batch.old_logprobs is not None, "the KL of a step is measured from them"
     mask = batch.counted
     old, current = (torch.where(mask, x, 0.0) for x in (batch.old_logprobs, logprobs))

@@ -209,11 +209,12 @@ def rewards_to_go(
     )
     of_turn = torch.where(response_mask, turn_of_token, 0).cpu()  # a GPU adds up in another order each time
     exact = torch.where(response_mask, per_token, 0.0).cpu().double()
-    num_turns = int(of_turn.max()) + 1
+    is_empty = of_turn.shape[1] == 0  # no episode of the rollout has begun
+    last = of_turn.new_zeros(len(of_turn)) if is_empty else of_turn.amax(dim=1)
+    num_turns = int(last.max()) + 1
     rewards = exact.new_zeros(len(exact), num_turns).scatter_add(1, of_turn, exact)
     to_go = rewards.flip(1).cumsum(1).flip(1) + scores.cpu().double()[:, None]
-    last = of_turn.max(dim=1, keepdim=True).values
-    return to_go.masked_fill(torch.arange(num_turns) > last, torch.nan).to(scores.device)
+    return to_go.masked_fill(torch.arange(num_turns) > last[:, None], torch.nan).to(scores.device)
 
 
 def leave_one_out(

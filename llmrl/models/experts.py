@@ -53,6 +53,8 @@ class Experts:
         self.bias_rate = bias_rate
         self.shares: Float[Tensor, "L E"] | None = None
         """Share of each expert in the choices of the last optimizer step; None before the first."""
+        self.normalized: set[int] = set()
+        """Layers whose routers return probabilities in place of logits, as in older versions of transformers."""
 
     @contextmanager
     def watching(self) -> Iterator[Routed]:
@@ -82,6 +84,8 @@ class Experts:
     def _probabilities(self, layer: int, logits: Float[Tensor, "M E"]) -> Float[Tensor, "M E"]:
         """Softmax of the logits; where a bias corrects scores, these are sigmoids, here divided by their sum
         (DeepSeek-V3, arXiv:2412.19437, eq. 19)."""
+        if layer in self.normalized:
+            return logits.float()
         if not hasattr(self.routers[layer], BIAS):
             return logits.float().softmax(dim=1)
         scores = logits.float().sigmoid()
@@ -125,7 +129,13 @@ def watched(trunk: nn.Module, *, bias_rate: float = 0.0) -> Experts | None:
             trunk(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     except (TypeError, ValueError):  # the router returned something else than three tensors
         return None
+    experts.normalized = {layer for layer, (logits, _) in enumerate(routed) if _are_probabilities(logits)}
     return experts if len(routed) == len(experts.routers) else None
+
+
+def _are_probabilities(logits: Float[Tensor, "tokens E"]) -> bool:
+    total = logits.float().sum(dim=1)
+    return bool((logits >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-2))
 
 
 def check_balance(kind: "type[PreTrainedModel]", shape: "PretrainedConfig", *, path: str, bias: bool) -> None:

@@ -360,7 +360,7 @@ class _Reinforcement(_Parts):
         copies = 2 * rows * columns * self.shape.query_size * size
         step = (copies if self.shape.query_size > self.shape.key_size else 0) + self._logits(rows)
         yield Item(name="a step of the rollout", num_bytes=max(first, step), phases=("rollout",))
-        total = rollout.prompts_per_iteration * group * (1 + self.config.update.num_replayed)
+        total = self.config.num_learned
         row = prompt * BYTES_PER_PROMPT_TOKEN + response * (BYTES_PER_RESPONSE_TOKEN + self._route_bytes)
         yield Item(name="experience", num_bytes=total * row, phases=("scoring", "update"))
         row = prompt * BYTES_PER_PROMPT_TOKEN + response * BYTES_PER_KEPT_TOKEN

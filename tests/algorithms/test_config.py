@@ -56,6 +56,10 @@ NAN = float("nan")
         ({"reference_refresh_every": 5}, "algorithm.reference_refresh_every (5) moves the reference of the KL, which"),
         ({"kl_coef": 0.1, "reference_mixing": 0.5}, "algorithm.reference_mixing (0.5) is read when the reference mov"),
         (
+            {"kl_coef": 0.1, "reference_refresh_every": 5, "balance_bias_rate": 0.001},
+            "algorithm.reference_refresh_every (5) moves the weights of the reference, and not the bias of its routers",
+        ),
+        (
             {"kl_coef": 0.1, "reference_refresh_every": 5, "reference_mixing": 0.0},
             "algorithm.reference_mixing (0.0) must be greater than 0 and at most 1",
         ),
@@ -86,6 +90,22 @@ def test_clips_that_no_loss_reads_warn(config):
     assert config(loss="cispo", clip_high=4.0, dual_clip=3.0).warnings() == [f"algorithm.dual_clip {told}"]
     assert config(loss="policy_gradient", clip_low=1.0).warnings() == [f"algorithm.clip_low {told} or cispo"]
     assert config(loss="mine.py:loss").warnings() == config(clip_high=0.3).warnings() == []
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig])
+def test_settings_of_a_correction_that_is_not_made_warn(config):
+    told = "is read only where algorithm.importance is not none"
+    unread = config(importance_level="sequence", importance_cap=5.0)
+    assert unread.warnings() == [f"algorithm.importance_level {told}", f"algorithm.importance_cap {told}"]
+    assert config(importance="masked", importance_level="sequence", importance_cap=5.0).warnings() == []
+
+
+@pytest.mark.parametrize("credit", ["turn", "token"])
+def test_one_ratio_for_a_response_averages_its_credit(credit):
+    (warning,) = GRPOConfig(credit=credit, ratio="sequence", aggregation="sequence").warnings()
+    assert f"so of the advantages that algorithm.credit {credit} gives them only the mean counts" in warning
+    assert GRPOConfig(credit=credit, aggregation="sequence").warnings() == []
+    assert GRPOConfig(ratio="sequence", aggregation="sequence").warnings() == []
 
 
 def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
@@ -129,6 +149,10 @@ def test_what_a_class_of_the_user_reads_is_not_known_beforehand():
         ({"mask_truncated": True, "missing_eos_penalty": 1.0}, "algorithm.missing_eos_penalty is about truncated resp"),
         ({"mask_truncated": True, "bootstrap_truncated": True}, "algorithm.bootstrap_truncated is about truncated res"),
         ({"kl_coef": 0.0, "reference_refresh_every": 5}, "algorithm.reference_refresh_every (5) moves the reference"),
+        (
+            {"kl_coef": 0.1, "reference_refresh_every": 5, "balance_bias_rate": 0.001},
+            "algorithm.reference_refresh_every (5) moves the weights of the reference, and not the bias of its routers",
+        ),
         ({"reference_mixing": 0.5}, "algorithm.reference_mixing (0.5) is read when the reference moves; set"),
         ({"bootstrap_truncated": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty could be subtracted; set"),
         ({"bootstrap_truncated": True, "overlong_buffer_tokens": 3}, "overlong_buffer_tokens could be subtracted"),

@@ -486,6 +486,19 @@ def test_a_turn_that_only_one_response_has_teaches_nothing():
     assert_close(experience.advantages, torch.tensor([[2.5, 2.5, 0.0, 0.0], [-2.5] * 4]))
 
 
+@pytest.mark.parametrize("credit", ["response", "turn", "token"])
+def test_a_rollout_in_which_no_episode_has_begun_teaches_nothing(credit):
+    rollout = make_rollout([0, 0], [7, 7])
+    sequences = replace(
+        rollout.sequences, response_ids=torch.zeros(2, 0).long(), response_mask=torch.zeros(2, 0, dtype=torch.bool)
+    )
+    rollout = replace(rollout, sequences=sequences, rollout_logprobs=torch.zeros(2, 0))
+    scores = Scores(total=torch.tensor([math.nan] * 2), per_token=torch.zeros(2, 0), parts={})
+    config = GRPOConfig(group_size=2, credit=credit)
+    algorithm = GRPO(config, actor=FixedPolicy(torch.zeros(2, 0)), reference=None, max_response_tokens=LIMIT)
+    assert algorithm.experience(rollout, scores)[0].advantages.shape == (2, 0)
+
+
 # --- entropy ----------------------------------------------------------------------------------------------------------
 
 IDS = torch.tensor([[2, 0, 1, 4], [3, 4, 4, 4], [1, 1, 0, 2], [0, 3, 4, 4], [2, 2, 2, 2], [1, 0, 3, 4]])

@@ -644,6 +644,27 @@ def test_the_step_penalty_is_the_kl_from_old_to_new():
     assert here["actor"] == pytest.approx(losses_of({}, new=OLD)[0]["actor"], abs=1e-7)
 
 
+def test_the_step_penalty_on_tokens_of_another_policy_is_the_same_kl():
+    """Every token of a vocabulary once, weighted by the policy μ that sampled: the expectation over what it draws."""
+    generator = torch.Generator().manual_seed(0)
+    old, new, sampled = torch.randn(3, 4, 1, generator=generator).log_softmax(dim=1)
+    rollout = make_rollout(lengths=[1] * 4, mask=torch.ones(4, 1, dtype=torch.bool), rollout_logprobs=sampled)
+    losses, told = [], []
+    for target in (None, 0.01):
+        config = PPOConfig(kl_coef=0.0, importance="truncated", importance_cap=100.0, step_kl_target=target)
+        ppo = make_ppo(config, FixedNetworks(old), max_response_tokens=1, step_kl_coef=0.7)
+        scores = Scores(total=torch.tensor(SCORES), per_token=torch.zeros(4, 1), parts={})
+        experience, _ = ppo.experience(rollout, scores)
+        ppo.networks = FixedNetworks(new)
+        losses.append({name: float(loss) for name, loss, _ in ppo.losses(experience, sampled.exp())}["actor"])
+        told.append(ppo.finish(experience).values())
+    kl = float((old.exp() * (old - new)).sum())
+    assert losses[1] - losses[0] == pytest.approx(0.7 * kl, rel=1e-4)
+    ratio = (new - old).exp()
+    mean = float(((old - sampled).exp() * (ratio - 1 - ratio.log())).mean())
+    assert told[1]["policy/step_kl"] == pytest.approx(mean, rel=1e-4)
+
+
 def test_old_numbers_are_frozen_while_the_networks_move():
     """Experience holds numbers, not networks: the second epoch learns from what the first did."""
     networks = FixedNetworks(OLD, OLD_VALUES)

@@ -126,6 +126,26 @@ def test_its_gradient_is_that_of_the_formula_and_flows_through_checkpoints():
         assert float(gradients[0][last][place]) == pytest.approx(difference, abs=2e-3, rel=0.02)
 
 
+def test_routers_that_return_probabilities_have_the_same_loss(monkeypatch):
+    """In transformers 5.3 those of Qwen, Mixtral and OLMoE did."""
+    losses, shares = [], torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.5, 0.0]])
+    for old in (False, True):
+        if old:
+            (kind,) = {type(router) for router in policy("qwen3_moe").experts.routers}
+            forward = kind.forward
+
+            def normalized(self, hidden, forward=forward):
+                logits, scores, chosen = forward(self, hidden)
+                return logits.float().softmax(dim=-1), scores, chosen
+
+            monkeypatch.setattr(kind, "forward", normalized)
+        module = policy("qwen3_moe")
+        module.experts.shares = shares
+        losses.append(module(sequences())["balance"])
+    torch.testing.assert_close(losses[1], losses[0])
+    assert losses[0].std() > 0.1
+
+
 def test_learning_by_it_alone_evens_the_choices():
     module, batch = policy("qwen3_moe"), many_tokens()
     gates = [router.weight for router in module.experts.routers]

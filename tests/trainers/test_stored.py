@@ -1,6 +1,7 @@
 """Rollouts that are learned from later, or again."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ GROUP = 2
 
 
 def scored(number, *, width=3, group_size=GROUP):
-    """A rollout of one group whose data row has the number; its last response could not be scored."""
-    mask = torch.arange(width) < torch.tensor([[width], [1]])
+    """A rollout of one group whose data row has the number; its second response could not be scored."""
+    mask = torch.arange(width) < torch.tensor([width, 1, 2][:group_size])[:, None]
     ids = torch.full((group_size, width), number)
     sequences = Sequences.from_rows(
         prompt_ids=ids[:, :1],
@@ -34,10 +35,10 @@ def scored(number, *, width=3, group_size=GROUP):
         end_reward=torch.zeros(group_size),
         num_calls=torch.zeros(group_size).long(),
         num_bad_calls=torch.zeros(group_size).long(),
-        failures=(None, "step"),
-        reasons=(None, "raised ValueError"),
-        openings=("a", "b"),
-        messages=(({"role": "user"},), ()),
+        failures=(None, "step", None)[:group_size],
+        reasons=(None, "raised ValueError", None)[:group_size],
+        openings=("a", "b", "c")[:group_size],
+        messages=(({"role": "user"},), (), ())[:group_size],
     )
     rollout = Rollout(
         sequences=sequences,
@@ -47,7 +48,7 @@ def scored(number, *, width=3, group_size=GROUP):
         rows=({"number": number},) * group_size,
         episodes=episodes,
     )
-    total = torch.tensor([1.0, math.nan])
+    total = torch.tensor([1.0, math.nan, 0.0][:group_size])
     return rollout, Scores(total=total, per_token=0.0 * ids, parts={"rules.py/sum": total}, failed={"x": total.isnan()})
 
 
@@ -104,6 +105,27 @@ def test_a_run_that_is_resumed_with_fewer_forgets_the_oldest_and_with_more_sampl
     assert (fewer.num_missing, more.num_missing) == (1, 2)
     assert learned(fewer, [3]) == [2]
     assert learned(more, [3, 4]) == [1]
+
+
+def test_what_a_resumed_run_cannot_learn_from_is_forgotten():
+    """Groups of another size, or scores of other functions; then as many wait again as before."""
+    other_parts = scored(3)[0], replace(scored(3)[1], parts={"rules.py/another": torch.zeros(2)})
+    for new in (scored(3, group_size=3), other_parts):
+        stored = StoredRollouts(staleness=2, num_replayed=0)
+        learned(stored, range(3))
+        rollout, scores = stored.exchange([new])
+        assert rollout.group_ids.unique().tolist() == [3]
+        assert scores.parts.keys() == new[1].parts.keys()
+        assert stored.num_missing == 3
+
+
+def test_functions_that_fail_differently_after_a_resume_are_no_obstacle():
+    stored = StoredRollouts(staleness=0, num_replayed=1)
+    rollout, scores = scored(0)
+    stored.exchange([scored(1), (rollout, replace(scores, failed={}))])  # on_error was zero, now it is exclude
+    rollout, scores = stored.exchange([scored(2)])
+    assert rollout.group_ids.tolist() == [0, 0, 2, 2]
+    assert scores.failed == {}
 
 
 def trainer_of(*, staleness=0, num_replayed=0, importance="truncated", reward=None):
