@@ -1,10 +1,11 @@
-"""Sampled tokens until a held-out accuracy is reached: any recipes of `llmrl grpo` and `llmrl ppo`, over seeds.
+"""Sampled tokens until held-out accuracies are reached: any recipes of `llmrl grpo` and `llmrl ppo`, over seeds.
 
-    python benchmarks/sample_efficiency.py grpo:recipes/quickstart_grpo.yaml ppo:recipes/quickstart_implicit_ppo.yaml
+    python benchmarks/sample_efficiency.py grpo:recipes/quickstart_grpo.yaml ppo:recipes/quickstart_ppo.yaml
 
-Each recipe is trained once per seed, by its own command in a process of its own, and evaluated after every iteration.
-The tokens that its rollouts sampled are counted up to the first evaluation that reaches the accuracy. Printed are the
-mean over seeds and its 95 % interval, of Student's t, of those that reached it, and how many did.
+Each recipe is trained once per seed, by its own command in a process of its own, and evaluated after every iteration;
+a run that is in the folder already is not repeated. The tokens that its rollouts sampled are counted up to the first
+evaluation that reaches an accuracy. Printed are the mean over seeds and its 95 % interval, of Student's t, of those
+that reached it, and how many did.
 """
 
 import argparse
@@ -23,11 +24,16 @@ STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.
 
 def main() -> None:
     args = parse()
-    tokens = {recipe: [tokens_of(recipe, seed, args) for seed in range(args.seeds)] for recipe in args.recipes}
+    runs = {recipe: [metrics_of(recipe, seed, args) for seed in range(args.seeds)] for recipe in args.recipes}
+    tokens = {
+        recipe: {accuracy: [tokens_until(accuracy, lines) for lines in seeds] for accuracy in args.accuracy}
+        for recipe, seeds in runs.items()
+    }
     for recipe, counts in tokens.items():
-        print(f"{recipe}  {summary(counts)}")
+        for accuracy, of_seeds in counts.items():
+            print(f"{recipe}  {accuracy}: {summary(of_seeds)}")
     if args.output is not None:
-        record = {"describes": __doc__, "accuracy": args.accuracy, "overrides": args.overrides, "tokens": tokens}
+        record = {"describes": __doc__, "overrides": args.overrides, "tokens": tokens}
         args.output.write_text(json.dumps(record) + "\n")
 
 
@@ -36,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "recipes", nargs="+", metavar="COMMAND:RECIPE", help="such as grpo:recipes/quickstart_grpo.yaml"
     )
-    parser.add_argument("--accuracy", type=float, default=0.9)
+    parser.add_argument("--accuracy", type=float, nargs="+", default=[0.9, 0.98])
     parser.add_argument("--seeds", type=int, choices=range(1, 1 + len(STUDENT)), default=5)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/sample_efficiency"), help="of the runs; they are kept"
@@ -48,16 +54,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tokens_of(recipe: str, seed: int, args: argparse.Namespace) -> int | None:
-    """Tokens that one run sampled until it reached the accuracy; None if it never did."""
+def metrics_of(recipe: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of a recipe's run with this seed."""
     command, _, path = recipe.partition(":")
     folder = args.folder / f"{Path(path).stem}_{seed}"
     settings = ["evaluation.every=1", *args.overrides, f"run.seed={seed}", f"run.output_dir={folder}"]
     subprocess.run([sys.executable, "-m", "llmrl", command, path, *settings], check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    reached = tokens_until(args.accuracy, lines)
-    print(f"{recipe}  seed {seed}  {'not reached' if reached is None else f'{reached:,} tokens'}", flush=True)
-    return reached
+    print(f"{recipe}  seed {seed} is trained", flush=True)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def tokens_until(accuracy: float, lines: Sequence[dict[str, Any]]) -> int | None:
