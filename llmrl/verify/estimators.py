@@ -13,12 +13,23 @@ from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import UserAlgorithm, make_user_algorithm
 from llmrl.algorithms.user_functions import failures_of
-from llmrl.batches import Batch
+from llmrl.batches import Batch, Experience
 from llmrl.functional.losses import token_weights
 from llmrl.reports.progress import Silent
 from llmrl.roles import Algorithm
 from llmrl.user_code import load_object
-from llmrl.verify.game import MAX_TOKENS, Draws, Game, Gradient, TableCritic, TableNetworks, TablePolicy
+from llmrl.verify.game import (
+    MAX_TOKENS,
+    Draws,
+    Game,
+    Gradient,
+    TableCritic,
+    TableNetworks,
+    TablePolicy,
+    enumeration,
+    every_rollout,
+    population,
+)
 from llmrl.verify.rows import Row
 
 Config = GRPOConfig | PPOConfig
@@ -31,6 +42,14 @@ def config_of(row: Row, game: Game) -> Config:
     kind = GRPOConfig if row.algorithm == "grpo" else PPOConfig
     own = {"group_size": row.group_size} if kind is GRPOConfig else {}
     return kind(**{**own, **row.settings, "kl_coef": game.kl_coef, "entropy_coef": game.entropy_coef})
+
+
+def draws_of(row: Row, game: Game) -> Draws:
+    """What the expectation of an estimator is taken over. In a population each response is as frequent as it is likely,
+    which an estimator sees that looks at the whole rollout; of groups of three there are too many."""
+    if row.compares_prompts:
+        return every_rollout(game)
+    return (population if row.group_size < 3 else enumeration)(game, row.group_size)
 
 
 class Estimator:
@@ -50,11 +69,12 @@ class Estimator:
         reference = TablePolicy(game.reference, off_mask=off_mask)
         self.algorithm = _make(row, self.config, self.actor, self.critic, reference)
 
-    def experience(self, draws: Draws) -> Any:
+    def experience(self, draws: Draws) -> Experience:
         """What the algorithm learns from, as the actor and critic were at the start of the iteration."""
         self.actor.logits, self.critic.table = self.game.old, self.game.old_values
         with torch.no_grad():
-            return self.algorithm.experience(draws.rollout, draws.scores)[0]
+            parts = [self.algorithm.experience(rollout, scores)[0] for rollout, scores in draws.rollouts]
+        return parts[0] if len(parts) == 1 else type(parts[0]).cat(parts)
 
     def weights(self, experience: Any, draws: Draws) -> Float64[Tensor, "B T"]:
         """Weights of the tokens of one optimizer step, as the loop gives them, times the frequency of each row."""
@@ -96,18 +116,19 @@ class Estimator:
         return self.gradient_of(experience, self.weights(experience, draws))
 
     def variance(self, draws: Draws) -> float:
-        """Variance of the actor's gradient per response: G times the trace of the covariance over groups, divided by
-        the squared norm of the expected gradient. The gradient of B responses has this over B as its variance."""
+        """Variance of the actor's gradient per response: the trace of the covariance over units times their size,
+        divided by the squared norm of the expected gradient. The gradient of B responses has this over B as its
+        variance."""
         experience = self.experience(draws)
         (prompts, states, gradients), *_ = self.run_losses(experience, self.weights(experience, draws))[0]
         table = self.game.current
-        num_groups = len(prompts) // draws.group_size
-        groups = (torch.arange(len(prompts)) // draws.group_size)[:, None].expand_as(states)
-        of_group = torch.zeros(num_groups, *table.shape, dtype=table.dtype)
-        of_group = of_group.index_put((groups, prompts, states), gradients * num_groups, accumulate=True).flatten(1)
-        mean = of_group.mean(dim=0)
-        spread = (of_group - mean).square().sum(dim=1).mean()
-        return float(draws.group_size * spread / mean.square().sum())
+        num_units = len(prompts) // draws.unit_size
+        units = (torch.arange(len(prompts)) // draws.unit_size)[:, None].expand_as(states)
+        of_unit = torch.zeros(num_units, *table.shape, dtype=table.dtype)
+        of_unit = of_unit.index_put((units, prompts, states), gradients * num_units, accumulate=True).flatten(1)
+        mean, frequency = of_unit.mean(dim=0), draws.frequency[:: draws.unit_size]
+        spread = (of_unit.square().sum(dim=1) / frequency).mean() - mean.square().sum()
+        return float(draws.unit_size * spread / mean.square().sum())
 
     def unread(self) -> list[str]:
         """Settings that a user's class did not read, of those that differ from their defaults."""

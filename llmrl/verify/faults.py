@@ -43,6 +43,19 @@ FAULTS = (
         "scores are compared with the mean of the batch, other prompts included",
         {"baseline": "mean of the batch"},
     ),
+    Fault(
+        "lengths not weighed",
+        "responses count the same in the baseline, where their lengths should weigh them",
+        {"length_power": 0.0},
+    ),
+    Fault(
+        "weights not squared",
+        "the baseline weighs responses by the roots of their lengths: by norms of gradients, not by their squares",
+        {"length_power": 0.5},
+    ),
+    Fault(
+        "weights squared twice", "the baseline weighs responses by their squared lengths, not by these", {"length_power": 2.0}
+    ),
     Fault("no baseline", "scores are compared with nothing", {"baseline": "none"}),
     Fault(
         "std over the batch",
@@ -79,6 +92,28 @@ FAULTS = (
         {"is_pessimistic": False},
     ),
     Fault("no clip", "the ratio is not clipped", {"clip_low": math.inf, "clip_high": math.inf}),
+    Fault("not corrected", "importance weights are left out, or all 1", {"importance": "none"}),
+    Fault("importance upside down", "importance weights divide the sampler by the actor", {"importance_power": -1.0}),
+    Fault(
+        "importance of the live actor",
+        "importance weights are of the live actor, not of the old one: its step counts twice",
+        {"importance_of": "current"},
+    ),
+    Fault("no cap", "importance weights have no bounds", {"importance_cap": math.inf}),
+    Fault(
+        "capped and no more",
+        "importance weights are capped, where masked ones are 0 outside the bounds and V-trace corrects the critic too",
+        {"importance": "truncated"},
+    ),
+    Fault("masked, not capped", "weights above the cap are 0, not the cap", {"importance": "masked"}),
+    Fault(
+        "importance of tokens", "importance weights are of each token, not of the response", {"importance_level": "token"}
+    ),
+    Fault(
+        "importance of responses",
+        "importance weights are of the whole response, not of each token",
+        {"importance_level": "sequence"},
+    ),
     Fault(
         "gradient clipped",
         "a token past the clip has no gradient, where the clip should only bound its weight",
@@ -118,6 +153,8 @@ OF_THE_CRITIC = ("trace", "num_steps", "value_shift", "value_clip", "bootstraps_
 """Terms that only an estimator with a critic has."""
 OF_SCORES = ("std", "sample std", "std of the batch")
 """Scales that only an estimator without a critic has."""
+OF_LARGE_BATCHES = ("batch", "std of the batch")
+"""Scales by the spread of more responses than a rollout of one to each prompt."""
 UNKNOWN = Fault("unknown", "the gradient is neither the one claimed nor that of a known fault")
 NO_CLAIM = Fault("no claim", "no formula of these settings is written out, and the gradient is not the true one")
 MICROBATCHES = Fault(
@@ -137,17 +174,24 @@ def with_faults(claimed: Terms) -> Iterator[tuple[Fault, Terms]]:
     """Each known fault that an estimator can have, and the terms that it then has."""
     for fault in FAULTS:
         changes = {name: _meant(value, claimed) for name, value in fault.terms.items()}
-        is_of_kl = "kl_form" in changes
-        if claimed.baseline == "critic" and ("baseline" in changes or changes.get("scale") in OF_SCORES or is_of_kl):
-            continue
-        if "is_pessimistic" in changes and (claimed.loss == "cispo" or claimed.clip_low == math.inf):
-            continue
-        if is_of_kl and claimed.kl_form == "none":
-            continue
-        if claimed.baseline != "critic" and not changes.keys().isdisjoint(OF_THE_CRITIC):
-            continue
-        if (terms := replace(claimed, **changes)) != claimed:
+        if _is_possible(changes, claimed) and (terms := replace(claimed, **changes)) != claimed:
             yield fault, terms
+
+
+def _is_possible(changes: dict[str, Any], claimed: Terms) -> bool:
+    """Whether an estimator has the part that a fault is in."""
+    has_critic, names, scale = claimed.baseline == "critic", changes.keys(), changes.get("scale")
+    if "is_pessimistic" in changes and (claimed.loss == "cispo" or claimed.clip_low == math.inf):
+        return False
+    if "kl_form" in changes and (has_critic or claimed.kl_form == "none"):
+        return False
+    if any(name.startswith("importance") for name in names) and claimed.importance == "none":
+        return False
+    if "length_power" in changes and not claimed.length_power:
+        return False
+    if claimed.siblings == "rollout" and (changes.get("baseline") == "mean of the batch" or scale in OF_LARGE_BATCHES):
+        return False
+    return names.isdisjoint({"baseline"} if has_critic else OF_THE_CRITIC) and not (has_critic and scale in OF_SCORES)
 
 
 def _meant(value: Any, claimed: Terms) -> Any:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from llmrl.verify.verdict import Report
 
 WIDTH = 118
-HEADINGS = ("factor", "bias", "bias, KL", "cosine", "off-pol.", "variance", "s.e.", "distance", "verdict")
+HEADINGS = ("factor", "bias", "bias, KL", "cosine", "off-pol.", "stale", "variance", "s.e.", "distance", "verdict")
 
 
 def lines_of(reports: Sequence[Report]) -> list[str]:
     """The table, then for each verdict its reason and the estimators that it is of."""
     names = [report.name for report in reports]
     width = max(map(len, ("estimator", *names)))
-    rows = [" ".join([f"{'estimator':{width}}", *(f"{heading:>9}" for heading in HEADINGS)])]
-    rows += [" ".join([f"{report.name:{width}}", *(f"{cell:>9}" for cell in _cells(report))]) for report in reports]
+    rows = [" ".join([f"{'estimator':{width}}", *(f"{heading:>8}" for heading in HEADINGS)])]
+    rows += [" ".join([f"{report.name:{width}}", *(f"{cell:>8}" for cell in _cells(report))]) for report in reports]
     of_reason: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         verdict = "holds" if report.holds else "FAULT: " + ", or ".join(fault.name for fault in report.faults)
@@ -35,6 +35,7 @@ def _cells(report: Report) -> list[str]:
         _small(report.bias_kl),
         f"{report.cosine:.4f}",
         f"{report.cosine_off_policy:.4f}",
+        f"{report.cosine_stale:.4f}",
         f"{report.variance:.3g}",
         f"{report.standard_error:.3f}",
         "-" if report.distance is None else f"{report.distance:.4f}",

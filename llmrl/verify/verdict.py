@@ -1,12 +1,12 @@
 """Verdicts: whether an estimator has the gradient that it claims, and if not, which fault it has."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmrl.algorithms.config import LOSSES
 from llmrl.verify.claims import Terms, expected_gradient, reasons, terms_of, without_kl
-from llmrl.verify.estimators import Config, Estimator
+from llmrl.verify.estimators import Config, Estimator, draws_of
 from llmrl.verify.faults import NO_CLAIM, UNKNOWN, Fault, with_faults
 from llmrl.verify.game import (
     LENGTHS,
@@ -16,7 +16,6 @@ from llmrl.verify.game import (
     Gradient,
     make_game,
     moved,
-    population,
     probabilities,
     with_exact_critic,
 )
@@ -27,7 +26,7 @@ from llmrl.verify.training import distance_from_optimum
 KL_COEF, ENTROPY_COEF = 0.3, 0.1
 TOLERANCE = 1e-5
 """Relative distance below which two gradients are one; weights are in float32."""
-SCORES, KL, OFF_POLICY, STALE = "scores", "kl", "off-policy", "stale"
+SCORES, KL, OFF_POLICY, STALE, APART = "scores", "kl", "off-policy", "stale", "apart"
 ON_POLICY = (SCORES, KL)
 NUM_RESPONSES = 1024
 """Responses that the standard error is given for."""
@@ -35,12 +34,15 @@ NUM_RESPONSES = 1024
 
 def probes(*, exact_critic: bool) -> dict[str, Game]:
     """The games that every estimator is measured in: on-policy by the scores alone and with the KL; after the actor has
-    moved away from the old one, past the clip; and with an engine that is not the old actor, and an entropy bonus."""
+    moved away from the old one, past the clip; with responses of another policy than the old actor; and with all three
+    apart, and an entropy bonus."""
     game = make_game(kl_coef=KL_COEF)
     actor, values = moved(game.sampler, by=0.15, seed=11), moved(game.values, by=0.4, seed=12)
     away = replace(game, current=actor, values=values)
-    stale = replace(away, old=moved(game.sampler, by=0.2, seed=13), entropy_coef=ENTROPY_COEF)
-    games = {SCORES: replace(game, kl_coef=0.0), KL: game, OFF_POLICY: away, STALE: stale}
+    older = moved(game.sampler, by=0.2, seed=13)
+    stale = replace(game, old=older, current=older)
+    apart = replace(away, old=older, entropy_coef=ENTROPY_COEF)
+    games = {SCORES: replace(game, kl_coef=0.0), KL: game, OFF_POLICY: away, STALE: stale, APART: apart}
     return {name: with_exact_critic(game) if exact_critic else game for name, game in games.items()}
 
 
@@ -59,6 +61,8 @@ class Report:
     """With the true gradient of the KL-regularized objective."""
     cosine_off_policy: float
     """The same where the actor has moved away from the policy that sampled."""
+    cosine_stale: float
+    """The same where another policy sampled than the old actor, from which the current one has not moved."""
     claim_error: float | None
     """Largest distance from what the settings claim, relative; None where no formula of it is known."""
     variance: float
@@ -88,7 +92,7 @@ def verify(row: Row, *, quick: bool) -> Report | None:
         UserCodeFailure: The user's code failed.
     """
     games = probes(exact_critic=row.exact_critic)
-    draws = population(games[KL], row.group_size)
+    draws = draws_of(row, games[KL])
     estimators = {name: Estimator(row, game) for name, game in games.items()}
     measured = {name: estimator.expected(draws) for name, estimator in estimators.items()}
     used = estimators[KL]
@@ -99,7 +103,7 @@ def verify(row: Row, *, quick: bool) -> Report | None:
         terms = without_kl(terms)
     claims = games.keys() if used.config.loss in LOSSES else ON_POLICY
     error, found, note = _judge(terms, {name: games[name] for name in claims}, measured)
-    found += tuple(broken_invariances(row, games[STALE], draws))
+    found += tuple(broken_invariances(row, games[APART]))
     bias = {name: _bias(measured[name], games[name]) for name in ON_POLICY}
     variance = used.variance(draws)
     return Report(
@@ -109,6 +113,7 @@ def verify(row: Row, *, quick: bool) -> Report | None:
         bias_kl=bias[KL][1],
         cosine=_cosine(measured[KL], games[KL]),
         cosine_off_policy=_cosine(measured[OFF_POLICY], games[OFF_POLICY]),
+        cosine_stale=_cosine(measured[STALE], games[STALE]),
         claim_error=error,
         variance=variance,
         standard_error=(variance / NUM_RESPONSES) ** 0.5,
@@ -134,10 +139,14 @@ def _judge(
 ) -> tuple[float | None, tuple[Fault, ...], str]:
     """``(distance from the claim, faults, note)``: the claim itself, else known faults, else the true gradient."""
     if terms is not None:
-        error = _error(terms, games, measured)
+        error = max(_errors(terms, games, measured))
         if error < TOLERANCE:
             return error, (), ""
-        known = tuple(fault for fault, wrong in with_faults(terms) if _error(wrong, games, measured) < TOLERANCE)
+        known = tuple(
+            fault
+            for fault, wrong in with_faults(terms)
+            if all(error < TOLERANCE for error in _errors(wrong, games, measured))
+        )
         if known:
             return error, known, ""
     else:
@@ -147,10 +156,11 @@ def _judge(
     return error, (NO_CLAIM if terms is None else UNKNOWN,), ""
 
 
-def _error(terms: Terms, games: Mapping[str, Game], measured: Mapping[str, Gradient]) -> float:
-    """Largest distance from the gradient of these terms, relative to the gradient of the objective."""
-    distances = {name: measured[name].flat - expected_gradient(terms, game).flat for name, game in games.items()}
-    return max(float(distances[name].abs().max() / game.gradient().abs().max()) for name, game in games.items())
+def _errors(terms: Terms, games: Mapping[str, Game], measured: Mapping[str, Gradient]) -> Iterator[float]:
+    """Distance from the gradient of these terms in each game, relative to the gradient of the objective."""
+    for name, game in games.items():
+        distance = measured[name].flat - expected_gradient(terms, game).flat
+        yield float(distance.abs().max() / game.gradient().abs().max())
 
 
 def _bias(measured: Gradient, game: Game) -> tuple[float, float]:

@@ -34,6 +34,21 @@ PLANTED = [
     (in_grpo, "NoBaseline", "reinforce, constant baseline", "no baseline"),
     (in_grpo, "Standardized", "reinforce", "standardized"),
     (in_grpo, "WrongSign", "reinforce++", "wrong sign"),
+    (in_grpo, "BaselineOfTheBatch", "reinforce, mean of the batch", "own score in the baseline"),
+    (in_grpo, "NoBaseline", "reinforce, mean of the batch", "no baseline"),
+    (in_grpo, "OwnLengthInTheBaseline", "opo", "own score in the baseline"),
+    (in_grpo, "LengthsNotWeighed", "opo", "lengths not weighed"),
+    (in_grpo, "RootsOfLengths", "opo", "weights not squared"),
+    (in_grpo, "SquaresOfLengths", "opo", "weights squared twice"),
+    (in_grpo, "NotCorrected", "rloo, truncated importance", "not corrected"),
+    (in_grpo, "NoCap", "rloo, truncated importance", "no cap"),
+    (in_grpo, "MaskedNotCapped", "rloo, truncated importance", "masked, not capped"),
+    (in_grpo, "ImportanceOfResponses", "rloo, truncated importance", "importance of responses"),
+    (in_grpo, "ImportanceOfTokens", "rloo, importance of responses", "importance of tokens"),
+    (in_grpo, "ImportanceUpsideDown", "rloo, importance of responses", "importance upside down"),
+    (in_grpo, "ImportanceOfTheLiveActor", "rloo, masked importance", "importance of the live actor"),
+    (in_grpo, "CappedAndNoMore", "rloo, masked importance", "capped and no more"),
+    (in_ppo, "CriticNotCorrected", "ppo, v-trace", "capped and no more"),
     (in_ppo, "ReturnsToTheEnd", "ppo, 2 steps, exact critic", "returns to the end"),
     (in_ppo, "CriticLearnsAdvantages", "reinforce with value baseline", "critic learns advantages"),
     (in_ppo, "AdvantagesOneLate", "ppo, defaults", "advantages one late"),
@@ -87,9 +102,9 @@ def test_numbers_of_rloo_are_those_of_theory():
     assert report.to_record() | {"faults": [], "holds": True, "distance": None} == report.to_record()
 
 
-@pytest.mark.parametrize("settings", [{"baseline": "batch"}, {"baseline": "optimal"}])
-def test_settings_without_a_claim_are_judged_by_the_true_gradient(settings):
-    report = verify(Row(name="any", algorithm="grpo", settings={**PLAIN, **settings}), quick=True)
+def test_settings_without_a_claim_are_judged_by_the_true_gradient():
+    settings = {**PLAIN, "baseline": "leave_one_out", "max_redraws": 1}
+    report = verify(Row(name="any", algorithm="grpo", settings=settings), quick=True)
     assert report is not None
     assert report.claim_error is None
     assert report.faults == ()

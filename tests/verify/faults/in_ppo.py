@@ -116,6 +116,14 @@ class ReturnsToTheEnd(PPO):
         super().__init__(replace(config, num_return_steps=None, gae_lambda=1.0), **others)
 
 
+class CriticNotCorrected(PPO):
+    """The policy has the weights of V-trace, the critic's targets have not."""
+
+    def __init__(self, config, **others):
+        importance = "truncated" if config.importance == "v_trace" else config.importance
+        super().__init__(replace(config, importance=importance), **others)
+
+
 class CriticLearnsAdvantages(PPO):
     """Targets lack the old values."""
 
