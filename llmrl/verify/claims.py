@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
 from llmrl.verify.game import (
+    IS_TRUNCATED,
     LENGTHS,
     MAX_TOKENS,
     NUM_PROMPTS,
@@ -78,6 +79,14 @@ class Terms:
     value_clip: float = math.inf
     value_shift: int = 0
     """1: the value of a token is the one after it."""
+    value_proximal_coef: float = 0.0
+    step_kl_coef: float = 0.0
+    """Weight of KL(old, current), by k3."""
+    mask_truncated: bool = False
+    bootstrap_truncated: bool = False
+    score_clip: float = math.inf
+    missing_eos_penalty: float = 0.0
+    overlong_buffer_tokens: int = 0
     bootstraps_end: bool = False
     score_at: Literal["last", "every", "limit"] = "last"
     """The token that is paid the score: the last one, every one, or the one at the length limit."""
@@ -87,11 +96,15 @@ class Terms:
 LARGEST_GROUP = 3
 """Responses of a group, of which every combination is summed over."""
 IMPORTANCE = ("importance", "importance_level", "importance_cap")
-GRPO_TERMS = ("group_size", "scale", "credit", "aggregation", "ratio", "kl_form", *IMPORTANCE)
-PPO_TERMS = ("scale", "aggregation", "gamma", *IMPORTANCE)
+TRUNCATED = ("mask_truncated", "overlong_buffer_tokens")
+GRPO_TERMS = ("group_size", "scale", "credit", "aggregation", "ratio", "kl_form", *IMPORTANCE, *TRUNCATED)
+PPO_TERMS = (
+    *("scale", "aggregation", "gamma", *IMPORTANCE, *TRUNCATED),
+    *("missing_eos_penalty", "bootstrap_truncated", "value_proximal_coef"),
+)
 ALSO_KNOWN = ("name", "baseline", "kl_coef", "entropy_coef", "loss", "baseline_value", *CLIPS)
 """Settings that are in the terms in another form, in the game, or say nothing about the gradient."""
-RETURNS = ("gae_lambda", "value_lambda", "num_return_steps", "value_clip")
+ELSEWHERE = ("gae_lambda", "value_lambda", "num_return_steps", "value_clip", "score_clip", "step_kl_target")
 """Settings of PPO that are in the terms in another form."""
 BASELINES: dict[str, dict[str, Any]] = {
     **{name: {"baseline": name} for name in ("mean", "leave_one_out")},
@@ -109,7 +122,7 @@ def terms_of(config: GRPOConfig | PPOConfig) -> Terms | None:
     if any(
         getattr(config, field.name) != field.default
         for field in fields(config)
-        if field.name not in (*names, *ALSO_KNOWN, *RETURNS)
+        if field.name not in (*names, *ALSO_KNOWN, *ELSEWHERE)
     ):
         return None
     own: dict[str, Any] = {name: getattr(config, name) for name in names} | _clips(config)
@@ -120,8 +133,10 @@ def terms_of(config: GRPOConfig | PPOConfig) -> Terms | None:
             return None
         terms = Terms(**{**own, **BASELINES[config.baseline], "baseline_value": config.baseline_value or 0.0})
         return terms if terms.group_size <= LARGEST_GROUP else None
-    value_clip = math.inf if config.value_clip is None else config.value_clip
-    return Terms(baseline="critic", value_clip=value_clip, **own, **_returns(config))
+    bounds = {name: getattr(config, name) for name in ("value_clip", "score_clip")}
+    own |= {name: math.inf if bound is None else bound for name, bound in bounds.items()}
+    own["step_kl_coef"] = 0.0 if config.step_kl_target is None else 1.0  # where its controller begins
+    return Terms(baseline="critic", **own, **_returns(config))
 
 
 def _returns(config: PPOConfig) -> dict[str, Any]:
@@ -155,6 +170,9 @@ def expected_gradient(terms: Terms, game: Game) -> Gradient:
         advantages, returns = _estimates(terms, game)
     else:
         prompt, response, chance, advantages = _compared(terms, game)
+    if terms.mask_truncated:
+        chance = torch.where(IS_TRUNCATED[response], 0.0, chance)
+        chance = chance / chance.sum()
     if terms.scale == "batch":
         advantages = _standardized(advantages, response, chance)
     weights = _weights(terms, response, chance)
@@ -226,7 +244,15 @@ def _credited(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
     if terms.kl_form == "k1_reward":
         penalties = _penalties(terms, game)
     begins = [t if terms.credit == "token" else 0 for t in range(MAX_TOKENS)]
-    return torch.stack([game.scores - penalties[:, :, begin:].sum(dim=2) for begin in begins], dim=2)
+    return torch.stack([_scores(terms, game) - penalties[:, :, begin:].sum(dim=2) for begin in begins], dim=2)
+
+
+def _scores(terms: Terms, game: Game) -> Float64[Tensor, "N Y"]:
+    """Scores after the clip, minus the penalties on responses that are truncated, or nearly."""
+    scores = game.scores.clamp(-terms.score_clip, terms.score_clip) - terms.missing_eos_penalty * IS_TRUNCATED
+    if buffer := terms.overlong_buffer_tokens:
+        scores = scores - (LENGTHS - (MAX_TOKENS - buffer)).clamp(min=0) / buffer
+    return scores
 
 
 def _penalties(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
@@ -256,18 +282,19 @@ def _estimates(terms: Terms, game: Game) -> tuple[Float64[Tensor, "R T"], Float6
     if terms.importance == "v_trace":
         ratio = _behaviour_ratio(terms, game)
     rho_bar, c_bar = ratio.clamp(max=terms.importance_cap).tolist(), ratio.clamp(max=1.0).tolist()
-    penalties, scores, table = _penalties(terms, game).tolist(), game.scores.tolist(), game.old_values.tolist()
-    lengths, states = LENGTHS.tolist(), STATES.tolist()
+    penalties, scores, table = (x.tolist() for x in (_penalties(terms, game), _scores(terms, game), game.old_values))
+    lengths, states, is_truncated = LENGTHS.tolist(), STATES.tolist(), IS_TRUNCATED.tolist()
     advantages = torch.zeros(NUM_PROMPTS, len(LENGTHS), MAX_TOKENS, dtype=torch.float64)
     returns = torch.zeros_like(advantages)
     for n, y in itertools.product(range(NUM_PROMPTS), range(len(LENGTHS))):
         length, values_of = lengths[y], [table[n][state] for state in states[y]]
         rewards = [-penalty for penalty in penalties[n][y][:length]]
-        for t in range(length):
+        is_bootstrapped = terms.bootstrap_truncated and is_truncated[y]
+        for t in range(0 if is_bootstrapped else length):
             if terms.score_at == "every" or t == {"last": length, "limit": MAX_TOKENS}.get(terms.score_at, 0) - 1:
                 rewards[t] += scores[n][y]
         values = values_of[terms.value_shift : length + terms.value_shift]
-        values.append(values_of[length] if terms.bootstraps_end else 0.0)
+        values.append(values_of[length] if terms.bootstraps_end or is_bootstrapped else 0.0)
         deltas = [rewards[t] + terms.gamma * values[t + 1] - values[t] for t in range(length)]
         for t in range(length):
             ends, value_ends = (min(length, t + num) for num in (terms.num_steps, terms.value_num_steps))
@@ -320,6 +347,8 @@ def _policy_loss(
     loss = -terms.policy_sign * (weights * _gain(terms, log_ratio, importance * advantages)).sum()
     kl = _kl(terms, game, logprobs, prompt, response)
     loss = loss + game.kl_coef * terms.kl_sign * (weights * importance * kl).sum()
+    step = logprobs - token_logprobs(game.old)[prompt, response]
+    loss = loss + terms.step_kl_coef * (weights * (step.exp() - 1 - step)).sum()
     distribution = logits.log_softmax(dim=-1)[prompt[:, None], STATES[response, :-1]]
     entropy = -(distribution.exp() * distribution).sum(dim=-1)
     return loss - game.entropy_coef * terms.entropy_sign * (weights * entropy).sum()
@@ -390,7 +419,8 @@ def _value_loss(
     live, old = (table[:, states].flatten(0, 1) for table in (values, game.old_values))
     clipped = old + (live - old).clamp(-terms.value_clip, terms.value_clip)
     worst = torch.maximum((live - returns) ** 2, (clipped - returns) ** 2)
-    return (weights * torch.where(weights > 0, worst, 0.0)).sum() / 2
+    proximal = terms.value_proximal_coef * (live - old) ** 2
+    return (weights * torch.where(weights > 0, worst + proximal, 0.0)).sum() / 2
 
 
 # --- relation to the objective ----------------------------------------------------------------------------------------
@@ -407,6 +437,11 @@ def reasons(terms: Terms, *, exact_critic: bool) -> list[str]:
             and not exact_critic
         ),
         "later rewards are discounted": terms.gamma < 1,
+        "truncated responses are left out": terms.mask_truncated,
+        "a truncated response has the critic's value in place of a score": terms.bootstrap_truncated,
+        "scores are clipped, or lose penalties": (
+            terms.score_clip < math.inf or terms.missing_eos_penalty > 0 or terms.overlong_buffer_tokens > 0
+        ),
         "a token that no other response reaches learns nothing": (
             terms.credit == "token" and terms.baseline in ("mean", "leave_one_out")
         ),

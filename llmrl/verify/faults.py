@@ -54,7 +54,9 @@ FAULTS = (
         {"length_power": 0.5},
     ),
     Fault(
-        "weights squared twice", "the baseline weighs responses by their squared lengths, not by these", {"length_power": 2.0}
+        "weights squared twice",
+        "the baseline weighs responses by their squared lengths, not by these",
+        {"length_power": 2.0},
     ),
     Fault("no baseline", "scores are compared with nothing", {"baseline": "none"}),
     Fault(
@@ -107,7 +109,9 @@ FAULTS = (
     ),
     Fault("masked, not capped", "weights above the cap are 0, not the cap", {"importance": "masked"}),
     Fault(
-        "importance of tokens", "importance weights are of each token, not of the response", {"importance_level": "token"}
+        "importance of tokens",
+        "importance weights are of each token, not of the response",
+        {"importance_level": "token"},
     ),
     Fault(
         "importance of responses",
@@ -140,6 +144,17 @@ FAULTS = (
         {"score_at": "limit"},
     ),
     Fault("critic learns advantages", "the critic's targets lack the old values", {"targets": "advantages"}),
+    Fault("values not held", "the critic's proximal term is left out", {"value_proximal_coef": 0.0}),
+    Fault("step not penalized", "the KL of the step is left out, or has no gradient", {"step_kl_coef": 0.0}),
+    Fault("truncated responses learned", "truncated responses are not masked", {"mask_truncated": False}),
+    Fault(
+        "truncated not bootstrapped",
+        "a truncated response has its score, not the critic's value after it",
+        {"bootstrap_truncated": False},
+    ),
+    Fault("score not clipped", "score_clip is not applied", {"score_clip": math.inf}),
+    Fault("missing EOS not penalized", "missing_eos_penalty is not subtracted", {"missing_eos_penalty": 0.0}),
+    Fault("length not penalized", "the penalty on overlong responses is left out", {"overlong_buffer_tokens": 0}),
     Fault("values not clipped", "value_clip is not applied", {"value_clip": math.inf}),
     Fault(
         "returns to the end",

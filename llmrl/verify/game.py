@@ -39,6 +39,8 @@ def _responses() -> tuple[Int[Tensor, "Y T"], Bool[Tensor, "Y T"]]:
 RESPONSE_IDS, RESPONSE_MASK = _responses()
 """Every response, (Y, T)."""
 LENGTHS = RESPONSE_MASK.sum(dim=1)
+IS_TRUNCATED = RESPONSE_IDS.gather(1, LENGTHS[:, None] - 1)[:, 0] != EOS
+"""Whether a response ends by the length limit, not by itself, (Y,)."""
 
 
 def states_of(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B states"]:
@@ -222,7 +224,6 @@ def _of_prompts(groups: list[Int[Tensor, "N G"]]) -> tuple[Int[Tensor, "U G"], I
 def _draws(game: Game, prompts: Int[Tensor, "U G"], responses: Int[Tensor, "U G"]) -> Draws:
     unit_size, prompt, response = prompts.shape[1], prompts.flatten(), responses.flatten()
     ids, mask = RESPONSE_IDS[response], RESPONSE_MASK[response]
-    ended = ids.gather(1, LENGTHS[response, None] - 1)[:, 0] == EOS
     total = game.scores[prompt, response]
     prompt_ids = torch.arange(1, NUM_PROMPTS + 1)[:, None]
     rollout = Rollout(
@@ -235,7 +236,7 @@ def _draws(game: Game, prompts: Int[Tensor, "U G"], responses: Int[Tensor, "U G"
             response_lengths=LENGTHS[response],
         ),
         rollout_logprobs=token_logprobs(game.sampler)[prompt, response],
-        stop_reason=torch.where(ended, StopReason.EOS, StopReason.LENGTH),
+        stop_reason=torch.where(IS_TRUNCATED[response], StopReason.LENGTH, StopReason.EOS),
         group_ids=torch.arange(len(total)) // unit_size,
         rows=tuple({"prompt": n} for n in prompt.tolist()),
     )

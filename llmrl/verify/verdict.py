@@ -11,9 +11,9 @@ from llmrl.verify.faults import NO_CLAIM, UNKNOWN, Fault, with_faults
 from llmrl.verify.game import (
     LENGTHS,
     MAX_TOKENS,
-    Draws,
     Game,
     Gradient,
+    enumeration,
     make_game,
     moved,
     probabilities,
@@ -96,7 +96,7 @@ def verify(row: Row, *, quick: bool) -> Report | None:
     estimators = {name: Estimator(row, game) for name, game in games.items()}
     measured = {name: estimator.expected(draws) for name, estimator in estimators.items()}
     used = estimators[KL]
-    if set(used.unread()) - _unread_by_ours(row, games[KL], draws):
+    if set(used.unread()) - _unread_by_ours(row, games[KL]):
         return None
     terms = terms_of(used.config)
     if terms is not None and not used.reads_kl:
@@ -125,12 +125,12 @@ def verify(row: Row, *, quick: bool) -> Report | None:
     )
 
 
-def _unread_by_ours(row: Row, game: Game, draws: Draws) -> set[str]:
+def _unread_by_ours(row: Row, game: Game) -> set[str]:
     """Settings of a row that GRPO itself has no use for, such as the scale beside a baseline of one left out."""
     if row.code is None or row.algorithm == "ppo":
         return set()
     ours = Estimator(replace(row, code="llmrl.algorithms.grpo:GRPO"), game)
-    ours.expected(draws)
+    ours.expected(enumeration(game, row.group_size))
     return set(ours.unread())
 
 

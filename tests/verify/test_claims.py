@@ -311,6 +311,71 @@ def test_without_another_policy_nothing_is_corrected():
     torch.testing.assert_close(ours, theirs)
 
 
+# --- truncated responses, and scores that are shaped ------------------------------------------------------------------
+
+TRUNCATED = [bool(length == 3 and ids[2] != 0) for ids, length in zip(RESPONSE_IDS, LENGTHS, strict=True)]
+
+
+def test_masked_responses_are_not_counted():
+    terms = plain(baseline="none", mask_truncated=True)
+    share = float((probabilities(AWAY.sampler) * ~torch.tensor(TRUNCATED)).sum() / 2)
+    wanted = by_hand(AWAY, lambda n, y, t, ratio: 0.0 if TRUNCATED[y] else AWAY.scores[n, y] * ratio / share)
+    torch.testing.assert_close(expected_gradient(terms, AWAY).actor, wanted)
+    assert 0.1 < share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "shaped"),
+    [
+        ({"score_clip": 1.0}, lambda score, y: min(score, 1.0)),
+        ({"missing_eos_penalty": 0.5}, lambda score, y: score - 0.5 * TRUNCATED[y]),
+        ({"overlong_buffer_tokens": 2}, lambda score, y: score - {1: 0.0, 2: 0.5, 3: 1.0}[int(LENGTHS[y])]),
+    ],
+)
+def test_scores_are_shaped_before_the_kl(settings, shaped):
+    def advantage(n, y, t, ratio):
+        to_go = shaped(float(AWAY.scores[n, y]), y) - sum(price(AWAY, n, y, k) for k in range(t, int(LENGTHS[y])))
+        return (to_go - float(AWAY.old_values[n, STATES[y, t]])) * ratio
+
+    terms = terms_of(PPOConfig(gae_lambda=1.0, scale="none", aggregation="constant", loss=REINFORCE, **settings))
+    assert terms is not None
+    torch.testing.assert_close(expected_gradient(terms, AWAY).actor, by_hand(AWAY, advantage))
+    assert reasons(terms, exact_critic=False) == ["scores are clipped, or lose penalties"]
+
+
+def test_a_truncated_response_has_the_value_after_it():
+    def advantage(n, y, t, ratio):
+        length = int(LENGTHS[y])
+        end = float(AWAY.old_values[n, STATES[y, 3]]) if TRUNCATED[y] else float(AWAY.scores[n, y])
+        to_go = end - sum(price(AWAY, n, y, k) for k in range(t, length))
+        return (to_go - float(AWAY.old_values[n, STATES[y, t]])) * ratio
+
+    settings = {"scale": "none", "aggregation": "constant", "loss": REINFORCE, "bootstrap_truncated": True}
+    terms = terms_of(PPOConfig(gae_lambda=1.0, **settings))
+    assert terms is not None
+    torch.testing.assert_close(expected_gradient(terms, AWAY).actor, by_hand(AWAY, advantage))
+
+
+def test_a_proximal_critic_is_drawn_to_its_old_values():
+    plainly, held = (Terms(baseline="critic", value_proximal_coef=coef) for coef in (0.0, 0.5))
+    away, share = replace(AWAY, values=moved(AWAY.values, by=0.3, seed=8)), torch.zeros_like(AWAY.values)
+    for n, y in itertools.product(range(2), range(15)):
+        for t in range(int(LENGTHS[y])):
+            share[n, STATES[y, t]] += probabilities(AWAY.sampler)[n, y]
+    pull = 0.5 * share / share.sum() * (away.values - away.old_values)
+    ours, theirs = (expected_gradient(terms, away).critic for terms in (held, plainly))
+    torch.testing.assert_close(ours - theirs, pull)
+
+
+def test_a_penalized_step_has_the_gradient_of_its_kl():
+    logits = AWAY.current.clone().requires_grad_()
+    away = replace(AWAY, sampler=AWAY.old)  # so that the tokens are the old actor's
+    old, live = away.old.log_softmax(-1), logits.log_softmax(-1)
+    (slope,) = torch.autograd.grad((old.exp() * (old - live)).sum(-1)[:, 0].mean(), logits)
+    terms = Terms(baseline="none", aggregation="constant", policy_sign=0.0, step_kl_coef=1.0)
+    torch.testing.assert_close(expected_gradient(terms, away).actor[:, 0] * 3, slope[:, 0])
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -319,9 +384,8 @@ def test_settings_without_a_formula_make_no_claim():
     assert terms_of(GRPOConfig(baseline="batch", scale="batch", group_size=1)) is None
     assert terms_of(GRPOConfig(credit="turn", group_size=2)) is None
     assert terms_of(GRPOConfig(group_size=4)) is None
-    assert terms_of(GRPOConfig(group_size=2, mask_truncated=True)) is None
     assert terms_of(GRPOConfig(group_size=2, baseline="mine.py:baseline", scale="none")) is None
-    assert terms_of(PPOConfig(score_clip=1.0)) is None
+    assert terms_of(PPOConfig(normalize_scores=True)) is None
 
 
 def test_settings_become_terms():

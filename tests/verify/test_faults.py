@@ -28,9 +28,13 @@ V_TRACE = replace(CRITIC, importance="v_trace", importance_cap=1.2)
 OPTIMAL = Terms(baseline="leave_one_out", length_power=1.0, group_size=3, aggregation="constant", kl_form="k2")
 OF_BATCH = Terms(baseline="leave_one_out", siblings="rollout", aggregation="constant", kl_form="k2")
 IN_TIME = replace(OF_BATCH, credit="token")
+MASKING = replace(CRITIC, mask_truncated=True, value_proximal_coef=0.5, step_kl_coef=1.0)
+BOOTSTRAPPED = replace(CRITIC, bootstrap_truncated=True)
+SHAPED = replace(CRITIC, score_clip=1.5, missing_eos_penalty=0.5, overlong_buffer_tokens=2)
+DAPO = replace(SCALED, overlong_buffer_tokens=2, mask_truncated=True, aggregation="token")
 GSPO = Terms(baseline="mean", aggregation="sequence", ratio="sequence", clip_low=0.1, clip_high=0.1)
 DISTINCT = (GROUPS, SCALED, CRITIC, CISPO, REINFORCE, STEPS)
-DISTINCT += (TRUNCATED, MASKED, OF_RESPONSES, V_TRACE, OPTIMAL, OF_BATCH, IN_TIME)
+DISTINCT += (TRUNCATED, MASKED, OF_RESPONSES, V_TRACE, OPTIMAL, OF_BATCH, IN_TIME, MASKING, BOOTSTRAPPED, SHAPED, DAPO)
 
 
 def test_every_fault_is_one_of_some_estimator():

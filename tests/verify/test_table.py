@@ -27,7 +27,19 @@ def test_a_line_holds_the_numbers_and_the_verdict():
     wrong = Report(name="wrong one", distance=None, faults=FAULTS[:2], reason="two things", **NUMBERS)
     heading, first, second, *rest = lines_of([right, wrong])
     assert heading.split()[:2] == ["estimator", "factor"]
-    assert first.split() == ["right", "1.0000", "0", "0.12", "1.0000", "0.5000", "0.7500", "25", "0.156", "0.2500", "holds"]
+    assert first.split() == [
+        "right",
+        "1.0000",
+        "0",
+        "0.12",
+        "1.0000",
+        "0.5000",
+        "0.7500",
+        "25",
+        "0.156",
+        "0.2500",
+        "holds",
+    ]
     assert second.split()[-2:] == ["-", "FAULT"]
     assert len({len(line) for line in (heading, first, second)}) == 1
     assert rest[1:3] == ["holds: right", "  as it should be"]
