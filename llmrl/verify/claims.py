@@ -79,6 +79,8 @@ class Terms:
     value_clip: float = math.inf
     value_shift: int = 0
     """1: the value of a token is the one after it."""
+    value_coef: float = 1.0
+    """Weight of the critic's loss."""
     value_proximal_coef: float = 0.0
     step_kl_coef: float = 0.0
     """Weight of KL(old, current), by k3."""
@@ -179,7 +181,7 @@ def expected_gradient(terms: Terms, game: Game) -> Gradient:
     shifted = _shifted(advantages, response, terms.advantage_shift)
     loss = _policy_loss(terms, game, logits, prompt, response, shifted, weights)
     if returns is not None:
-        loss = loss + _value_loss(terms, game, values, returns, weights)
+        loss = loss + terms.value_coef * _value_loss(terms, game, values, returns, weights)
     actor, critic = torch.autograd.grad(loss, (logits, values), allow_unused=True, materialize_grads=True)
     return Gradient(actor=actor, critic=None if returns is None else critic)
 
@@ -448,6 +450,7 @@ def reasons(terms: Terms, *, exact_critic: bool) -> list[str]:
         "the baseline has 1/G of the own score in it, the KL has not": (
             terms.baseline == "mean" and terms.scale == "none" and terms.kl_form not in ("k1_reward", "none")
         ),
+        "it has no KL": terms.kl_form == "none" and terms.baseline != "critic",
         "a token does not answer for the KL of later ones": terms.kl_form in ("k2", "k3"),
         "k3 without the ratio has the gradient of the KL from reference to policy": terms.kl_form == "k3_paper",
     }

@@ -19,6 +19,7 @@ class Fault:
     """The terms that have these values in place of those claimed."""
 
 
+WRONG_SIGN = Fault("wrong sign", "the gradient of the scores points away from them", {"policy_sign": -1.0})
 FAULTS = (
     Fault(
         "k3 as a loss",
@@ -87,7 +88,7 @@ FAULTS = (
         "the scores have no gradient: something is detached",
         {"policy_sign": 0.0},
     ),
-    Fault("wrong sign", "the gradient of the scores points away from them", {"policy_sign": -1.0}),
+    WRONG_SIGN,
     Fault(
         "clip of the wrong side",
         "the loss is the smaller of the clipped and the unclipped one, where it should be the larger",
@@ -143,6 +144,7 @@ FAULTS = (
         "the score stands at the last column, which short responses do not have",
         {"score_at": "limit"},
     ),
+    Fault("critic not trained", "the loss of the critic is left out, or has no gradient", {"value_coef": 0.0}),
     Fault("critic learns advantages", "the critic's targets lack the old values", {"targets": "advantages"}),
     Fault("values not held", "the critic's proximal term is left out", {"value_proximal_coef": 0.0}),
     Fault("step not penalized", "the KL of the step is left out, or has no gradient", {"step_kl_coef": 0.0}),
@@ -164,7 +166,16 @@ FAULTS = (
 )
 """What a gradient that is not the one claimed is looked up among."""
 
-OF_THE_CRITIC = ("trace", "num_steps", "value_shift", "value_clip", "bootstraps_end", "score_at", "targets")
+OF_THE_CRITIC = (
+    "trace",
+    "num_steps",
+    "value_shift",
+    "value_clip",
+    "bootstraps_end",
+    "score_at",
+    "targets",
+    "value_coef",
+)
 """Terms that only an estimator with a critic has."""
 OF_SCORES = ("std", "sample std", "std of the batch")
 """Scales that only an estimator without a critic has."""

@@ -292,20 +292,6 @@ class TableCritic:
         return TokenOutputs(named={"values": torch.where(mask, read[:, :-1], self.off_mask), "last_values": last})
 
 
-class TableNetworks:
-    """`ActorCritic` of two tables."""
-
-    share_trunk = False
-
-    def __init__(self, actor: TablePolicy, critic: TableCritic) -> None:
-        self.logprobs = actor.logprobs
-        self.values = critic.values
-
-    def both(self, sequences: Sequences) -> TokenOutputs:
-        """See `ActorCritic`."""
-        return self.logprobs(sequences).merge(self.values(sequences))
-
-
 def _where(sequences: Sequences) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B states"]]:
     """The prompt of each row, and the states of its tokens; any state where there is none."""
     ids = torch.where(sequences.response_mask, sequences.response_ids, 0)

@@ -41,7 +41,7 @@ PLAIN = {"scale": "none", "aggregation": "constant"}
 """Settings under which nothing but baseline and loss decides about the gradient."""
 RLOO = {**PLAIN, "baseline": "leave_one_out"}
 REINFORCE = {**PLAIN, "loss": "policy_gradient"}
-CAPPED = {"importance_cap": 1.2}
+CAPPED: Mapping[str, Any] = {"importance_cap": 1.2}
 """A cap that the probes go past."""
 WHOLE = {"importance_level": "sequence", "importance_cap": 100.0}
 """Importance weights without bias: no cap is reached."""

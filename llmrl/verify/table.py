@@ -1,16 +1,17 @@
 """The table that `llmrl verify` prints: an estimator a line, and what is behind each verdict."""
 
 import textwrap
-from collections.abc import Sequence
 
-from llmrl.verify.verdict import Report
+from llmrl.verify.verdict import Findings, Report
 
 WIDTH = 118
 HEADINGS = ("factor", "bias", "bias, KL", "cosine", "off-pol.", "stale", "variance", "s.e.", "distance", "verdict")
 
 
-def lines_of(reports: Sequence[Report]) -> list[str]:
-    """The table, then for each verdict its reason and the estimators that it is of."""
+def lines_of(findings: Findings) -> list[str]:
+    """The table, then for each verdict its reason and the estimators that it is of; then the rows in which the user's
+    code failed, and the number of those left out."""
+    reports = findings.reports
     names = [report.name for report in reports]
     width = max(map(len, ("estimator", *names)))
     rows = [" ".join([f"{'estimator':{width}}", *(f"{heading:>8}" for heading in HEADINGS)])]
@@ -25,6 +26,9 @@ def lines_of(reports: Sequence[Report]) -> list[str]:
             *textwrap.wrap(f"{verdict}: {' | '.join(of_rows)}", WIDTH, subsequent_indent="    "),
             *textwrap.wrap(reason, WIDTH - 2, initial_indent="  ", subsequent_indent="  "),
         ]
+    rows += [line for name, failure in findings.failures.items() for line in ("", f"FAILED: {name}", f"  {failure}")]
+    if num := len(findings.left_out):
+        rows += ["", f"{num} rows left out: their settings are not read"]
     return rows
 
 

@@ -415,10 +415,10 @@ def test_steps_are_of_the_targets_too_unless_these_have_a_lambda():
 
 
 def test_reasons_are_those_of_the_terms():
-    assert reasons(Terms(baseline="leave_one_out"), exact_critic=False) == []
+    assert reasons(Terms(baseline="leave_one_out", kl_form="k1_reward"), exact_critic=False) == []
     with_kl = Terms(baseline="leave_one_out", kl_form="k2")
     assert reasons(with_kl, exact_critic=False) == ["a token does not answer for the KL of later ones"]
-    assert reasons(without_kl(with_kl), exact_critic=False) == []
+    assert reasons(without_kl(with_kl), exact_critic=False) == ["it has no KL"]
     assert reasons(Terms(baseline="critic", trace=0.5), exact_critic=True) == []
     assert reasons(Terms(baseline="critic", trace=0.5), exact_critic=False) != []
     assert reasons(Terms(baseline="critic", num_steps=2), exact_critic=True) == []

@@ -85,6 +85,13 @@ class KLOfTheWrongSign(With):
         return -self.asked.kl_coef * (weights * ratio * self.log_ratio(batch).square() / 2).sum()
 
 
+class KLTwice(With):
+    """The KL is added twice; the scores are right."""
+
+    def __init__(self, config, **roles):
+        super().__init__(replace(config, kl_coef=2 * config.kl_coef), **roles)
+
+
 class EntropyOfTheWrongSign(With):
     """The entropy is a loss."""
 

@@ -181,6 +181,13 @@ class CriticNotCorrected(PPO):
         super().__init__(replace(config, importance=importance), **others)
 
 
+class CriticNotTrained(PPO):
+    """The actor's loss alone."""
+
+    def losses(self, batch, weights):
+        yield next(super().losses(batch, weights))
+
+
 class CriticLearnsAdvantages(PPO):
     """Targets lack the old values."""
 
