@@ -408,19 +408,17 @@ def verify(
 
         from llmrl.verify.table import lines_of
         from llmrl.verify.targets import rows_of
-        from llmrl.verify.verdict import verify as verify_row
+        from llmrl.verify.verdict import verify_all
 
         _check_output(output)
         rows = rows_of(algorithm)
     torch.set_num_threads(1)  # on tables this small more threads wait for each other
     with failures_in_one_line():
-        reports = [report for row in rows if (report := verify_row(row, quick=quick)) is not None]
-    print("\n".join(lines_of(reports)))
-    if left_out := len(rows) - len(reports):
-        print(f"\n{left_out} rows left out: {algorithm} does not read their settings")
+        findings = verify_all(rows, quick=quick)
+    print("\n".join(lines_of(findings)))
     if output is not None:
-        _write(output, json.dumps([report.to_record() for report in reports], indent=1))
-    raise typer.Exit(0 if all(report.holds for report in reports) else 1)
+        _write(output, json.dumps([report.to_record() for report in findings.reports], indent=1))
+    raise typer.Exit(0 if findings.hold else 1)
 
 
 def _read(recipe: Path, overrides: list[str] | None, *commands: str) -> Any:

@@ -17,7 +17,6 @@ from llmrl.batches import Sequences, TokenOutputs
 from llmrl.models.policy import PolicyModule
 from llmrl.models.training import initialize_head
 from llmrl.models.trunk import HiddenStates, encode, on_mask
-from llmrl.roles import Policy, ValueFunction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,20 +92,6 @@ class TransformersValueFunction:
     def values(self, sequences: Sequences) -> TokenOutputs:
         """See `ValueFunction`."""
         return TokenOutputs(named=self.module(sequences))
-
-
-class SeparateNetworks:
-    """`ActorCritic` of two networks."""
-
-    share_trunk = False
-
-    def __init__(self, actor: Policy, critic: ValueFunction) -> None:
-        self.logprobs = actor.logprobs
-        self.values = critic.values
-
-    def both(self, sequences: Sequences) -> TokenOutputs:
-        """See `ActorCritic`."""
-        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 class SharedTrunk:

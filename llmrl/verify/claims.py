@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from llmrl.algorithms.config import CLIPS, GRPOConfig, PPOConfig
 from llmrl.verify.game import (
+    IS_TRUNCATED,
     LENGTHS,
     MAX_TOKENS,
     NUM_PROMPTS,
@@ -34,6 +35,12 @@ class Terms:
     baseline: Literal["mean", "leave_one_out", "mean of the batch", "constant", "none", "critic"]
     baseline_value: float = 0.0
     """The baseline constant, in score."""
+    group_size: int = 2
+    """Responses that are compared with each other."""
+    siblings: Literal["group", "rollout"] = "group"
+    """Whether these are of one prompt, or a response to each prompt of the rollout."""
+    length_power: float = 0.0
+    """The mean over them weighs each by its length to this power: 1 in OPO."""
     scale: Literal["std", "sample std", "std of the batch", "batch", "none"] = "none"
     """"batch" standardizes over the tokens of the rollout; "std of the batch" divides by the spread of the scores."""
     credit: Literal["response", "token"] = "response"
@@ -54,6 +61,13 @@ class Terms:
     kl_form: Literal["k1", "k2", "k3", "k3_paper", "k1_reward", "none"] = "none"
     """Form of the KL in the loss; k1_reward: k1 in the rewards, where a critic has it always."""
     kl_sign: float = 1.0
+    importance: Literal["none", "truncated", "masked", "v_trace"] = "none"
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_cap: float = math.inf
+    importance_of: Literal["old", "current"] = "old"
+    """The policy whose probabilities are divided by the sampler's."""
+    importance_power: float = 1.0
+    """-1: the ratio is upside down."""
     entropy_sign: float = 1.0
     gamma: float = 1.0
     trace: float = 1.0
@@ -65,20 +79,42 @@ class Terms:
     value_clip: float = math.inf
     value_shift: int = 0
     """1: the value of a token is the one after it."""
+    value_coef: float = 1.0
+    """Weight of the critic's loss."""
+    value_proximal_coef: float = 0.0
+    step_kl_coef: float = 0.0
+    """Weight of KL(old, current), by k3."""
+    mask_truncated: bool = False
+    bootstrap_truncated: bool = False
+    score_clip: float = math.inf
+    missing_eos_penalty: float = 0.0
+    overlong_buffer_tokens: int = 0
     bootstraps_end: bool = False
     score_at: Literal["last", "every", "limit"] = "last"
     """The token that is paid the score: the last one, every one, or the one at the length limit."""
     targets: Literal["returns", "advantages"] = "returns"
 
 
-GRPO_TERMS = ("baseline", "scale", "credit", "aggregation", "ratio", "kl_form")
-PPO_TERMS = ("scale", "aggregation", "gamma")
-ALSO_KNOWN = ("name", "group_size", "kl_coef", "entropy_coef", "loss", "baseline_value", *CLIPS)
+LARGEST_GROUP = 3
+"""Responses of a group, of which every combination is summed over."""
+IMPORTANCE = ("importance", "importance_level", "importance_cap")
+TRUNCATED = ("mask_truncated", "overlong_buffer_tokens")
+GRPO_TERMS = ("group_size", "scale", "credit", "aggregation", "ratio", "kl_form", *IMPORTANCE, *TRUNCATED)
+PPO_TERMS = (
+    *("scale", "aggregation", "gamma", *IMPORTANCE, *TRUNCATED),
+    *("missing_eos_penalty", "bootstrap_truncated", "value_proximal_coef"),
+)
+ALSO_KNOWN = ("name", "baseline", "kl_coef", "entropy_coef", "loss", "baseline_value", *CLIPS)
 """Settings that are in the terms in another form, in the game, or say nothing about the gradient."""
-RETURNS = ("gae_lambda", "value_lambda", "num_return_steps", "value_clip")
+ELSEWHERE = ("gae_lambda", "value_lambda", "num_return_steps", "value_clip", "score_clip", "step_kl_target")
 """Settings of PPO that are in the terms in another form."""
-BASELINES = {"response": ("mean", "leave_one_out", "none", "constant"), "token": ("none", "constant")}
-"""For each credit the baselines that a formula is written for."""
+BASELINES: dict[str, dict[str, Any]] = {
+    **{name: {"baseline": name} for name in ("mean", "leave_one_out")},
+    **{name: {"baseline": name, "group_size": 2} for name in ("none", "constant")},
+    "optimal": {"baseline": "leave_one_out", "length_power": 1.0},
+    "batch": {"baseline": "leave_one_out", "siblings": "rollout", "group_size": NUM_PROMPTS},
+}
+"""Terms of each baseline; that of the batch in rollouts of one response to each prompt."""
 
 
 def terms_of(config: GRPOConfig | PPOConfig) -> Terms | None:
@@ -88,16 +124,21 @@ def terms_of(config: GRPOConfig | PPOConfig) -> Terms | None:
     if any(
         getattr(config, field.name) != field.default
         for field in fields(config)
-        if field.name not in (*names, *ALSO_KNOWN, *RETURNS)
+        if field.name not in (*names, *ALSO_KNOWN, *ELSEWHERE)
     ):
         return None
     own: dict[str, Any] = {name: getattr(config, name) for name in names} | _clips(config)
     own["loss"] = "cispo" if config.loss == "cispo" else "clipped"
     if isinstance(config, GRPOConfig):
-        is_known = config.baseline in BASELINES.get(config.credit, ())
-        return Terms(baseline_value=config.baseline_value or 0.0, **own) if is_known else None
-    value_clip = math.inf if config.value_clip is None else config.value_clip
-    return Terms(baseline="critic", value_clip=value_clip, **own, **_returns(config))
+        is_of_larger = config.baseline == "batch" and (config.group_size > 1 or config.scale == "batch")
+        if config.baseline not in BASELINES or config.credit == "turn" or is_of_larger:
+            return None
+        terms = Terms(**{**own, **BASELINES[config.baseline], "baseline_value": config.baseline_value or 0.0})
+        return terms if terms.group_size <= LARGEST_GROUP else None
+    bounds = {name: getattr(config, name) for name in ("value_clip", "score_clip")}
+    own |= {name: math.inf if bound is None else bound for name, bound in bounds.items()}
+    own["step_kl_coef"] = 0.0 if config.step_kl_target is None else 1.0  # where its controller begins
+    return Terms(baseline="critic", **own, **_returns(config))
 
 
 def _returns(config: PPOConfig) -> dict[str, Any]:
@@ -131,13 +172,16 @@ def expected_gradient(terms: Terms, game: Game) -> Gradient:
         advantages, returns = _estimates(terms, game)
     else:
         prompt, response, chance, advantages = _compared(terms, game)
+    if terms.mask_truncated:
+        chance = torch.where(IS_TRUNCATED[response], 0.0, chance)
+        chance = chance / chance.sum()
     if terms.scale == "batch":
         advantages = _standardized(advantages, response, chance)
     weights = _weights(terms, response, chance)
     shifted = _shifted(advantages, response, terms.advantage_shift)
     loss = _policy_loss(terms, game, logits, prompt, response, shifted, weights)
     if returns is not None:
-        loss = loss + _value_loss(terms, game, values, returns, weights)
+        loss = loss + terms.value_coef * _value_loss(terms, game, values, returns, weights)
     actor, critic = torch.autograd.grad(loss, (logits, values), allow_unused=True, materialize_grads=True)
     return Gradient(actor=actor, critic=None if returns is None else critic)
 
@@ -153,35 +197,47 @@ def _responses(game: Game) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"], Float6
 def _compared(
     terms: Terms, game: Game
 ) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"], Float64[Tensor, " R"], Float64[Tensor, "R T"]]:
-    """Rows of every group of two, with their advantages: written for the first of the group, as both are alike."""
-    pairs = itertools.product(range(NUM_PROMPTS), range(len(LENGTHS)), range(len(LENGTHS)))
-    prompt, first, second = torch.tensor(list(pairs)).T
-    likely = probabilities(game.sampler)
-    chance = likely[prompt, first] * likely[prompt, second] / NUM_PROMPTS
-    credited = _credited(terms, game)
-    own, other, whole = credited[prompt, first], credited[prompt, second], credited[:, :, 0]
+    """Rows of every group of responses, with their advantages: written for the first of the group, as all are alike."""
+    groups = torch.cartesian_prod(torch.arange(NUM_PROMPTS), *[torch.arange(len(LENGTHS))] * terms.group_size)
+    prompt, responses = groups.split([1, terms.group_size], dim=1)
+    step = 1 if terms.siblings == "rollout" else 0
+    prompts = (prompt + step * torch.arange(terms.group_size)) % NUM_PROMPTS
+    likely, credited = probabilities(game.sampler), _credited(terms, game)
+    chance = likely[prompts, responses].prod(dim=1) / NUM_PROMPTS
+    among = credited[prompts, responses]
+    own, whole = among[:, 0], credited[:, :, 0]
     of_all = (likely * whole).sum() / NUM_PROMPTS
+    is_compared = RESPONSE_MASK[responses] if terms.credit == "token" else torch.ones_like(among, dtype=torch.bool)
     match terms.baseline:
-        case "mean":
-            advantages = own - (own + other) / 2
-        case "leave_one_out":
-            advantages = own - other
+        case "mean" | "leave_one_out":
+            shares = torch.where(is_compared, (LENGTHS[responses].double() ** terms.length_power)[:, :, None], 0.0)
+            if terms.baseline == "leave_one_out":
+                shares[:, 0] = 0.0
+            total = shares.sum(dim=1)
+            advantages = torch.where(total > 0, own - (shares * among).sum(dim=1) / total.clamp(min=1e-300), 0.0)
         case "mean of the batch":
             advantages = own - of_all
         case "constant":
             advantages = own - terms.baseline_value
         case _:
             advantages = own
-    half = (own - other).abs() / 2  # the standard deviation of two numbers
     match terms.scale:
-        case "std":
-            advantages = advantages / (half + 1e-6)
-        case "sample std":
-            advantages = advantages / (half * math.sqrt(2) + 1e-6)
+        case "std" | "sample std":
+            advantages = advantages / (_spread(among, is_compared, correction=int(terms.scale == "sample std")) + 1e-6)
         case "std of the batch":
             variance = (likely * (whole - of_all) ** 2).sum() / NUM_PROMPTS
             advantages = advantages / (variance.sqrt() + 1e-6)
-    return prompt, first, chance, advantages
+    return prompt[:, 0], responses[:, 0], chance, advantages
+
+
+def _spread(
+    among: Float64[Tensor, "R G T"], is_compared: Bool[Tensor, "R G T"], *, correction: int
+) -> Float64[Tensor, "R T"]:
+    """Standard deviation of what is compared; a correction of 1 makes it that of a sample."""
+    num = is_compared.sum(dim=1).clamp(min=1)
+    mean = torch.where(is_compared, among, 0.0).sum(dim=1) / num
+    squares = torch.where(is_compared, (among - mean[:, None]) ** 2, 0.0).sum(dim=1)
+    return (squares / (num - correction).clamp(min=1)).sqrt()
 
 
 def _credited(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
@@ -190,7 +246,15 @@ def _credited(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
     if terms.kl_form == "k1_reward":
         penalties = _penalties(terms, game)
     begins = [t if terms.credit == "token" else 0 for t in range(MAX_TOKENS)]
-    return torch.stack([game.scores - penalties[:, :, begin:].sum(dim=2) for begin in begins], dim=2)
+    return torch.stack([_scores(terms, game) - penalties[:, :, begin:].sum(dim=2) for begin in begins], dim=2)
+
+
+def _scores(terms: Terms, game: Game) -> Float64[Tensor, "N Y"]:
+    """Scores after the clip, minus the penalties on responses that are truncated, or nearly."""
+    scores = game.scores.clamp(-terms.score_clip, terms.score_clip) - terms.missing_eos_penalty * IS_TRUNCATED
+    if buffer := terms.overlong_buffer_tokens:
+        scores = scores - (LENGTHS - (MAX_TOKENS - buffer)).clamp(min=0) / buffer
+    return scores
 
 
 def _penalties(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
@@ -214,30 +278,36 @@ def _weights(terms: Terms, response: Int[Tensor, " R"], chance: Float64[Tensor, 
 
 
 def _estimates(terms: Terms, game: Game) -> tuple[Float64[Tensor, "R T"], Float64[Tensor, "R T"]]:
-    """Advantages and targets of every response to every prompt, by the double sum of GAE, or its first
-    differences."""
-    penalties = _penalties(terms, game)
+    """Advantages and targets of every response to every prompt, by the double sum of GAE, or its first differences, or
+    that of V-trace."""
+    ratio = torch.ones(NUM_PROMPTS, len(LENGTHS), MAX_TOKENS)
+    if terms.importance == "v_trace":
+        ratio = _behaviour_ratio(terms, game)
+    rho_bar, c_bar = ratio.clamp(max=terms.importance_cap).tolist(), ratio.clamp(max=1.0).tolist()
+    penalties, scores, table = (x.tolist() for x in (_penalties(terms, game), _scores(terms, game), game.old_values))
+    lengths, states, is_truncated = LENGTHS.tolist(), STATES.tolist(), IS_TRUNCATED.tolist()
     advantages = torch.zeros(NUM_PROMPTS, len(LENGTHS), MAX_TOKENS, dtype=torch.float64)
     returns = torch.zeros_like(advantages)
     for n, y in itertools.product(range(NUM_PROMPTS), range(len(LENGTHS))):
-        length = int(LENGTHS[y])
-        rewards = [-float(penalties[n, y, t]) for t in range(length)]
-        for t in range(length):
+        length, values_of = lengths[y], [table[n][state] for state in states[y]]
+        rewards = [-penalty for penalty in penalties[n][y][:length]]
+        is_bootstrapped = terms.bootstrap_truncated and is_truncated[y]
+        for t in range(0 if is_bootstrapped else length):
             if terms.score_at == "every" or t == {"last": length, "limit": MAX_TOKENS}.get(terms.score_at, 0) - 1:
-                rewards[t] += float(game.scores[n, y])
-        values = [_value(game.old_values, n, y, t + terms.value_shift) for t in range(length)]
-        values.append(_value(game.old_values, n, y, length) if terms.bootstraps_end else 0.0)
+                rewards[t] += scores[n][y]
+        values = values_of[terms.value_shift : length + terms.value_shift]
+        values.append(values_of[length] if terms.bootstraps_end or is_bootstrapped else 0.0)
         deltas = [rewards[t] + terms.gamma * values[t + 1] - values[t] for t in range(length)]
         for t in range(length):
             ends, value_ends = (min(length, t + num) for num in (terms.num_steps, terms.value_num_steps))
-            advantages[n, y, t] = sum(terms.trace ** (k - t) * deltas[k] for k in range(t, ends))
-            target = sum(terms.value_trace ** (k - t) * deltas[k] for k in range(t, value_ends))
+            rho, c = rho_bar[n][y], c_bar[n][y]  # 1 without V-trace
+            later = [math.prod(c[t + 1 : k]) * rho[k] * deltas[k] for k in range(t + 1, length)]
+            advantage, target = deltas[t], rho[t] * deltas[t]
+            advantage += sum(terms.trace**k * x for k, x in enumerate(later[: ends - t - 1], start=1))
+            target += c[t] * sum(terms.value_trace**k * x for k, x in enumerate(later[: value_ends - t - 1], start=1))
+            advantages[n, y, t] = advantage
             returns[n, y, t] = target + (values[t] if terms.targets == "returns" else 0.0)
     return advantages.flatten(0, 1), returns.flatten(0, 1)
-
-
-def _value(table: Tensor, prompt: int, response: int, t: int) -> float:
-    return float(table[prompt, STATES[response, t]])
 
 
 def _standardized(
@@ -275,8 +345,12 @@ def _policy_loss(
     log_ratio = logprobs - _base(terms, game)[prompt, response]
     if terms.ratio == "sequence":
         log_ratio = (log_ratio.sum(dim=1) / LENGTHS[response])[:, None].expand_as(logprobs)
-    loss = -terms.policy_sign * (weights * _gain(terms, log_ratio, advantages)).sum()
-    loss = loss + game.kl_coef * terms.kl_sign * (weights * _kl(terms, game, logprobs, prompt, response)).sum()
+    importance = _importance(terms, game)[prompt, response]
+    loss = -terms.policy_sign * (weights * _gain(terms, log_ratio, importance * advantages)).sum()
+    kl = _kl(terms, game, logprobs, prompt, response)
+    loss = loss + game.kl_coef * terms.kl_sign * (weights * importance * kl).sum()
+    step = logprobs - token_logprobs(game.old)[prompt, response]
+    loss = loss + terms.step_kl_coef * (weights * (step.exp() - 1 - step)).sum()
     distribution = logits.log_softmax(dim=-1)[prompt[:, None], STATES[response, :-1]]
     entropy = -(distribution.exp() * distribution).sum(dim=-1)
     return loss - game.entropy_coef * terms.entropy_sign * (weights * entropy).sum()
@@ -298,6 +372,27 @@ def _gain(
 def _base(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
     """Log-probabilities that the importance ratio divides by."""
     return token_logprobs({"old": game.old, "reference": game.reference, "sampler": game.sampler}[terms.ratio_to])
+
+
+def _importance(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
+    """What multiplies advantages and KL where another policy sampled."""
+    ratio = _behaviour_ratio(terms, game)
+    match terms.importance:
+        case "none":
+            return torch.ones_like(ratio)
+        case "masked":
+            is_near = (ratio <= terms.importance_cap) & (ratio >= 1 / terms.importance_cap)
+            return torch.where(is_near, ratio, 0.0)
+    return ratio.clamp(max=terms.importance_cap)
+
+
+def _behaviour_ratio(terms: Terms, game: Game) -> Float64[Tensor, "N Y T"]:
+    """Probability of each token, or of each response, by the policy that learns over that by the sampler."""
+    learning = game.old if terms.importance_of == "old" else game.current
+    log_ratio = terms.importance_power * (token_logprobs(learning) - token_logprobs(game.sampler))
+    if terms.importance_level == "sequence":
+        log_ratio = log_ratio.sum(dim=2, keepdim=True).expand_as(log_ratio)
+    return log_ratio.exp()
 
 
 def _kl(
@@ -326,7 +421,8 @@ def _value_loss(
     live, old = (table[:, states].flatten(0, 1) for table in (values, game.old_values))
     clipped = old + (live - old).clamp(-terms.value_clip, terms.value_clip)
     worst = torch.maximum((live - returns) ** 2, (clipped - returns) ** 2)
-    return (weights * torch.where(weights > 0, worst, 0.0)).sum() / 2
+    proximal = terms.value_proximal_coef * (live - old) ** 2
+    return (weights * torch.where(weights > 0, worst + proximal, 0.0)).sum() / 2
 
 
 # --- relation to the objective ----------------------------------------------------------------------------------------
@@ -343,9 +439,18 @@ def reasons(terms: Terms, *, exact_critic: bool) -> list[str]:
             and not exact_critic
         ),
         "later rewards are discounted": terms.gamma < 1,
+        "truncated responses are left out": terms.mask_truncated,
+        "a truncated response has the critic's value in place of a score": terms.bootstrap_truncated,
+        "scores are clipped, or lose penalties": (
+            terms.score_clip < math.inf or terms.missing_eos_penalty > 0 or terms.overlong_buffer_tokens > 0
+        ),
+        "a token that no other response reaches learns nothing": (
+            terms.credit == "token" and terms.baseline in ("mean", "leave_one_out")
+        ),
         "the baseline has 1/G of the own score in it, the KL has not": (
             terms.baseline == "mean" and terms.scale == "none" and terms.kl_form not in ("k1_reward", "none")
         ),
+        "it has no KL": terms.kl_form == "none" and terms.baseline != "critic",
         "a token does not answer for the KL of later ones": terms.kl_form in ("k2", "k3"),
         "k3 without the ratio has the gradient of the KL from reference to policy": terms.kl_form == "k3_paper",
     }

@@ -19,6 +19,7 @@ class Fault:
     """The terms that have these values in place of those claimed."""
 
 
+WRONG_SIGN = Fault("wrong sign", "the gradient of the scores points away from them", {"policy_sign": -1.0})
 FAULTS = (
     Fault(
         "k3 as a loss",
@@ -42,6 +43,21 @@ FAULTS = (
         "baseline of the batch",
         "scores are compared with the mean of the batch, other prompts included",
         {"baseline": "mean of the batch"},
+    ),
+    Fault(
+        "lengths not weighed",
+        "responses count the same in the baseline, where their lengths should weigh them",
+        {"length_power": 0.0},
+    ),
+    Fault(
+        "weights not squared",
+        "the baseline weighs responses by the roots of their lengths: by norms of gradients, not by their squares",
+        {"length_power": 0.5},
+    ),
+    Fault(
+        "weights squared twice",
+        "the baseline weighs responses by their squared lengths, not by these",
+        {"length_power": 2.0},
     ),
     Fault("no baseline", "scores are compared with nothing", {"baseline": "none"}),
     Fault(
@@ -72,13 +88,37 @@ FAULTS = (
         "the scores have no gradient: something is detached",
         {"policy_sign": 0.0},
     ),
-    Fault("wrong sign", "the gradient of the scores points away from them", {"policy_sign": -1.0}),
+    WRONG_SIGN,
     Fault(
         "clip of the wrong side",
         "the loss is the smaller of the clipped and the unclipped one, where it should be the larger",
         {"is_pessimistic": False},
     ),
     Fault("no clip", "the ratio is not clipped", {"clip_low": math.inf, "clip_high": math.inf}),
+    Fault("not corrected", "importance weights are left out, or all 1", {"importance": "none"}),
+    Fault("importance upside down", "importance weights divide the sampler by the actor", {"importance_power": -1.0}),
+    Fault(
+        "importance of the live actor",
+        "importance weights are of the live actor, not of the old one: its step counts twice",
+        {"importance_of": "current"},
+    ),
+    Fault("no cap", "importance weights have no bounds", {"importance_cap": math.inf}),
+    Fault(
+        "capped and no more",
+        "importance weights are capped, where masked ones are 0 outside the bounds and V-trace corrects the critic too",
+        {"importance": "truncated"},
+    ),
+    Fault("masked, not capped", "weights above the cap are 0, not the cap", {"importance": "masked"}),
+    Fault(
+        "importance of tokens",
+        "importance weights are of each token, not of the response",
+        {"importance_level": "token"},
+    ),
+    Fault(
+        "importance of responses",
+        "importance weights are of the whole response, not of each token",
+        {"importance_level": "sequence"},
+    ),
     Fault(
         "gradient clipped",
         "a token past the clip has no gradient, where the clip should only bound its weight",
@@ -104,7 +144,19 @@ FAULTS = (
         "the score stands at the last column, which short responses do not have",
         {"score_at": "limit"},
     ),
+    Fault("critic not trained", "the loss of the critic is left out, or has no gradient", {"value_coef": 0.0}),
     Fault("critic learns advantages", "the critic's targets lack the old values", {"targets": "advantages"}),
+    Fault("values not held", "the critic's proximal term is left out", {"value_proximal_coef": 0.0}),
+    Fault("step not penalized", "the KL of the step is left out, or has no gradient", {"step_kl_coef": 0.0}),
+    Fault("truncated responses learned", "truncated responses are not masked", {"mask_truncated": False}),
+    Fault(
+        "truncated not bootstrapped",
+        "a truncated response has its score, not the critic's value after it",
+        {"bootstrap_truncated": False},
+    ),
+    Fault("score not clipped", "score_clip is not applied", {"score_clip": math.inf}),
+    Fault("missing EOS not penalized", "missing_eos_penalty is not subtracted", {"missing_eos_penalty": 0.0}),
+    Fault("length not penalized", "the penalty on overlong responses is left out", {"overlong_buffer_tokens": 0}),
     Fault("values not clipped", "value_clip is not applied", {"value_clip": math.inf}),
     Fault(
         "returns to the end",
@@ -114,10 +166,21 @@ FAULTS = (
 )
 """What a gradient that is not the one claimed is looked up among."""
 
-OF_THE_CRITIC = ("trace", "num_steps", "value_shift", "value_clip", "bootstraps_end", "score_at", "targets")
+OF_THE_CRITIC = (
+    "trace",
+    "num_steps",
+    "value_shift",
+    "value_clip",
+    "bootstraps_end",
+    "score_at",
+    "targets",
+    "value_coef",
+)
 """Terms that only an estimator with a critic has."""
 OF_SCORES = ("std", "sample std", "std of the batch")
 """Scales that only an estimator without a critic has."""
+OF_LARGE_BATCHES = ("batch", "std of the batch")
+"""Scales by the spread of more responses than a rollout of one to each prompt."""
 UNKNOWN = Fault("unknown", "the gradient is neither the one claimed nor that of a known fault")
 NO_CLAIM = Fault("no claim", "no formula of these settings is written out, and the gradient is not the true one")
 MICROBATCHES = Fault(
@@ -137,17 +200,24 @@ def with_faults(claimed: Terms) -> Iterator[tuple[Fault, Terms]]:
     """Each known fault that an estimator can have, and the terms that it then has."""
     for fault in FAULTS:
         changes = {name: _meant(value, claimed) for name, value in fault.terms.items()}
-        is_of_kl = "kl_form" in changes
-        if claimed.baseline == "critic" and ("baseline" in changes or changes.get("scale") in OF_SCORES or is_of_kl):
-            continue
-        if "is_pessimistic" in changes and (claimed.loss == "cispo" or claimed.clip_low == math.inf):
-            continue
-        if is_of_kl and claimed.kl_form == "none":
-            continue
-        if claimed.baseline != "critic" and not changes.keys().isdisjoint(OF_THE_CRITIC):
-            continue
-        if (terms := replace(claimed, **changes)) != claimed:
+        if _is_possible(changes, claimed) and (terms := replace(claimed, **changes)) != claimed:
             yield fault, terms
+
+
+def _is_possible(changes: dict[str, Any], claimed: Terms) -> bool:
+    """Whether an estimator has the part that a fault is in."""
+    has_critic, names, scale = claimed.baseline == "critic", changes.keys(), changes.get("scale")
+    if "is_pessimistic" in changes and (claimed.loss == "cispo" or claimed.clip_low == math.inf):
+        return False
+    if "kl_form" in changes and (has_critic or claimed.kl_form == "none"):
+        return False
+    if any(name.startswith("importance") for name in names) and claimed.importance == "none":
+        return False
+    if "length_power" in changes and not claimed.length_power:
+        return False
+    if claimed.siblings == "rollout" and (changes.get("baseline") == "mean of the batch" or scale in OF_LARGE_BATCHES):
+        return False
+    return names.isdisjoint({"baseline"} if has_critic else OF_THE_CRITIC) and not (has_critic and scale in OF_SCORES)
 
 
 def _meant(value: Any, claimed: Terms) -> Any:

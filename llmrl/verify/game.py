@@ -39,6 +39,8 @@ def _responses() -> tuple[Int[Tensor, "Y T"], Bool[Tensor, "Y T"]]:
 RESPONSE_IDS, RESPONSE_MASK = _responses()
 """Every response, (Y, T)."""
 LENGTHS = RESPONSE_MASK.sum(dim=1)
+IS_TRUNCATED = RESPONSE_IDS.gather(1, LENGTHS[:, None] - 1)[:, 0] != EOS
+"""Whether a response ends by the length limit, not by itself, (Y,)."""
 
 
 def states_of(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B states"]:
@@ -168,7 +170,18 @@ class Draws:
     rollout: Rollout
     scores: Scores
     frequency: Float64[Tensor, " B"]
-    group_size: int
+    unit_size: int
+    """Rows that are drawn together, and follow each other."""
+    are_rollouts: bool = False
+    """Whether each unit is a rollout of its own, not a group of one large rollout."""
+
+    @property
+    def rollouts(self) -> list[tuple[Rollout, Scores]]:
+        """What an algorithm gets at once."""
+        if not self.are_rollouts:
+            return [(self.rollout, self.scores)]
+        units = torch.arange(len(self.frequency)).split(self.unit_size)
+        return [(self.rollout.select(rows), self.scores.select(rows)) for rows in units]
 
 
 def population(game: Game, group_size: int) -> Draws:
@@ -177,23 +190,40 @@ def population(game: Game, group_size: int) -> Draws:
     groups = [
         torch.cartesian_prod(*[torch.arange(len(LENGTHS)).repeat_interleave(count)] * group_size) for count in counts
     ]
-    return _draws(game, [group.view(-1, group_size) for group in groups])
+    return _draws(game, *_of_prompts([group.view(-1, group_size) for group in groups]))
 
 
 def enumeration(game: Game, group_size: int) -> Draws:
     """Every group of responses once, counted by its probability under the sampler."""
-    group = torch.cartesian_prod(*[torch.arange(len(LENGTHS))] * group_size).view(-1, group_size)
-    draws = _draws(game, [group] * NUM_PROMPTS)
-    chances = torch.stack([each[group].prod(dim=1) for each in probabilities(game.sampler)]).flatten()
-    return replace(draws, frequency=(chances * len(group)).repeat_interleave(group_size))
+    group = torch.cartesian_prod(*[torch.arange(len(LENGTHS))] * group_size)
+    prompt, response = _of_prompts([group.view(-1, group_size)] * NUM_PROMPTS)
+    return _weighted(game, _draws(game, prompt, response))
 
 
-def _draws(game: Game, groups: list[Int[Tensor, "N G"]]) -> Draws:
-    group_size = groups[0].shape[1]
-    prompt = torch.cat([torch.full((group.numel(),), n) for n, group in enumerate(groups)])
-    response = torch.cat([group.flatten() for group in groups])
+def every_rollout(game: Game) -> Draws:
+    """Every rollout of one response to each prompt, counted by its probability under the sampler."""
+    response = torch.cartesian_prod(*[torch.arange(len(LENGTHS))] * NUM_PROMPTS)
+    draws = _weighted(game, _draws(game, torch.arange(NUM_PROMPTS).expand_as(response), response))
+    rollout = replace(draws.rollout, group_ids=torch.arange(response.numel()))
+    return replace(draws, rollout=rollout, are_rollouts=True)
+
+
+def _weighted(game: Game, draws: Draws) -> Draws:
+    """Units of equal number, counted by their probability."""
+    rollout = draws.rollout
+    chance = rollout.rollout_logprobs.sum(dim=1).view(-1, draws.unit_size).sum(dim=1).exp()
+    return replace(draws, frequency=(chance / chance.mean()).repeat_interleave(draws.unit_size))
+
+
+def _of_prompts(groups: list[Int[Tensor, "N G"]]) -> tuple[Int[Tensor, "U G"], Int[Tensor, "U G"]]:
+    """Prompts and responses of the groups of each prompt."""
+    prompts = [torch.full_like(group, n) for n, group in enumerate(groups)]
+    return torch.cat(prompts), torch.cat(groups)
+
+
+def _draws(game: Game, prompts: Int[Tensor, "U G"], responses: Int[Tensor, "U G"]) -> Draws:
+    unit_size, prompt, response = prompts.shape[1], prompts.flatten(), responses.flatten()
     ids, mask = RESPONSE_IDS[response], RESPONSE_MASK[response]
-    ended = ids.gather(1, LENGTHS[response, None] - 1)[:, 0] == EOS
     total = game.scores[prompt, response]
     prompt_ids = torch.arange(1, NUM_PROMPTS + 1)[:, None]
     rollout = Rollout(
@@ -206,12 +236,12 @@ def _draws(game: Game, groups: list[Int[Tensor, "N G"]]) -> Draws:
             response_lengths=LENGTHS[response],
         ),
         rollout_logprobs=token_logprobs(game.sampler)[prompt, response],
-        stop_reason=torch.where(ended, StopReason.EOS, StopReason.LENGTH),
-        group_ids=torch.arange(len(total)) // group_size,
+        stop_reason=torch.where(IS_TRUNCATED[response], StopReason.LENGTH, StopReason.EOS),
+        group_ids=torch.arange(len(total)) // unit_size,
         rows=tuple({"prompt": n} for n in prompt.tolist()),
     )
     scores = Scores(total=total, per_token=torch.zeros(mask.shape, dtype=total.dtype), parts={})
-    return Draws(rollout=rollout, scores=scores, frequency=torch.ones_like(total), group_size=group_size)
+    return Draws(rollout=rollout, scores=scores, frequency=torch.ones_like(total), unit_size=unit_size)
 
 
 class TablePolicy:
@@ -260,20 +290,6 @@ class TableCritic:
             self.passes.append((prompt.expand_as(states), states, read))
         last = read.gather(1, sequences.response_lengths[:, None]).squeeze(1)
         return TokenOutputs(named={"values": torch.where(mask, read[:, :-1], self.off_mask), "last_values": last})
-
-
-class TableNetworks:
-    """`ActorCritic` of two tables."""
-
-    share_trunk = False
-
-    def __init__(self, actor: TablePolicy, critic: TableCritic) -> None:
-        self.logprobs = actor.logprobs
-        self.values = critic.values
-
-    def both(self, sequences: Sequences) -> TokenOutputs:
-        """See `ActorCritic`."""
-        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 def _where(sequences: Sequences) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B states"]]:

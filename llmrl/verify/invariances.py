@@ -12,7 +12,7 @@ from llmrl.batches import pad_columns
 from llmrl.user_code import UserCodeFailure
 from llmrl.verify.estimators import Estimator
 from llmrl.verify.faults import CONTENT, MICROBATCHES, ORDER, RANKS, WIDTH, Fault
-from llmrl.verify.game import NUM_TOKENS, Draws, Game, Gradient
+from llmrl.verify.game import NUM_TOKENS, Draws, Game, Gradient, enumeration
 from llmrl.verify.rows import Row
 
 NUM_GROUPS = 24
@@ -22,9 +22,9 @@ TOLERANCE = 1e-6
 """Relative; weights are in float32."""
 
 
-def broken_invariances(row: Row, game: Game, population: Draws) -> list[Fault]:
-    """The invariances that an estimator does not have on a few groups of a population, as faults."""
-    draws = _some(population)
+def broken_invariances(row: Row, game: Game) -> list[Fault]:
+    """The invariances that an estimator does not have on a rollout of a few groups, as faults."""
+    draws = _some(enumeration(game, row.group_size))
     whole = Estimator(row, game).expected(draws).flat
     checks: dict[Fault, Callable[[], Gradient]] = {
         WIDTH: lambda: Estimator(row, game).expected(_padded(draws)),
@@ -53,20 +53,20 @@ def _in_parts(ranks: list[Estimator], draws: Draws, parts: tuple[int, ...]) -> G
         if id(rank) not in experiences:
             experiences[id(rank)] = rank.experience(draws)
         experience = experiences[id(rank)]
-        rows = _rows(groups, draws.group_size)
+        rows = _rows(groups, draws.unit_size)
         gradients.append(rank.gradient_of(experience.select(rows), rank.weights(experience, draws)[rows]))
     return sum(gradients[1:], start=gradients[0])
 
 
 def _some(draws: Draws) -> Draws:
     """A few groups, of both prompts."""
-    num_groups = len(draws.frequency) // draws.group_size
+    num_groups = len(draws.frequency) // draws.unit_size
     chosen = torch.randperm(num_groups, generator=torch.Generator().manual_seed(0))[:NUM_GROUPS].sort().values
     return _select(draws, chosen)
 
 
 def _select(draws: Draws, groups: Int[Tensor, " N"]) -> Draws:
-    rows = _rows(groups, draws.group_size)
+    rows = _rows(groups, draws.unit_size)
     return replace(
         draws,
         rollout=draws.rollout.select(rows),

@@ -1,20 +1,21 @@
 """The table that `llmrl verify` prints: an estimator a line, and what is behind each verdict."""
 
 import textwrap
-from collections.abc import Sequence
 
-from llmrl.verify.verdict import Report
+from llmrl.verify.verdict import Findings, Report
 
 WIDTH = 118
-HEADINGS = ("factor", "bias", "bias, KL", "cosine", "off-pol.", "variance", "s.e.", "distance", "verdict")
+HEADINGS = ("factor", "bias", "bias, KL", "cosine", "off-pol.", "stale", "variance", "s.e.", "distance", "verdict")
 
 
-def lines_of(reports: Sequence[Report]) -> list[str]:
-    """The table, then for each verdict its reason and the estimators that it is of."""
+def lines_of(findings: Findings) -> list[str]:
+    """The table, then for each verdict its reason and the estimators that it is of; then the rows in which the user's
+    code failed, and the number of those left out."""
+    reports = findings.reports
     names = [report.name for report in reports]
     width = max(map(len, ("estimator", *names)))
-    rows = [" ".join([f"{'estimator':{width}}", *(f"{heading:>9}" for heading in HEADINGS)])]
-    rows += [" ".join([f"{report.name:{width}}", *(f"{cell:>9}" for cell in _cells(report))]) for report in reports]
+    rows = [" ".join([f"{'estimator':{width}}", *(f"{heading:>8}" for heading in HEADINGS)])]
+    rows += [" ".join([f"{report.name:{width}}", *(f"{cell:>8}" for cell in _cells(report))]) for report in reports]
     of_reason: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         verdict = "holds" if report.holds else "FAULT: " + ", or ".join(fault.name for fault in report.faults)
@@ -25,6 +26,9 @@ def lines_of(reports: Sequence[Report]) -> list[str]:
             *textwrap.wrap(f"{verdict}: {' | '.join(of_rows)}", WIDTH, subsequent_indent="    "),
             *textwrap.wrap(reason, WIDTH - 2, initial_indent="  ", subsequent_indent="  "),
         ]
+    rows += [line for name, failure in findings.failures.items() for line in ("", f"FAILED: {name}", f"  {failure}")]
+    if num := len(findings.left_out):
+        rows += ["", f"{num} rows left out: their settings are not read"]
     return rows
 
 
@@ -35,6 +39,7 @@ def _cells(report: Report) -> list[str]:
         _small(report.bias_kl),
         f"{report.cosine:.4f}",
         f"{report.cosine_off_policy:.4f}",
+        f"{report.cosine_stale:.4f}",
         f"{report.variance:.3g}",
         f"{report.standard_error:.3f}",
         "-" if report.distance is None else f"{report.distance:.4f}",

@@ -4,12 +4,17 @@ import inspect
 
 from llmrl.algorithms.ppo import PPO
 from llmrl.algorithms.user_algorithm import load_algorithm
+from llmrl.algorithms.user_functions import describe
 from llmrl.errors import Error
 from llmrl.messages import nearest
 from llmrl.user_code import UserCodeError, load_object, names_code
 from llmrl.verify.rows import PLAIN, ROWS, Row
 
 ROLE = "ALGORITHM"
+EXPECTED = (
+    "expected a class such as GRPO or PPO, a baseline of (scores, group_ids), or a loss of (logprobs, old_logprobs, "
+    "advantages, weights)"
+)
 
 
 class UnknownEstimator(Error, ValueError):
@@ -41,6 +46,8 @@ def _rows_of_code(name: str) -> list[Row]:
     """A class is made with the settings of every row of its kind. A function is a baseline or a loss by how many
     arguments it takes, (scores, group_ids) or (logprobs, old_logprobs, advantages, weights)."""
     code = load_object(name, role=ROLE)
+    if not callable(code):
+        raise UserCodeError(f"{ROLE} {name} is {describe(code)}; {EXPECTED}")
     parameters = inspect.signature(code).parameters
     if inspect.isclass(code):
         kind = "ppo" if "networks" in parameters or issubclass(code, PPO) else "grpo"
@@ -56,7 +63,4 @@ def _rows_of_code(name: str) -> list[Row]:
                 Row(name="loss, in grpo", algorithm="grpo", settings=settings),
                 Row(name="loss, in ppo", algorithm="ppo", settings={"loss": name, "gae_lambda": 1.0}),
             ]
-    raise UserCodeError(
-        f"{ROLE} {name} takes {inspect.signature(code)}; expected a class such as GRPO or PPO, a baseline of (scores, "
-        "group_ids), or a loss of (logprobs, old_logprobs, advantages, weights)"
-    )
+    raise UserCodeError(f"{ROLE} {name} takes {inspect.signature(code)}; {EXPECTED}")

@@ -12,7 +12,6 @@ from llmrl.models.adapters import base_of, lora_config
 from llmrl.models.config import CriticNetwork
 from llmrl.models.critic import (
     DistilledModule,
-    SeparateNetworks,
     SharedModule,
     SharedTrunk,
     TransformersValueFunction,
@@ -23,6 +22,7 @@ from llmrl.models.critic_folder import check_width, load_adapter, load_trunk, lo
 from llmrl.models.folders import ModelError
 from llmrl.models.loaded import Actor, LoadedCritic, Networks
 from llmrl.models.mtp import MTPHeads, MTPModule, TargetHeads
+from llmrl.models.networks import SeparateNetworks
 from llmrl.models.policy import TransformersPolicy
 from llmrl.models.reward_loading import load_reward_model
 from llmrl.models.training import ready_to_train, turn_dropout_off

@@ -13,7 +13,8 @@ from llmrl.algorithms.grpo import GRPO
 from llmrl.algorithms.ppo import PPO
 from llmrl.batches import Contexts, Episodes, Rollout, Scores, Sequences, StopReason
 from llmrl.functional.losses import token_weights
-from llmrl.models.critic import SeparateNetworks, TransformersValueFunction, ValueModule
+from llmrl.models.critic import TransformersValueFunction, ValueModule
+from llmrl.models.networks import SeparateNetworks
 from llmrl.models.policy import TransformersPolicy
 from tests.models.tiny import DrawnHead, build, dense, in_microbatches, make_sequences, module_of, packing
 

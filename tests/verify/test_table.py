@@ -4,9 +4,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrl.cli import app
+from llmrl.user_code import UserCodeFailure
 from llmrl.verify.faults import FAULTS
 from llmrl.verify.table import lines_of
-from llmrl.verify.verdict import Report
+from llmrl.verify.verdict import Findings, Report
 from tests.verify.faults import in_ppo
 
 NUMBERS = {
@@ -15,6 +16,7 @@ NUMBERS = {
     "bias_kl": 0.1234,
     "cosine": 0.99995,
     "cosine_off_policy": 0.5,
+    "cosine_stale": 0.75,
     "claim_error": None,
     "variance": 25.0,
     "standard_error": 0.156,
@@ -24,13 +26,32 @@ NUMBERS = {
 def test_a_line_holds_the_numbers_and_the_verdict():
     right = Report(name="right", distance=0.25, faults=(), reason="as it should be", **NUMBERS)
     wrong = Report(name="wrong one", distance=None, faults=FAULTS[:2], reason="two things", **NUMBERS)
-    heading, first, second, *rest = lines_of([right, wrong])
+    findings = Findings(reports=[right, wrong], failures={}, left_out=[])
+    heading, first, second, *rest = lines_of(findings)
     assert heading.split()[:2] == ["estimator", "factor"]
-    assert first.split() == ["right", "1.0000", "0", "0.12", "1.0000", "0.5000", "25", "0.156", "0.2500", "holds"]
+    assert first.split() == [
+        "right",
+        "1.0000",
+        "0",
+        "0.12",
+        "1.0000",
+        "0.5000",
+        "0.7500",
+        "25",
+        "0.156",
+        "0.2500",
+        "holds",
+    ]
     assert second.split()[-2:] == ["-", "FAULT"]
     assert len({len(line) for line in (heading, first, second)}) == 1
     assert rest[1:3] == ["holds: right", "  as it should be"]
     assert rest[4:] == ["FAULT: k3 as a loss, or k1 as a loss: wrong one", "  two things"]
+
+
+def test_rows_that_fail_and_rows_that_are_left_out_are_named():
+    failures = {"opo": UserCodeFailure("it raised")}
+    lines = lines_of(Findings(reports=[], failures=failures, left_out=["gspo", "dapo"]))
+    assert lines[1:] == ["", "FAILED: opo", "  it raised", "", "2 rows left out: their settings are not read"]
 
 
 def test_the_command_prints_the_table_and_ends_with_the_verdict(tmp_path):

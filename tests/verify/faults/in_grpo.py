@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from llmrl.algorithms.grpo import GRPO
-from llmrl.functional.advantages import group_relative
+from llmrl.functional.advantages import group_relative, leave_one_out
 from llmrl.functional.losses import clipped_policy_loss
 
 
@@ -85,6 +85,13 @@ class KLOfTheWrongSign(With):
         return -self.asked.kl_coef * (weights * ratio * self.log_ratio(batch).square() / 2).sum()
 
 
+class KLTwice(With):
+    """The KL is added twice; the scores are right."""
+
+    def __init__(self, config, **roles):
+        super().__init__(replace(config, kl_coef=2 * config.kl_coef), **roles)
+
+
 class EntropyOfTheWrongSign(With):
     """The entropy is a loss."""
 
@@ -134,6 +141,35 @@ class BaselineOfTheBatch(Compared):
         return scores - scores.mean()
 
 
+class OwnLengthInTheBaseline(Compared):
+    """The mean of the whole group by lengths, as the paper of OPO has it."""
+
+    def compare(self, scores, group_ids, lengths):
+        groups, shares = (x.view(-1, self.config.group_size) for x in (scores, lengths.double()))
+        return (groups - (shares * groups).sum(1, keepdim=True) / shares.sum(1, keepdim=True)).flatten()
+
+
+class LengthsNotWeighed(Compared):
+    """The plain mean of the others."""
+
+    def compare(self, scores, group_ids, lengths):
+        return leave_one_out(scores, group_ids)
+
+
+class RootsOfLengths(Compared):
+    """The mean of the others by the roots of their lengths."""
+
+    def compare(self, scores, group_ids, lengths):
+        return leave_one_out(scores, group_ids, weights=lengths.double().sqrt())
+
+
+class SquaresOfLengths(Compared):
+    """The mean of the others by the squares of their lengths."""
+
+    def compare(self, scores, group_ids, lengths):
+        return leave_one_out(scores, group_ids, weights=lengths.square())
+
+
 class NoBaseline(Compared):
     """The score itself."""
 
@@ -167,6 +203,59 @@ class RatioToTheEngine(GRPO):
 
     def losses(self, batch, weights):
         return super().losses(replace(batch, old_logprobs=batch.rollout.rollout_logprobs), weights)
+
+
+class NotCorrected(With):
+    """No importance weights."""
+
+    settings: ClassVar = {"importance": "none"}
+
+
+class NoCap(With):
+    """Importance weights as they are."""
+
+    settings: ClassVar = {"importance_cap": 1e9}
+
+
+class CappedAndNoMore(With):
+    """Importance weights are truncated, not masked."""
+
+    settings: ClassVar = {"importance": "truncated"}
+
+
+class MaskedNotCapped(With):
+    """Importance weights are masked, not truncated."""
+
+    settings: ClassVar = {"importance": "masked"}
+
+
+class ImportanceOfTokens(With):
+    """Importance weights of each token."""
+
+    settings: ClassVar = {"importance_level": "token"}
+
+
+class ImportanceOfResponses(With):
+    """Importance weights of whole responses."""
+
+    settings: ClassVar = {"importance_level": "sequence"}
+
+
+class ImportanceUpsideDown(GRPO):
+    """Importance weights divide by the policy that learns."""
+
+    def losses(self, batch, weights):
+        turned = 2 * batch.old_logprobs - batch.rollout.rollout_logprobs
+        return super().losses(replace(batch, rollout=replace(batch.rollout, rollout_logprobs=turned)), weights)
+
+
+class ImportanceOfTheLiveActor(GRPO):
+    """Importance weights move with the actor."""
+
+    def losses(self, batch, weights):
+        live = self.actor.logprobs(batch.sequences).logprobs.detach()
+        moved = batch.rollout.rollout_logprobs + batch.old_logprobs - live
+        return super().losses(replace(batch, rollout=replace(batch.rollout, rollout_logprobs=moved)), weights)
 
 
 class AggregatedBySequence(GRPO):

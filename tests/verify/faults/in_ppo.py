@@ -1,6 +1,7 @@
 """PPO with a fault, one a class: what it does wrong is its docstring."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
@@ -8,6 +9,69 @@ from torch.nn.functional import pad
 from llmrl.algorithms.ppo import PPO
 from llmrl.batches import StopReason, TokenOutputs
 from llmrl.functional.masking import standardize
+
+
+class Replaced(PPO):
+    """PPO with some settings replaced, whatever was asked for; helper of the faults."""
+
+    settings: ClassVar = {}
+
+    def __init__(self, config, **others):
+        super().__init__(replace(config, **self.settings), **others)
+
+
+class ValuesNotHeld(Replaced):
+    """The critic has no proximal term."""
+
+    settings: ClassVar = {"value_proximal_coef": 0.0}
+
+
+class StepNotPenalized(Replaced):
+    """The KL of the step is not in the loss."""
+
+    settings: ClassVar = {"step_kl_target": None}
+
+
+class TruncatedNotBootstrapped(Replaced):
+    """Truncated responses have their scores."""
+
+    settings: ClassVar = {"bootstrap_truncated": False}
+
+
+class TruncatedLearned(Replaced):
+    """Truncated responses are learned from."""
+
+    settings: ClassVar = {"mask_truncated": False}
+
+
+class LengthNotPenalized(Replaced):
+    """No penalty on overlong responses."""
+
+    settings: ClassVar = {"overlong_buffer_tokens": 0}
+
+
+class MissingEOSNotPenalized(Replaced):
+    """No penalty on a missing EOS."""
+
+    settings: ClassVar = {"missing_eos_penalty": 0.0}
+
+
+class ScoreNotClipped(Replaced):
+    """Scores as they are."""
+
+    settings: ClassVar = {"score_clip": None}
+
+
+class ValuesNotClipped(Replaced):
+    """value_clip is not read."""
+
+    settings: ClassVar = {"value_clip": None}
+
+
+class ReturnsToTheEnd(Replaced):
+    """All rewards are waited for, however many steps are asked for."""
+
+    settings: ClassVar = {"num_return_steps": None, "gae_lambda": 1.0}
 
 
 class AdvantagesOneLate(PPO):
@@ -109,11 +173,19 @@ class TraceWithoutGamma(PPO):
         super().__init__(replace(config, gae_lambda=gae_lambda, value_lambda=value_lambda), **others)
 
 
-class ReturnsToTheEnd(PPO):
-    """All rewards are waited for, however many steps are asked for."""
+class CriticNotCorrected(PPO):
+    """The policy has the weights of V-trace, the critic's targets have not."""
 
     def __init__(self, config, **others):
-        super().__init__(replace(config, num_return_steps=None, gae_lambda=1.0), **others)
+        importance = "truncated" if config.importance == "v_trace" else config.importance
+        super().__init__(replace(config, importance=importance), **others)
+
+
+class CriticNotTrained(PPO):
+    """The actor's loss alone."""
+
+    def losses(self, batch, weights):
+        yield next(super().losses(batch, weights))
 
 
 class CriticLearnsAdvantages(PPO):
@@ -122,10 +194,3 @@ class CriticLearnsAdvantages(PPO):
     def experience(self, rollout, scores):
         experience, metrics = super().experience(rollout, scores)
         return replace(experience, returns=experience.returns - experience.old_values), metrics
-
-
-class ValuesNotClipped(PPO):
-    """value_clip is not read."""
-
-    def __init__(self, config, **others):
-        super().__init__(replace(config, value_clip=None), **others)
