@@ -79,7 +79,7 @@ def _graph_decoder(engine: NativeEngine) -> GraphDecoder | None:
 
 def recorded_routers(model: "PreTrainedModel") -> Sequence[nn.Module]:
     """Routers whose choices an engine records: those that training watches, see `watched`."""
-    with evaluating(model):
+    with evaluating(model.base_model):
         experts = watched(model.base_model)
     return () if experts is None else experts.routers
 

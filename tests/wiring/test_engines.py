@@ -127,7 +127,7 @@ def built(monkeypatch):
 
 def test_responses_are_decoded_by_graphs_on_a_gpu(built, monkeypatch):
     asked = []
-    monkeypatch.setattr(engines, "check_graphs", lambda model, vocab_size: asked.append(vocab_size))
+    monkeypatch.setattr(engines, "check_graphs", lambda model, vocab_size, routers: asked.append(vocab_size))
     engine, said = built()
     assert (engine.graphs.eos_ids, engine.graphs.vocab_size) == (engine.eos_ids, *asked)
     assert said == []
@@ -135,7 +135,7 @@ def test_responses_are_decoded_by_graphs_on_a_gpu(built, monkeypatch):
 
 
 def test_a_model_that_cannot_be_recorded_is_decoded_without_graphs_and_a_line_says_why(built, monkeypatch):
-    def refuse(model, vocab_size):
+    def refuse(model, vocab_size, routers):
         raise RolloutError("its rope changes")
 
     monkeypatch.setattr(engines, "check_graphs", refuse)
