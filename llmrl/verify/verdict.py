@@ -199,8 +199,9 @@ def _judge(
     compared = {name: games[name] for name in names}
     errors_of = partial(_errors, games=compared, measured=measured, any_scale=not used.reads("aggregation"))
     for terms in claims:
-        if (error := max(errors_of(terms))) < TOLERANCE:
-            return terms, error, (), ""
+        errors = list(errors_of(terms))
+        if all(error < TOLERANCE for error in errors):  # not by the maximum, which can miss NaN
+            return terms, max(errors), (), ""
     terms = claims[0] if claims else None
     error = max(errors_of(terms)) if terms else None
     known = {
@@ -212,7 +213,7 @@ def _judge(
     if known:
         return terms, error, tuple(known), ""
     factor, bias = _bias(measured[SCORES], games[SCORES])
-    if bias > TOLERANCE or (terms and not _has_kl_of(terms, games, measured)):
+    if not bias < TOLERANCE or (terms and not _has_kl_of(terms, games, measured)):
         return terms, error, (UNKNOWN if terms else NO_CLAIM,), ""
     if factor < 0:
         return terms, error, (WRONG_SIGN,), ""

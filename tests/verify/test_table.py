@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -6,6 +7,7 @@ from typer.testing import CliRunner
 from llmrl.cli import app
 from llmrl.user_code import UserCodeFailure
 from llmrl.verify.faults import FAULTS
+from llmrl.verify.rows import ROWS
 from llmrl.verify.table import lines_of
 from llmrl.verify.verdict import Findings, Report
 from tests.verify.faults import in_ppo
@@ -52,6 +54,13 @@ def test_rows_that_fail_and_rows_that_are_left_out_are_named():
     failures = {"opo": UserCodeFailure("it raised")}
     lines = lines_of(Findings(reports=[], failures=failures, left_out=["gspo", "dapo"]))
     assert lines[1:] == ["", "FAILED: opo", "  it raised", "", "2 rows left out: their settings are not read"]
+
+
+def test_the_stored_table_has_every_row():
+    page = (Path(__file__).parents[2] / "docs/verify.md").read_text()
+    table = page.split("```text\n")[1].split("\n\n")[0].splitlines()[1:]
+    names = [row.name for row in ROWS]
+    assert [line[: max(map(len, names))].strip() for line in table] == names
 
 
 def test_the_command_prints_the_table_and_ends_with_the_verdict(tmp_path):

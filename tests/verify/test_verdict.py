@@ -229,6 +229,11 @@ class Nothing(Plain):
         return gains.sum() * 0
 
 
+class SlopeOfNaN(Plain):
+    def loss(self, gains, counted):
+        return -gains.sum() + 0 * (gains - gains).abs().sqrt().sum()
+
+
 class OnlyPairs(Plain):
     def experience(self, rollout, scores):
         assert self.group_size == 2
@@ -271,6 +276,7 @@ def rows_of_own(tmp_path):
         ("Plain", []),
         ("WithoutRatio", []),
         ("OnlyPairs", []),
+        ("SlopeOfNaN", ["unknown", "padding counted", "padding read", "local denominators", "order of groups"]),
         pytest.param("ShortOnesMore", ["aggregated by sequence"], marks=pytest.mark.slow),
         pytest.param("UpsideDown", ["wrong sign"], marks=pytest.mark.slow),
         pytest.param("Nothing", ["no policy gradient"], marks=pytest.mark.slow),
