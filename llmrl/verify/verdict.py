@@ -140,7 +140,8 @@ def verify_all(rows: Iterable[Row], *, quick: bool) -> Findings:
 
 
 def verify(row: Row, *, quick: bool) -> Report | None:
-    """Verifies one estimator; `quick` trains nothing. None where the user's class does not read the row's settings.
+    """Verifies one estimator. None where the user's class does not read the row's settings. `quick` trains nothing, and
+    rows of whole rollouts are never trained: each step would take all of them.
 
     Raises:
         UserCodeFailure: The user's code failed.
@@ -172,7 +173,7 @@ def verify(row: Row, *, quick: bool) -> Report | None:
         claim_error=error,
         variance=variance,
         standard_error=(variance / NUM_RESPONSES) ** 0.5,
-        distance=None if quick else distance_from_optimum(row, games[KL]),
+        distance=None if quick or row.compares_prompts else distance_from_optimum(row, games[KL]),
         faults=found,
         reason="; ".join(
             [fault.reason for fault in found] or [note or _relation(terms, exact_critic=row.exact_critic)]
