@@ -1,6 +1,11 @@
 """Shapes of tiny mixtures of experts, and of a model without."""
 
+import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PretrainedConfig
+
+VERSION = Version(transformers.__version__)
 
 SIZES = {
     "hidden_size": 32,
@@ -30,4 +35,6 @@ FAMILIES = {"qwen3_moe": EXPERTS, "mixtral": {"num_local_experts": 4}, "deepseek
 
 def config_of(family: str, **settings: object) -> PretrainedConfig:
     """The shape of a tiny model of a family, with these settings of its own."""
+    if family == "deepseek_v3" and Version("5.16") > VERSION:
+        pytest.skip("before transformers 5.16 the routers of DeepSeek-V3 don't return which experts they choose")
     return AutoConfig.for_model(family, **SIZES | FAMILIES.get(family, {}) | settings)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +14,7 @@ from llmrl.models.experts import BIAS, Experts, check_balance, router_class, wat
 from llmrl.models.folders import ModelError
 from llmrl.models.heads import choose_head
 from llmrl.models.policy import PolicyModule
-from tests.mixtures import FAMILIES, config_of
+from tests.mixtures import FAMILIES, VERSION, config_of
 
 from .tiny import make_sequences as sequences
 
@@ -126,6 +127,7 @@ def test_its_gradient_is_that_of_the_formula_and_flows_through_checkpoints():
         assert float(gradients[0][last][place]) == pytest.approx(difference, abs=2e-3, rel=0.02)
 
 
+@pytest.mark.skipif(Version("5.6") > VERSION, reason="its routers are those that the test makes")
 def test_routers_that_return_probabilities_have_the_same_loss(monkeypatch):
     """In transformers 5.3 those of Qwen, Mixtral and OLMoE did."""
     losses, shares = [], torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.5, 0.0]])
