@@ -52,7 +52,7 @@ class RouteRecorder:
     def __init__(self, routers: Sequence[nn.Module]) -> None:
         self.routers = routers
         self._chosen = deque[Tensor](maxlen=len(routers))
-        """Of the last pass."""
+        """Experts that each router chose in the last pass."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
