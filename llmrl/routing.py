@@ -5,6 +5,7 @@ many experts are chosen, and the order in which a router names them does not sho
 expert have two codes; those that differ in more have one code by chance, once in 2^15.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,16 +51,18 @@ class RouteRecorder:
 
     def __init__(self, routers: Sequence[nn.Module]) -> None:
         self.routers = routers
-        self._chosen: list[Tensor] = []
+        self._chosen = deque[Tensor](maxlen=len(routers))
+        """Experts that each router chose in the last pass."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, the choices of every pass are noted until they are taken."""
+        """Inside, the choices of the last pass are noted until they are taken."""
         with watching(self.routers, lambda _, chosen: self._chosen.append(chosen)):
             yield
 
     def take(self, num_rows: int) -> Int16[Tensor, "R L"]:
         """Routes at the last column of the last pass, which read this many rows: those of the tokens that are drawn
         from its logits."""
-        last, self._chosen = self._chosen[-len(self.routers) :], []
-        return route_of(torch.stack([chosen.unflatten(0, (num_rows, -1))[:, -1] for chosen in last], dim=1))
+        last = [chosen.unflatten(0, (num_rows, -1))[:, -1] for chosen in self._chosen]
+        self._chosen.clear()
+        return route_of(torch.stack(last, dim=1))

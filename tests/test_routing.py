@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -61,6 +62,20 @@ def test_a_recorder_keeps_the_last_column_of_the_last_pass_of_each_layer():
         for router in routers:
             router(first[:2])
         assert torch.equal(recorder.take(2)[:, 0], route_of(first[:2]))
+
+
+def test_a_recorder_holds_no_pass_but_the_last():
+    """Observations of an environment are read in many passes, and nothing is drawn between them."""
+    routers, passes = [Router(), Router()], [torch.zeros(4, 2).long() for _ in range(3)]
+    recorder, held = RouteRecorder(routers), [weakref.ref(each) for each in passes]
+    with recorder.recording():
+        while passes:
+            for router in routers:
+                router(passes[0])
+            passes.pop(0)
+        assert [each() is not None for each in held] == [False, False, True]
+        recorder.take(2)
+        assert held[-1]() is None
 
 
 def test_nobody_watches_afterwards():

@@ -161,6 +161,8 @@ def generate(
             sections = environment_section(environment, tools, given)
             played = compose(_Generation, sections, given.settings(settings or {})).environment
             _check_sampling(temperature=temperature, **limits)
+            if not listed:
+                raise SettingError("prompts is empty; hand over at least one")
             _check_texts([*listed, system_prompt or ""], may_be_rows=played is not None)
             config = ModelConfig(path=given.model(model, tokenizer), trust_remote_code=trust_remote_code)
             check_model(config, may_be_random=False)

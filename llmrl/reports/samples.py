@@ -62,7 +62,7 @@ def _turns(rollout: Rollout, episodes: Episodes, row: int) -> dict:
 
 def _as_json(row: Row) -> dict:
     """The columns of a row of data; a value that JSON cannot hold is a text."""
-    return json.loads(json.dumps(row, default=str, skipkeys=True))
+    return json.loads(json.dumps(row, default=str, skipkeys=True), parse_constant=str)
 
 
 def _number(x: torch.Tensor) -> float | None:

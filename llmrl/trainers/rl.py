@@ -122,6 +122,7 @@ class RLTrainer(Resumable):
         with torch.no_grad():
             rollout, scores, metrics = self.collect(prompts)
             new = [(rollout, scores)]
+            self.stored.drop_unlike(new[0])
             while len(new) < self.stored.num_missing:  # the first iteration of a run that learns from stale rollouts
                 rollout, scores, more = self.collect(self.prompts.next(self.prompts_per_iteration))
                 new, metrics = [*new, (rollout, scores)], metrics.merge(more)

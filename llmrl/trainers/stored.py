@@ -28,18 +28,22 @@ class StoredRollouts:
         """Rollouts to sample before the next iteration can learn."""
         return max(self.num_kept + 1 - len(self.waiting), 1)
 
+    def drop_unlike(self, new: Scored) -> None:
+        """Drops what waits if it cannot be learned from together with `new`: a resumed run may have other groups, other
+        parts of scores, or an environment. As many are missing then as in a first iteration."""
+        if any(_kind(old) != _kind(new) for old in self.waiting):
+            self.waiting = ()
+
     def exchange(self, new: Sequence[Scored]) -> Scored:
         """Takes the `num_missing` rollouts that were sampled, and returns as one those to learn from.
 
-        What waits is dropped where a resumed run has other groups or other parts of scores. The functions that failed
-        are left out: metrics count them in the iteration that sampled.
+        The functions that failed are left out: metrics count them in the iteration that sampled.
         """
         if not self.num_kept:
             return new[-1]
         device = new[-1][0].device
-        sampled = tuple((rollout.to("cpu"), scores.to("cpu")) for rollout, scores in new)
-        fits = all(_kind(old) == _kind(sampled[0]) for old in self.waiting)
-        kept = ((*self.waiting, *sampled) if fits else sampled)[-(self.num_kept + 1) :]
+        kept = (*self.waiting, *((rollout.to("cpu"), scores.to("cpu")) for rollout, scores in new))
+        kept = kept[-(self.num_kept + 1) :]
         self.waiting = kept[1:]
         rollouts, scores = zip(*kept[: self.num_learned], strict=True)
         scores = [replace(each, failed={}) for each in scores]
@@ -57,7 +61,7 @@ class StoredRollouts:
         self.waiting = tuple((batch_of(pair["rollout"]), batch_of(pair["scores"])) for pair in pairs)
 
 
-def _kind(scored: Scored) -> tuple[int, int, list[str]]:
-    """Number of responses and of groups, and names of the parts of the scores."""
+def _kind(scored: Scored) -> tuple[int, int, bool, list[str]]:
+    """Number of responses and of groups, whether they are episodes, and names of the parts of the scores."""
     rollout, scores = scored
-    return len(rollout.rows), len(rollout.group_ids.unique()), sorted(scores.parts)
+    return len(rollout.rows), len(rollout.group_ids.unique()), rollout.episodes is not None, sorted(scores.parts)

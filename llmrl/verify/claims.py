@@ -350,7 +350,7 @@ def _policy_loss(
     kl = _kl(terms, game, logprobs, prompt, response)
     loss = loss + game.kl_coef * terms.kl_sign * (weights * importance * kl).sum()
     step = logprobs - token_logprobs(game.old)[prompt, response]
-    loss = loss + terms.step_kl_coef * (weights * (step.exp() - 1 - step)).sum()
+    loss = loss + terms.step_kl_coef * (weights * importance * (step.exp() - 1 - step)).sum()
     distribution = logits.log_softmax(dim=-1)[prompt[:, None], STATES[response, :-1]]
     entropy = -(distribution.exp() * distribution).sum(dim=-1)
     return loss - game.entropy_coef * terms.entropy_sign * (weights * entropy).sum()

@@ -149,13 +149,14 @@ def verify(row: Row, *, quick: bool) -> Report | None:
     games = probes(exact_critic=row.exact_critic)
     draws = draws_of(row, games[KL])
     estimators = {name: Estimator(row, game) for name, game in games.items()}
-    used = estimators[KL]
-    try:
-        measured = {name: estimator.expected(draws) for name, estimator in estimators.items()}
-    except UserCodeFailure:
-        if used.unread():  # it may fail because the row is of another estimator
-            return None
-        raise
+    used, measured = estimators[KL], dict[str, Gradient]()
+    for name, estimator in estimators.items():
+        try:
+            measured[name] = estimator.expected(draws)
+        except UserCodeFailure:
+            if estimator.unread():  # it may fail because the row is of another estimator
+                return None
+            raise
     if set(used.unread()) - _unread_by_ours(row, games[KL]):
         return None
     terms, error, found, note = _judge(used, games, measured)

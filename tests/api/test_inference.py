@@ -65,6 +65,11 @@ def test_arguments_of_the_chat_template_reach_it(tiny):
     assert in_template != other
 
 
+def test_nothing_to_respond_to_is_refused(folder):
+    with pytest.raises(llmrl.Error, match="prompts is empty; hand over at least one"):
+        llmrl.generate(folder / "llama", [])
+
+
 def test_a_folder_that_is_missing_is_named():
     with pytest.raises(llmrl.Error, match=r"model\.path"):
         llmrl.generate("./nowhere", ["1+1="])

@@ -147,7 +147,7 @@ def test_an_episode_says_its_row_its_turns_and_where_its_contexts_begin(tmp_path
         batch.rollout,
         sequences=replace(batch.rollout.sequences, restarts=restarts),
         stop_reason=torch.tensor([StopReason.EOS, StopReason.EOS, StopReason.TURNS]),
-        rows=tuple({"secret": number, "day": date(2026, 1, 2)} for number in range(3)),
+        rows=tuple({"secret": number, "day": date(2026, 1, 2), "share": math.nan} for number in range(3)),
         episodes=Episodes(
             turn_ends=torch.tensor([[1, 0], [2, 0], [1, 3]]),
             turn_rewards=torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.25, -1.0]]),
@@ -163,7 +163,7 @@ def test_an_episode_says_its_row_its_turns_and_where_its_contexts_begin(tmp_path
     first, _, last = write(tmp_path, 3, replace(batch, rollout=rollout))
     told = ("row", "turn_ends", "turn_rewards", "end_reward", "context_starts", "messages", "stop", "failed")
     assert {name: last[name] for name in told} == {
-        "row": {"secret": 2, "day": "2026-01-02"},
+        "row": {"secret": 2, "day": "2026-01-02", "share": "NaN"},
         "turn_ends": [1, 3],
         "turn_rewards": [0.25, -1.0],
         "end_reward": 2.0,

@@ -108,15 +108,40 @@ def test_a_run_that_is_resumed_with_fewer_forgets_the_oldest_and_with_more_sampl
 
 
 def test_what_a_resumed_run_cannot_learn_from_is_forgotten():
-    """Groups of another size, or scores of other functions; then as many wait again as before."""
-    other_parts = scored(3)[0], replace(scored(3)[1], parts={"rules.py/another": torch.zeros(2)})
-    for new in (scored(3, group_size=3), other_parts):
-        stored = StoredRollouts(staleness=2, num_replayed=0)
-        learned(stored, range(3))
-        rollout, scores = stored.exchange([new])
-        assert rollout.group_ids.unique().tolist() == [3]
-        assert scores.parts.keys() == new[1].parts.keys()
+    """Groups of another size, scores of other functions, or no environment: then as many are sampled as at first."""
+    rollout, scores = scored(3)
+    unlike = [scored(3, group_size=3), (rollout, replace(scores, parts={"rules.py/another": torch.zeros(2)}))]
+    unlike.append((replace(rollout, episodes=None), scores))
+    stored = StoredRollouts(staleness=1, num_replayed=1)
+    for new in unlike:
+        learned(stored, range(stored.num_missing))
+        stored.drop_unlike(scored(4, width=5))
+        assert stored.num_missing == 1
+        stored.drop_unlike(new)
         assert stored.num_missing == 3
+
+
+def test_an_iteration_of_which_what_waited_is_dropped_learns_from_as_much_as_others():
+    """Resumed with a reward of another name, after an iteration that left two rollouts."""
+
+    def reward_named(name):
+        def reward(rollout):
+            lengths = rollout.sequences.response_lengths.float()
+            tokens = torch.zeros(rollout.sequences.response_ids.shape)
+            return Scores(total=lengths, per_token=tokens, parts={name: lengths})
+
+        return reward
+
+    kind = {"staleness": 1, "num_replayed": 1}
+    first, seen = trainer_of(**kind, reward=reward_named("a"))
+    first.iterate()
+    resumed, later = trainer_of(**kind, reward=reward_named("b"))
+    resumed.load_state_dict(first.state_dict())
+    for _ in range(2):
+        resumed.iterate()
+    groups = [set(experience.rollout.group_ids.tolist()) for experience in (*seen, *later)]
+    assert [len(each) for each in groups] == [16, 16, 16]
+    assert [len(groups[0] & groups[1]), len(groups[1] & groups[2])] == [0, 8]
 
 
 def test_functions_that_fail_differently_after_a_resume_are_no_obstacle():

@@ -367,12 +367,13 @@ def test_a_proximal_critic_is_drawn_to_its_old_values():
     torch.testing.assert_close(ours - theirs, pull)
 
 
-def test_a_penalized_step_has_the_gradient_of_its_kl():
+@pytest.mark.parametrize("importance", ["none", "truncated"])
+def test_a_penalized_step_has_the_gradient_of_its_kl(importance):
     logits = AWAY.current.clone().requires_grad_()
-    away = replace(AWAY, sampler=AWAY.old)  # so that the tokens are the old actor's
+    away = replace(AWAY, sampler=AWAY.old) if importance == "none" else AWAY  # the tokens of the old actor, or weights
     old, live = away.old.log_softmax(-1), logits.log_softmax(-1)
     (slope,) = torch.autograd.grad((old.exp() * (old - live)).sum(-1)[:, 0].mean(), logits)
-    terms = Terms(baseline="none", aggregation="constant", policy_sign=0.0, step_kl_coef=1.0)
+    terms = Terms(baseline="none", aggregation="constant", policy_sign=0.0, step_kl_coef=1.0, importance=importance)
     torch.testing.assert_close(expected_gradient(terms, away).actor[:, 0] * 3, slope[:, 0])
 
 

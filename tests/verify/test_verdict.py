@@ -243,9 +243,10 @@ class OnlyPairs(Plain):
 class ThreeFail(Plain):
     def __init__(self, config, **roles):
         super().__init__(config, **roles)
-        [getattr(config, name) for name in ("baseline", "scale", "loss", "aggregation")]
+        self.config = config
 
     def experience(self, rollout, scores):
+        [getattr(self.config, name) for name in ("baseline", "scale", "loss", "aggregation")]
         if self.group_size == 3:
             raise RuntimeError("three are too many")
         return super().experience(rollout, scores)
