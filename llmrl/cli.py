@@ -357,7 +357,8 @@ def new(
     ],
     folder: Annotated[Path, typer.Argument(help="A folder that is new or empty.", callback=_at_home)],
 ) -> None:
-    """Writes a folder to start from: recipe, data, reward and README. Trains the model that the recipe starts from."""
+    """Writes a folder to start from: recipe, data, reward and README. Trains the model that the recipe starts from:
+    a minute or more."""
     with bad_input_ends_with_status_2():
         chosen = find_starter(starter)
         write_starter(chosen, folder)

@@ -331,7 +331,8 @@ class RLRun:
 
     def plan(self, num_rows: int | None) -> str:
         """Sentence on what an iteration does, with the number of epochs where the number of rows is known."""
-        num_prompts = self.run.num_iterations * self.rollout.prompts_per_iteration
+        num_before = self.update.staleness + self.update.num_replayed
+        num_prompts = (self.run.num_iterations + num_before) * self.rollout.prompts_per_iteration
         return (
             f"Each of {self.run.num_iterations} iterations samples {self.rollout.prompts_per_iteration} prompts x "
             f"{self.algorithm.group_size} responses = {self.num_responses} responses of at most "
@@ -339,6 +340,16 @@ class RLRun:
             f"{counted(self.optimizer_steps_per_iteration, 'optimizer step')}: "
             f"{counted(self.update.num_epochs, 'epoch')} of minibatches of {self.minibatch_size} responses"
             f"{_epochs(num_prompts, 'prompts', num_rows)}."
+            f"{self._plan_of_stale(num_before)}"
+        )
+
+    def _plan_of_stale(self, num_before: int) -> str:
+        if not num_before:
+            return ""
+        num_learned = counted(1 + self.update.num_replayed, "rollout")
+        return (
+            f" The first one samples {1 + num_before} times as many; each learns from {num_learned}, the newest "
+            f"sampled {counted(self.update.staleness, 'iteration')} before."
         )
 
     def _sizes_near(self, wanted: int) -> list[int]:
@@ -385,6 +396,11 @@ class RLRun:
                 f"update.staleness {self.update.staleness} and update.num_replayed {self.update.num_replayed} learn "
                 "from responses of an earlier policy as if they were of this one; algorithm.importance truncated "
                 "corrects that"
+            )
+        if self.update.staleness >= self.run.num_iterations > 0:
+            warnings.append(
+                f"update.staleness ({self.update.staleness}) is not less than run.num_iterations "
+                f"({self.run.num_iterations}), so every response is of the first policy"
             )
         return warnings
 

@@ -363,10 +363,29 @@ def test_optimizer_steps_of_an_iteration():
 
 @pytest.mark.parametrize("update", [{"staleness": 1}, {"num_replayed": 1}])
 def test_stale_responses_without_a_correction_warn(update: dict[str, int]):
-    (warning,) = grpo(update=UpdateConfig(**update)).warnings()
+    run = RLRunConfig(output_dir="runs/x", num_iterations=2)
+    (warning,) = grpo(run=run, update=UpdateConfig(**update)).warnings()
     assert "algorithm.importance truncated corrects that" in warning
-    assert grpo(update=UpdateConfig(**update), algorithm=GRPOConfig(importance="masked")).warnings() == []
+    assert grpo(run=run, update=UpdateConfig(**update), algorithm=GRPOConfig(importance="masked")).warnings() == []
     assert grpo().warnings() == []
+
+
+def test_the_plan_counts_the_rollouts_that_wait():
+    """3 iterations of 8 prompts, and 3 rollouts more before the first one can learn."""
+    run = RLRunConfig(output_dir="runs/x", num_iterations=3)
+    rollout, update = RolloutConfig(prompts_per_iteration=8), UpdateConfig(staleness=2, num_replayed=1)
+    config = grpo(run=run, rollout=rollout, update=update)
+    assert "; 48 prompts in all, 0.75 epochs of 64 rows. The first one samples 4 times as many; " in config.plan(64)
+    assert config.plan(64).endswith("each learns from 2 rollouts, the newest sampled 2 iterations before.")
+    assert "; 24 prompts in all" in grpo(run=run, rollout=rollout).plan(64)
+
+
+def test_a_run_shorter_than_its_rollouts_are_old_warns():
+    algorithm = GRPOConfig(importance="truncated")
+    for num_iterations, warns in ((3, True), (4, False)):
+        run = RLRunConfig(output_dir="runs/x", num_iterations=num_iterations)
+        config = grpo(run=run, algorithm=algorithm, update=UpdateConfig(staleness=3))
+        assert ["every response is of the first policy" in warning for warning in config.warnings()] == [True] * warns
 
 
 @pytest.mark.parametrize(

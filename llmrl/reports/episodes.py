@@ -23,7 +23,7 @@ def episode_text(rollout: Rollout, row: int) -> str:
         return f"({failure}: no reward)"
     opened = [{"role": "user", "content": opening}] if isinstance(opening, str) else opening
     lines = [line for message in (*opened, *episodes.messages[row]) for line in _lines(message)]
-    reward = float(episodes.turn_rewards[row].sum() + episodes.end_reward[row])
+    reward = round(float(episodes.turn_rewards[row].sum() + episodes.end_reward[row]), 6) + 0.0  # not -0
     end = f"{ENDS.get(StopReason(int(rollout.stop_reason[row])))}, reward {reward:.4g}"
     if failure is not None:
         end = f"{failure}: no reward"
@@ -39,4 +39,5 @@ def _lines(message: Mapping[str, Any]) -> Iterator[str]:
     if content or not calls:
         yield content
     for call in calls:
-        yield f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
+        given = json.dumps(call["arguments"], ensure_ascii=False)
+        yield f"{call['name']}({given})" if call["name"] else "(a call that cannot be read)"

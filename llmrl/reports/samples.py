@@ -51,8 +51,8 @@ def _turns(rollout: Rollout, episodes: Episodes, row: int) -> dict:
     return {
         "row": _as_json(rollout.rows[row]),
         "turn_ends": episodes.turn_ends[row, :num_turns].tolist(),
-        "turn_rewards": episodes.turn_rewards[row, :num_turns].tolist(),
-        "end_reward": float(episodes.end_reward[row]),
+        "turn_rewards": [_digits(reward) for reward in episodes.turn_rewards[row, :num_turns]],
+        "end_reward": _digits(episodes.end_reward[row]),
         "context_starts": [] if restarts is None else restarts[row].nonzero().flatten().tolist(),
         "messages": list(episodes.messages[row]),
         "stop": StopReason(int(rollout.stop_reason[row])).name.lower(),
@@ -63,6 +63,11 @@ def _turns(rollout: Rollout, episodes: Episodes, row: int) -> dict:
 def _as_json(row: Row) -> dict:
     """The columns of a row of data; a value that JSON cannot hold is a text."""
     return json.loads(json.dumps(row, default=str, skipkeys=True), parse_constant=str)
+
+
+def _digits(x: torch.Tensor) -> float:
+    """The number to the digits that float32 has: 0.55, not 0.550000011920929."""
+    return float(f"{float(x):.7g}")
 
 
 def _number(x: torch.Tensor) -> float | None:

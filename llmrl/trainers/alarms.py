@@ -318,7 +318,8 @@ class Alarms:
 
     def _held_out_accuracy(self, values: Values) -> str | None:
         now, start = values["eval/accuracy"], self._at_start("eval/accuracy")
-        if not now < self.start.get("eval/accuracy_low", start):  # NaN, where nothing could be judged, is no fall
+        low, high = self.start.get("eval/accuracy_low", start), values.get("eval/accuracy_high", now)
+        if not (now < low and high < start):  # NaN, where nothing could be judged, is no fall
             return None
         return (
             f"held-out accuracy fell below the start: {now:.3g}, {start:.3g} at the start; the model is worse than the "

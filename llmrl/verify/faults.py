@@ -181,7 +181,11 @@ OF_SCORES = ("std", "sample std", "std of the batch")
 """Scales that only an estimator without a critic has."""
 OF_LARGE_BATCHES = ("batch", "std of the batch")
 """Scales by the spread of more responses than a rollout of one to each prompt."""
-UNKNOWN = Fault("unknown", "the gradient is neither the one claimed nor that of a known fault")
+UNKNOWN = Fault(
+    "unknown",
+    "the gradient is neither the one claimed nor that of a known fault; for what a class does not read, the settings "
+    "that there are were tried, and nothing of its own",
+)
 NO_CLAIM = Fault("no claim", "no formula of these settings is written out, and the gradient is not the true one")
 MICROBATCHES = Fault(
     "local denominators",

@@ -177,7 +177,8 @@ def verify(row: Row, *, quick: bool) -> Report | None:
         distance=None if quick or row.compares_prompts else distance_from_optimum(row, games[KL]),
         faults=found,
         reason="; ".join(
-            [fault.reason for fault in found] or [note or _relation(terms, exact_critic=row.exact_critic)]
+            [fault.reason for fault in found]
+            or [note or _relation(terms, exact_critic=row.exact_critic), *_not_judged(used)]
         ),
     )
 
@@ -219,7 +220,10 @@ def _judge(
         return terms, error, (UNKNOWN if terms else NO_CLAIM,), ""
     if factor < 0:
         return terms, error, (WRONG_SIGN,), ""
-    return terms, error, (), "the true gradient of the scores, by another estimator than those that are known"
+    multiple = factor * _divisor(used.algorithm.aggregation, games[SCORES])
+    note = f"{multiple:.4f} times the true gradient of the scores, by an estimator of its own"
+    own_score = "; an own score in the baseline makes such a factor" if multiple < 1 - TOLERANCE else ""
+    return terms, error, (), note + own_score
 
 
 def _claims_of(used: Estimator) -> list[Terms]:
@@ -281,6 +285,12 @@ def _divisor(aggregation: Aggregation, game: Game) -> float:
         case "token":
             return float((probabilities(game.sampler) * LENGTHS).sum(dim=1).mean())
     return 1.0
+
+
+def _not_judged(used: Estimator) -> list[str]:
+    """What a verdict says nothing of."""
+    is_own = used.config.loss not in LOSSES
+    return ["a loss of your own is judged on-policy only, in the first optimizer step of a rollout"] * is_own
 
 
 def _relation(terms: Terms | None, *, exact_critic: bool) -> str:

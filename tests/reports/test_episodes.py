@@ -56,6 +56,17 @@ def test_calls_results_and_other_roles_are_named():
     assert text == expected + "(2 turns; truncated by environment.max_turns, reward 0.75)"
 
 
+def test_a_call_that_cannot_be_read_is_told():
+    unread = {"type": "function", "id": "x", "function": {"name": "", "arguments": {}}}
+    text = episode_text(rollout(said("assistant", "", tool_calls=[unread]), said("tool", "error: no JSON")), 0)
+    assert text.splitlines()[1:3] == ["(a call that cannot be read)", "> tool: error: no JSON"]
+
+
+def test_rewards_that_cancel_are_zero():
+    text = episode_text(rollout(rewards=(0.55, -0.3), end_reward=-0.25), 0)
+    assert text.endswith("reward 0)")
+
+
 def test_a_failure_has_no_reward():
     assert episode_text(rollout(opening="", failure="start", stop=StopReason.FAILED), 0) == (
         "(start raised KeyError: 'x': no reward)"

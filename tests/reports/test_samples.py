@@ -150,7 +150,7 @@ def test_an_episode_says_its_row_its_turns_and_where_its_contexts_begin(tmp_path
         rows=tuple({"secret": number, "day": date(2026, 1, 2), "share": math.nan} for number in range(3)),
         episodes=Episodes(
             turn_ends=torch.tensor([[1, 0], [2, 0], [1, 3]]),
-            turn_rewards=torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.25, -1.0]]),
+            turn_rewards=torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.55, -1.0]]),
             end_reward=torch.tensor([0.0, 0.0, 2.0]),
             num_calls=zeros,
             num_bad_calls=zeros,
@@ -165,7 +165,7 @@ def test_an_episode_says_its_row_its_turns_and_where_its_contexts_begin(tmp_path
     assert {name: last[name] for name in told} == {
         "row": {"secret": 2, "day": "2026-01-02", "share": "NaN"},
         "turn_ends": [1, 3],
-        "turn_rewards": [0.25, -1.0],
+        "turn_rewards": [0.55, -1.0],
         "end_reward": 2.0,
         "context_starts": [1],
         "messages": [{"role": "assistant", "content": "h"}],

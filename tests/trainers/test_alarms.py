@@ -364,7 +364,8 @@ def test_the_gap_of_stale_responses_is_no_rounding():
 def test_held_out_accuracy_below_what_chance_would_give_at_the_start():
     start = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.45}
     assert told(start, HEALTHY, HEALTHY | {"eval/accuracy": 0.46}) == [[]] * 4
-    seen = told(start, HEALTHY | {"eval/accuracy": 0.1}, HEALTHY)
+    assert told(start, HEALTHY | {"eval/accuracy": 0.1, "eval/accuracy_high": 0.55}) == [[]] * 3  # few problems
+    seen = told(start, HEALTHY | {"eval/accuracy": 0.1, "eval/accuracy_high": 0.3}, HEALTHY)
     assert "0.1, 0.5 at the start" in seen[1][0]
     assert seen[-1] == seen[1]
     assert told(start, HEALTHY | {"eval/accuracy": 0.1}, {"eval/accuracy": 0.6})[-1] == []

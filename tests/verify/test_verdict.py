@@ -145,6 +145,9 @@ MINE = """
 def zero(scores, group_ids):
     return scores * 0
 
+def mean(scores, group_ids):
+    return (scores.view(-1, 2) - scores.view(-1, 2).mean(dim=1, keepdim=True)).flatten()
+
 def own(scores, group_ids):
     return scores.sign() * scores.abs() * 1.5
 
@@ -167,7 +170,11 @@ def test_a_baseline_of_the_user_is_judged_by_the_true_gradient(mine):
     (zero,), (own,) = mine("zero"), mine("own")
     assert zero.faults == ()
     assert zero.factor == pytest.approx(1.0, abs=1e-6)
-    assert "true gradient" in zero.reason
+    assert zero.reason == "1.0000 times the true gradient of the scores, by an estimator of its own"
+    (mean,) = mine("mean")
+    assert mean.faults == ()
+    assert mean.reason.startswith("0.5000 times the true gradient")
+    assert mean.reason.endswith("an own score in the baseline makes such a factor")
     assert own.cosine < 0
     assert [fault.name for fault in own.faults] == ["wrong sign"]
 
@@ -175,6 +182,7 @@ def test_a_baseline_of_the_user_is_judged_by_the_true_gradient(mine):
 def test_a_loss_of_the_user_is_judged_on_policy(mine):
     for report in mine("reinforce"):
         assert report.faults == ()
+        assert report.reason.endswith("is judged on-policy only, in the first optimizer step of a rollout")
     for report in mine("upside_down"):
         assert [fault.name for fault in report.faults] == ["wrong sign"]
 
