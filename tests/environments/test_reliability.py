@@ -20,14 +20,13 @@ class Mixed(llmrl.Environment):
         self.is_tame = is_tame
 
     def start(self, row):
-        if row["number"] % 50 == 7 and not self.is_tame:
+        if row["number"] % 50 == 7:
             raise OSError("no game today")
-        self.is_over = row["number"] % 50 == 7
-        return "0" if self.is_over else "20"  # the actor reads one token where no episode of a group could begin
+        return "20"
 
     def respond(self, message):
         kind = int(self.random.random() * 100)
-        if self.is_over or kind in (1, 2, 3, 4, 5, 6) and self.is_tame:
+        if kind in (1, 2, 3, 4, 5, 6) and self.is_tame:
             return llmrl.Turn(done=True)
         match kind:
             case 1:
@@ -69,12 +68,14 @@ def play(folder, *, is_tame):
 @pytest.mark.slow
 def test_a_thousand_episodes_are_those_of_environments_that_end_where_these_fail(tmp_path):
     """What fails ends an episode where it stands. So the others, and the bits of all that was sampled, are those of a
-    rollout in which it ends there by itself; and a slow one changes nothing."""
+    rollout in which it ends there by itself; and a slow one changes nothing. What does not begin, in both, has a token."""
     (tmp_path / "mixed.py").write_text(ENVIRONMENT)
     wild, tame = (play(tmp_path, is_tame=is_tame) for is_tame in (False, True))
     failed = wild.episodes.failed
     assert 100 < failed.sum() < 250
-    assert not tame.episodes.failed.any()
+    has_not_begun = torch.tensor([row["number"] % 50 == 7 for row in wild.rows])
+    assert torch.equal(tame.episodes.failed, has_not_begun)
+    assert (wild.sequences.response_lengths[has_not_begun] == 1).all()
     for name in ("prompt_ids", "response_ids", "response_mask", "response_lengths"):
         assert torch.equal(getattr(wild.sequences, name), getattr(tame.sequences, name)), name
     assert torch.equal(wild.rollout_logprobs, tame.rollout_logprobs)
