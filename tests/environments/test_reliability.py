@@ -68,7 +68,8 @@ def play(folder, *, is_tame):
 @pytest.mark.slow
 def test_a_thousand_episodes_are_those_of_environments_that_end_where_these_fail(tmp_path):
     """What fails ends an episode where it stands. So the others, and the bits of all that was sampled, are those of a
-    rollout in which it ends there by itself; and a slow one changes nothing. What does not begin, in both, has a token."""
+    rollout in which it ends there by itself; and a slow one changes nothing. What does not begin, in
+    both, has a token."""
     (tmp_path / "mixed.py").write_text(ENVIRONMENT)
     wild, tame = (play(tmp_path, is_tame=is_tame) for is_tame in (False, True))
     failed = wild.episodes.failed
