@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from llmrl.environments.calls import ToolCall
 from llmrl.environments.tools import (
@@ -18,6 +19,7 @@ from llmrl.environments.tools import (
     turn_of_assistant,
 )
 from tests.environments.families import family
+from tests.mixtures import VERSION
 
 
 def add(a: int, b: int = 0) -> int:
@@ -101,7 +103,11 @@ def test_the_schema_of_a_function():
         (undocumented, "it has no docstring"),
         (untyped, "Argument a is missing a type hint"),
         (undescribed, "no description for the argument 'b'"),
-        (odd, "custom class"),
+        pytest.param(
+            odd,
+            "custom class",
+            marks=pytest.mark.skipif(Version("5.21") > VERSION, reason="before transformers 5.21 it is an object"),
+        ),
         (lambda a: a, "<lambda> cannot be shown"),
     ],
 )
