@@ -407,6 +407,10 @@ class Episodes(Batch):
         """What failed in an episode and how, such as ``respond raised KeyError: 'x'``; None where nothing did."""
         return None if self.failures[row] is None else f"{self.failures[row]} {self.reasons[row]}"
 
+    def total_failure(self) -> str | None:
+        """Sentence on the first failure, where every episode failed; else None."""
+        return f"every episode failed: {self.failure(0)}" if all(self.failures) else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Batch):

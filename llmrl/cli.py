@@ -294,8 +294,8 @@ def generate(
             rollout = play(config, rows, pick_device(), environment=played, data=data, sampling=sampling)
             _print_episodes(rollout)
             assert rollout.episodes is not None, "an environment answered"
-            if all(rollout.episodes.failures):
-                _fail(f"every episode failed: {rollout.episodes.failure(0)}", 1)
+            if failure := rollout.episodes.total_failure():
+                _fail(failure, 1)
             return
         responses = respond(
             config,

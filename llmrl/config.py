@@ -331,8 +331,7 @@ class RLRun:
 
     def plan(self, num_rows: int | None) -> str:
         """Sentence on what an iteration does, with the number of epochs where the number of rows is known."""
-        num_before = self.update.staleness + self.update.num_replayed
-        num_prompts = (self.run.num_iterations + num_before) * self.rollout.prompts_per_iteration
+        num_prompts = (self.run.num_iterations + self.update.num_waiting) * self.rollout.prompts_per_iteration
         return (
             f"Each of {self.run.num_iterations} iterations samples {self.rollout.prompts_per_iteration} prompts x "
             f"{self.algorithm.group_size} responses = {self.num_responses} responses of at most "
@@ -340,16 +339,16 @@ class RLRun:
             f"{counted(self.optimizer_steps_per_iteration, 'optimizer step')}: "
             f"{counted(self.update.num_epochs, 'epoch')} of minibatches of {self.minibatch_size} responses"
             f"{_epochs(num_prompts, 'prompts', num_rows)}."
-            f"{self._plan_of_stale(num_before)}"
+            f"{self._plan_of_stale()}"
         )
 
-    def _plan_of_stale(self, num_before: int) -> str:
-        if not num_before:
+    def _plan_of_stale(self) -> str:
+        if not self.learns_from_stale:
             return ""
         num_learned = counted(1 + self.update.num_replayed, "rollout")
         return (
-            f" The first one samples {1 + num_before} times as many; each learns from {num_learned}, the newest "
-            f"sampled {counted(self.update.staleness, 'iteration')} before."
+            f" The first one samples {1 + self.update.num_waiting} times as many; each learns from {num_learned}, "
+            f"the newest sampled {counted(self.update.staleness, 'iteration')} before."
         )
 
     def _sizes_near(self, wanted: int) -> list[int]:
@@ -407,7 +406,7 @@ class RLRun:
     @property
     def learns_from_stale(self) -> bool:
         """Whether iterations learn from rollouts of earlier ones."""
-        return self.update.staleness + self.update.num_replayed > 0
+        return self.update.num_waiting > 0
 
     @property
     def warmup_iterations(self) -> int:

@@ -197,8 +197,8 @@ def _episodes(
     with computing(), own_random_numbers():
         rollout = play(config, read, pick_device(), environment=checked, data=data, sampling=sampling)
     assert rollout.episodes is not None, "an environment answered"
-    if all(rollout.episodes.failures):
-        raise UserCodeFailure(f"every episode failed: {rollout.episodes.failure(0)}")
+    if failure := rollout.episodes.total_failure():
+        raise UserCodeFailure(failure)
     texts = [episode_text(rollout, row) for row in range(len(rollout.rows))]
     return [texts[first : first + sampling.num_responses] for first in range(0, len(texts), sampling.num_responses)]
 

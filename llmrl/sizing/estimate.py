@@ -305,8 +305,8 @@ class _Reinforcement(_Parts):
         prompt, response = self.config.data.max_prompt_tokens, self.config.rollout.max_response_tokens
         row = response * (BYTES_PER_WAITING_TOKEN + self._route_bytes)
         of_prompt = prompt * BYTES_PER_PROMPT_TOKEN + self.config.algorithm.group_size * row
-        num_waiting = self.config.update.staleness + self.config.update.num_replayed
-        return super().host_training() + num_waiting * self.config.rollout.prompts_per_iteration * of_prompt
+        num_prompts = self.config.update.num_waiting * self.config.rollout.prompts_per_iteration
+        return super().host_training() + num_prompts * of_prompt
 
     @property
     def _route_bytes(self) -> int:

@@ -104,6 +104,11 @@ class UpdateConfig(Section, place="update"):
     """Earlier rollouts, the newest ones, that each iteration learns from again beside its own; above 0 set
     `algorithm.importance` too."""
 
+    @property
+    def num_waiting(self) -> int:
+        """Rollouts that wait from one iteration to the next."""
+        return self.staleness + self.num_replayed
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(Section, place="reward_model"):

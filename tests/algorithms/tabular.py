@@ -15,6 +15,7 @@ from llmrl.algorithms.ppo import PPO
 from llmrl.batches import Prompts, Rollout, Scores, Sequences, StopReason, TokenOutputs
 from llmrl.functional.streams import uniforms
 from llmrl.microbatches import TokenBudget
+from llmrl.models.networks import SeparateNetworks
 from llmrl.trainers.config import UpdateConfig
 from llmrl.trainers.rl import RLTrainer
 from tests.contexts import context_of, sampling_of
@@ -71,16 +72,12 @@ class TabularCritic(nn.Module):
         return TokenOutputs(named={"values": values, "last_values": last})
 
 
-class Pair:
-    """`ActorCritic` of any two."""
+class Pair(SeparateNetworks):
+    """`ActorCritic` of any two, which may say that they share a trunk."""
 
     def __init__(self, actor, critic, *, share_trunk=False):
-        self.logprobs = actor.logprobs
-        self.values = critic.values
+        super().__init__(actor, critic)
         self.share_trunk = share_trunk
-
-    def both(self, sequences):
-        return self.logprobs(sequences).merge(self.values(sequences))
 
 
 class TabularEngine:

@@ -22,23 +22,15 @@ from llmrl.distributed.roles import (
     distribute_rows,
 )
 from llmrl.distributed.stop import Interrupted, Stop
-from llmrl.functional.streams import Purpose
 from llmrl.microbatches import TokenBudget
 from llmrl.optim.config import OptimizerConfig
 from llmrl.optim.local import LocalTrainable
 from llmrl.roles import Sampling
 from tests.contexts import context_of
 from tests.distributed.threads import on_ranks
+from tests.rollout.tiny import make_sampling
 
-SAMPLING = Sampling(
-    temperature=1.0,
-    num_responses=2,
-    max_response_tokens=9,
-    greedy=False,
-    seed=0,
-    purpose=Purpose.TRAINING,
-    first_response=10,
-)
+SAMPLING = make_sampling(max_response_tokens=9, seed=0, first_response=10)
 WORLD_SIZES = [2, 3, 5]
 
 

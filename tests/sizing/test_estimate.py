@@ -7,10 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from llmrl.batches import Batch, Prompts, Scores
 from llmrl.config import GRPORun, PPORun, RewardModelRun, SFTRun
-from llmrl.functional.streams import Purpose
 from llmrl.models.adapters import load_adapted
 from llmrl.reports.progress import Silent
-from llmrl.roles import Sampling
 from llmrl.rollout.native import NativeEngine
 from llmrl.sizing import Estimate, Item, Strategy, estimate_memory, read_shape, shape_of
 from llmrl.sizing.estimate import _Supervised
@@ -18,18 +16,10 @@ from llmrl.trainers.stored import StoredRollouts
 from llmrl.wiring.engines import recorded_routers
 from tests.mixtures import config_of
 from tests.models.quantized import save_base
+from tests.rollout.tiny import make_sampling
 
 RUN = {"output_dir": "out", "num_iterations": 1}
 RULE = {"functions": [{"name": "rule.py:rule"}]}
-SAMPLING = Sampling(
-    temperature=1.0,
-    num_responses=4,
-    max_response_tokens=32,
-    greedy=False,
-    seed=0,
-    purpose=Purpose.TRAINING,
-    first_response=0,
-)
 REWARD_MODEL = {"model": {"path": "reward"}}
 
 
@@ -218,7 +208,8 @@ def test_what_waits_is_as_large_as_estimated(family, num_routers):
     stored = StoredRollouts(staleness=2, num_replayed=1)
     new = []
     for number in range(stored.num_missing):
-        rollout = engine.generate(prompts, replace(SAMPLING, first_response=16 * number))
+        sampling = make_sampling(num_responses=4, max_response_tokens=32, seed=0, first_response=16 * number)
+        rollout = engine.generate(prompts, sampling)
         total = torch.zeros(16)
         new.append((rollout, Scores(total=total, per_token=torch.zeros(16, 32), parts={"rule": total})))
     stored.exchange(new)
