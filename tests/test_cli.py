@@ -27,6 +27,7 @@ from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
 from llmrl import cli
+from llmrl.batches import Episodes
 from llmrl.cli import (
     _named_as_given,
     _print_evaluation,
@@ -445,12 +446,19 @@ def test_the_settings_that_make_a_recipe_another_commands_are_named(tmp_path):
 def test_generate_fails_where_every_episode_failed(monkeypatch, capsys, failures, status):
     from llmrl.environments.config import EnvironmentConfig
 
-    class Episodes:
-        def failure(self, row):
-            return "start raised KeyError: 'x'"
-
-    Episodes.failures = failures
-    rollout = SimpleNamespace(rows=({},) * 2, episodes=Episodes())
+    none = torch.zeros(2, dtype=torch.long)
+    episodes = Episodes(
+        turn_ends=none[:, None],
+        turn_rewards=torch.zeros(2, 1),
+        end_reward=torch.zeros(2),
+        num_calls=none,
+        num_bad_calls=none,
+        failures=failures,
+        reasons=("raised KeyError: 'x'",) * 2,
+        openings=("",) * 2,
+        messages=((),) * 2,
+    )
+    rollout = SimpleNamespace(rows=({},) * 2, episodes=episodes)
     monkeypatch.setattr("llmrl.wiring.engines.play", lambda *_, **__: rollout)
     monkeypatch.setattr("llmrl.models.checking.check_model", lambda *_, **__: None)
     monkeypatch.setattr("llmrl.models.loading.load_tokenizer", lambda *_: None)
